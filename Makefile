@@ -1,0 +1,32 @@
+# The environment is shared between checkouts and lies outside of them; see .ci/environment.py. `.venv` links to it.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.12 python3.11; do $$p -c 'import ensurepip, venv' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+# One thread: several OpenMP threads on busy cores are slower than one, and tests are small.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help env lint test test-all demo clean
+
+help:  ## List the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env:  ## Build the environment if it is missing, and point it at this checkout.
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 with venv found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) .ci/environment.py
+
+lint: env  ## Check style and types.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint  ## Check style and types, and run the tests but the slow ones.
+	@$(TEST_ENV) $(BIN)/pytest -q -m "not slow"
+
+test-all: lint  ## Run all tests.
+	@$(TEST_ENV) $(BIN)/pytest -q
+
+demo: env  ## Evaluate a real model on real questions with HELM and print the scores.
+	@$(BIN)/python -m flexgen_helm.runs.quickstart
+
+clean:  ## Remove build outputs and tool caches of this checkout.
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
