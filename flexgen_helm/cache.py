@@ -1,0 +1,51 @@
+"""Where the package keeps what it fetched, converted or measured, and how a folder gets there untorn."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from flexgen_helm.errors import OutOfSpace
+
+
+def cache_folder() -> Path:
+    """Return ``$FLEXGEN_HELM_CACHE``, or ``~/.cache/flexgen_helm`` where it is unset or empty. It may not exist yet."""
+    return Path(os.environ.get("FLEXGEN_HELM_CACHE") or "~/.cache/flexgen_helm").expanduser()
+
+
+def build_once(target: Path, build: Callable[[Path], None], *, needed_bytes: int) -> Path:
+    """Return ``target``, a folder that ``build`` fills if it does not exist yet.
+
+    ``build`` works in a folder beside the target that is renamed when it returns, so a killed build leaves nothing
+    behind that looks finished. Of two processes that build at once, the second to finish drops its copy.
+
+    Args:
+        target: The folder to return. Its parents are created.
+        build: Fills the empty folder that it is given.
+        needed_bytes: Free disk space without which the build is not even started.
+
+    Raises:
+        OutOfSpace: If the file system of ``target`` has less than ``needed_bytes`` free.
+    """
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < needed_bytes:
+        raise OutOfSpace(
+            f"Building {target} needs {needed_bytes / 1e6:.0f} MB, but only {free_bytes / 1e6:.0f} MB are free there. "
+            "Free some space, or point FLEXGEN_HELM_CACHE at a larger disk."
+        )
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        built = Path(temporary) / target.name
+        built.mkdir()
+        build(built)
+        try:
+            built.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    return target
