@@ -1,0 +1,1 @@
+"""Attention over the pages of many sequences at once, in fixed splits."""

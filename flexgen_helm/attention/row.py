@@ -1,0 +1,129 @@
+"""Attention of one row: append its K and V to the pages, attend chunk by chunk, merge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, attend_chunk, merge_chunks
+from flexgen_helm.attention.plan import QUERY_PAD, AttentionPlan, ChunkCall, MaskRule, plan_attention
+from flexgen_helm.memory.cache import CacheKey, PagedCache, PageTensors
+from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.schedule.rows import Row, Segment
+
+
+class _Writes:
+    """Where a row's tokens go among pages of one kind, and which tokens of shared pages are copied beside them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tokens: list[int] = []
+        self._slots: list[int] = []
+        self._copies: dict[int, int] = {}
+
+    def add(self, segment: Segment, offset: int) -> None:
+        if segment.copy is not None:
+            source, target, count = segment.copy
+            for i in range(count):
+                slot = source * PAGE_TOKENS + i
+                # A page copied in this very row is not filled yet: copy from where the token itself is.
+                self._copies[target * PAGE_TOKENS + i] = self._copies.get(slot, slot)
+        for i, position in enumerate(range(segment.start, segment.end)):
+            self._tokens.append(offset + i)
+            self._slots.append(segment.table[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS)
+
+    def freeze(self) -> None:
+        self.tokens, self.slots = (torch.tensor(x, device=self._device) for x in (self._tokens, self._slots))
+        self.sources, self.targets = (
+            torch.tensor(list(x), device=self._device, dtype=torch.long) for x in (self._copies.values(), self._copies.keys())
+        )
+
+    def apply(self, pages: Tensor, new: Tensor) -> None:
+        flat = pages.view(-1, *pages.shape[2:])
+        flat.index_copy_(0, self.slots, new.index_select(0, self.tokens))
+        if len(self.sources):
+            flat.index_copy_(0, self.targets, flat.index_select(0, self.sources))
+
+
+class RowAttention:
+    """The attention of one row, layer after layer. Its plan is made once for each mask rule."""
+
+    def __init__(self, row: Row, cache: PagedCache, device: torch.device) -> None:
+        self._row, self._cache, self._device = row, cache, device
+        self._plans: dict[tuple[int, bool], AttentionPlan] = {}
+        self._writes: dict[bool, _Writes] = {}
+        offset = 0
+        for segment in row.segments:
+            self._writes.setdefault(segment.kept, _Writes(device)).add(segment, offset)
+            offset += len(segment.tokens)
+        for writes in self._writes.values():
+            writes.freeze()
+
+    def attend(
+        self, key: CacheKey, qkv: tuple[Tensor, Tensor, Tensor], rule: MaskRule, *, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Attention of the row's tokens in one layer.
+
+        Args:
+            key: Layer and attention call.
+            qkv: Queries ``[T, H, D]``, keys ``[T, H_kv, D]``, values ``[T, H_kv, Dv]``, positions already encoded.
+            rule: The layer's mask; the same object for all layers that share it.
+            scale: Factor of the scores.
+            softcap: See `attend_chunk`.
+            sinks: ``[H]`` logits, see `merge_chunks`.
+
+        Returns:
+            ``[T, H, Dv]`` in the dtype of the values.
+        """
+        q, k, v = qkv
+        stores = {kept: self._cache.tensors(key, k, v, kept=kept) for kept in self._writes}
+        for kept, writes in self._writes.items():
+            writes.apply(stores[kept].k, k)
+            writes.apply(stores[kept].v, v)
+        plan = self._plan(rule, q, full_keys=softcap is not None)
+        shape = (plan.num_outputs + 2, q.shape[1])
+        outputs = torch.empty(*shape, v.shape[-1], dtype=torch.float32, device=q.device)
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        outputs[-2:] = 0.0
+        lse[-2], lse[-1] = NEG_INF, 0.0
+        done = 0
+        for call in plan.calls:
+            part = slice(done, done + call.num_queries)
+            run = _batched if call.batched else _stacked
+            output, chunk_lse = run(call, q, stores[call.kept], scale, softcap)
+            outputs[part], lse[part] = output, chunk_lse
+            if call.dead is not None:
+                outputs[part][call.dead] = 0.0
+                lse[part][call.dead] = NEG_INF
+            done += call.num_queries
+        return merge_chunks(outputs, lse, plan.order, sinks).to(v.dtype)
+
+    def _plan(self, rule: MaskRule, q: Tensor, *, full_keys: bool) -> AttentionPlan:
+        key = (id(rule), full_keys)
+        if key not in self._plans:
+            self._plans[key] = plan_attention(self._row, rule, full_keys=full_keys, dtype=q.dtype, device=self._device)
+        return self._plans[key]
+
+
+def _gather(pages: Tensor, call: ChunkCall) -> Tensor:
+    """Pages of a call as ``[B, H_kv, L, D]``."""
+    picked = pages.index_select(0, call.pages)
+    return picked.view(call.num_runs, -1, *pages.shape[2:]).transpose(1, 2)
+
+
+def _stacked(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
+    """Many queries over one chunk; returns ``[num_queries, H, Dv]`` and ``[num_queries, H]``."""
+    picked = q.index_select(0, call.queries).transpose(0, 1)[None]
+    output, lse = attend_chunk(picked, _gather(store.k, call), _gather(store.v, call), call.mask, scale=scale, softcap=softcap)
+    real = slice(call.first, call.first + call.num_queries)
+    return ChunkOutput(output[0, real], lse[0, real])
+
+
+def _batched(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
+    """One query each over its own chunk: the query heads of a K/V head are the rows of one product."""
+    b, h, kv = call.num_runs, q.shape[1], store.k.shape[2]
+    groups = h // kv
+    padded = q.new_zeros(b, kv, -(-groups // QUERY_PAD) * QUERY_PAD, q.shape[2])
+    padded[:, :, :groups] = q.index_select(0, call.queries).view(b, kv, groups, -1)
+    output, lse = attend_chunk(padded, _gather(store.k, call), _gather(store.v, call), call.mask, scale=scale, softcap=softcap)
+    return ChunkOutput(output[:, :groups].transpose(1, 2).reshape(b, h, -1), lse[:, :groups].transpose(1, 2).reshape(b, h))

@@ -1,0 +1,1 @@
+"""The engine: model loading, record and replay, executor, sampling, results."""

@@ -1,0 +1,52 @@
+"""A digest of a model's weights and configuration: what makes two folders give the same answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from flexgen_helm.cache import cache_folder
+
+
+def model_digest(folder: Path) -> str:
+    """Return 16 hexadecimal digits over the contents of a folder's weights, config and tokenizer files.
+
+    Digests of files are memoised by real path, size and modification time under the cache folder.
+    """
+    memo = _Memo(cache_folder() / "digests.json")
+    names = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".model"})
+    total = hashlib.sha256()
+    for path in names:
+        total.update(f"{path.name}:{memo.digest(path)}\n".encode())
+    memo.save()
+    return total.hexdigest()[:16]
+
+
+class _Memo:
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._new: dict[str, str] = {}
+        try:
+            self._known: dict[str, str] = json.loads(file.read_text())
+        except (OSError, ValueError):
+            self._known = {}  # Only a memo: what it held is computed again.
+
+    def digest(self, path: Path) -> str:
+        real = path.resolve()
+        status = real.stat()
+        key = f"{real}:{status.st_size}:{status.st_mtime_ns}"
+        if key not in self._known:
+            with real.open("rb") as stream:
+                self._known[key] = self._new[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return self._known[key]
+
+    def save(self) -> None:
+        if not self._new:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as stream:
+            json.dump(self._known, stream, indent=1)
+        os.replace(stream.name, self._file)

@@ -1,0 +1,266 @@
+"""The engine: a model that answers batches of jobs. Usable without HELM."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from types import TracebackType
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, UnsupportedModel
+from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.memory.machine import free_bytes, used_bytes
+from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
+from flexgen_helm.runtime.checks import Verdict, self_check
+from flexgen_helm.runtime.digest import model_digest
+from flexgen_helm.runtime.executor import SerialExecutor
+from flexgen_helm.runtime.intake import Intake, Ticket
+from flexgen_helm.runtime.jobs import PreparedJob, prepare
+from flexgen_helm.runtime.loading import LoadedModel, load_model
+from flexgen_helm.runtime.recorder import RecordedModel
+from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, validated
+from flexgen_helm.runtime.vocabulary import Vocabulary
+from flexgen_helm.runtime.worker import Snapshot, Worker
+from flexgen_helm.schedule.operations import Order
+from flexgen_helm.schedule.scheduler import Scheduler
+from flexgen_helm.types import Job, Policy, Result, RunStats
+
+logger = logging.getLogger(__name__)
+
+NUMERICS_VERSION = 1
+"""Raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
+CACHE_SHARE = 0.6
+"""Share of the free memory that K and V may take; the rest is for hidden states, logits and the caller."""
+
+
+class Engine:
+    """A loaded causal language model that answers jobs in large blocks.
+
+    Answers do not depend on neighbours, order or block sizes; see `Policy` for what they depend on. All methods may be called
+    from any thread.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, policy: Policy | None = None, order: Order = "zigzag") -> None:
+        """Check a loaded model and make an engine of it; most callers want `from_pretrained`.
+
+        Args:
+            loaded: The model; the engine takes it over.
+            policy: Row and block sizes; None: chosen by the device.
+            order: Order of a sweep's operations. It changes no bit.
+
+        Raises:
+            UnsupportedModel: If the model would be computed wrongly.
+            PolicyError: If a size of the policy is out of range.
+        """
+        self.policy = validated(policy) if policy is not None else default_policy(loaded.model.device)
+        self.tokenizer: PreTrainedTokenizerBase | None = loaded.tokenizer
+        self.max_length = loaded.max_length
+        """Context in tokens: input and new tokens together."""
+        self.stats = RunStats()
+        """What the last `run` did."""
+        self._loaded = loaded
+        self._device = loaded.model.device
+        self._model, self.verdict = _checked(loaded, self.policy)
+        self.numerics: dict[str, str | int] = {
+            "weights": model_digest(loaded.folder),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "gpu_batch_size": self.policy.gpu_batch_size,
+            "gpu_batch_tokens": self.policy.gpu_batch_tokens,
+            "engine": NUMERICS_VERSION,
+        }
+        """What decides the bits of an answer beside the job itself: what belongs into a cache key."""
+        self._pool = PagePool(int(CACHE_SHARE * free_bytes(self._device)) // (PAGE_TOKENS * self.verdict.cache_bytes_per_token))
+        self._worker = self._start(order)
+        self._run_lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        policy: Policy | None = None,
+        revision: str | None = None,
+        order: Order = "zigzag",
+    ) -> Engine:
+        """Load a model.
+
+        Args:
+            name_or_path: A model folder, or a name on the model hub.
+            dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
+            device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+            policy: Row and block sizes; None: chosen by the device.
+            revision: Of a hub name.
+            order: Order of a sweep's operations. It changes no bit.
+
+        Raises:
+            UnsupportedModel: If the model would be computed wrongly.
+            PolicyError: If a size of the policy is out of range.
+            CorruptFile: If its files cannot be read.
+        """
+        if policy is not None:
+            validated(policy)
+        loaded = load_model(str(name_or_path), dtype=dtype, device=_device(device), revision=revision)
+        return cls(loaded, policy=policy, order=order)
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        on_result: Callable[[int, Result], None] | None = None,
+        on_error: Literal["raise", "return"] = "raise",
+        progress: bool | None = None,
+    ) -> list[Result]:
+        """Answer jobs; all are validated before the first sweep.
+
+        Args:
+            jobs: Any number and mix.
+            on_result: Called with (index, result) at the sweep in which a job finishes, from the calling thread.
+            on_error: "raise": the first invalid job ends the call; "return": it gets `Result.error` and the others run.
+            progress: Whether to show a bar; None: on a terminal only.
+
+        Returns:
+            One result for each job, in their order.
+
+        Raises:
+            InvalidJob: A job that cannot be served, with ``on_error="raise"``.
+            OutOfSpace: A job whose K and V can never fit.
+        """
+        del progress
+        results: list[Result | None] = [None] * len(jobs)
+        tickets: dict[int, Ticket] = {}
+        for index, job in enumerate(jobs):
+            try:
+                tickets[index] = Ticket(self._prepare(job))
+            except (InvalidJob, OutOfSpace) as error:
+                if on_error == "raise":
+                    raise type(error)(f"job {index}: {error}") from None
+                results[index] = Result(error=error)
+        with self._run_lock:
+            self._run(tickets, results, on_result)
+        return [result for result in results if result is not None]
+
+    def submit(self, job: Job) -> Future[Result]:
+        """Answer one job in the background; it joins at the next sweep. Thread-safe.
+
+        Raises:
+            InvalidJob: At once, if the job cannot be served.
+        """
+        ticket = Ticket(self._prepare(job))
+        self._worker.put([ticket])
+        return ticket.future
+
+    def close(self) -> None:
+        """Stop computing and release the model. What is in flight is cancelled."""
+        self._worker.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self, order: Order) -> Worker:
+        block_tokens = self.policy.block_tokens or default_block_tokens(self.policy, self._loaded.model)
+        cache = PagedCache()
+        scheduler = Scheduler(self.policy, block_tokens=block_tokens, pool=self._pool, keep_all=order != "zigzag")
+        executor = SerialExecutor(self._model, cache, head_slice=self.policy.gpu_batch_size, order=order)
+        vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
+        return Worker(scheduler, executor, Intake(vocabulary, self._loaded.end_token_ids), (self._pool, cache))
+
+    def _prepare(self, job: Job) -> PreparedJob:
+        try:
+            prepared = prepare(job, tokenizer=self.tokenizer, max_length=self.max_length, vocab_size=self._loaded.vocab_size)
+        except InvalidJob as error:
+            if "context" in str(error):
+                raise InvalidJob(f"{error} ({self.max_length} is {self._loaded.length_reason}.)") from None
+            raise
+        length = len(prepared.input_ids)
+        completions = 1 if prepared.is_greedy else job.num_completions
+        needed = num_pages(0, length) + completions * num_pages(length, length + job.max_new_tokens - 1)
+        if needed > self._pool.capacity:
+            raise OutOfSpace(
+                f"The job's K and V need {self._gib(needed):.2f} GiB, but {self._gib(self._pool.capacity):.2f} GiB are there for "
+                "all jobs. Shorten the prompt, ask for fewer or shorter completions, or free memory."
+            )
+        return prepared
+
+    def _gib(self, pages: int) -> float:
+        return pages * PAGE_TOKENS * self.verdict.cache_bytes_per_token / 2**30
+
+    def _run(self, tickets: dict[int, Ticket], results: list[Result | None], on_result: Callable[[int, Result], None] | None) -> None:
+        begin, before, peak = time.perf_counter(), self._worker.snapshot, _Peak(self._device)
+        finished: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._worker.watch = peak
+        for index, ticket in tickets.items():
+            ticket.future.add_done_callback(lambda _, index=index: finished.put(index))  # type: ignore[misc]
+        try:
+            self._worker.put(list(tickets.values()))
+            for _ in tickets:
+                index = finished.get()
+                result = results[index] = tickets[index].future.result()
+                if on_result is not None:
+                    on_result(index, result)
+        except CancelledError:
+            raise FlexGenError("The engine was closed while it computed. Make a new one with Engine.from_pretrained.") from None
+        except BaseException:
+            self._worker.cancel()
+            raise
+        finally:
+            self._worker.watch = None
+        self.stats = _stats(tickets, results, before, self._worker.snapshot)
+        self.stats.seconds, self.stats.peak_bytes = time.perf_counter() - begin, peak.bytes
+
+
+class _Peak:
+    """Highest memory in use that a run has seen."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.bytes = used_bytes(device)
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        self.bytes = max(self.bytes, used_bytes(self._device))
+
+
+def _stats(tickets: dict[int, Ticket], results: list[Result | None], before: Snapshot, after: Snapshot) -> RunStats:
+    return RunStats(
+        num_jobs=len(results),
+        prompt_tokens_asked=sum(len(ticket.prepared.input_ids) for ticket in tickets.values()),
+        prompt_tokens_computed=after.prompt_tokens - before.prompt_tokens,
+        generated_tokens=after.generated_tokens - before.generated_tokens,
+        sweeps=after.sweeps - before.sweeps,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FlexGenError(f"device is {name!r}. Give 'auto', 'cpu', 'cuda' or 'cuda:N'.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FlexGenError("device is 'cuda', but torch sees no CUDA GPU on this machine. Use device='cpu'.")
+    return device
+
+
+def _checked(loaded: LoadedModel, policy: Policy) -> tuple[RecordedModel, Verdict]:
+    kind = loaded.model.config.model_type
+    try:
+        model = RecordedModel(loaded.model)
+        verdict = self_check(model, policy, max_length=loaded.max_length)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"{loaded.name} ({kind}) cannot run in packed rows: {error}. Evaluate it with HELM's own HuggingFaceClient."
+        ) from error
+    if not verdict.bit_stable:
+        logger.info("%s (%s): answers may move in the last digits with what shares a row on this machine", loaded.name, kind)
+    return model, verdict

@@ -1,0 +1,75 @@
+"""The serial executor: runs a sweep's operations one after the other. It is the specification of every faster one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.attention.row import RowAttention
+from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.runtime.recorder import RecordedModel, Recording
+from flexgen_helm.schedule.operations import ORDERS, Operation, Order
+from flexgen_helm.schedule.rows import Row, Sweep, Want
+
+PADDING_TOKEN = 0
+
+LogitsHandler = Callable[[list[Want], Tensor], None]
+"""Gets the wants of a slice of the output head and their logits ``[len(wants), vocab]`` in fp32."""
+
+
+class SerialExecutor:
+    """Computes sweeps on a recorded model."""
+
+    def __init__(self, model: RecordedModel, cache: PagedCache, *, head_slice: int, order: Order = "zigzag") -> None:
+        """The output head works on ``head_slice`` positions at a time, always: row sizes are numerics."""
+        self._model, self._cache, self._head_slice, self._order = model, cache, head_slice, order
+        self._loaded_layer = -1
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that every row goes through in a sweep."""
+        return len(self._model.layers)
+
+    def run(self, sweep: Sweep, on_logits: LogitsHandler, on_operation: Callable[[Operation], None] | None = None) -> None:
+        """Compute all rows of a sweep, then the logits that they want.
+
+        Args:
+            sweep: Its pages must have been reserved in the cache.
+            on_logits: Called for each slice of the output head.
+            on_operation: Called after each operation; an exception from it ends the sweep.
+        """
+        with torch.inference_mode():
+            recordings = [self._record(row) for row in sweep.rows]
+            for operation in ORDERS[self._order](self.num_layers, len(recordings)):
+                self._run(operation, recordings)
+                if on_operation is not None:
+                    on_operation(operation)
+            wanted = [(want, recording) for row, recording in zip(sweep.rows, recordings, strict=True) for want in row.wants()]
+            for slice_ in _slices(wanted, self._head_slice):
+                on_logits([want for want, _ in slice_], self._logits(slice_))
+
+    def _run(self, operation: Operation, recordings: list[Recording]) -> None:
+        if operation.kind == "load_weights":
+            self._loaded_layer = operation.j
+            return
+        assert operation.j == self._loaded_layer, f"layer {operation.j} is computed while {self._loaded_layer} is loaded"
+        self._model.replay(operation.j, recordings[operation.k])
+
+    def _record(self, row: Row) -> Recording:
+        padding = row.size - row.num_tokens
+        token_ids = [token for segment in row.segments for token in segment.tokens] + [PADDING_TOKEN] * padding
+        positions = [position for segment in row.segments for position in range(segment.start, segment.end)] + [0] * padding
+        return self._model.record(token_ids, positions, RowAttention(row, self._cache, self._model.device))
+
+    def _logits(self, wanted: list[tuple[Want, Recording]]) -> Tensor:
+        hidden = torch.stack([recording.hidden[0, want.index] for want, recording in wanted if recording.hidden is not None])
+        padded = hidden.new_zeros(self._head_slice, hidden.shape[1])
+        padded[: len(wanted)] = hidden
+        return self._model.finish(padded)[: len(wanted)].float()
+
+
+def _slices(items: list[tuple[Want, Recording]], size: int) -> Iterator[list[tuple[Want, Recording]]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

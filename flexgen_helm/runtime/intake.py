@@ -1,0 +1,127 @@
+"""From jobs to work and back: equal prompts become one piece of work, equal completions are generated once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.runtime.completion import CompletionBuilder
+from flexgen_helm.runtime.jobs import PreparedJob
+from flexgen_helm.runtime.sampling import UniformStream, choose, greedy, top_candidates
+from flexgen_helm.runtime.text import token_texts
+from flexgen_helm.runtime.vocabulary import Vocabulary
+from flexgen_helm.schedule.rows import Fork, Want
+from flexgen_helm.schedule.scheduler import Work
+from flexgen_helm.types import Job, Result
+
+
+@dataclass(eq=False, kw_only=True)
+class Generation(Fork):
+    """A completion in the making: how its tokens are chosen and collected."""
+
+    job: Job
+    builder: CompletionBuilder
+    stream: UniformStream | None
+    """Random numbers; None: greedy."""
+
+    def append(self, token_id: int, logprobs: Tensor) -> None:
+        """Take the next token; ``logprobs`` ``[vocab]`` are the unwarped model's at this step."""
+        top = top_candidates(logprobs, self.job.top_logprobs) if self.job.top_logprobs else []
+        self.tokens.append(token_id)
+        self.done = self.builder.append(token_id, float(logprobs[token_id]), top) is not None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A job on its way through the engine."""
+
+    prepared: PreparedJob
+    future: Future[Result] = field(default_factory=Future)
+    work: Work | None = None
+    generations: list[Generation] = field(default_factory=list)
+
+
+class Intake:
+    """Makes work of tickets and results of finished work, for one model."""
+
+    def __init__(self, vocabulary: Vocabulary | None, end_token_ids: frozenset[int]) -> None:
+        self._vocabulary = vocabulary
+        self._end_token_ids = end_token_ids
+
+    def merge(self, tickets: Iterable[Ticket]) -> list[Work]:
+        """Make work of tickets: one piece for each distinct input."""
+        works: dict[tuple[int, ...], Work] = {}
+        generations: dict[Hashable, Generation] = {}
+        for ticket in tickets:
+            ids, job = ticket.prepared.input_ids, ticket.prepared.job
+            work = works.setdefault(ids, Work(ids, score=False, forks=[]))
+            work.score = work.score or job.score_prompt
+            ticket.work = work
+            for index in range(job.num_completions if job.max_new_tokens else 0):
+                key = (ids, _completion_key(ticket.prepared, index))
+                if key not in generations:
+                    generations[key] = self._generation(ticket.prepared, index)
+                    work.forks.append(generations[key])
+                ticket.generations.append(generations[key])
+        return list(works.values())
+
+    def result(self, ticket: Ticket) -> Result:
+        """Assemble the answer to a ticket whose work is done."""
+        prepared, work = ticket.prepared, ticket.work
+        assert work is not None
+        scored = prepared.job.score_prompt
+        texts = token_texts(self._vocabulary, prepared.prompt_ids) if scored and self._vocabulary else []
+        return Result(
+            completions=[generation.builder.finish() for generation in ticket.generations],
+            prompt_token_ids=list(prepared.prompt_ids),
+            prompt_token_texts=texts,
+            prompt_logprobs=_prompt_logprobs(work)[prepared.num_added :] if scored else None,
+        )
+
+    def _generation(self, prepared: PreparedJob, index: int) -> Generation:
+        job, ids = prepared.job, prepared.input_ids
+        builder = CompletionBuilder(self._vocabulary, ids, job=job, end_token_ids=self._end_token_ids)
+        stream = None if prepared.is_greedy else UniformStream(ids, job.seed, index)
+        return Generation(max_new_tokens=job.max_new_tokens, job=job, builder=builder, stream=stream)
+
+
+def answer(wants: list[Want], logits: Tensor) -> None:
+    """Store the log-probabilities and choose the tokens that were waiting for ``logits`` ``[len(wants), vocab]``, fp32."""
+    logprobs = torch.log_softmax(logits, -1)
+    targets = [(row, node, i) for row, want in enumerate(wants) for node, i in want.targets]
+    if targets:
+        tokens = torch.tensor([node.tokens[i] for _, node, i in targets], device=logits.device)
+        picked = logprobs[torch.tensor([row for row, _, _ in targets], device=logits.device), tokens].tolist()
+        for (_, node, i), logprob in zip(targets, picked, strict=True):
+            assert node.logprobs is not None
+            node.logprobs[i] = logprob
+    if any(want.forks for want in wants):
+        best = greedy(logits)
+        for row, want in enumerate(wants):
+            for fork in want.forks:
+                assert isinstance(fork, Generation)
+                fork.append(_next_token(fork, best[row], logits[row]), logprobs[row])
+
+
+def _next_token(generation: Generation, best: int, logits: Tensor) -> int:
+    if generation.stream is None:
+        return best
+    job = generation.job
+    u = generation.stream.at(len(generation.tokens))
+    return choose(logits, temperature=job.temperature, top_p=job.top_p, u=u)
+
+
+def _completion_key(prepared: PreparedJob, index: int) -> Hashable:
+    """Everything that decides one completion of a given input."""
+    job = prepared.job
+    draw = None if prepared.is_greedy else (job.temperature, job.top_p, job.seed or 0, index)
+    return draw, job.max_new_tokens, job.stop, job.top_logprobs
+
+
+def _prompt_logprobs(work: Work) -> list[float]:
+    values = [value for node in work.node.path() for value in node.logprobs or ()]
+    return [0.0 if value is None else value for value in values]

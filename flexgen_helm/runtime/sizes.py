@@ -1,0 +1,59 @@
+"""Row and block sizes: by model, machine and limits only, never by what waits (row sizes are numerics)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from transformers import PreTrainedModel
+
+from flexgen_helm.errors import PolicyError
+from flexgen_helm.memory.machine import free_bytes
+from flexgen_helm.types import Policy
+
+HIDDEN_SHARE = 0.1
+"""Share of the free memory that a block's hidden states may take."""
+HIDDEN_COPIES = 4
+"""A token's hidden state, its rotary table and its K and V in one layer, in units of the hidden state."""
+MOST_BLOCK_TOKENS = 16_384
+"""Larger blocks gain nothing where weights stay, and finish their first job later."""
+VECTOR = 16
+"""Elementwise kernels give other bits in the scalar tail of each thread's share (AVX-512: 16 floats)."""
+
+
+def default_policy(device: torch.device) -> Policy:
+    """Sizes for throughput: (64 sequences, 256 tokens) on a CPU, (256, 4096) on a GPU."""
+    return Policy(256, 4, 4096) if device.type == "cuda" else _rounded(Policy(64, 4, 256))
+
+
+def small_policy(device: torch.device) -> Policy:
+    """Sizes for a few requests at a time, where padding would cost more than large rows gain."""
+    return default_policy(device) if device.type == "cuda" else _rounded(Policy(16, 4, 64))
+
+
+def _rounded(policy: Policy) -> Policy:
+    step = VECTOR * torch.get_num_threads()
+    sizes = {name: -(-getattr(policy, name) // step) * step for name in ("gpu_batch_size", "gpu_batch_tokens")}
+    return dataclasses.replace(policy, **sizes)
+
+
+def default_block_tokens(policy: Policy, model: PreTrainedModel) -> int:
+    """Prompt tokens of a block whose hidden states fit well into memory."""
+    width = model.config.get_text_config(decoder=True).hidden_size * model.dtype.itemsize * HIDDEN_COPIES
+    fitting = int(HIDDEN_SHARE * free_bytes(model.device)) // width
+    return max(policy.num_gpu_batches * policy.gpu_batch_tokens, min(MOST_BLOCK_TOKENS, fitting))
+
+
+def validated(policy: Policy) -> Policy:
+    """Return the policy.
+
+    Raises:
+        PolicyError: If a size is not a positive integer, or a block holds less than a row.
+    """
+    for field in dataclasses.fields(policy):
+        value = getattr(policy, field.name)
+        if value is None and field.name == "block_tokens":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise PolicyError(f"{field.name} is {value!r}, but it counts something. Give an integer of at least 1.")
+    return policy

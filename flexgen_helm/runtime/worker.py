@@ -1,0 +1,162 @@
+"""The thread that sweeps: takes tickets in at sweep boundaries and gives results out at the sweep in which they finish."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.memory.pages import PagePool
+from flexgen_helm.runtime.executor import SerialExecutor
+from flexgen_helm.runtime.intake import Intake, Ticket, answer
+from flexgen_helm.schedule.operations import Operation
+from flexgen_helm.schedule.rows import Sweep, Want
+from flexgen_helm.schedule.scheduler import Scheduler, Work
+
+logger = logging.getLogger(__name__)
+
+GATHER_SECONDS = 0.01
+"""How long an idle worker waits for company after the first ticket: threads that submit together share a sweep."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where the worker stands; counts are since the engine was made."""
+
+    sweeps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prompt_tokens_left: int = 0
+    new_tokens_left: int = 0
+    """At most; end tokens and stop strings may come earlier."""
+    sweep_share: float = 0.0
+    """Share of the current sweep's operations that are done."""
+
+
+class _Cancelled(Exception):
+    """Ends a sweep that nobody waits for any more."""
+
+
+class Worker:
+    """Owns scheduler and executor. All computation happens in its thread."""
+
+    def __init__(self, scheduler: Scheduler, executor: SerialExecutor, intake: Intake, storage: tuple[PagePool, PagedCache]) -> None:
+        self._scheduler, self._executor, self._intake = scheduler, executor, intake
+        self._pool, self._cache = storage
+        self._arrived: list[Ticket] = []
+        self._signal = threading.Condition()
+        self._closing = self._cancelling = False
+        self._tickets: dict[Work, list[Ticket]] = defaultdict(list)
+        self._sweeps = self._prompt_tokens = self._generated = self._operations = 0
+        self._rows_in_sweep = 0
+        self._left = (0, 0)
+        self.snapshot = Snapshot()
+        self.watch: Callable[[Snapshot], None] | None = None
+        """Called from the worker's thread after every operation of a sweep."""
+        self._thread = threading.Thread(target=self._loop, name="flexgen-helm", daemon=True)
+        self._thread.start()
+
+    def put(self, tickets: list[Ticket]) -> None:
+        """Hand tickets in; they join at the next sweep.
+
+        Raises:
+            FlexGenError: If the worker was closed.
+        """
+        with self._signal:
+            if self._closing:
+                raise FlexGenError("This engine is closed. Make a new one with Engine.from_pretrained.")
+            self._arrived.extend(tickets)
+            self._signal.notify()
+
+    def cancel(self) -> None:
+        """Drop everything in flight; its futures are cancelled."""
+        self._cancelling = True
+
+    def close(self) -> None:
+        """Stop after the current operation; what is in flight is cancelled."""
+        with self._signal:
+            self._closing = self._cancelling = True
+            self._signal.notify()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            with self._signal:
+                idle = not self._scheduler.has_work()
+                while idle and not self._arrived and not self._closing:
+                    self._signal.wait()
+            if idle and not self._closing:
+                time.sleep(GATHER_SECONDS)
+            try:
+                if self._cancelling:
+                    raise _Cancelled
+                self._step()
+            except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it; the thread itself goes on
+                self._fail(error)
+                if self._closing:
+                    return
+
+    def _step(self) -> None:
+        self._take_in()
+        sweep = self._scheduler.next_sweep()
+        self._cache.reserve(kept=self._pool.high_water, transient=sweep.num_transient_pages)
+        self._rows_in_sweep, self._operations, self._left = len(sweep.rows), 0, self._scheduler.tokens_left()
+        if sweep.rows:
+            self._executor.run(sweep, self._on_logits, self._on_operation)
+            self._count(sweep)
+        for work in self._scheduler.end_sweep():
+            for ticket in self._tickets.pop(work):
+                ticket.future.set_result(self._intake.result(ticket))
+
+    def _take_in(self) -> None:
+        with self._signal:
+            tickets, self._arrived = self._arrived, []
+        works = self._intake.merge(tickets)
+        for ticket in tickets:
+            assert ticket.work is not None
+            self._tickets[ticket.work].append(ticket)
+        self._scheduler.add(works)
+
+    def _on_logits(self, wants: list[Want], logits: object) -> None:
+        answer(wants, logits)  # type: ignore[arg-type]
+        self._generated += sum(len(want.forks) for want in wants)
+
+    def _on_operation(self, operation: Operation) -> None:
+        if self._cancelling:
+            raise _Cancelled
+        self._operations += operation.kind == "compute"
+        self._publish()
+
+    def _count(self, sweep: Sweep) -> None:
+        self._sweeps += 1
+        self._prompt_tokens += sweep.num_prompt_tokens
+        self._operations = 0
+        self._publish()
+
+    def _publish(self) -> None:
+        total = self._rows_in_sweep * self._executor.num_layers
+        share = self._operations / total if total else 0.0
+        self.snapshot = Snapshot(self._sweeps, self._prompt_tokens, self._generated, *self._left, share)
+        if self.watch is not None:
+            self.watch(self.snapshot)
+
+    def _fail(self, error: BaseException) -> None:
+        cancelled = isinstance(error, _Cancelled)
+        if not cancelled:
+            logger.error("a sweep failed, its jobs are given up: %s: %s", type(error).__name__, error)
+        with self._signal:
+            tickets, self._arrived = self._arrived, []
+            self._cancelling = self._closing
+        self._scheduler.abandon()
+        tickets += [ticket for waiting in self._tickets.values() for ticket in waiting]
+        self._tickets.clear()
+        for ticket in tickets:
+            if not cancelled:
+                ticket.future.set_exception(error)
+            elif ticket.future.cancel():
+                ticket.future.set_running_or_notify_cancel()

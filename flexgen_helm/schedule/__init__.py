@@ -1,0 +1,1 @@
+"""What is computed when: prefix tree, rows, admission, operations. No torch."""

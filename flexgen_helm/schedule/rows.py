@@ -1,0 +1,117 @@
+"""Rows: the tokens of many sequences side by side, always the same number of them (DESIGN "Rows, pages and the prefix tree")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from flexgen_helm.schedule.tree import Node
+from flexgen_helm.types import Policy
+
+
+@dataclass(eq=False)
+class Fork:
+    """One completion of a prompt: what was generated, and where its own K and V are."""
+
+    max_new_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+    own_pages: list[int] = field(default_factory=list)
+    table: list[int] = field(default_factory=list)
+    copy: tuple[int, int, int] | None = None
+    """Like `NodePages.copy`: the page in which the fork parts from its prompt."""
+
+
+class Want(NamedTuple):
+    """A position of a row whose logits are needed."""
+
+    index: int
+    """Position in the row."""
+    targets: tuple[tuple[Node, int], ...]
+    """(node, i): the log-probability of ``node.tokens[i]`` is read here and stored in ``node.logprobs[i]``."""
+    forks: tuple[Fork, ...]
+    """Completions whose next token is chosen here."""
+
+
+@dataclass
+class Segment:
+    """Consecutive tokens of one sequence within a row."""
+
+    tokens: tuple[int, ...]
+    start: int
+    """Absolute position of the first token."""
+    table: list[int]
+    """Pages of the sequence from position 0 on."""
+    kept: bool
+    copy: tuple[int, int, int] | None = None
+    wants: list[Want] = field(default_factory=list)
+    """`Want.index` counts from the segment's first token here, from the row's first token in `Row.wants`."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass
+class Row:
+    """A GPU batch: ``size`` tokens, of which the segments fill the first; the rest is padding."""
+
+    kind: Literal["prefill", "decode"]
+    size: int
+    segments: list[Segment] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.tokens) for segment in self.segments)
+
+    def wants(self) -> Iterable[Want]:
+        """All positions whose logits are needed, counted from the row's first token."""
+        offset = 0
+        for segment in self.segments:
+            for want in segment.wants:
+                yield want._replace(index=want.index + offset)
+            offset += len(segment.tokens)
+
+
+@dataclass
+class Sweep:
+    """One pass over all layers: its rows, a prefix always before what continues it."""
+
+    rows: list[Row]
+    num_transient_pages: int = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows if row.kind == "prefill")
+
+
+def pack_prefill(segments: Iterable[Segment], policy: Policy) -> list[Row]:
+    """Cut segments, in order, into prefill rows of ``policy.gpu_batch_tokens`` tokens."""
+    size = policy.gpu_batch_tokens
+    rows: list[Row] = []
+    free = 0
+    for segment in segments:
+        done = 0
+        while done < len(segment.tokens):
+            if free == 0:
+                rows.append(Row("prefill", size))
+                free = size
+            count = min(free, len(segment.tokens) - done)
+            rows[-1].segments.append(_piece(segment, done, count))
+            done, free = done + count, free - count
+    return rows
+
+
+def _piece(segment: Segment, offset: int, count: int) -> Segment:
+    if offset == 0 and count == len(segment.tokens):
+        return segment
+    wants = [w._replace(index=w.index - offset) for w in segment.wants if offset <= w.index < offset + count]
+    copy = segment.copy if offset == 0 else None
+    return Segment(segment.tokens[offset : offset + count], segment.start + offset, segment.table, segment.kept, copy, wants)
+
+
+def pack_decode(segments: list[Segment], policy: Policy) -> list[Row]:
+    """Cut one-token segments, in order, into decode rows of ``policy.gpu_batch_size`` sequences."""
+    size = policy.gpu_batch_size
+    return [Row("decode", size, segments[i : i + size]) for i in range(0, len(segments), size)]

@@ -1,0 +1,317 @@
+"""Admission and lifetimes: which prompts and completions are in the next sweep (DESIGN "Blocks, sweeps, lifetimes")."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
+from flexgen_helm.schedule.rows import Fork, Segment, Sweep, Want, pack_decode, pack_prefill
+from flexgen_helm.schedule.tree import Node, NodePages, build_tree, common_prefix_length
+from flexgen_helm.types import Policy
+
+CUT_FROM = 0.75
+"""A block of scoring work is cut where neighbours share least, in the last quarter of its tokens."""
+
+
+@dataclass(eq=False)
+class Work:
+    """A distinct prompt with everything that is asked of it."""
+
+    tokens: tuple[int, ...]
+    score: bool
+    forks: list[Fork]
+    node: Node = field(init=False)
+    done: bool = False
+
+    @property
+    def generating(self) -> bool:
+        """Whether K and V must outlive the sweep in which the prompt is computed."""
+        return any(fork.max_new_tokens > 1 for fork in self.forks)
+
+    def scored(self) -> bool:
+        """Whether nothing is left to ask of the prompt itself."""
+        if not self.score:
+            return True
+        return all(None not in node.logprobs[node.start == 0 :] for node in self.node.path() if node.logprobs is not None)
+
+    def pages_needed(self) -> int:
+        """Pages of the prompt and of all its completions, computed alone."""
+        return num_pages(0, len(self.tokens)) + sum(self.fork_pages(fork) for fork in self.forks)
+
+    def fork_pages(self, fork: Fork) -> int:
+        """Pages of a completion's own; its last token is never attended to."""
+        return num_pages(len(self.tokens), len(self.tokens) + fork.max_new_tokens - 1)
+
+
+class Scheduler:
+    """Plans sweeps. Generating work goes first, in the order of the tree; scoring work fills what the block has left."""
+
+    def __init__(self, policy: Policy, *, block_tokens: int, pool: PagePool, keep_all: bool = False) -> None:
+        """`keep_all` keeps K and V of scoring work for every layer, as orders other than the column order need."""
+        self._policy = policy
+        self._block_tokens = block_tokens
+        self._pool = pool
+        self._keep_all = keep_all
+        self._waiting: deque[Work] = deque()
+        self._filling: list[Work] = []
+        self._decoding: list[tuple[Work, Fork]] = []
+        self._scoring: deque[Work] = deque()
+        self._in_sweep: list[Node] = []
+        self._swept: list[Work] = []
+        self._num_transient = 0
+        self._ends: dict[Node, Work] = {}
+        self._prompt_tokens_left = 0
+
+    def add(self, works: list[Work]) -> None:
+        """Take work in; prompts added together share their prefixes."""
+        for work, node in zip(works, build_tree([work.tokens for work in works]), strict=True):
+            work.node = node
+            self._ends[node] = work
+            for upper in node.path():
+                upper.users += work.generating
+                if work.score and upper.logprobs is None:
+                    upper.logprobs = [None] * len(upper.tokens)
+        nodes = {node for work in works for node in work.node.path()}
+        self._prompt_tokens_left += sum(len(node.tokens) for node in nodes)
+        ordered = sorted(works, key=lambda work: work.tokens)
+        self._waiting.extend(work for work in ordered if work.generating)
+        self._scoring.extend(work for work in ordered if not work.generating)
+
+    def has_work(self) -> bool:
+        """Whether another sweep is needed."""
+        return bool(self._waiting or self._filling or self._decoding or self._scoring)
+
+    def tokens_left(self) -> tuple[int, int]:
+        """Prompt tokens still to be computed (prefixes that will be computed again not counted) and new tokens, at most."""
+        new = sum(fork.max_new_tokens - len(fork.tokens) for _, fork in self._decoding)
+        new += sum(fork.max_new_tokens for work in (*self._waiting, *self._filling) for fork in work.forks)
+        return self._prompt_tokens_left, new
+
+    def next_sweep(self) -> Sweep:
+        """Plan one sweep: every live completion takes a step, prompts fill the block's tokens."""
+        self._in_sweep, self._swept, self._num_transient = [], [], 0
+        decode = [_decode_segment(work, fork) for work, fork in self._decoding]
+        prefill: list[Segment] = []
+        budget = self._block_tokens
+        for work in self._generating_candidates():
+            budget -= self._schedule(work, prefill, budget)
+            if budget <= 0:
+                break
+        for work in self._scoring_block(budget, alone=not decode and not prefill):
+            self._schedule(work, prefill, None)
+        rows = pack_prefill(prefill, self._policy) + pack_decode(decode, self._policy)
+        return Sweep(rows, self._num_transient)
+
+    def end_sweep(self) -> list[Work]:
+        """Account for a sweep that was computed and whose wants were answered; returns the work that is now complete."""
+        scoring = [work for work in self._swept if not work.generating]
+        assert all(self._finish_scoring(work) for work in scoring), "a scored prompt was left without an answer"
+        finished = list(dict.fromkeys(scoring))
+        for node in self._in_sweep:
+            if node.users == 0:
+                self._drop(node)
+        for work in [work for work in self._filling if _filled(work)]:
+            self._filling.remove(work)
+            self._decoding.extend((work, fork) for fork in work.forks)
+        ended = [work for work, fork in self._decoding if fork.done]
+        self._decoding = [(work, fork) for work, fork in self._decoding if not fork.done]
+        for work in dict.fromkeys(ended):
+            self._release_forks(work)
+            if all(fork.done for fork in work.forks):
+                self._retire(work)
+                finished.append(work)
+        for work in finished:
+            del self._ends[work.node]
+        return finished
+
+    def abandon(self) -> list[Work]:
+        """Drop all work after a failure; returns what was dropped."""
+        dropped = list(dict.fromkeys([*self._waiting, *self._filling, *(work for work, _ in self._decoding), *self._scoring]))
+        for work in dropped:
+            for node in work.node.path():
+                self._drop(node)
+            for fork in work.forks:
+                self._pool.release(fork.own_pages)
+                fork.own_pages = []
+        self._waiting.clear()
+        self._scoring.clear()
+        self._filling, self._decoding = [], []
+        self._ends.clear()
+        self._prompt_tokens_left = 0
+        return dropped
+
+    # Generating work -------------------------------------------------------------------------------------------------
+
+    def _generating_candidates(self) -> Iterable[Work]:
+        yield from list(self._filling)
+        while self._waiting and self._admit(self._waiting[0]):
+            work = self._waiting.popleft()
+            self._filling.append(work)
+            yield work
+
+    def _admit(self, work: Work) -> bool:
+        """Reserve slots and pages for a prompt and all its completions, so that nothing is ever pre-empted."""
+        taken = len(self._decoding) + sum(len(filling.forks) for filling in self._filling)
+        if taken and taken + len(work.forks) > self._policy.block_size:
+            return False
+        path = work.node.path()
+        needed = sum(num_pages(node.start, node.end) for node in path if node.pages is None)
+        if needed + sum(work.fork_pages(fork) for fork in work.forks) > self._pool.num_free:
+            return False
+        for node in path:
+            self._place(node, kept=True)
+        assert work.node.pages is not None
+        for fork in work.forks:
+            self._place_fork(fork, work.node.pages.table, len(work.tokens), work.fork_pages(fork))
+        return True
+
+    def _open(self, work: Work) -> bool:
+        """Whether the first tokens of a prompt's completions may be chosen as soon as its last token is computed."""
+        return not work.generating or work in self._filling
+
+    def _place_fork(self, fork: Fork, prefix: list[int], length: int, count: int) -> None:
+        fork.own_pages = self._pool.allocate(count)
+        shared, partial = divmod(length, PAGE_TOKENS)
+        fork.table = prefix[:shared] + fork.own_pages
+        fork.copy = (prefix[shared], fork.own_pages[0], partial) if partial and fork.own_pages else None
+
+    def _release_forks(self, work: Work) -> None:
+        for fork in work.forks:
+            if fork.done:
+                self._pool.release(fork.own_pages)
+                fork.own_pages = []
+
+    def _retire(self, work: Work) -> None:
+        work.done = True
+        for node in work.node.path():
+            node.users -= 1
+            if node.users == 0:
+                self._drop(node)
+
+    # Scoring work ----------------------------------------------------------------------------------------------------
+
+    def _scoring_block(self, budget: int, *, alone: bool) -> list[Work]:
+        """Take scoring work for one sweep, whole prompts only, cut where the next shares least with the last."""
+        block: list[Work] = []
+        cost: list[int] = [0]
+        shared: list[int] = []
+        while self._scoring and (cost[-1] < budget):
+            work = self._scoring[0]
+            if self._finish_scoring(work):
+                self._swept.append(self._scoring.popleft())
+                continue
+            common = common_prefix_length(block[-1].tokens, work.tokens) if block else 0
+            total = cost[-1] + len(work.tokens) - common
+            if total > budget and (block or not alone):
+                break
+            if self._kept(work) and not self._reserve_kept(work):
+                break
+            block.append(self._scoring.popleft())
+            shared.append(common)
+            cost.append(total)
+        cut = self._cut(block, shared, cost, budget) if self._scoring else len(block)
+        self._scoring.extendleft(reversed(block[cut:]))
+        return block[:cut]
+
+    def _cut(self, block: list[Work], shared: list[int], cost: list[int], budget: int) -> int:
+        """Where to end a full block: at its end, or earlier in its last quarter if less of a prefix is computed again there."""
+        best, least = len(block), common_prefix_length(block[-1].tokens, self._scoring[0].tokens) if block else 0
+        for i in range(len(block) - 1, 0, -1):
+            if cost[i] < CUT_FROM * budget:
+                break
+            if shared[i] < least:
+                best, least = i, shared[i]
+        return best
+
+    def _kept(self, work: Work) -> bool:
+        """Whether scoring work shares its tree with generating work, whose pages it then reads."""
+        return self._keep_all or work.node.path()[0].users > 0
+
+    def _reserve_kept(self, work: Work) -> bool:
+        path = work.node.path()
+        if sum(num_pages(node.start, node.end) for node in path if node.pages is None) > self._pool.num_free:
+            return False
+        for node in path:
+            self._place(node, kept=True)
+        return True
+
+    def _finish_scoring(self, work: Work) -> bool:
+        work.done = work.done or (work.scored() and all(fork.done for fork in work.forks))
+        return work.done
+
+    # Nodes -----------------------------------------------------------------------------------------------------------
+
+    def _place(self, node: Node, *, kept: bool) -> None:
+        """Give a node its pages; the page in which it parts from its parent is copied."""
+        if node.pages is not None:
+            return
+        count = num_pages(node.start, node.end)
+        if kept:
+            own = self._pool.allocate(count)
+        else:
+            own = list(range(self._num_transient, self._num_transient + count))
+            self._num_transient += count
+        shared, partial = divmod(node.start, PAGE_TOKENS)
+        prefix = node.parent.pages.table if node.parent is not None and node.parent.pages is not None else []
+        copy = (prefix[shared], own[0], partial) if partial else None
+        node.pages = NodePages(kept, own, prefix[:shared] + own, copy)
+
+    def _drop(self, node: Node) -> None:
+        if node.pages is not None and node.pages.kept:
+            self._pool.release(node.pages.own)
+        node.pages = None
+
+    def _schedule(self, work: Work, segments: list[Segment], budget: int | None) -> int:
+        """Append what is missing of a prompt, up to ``budget`` tokens; returns the number of tokens."""
+        self._swept.append(work)
+        used = 0
+        kept = work.generating or self._kept(work)
+        for node in work.node.path():
+            self._place(node, kept=kept)
+            assert node.pages is not None
+            missing = len(node.tokens) - node.pages.scheduled
+            count = missing if budget is None else min(missing, budget - used)
+            if count > 0:
+                segments.append(self._segment(node, count))
+                used += count
+            if count < missing:
+                break
+        return used
+
+    def _segment(self, node: Node, count: int) -> Segment:
+        pages = node.pages
+        assert pages is not None
+        offset = pages.scheduled
+        pages.scheduled += count
+        self._in_sweep.append(node)
+        self._prompt_tokens_left -= max(0, pages.scheduled - node.num_seen)
+        node.num_seen = max(node.num_seen, pages.scheduled)
+        wants = self._wants(node, offset, count)
+        copy = pages.copy if offset == 0 else None
+        return Segment(node.tokens[offset : offset + count], node.start + offset, pages.table, pages.kept, copy, wants)
+
+    def _wants(self, node: Node, offset: int, count: int) -> list[Want]:
+        wants: list[Want] = []
+        inner = range(offset, min(offset + count, len(node.tokens) - 1))
+        if node.logprobs is not None:
+            wants = [Want(i - offset, ((node, i + 1),), ()) for i in inner if node.logprobs[i + 1] is None]
+        if offset + count == len(node.tokens):
+            last = tuple((c, 0) for c in node.children if c.logprobs is not None and c.logprobs[0] is None)
+            work = self._ends.get(node)
+            forks = tuple(fork for fork in work.forks if not fork.tokens) if work is not None and self._open(work) else ()
+            if last or forks:
+                wants.append(Want(count - 1, last, forks))
+        return wants
+
+
+def _filled(work: Work) -> bool:
+    pages = work.node.pages
+    return pages is not None and pages.scheduled == len(work.node.tokens)
+
+
+def _decode_segment(work: Work, fork: Fork) -> Segment:
+    position = len(work.tokens) + len(fork.tokens) - 1
+    copy = fork.copy if len(fork.tokens) == 1 else None
+    return Segment((fork.tokens[-1],), position, fork.table, True, copy, [Want(0, (), (fork,))])

@@ -1,0 +1,112 @@
+"""Prefix tree over whole tokenised prompts: tokens that prompts have in common are computed once.
+
+A node holds a run of tokens; prompts end at the end of a node. Nothing here knows about rows, pages or tensors, apart from
+the fields of `Node` that the scheduler keeps while a node is being computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Node:
+    """Tokens ``[start, end)`` of every prompt in its subtree."""
+
+    parent: Node | None
+    start: int
+    tokens: tuple[int, ...]
+    children: list[Node] = field(default_factory=list)
+    logprobs: list[float | None] | None = None
+    """Log-probability of each of ``tokens`` given what precedes it, when a prompt in the subtree is scored; None: not yet."""
+    users: int = 0
+    """Unfinished work that still needs this node's K and V in later sweeps."""
+    pages: NodePages | None = None
+    """Where K and V are, while they are anywhere."""
+    num_seen: int = 0
+    """Tokens that were computed at least once."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    def path(self) -> list[Node]:
+        """Nodes from the root's child down to this one."""
+        nodes: list[Node] = []
+        node: Node | None = self
+        while node is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+@dataclass(eq=False)
+class NodePages:
+    """Pages that hold the K and V of a node's tokens."""
+
+    kept: bool
+    """Kept over sweeps and for every layer, or only inside the layer being computed."""
+    own: list[int]
+    """Pages that belong to this node: the first may begin with a copy of its parent's last tokens."""
+    table: list[int]
+    """Pages of the whole prefix from position 0 up to the node's end."""
+    copy: tuple[int, int, int] | None
+    """(source page, own page, tokens): what must be copied before the node's first token attends."""
+    scheduled: int = 0
+    """Tokens of the node computed so far, those of the sweep being planned included."""
+
+
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens that two prompts share, by bisection over slices."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low if a[low] != b[low] else high
+
+
+def build_tree(prompts: Sequence[tuple[int, ...]]) -> list[Node]:
+    """Build the tree of distinct, non-empty prompts; returns the node at which each of them ends, in their order."""
+    ends: dict[int, Node] = {}
+    stack: list[Node] = []
+    previous: tuple[int, ...] = ()
+    for index in sorted(range(len(prompts)), key=prompts.__getitem__):
+        prompt = prompts[index]
+        shared = common_prefix_length(previous, prompt)
+        while stack and stack[-1].start >= shared:
+            stack.pop()
+        if stack and stack[-1].end > shared:
+            stack[-1] = _split(stack[-1], shared)
+        parent = stack[-1] if stack else None
+        node = Node(parent, shared, prompt[shared:])
+        if parent is not None:
+            parent.children.append(node)
+        stack.append(node)
+        ends[index] = node
+        previous = prompt
+    return [ends[index] for index in range(len(prompts))]
+
+
+def _split(node: Node, position: int) -> Node:
+    """Cut a node in two at an absolute position; the given node becomes the lower part. Returns the upper part."""
+    size = position - node.start
+    upper = Node(node.parent, node.start, node.tokens[:size], [node])
+    if node.parent is not None:
+        node.parent.children[node.parent.children.index(node)] = upper
+    node.parent, node.start, node.tokens = upper, position, node.tokens[size:]
+    return upper
+
+
+def subtree(node: Node) -> Iterator[Node]:
+    """A node and everything below it, parents first."""
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        yield current
+        pending.extend(reversed(current.children))

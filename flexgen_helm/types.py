@@ -1,0 +1,115 @@
+"""Plain dataclasses that travel between the layers of the package. No torch, no HELM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from flexgen_helm.errors import FlexGenError
+
+FinishReason = Literal["length", "stop", "endoftext"]
+
+
+class TokenLogprob(NamedTuple):
+    """One candidate token and its log-probability under the unwarped model."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request to the model: a prompt, limits, and which log-probabilities it needs.
+
+    Give either ``prompt`` or ``token_ids``. A prompt is tokenised without added special tokens; the input, never the
+    result, gets a BOS token where the tokenizer itself would add one. ``token_ids`` are taken as they are.
+    """
+
+    prompt: str | None = None
+    token_ids: Sequence[int] | None = None
+    max_new_tokens: int = 16
+    """At most this many generated tokens for each completion; 0 scores the prompt only."""
+    temperature: float = 0.0
+    """Greedy at 1e-3 and below, otherwise the model's own log-softmax at this temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling: the smallest set of tokens whose probability reaches this value, in (0, 1]."""
+    num_completions: int = 1
+    seed: int | None = None
+    """Seed of the samples; None is 0. Equal jobs with equal seeds give equal answers."""
+    stop: tuple[str, ...] = ()
+    """Strings of any length; the text ends before the first that appears."""
+    score_prompt: bool = False
+    """Whether to return the log-probability of each prompt token."""
+    top_logprobs: int = 0
+    """How many most likely candidates to return for each generated token."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated continuation. All lists are as long as ``token_ids``."""
+
+    text: str
+    """Decoded text, cut before the stop string and without the end token."""
+    token_ids: list[int]
+    """Every token up to the one in which the stop begins, the end token included."""
+    token_texts: list[str]
+    logprobs: list[float]
+    """Natural logarithm of each token's probability under the unwarped model."""
+    top_logprobs: list[list[TokenLogprob]]
+    """The ``Job.top_logprobs`` most likely candidates at each step, best first."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer to one job."""
+
+    completions: list[Completion] = field(default_factory=list)
+    prompt_token_ids: list[int] = field(default_factory=list)
+    """The prompt's own tokens, without a BOS token that was added to the input."""
+    prompt_token_texts: list[str] = field(default_factory=list)
+    """Text of each prompt token, filled when ``Job.score_prompt``."""
+    prompt_logprobs: list[float] | None = None
+    """With ``Job.score_prompt``: as long as the prompt, 0.0 where a token has no context."""
+    error: FlexGenError | None = None
+    """With ``on_error="return"``: why this job could not be served."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Sizes of the computation (FlexGen section 4; DESIGN "Rows of fixed size").
+
+    ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics: a decode row always has ``gpu_batch_size``
+    sequences and a prefill row always ``gpu_batch_tokens`` tokens, what is missing being padding. The others change no bit.
+    """
+
+    gpu_batch_size: int = 64
+    """Sequences in a decode row, and positions in a slice of the output head."""
+    num_gpu_batches: int = 4
+    """Decode rows in a block: a block decodes gpu_batch_size * num_gpu_batches sequences at once."""
+    gpu_batch_tokens: int = 256
+    """Tokens in a prefill row."""
+    block_tokens: int | None = None
+    """Prompt tokens whose hidden states are alive in one sweep; None: chosen by the engine from the memory at hand."""
+
+    @property
+    def block_size(self) -> int:
+        """Number of sequences that decode in one sweep."""
+        return self.gpu_batch_size * self.num_gpu_batches
+
+
+@dataclass
+class RunStats:
+    """What one ``Engine.run`` did, measured."""
+
+    num_jobs: int = 0
+    prompt_tokens_asked: int = 0
+    """Sum of the prompt lengths of all jobs, as if each were computed alone."""
+    prompt_tokens_computed: int = 0
+    """Prompt tokens that went through the layers: identical jobs and shared prefixes once, padding not counted."""
+    generated_tokens: int = 0
+    sweeps: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    """Highest resident memory of this process in bytes (device memory on a GPU) seen during the run."""
