@@ -1,0 +1,202 @@
+"""Checking a job before anything runs, and turning its prompt into the tokens that the model sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import operator
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from flexgen_helm.errors import InvalidJob
+from flexgen_helm.runtime.sampling import GREEDY_TEMPERATURE
+from flexgen_helm.types import Job
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A valid job and its input."""
+
+    job: Job
+    """As it was given, ``stop`` as a tuple."""
+    input_ids: tuple[int, ...]
+    """What the model sees, with a BOS token where one was added."""
+    num_added: int
+    """Tokens at the start of ``input_ids`` that are not the prompt's: 1 where BOS was added, else 0."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The prompt's own tokens, which are what a result shows."""
+        return self.input_ids[self.num_added :]
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token is the most likely one."""
+        return self.job.temperature <= GREEDY_TEMPERATURE
+
+
+def prepare(job: Job, *, tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int) -> PreparedJob:
+    """Check ``job`` and tokenise its prompt.
+
+    A prompt is tokenised without added special tokens. The input gets a BOS token where the tokenizer itself would
+    add one, the prompt does not begin with it and the context has room for it. ``token_ids`` are taken as they are.
+
+    Args:
+        job: What the user asked.
+        tokenizer: The model's, None if it has none.
+        max_length: Context of the model in tokens: input and new tokens together.
+        vocab_size: Number of token ids that the model knows.
+
+    Raises:
+        InvalidJob: What is wrong, why, and what to do.
+    """
+    _check_limits(job, vocab_size)
+    job = _with_checked_stop(job, tokenizer)
+    prompt_ids = _prompt_ids(job, tokenizer, vocab_size)
+    needed = len(prompt_ids) + job.max_new_tokens
+    if needed > max_length:
+        raise InvalidJob(
+            f"The prompt has {len(prompt_ids)} tokens and max_new_tokens is {job.max_new_tokens}, together {needed}, "
+            f"but the model's context holds {max_length}. Shorten the prompt or lower max_new_tokens."
+        )
+    added: tuple[int, ...] = ()
+    if job.prompt is not None and tokenizer is not None and needed < max_length:
+        bos = _added_bos(tokenizer)
+        added = () if bos is None or prompt_ids[0] == bos else (bos,)
+    return PreparedJob(job, added + prompt_ids, len(added))
+
+
+def dedup_key(prepared: PreparedJob) -> Hashable:
+    """Return a key that two jobs share exactly when their results are the same by definition.
+
+    It leaves out what changes nothing: seed and top_p of a greedy job, how tokens are chosen when none are, the order
+    of the stop strings.
+    """
+    job = prepared.job
+    generation: Hashable = None
+    if job.max_new_tokens > 0:
+        draw = None if prepared.is_greedy else (float(job.temperature), float(job.top_p), job.seed or 0)
+        generation = (job.max_new_tokens, draw, frozenset(job.stop), job.top_logprobs)
+    return prepared.input_ids, prepared.num_added, job.num_completions, bool(job.score_prompt), generation
+
+
+def _check_limits(job: Job, vocab_size: int) -> None:
+    _check_int("max_new_tokens", job.max_new_tokens, at_least=0)
+    _check_int("num_completions", job.num_completions, at_least=1)
+    _check_int("top_logprobs", job.top_logprobs, at_least=0)
+    if job.top_logprobs > vocab_size:
+        raise InvalidJob(
+            f"top_logprobs is {job.top_logprobs}, but the model has {vocab_size} tokens. Ask for that many at most."
+        )
+    if job.seed is not None and not _is_int(job.seed):
+        raise InvalidJob(
+            f"seed is {job.seed!r}, but only integers name a sequence of random numbers. Give one, or None."
+        )
+    if not _is_number(job.temperature) or not 0 <= job.temperature < math.inf:
+        raise InvalidJob(
+            f"temperature is {job.temperature!r}, which no probabilities can be scaled by. Give a finite number: 0 for "
+            "the most likely token, or above."
+        )
+    if not _is_number(job.top_p) or not 0 < job.top_p <= 1:
+        raise InvalidJob(
+            f"top_p is {job.top_p!r}, but it is a share of the probability. Give a number above 0 and at most 1, which "
+            "is no limit."
+        )
+    if job.max_new_tokens == 0 and not job.score_prompt:
+        raise InvalidJob(
+            "max_new_tokens is 0 and score_prompt is False, so nothing is asked. Give max_new_tokens of at least 1, or "
+            "score_prompt=True for the prompt's log-probabilities."
+        )
+
+
+def _with_checked_stop(job: Job, tokenizer: PreTrainedTokenizerBase | None) -> Job:
+    stop = job.stop
+    if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
+        raise InvalidJob(
+            f"stop is {stop!r}, but it must be a tuple of strings, none of them empty (every text begins with an empty "
+            'one). Write stop=("\\n",) for one stop string and stop=() for none.'
+        )
+    if stop and tokenizer is None:
+        raise InvalidJob(
+            f"stop is {stop!r}, but this model folder has no tokenizer, so there is no text to find it in. Add the "
+            "tokenizer's files to the folder, or stop by max_new_tokens."
+        )
+    return dataclasses.replace(job, stop=tuple(stop))
+
+
+def _prompt_ids(job: Job, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> tuple[int, ...]:
+    if (job.prompt is None) == (job.token_ids is None):
+        given = "neither" if job.prompt is None else "both"
+        raise InvalidJob(f"A job needs either prompt or token_ids, but {given} were given. Give exactly one of them.")
+    if job.token_ids is not None:
+        token_ids = _checked_token_ids(job.token_ids)
+        source = "token_ids"
+    else:
+        token_ids = _tokenised(job.prompt, tokenizer)
+        source = "The tokenizer"
+    wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
+    if wrong is not None:
+        raise InvalidJob(
+            f"{source} gave token id {wrong}, but the model knows only the ids 0 to {vocab_size - 1}. "
+            "Use the tokenizer that belongs to the model."
+        )
+    return token_ids
+
+
+def _checked_token_ids(token_ids: Sequence[int]) -> tuple[int, ...]:
+    try:
+        checked = tuple(map(operator.index, token_ids))
+    except TypeError as error:
+        raise InvalidJob(
+            f"token_ids hold something that is no integer ({error}). Give a sequence of token ids, "
+            'such as tokenizer(text)["input_ids"].'
+        ) from None
+    if not checked:
+        raise InvalidJob("token_ids are empty, so there is nothing to continue. Give at least one, for example BOS.")
+    return checked
+
+
+def _tokenised(prompt: object, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    if not isinstance(prompt, str):
+        raise InvalidJob(f"prompt is of type {type(prompt).__name__}, but must be a string. Give text, or token_ids.")
+    if tokenizer is None:
+        raise InvalidJob(
+            "The job has a prompt, but this model folder has no tokenizer to read it with. Give token_ids, or add the "
+            "tokenizer's files to the folder."
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidJob(
+            f"The prompt holds half of a surrogate pair (position {error.start}), which is no character and has no "
+            'UTF-8 form. Clean it first: prompt.encode("utf-8", "replace").decode().'
+        ) from None
+    token_ids = tuple(tokenizer.encode(prompt, add_special_tokens=False, truncation=False, verbose=False))
+    if not token_ids:
+        raise InvalidJob("The prompt is empty, so there is nothing to continue. Give a prompt of at least one token.")
+    return token_ids
+
+
+def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the BOS token if the tokenizer puts one before a text, else None."""
+    bos = tokenizer.bos_token_id
+    if not isinstance(bos, int):
+        return None
+    starts = [tokenizer.encode("x", add_special_tokens=added, verbose=False)[:1] for added in (True, False)]
+    return bos if starts[0] == [bos] != starts[1] else None
+
+
+def _check_int(name: str, value: object, *, at_least: int) -> None:
+    if not _is_int(value) or value < at_least:  # type: ignore[operator]
+        raise InvalidJob(f"{name} is {value!r}, but it counts something. Give an integer of at least {at_least}.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
