@@ -1,0 +1,208 @@
+"""Every way in which a job can be wrong, the BOS rule, and which jobs are one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from flexgen_helm.errors import InvalidJob
+from flexgen_helm.runtime.jobs import PreparedJob, dedup_key, prepare
+from flexgen_helm.types import Job
+from tests.runtime import tiny_tokenizers
+
+PLAIN = tiny_tokenizers.byte_level()
+ADDS_BOS = {
+    "byte_level": tiny_tokenizers.byte_level(adds_bos=True),
+    "metaspace": tiny_tokenizers.metaspace_bpe(adds_bos=True),
+}
+BOS = 1
+CONTEXT = 64
+
+
+def prepared(job: Job, tokenizer: PreTrainedTokenizerBase | None = PLAIN) -> PreparedJob:
+    return prepare(job, tokenizer=tokenizer, max_length=CONTEXT, vocab_size=len(tokenizer or PLAIN))
+
+
+INVALID = {
+    "neither": (Job(), "neither"),
+    "both": (Job(prompt="a", token_ids=[5]), "both"),
+    "empty prompt": (Job(prompt=""), "prompt is empty"),
+    "prompt of another type": (Job(prompt=b"a"), "type bytes"),  # type: ignore[arg-type]
+    "no token ids": (Job(token_ids=[]), "token_ids are empty"),
+    "token ids are text": (Job(token_ids="12"), "no integer"),  # type: ignore[arg-type]
+    "token ids are floats": (Job(token_ids=[1.0]), "no integer"),  # type: ignore[list-item]
+    "token ids are one number": (Job(token_ids=7), "no integer"),  # type: ignore[arg-type]
+    "negative token id": (Job(token_ids=[-1]), "token id -1"),
+    "token id behind the last": (Job(token_ids=[3, len(PLAIN)]), f"token id {len(PLAIN)}.*0 to {len(PLAIN) - 1}"),
+    "prompt behind the context": (Job(token_ids=[5] * 65, max_new_tokens=1), "65 tokens.*context holds 64"),
+    "new tokens behind the context": (Job(token_ids=[5] * 60, max_new_tokens=5), "together 65.*context holds 64"),
+    "negative max_new_tokens": (Job(prompt="a", max_new_tokens=-1), "max_new_tokens is -1"),
+    "max_new_tokens of another type": (Job(prompt="a", max_new_tokens=1.5), "max_new_tokens is 1.5"),  # type: ignore[arg-type]
+    "max_new_tokens is a bool": (Job(prompt="a", max_new_tokens=True), "max_new_tokens is True"),
+    "no completion": (Job(prompt="a", num_completions=0), "num_completions is 0"),
+    "temperature NaN": (Job(prompt="a", temperature=math.nan), "temperature is nan"),
+    "temperature infinite": (Job(prompt="a", temperature=math.inf), "temperature is inf"),
+    "temperature negative": (Job(prompt="a", temperature=-0.5), "temperature is -0.5"),
+    "temperature None": (Job(prompt="a", temperature=None), "temperature is None"),  # type: ignore[arg-type]
+    "top_p zero": (Job(prompt="a", top_p=0.0), "top_p is 0.0"),
+    "top_p above one": (Job(prompt="a", top_p=1.01), "top_p is 1.01"),
+    "top_p NaN": (Job(prompt="a", top_p=math.nan), "top_p is nan"),
+    "negative top_logprobs": (Job(prompt="a", top_logprobs=-1), "top_logprobs is -1"),
+    "more top_logprobs than tokens": (
+        Job(prompt="a", top_logprobs=10_000),
+        f"top_logprobs is 10000.*{len(PLAIN)} tokens",
+    ),
+    "stop is a string": (Job(prompt="a", stop="\n"), r"stop is '\\n'"),  # type: ignore[arg-type]
+    "stop is empty": (Job(prompt="a", stop=("a", "")), "none of them empty"),
+    "stop holds None": (Job(prompt="a", stop=(None,)), "must be a tuple of strings"),  # type: ignore[arg-type]
+    "stop is None": (Job(prompt="a", stop=None), "stop is None"),  # type: ignore[arg-type]
+    "seed is text": (Job(prompt="a", seed="1"), "seed is '1'"),  # type: ignore[arg-type]
+    "nothing asked": (Job(prompt="a", max_new_tokens=0), "nothing is asked"),
+    "half a surrogate pair": (Job(prompt="ab\ud800"), "position 2"),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_jobs_say_what_is_wrong(name: str) -> None:
+    job, message = INVALID[name]
+    with pytest.raises(InvalidJob, match=message):
+        prepared(job)
+
+
+def test_a_prompt_or_stop_without_a_tokenizer_is_invalid() -> None:
+    with pytest.raises(InvalidJob, match=r"no tokenizer.*Give token_ids"):
+        prepared(Job(prompt="a"), tokenizer=None)
+    with pytest.raises(InvalidJob, match="no tokenizer"):
+        prepared(Job(token_ids=[5], stop=("a",)), tokenizer=None)
+    assert prepared(Job(token_ids=[5]), tokenizer=None).input_ids == (5,)
+
+
+def test_limits_that_just_fit_are_valid() -> None:
+    assert len(prepared(Job(token_ids=[5] * 60, max_new_tokens=4)).input_ids) == 60
+    assert len(prepared(Job(token_ids=[5] * 64, max_new_tokens=0, score_prompt=True)).input_ids) == 64
+    assert prepared(Job(prompt="a", top_logprobs=len(PLAIN))).job.top_logprobs == len(PLAIN)
+
+
+def test_a_tokenizer_of_another_model_is_noticed() -> None:
+    with pytest.raises(InvalidJob, match="The tokenizer gave token id"):
+        prepare(Job(prompt="hello"), tokenizer=PLAIN, max_length=CONTEXT, vocab_size=10)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    numbers: dict[str, Any] = {
+        "token_ids": np.array([5, 6]),
+        "max_new_tokens": np.int64(2),
+        "temperature": np.float32(0.5),
+        "seed": np.int32(1),
+    }
+    assert prepared(Job(**numbers)).input_ids == (5, 6)
+
+
+def test_stop_becomes_a_tuple() -> None:
+    assert prepared(Job(prompt="a", stop=["\n"])).job.stop == ("\n",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ADDS_BOS)
+def test_bos_is_added_where_the_tokenizer_adds_it(name: str) -> None:
+    tokenizer = ADDS_BOS[name]
+    result = prepared(Job(prompt="The fox"), tokenizer)
+    assert list(result.input_ids) == tokenizer("The fox")["input_ids"]
+    assert result.input_ids[0] == BOS
+    assert list(result.prompt_ids) == tokenizer("The fox", add_special_tokens=False)["input_ids"]
+    assert result.num_added == 1
+
+
+def test_bos_is_not_added_twice() -> None:
+    result = prepared(Job(prompt="<s>The fox"), ADDS_BOS["byte_level"])
+    assert result.num_added == 0
+    assert list(result.input_ids).count(BOS) == 1
+    assert result.prompt_ids == result.input_ids
+
+
+def test_bos_is_not_added_where_the_tokenizer_adds_none() -> None:
+    assert PLAIN.bos_token_id == BOS
+    result = prepared(Job(prompt="The fox"))
+    assert list(result.input_ids) == PLAIN("The fox")["input_ids"]
+    assert result.num_added == 0
+
+
+def test_token_ids_are_taken_as_they_are() -> None:
+    result = prepared(Job(token_ids=[5, 6]), ADDS_BOS["byte_level"])
+    assert (result.input_ids, result.num_added) == ((5, 6), 0)
+
+
+def test_bos_is_left_out_where_there_is_no_room() -> None:
+    tokenizer = ADDS_BOS["byte_level"]
+    ids = tokenizer("The fox", add_special_tokens=False)["input_ids"]
+    job = Job(prompt="The fox", max_new_tokens=3)
+    room: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": len(tokenizer)}
+    assert prepare(job, max_length=len(ids) + 4, **room).num_added == 1
+    assert prepare(job, max_length=len(ids) + 3, **room).num_added == 0
+    with pytest.raises(InvalidJob, match="context holds"):
+        prepare(job, max_length=len(ids) + 2, **room)
+
+
+SAMPLED = Job(
+    prompt="The fox", temperature=0.7, top_p=0.9, seed=3, num_completions=2, stop=("\n", "##"), top_logprobs=1
+)
+GREEDY = replace(SAMPLED, temperature=0.0)
+SCORING = replace(SAMPLED, max_new_tokens=0, score_prompt=True)
+
+DIFFERENT = [
+    *[replace(SAMPLED, seed=seed) for seed in (None, 4)],
+    *[replace(SAMPLED, temperature=temperature) for temperature in (0.0, 0.8)],
+    replace(SAMPLED, top_p=0.8),
+    replace(SAMPLED, prompt="The dog"),
+    replace(SAMPLED, num_completions=1),
+    replace(SAMPLED, stop=("\n",)),
+    replace(SAMPLED, top_logprobs=2),
+    replace(SAMPLED, max_new_tokens=17),
+    replace(SAMPLED, score_prompt=True),
+    SCORING,
+]
+
+
+def test_jobs_with_different_answers_have_different_keys() -> None:
+    keys = {dedup_key(prepared(job)) for job in [SAMPLED, *DIFFERENT]}
+    assert len(keys) == len(DIFFERENT) + 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (SAMPLED, replace(SAMPLED, stop=("##", "\n", "##"))),
+        (SAMPLED, replace(SAMPLED, prompt=None, token_ids=PLAIN.encode("The fox", add_special_tokens=False))),
+        (replace(SAMPLED, seed=None), replace(SAMPLED, seed=0)),
+        (GREEDY, replace(GREEDY, seed=8, top_p=0.1, temperature=1e-4)),
+        (SCORING, replace(SCORING, seed=8, top_p=0.1, temperature=2.0, stop=(), top_logprobs=0)),
+    ],
+)
+def test_jobs_with_the_same_answer_have_the_same_key(one: Job, other: Job) -> None:
+    assert dedup_key(prepared(one)) == dedup_key(prepared(other))
+
+
+def test_an_added_bos_is_part_of_the_key() -> None:
+    tokenizer = ADDS_BOS["byte_level"]
+    job = prepared(Job(prompt="The fox"), tokenizer)
+    same_input = prepared(Job(token_ids=job.input_ids), tokenizer)
+    assert same_input.input_ids == job.input_ids
+    assert dedup_key(same_input) != dedup_key(job)
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(st.text(min_size=1, max_size=60))
+def test_any_text_is_tokenised_or_refused(prompt: str) -> None:
+    try:
+        ids = prepare(Job(prompt=prompt), tokenizer=PLAIN, max_length=1000, vocab_size=len(PLAIN)).prompt_ids
+    except InvalidJob:
+        with pytest.raises(UnicodeEncodeError):
+            prompt.encode()
+    else:
+        assert PLAIN.decode(list(ids)) == prompt
