@@ -1,0 +1,1 @@
+"""HELM's side of the package: client, runner, tokenizer and window service of flexgen deployments."""

@@ -1,0 +1,76 @@
+"""HELM client: requests of concurrent threads are computed together by one engine."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from helm.clients.client import CachingClient
+from helm.common.cache import CacheConfig
+from helm.common.hierarchical_logger import hexception, hlog
+from helm.common.request import Request, RequestResult
+
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.helm.cache import ResponseCache
+from flexgen_helm.helm.deployment import parse_arguments
+from flexgen_helm.helm.registry import ENGINES
+from flexgen_helm.helm.requests import (
+    Response,
+    Timing,
+    cache_key,
+    failure,
+    to_job,
+    to_request_result,
+    to_response,
+)
+
+RUNNER = "flexgen_helm.helm.runner.FlexGenRunner"
+
+
+class FlexGenClient(CachingClient):
+    """Client of a flexgen deployment; ``client_spec.args`` are the keywords of ``Engine.from_pretrained``, verbatim."""
+
+    def __init__(self, cache_config: CacheConfig, **engine_arguments: Any) -> None:
+        """Args: cache_config: Injected by HELM. engine_arguments: Keywords of ``Engine.from_pretrained``.
+
+        Raises:
+            DeploymentError: The arguments do not describe an engine.
+        """
+        super().__init__(cache_config)
+        self._arguments = parse_arguments(engine_arguments)
+        self._responses = ResponseCache(cache_config, ENGINES.cache_lock)
+
+    def make_request(self, request: Request) -> RequestResult:
+        """Serve one request; safe to call from many threads, whose requests share sweeps.
+
+        Returns:
+            The answer, or a failure that HELM does not repeat.
+        """
+        try:
+            response, cached = self._respond(request)
+        except FlexGenError as error:
+            return failure(error)
+        except Exception as error:
+            hexception(error)
+            return failure(error)
+        return to_request_result(response, cached=cached)
+
+    def _respond(self, request: Request) -> tuple[Response, bool]:
+        job = to_job(request)
+        with ENGINES.lease(self._arguments, few_requests=True, on_load=_recommend_runner) as engine:
+            key = cache_key(request, job, engine.numerics)
+            (stored,) = self._responses.lookup([key])
+            if stored is not None:
+                return stored, True
+            batch_size, started = ENGINES.borrowers, time.time()
+            result = engine.submit(job).result()
+            response = to_response(request, result, Timing(started, time.time() - started, batch_size))
+        self._responses.write([(key, response)])
+        return response, False
+
+
+def _recommend_runner() -> None:
+    hlog(
+        "flexgen computes together only the requests that helm-run sends at the same time (--num-threads). "
+        f"`--runner-class-name {RUNNER}` is faster: it makes one workload of the requests of all run entries."
+    )

@@ -1,0 +1,130 @@
+"""What HELM must know of a model before it is loaded, read from its small files without torch or transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexgen_helm.helm.deployment import GRAMMAR, DeploymentError
+
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
+"""Names of the context window in ``config.json``, the common one first."""
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """Context window and special tokens of a model."""
+
+    context: int
+    """Tokens that the model can attend to: special tokens, prompt and completion."""
+    special_tokens: int
+    """How many special tokens the tokenizer adds to a prompt. HELM counts prompts without them."""
+    bos_token: str
+    """Empty if there is none."""
+    eos_token: str
+    """Empty if there is none."""
+
+    @property
+    def window(self) -> int:
+        """Tokens that HELM may fill with prompt and completion."""
+        return self.context - self.special_tokens
+
+
+def read_limits(name_or_path: str, revision: str | None = None) -> ModelLimits:
+    """Read a local folder, or a hub model through the hub's own cache.
+
+    Args:
+        name_or_path: Path of a model folder, or hub name.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        DeploymentError: The folder or hub model does not exist, or its ``config.json`` names no context window.
+    """
+    files = _ModelFiles(name_or_path, revision)
+    config = files.json("config.json")
+    if config is None:
+        raise DeploymentError(
+            f"No model was found at `{name_or_path}`: there is no config.json. "
+            f"Name a folder written by `save_pretrained` or a model on the hub: {GRAMMAR}."
+        )
+    tokenizer = files.json("tokenizer_config.json") or {}
+    special = files.json("special_tokens_map.json") or {}
+    return ModelLimits(
+        context=_context(name_or_path, config),
+        special_tokens=_num_special_tokens(tokenizer, files.path("tokenizer.json")),
+        bos_token=_token(tokenizer.get("bos_token") or special.get("bos_token")),
+        eos_token=_token(tokenizer.get("eos_token") or special.get("eos_token")),
+    )
+
+
+class _ModelFiles:
+    """Small files of a model, wherever it is."""
+
+    def __init__(self, name_or_path: str, revision: str | None) -> None:
+        self._name_or_path = name_or_path
+        self._revision = revision
+
+    def path(self, name: str) -> Path | None:
+        """Return the local path of a file, or None if the model has no such file."""
+        folder = Path(self._name_or_path)
+        if folder.is_absolute() or folder.is_dir():
+            return folder / name if (folder / name).is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self._name_or_path, name, revision=self._revision))
+        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
+            return None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Return the parsed content of a file, or None if the model has no such file."""
+        path = self.path(name)
+        if path is None:
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DeploymentError(f"`{path}` is not valid JSON ({error}). Download or save the model again.") from error
+        return content
+
+
+def _context(name_or_path: str, config: dict[str, Any]) -> int:
+    text = config.get("text_config") or {}
+    found = [section[key] for section in (text, config) for key in CONTEXT_KEYS if isinstance(section.get(key), int)]
+    if not found:
+        raise DeploymentError(
+            f"config.json of `{name_or_path}` names no context window (none of {', '.join(CONTEXT_KEYS)}), so prompts "
+            "cannot be cut to fit. Write a deployment in model_deployments.yaml and set its max_sequence_length."
+        )
+    return min([int(found[0]), *_original_lengths(text), *_original_lengths(config)])
+
+
+def _original_lengths(config: dict[str, Any]) -> list[int]:
+    """Return the length up to which rotary embeddings stay the same, where they change with the longest sequence."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    sections = [rope, *(section for section in rope.values() if isinstance(section, dict))]
+    kinds = {str(section.get("rope_type") or section.get("type")) for section in sections}
+    if not any(kind == "longrope" or "dynamic" in kind for kind in kinds):
+        return []
+    lengths = [section.get("original_max_position_embeddings") for section in (*sections, config)]
+    return [length for length in lengths if isinstance(length, int)]
+
+
+def _num_special_tokens(tokenizer_config: dict[str, Any], tokenizer_file: Path | None) -> int:
+    """Count special tokens; where files disagree the larger number, because one token too few costs nothing."""
+    claimed = int(bool(tokenizer_config.get("add_bos_token")))
+    if tokenizer_file is None:
+        # A sentencepiece tokenizer, whose classes add a BOS token unless told otherwise.
+        return max(claimed, int(tokenizer_config.get("add_bos_token") is None and "bos_token" in tokenizer_config))
+    from tokenizers import Tokenizer
+
+    return max(claimed, Tokenizer.from_file(str(tokenizer_file)).num_special_tokens_to_add(is_pair=False))
+
+
+def _token(token: str | dict[str, Any] | None) -> str:
+    if isinstance(token, dict):
+        return str(token["content"])
+    return token or ""

@@ -1,0 +1,127 @@
+"""The one engine that a process holds, behind a lock."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.helm.deployment import EngineArguments, check_keywords
+from flexgen_helm.types import Policy
+
+if TYPE_CHECKING:
+    from flexgen_helm.runtime.engine import Engine
+
+
+def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
+    """Load an engine.
+
+    Args:
+        arguments: Keywords of ``Engine.from_pretrained``.
+        few_requests: Whether rows are small if ``arguments`` name no policy, because what is missing in a row is
+            computed as padding.
+
+    Raises:
+        DeploymentError: An argument is not a keyword of ``Engine.from_pretrained``.
+        FlexGenError: The engine cannot be made; see ``Engine.from_pretrained``.
+    """
+    from flexgen_helm.runtime.engine import Engine
+
+    check_keywords("client_spec.args", arguments, list(inspect.signature(Engine.from_pretrained).parameters))
+    if few_requests and arguments.get("policy") is None:
+        arguments = {**arguments, "policy": _small_policy(arguments.get("device", "auto"))}
+    return Engine.from_pretrained(**arguments)
+
+
+def _small_policy(device: str) -> Policy:
+    import torch
+
+    from flexgen_helm.runtime.sizes import small_policy
+
+    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    return small_policy(torch.device("cuda" if on_gpu else "cpu"))
+
+
+class EngineRegistry:
+    """Lends the engine of a deployment, loading it first where needed.
+
+    HELM makes a client per thread when several threads ask for one deployment at once, and keeps every client for the
+    rest of the process. Weights must be loaded once and freed when another model is due, so they live here.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._engine: Engine | None = None
+        self._arguments: EngineArguments | None = None
+        self._refused: tuple[EngineArguments, UnsupportedModel] | None = None
+        self._borrowers = 0
+        self.cache_lock = threading.Lock()
+        """To be held while HELM's request cache is read or written."""
+
+    @property
+    def borrowers(self) -> int:
+        """Number of leases that are open, one for each request in flight."""
+        return self._borrowers
+
+    @contextmanager
+    def lease(
+        self, arguments: EngineArguments, *, few_requests: bool = False, on_load: Callable[[], None] | None = None
+    ) -> Iterator[Engine]:
+        """Lend the engine of a deployment; it is not closed before the lease ends.
+
+        If another deployment's engine is loaded, waits until nobody uses it and closes it first.
+
+        Args:
+            arguments: The deployment, as keywords of ``Engine.from_pretrained``.
+            few_requests: See ``load_engine``; an engine that is loaded already is lent as it is.
+            on_load: Called before the engine is loaded, if that is necessary.
+
+        Raises:
+            FlexGenError: The engine cannot be made.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._borrowers or self._arguments == arguments)
+            if self._engine is None or self._arguments != arguments:
+                if on_load is not None:
+                    on_load()
+                self._replace(arguments, few_requests)
+            engine = self._engine
+            assert engine is not None
+            self._borrowers += 1
+        try:
+            yield engine
+        finally:
+            with self._changed:
+                self._borrowers -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close the loaded engine, if any, once nobody uses it, and forget what was refused."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._borrowers)
+            self._close()
+            self._refused = None
+
+    def _close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._arguments = None
+
+    def _replace(self, arguments: EngineArguments, few_requests: bool) -> None:
+        # Requests of one run ask from several threads; each would load the whole model again to see it refused.
+        if self._refused is not None and self._refused[0] == arguments:
+            raise self._refused[1]
+        self._close()
+        try:
+            self._engine = load_engine(arguments, few_requests=few_requests)
+        except UnsupportedModel as error:
+            self._refused = (arguments, error)
+            raise
+        self._arguments = arguments
+
+
+ENGINES = EngineRegistry()
+"""The registry of this process."""

@@ -1,0 +1,50 @@
+"""Window service of flexgen deployments: HELM's own, with limits read from the model and an endless loop refused."""
+
+from __future__ import annotations
+
+from helm.benchmark.window_services.local_window_service import LocalWindowService
+from helm.benchmark.window_services.tokenizer_service import TokenizerService
+
+from flexgen_helm.errors import InvalidJob
+from flexgen_helm.helm.model_files import read_limits
+
+
+class FlexGenWindowService(LocalWindowService):
+    """Cuts prompts to the model's context."""
+
+    def __init__(
+        self,
+        service: TokenizerService,
+        tokenizer_name: str,
+        name_or_path: str,
+        revision: str | None = None,
+        max_sequence_length: int | None = None,
+        max_request_length: int | None = None,
+        end_of_text_token: str | None = None,
+        prefix_token: str | None = None,
+    ) -> None:
+        """Args: name_or_path, revision: The model, whose files are read unless ``max_sequence_length`` is given."""
+        super().__init__(
+            service=service,
+            tokenizer_name=tokenizer_name,
+            max_sequence_length=max_sequence_length or read_limits(name_or_path, revision).window,
+            max_request_length=max_request_length,
+            end_of_text_token=end_of_text_token,
+            prefix_token=prefix_token,
+        )
+
+    def fits_within_context_window(self, text: str, expected_completion_token_length: int = 0) -> bool:
+        """Return whether prompt and completion fit.
+
+        Raises:
+            InvalidJob: The completion alone fills the context. HELM would remove one character after another from the
+                prompt and, when none is left, go on for ever.
+        """
+        if expected_completion_token_length >= self.max_request_length:
+            raise InvalidJob(
+                f"The run asks for completions of {expected_completion_token_length} tokens, but prompt and completion "
+                f"together have room for {self.max_request_length}, so no prompt fits. Choose a model with a longer "
+                "context or a run entry with a smaller max_tokens."
+            )
+        fits: bool = super().fits_within_context_window(text, expected_completion_token_length)
+        return fits

@@ -1,0 +1,133 @@
+"""HELM entry point: makes deployments of names that begin with ``flexgen/``. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from helm.benchmark.model_deployment_registry import (
+    ALL_MODEL_DEPLOYMENTS,
+    ClientSpec,
+    ModelDeployment,
+    WindowServiceSpec,
+    model_deployment_generator,
+    register_model_deployment,
+)
+from helm.benchmark.model_metadata_registry import (
+    ModelMetadata,
+    get_all_models,
+    get_unknown_model_metadata,
+    register_model_metadata,
+)
+from helm.benchmark.tokenizer_config_registry import (
+    TokenizerConfig,
+    TokenizerSpec,
+    register_tokenizer_config,
+    tokenizer_config_generator,
+)
+
+from flexgen_helm.helm.deployment import (
+    CLIENT,
+    GRAMMAR,
+    PREFIX,
+    TOKENIZER,
+    WINDOW_SERVICE,
+    DeploymentError,
+    is_flexgen,
+    split_name,
+)
+from flexgen_helm.helm.model_files import read_limits
+
+
+@model_deployment_generator(PREFIX)
+def make_model_deployment(name: str) -> ModelDeployment:
+    """Make and register the deployment of a name, so that HELM asks only once.
+
+    Args:
+        name: ``flexgen/<organization>/<model>`` or ``flexgen//<absolute path>``.
+
+    Raises:
+        DeploymentError: The name does not follow the grammar or there is no such model.
+    """
+    name_or_path, variant = split_name(name)
+    if variant is not None:
+        raise DeploymentError(
+            f"`{name}`: variants such as `@{variant}` are not supported, so it is unknown what to change in the model. "
+            f"Write {GRAMMAR}, or a deployment in model_deployments.yaml whose args hold what you want to vary."
+        )
+    deployment = ModelDeployment(
+        name=name,
+        # HELM's rule for `model=` in a run entry; a deployment with another model name is refused.
+        model_name="/".join(name.split("/")[-2:]),
+        client_spec=ClientSpec(CLIENT, args={"name_or_path": name_or_path}),
+        max_sequence_length=read_limits(name_or_path).window,
+    )
+    deployment = complete(deployment)
+    _register_metadata(deployment)
+    register_model_deployment(deployment)
+    return deployment
+
+
+@tokenizer_config_generator(PREFIX)
+def make_tokenizer_config(name: str) -> TokenizerConfig:
+    """Make and register the tokenizer of a deployment, so that HELM asks only once.
+
+    Args:
+        name: As of a deployment, with ``@<revision>`` where a revision is meant.
+
+    Raises:
+        DeploymentError: The name does not follow the grammar or there is no such model.
+    """
+    name_or_path, revision = split_name(name)
+    limits = read_limits(name_or_path, revision)
+    args = {"pretrained_model_name_or_path": name_or_path} | ({"revision": revision} if revision else {})
+    config = TokenizerConfig(
+        name=name,
+        tokenizer_spec=TokenizerSpec(TOKENIZER, args=args),
+        end_of_text_token=limits.eos_token,
+        prefix_token=limits.bos_token,
+    )
+    register_tokenizer_config(config)
+    return config
+
+
+def complete(deployment: ModelDeployment) -> ModelDeployment:
+    """Return a flexgen deployment with tokenizer and window service filled in where it has none."""
+    name_or_path = deployment.client_spec.args.get("name_or_path")
+    if not isinstance(name_or_path, str):
+        return deployment
+    revision = deployment.client_spec.args.get("revision")
+    source = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
+    tokenizer_name = f"{PREFIX}/{source}" + (f"@{revision}" if revision else "")
+    window_args = {"name_or_path": name_or_path, "revision": revision}
+    return dataclasses.replace(
+        deployment,
+        tokenizer_name=deployment.tokenizer_name or tokenizer_name,
+        window_service_spec=deployment.window_service_spec or WindowServiceSpec(WINDOW_SERVICE, args=window_args),
+    )
+
+
+def _register_metadata(deployment: ModelDeployment) -> None:
+    name = deployment.model_name or deployment.name
+    if name in get_all_models():
+        return
+    organization, _, model = name.rpartition("/")
+    metadata: ModelMetadata = get_unknown_model_metadata(name)
+    register_model_metadata(
+        dataclasses.replace(
+            metadata,
+            creator_organization_name=organization or metadata.creator_organization_name,
+            display_name=model,
+            description=f"{deployment.client_spec.args['name_or_path']}, served by flexgen_helm.",
+        )
+    )
+
+
+def complete_written_deployments() -> None:
+    """Complete the deployments that HELM has read from ``model_deployments.yaml`` before it loads plugins."""
+    for deployment in list(ALL_MODEL_DEPLOYMENTS):
+        if is_flexgen(deployment) and (deployment.tokenizer_name is None or deployment.window_service_spec is None):
+            register_model_deployment(complete(deployment))
+
+
+complete_written_deployments()
