@@ -1,0 +1,1 @@
+"""Tests of HELM's side of the package."""

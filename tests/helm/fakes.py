@@ -1,0 +1,202 @@
+"""An engine without a model, and the run entries and deployments with which HELM meets it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, ClassVar, Literal
+
+from helm.benchmark.adaptation.adapter_spec import AdapterSpec
+from helm.benchmark.metrics.common_metric_specs import get_exact_match_metric_specs
+from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.scenarios.scenario import (
+    CORRECT_TAG,
+    TEST_SPLIT,
+    TRAIN_SPLIT,
+    Input,
+    Instance,
+    Output,
+    Reference,
+    Scenario,
+    ScenarioSpec,
+)
+
+from flexgen_helm.errors import FlexGenError, InvalidJob
+from flexgen_helm.types import Completion, FinishReason, Job, Result, RunStats
+
+REFUSED = "never"
+"""A prompt with this word is an invalid job for the fake engine."""
+OUTPUTS = ("yes", "no", "maybe")
+
+
+class FakeEngine:
+    """Tokens are letters, and the answer to a prompt is its last line backwards and then a line that nobody wants."""
+
+    def __init__(self, arguments: dict[str, Any], *, version: int = 1) -> None:
+        self.arguments = arguments
+        self.numerics: dict[str, str | int] = {"weights": arguments["name_or_path"], "version": version}
+        self.stats = RunStats()
+        self.runs: list[list[Job]] = []
+        self.submitted: list[Job] = []
+        self.closed = False
+        self.gate = threading.Event()
+        """Answers to submitted jobs wait for it."""
+        self.gate.set()
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        on_result: Callable[[int, Result], None] | None = None,
+        on_error: Literal["raise", "return"] = "raise",
+        progress: bool | None = None,
+    ) -> list[Result]:
+        assert on_error == "return"
+        self.runs.append(list(jobs))
+        results = []
+        for position, job in enumerate(jobs):
+            try:
+                results.append(self.answer(job))
+            except FlexGenError as error:
+                results.append(Result(error=error))
+            if on_result is not None:
+                on_result(position, results[-1])
+        asked = sum(len(job.prompt or "") for job in jobs)
+        self.stats = RunStats(len(jobs), prompt_tokens_asked=asked, prompt_tokens_computed=asked // 2, seconds=2.0)
+        return results
+
+    def submit(self, job: Job) -> Future[Result]:
+        self.submitted.append(job)
+        answer = self.answer(job)
+        future: Future[Result] = Future()
+
+        def finish() -> None:
+            self.gate.wait(timeout=30)
+            future.set_result(answer)
+
+        threading.Thread(target=finish, daemon=True).start()
+        return future
+
+    def close(self) -> None:
+        self.closed = True
+
+    @staticmethod
+    def answer(job: Job) -> Result:
+        assert job.prompt is not None
+        if REFUSED in job.prompt:
+            raise InvalidJob("the fake engine refuses this prompt")
+        letters = list(job.prompt)
+        completions = [_complete(job, number) for number in range(job.num_completions)] if job.max_new_tokens else []
+        return Result(
+            completions=completions,
+            prompt_token_ids=[ord(letter) for letter in letters],
+            prompt_token_texts=letters if job.score_prompt else [],
+            prompt_logprobs=[_logprob(letter) for letter in letters] if job.score_prompt else None,
+        )
+
+
+def _logprob(letter: str) -> float:
+    return -(ord(letter) % 7) / 4
+
+
+def _complete(job: Job, number: int) -> Completion:
+    assert job.prompt is not None
+    letters = list(" " + job.prompt.splitlines()[-1][::-1] + "!" * number + "\nQuestion:")[: job.max_new_tokens]
+    text, reason = "".join(letters), "length"
+    for stop in job.stop:
+        if stop in text:
+            text, reason = text[: text.index(stop)], "stop"
+            letters = letters[: len(text) + 1]
+    finish_reason: FinishReason = "stop" if reason == "stop" else "length"
+    logprobs = [_logprob(letter) for letter in letters]
+    return Completion(text, [ord(letter) for letter in letters], letters, logprobs, [[]] * len(letters), finish_reason)
+
+
+class FakeLoader:
+    """Stands in for ``load_engine`` and remembers what it made."""
+
+    def __init__(self) -> None:
+        self.engines: list[FakeEngine] = []
+        self.version = 1
+        self.error: FlexGenError | None = None
+        self.attempts = 0
+        self.few_requests: bool | None = None
+        """What the last caller asked for."""
+
+    def __call__(self, arguments: dict[str, Any], *, few_requests: bool) -> FakeEngine:
+        self.few_requests = few_requests
+        self.attempts += 1
+        if self.error is not None:
+            raise self.error
+        self.engines.append(FakeEngine(arguments, version=self.version))
+        return self.engines[-1]
+
+    @property
+    def engine(self) -> FakeEngine:
+        """The only engine that was made."""
+        (engine,) = self.engines
+        return engine
+
+
+class WordsScenario(Scenario):
+    """A few words with three possible answers; every other one is right."""
+
+    name = "words"
+    description = "Words"
+    tags: ClassVar[list[str]] = []  # type: ignore[misc]
+
+    def __init__(self, words: str = "apple pear plum fig", broken: bool = False) -> None:
+        super().__init__()
+        self._words = words.split()
+        self._broken = broken
+
+    def get_instances(self, output_path: str) -> list[Instance]:
+        if self._broken:
+            raise ValueError("this scenario has no data")
+        train = [self._instance(word, 0, TRAIN_SPLIT) for word in ("kiwi", "lime")]
+        return train + [self._instance(word, number % 3, TEST_SPLIT) for number, word in enumerate(self._words)]
+
+    @staticmethod
+    def _instance(word: str, right: int, split: str) -> Instance:
+        references = [
+            Reference(Output(text=text), tags=[CORRECT_TAG] if number == right else [])
+            for number, text in enumerate(OUTPUTS)
+        ]
+        return Instance(Input(text=word), references=references, split=split)
+
+
+def run_spec(
+    method: str = "generation", *, name: str | None = None, deployment: str = "flexgen/test/letters", **options: Any
+) -> RunSpec:
+    """Returns a run of ``WordsScenario``.
+
+    Args:
+        method: HELM's adapter method.
+        name: Of the run; by default the method.
+        deployment: Registered by ``conftest``.
+        options: ``words`` and ``broken`` of the scenario; the others are fields of the adapter specification.
+    """
+    scenario: dict[str, Any] = {key: options.pop(key) for key in ("words", "broken") if key in options}
+    separate = method.startswith("multiple_choice_separate")
+    adapter: dict[str, Any] = {
+        "instructions": "" if separate else "Answer the questions.\n",
+        "max_train_instances": 0 if separate else 2,
+        "max_tokens": 0 if separate else 12,
+        "stop_sequences": [] if separate else ["\n"],
+        "output_prefix": " " if separate else "Answer: ",
+        "input_prefix": "" if separate else "Question: ",
+        "input_suffix": "" if separate else "\n",
+        "output_suffix": "" if separate else "\n",
+        "temperature": 0.0,
+        "max_eval_instances": 3,
+        **options,
+    }
+    return RunSpec(
+        name=name or method,
+        scenario_spec=ScenarioSpec("tests.helm.fakes.WordsScenario", args=scenario),
+        adapter_spec=AdapterSpec(
+            method=method, model=deployment.removeprefix("flexgen/"), model_deployment=deployment, **adapter
+        ),
+        metric_specs=get_exact_match_metric_specs(),
+        groups=["words"],
+    )

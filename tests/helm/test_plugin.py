@@ -1,0 +1,237 @@
+"""Names, folders and YAML files from which HELM gets a deployment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helm.benchmark.config_registry import register_configs_from_directory
+from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, get_model_deployment
+from helm.benchmark.model_metadata_registry import get_model_metadata
+from helm.benchmark.runner import Runner, RunnerError
+from helm.benchmark.tokenizer_config_registry import get_tokenizer_config
+from helm.benchmark.window_services.tokenizer_service import TokenizerService
+from helm.benchmark.window_services.window_service import WindowService
+from helm.benchmark.window_services.window_service_factory import WindowServiceFactory
+from helm.common.local_context import LocalContext
+
+from flexgen_helm import plugin
+from flexgen_helm.errors import InvalidJob
+from flexgen_helm.helm.deployment import CLIENT, DeploymentError, split_name
+from flexgen_helm.helm.model_files import read_limits
+from flexgen_helm.helm.runner import FlexGenRunner
+from tests.helm.conftest import RunSuite
+from tests.helm.fakes import FakeLoader, run_spec
+from tests.tokenizers import save_pair_tokenizer
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A folder with a config and a tokenizer that adds a BOS token; weights are not needed."""
+    return make_folder(tmp_path / "org" / "model", {"max_position_embeddings": 40})
+
+
+def make_folder(folder: Path, config: dict[str, Any], *, adds_bos: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_pair_tokenizer(folder, adds_bos=adds_bos)
+    return folder
+
+
+def window_service(deployment: str, folder: Path) -> WindowService:
+    return WindowServiceFactory.get_window_service(deployment, TokenizerService(LocalContext(str(folder))))
+
+
+def test_plugin_imports_neither_torch_nor_transformers() -> None:
+    command = [sys.executable, "-X", "importtime", "-c", "import flexgen_helm.plugin"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    modules = {line.rsplit("|", 1)[-1].strip() for line in lines}
+    assert "flexgen_helm.plugin" in modules
+    assert not {"torch", "transformers", "flexgen_helm.runtime.engine"} & modules
+
+
+def test_helm_run_finds_the_plugin() -> None:
+    assert "flexgen_helm.plugin" in {entry.value for entry in entry_points(group="helm")}
+
+
+def test_folder_name_becomes_a_deployment(model_folder: Path) -> None:
+    name = f"flexgen/{model_folder}"
+    deployment = get_model_deployment(name)
+    assert (deployment.name, deployment.model_name) == (name, "org/model")
+    assert deployment.client_spec.class_name == CLIENT
+    assert deployment.client_spec.args == {"name_or_path": str(model_folder)}
+    # One token of the context is the BOS token's, which HELM does not count.
+    assert deployment.max_sequence_length == 39
+    assert get_model_deployment(name) is deployment
+    metadata = get_model_metadata("org/model")
+    assert (metadata.creator_organization_name, metadata.display_name) == ("org", "model")
+    assert name in (metadata.deployment_names or [])
+
+
+def test_tokenizer_is_the_models_own(model_folder: Path, tmp_path: Path) -> None:
+    name = f"flexgen/{model_folder}"
+    config = get_tokenizer_config(get_model_deployment(name).tokenizer_name or "")
+    assert config is not None
+    assert (config.prefix_token, config.end_of_text_token) == ("<s>", "</s>")
+    assert get_tokenizer_config(config.name) is config
+    service = window_service(name, tmp_path)
+    assert service.tokenize("aaabba") == ["aa", "ab", "ba"]
+    assert service.get_num_tokens("aaab") == 2
+    # 39 tokens fit: 30 of the prompt and 9 new ones.
+    assert service.truncate_from_right("aa" * 50, 9) == "aa" * 30
+    assert not list(tmp_path.glob("**/*.sqlite"))
+
+
+def test_tokenizer_without_bos_leaves_the_whole_context(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", {"n_positions": 64}, adds_bos=False)
+    assert read_limits(str(folder)).window == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"text_config": {"max_position_embeddings": 100}}, 100),
+        ({"max_position_embeddings": 100, "rope_scaling": {"type": "linear", "factor": 2.0}}, 100),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"type": "longrope"},
+            },
+            4096,
+        ),
+        (
+            {
+                "max_position_embeddings": 8192,
+                "rope_parameters": {"rope_type": "dynamic", "original_max_position_embeddings": 2048},
+            },
+            2048,
+        ),
+    ],
+)
+def test_context_is_what_the_engine_can_serve(config: dict[str, Any], context: int, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", config, adds_bos=False)
+    assert read_limits(str(folder)).context == context
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("flexgen/org/model", ("org/model", None)),
+        ("flexgen/org/model@w4", ("org/model", "w4")),
+        ("flexgen//abs/path/model", ("/abs/path/model", None)),
+        ("flexgen//abs/@path/model@w4", ("/abs/@path/model", "w4")),
+        ("flexgen//model", ("/model", None)),
+        ("flexgen/gpt2", ("gpt2", None)),
+    ],
+)
+def test_name_is_a_hub_name_or_an_absolute_path(name: str, parts: tuple[str, str | None]) -> None:
+    assert split_name(name) == parts
+
+
+@pytest.mark.parametrize("name", ["flexgen/", "flexgen/org/sub/model", "flexgen/org/", "flexgen/org/@w4"])
+def test_other_names_are_refused_with_the_grammar(name: str) -> None:
+    with pytest.raises(DeploymentError, match="flexgen/<organization>/<model>"):
+        get_model_deployment(name)
+
+
+def test_variants_are_refused_by_name(model_folder: Path) -> None:
+    with pytest.raises(DeploymentError, match="`@w4` are not supported"):
+        get_model_deployment(f"flexgen/{model_folder}@w4")
+
+
+def test_missing_folder_and_broken_config_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DeploymentError, match=r"no config\.json"):
+        get_model_deployment(f"flexgen/{tmp_path}/none")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DeploymentError, match="not valid JSON"):
+        get_model_deployment(f"flexgen/{tmp_path}")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DeploymentError, match="names no context window"):
+        get_model_deployment(f"flexgen/{tmp_path}")
+
+
+def test_hub_model_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DeploymentError, match="`no-such-organization/no-such-model`"):
+        get_model_deployment("flexgen/no-such-organization/no-such-model")
+
+
+def test_hub_model_is_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path / "snapshot", {"max_position_embeddings": 50})
+    asked: list[tuple[str, str, str | None]] = []
+
+    def download(repo_id: str, filename: str, revision: str | None = None) -> str:
+        asked.append((repo_id, filename, revision))
+        return str(folder / filename)
+
+    (folder / "special_tokens_map.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert read_limits("org/model", "v1").window == 49
+    assert ("org/model", "config.json", "v1") in asked
+
+
+def test_yaml_deployment_needs_only_a_name_and_arguments(model_folder: Path, tmp_path: Path) -> None:
+    local_path = tmp_path / "prod_env"
+    local_path.mkdir()
+    (local_path / "model_deployments.yaml").write_text(
+        f"""
+model_deployments:
+  - name: flexgen/written/deployment
+    model_name: written/model
+    client_spec:
+      class_name: {CLIENT}
+      args: {{name_or_path: {model_folder}, dtype: bfloat16, policy: {{gpu_batch_size: 32}}}}
+  - name: flexgen/written/limited
+    max_sequence_length: 20
+    client_spec: {{class_name: {CLIENT}, args: {{name_or_path: {os.path.relpath(model_folder)}}}}}
+"""
+    )
+    register_configs_from_directory(str(local_path))
+    plugin.complete_written_deployments()
+    deployment = get_model_deployment("flexgen/written/deployment")
+    assert deployment.model_name == "written/model"
+    assert deployment.client_spec.args["dtype"] == "bfloat16"
+    service = window_service(deployment.name, tmp_path)
+    assert (service.max_sequence_length, service.prefix_token) == (39, "<s>")
+    assert service.tokenize("aaab") == ["aa", "ab"]
+    assert window_service("flexgen/written/limited", tmp_path).max_request_length == 20
+
+
+def test_completed_deployment_keeps_what_was_written(model_folder: Path) -> None:
+    written = ModelDeployment(
+        "flexgen/a/b",
+        ClientSpec(CLIENT, {"name_or_path": str(model_folder)}),
+        tokenizer_name="simple/tokenizer1",
+    )
+    assert plugin.complete(written).tokenizer_name == "simple/tokenizer1"
+    with_revision = ModelDeployment("flexgen/a/b", ClientSpec(CLIENT, {"name_or_path": "o/m", "revision": "v1"}))
+    assert plugin.complete(with_revision).tokenizer_name == "flexgen/o/m@v1"
+
+
+def test_completion_that_fills_the_context_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    service = window_service(f"flexgen/{model_folder}", tmp_path)
+    assert service.fits_within_context_window("aa", 38)
+    for call in (service.fits_within_context_window, service.truncate_from_right):
+        with pytest.raises(InvalidJob, match="completions of 39 tokens"):
+            call("aa", 39)
+
+
+@pytest.mark.parametrize("runner", [Runner, FlexGenRunner])
+def test_run_that_helm_would_never_end_fails_at_once(
+    runner: type[Runner], model_folder: Path, run_suite: RunSuite, loader: FakeLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = run_spec(deployment=f"flexgen/{model_folder}", max_tokens=4096)
+    begin = time.monotonic()
+    with caplog.at_level("INFO", logger="helm"), pytest.raises(RunnerError, match="generation"):
+        run_suite([spec], runner)
+    assert time.monotonic() - begin < 60
+    assert "completions of 4096 tokens" in caplog.text
+    assert loader.attempts == 0

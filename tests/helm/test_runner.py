@@ -1,0 +1,253 @@
+"""The runner against HELM's own, and what only it does."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from helm.benchmark.executor import ExecutorError
+from helm.benchmark.metrics.basic_metrics import BasicGenerationMetric
+from helm.benchmark.metrics.metric import MetricSpec
+from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.runner import Runner, RunnerError
+
+from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.helm.runner import REPORT_FILE, FlexGenRunner
+from tests.helm.conftest import RunSuite
+from tests.helm.fakes import REFUSED, FakeLoader, run_spec
+
+METHODS = ("generation", "multiple_choice_joint", "multiple_choice_separate_original")
+FILES = ("run_spec.json", "scenario.json", "scenario_state.json", "stats.json", "per_instance_stats.json")
+TIMES = {"request_time", "request_datetime", "batch_size", "batch_request_time", "cached"}
+
+
+def timeless(value: Any) -> Any:
+    """Removes from parsed JSON what depends on the clock or on how requests were grouped."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
+    if isinstance(value, list):
+        names = ("inference_runtime", "inference_denoised_runtime", "batch_size")
+        kept = [item for item in value if not (isinstance(item, dict) and _stat_name(item) in names)]
+        return [timeless(item) for item in kept]
+    return value
+
+
+def _stat_name(item: dict[str, Any]) -> Any:
+    name = item.get("name")
+    return name.get("name") if isinstance(name, dict) else None
+
+
+def read(folder: Path, run: str, file: str) -> Any:
+    return json.loads((folder / run / file).read_text())
+
+
+def completed(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob("*/stats.json"))
+
+
+def test_files_equal_those_of_helms_runner_through_the_client(run_suite: RunSuite, loader: FakeLoader) -> None:
+    specs = [
+        *(run_spec(method) for method in METHODS),
+        run_spec("multiple_choice_separate_calibrated"),
+        run_spec(name="five", num_outputs=3, temperature=1.0, random="2"),
+    ]
+    theirs = run_suite(specs, Runner, suite="theirs", cache="one")
+    ours = run_suite(specs, suite="ours", cache="two")
+    for spec in specs:
+        for file in FILES:
+            assert timeless(read(ours, spec.name, file)) == timeless(read(theirs, spec.name, file)), (spec.name, file)
+    assert len(read(ours, "five", "scenario_state.json")["request_states"][0]["result"]["completions"]) == 3
+
+
+def test_requests_of_all_entries_are_one_workload(run_suite: RunSuite, loader: FakeLoader) -> None:
+    suite = run_suite([run_spec(method) for method in METHODS])
+    (jobs,) = loader.engine.runs
+    # Three questions; three answers to score for each of them with the last method.
+    assert len(jobs) == 3 + 3 + 9
+    assert loader.few_requests is False
+    assert loader.engine.submitted == []
+    for method, requests in zip(METHODS, (3, 3, 9), strict=True):
+        results = [state["result"] for state in read(suite, method, "scenario_state.json")["request_states"]]
+        assert len(results) == requests
+        assert {result["batch_size"] for result in results} == {15}
+        assert len({result["batch_request_time"] for result in results}) == 1
+
+
+def test_deployments_take_turns(run_suite: RunSuite, loader: FakeLoader) -> None:
+    names = ["flexgen/test/letters", "flexgen/test/others", "flexgen/test/letters"]
+    run_suite([run_spec(name=f"run{number}", deployment=name) for number, name in enumerate(names)])
+    first, second = loader.engines
+    assert (first.arguments["name_or_path"], second.arguments["name_or_path"]) == ("letters", "others")
+    assert (len(first.runs[0]), len(second.runs[0])) == (6, 3)
+    assert first.closed
+
+
+def test_scenario_that_fails_does_not_take_the_suite_with_it(
+    run_suite: RunSuite, loader: FakeLoader, tmp_path: Path
+) -> None:
+    specs = [run_spec(name="broken", broken=True), run_spec(), run_spec(name="refused", words=f"fig {REFUSED}")]
+    with pytest.raises(RunnerError, match=r'Failed runs: \["broken", "refused"\]'):
+        run_suite(specs)
+    assert completed(tmp_path / "output" / "runs" / "suite") == ["generation"]
+
+
+def test_a_failed_request_is_named_with_its_reason(
+    run_suite: RunSuite, loader: FakeLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="helm"), pytest.raises(RunnerError):
+        run_suite([run_spec(words=f"fig {REFUSED}")])
+    assert "InvalidJob: the fake engine refuses this prompt (1 of 2 requests failed.)" in caplog.text
+
+
+def test_deployment_that_cannot_be_loaded_fails_only_its_runs(
+    run_suite: RunSuite, loader: FakeLoader, tmp_path: Path
+) -> None:
+    begin = time.monotonic()
+    loader.error = UnsupportedModel("falcon cannot be packed")
+    with pytest.raises(RunnerError, match=r'\["generation", "two"\]'):
+        run_suite([run_spec(), run_spec(name="two"), run_spec(name="simple", deployment="simple/model1")])
+    assert completed(tmp_path / "output" / "runs" / "suite") == ["simple"]
+    assert time.monotonic() - begin < 60
+
+
+def test_exit_on_error_raises_the_first_error(run_suite: RunSuite, loader: FakeLoader, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no data"):
+        run_suite([run_spec(), run_spec(name="broken", broken=True)], exit_on_error=True)
+    assert loader.engines == []
+    with pytest.raises(ExecutorError, match="refuses this prompt"):
+        run_suite([run_spec(words=f"fig {REFUSED}"), run_spec(name="two")], exit_on_error=True)
+    assert completed(tmp_path / "output" / "runs" / "suite") == []
+
+
+def test_other_vendors_run_through_helm(run_suite: RunSuite, loader: FakeLoader) -> None:
+    specs = [run_spec(name="simple", deployment="simple/model1"), run_spec()]
+    theirs = run_suite(specs[:1], Runner, suite="theirs", cache="one")
+    ours = run_suite(specs, suite="ours", cache="two")
+    assert len(loader.engine.runs[0]) == 3
+    for file in FILES:
+        assert timeless(read(ours, "simple", file)) == timeless(read(theirs, "simple", file))
+
+
+def test_cached_answers_are_not_computed_again(run_suite: RunSuite, loader: FakeLoader, tmp_path: Path) -> None:
+    first = run_suite([run_spec()], suite="first")
+    second = run_suite([run_spec(), run_spec(name="more", words="apple pear plum fig grape", max_eval_instances=5)])
+    assert [len(jobs) for jobs in loader.engine.runs] == [3, 2]
+    assert timeless(read(first, "generation", "stats.json")) == timeless(read(second, "generation", "stats.json"))
+    states = read(second, "more", "scenario_state.json")["request_states"]
+    assert sorted(state["result"]["cached"] for state in states) == [False, False, True, True, True]
+    (report,) = json.loads((second / REPORT_FILE).read_text())
+    assert (report["num_requests"], report["num_cached"], report["stats"]["num_jobs"]) == (8, 6, 2)
+
+
+def test_answers_of_other_numerics_are_not_served(run_suite: RunSuite, loader: FakeLoader) -> None:
+    run_suite([run_spec()])
+    loader.engine.numerics["version"] = 2
+    run_suite([run_spec()])
+    assert [len(jobs) for jobs in loader.engine.runs] == [3, 3]
+
+
+def test_runner_and_client_share_their_cache(run_suite: RunSuite, loader: FakeLoader) -> None:
+    run_suite([run_spec(method) for method in METHODS])
+    run_suite([run_spec(method) for method in METHODS], Runner, suite="client")
+    assert loader.engine.submitted == []
+
+
+def test_what_was_computed_survives_an_interruption(
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_suite([run_spec(words="kumquat")])
+    engine = loader.engine
+    whole = engine.run
+
+    def interrupted(jobs: Any, on_result: Any = None, **_: Any) -> Any:
+        on_result(0, engine.answer(jobs[0]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite([run_spec()])
+    monkeypatch.setattr(engine, "run", whole)
+    run_suite([run_spec()])
+    assert [len(jobs) for jobs in engine.runs] == [1, 2]
+
+
+def test_without_a_cache_everything_is_computed_again(run_suite: RunSuite, loader: FakeLoader) -> None:
+    for _ in range(2):
+        run_suite([run_spec()], execution={"sqlite_cache_backend_config": None})
+    assert [len(jobs) for jobs in loader.engine.runs] == [3, 3]
+
+
+def test_summary_line_reports_the_work(
+    run_suite: RunSuite, loader: FakeLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="helm"):
+        run_suite([run_spec("multiple_choice_separate_original", words="abcd")])
+    asked = len("abcd yes") + len("abcd no") + len("abcd maybe")
+    expected = (
+        f"flexgen/test/letters: 3 requests (0 cached), prompt tokens {asked} asked and {asked // 2} computed, "
+        f"0 generated, 0 sweeps, {asked // 2 / 2:.0f} tokens/s computed, 2.0 s"
+    )
+    assert expected in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["skip_instances", "cache_instances_only"])
+def test_no_engine_is_loaded_where_nothing_is_to_be_computed(
+    flag: str, run_suite: RunSuite, loader: FakeLoader
+) -> None:
+    suite = run_suite([run_spec()], cache_instances=True, **{flag: True})
+    assert (loader.attempts, completed(suite)) == (0, [])
+
+
+def test_dry_run_writes_requests_without_results(run_suite: RunSuite, loader: FakeLoader) -> None:
+    suite = run_suite([run_spec()], execution={"dry_run": True})
+    states = read(suite, "generation", "scenario_state.json")["request_states"]
+    assert (len(states), any("result" in state for state in states)) == (3, False)
+    assert loader.attempts == 0
+
+
+def test_cached_instances_are_read_instead_of_the_scenario(
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_suite([run_spec()], suite="first", cache_instances=True)
+    monkeypatch.setattr("tests.helm.fakes.WordsScenario.get_instances", None)
+    second = run_suite([run_spec()], suite="second", cache_instances=True)
+    for file in FILES:
+        assert timeless(read(first, "generation", file)) == timeless(read(second, "generation", file))
+
+
+def test_completed_runs_are_skipped(run_suite: RunSuite, loader: FakeLoader) -> None:
+    suite = run_suite([run_spec()])
+    before = (suite / "generation" / "stats.json").stat().st_mtime_ns
+    run_suite([run_spec(), run_spec("multiple_choice_joint")], skip_completed_runs=True)
+    assert [len(jobs) for jobs in loader.engine.runs] == [3, 3]
+    assert (suite / "generation" / "stats.json").stat().st_mtime_ns == before
+
+
+class RandomMetric(BasicGenerationMetric):
+    """Draws from the global generators that HELM seeds while it adapts."""
+
+    drawn: ClassVar[list[tuple[float, float]]] = []
+
+    def __init__(self) -> None:
+        super().__init__(names=[])
+        self.drawn.append((random.random(), float(np.random.rand())))
+
+
+def test_each_run_finds_the_random_state_as_it_left_it(run_suite: RunSuite, loader: FakeLoader) -> None:
+    def spec(trials: int) -> RunSpec:
+        made = run_spec(name=f"trials{trials}", num_train_trials=trials, max_eval_instances=2)
+        made.metric_specs.append(MetricSpec("tests.helm.test_runner.RandomMetric"))
+        return made
+
+    RandomMetric.drawn.clear()
+    run_suite([spec(1)], suite="alone1", cache="one")
+    run_suite([spec(3)], suite="alone3", cache="one")
+    run_suite([spec(1), spec(3)], FlexGenRunner, cache="two")
+    alone, together = RandomMetric.drawn[:2], RandomMetric.drawn[2:]
+    assert together == alone
+    assert alone[0] != alone[1]
