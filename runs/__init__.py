@@ -1,0 +1,1 @@
+"""Suites: one folder each with run entries, schema and command."""
