@@ -1,6 +1,8 @@
 # The environment is shared between checkouts and lies outside of them; see .ci/environment.py. `.venv` links to it.
 SHELL := /bin/bash
-PYTHON ?= $(shell for p in python3.12 python3.11; do $$p -c 'import ensurepip, venv' 2>/dev/null && { echo $$p; break; }; done)
+# The first Python that fits and can make a virtual environment.
+PROBE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '$(PROBE)' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 # One thread: several OpenMP threads on busy cores are slower than one, and tests are small.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
@@ -17,7 +19,7 @@ env:  ## Build the environment if it is missing, and point it at this checkout.
 lint: env  ## Check style and types.
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/mypy --cache-dir $(BIN)/../mypy_cache
 
 test: lint  ## Check style and types, and run the tests but the slow ones.
 	@$(TEST_ENV) $(BIN)/pytest -q -m "not slow"
