@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
-import threading
 from collections.abc import Callable
 from dataclasses import replace
-from queue import SimpleQueue
 
 import numpy as np
+from greenlet import getcurrent, greenlet
 from helm.benchmark.adaptation.request_state import RequestState
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.executor import Executor, ExecutorError
@@ -17,17 +16,16 @@ from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner
 from helm.common.request import RequestResult
 
-Pause = Callable[[ScenarioState], ScenarioState]
-
-
-class RunAbandoned(BaseException):
-    """Ends a paused run that will not be resumed; no exception that HELM would handle."""
-
 
 class PausingExecutor(Executor):
     """HELM's executor, whose ``execute`` may wait until the requests of the whole suite have been served."""
 
-    def __init__(self, executor: Executor, pauses_for: Callable[[ScenarioState], bool], pause: Pause) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        pauses_for: Callable[[ScenarioState], bool],
+        pause: Callable[[ScenarioState], ScenarioState],
+    ) -> None:
         """Args: pauses_for: Whether to pause; other requests go through ``executor``. pause: Waits for the answers."""
         # Not the constructor of the base class, which would open a second connection to HELM's services.
         self.execution_spec = executor.execution_spec
@@ -47,27 +45,28 @@ class PausingExecutor(Executor):
 class PausableRun:
     """One run entry, whose requests can be read before they are answered.
 
-    HELM adapts, executes, evaluates and writes a run in one function. It runs unchanged in a thread of its own, which
-    rests while others adapt. Only one of these threads, or their creator, is ever active, and each finds the
-    global random state as it left it, so files are the same as if the runs had followed each other.
+    HELM adapts, executes, evaluates and writes a run in one function. It is called unchanged in a greenlet, which rests
+    while others adapt: threads would do as well, if HELM imported no module that wants to be in the main thread. Each
+    run finds the global random state as it left it, so files are the same as if the runs had followed each other.
     """
 
     def __init__(self, runner: Runner, run_spec: RunSpec, pauses_for: Callable[[ScenarioState], bool]) -> None:
         """Args: runner: Provides ``run_one``. pauses_for: Whether a run is to be paused."""
         self.run_spec = run_spec
-        self.paused = False
         self.request_states: list[RequestState] = []
         """While paused: the requests that wait for results."""
-        self._answers: SimpleQueue[list[RequestResult] | RunAbandoned] = SimpleQueue()
-        self._paused_or_ended: SimpleQueue[BaseException | None] = SimpleQueue()
         self._runner = copy.copy(runner)
         self._runner.executor = PausingExecutor(runner.executor, pauses_for, self._pause)
-        self._thread = threading.Thread(target=self._run, name=f"run {run_spec.name}", daemon=True)
+        self._greenlet = greenlet(self._run)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the run waits for answers."""
+        return bool(self._greenlet)
 
     def start(self) -> None:
         """Run until the requests are known or the run has ended; raises what the run raised."""
-        self._thread.start()
-        self._wait()
+        self._greenlet.switch()
 
     def resume(self, results: list[RequestResult]) -> None:
         """Run from the answers to the end; raises what the run raised.
@@ -75,40 +74,25 @@ class PausableRun:
         Args:
             results: In the order of ``request_states``.
         """
-        self._answers.put(results)
-        self._wait()
+        self._greenlet.switch(results)
 
     def abandon(self) -> None:
         """End the run if it is paused."""
         if self.paused:
-            self._answers.put(RunAbandoned())
-            self._thread.join()
-
-    def _wait(self) -> None:
-        error = self._paused_or_ended.get()
-        if error is not None:
-            raise error
+            self._greenlet.throw()
 
     def _run(self) -> None:
-        try:
-            # Not the method of a subclass, which may itself make pausable runs.
-            Runner.run_one(self._runner, self.run_spec)
-        except BaseException as error:
-            self._paused_or_ended.put(error)
-        else:
-            self._paused_or_ended.put(None)
+        # Not the method of a subclass, which may itself make pausable runs.
+        Runner.run_one(self._runner, self.run_spec)
 
     def _pause(self, scenario_state: ScenarioState) -> ScenarioState:
         python_state, numpy_state = random.getstate(), np.random.get_state()
-        self.request_states, self.paused = scenario_state.request_states, True
-        self._paused_or_ended.put(None)
-        answer = self._answers.get()
-        self.request_states, self.paused = [], False
+        self.request_states = scenario_state.request_states
+        results: list[RequestResult] = getcurrent().parent.switch()
+        self.request_states = []
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        if isinstance(answer, RunAbandoned):
-            raise answer
-        return _answered(scenario_state, answer)
+        return _answered(scenario_state, results)
 
 
 def _answered(scenario_state: ScenarioState, results: list[RequestResult]) -> ScenarioState:

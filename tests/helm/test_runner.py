@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -251,3 +252,17 @@ def test_each_run_finds_the_random_state_as_it_left_it(run_suite: RunSuite, load
     alone, together = RandomMetric.drawn[:2], RandomMetric.drawn[2:]
     assert together == alone
     assert alone[0] != alone[1]
+
+
+class SignalMetric(BasicGenerationMetric):
+    """Sets a signal handler, which only the main thread may; some of HELM's metrics do so when they are imported."""
+
+    def __init__(self) -> None:
+        super().__init__(names=[])
+        signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGALRM))
+
+
+def test_runs_stay_in_the_main_thread(run_suite: RunSuite, loader: FakeLoader) -> None:
+    spec = run_spec()
+    spec.metric_specs.append(MetricSpec("tests.helm.test_runner.SignalMetric"))
+    assert completed(run_suite([spec])) == ["generation"]
