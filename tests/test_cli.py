@@ -1,0 +1,143 @@
+"""The command line: what is asked of the engine, what is printed, and how errors look."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgen_helm.assets import smollm2_folder
+from flexgen_helm.cli import main
+from flexgen_helm.errors import FlexGenError, UnsupportedModel
+from flexgen_helm.types import Completion, Job, Result
+
+
+class FakeEngine:
+    """Answers every prompt with its own words in reverse."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.closed = False
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closed = True
+
+    def run(self, jobs: Sequence[Job]) -> list[Result]:
+        self.jobs += jobs
+        return [self._answer(job) for job in jobs]
+
+    def _answer(self, job: Job) -> Result:
+        text = " ".join(reversed((job.prompt or "").split()))
+        completion = Completion(text, [4], [text], [-0.5], [[]], "length")
+        return Result([completion] * job.num_completions, prompt_token_ids=[1, 2])
+
+
+def run(*arguments: str, engine: object = None) -> int:
+    return main(["generate", "--model", "m", *arguments], load_engine=lambda _: engine or FakeEngine())  # type: ignore[arg-type, return-value]
+
+
+def test_text_is_printed_and_the_engine_closed(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine()
+    assert run("--prompt", "one two", engine=engine) == 0
+    assert capsys.readouterr() == ("two one\n", "")
+    assert engine.closed
+
+
+def test_options_reach_the_job() -> None:
+    engine = FakeEngine()
+    options = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --seed 3 --num-completions 2 --stop a --stop bc"
+    run("--prompt", "x", *options.split(), engine=engine)
+    expected = Job(
+        prompt="x", max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3, num_completions=2, stop=("a", "bc")
+    )
+    assert engine.jobs == [expected]
+
+
+def test_several_completions_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--prompt", "a b", "--prompt", "c d", "--num-completions", "2")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("---")] == ["b a", "b a", "d c", "d c"]
+    assert len({line for line in lines if line.startswith("---")}) == 4
+
+
+def test_json_has_one_object_for_each_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--prompt", "a é", "--prompt", "c", "--json")
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["prompt"] == "a é"
+    assert first["completions"][0]["text"] == "é a"
+    assert first["completions"][0]["finish_reason"] == "length"
+    assert second["prompt_token_ids"] == [1, 2]
+
+
+def test_prompt_file_is_one_prompt(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    file = tmp_path / "prompt.txt"
+    file.write_text("two\nlines\n", encoding="utf-8")
+    run("--prompt", "first", "--prompt-file", str(file), engine=engine)
+    assert [job.prompt for job in engine.jobs] == ["first", "two\nlines\n"]
+
+
+def test_errors_are_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(args: argparse.Namespace) -> FakeEngine:
+        raise UnsupportedModel(f"{args.model} is refused,\n  because. Do this.")
+
+    assert main(["generate", "--model", "m", "--prompt", "x"], load_engine=refuse) == 2  # type: ignore[arg-type]
+    assert capsys.readouterr() == ("", "flexgen-helm: m is refused, because. Do this.\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--prompt-file", "/no/such/file"], ["--prompt-file", sys.executable]])
+def test_missing_prompts_are_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.split() == ["flexgen-helm", version("flexgen_helm")]
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys\nfrom flexgen_helm.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
+    process = subprocess.run(
+        [sys.executable, "-c", code, "generate", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--prompt-file" in process.stdout
+    modules = ast.literal_eval(process.stdout.splitlines()[-1])
+    assert "flexgen_helm.cli" in modules
+    assert not {"torch", "transformers", "numpy"} & set(modules)
+
+
+@pytest.mark.slow
+def test_real_model_continues_a_prompt(capfd: pytest.CaptureFixture[str]) -> None:
+    """The reference is what transformers' generate gives for this prompt."""
+    try:
+        folder = str(smollm2_folder())
+    except FlexGenError as error:
+        pytest.skip(f"no SmolLM2: {error}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    expected = str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    capfd.readouterr()
+    options = ["--prompt", "The capital of France is", "--max-new-tokens", "6", "--device", "cpu"]
+    assert main(["generate", "--model", folder, *options]) == 0
+    assert capfd.readouterr().out == expected + "\n"
+    assert main(["generate", "--model", folder, "--prompt", "x", "--max-new-tokens", "9000"]) == 2
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert message.startswith("flexgen-helm: ")
+    assert "8192" in message
