@@ -21,6 +21,8 @@ class Fork:
     table: list[int] = field(default_factory=list)
     copy: tuple[int, int, int] | None = None
     """Like `NodePages.copy`: the page in which the fork parts from its prompt."""
+    in_tail: bool = False
+    """Whether the fork begins in the rest of its prompt's last page."""
 
 
 class Want(NamedTuple):

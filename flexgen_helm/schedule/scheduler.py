@@ -85,6 +85,8 @@ class Scheduler:
 
     def tokens_left(self) -> tuple[int, int]:
         """Prompt tokens still to be computed (prefixes that will be computed again not counted) and new tokens, at most."""
+        if not self.has_work():
+            return 0, 0
         new = sum(fork.max_new_tokens - len(fork.tokens) for _, fork in self._decoding)
         new += sum(fork.max_new_tokens for work in (*self._waiting, *self._filling) for fork in work.forks)
         return self._prompt_tokens_left, new
@@ -133,8 +135,7 @@ class Scheduler:
             for node in work.node.path():
                 self._drop(node)
             for fork in work.forks:
-                self._pool.release(fork.own_pages)
-                fork.own_pages = []
+                self._release_fork(fork, work.node)
         self._waiting.clear()
         self._scoring.clear()
         self._filling, self._decoding = [], []
@@ -157,31 +158,46 @@ class Scheduler:
         if taken and taken + len(work.forks) > self._policy.block_size:
             return False
         path = work.node.path()
-        needed = sum(num_pages(node.start, node.end) for node in path if node.pages is None)
-        if needed + sum(work.fork_pages(fork) for fork in work.forks) > self._pool.num_free:
+        if not self._fits(work, path) and not taken:
+            self._make_room(path)
+        if not self._fits(work, path):
             return False
         for node in path:
             self._place(node, kept=True)
-        assert work.node.pages is not None
         for fork in work.forks:
-            self._place_fork(fork, work.node.pages.table, len(work.tokens), work.fork_pages(fork))
+            self._place_fork(fork, work.node)
         return True
+
+    def _fits(self, work: Work, path: list[Node]) -> bool:
+        prompt = sum(_own_pages(node) for node in path if node.pages is None)
+        return prompt + sum(work.fork_pages(fork) for fork in work.forks) <= self._pool.num_free
+
+    def _make_room(self, path: list[Node]) -> None:
+        """Drop prefixes that other work left behind for later, when nothing is live that would free pages."""
+        for work in (*self._waiting, *self._scoring):
+            for node in work.node.path():
+                if node not in path:
+                    self._drop(node)
 
     def _open(self, work: Work) -> bool:
         """Whether the first tokens of a prompt's completions may be chosen as soon as its last token is computed."""
         return not work.generating or work in self._filling
 
-    def _place_fork(self, fork: Fork, prefix: list[int], length: int, count: int) -> None:
-        fork.own_pages = self._pool.allocate(count)
-        shared, partial = divmod(length, PAGE_TOKENS)
-        fork.table = prefix[:shared] + fork.own_pages
-        fork.copy = (prefix[shared], fork.own_pages[0], partial) if partial and fork.own_pages else None
+    def _place_fork(self, fork: Fork, node: Node) -> None:
+        assert node.pages is not None
+        last = node.end + fork.max_new_tokens - 1
+        fork.own_pages, fork.table, fork.copy, fork.in_tail = self._continue_behind(node.pages, node.end, last, kept=True)
 
     def _release_forks(self, work: Work) -> None:
         for fork in work.forks:
             if fork.done:
-                self._pool.release(fork.own_pages)
-                fork.own_pages = []
+                self._release_fork(fork, work.node)
+
+    def _release_fork(self, fork: Fork, node: Node) -> None:
+        self._pool.release(fork.own_pages)
+        if fork.in_tail and node.pages is not None:
+            node.pages.tail_free = True
+        fork.own_pages, fork.in_tail = [], False
 
     def _retire(self, work: Work) -> None:
         work.done = True
@@ -231,7 +247,7 @@ class Scheduler:
 
     def _reserve_kept(self, work: Work) -> bool:
         path = work.node.path()
-        if sum(num_pages(node.start, node.end) for node in path if node.pages is None) > self._pool.num_free:
+        if sum(_own_pages(node) for node in path if node.pages is None) > self._pool.num_free:
             return False
         for node in path:
             self._place(node, kept=True)
@@ -244,23 +260,40 @@ class Scheduler:
     # Nodes -----------------------------------------------------------------------------------------------------------
 
     def _place(self, node: Node, *, kept: bool) -> None:
-        """Give a node its pages; the page in which it parts from its parent is copied."""
-        if node.pages is not None:
-            return
-        count = num_pages(node.start, node.end)
+        """Give a node its pages."""
+        if node.pages is None:
+            above = node.parent.pages if node.parent is not None else None
+            own, table, copy, in_tail = self._continue_behind(above, node.start, node.end, kept=kept)
+            node.pages = NodePages(kept, own, table, copy, in_tail)
+
+    def _continue_behind(
+        self, above: NodePages | None, start: int, end: int, *, kept: bool
+    ) -> tuple[list[int], list[int], tuple[int, int, int] | None, bool]:
+        """Pages for positions ``[start, end)`` behind a node: own pages, page table, what to copy, whether in the node's tail."""
+        shared, partial = divmod(start, PAGE_TOKENS)
+        if above is None or not partial or end <= start:
+            own = self._allocate(num_pages(start, end), kept)
+            return own, (above.table[:shared] if above else []) + own, None, False
+        if above.tail_free:
+            above.tail_free = False
+            own = self._allocate(num_pages(start + PAGE_TOKENS - partial, end), kept)
+            return own, above.table[: shared + 1] + own, None, True
+        own = self._allocate(num_pages(start, end), kept)
+        return own, above.table[:shared] + own, (above.table[shared], own[0], partial), False
+
+    def _allocate(self, count: int, kept: bool) -> list[int]:
         if kept:
-            own = self._pool.allocate(count)
-        else:
-            own = list(range(self._num_transient, self._num_transient + count))
-            self._num_transient += count
-        shared, partial = divmod(node.start, PAGE_TOKENS)
-        prefix = node.parent.pages.table if node.parent is not None and node.parent.pages is not None else []
-        copy = (prefix[shared], own[0], partial) if partial else None
-        node.pages = NodePages(kept, own, prefix[:shared] + own, copy)
+            return self._pool.allocate(count)
+        self._num_transient += count
+        return list(range(self._num_transient - count, self._num_transient))
 
     def _drop(self, node: Node) -> None:
-        if node.pages is not None and node.pages.kept:
+        if node.pages is None:
+            return
+        if node.pages.kept:
             self._pool.release(node.pages.own)
+        if node.pages.in_tail and node.parent is not None and node.parent.pages is not None:
+            node.parent.pages.tail_free = True
         node.pages = None
 
     def _schedule(self, work: Work, segments: list[Segment], budget: int | None) -> int:
@@ -304,6 +337,13 @@ class Scheduler:
             if last or forks:
                 wants.append(Want(count - 1, last, forks))
         return wants
+
+
+def _own_pages(node: Node) -> int:
+    """Pages that a node will need: one less where it can go on in its parent's last page."""
+    above = node.parent.pages if node.parent is not None else None
+    into = -node.start % PAGE_TOKENS if above is None or above.tail_free else 0
+    return num_pages(node.start + into, node.end)
 
 
 def _filled(work: Work) -> bool:

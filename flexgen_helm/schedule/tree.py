@@ -48,11 +48,16 @@ class NodePages:
     kept: bool
     """Kept over sweeps and for every layer, or only inside the layer being computed."""
     own: list[int]
-    """Pages that belong to this node: the first may begin with a copy of its parent's last tokens."""
+    """Pages that belong to this node, those of its parents not among them."""
     table: list[int]
     """Pages of the whole prefix from position 0 up to the node's end."""
     copy: tuple[int, int, int] | None
-    """(source page, own page, tokens): what must be copied before the node's first token attends."""
+    """(source page, own page, tokens): what must be copied before the node's first token attends, where another child goes on
+    in its parent's last page."""
+    in_tail: bool
+    """Whether the node begins in the rest of its parent's last page."""
+    tail_free: bool = True
+    """Whether the rest of the node's last page is nobody's: its first child, or first completion, goes on there."""
     scheduled: int = 0
     """Tokens of the node computed so far, those of the sweep being planned included."""
 
