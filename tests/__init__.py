@@ -1,0 +1,1 @@
+"""Tests of flexgen_helm; the tree mirrors the package."""

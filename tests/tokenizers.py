@@ -1,0 +1,38 @@
+"""A tokenizer for the tiny models, so simple that what it must do can be written down."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from string import ascii_lowercase
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from tests.models import VOCAB_SIZE
+
+SPECIAL = ["<pad>", "<s>", "</s>"]
+PAIRS = ["".join(pair) for pair in product(ascii_lowercase, repeat=2)][: VOCAB_SIZE - len(SPECIAL)]
+BOS = 1
+
+
+def save_pair_tokenizer(folder: Path, *, adds_bos: bool) -> None:
+    """Saves a tokenizer whose tokens are pairs of letters: ``"aaab"`` is the tokens ``aa`` and ``ab``.
+
+    Args:
+        folder: A model folder.
+        adds_bos: Whether it puts ``<s>`` before a text by itself.
+    """
+    vocab = {token: number for number, token in enumerate([*SPECIAL, *PAIRS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+
+
+def text_of(token_ids: list[int]) -> str:
+    """Returns the letters of tokens."""
+    return "".join([*SPECIAL, *PAIRS][token] for token in token_ids)
