@@ -1,0 +1,144 @@
+"""What happens to bad jobs, to their neighbours, and to an engine that is shared, broken into or closed."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import pytest
+
+from flexgen_helm import Engine, Job, Result
+from flexgen_helm.errors import FlexGenError, InvalidJob
+from tests.jobs import fixed_mix
+from tests.models import MAX_LENGTH, VOCAB_SIZE
+from tests.runtime.conftest import POLICY, Workbench
+
+GOOD = Job(token_ids=(5, 6, 7), max_new_tokens=3)
+BAD = {
+    "no prompt": Job(),
+    "prompt twice": Job(prompt="a", token_ids=(5, 6)),
+    "empty prompt": Job(token_ids=()),
+    "text without a tokenizer": Job(prompt="a b c"),
+    "stop without a tokenizer": Job(token_ids=(5, 6), stop=("\n",)),
+    "token beyond the vocabulary": Job(token_ids=(5, VOCAB_SIZE)),
+    "negative token": Job(token_ids=(-1, 5)),
+    "prompt beyond the context": Job(token_ids=(5,) * (MAX_LENGTH + 1), max_new_tokens=0, score_prompt=True),
+    "new tokens beyond the context": Job(token_ids=(5,) * 40, max_new_tokens=MAX_LENGTH - 39),
+    "negative limit": Job(token_ids=(5, 6), max_new_tokens=-1),
+    "negative temperature": Job(token_ids=(5, 6), temperature=-0.5),
+    "temperature not a number": Job(token_ids=(5, 6), temperature=float("nan")),
+    "top_p zero": Job(token_ids=(5, 6), temperature=1.0, top_p=0.0),
+    "top_p above one": Job(token_ids=(5, 6), temperature=1.0, top_p=1.5),
+    "nothing asked": Job(token_ids=(5, 6), max_new_tokens=0),
+    "no completion": Job(token_ids=(5, 6), num_completions=0),
+    "negative candidates": Job(token_ids=(5, 6), top_logprobs=-1),
+    "more candidates than tokens": Job(token_ids=(5, 6), top_logprobs=VOCAB_SIZE + 1),
+}
+
+
+@pytest.fixture(scope="module")
+def engine(bench: Workbench) -> Engine:
+    return bench.engine("opt")
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_invalid_job_raises_before_the_first_sweep(engine: Engine, kind: str) -> None:
+    before = engine.run([GOOD])
+    sweeps, answered = engine.stats.sweeps, []
+    with pytest.raises(InvalidJob) as error:
+        engine.run([GOOD, BAD[kind], GOOD], on_result=lambda index, result: answered.append(index))
+    assert len(str(error.value)) > 20
+    assert (engine.stats.sweeps, answered) == (sweeps, [])
+    with pytest.raises(InvalidJob):
+        engine.submit(BAD[kind])
+    assert engine.run([GOOD]) == before
+
+
+def test_errors_are_returned_and_the_others_run(engine: Engine) -> None:
+    good = fixed_mix(81, len(BAD))
+    mixed = [job for pair in zip(good, BAD.values(), strict=True) for job in pair]
+    results = engine.run(mixed, on_error="return")
+    assert results[::2] == engine.run(good)
+    for result in results[1::2]:
+        assert isinstance(result.error, InvalidJob)
+        assert result.completions == []
+
+
+def test_longest_job_that_fits_is_served(engine: Engine) -> None:
+    assert engine.max_length == MAX_LENGTH
+    result = engine.run([Job(token_ids=(5,) * (MAX_LENGTH - 4), max_new_tokens=4)])[0]
+    assert len(result.completions[0].token_ids) == 4
+
+
+def test_no_jobs(engine: Engine) -> None:
+    assert engine.run([]) == []
+
+
+def test_each_result_is_reported_once(engine: Engine) -> None:
+    jobs, seen = [*fixed_mix(83, 20), GOOD, GOOD], dict[int, Result]()
+
+    def note(index: int, result: Result) -> None:
+        assert index not in seen
+        seen[index] = result
+
+    results = engine.run(jobs, on_result=note)
+    assert [seen[index] for index in range(len(jobs))] == results
+
+
+def test_engine_survives_a_callback_that_raises(engine: Engine) -> None:
+    jobs = fixed_mix(85, 20)
+    expected = engine.run(jobs)
+
+    def fail(index: int, result: Result) -> None:
+        raise RuntimeError("callback failed")
+
+    with pytest.raises(RuntimeError, match="callback failed"):
+        engine.run(jobs, on_result=fail)
+    assert engine.run(jobs) == expected
+
+
+@pytest.mark.timeout(120)
+def test_submitting_from_many_threads_equals_run(engine: Engine) -> None:
+    jobs = fixed_mix(87, 32)
+    expected = engine.run(jobs)
+    start = threading.Barrier(8)
+
+    def send(part: list[Job]) -> list[Result]:
+        start.wait()
+        return [future.result(timeout=60) for future in [engine.submit(job) for job in part]]
+
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(send, [jobs[first::8] for first in range(8)]))
+    for first, part in enumerate(parts):
+        assert part == expected[first::8]
+
+
+@pytest.mark.timeout(120)
+def test_run_and_submit_at_the_same_time(engine: Engine) -> None:
+    jobs, late = fixed_mix(89, 24), fixed_mix(91, 8)
+    expected, expected_late = engine.run(jobs), engine.run(late)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(engine.run, jobs)
+        futures = [engine.submit(job) for job in late]
+        assert [future.result(timeout=60) for future in futures] == expected_late
+        assert running.result(timeout=60) == expected
+
+
+@pytest.mark.timeout(120)
+def test_closing(bench: Workbench) -> None:
+    with Engine.from_pretrained(str(bench.folder("opt")), dtype="float32", device="cpu", policy=POLICY) as engine:
+        futures: list[Future[Result]] = [engine.submit(job) for job in fixed_mix(93, 8)]
+    wait(futures, timeout=60)
+    for future in futures:
+        assert future.cancelled() or (future.done() and isinstance(future.exception(), FlexGenError | None))
+    engine.close()
+    with pytest.raises(FlexGenError, match="closed"):
+        engine.run([GOOD])
+    with pytest.raises(FlexGenError, match="closed"):
+        engine.submit(GOOD)
+
+
+def test_no_such_model(tmp_path: Path) -> None:
+    with pytest.raises(FlexGenError, match="missing"):
+        Engine.from_pretrained(str(tmp_path / "missing"), device="cpu")

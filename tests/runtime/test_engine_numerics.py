@@ -1,0 +1,77 @@
+"""16-bit weights, the automatic dtype, and what belongs in a cache key."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flexgen_helm import Engine, Job, Policy
+from tests.jobs import fixed_mix, random_tokens
+from tests.models import VOCAB_SIZE
+from tests.runtime.conftest import NARROW, POLICY, Workbench
+
+FAMILY = "mistral"
+PROMPTS = [random_tokens(seed, 1 + 5 * seed) for seed in range(12)]
+
+
+def test_bfloat16_answers_do_not_depend_on_order_or_packing(bench: Workbench) -> None:
+    engine, jobs = bench.engine(FAMILY, dtype="bfloat16"), fixed_mix(95, 20)
+    together = engine.run(jobs)
+    assert bench.engine(FAMILY, dtype="bfloat16", order="row").run(jobs) == together
+    assert bench.engine(FAMILY, dtype="bfloat16", policy=NARROW).run(jobs) == together
+    assert [engine.run([job])[0] for job in jobs[::4]] == together[::4]
+    assert engine.run(jobs[::-1]) == together[::-1]
+
+
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(bench: Workbench) -> None:
+    """Mean Kullback-Leibler divergence over whole distributions, and agreement of the most likely token."""
+    exact = torch.stack([bench.reference(FAMILY).log_probs(ids)[-1] for ids in PROMPTS])
+    peer = torch.stack([bench.reference(FAMILY, dtype="bfloat16").log_probs(ids)[-1] for ids in PROMPTS])
+    jobs = [Job(token_ids=ids, max_new_tokens=1, top_logprobs=VOCAB_SIZE) for ids in PROMPTS]
+    ours = torch.empty_like(exact)
+    for row, result in zip(ours, bench.engine(FAMILY, dtype="bfloat16").run(jobs), strict=True):
+        candidates = result.completions[0].top_logprobs[0]
+        row[[candidate.token_id for candidate in candidates]] = torch.tensor([c.logprob for c in candidates])
+    assert torch.allclose(ours.exp().sum(-1), torch.ones(len(PROMPTS)), atol=1e-3)
+    assert divergence(exact, ours) < 2 * divergence(exact, peer) + 1e-4
+    assert (ours.argmax(-1) == exact.argmax(-1)).float().mean() > 0.7
+
+
+def divergence(expected: torch.Tensor, got: torch.Tensor) -> float:
+    """Mean over rows of the divergence of ``got`` from ``expected``, both log-probabilities, in nats."""
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
+def test_automatic_dtype_on_a_cpu_is_float32(bench: Workbench, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bench.folder(FAMILY), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    jobs = fixed_mix(97, 6)
+    with Engine.from_pretrained(str(tmp_path), device="cpu", policy=POLICY) as automatic:
+        answers, numerics = automatic.run(jobs), automatic.numerics
+    with Engine.from_pretrained(str(tmp_path), dtype="float32", device="cpu", policy=POLICY) as named:
+        assert named.run(jobs) == answers
+        assert named.numerics == numerics
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"num_gpu_batches": 2}, True),
+        ({"block_tokens": 512}, True),
+        ({"gpu_batch_size": 32}, False),
+        ({"gpu_batch_tokens": 64}, False),
+    ],
+)
+def test_numerics_hold_row_sizes_and_no_placement(bench: Workbench, change: dict[str, int], same: bool) -> None:
+    policy: Policy = replace(POLICY, **change)
+    changed = bench.engine("qwen2", policy=policy).numerics
+    assert (changed == bench.engine("qwen2").numerics) is same
+
+
+def test_numerics_tell_weights_and_dtypes_apart(bench: Workbench) -> None:
+    engines = [bench.engine("qwen2"), bench.engine("qwen2", dtype="bfloat16"), bench.engine("qwen3")]
+    assert len({tuple(sorted(engine.numerics.items())) for engine in engines}) == 3

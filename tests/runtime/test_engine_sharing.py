@@ -1,0 +1,82 @@
+"""What is computed once: shared prefixes and identical jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hypothesis import given
+
+from flexgen_helm import Job
+from tests.jobs import job_mixes, random_tokens
+from tests.runtime.conftest import NARROW, Workbench
+from tests.runtime.test_exactness import few_examples
+
+
+def trie_size(prompts: Iterable[Sequence[int]]) -> int:
+    """Counts the nodes of a trie over the prompts, the root left out."""
+    root: dict[int, Any] = {}
+    count = 0
+    for prompt in prompts:
+        node = root
+        for token in prompt:
+            if token not in node:
+                node[token] = {}
+                count += 1
+            node = node[token]
+    return count
+
+
+@few_examples
+@given(jobs=job_mixes(max_jobs=20))
+def test_prompt_tokens_computed_is_the_size_of_the_prefix_tree(bench: Workbench, jobs: list[Job]) -> None:
+    # One token more for each job, so that its last prompt token is needed as well.
+    jobs = [Job(token_ids=job.token_ids, max_new_tokens=1 + job.max_new_tokens) for job in jobs]
+    engine = bench.engine("qwen2")
+    results = engine.run(jobs)
+    prompts = [job.token_ids or [] for job in jobs]
+    assert engine.stats.num_jobs == len(jobs)
+    assert engine.stats.prompt_tokens_asked == sum(len(prompt) for prompt in prompts)
+    assert engine.stats.prompt_tokens_computed == trie_size(prompts)
+    assert [result.prompt_token_ids for result in results] == [list(prompt) for prompt in prompts]
+
+
+def test_few_shot_prefix_is_computed_once_for_scoring(bench: Workbench) -> None:
+    prefix = random_tokens(51, 50)
+    prompts = [prefix + random_tokens(52 + number, 5) for number in range(30)]
+    engine = bench.engine("qwen2")
+    engine.run([Job(token_ids=prompt, max_new_tokens=1, score_prompt=True) for prompt in prompts])
+    assert engine.stats.prompt_tokens_computed == trie_size(prompts)
+    assert engine.stats.sweeps == 1
+
+
+def test_identical_jobs_are_computed_once(bench: Workbench) -> None:
+    engine, prompt = bench.engine("qwen2"), random_tokens(61, 30)
+    for temperature in (0.0, 1.0):
+        job = Job(token_ids=prompt, max_new_tokens=6, temperature=temperature, seed=1)
+        single = engine.run([job])[0]
+        once = engine.stats
+        assert engine.run([job] * 5) == [single] * 5
+        assert engine.stats.prompt_tokens_computed == once.prompt_tokens_computed == len(prompt)
+        assert engine.stats.prompt_tokens_asked == 5 * len(prompt)
+        assert engine.stats.sweeps == once.sweeps
+
+
+def test_a_small_block_computes_at_least_the_tree_and_at_most_everything(bench: Workbench) -> None:
+    prefix = random_tokens(71, 40)
+    prompts = [prefix + random_tokens(72 + number, 10) for number in range(40)]
+    engine = bench.engine("qwen2", policy=NARROW)
+    engine.run([Job(token_ids=prompt, max_new_tokens=4) for prompt in prompts])
+    computed = engine.stats.prompt_tokens_computed
+    assert trie_size(prompts) <= computed < engine.stats.prompt_tokens_asked
+
+
+def test_statistics_of_generation(bench: Workbench) -> None:
+    engine = bench.engine("qwen2")
+    results = engine.run([Job(token_ids=random_tokens(seed, 10), max_new_tokens=seed) for seed in range(1, 9)])
+    stats = engine.stats
+    assert stats.generated_tokens == sum(len(c.token_ids) for result in results for c in result.completions)
+    # All fit in the block, so that no sweep is spent on fewer jobs than could be in it.
+    assert stats.sweeps == 8
+    assert stats.seconds > 0
+    assert stats.peak_bytes > 0

@@ -1,0 +1,163 @@
+"""The three levels of exactness for every family: same rows, any packing, and against plain ``transformers``.
+
+A: the order of computation changes no bit. B: no packing of jobs changes a bit of an answer. C: answers are those of
+``transformers`` one at a time, within the tolerances of ``tests.reference``.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from flexgen_helm import Job, Policy, Result
+from tests.jobs import fixed_mix, job_mixes, random_tokens
+from tests.models import FAMILIES
+from tests.reference import Agreement, largest
+from tests.runtime.conftest import NARROW, POLICY, Workbench
+
+EXPERT_TOLERANCE = 1e-5
+"""Experts see as many rows as are routed to them, so a mixture depends on its neighbours by rounding."""
+LONG_FAMILIES = ["llama", "opt", "gemma2", "gpt_oss", "deepseek_v3"]
+"""Grouped heads, learned positions, softcap, sinks and latent attention, over several key splits."""
+
+few_examples = settings(
+    max_examples=4,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+many_examples = settings(few_examples, max_examples=60, phases=[Phase.generate, Phase.shrink])
+
+
+def assert_level_c(bench: Workbench, family: str, jobs: list[Job], *, policy: Policy = POLICY) -> Agreement:
+    """Runs the jobs together and compares each with the reference."""
+    agreement = Agreement()
+    for job, result in zip(jobs, bench.engine(family, policy=policy).run(jobs), strict=True):
+        agreement.add(job, result, bench.reference(family))
+    print(f"{family}: {agreement}")
+    assert not agreement.failures, agreement.failures
+    return agreement
+
+
+def assert_level_b(family: str, expected: list[Result], got: list[Result]) -> None:
+    """Compares answers of one engine: bit for bit, or within rounding for a mixture of experts."""
+    if not FAMILIES[family].experts:
+        assert got == expected
+        return
+    for a, b in zip(expected, got, strict=True):
+        assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]
+        pairs = list(zip(logprobs(a), logprobs(b), strict=True))
+        assert largest(x - y for x, y in pairs) <= EXPERT_TOLERANCE
+
+
+def logprobs(result: Result) -> list[float]:
+    """Every log-probability of a result."""
+    candidates = [c.logprob for completion in result.completions for step in completion.top_logprobs for c in step]
+    generated = [value for completion in result.completions for value in completion.logprobs]
+    return [*(result.prompt_logprobs or []), *generated, *candidates]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@few_examples
+@given(jobs=job_mixes())
+def test_level_c(bench: Workbench, family: str, jobs: list[Job]) -> None:
+    assert_level_c(bench, family, jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@many_examples
+@given(jobs=job_mixes(max_jobs=24))
+def test_level_c_broadly(bench: Workbench, family: str, jobs: list[Job]) -> None:
+    assert_level_c(bench, family, jobs, policy=NARROW)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [(8, 48), (32, 20)])
+def test_other_row_sizes_stay_within_level_c(bench: Workbench, family: str, sizes: tuple[int, int]) -> None:
+    policy = Policy(gpu_batch_size=sizes[0], num_gpu_batches=2, gpu_batch_tokens=sizes[1], block_tokens=4096)
+    assert assert_level_c(bench, family, fixed_mix(3, 12), policy=policy).tokens > 0
+
+
+def test_end_token_stops_a_completion(bench: Workbench) -> None:
+    jobs = [replace(job, max_new_tokens=12) for job in fixed_mix(5, 16)]
+    results = bench.engine("llama").run(jobs)
+    reasons = {completion.finish_reason for result in results for completion in result.completions}
+    assert reasons == {"endoftext", "length"}
+    assert_level_c(bench, "llama", jobs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_level_a_row_and_zigzag_order(bench: Workbench, family: str) -> None:
+    jobs = fixed_mix(7, 20)
+    assert bench.engine(family, order="row").run(jobs) == bench.engine(family, order="zigzag").run(jobs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_level_b_neighbours_and_order(bench: Workbench, family: str) -> None:
+    engine, jobs = bench.engine(family), fixed_mix(11, 20)
+    together = engine.run(jobs)
+    for index in range(0, len(jobs), 4):
+        assert_level_b(family, [together[index]], engine.run([jobs[index]]))
+    order = random.Random(11).sample(range(len(jobs)), len(jobs))
+    assert_level_b(family, [together[index] for index in order], engine.run([jobs[index] for index in order]))
+    assert_level_b(family, together, engine.run(jobs[:7]) + engine.run(jobs[7:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(many_examples, max_examples=30)
+@given(jobs=job_mixes(max_jobs=24), shuffled=st.randoms(use_true_random=False))
+def test_level_b_broadly(bench: Workbench, family: str, jobs: list[Job], shuffled: random.Random) -> None:
+    together = bench.engine(family).run(jobs)
+    order = shuffled.sample(range(len(jobs)), len(jobs))
+    narrow = bench.engine(family, policy=NARROW).run([jobs[index] for index in order])
+    assert_level_b(family, [together[index] for index in order], narrow)
+    alone = shuffled.randrange(len(jobs))
+    assert_level_b(family, [together[alone]], bench.engine(family).run([jobs[alone]]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_level_b_block_sizes(bench: Workbench, family: str) -> None:
+    jobs = fixed_mix(13, 40)
+    assert_level_b(family, bench.engine(family).run(jobs), bench.engine(family, policy=NARROW).run(jobs))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_level_b_shared_prefix(bench: Workbench, family: str) -> None:
+    """Prompts that share 40 tokens, beside an unrelated long one, against each of them alone."""
+    engine, prefix = bench.engine(family), random_tokens(1, 40)
+    prompts = [prefix, *(prefix + random_tokens(seed, seed) for seed in range(2, 7)), random_tokens(9, 60)]
+    jobs = [Job(token_ids=ids, max_new_tokens=6, score_prompt=True, top_logprobs=10) for ids in prompts]
+    assert_level_b(family, engine.run(jobs), [engine.run([job])[0] for job in jobs])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_level_b_other_fields_of_the_job(bench: Workbench, family: str) -> None:
+    """What else a job asks for changes neither its tokens nor their log-probabilities."""
+    engine, jobs = bench.engine(family), [replace(job, max_new_tokens=6) for job in fixed_mix(17, 8)]
+    full = engine.run([replace(job, score_prompt=True) for job in jobs])
+    bare = engine.run([replace(job, score_prompt=False, top_logprobs=0, max_new_tokens=3) for job in jobs])
+    tolerance = EXPERT_TOLERANCE if FAMILIES[family].experts else 0.0
+    for a, b in zip(full, bare, strict=True):
+        long, short = a.completions[0], b.completions[0]
+        assert short.token_ids == long.token_ids[:3]
+        assert largest(x - y for x, y in zip(short.logprobs, long.logprobs, strict=False)) <= tolerance
+        assert b.prompt_logprobs is None
+
+
+@pytest.mark.parametrize("family", LONG_FAMILIES)
+def test_long_prompts(bench: Workbench, family: str) -> None:
+    """Prompts longer than a row and than one split of keys, behind a prefix that ends inside a page and a split."""
+    prefix = random_tokens(21, 270)
+    prompts = [prefix + random_tokens(22, 7), prefix + random_tokens(23, 250), random_tokens(24, 255), prefix[:256]]
+    jobs = [Job(token_ids=ids, max_new_tokens=5, score_prompt=True, top_logprobs=10) for ids in prompts]
+    assert_level_c(bench, family, jobs)
+    engine = bench.engine(family)
+    assert_level_b(family, engine.run(jobs), [engine.run([job])[0] for job in jobs])
