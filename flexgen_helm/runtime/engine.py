@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -24,6 +25,7 @@ from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
 from flexgen_helm.runtime.loading import LoadedModel, load_model
+from flexgen_helm.runtime.progress import Progress
 from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, validated
 from flexgen_helm.runtime.vocabulary import Vocabulary
@@ -133,7 +135,6 @@ class Engine:
             InvalidJob: A job that cannot be served, with ``on_error="raise"``.
             OutOfSpace: A job whose K and V can never fit.
         """
-        del progress
         results: list[Result | None] = [None] * len(jobs)
         tickets: dict[int, Ticket] = {}
         for index, job in enumerate(jobs):
@@ -144,7 +145,7 @@ class Engine:
                     raise type(error)(f"job {index}: {error}") from None
                 results[index] = Result(error=error)
         with self._run_lock:
-            self._run(tickets, results, on_result)
+            self._run(tickets, results, on_result, progress)
         return [result for result in results if result is not None]
 
     def submit(self, job: Job) -> Future[Result]:
@@ -195,17 +196,24 @@ class Engine:
     def _gib(self, pages: int) -> float:
         return pages * PAGE_TOKENS * self.verdict.cache_bytes_per_token / 2**30
 
-    def _run(self, tickets: dict[int, Ticket], results: list[Result | None], on_result: Callable[[int, Result], None] | None) -> None:
-        begin, before, peak = time.perf_counter(), self._worker.snapshot, _Peak(self._device)
+    def _run(
+        self,
+        tickets: dict[int, Ticket],
+        results: list[Result | None],
+        on_result: Callable[[int, Result], None] | None,
+        shown: bool | None,
+    ) -> None:
+        before, watch = self._worker.snapshot, _Watch(self._device, len(tickets), self._worker.snapshot, shown)
         finished: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._worker.watch = peak
+        self._worker.watch = watch
         for index, ticket in tickets.items():
-            ticket.future.add_done_callback(lambda _, index=index: finished.put(index))  # type: ignore[misc]
+            ticket.future.add_done_callback(functools.partial(_put, finished, index))
         try:
             self._worker.put(list(tickets.values()))
             for _ in tickets:
                 index = finished.get()
                 result = results[index] = tickets[index].future.result()
+                watch.progress.request_done()
                 if on_result is not None:
                     on_result(index, result)
         except CancelledError:
@@ -215,19 +223,30 @@ class Engine:
             raise
         finally:
             self._worker.watch = None
+            watch.progress.close()
         self.stats = _stats(tickets, results, before, self._worker.snapshot)
-        self.stats.seconds, self.stats.peak_bytes = time.perf_counter() - begin, peak.bytes
+        self.stats.seconds, self.stats.peak_bytes = watch.seconds(), watch.peak_bytes
+        logger.info("%s", watch.progress.finish(self.stats))
 
 
-class _Peak:
-    """Highest memory in use that a run has seen."""
+class _Watch:
+    """Sees every operation of a run: draws the bar and notes the highest memory in use."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.bytes = used_bytes(device)
+    def __init__(self, device: torch.device, num_jobs: int, since: Snapshot, shown: bool | None) -> None:
+        self._device, self._begin = device, time.perf_counter()
+        self.peak_bytes = used_bytes(device)
+        self.progress = Progress(num_jobs, since=since, shown=shown)
 
     def __call__(self, snapshot: Snapshot) -> None:
-        self.bytes = max(self.bytes, used_bytes(self._device))
+        self.peak_bytes = max(self.peak_bytes, used_bytes(self._device))
+        self.progress.update(snapshot)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begin
+
+
+def _put(finished: queue.SimpleQueue[int], index: int, _: object) -> None:
+    finished.put(index)
 
 
 def _stats(tickets: dict[int, Ticket], results: list[Result | None], before: Snapshot, after: Snapshot) -> RunStats:

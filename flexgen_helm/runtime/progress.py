@@ -19,38 +19,40 @@ REFRESH_SECONDS = 0.1
 
 _STEPS = 1000
 
+_DECAY = 0.9
+"""Weight of a sweep relative to the one after it: near the end of a run few sequences share the cost of a row."""
+
 
 class TimeLeft:
     """Estimates the time that a run still needs, from what its prompt tokens and new tokens have cost so far.
 
     A prompt token shares its row with many others and a new token with few, so each kind has its own cost, fitted to
-    the sweeps so far by least squares. New tokens are counted by how fast the remaining budget shrinks: a completion
-    that ends early returns the rest of its budget, so early ends are foreseen as often as they happened.
+    the last sweeps by least squares. Completions that end early return the rest of their budget: of the budget that
+    is left, the share is expected to be used that was used of the budget so far.
     """
 
     def __init__(self, since: Snapshot, clock: Callable[[], float]) -> None:
         """Start at ``since``, the state before the run."""
         self._clock = clock
         self._began = clock()
-        self._now, self._sweep_end = since, since
         self._first = since.sweeps
-        self._unfinished: tuple[float, int, int] | None = None
-        # Sums over the sweeps: products of prompt tokens, retired new tokens and seconds.
+        self._now, self._sweep_end = since, since
+        self._generated = self._retired = 0
+        # Weighted sums over the sweeps: products of prompt tokens, new tokens and seconds.
         self._pp = self._pn = self._nn = self._pt = self._nt = 0.0
 
     def observe(self, snapshot: Snapshot) -> None:
         """Take in the state after an operation; every one must be shown, in their order."""
-        if snapshot.sweeps != self._now.sweeps:
-            seconds = self._clock() - self._began
-            prompt_tokens = snapshot.prompt_tokens - self._sweep_end.prompt_tokens
-            self._unfinished = (seconds, prompt_tokens, snapshot.new_tokens_left)
-            self._began, self._sweep_end = self._clock(), snapshot
-        elif self._unfinished is not None:
-            # How much of the budget a sweep retired shows only when the next one is planned.
-            seconds, prompt_tokens, budget = self._unfinished
-            self._add(seconds, prompt_tokens, max(0, budget - snapshot.new_tokens_left))
-            self._unfinished = None
+        last, end = self._now, self._sweep_end
         self._now = snapshot
+        if snapshot.sweeps != last.sweeps:
+            new_tokens = snapshot.generated_tokens - end.generated_tokens
+            self._add(self._clock() - self._began, snapshot.prompt_tokens - end.prompt_tokens, new_tokens)
+            self._generated += new_tokens
+            self._began, self._sweep_end = self._clock(), snapshot
+        elif last is end:
+            # How much of the budget a sweep retired shows only when the next one is planned.
+            self._retired += max(0, last.new_tokens_left - snapshot.new_tokens_left)
 
     def seconds(self) -> float | None:
         """Return the estimate in seconds, None in a first sweep that others follow: nothing is known of their cost."""
@@ -61,14 +63,15 @@ class TimeLeft:
         if not self._pp and not self._nn:
             return None
         per_prompt_token, per_new_token = self._costs()
-        return this_sweep + per_prompt_token * now.prompt_tokens_left + per_new_token * now.new_tokens_left
+        new_tokens = now.new_tokens_left * min(1.0, self._generated / max(1, self._retired))
+        return this_sweep + per_prompt_token * now.prompt_tokens_left + per_new_token * new_tokens
 
     def _add(self, seconds: float, prompt_tokens: int, new_tokens: int) -> None:
-        self._pp += prompt_tokens * prompt_tokens
-        self._pn += prompt_tokens * new_tokens
-        self._nn += new_tokens * new_tokens
-        self._pt += prompt_tokens * seconds
-        self._nt += new_tokens * seconds
+        self._pp = _DECAY * self._pp + prompt_tokens * prompt_tokens
+        self._pn = _DECAY * self._pn + prompt_tokens * new_tokens
+        self._nn = _DECAY * self._nn + new_tokens * new_tokens
+        self._pt = _DECAY * self._pt + prompt_tokens * seconds
+        self._nt = _DECAY * self._nt + new_tokens * seconds
 
     def _costs(self) -> tuple[float, float]:
         """Return seconds for a prompt token and for a new token, neither negative."""
