@@ -167,7 +167,15 @@ class _Planner:
         rows = [visit.row_range[0] for visit, _ in alive]
         mask = self._additive(torch.stack([row for _, row in alive]))[:, None, None]
         pages = [page for visit, _ in alive for page in visit.pages]
-        self._add(alive[0][0], rows, len(alive), pages, (rows, 0, mask, None), batched=True, chunks=[v.chunk for v, _ in alive])
+        self._add(
+            alive[0][0],
+            rows,
+            len(alive),
+            pages,
+            (rows, 0, mask, None),
+            batched=True,
+            chunks=[v.chunk for v, _ in alive],
+        )
 
     def _add(
         self,

@@ -60,7 +60,14 @@ class RowAttention:
             writes.freeze()
 
     def attend(
-        self, key: CacheKey, qkv: tuple[Tensor, Tensor, Tensor], rule: MaskRule, *, scale: float, softcap: float | None, sinks: Tensor | None
+        self,
+        key: CacheKey,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        rule: MaskRule,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """Attention of the row's tokens in one layer.
 

@@ -28,10 +28,16 @@ class PageTensors(NamedTuple):
     v: Tensor
 
 
+GROWTH = 1.5
+"""Kept storage that is too small is made larger by at least this factor, since growing copies what is stored."""
+
+
 class PagedCache:
     """Storage behind the page numbers of a scheduler. Grows with the highest page in use."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int | None = None) -> None:
+        """Nothing is allocated yet; kept pages will never be more than ``capacity``."""
+        self._capacity = capacity
         self._kept: dict[CacheKey, PageTensors] = {}
         self._transient: dict[tuple[int, torch.Size, torch.Size], PageTensors] = {}
         self._pages = {True: 0, False: 0}
@@ -40,7 +46,9 @@ class PagedCache:
 
     def reserve(self, *, kept: int, transient: int) -> None:
         """Make room for pages numbered below these; tensors follow at their next use."""
-        self._pages[True] = max(self._pages[True], kept)
+        if kept > self._pages[True]:
+            grown = max(kept, int(GROWTH * self._pages[True]))
+            self._pages[True] = grown if self._capacity is None else min(grown, self._capacity)
         self._pages[False] = max(self._pages[False], transient)
 
     def tensors(self, key: CacheKey, k: Tensor, v: Tensor, *, kept: bool) -> PageTensors:

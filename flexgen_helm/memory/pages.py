@@ -24,10 +24,12 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
+        """Pages that may still be taken."""
         return self.capacity - self.high_water + len(self._free)
 
     @property
     def num_used(self) -> int:
+        """Pages that are taken."""
         return self.high_water - len(self._free)
 
     def allocate(self, count: int) -> list[int]:

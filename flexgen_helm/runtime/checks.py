@@ -150,7 +150,9 @@ def _short_copy(model: RecordedModel) -> PreTrainedModel:
     kinds = [_kind(model.model.config, j, layer) for j, layer in enumerate(model.layers)]
     count = max(2, max(kinds.index(kind) for kind in kinds) + 1)
     with model.shortened(count) as short:
-        return copy.deepcopy(short).float()
+        duplicate = copy.deepcopy(short)
+    duplicate.float()
+    return duplicate
 
 
 def _kind(config: object, j: int, layer: torch.nn.Module) -> tuple[object, ...]:

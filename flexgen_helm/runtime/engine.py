@@ -170,7 +170,7 @@ class Engine:
 
     def _start(self, order: Order) -> Worker:
         block_tokens = self.policy.block_tokens or default_block_tokens(self.policy, self._loaded.model)
-        cache = PagedCache()
+        cache = PagedCache(self._pool.capacity)
         scheduler = Scheduler(self.policy, block_tokens=block_tokens, pool=self._pool, keep_all=order != "zigzag")
         executor = SerialExecutor(self._model, cache, head_slice=self.policy.gpu_batch_size, order=order)
         vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
@@ -188,8 +188,8 @@ class Engine:
         needed = num_pages(0, length) + completions * num_pages(length, length + job.max_new_tokens - 1)
         if needed > self._pool.capacity:
             raise OutOfSpace(
-                f"The job's K and V need {self._gib(needed):.2f} GiB, but {self._gib(self._pool.capacity):.2f} GiB are there for "
-                "all jobs. Shorten the prompt, ask for fewer or shorter completions, or free memory."
+                f"The job's K and V need {self._gib(needed):.2f} GiB, but there are {self._gib(self._pool.capacity):.2f} GiB "
+                "for all jobs. Shorten the prompt, ask for fewer or shorter completions, or free memory."
             )
         return prepared
 
@@ -216,6 +216,9 @@ class Engine:
                 watch.progress.request_done()
                 if on_result is not None:
                     on_result(index, result)
+            self.stats = _stats(tickets, results, before, self._worker.snapshot)
+            self.stats.seconds, self.stats.peak_bytes = watch.seconds(), watch.peak_bytes
+            logger.info("%s", watch.progress.finish(self.stats))
         except CancelledError:
             raise FlexGenError("The engine was closed while it computed. Make a new one with Engine.from_pretrained.") from None
         except BaseException:
@@ -224,9 +227,6 @@ class Engine:
         finally:
             self._worker.watch = None
             watch.progress.close()
-        self.stats = _stats(tickets, results, before, self._worker.snapshot)
-        self.stats.seconds, self.stats.peak_bytes = watch.seconds(), watch.peak_bytes
-        logger.info("%s", watch.progress.finish(self.stats))
 
 
 class _Watch:

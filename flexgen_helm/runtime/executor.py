@@ -64,7 +64,7 @@ class SerialExecutor:
         return self._model.record(token_ids, positions, RowAttention(row, self._cache, self._model.device))
 
     def _logits(self, wanted: list[tuple[Want, Recording]]) -> Tensor:
-        hidden = torch.stack([recording.hidden[0, want.index] for want, recording in wanted if recording.hidden is not None])
+        hidden = torch.stack([recording.hidden[0, want.offset] for want, recording in wanted if recording.hidden is not None])
         padded = hidden.new_zeros(self._head_slice, hidden.shape[1])
         padded[: len(wanted)] = hidden
         return self._model.finish(padded)[: len(wanted)].float()

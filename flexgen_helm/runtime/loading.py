@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
@@ -66,7 +73,14 @@ def load_model(name_or_path: str, *, dtype: str, device: torch.device, revision:
     tokenizer = _read_tokenizer(name_or_path, folder)
     end_ids = _end_token_ids(model)
     return LoadedModel(
-        name_or_path, folder, _placed(model, device, name_or_path), tokenizer, max_length, length_reason, text.vocab_size, end_ids
+        name_or_path,
+        folder,
+        _placed(model, device, name_or_path),
+        tokenizer,
+        max_length,
+        length_reason,
+        text.vocab_size,
+        end_ids,
     )
 
 
@@ -94,12 +108,13 @@ def _read_config(name: str, folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").exists():
         raise FlexGenError(f"{folder} has no config.json, so it is no model folder. Give the folder that holds it.")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UnsupportedModel(
             f"{name}: this version of transformers cannot read its config ({type(error).__name__}: {error}). Code that ships "
             "with a checkpoint (trust_remote_code) is never run; upgrade transformers if it knows the family by now."
         ) from error
+    return config
 
 
 def _refuse_by_config(name: str, folder: Path, config: PreTrainedConfig) -> None:
@@ -140,21 +155,28 @@ def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.d
 def _read_weights(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         # Weights arrive tensor by tensor in the wanted dtype: the model is never held twice.
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
     except Exception as error:
         raise CorruptFile(
-            f"The weights of {name} could not be read ({type(error).__name__}: {error}). A shard may be torn or missing in {folder}: "
-            "fetch it again."
+            f"The weights of {name} could not be read ({type(error).__name__}: {error}). A shard may be torn or missing in "
+            f"{folder}: fetch it again."
         ) from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
+    if not any(
+        (folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    ):
         logger.info("%s has no tokenizer: jobs must give token_ids", name)
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:
         raise CorruptFile(f"The tokenizer in {folder} could not be read ({type(error).__name__}: {error}).") from error
     return tokenizer
@@ -190,7 +212,8 @@ def _placed(model: PreTrainedModel, device: torch.device, name: str) -> PreTrain
     free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise FlexGenError(
-            f"{name} needs {needed / 2**30:.1f} GiB on {device}, where {free / 2**30:.1f} GiB are free. Use device='cpu'; weights "
-            "on several tiers are not supported yet."
+            f"{name} needs {needed / 2**30:.1f} GiB on {device}, where {free / 2**30:.1f} GiB are free. Use device='cpu'; "
+            "weights on several tiers are not supported yet."
         )
-    return model.to(device)  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
+    return model

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,8 +26,10 @@ from flexgen_helm.memory.cache import CacheKey
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 HARMLESS_ARGUMENTS = frozenset(
-    "dropout sliding_window position_ids use_cache is_causal cache_position output_attentions output_hidden_states return_dict "
-    "position_embeddings logits_to_keep".split()
+    (
+        *("dropout", "sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache", "is_causal"),
+        *("output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"),
+    )
 )
 """Arguments of an attention function that change nothing beside what our mask, positions and scale already say."""
 _names = itertools.count()
@@ -125,10 +127,8 @@ class RecordedModel:
         """Run the model up to its layers and note how each would be called."""
         recording = Recording(torch.tensor(positions, device=self.device), attention)
         self._recording, self._final = recording, None
-        try:
+        with suppress(_Recorded):
             self.model(**self._inputs(torch.tensor([token_ids], device=self.device), recording.positions[None]))
-        except _Recorded:
-            pass
         if len(recording.calls) != len(self.layers):
             raise UnsupportedModel(f"its forward visits {len(recording.calls)} of {len(self.layers)} layers, in one pass")
         return recording
@@ -183,7 +183,12 @@ class RecordedModel:
 
     def _inputs(self, ids: Tensor, positions: Tensor) -> dict[str, Any]:
         # A mask of ones keeps the library from looking for packed sequences itself.
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        inputs = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "attention_mask": torch.ones_like(ids),
+            "use_cache": False,
+        }
         return {**inputs, "logits_to_keep": torch.arange(ids.shape[1], device=ids.device)} if self._keeps else inputs
 
     def _install(self, ours: bool) -> None:
@@ -243,7 +248,7 @@ class RecordedModel:
             raise UnsupportedModel(f"its attention is called with {key.shape[2]} keys for {query.shape[2]} queries")
         current = self._key
         self._key = current._replace(call=current.call + 1)
-        qkv = tuple(x[0].transpose(0, 1) for x in (query, key, value))
+        qkv = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return recording.attention.attend(current, qkv, attention_mask, scale=scale, softcap=softcap, sinks=s_aux)[None]
 

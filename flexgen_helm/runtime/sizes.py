@@ -39,7 +39,7 @@ def _rounded(policy: Policy) -> Policy:
 
 def default_block_tokens(policy: Policy, model: PreTrainedModel) -> int:
     """Prompt tokens of a block whose hidden states fit well into memory."""
-    width = model.config.get_text_config(decoder=True).hidden_size * model.dtype.itemsize * HIDDEN_COPIES
+    width: int = model.config.get_text_config(decoder=True).hidden_size * model.dtype.itemsize * HIDDEN_COPIES
     fitting = int(HIDDEN_SHARE * free_bytes(model.device)) // width
     return max(policy.num_gpu_batches * policy.gpu_batch_tokens, min(MOST_BLOCK_TOKENS, fitting))
 

@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.pages import PagePool
@@ -45,7 +47,9 @@ class _Cancelled(Exception):
 class Worker:
     """Owns scheduler and executor. All computation happens in its thread."""
 
-    def __init__(self, scheduler: Scheduler, executor: SerialExecutor, intake: Intake, storage: tuple[PagePool, PagedCache]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, executor: SerialExecutor, intake: Intake, storage: tuple[PagePool, PagedCache]
+    ) -> None:
         self._scheduler, self._executor, self._intake = scheduler, executor, intake
         self._pool, self._cache = storage
         self._arrived: list[Ticket] = []
@@ -96,7 +100,7 @@ class Worker:
                 if self._cancelling:
                     raise _Cancelled
                 self._step()
-            except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it; the thread itself goes on
+            except BaseException as error:  # whoever waits must hear of it; the thread itself goes on
                 self._fail(error)
                 if self._closing:
                     return
@@ -122,8 +126,8 @@ class Worker:
             self._tickets[ticket.work].append(ticket)
         self._scheduler.add(works)
 
-    def _on_logits(self, wants: list[Want], logits: object) -> None:
-        answer(wants, logits)  # type: ignore[arg-type]
+    def _on_logits(self, wants: list[Want], logits: Tensor) -> None:
+        answer(wants, logits)
         self._generated += sum(len(want.forks) for want in wants)
 
     def _on_operation(self, operation: Operation) -> None:

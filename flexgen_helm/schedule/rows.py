@@ -1,4 +1,4 @@
-"""Rows: the tokens of many sequences side by side, always the same number of them (DESIGN "Rows, pages and the prefix tree")."""
+"""Rows: the tokens of many sequences side by side, always the same number of them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Fork:
 class Want(NamedTuple):
     """A position of a row whose logits are needed."""
 
-    index: int
-    """Position in the row."""
+    offset: int
+    """Tokens before it in the row."""
     targets: tuple[tuple[Node, int], ...]
     """(node, i): the log-probability of ``node.tokens[i]`` is read here and stored in ``node.logprobs[i]``."""
     forks: tuple[Fork, ...]
@@ -48,10 +48,11 @@ class Segment:
     kept: bool
     copy: tuple[int, int, int] | None = None
     wants: list[Want] = field(default_factory=list)
-    """`Want.index` counts from the segment's first token here, from the row's first token in `Row.wants`."""
+    """`Want.offset` counts from the segment's first token here, from the row's first token in `Row.wants`."""
 
     @property
     def end(self) -> int:
+        """Absolute position behind the last token."""
         return self.start + len(self.tokens)
 
 
@@ -65,6 +66,7 @@ class Row:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that are not padding."""
         return sum(len(segment.tokens) for segment in self.segments)
 
     def wants(self) -> Iterable[Want]:
@@ -72,7 +74,7 @@ class Row:
         offset = 0
         for segment in self.segments:
             for want in segment.wants:
-                yield want._replace(index=want.index + offset)
+                yield want._replace(offset=want.offset + offset)
             offset += len(segment.tokens)
 
 
@@ -85,6 +87,7 @@ class Sweep:
 
     @property
     def num_prompt_tokens(self) -> int:
+        """Tokens of prefill rows that are not padding."""
         return sum(row.num_tokens for row in self.rows if row.kind == "prefill")
 
 
@@ -108,7 +111,7 @@ def pack_prefill(segments: Iterable[Segment], policy: Policy) -> list[Row]:
 def _piece(segment: Segment, offset: int, count: int) -> Segment:
     if offset == 0 and count == len(segment.tokens):
         return segment
-    wants = [w._replace(index=w.index - offset) for w in segment.wants if offset <= w.index < offset + count]
+    wants = [w._replace(offset=w.offset - offset) for w in segment.wants if offset <= w.offset < offset + count]
     copy = segment.copy if offset == 0 else None
     return Segment(segment.tokens[offset : offset + count], segment.start + offset, segment.table, segment.kept, copy, wants)
 

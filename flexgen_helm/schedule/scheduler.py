@@ -269,7 +269,7 @@ class Scheduler:
     def _continue_behind(
         self, above: NodePages | None, start: int, end: int, *, kept: bool
     ) -> tuple[list[int], list[int], tuple[int, int, int] | None, bool]:
-        """Pages for positions ``[start, end)`` behind a node: own pages, page table, what to copy, whether in the node's tail."""
+        """Pages for positions ``[start, end)`` behind a node: own pages, page table, what to copy, whether in its tail."""
         shared, partial = divmod(start, PAGE_TOKENS)
         if above is None or not partial or end <= start:
             own = self._allocate(num_pages(start, end), kept)

@@ -29,6 +29,7 @@ class Node:
 
     @property
     def end(self) -> int:
+        """Absolute position behind the last token."""
         return self.start + len(self.tokens)
 
     def path(self) -> list[Node]:

@@ -129,12 +129,20 @@ def random_rows(lengths: list[int], prefix: int, seed: int) -> list[tuple[str, i
     return rows
 
 
-HEADS = st.sampled_from([Heads(4, 4, 16, 16), Heads(6, 2, 16, 16), Heads(3, 1, 32, 32), Heads(4, 4, 24, 16), Heads(2, 2, 16, 24)])
+HEADS = st.sampled_from(
+    [Heads(4, 4, 16, 16), Heads(6, 2, 16, 16), Heads(3, 1, 32, 32), Heads(4, 4, 24, 16), Heads(2, 2, 16, 24)]
+)
 OPTIONS = st.builds(Options, st.sampled_from(sorted(RULES)), st.sampled_from([None, 20.0]), st.booleans())
 
 
 @settings(derandomize=True, max_examples=40, deadline=None)
-@given(HEADS, OPTIONS, st.lists(st.integers(1, 600), min_size=1, max_size=5), st.sampled_from([0, 40, 300]), st.integers(0, 9))
+@given(
+    HEADS,
+    OPTIONS,
+    st.lists(st.integers(1, 600), min_size=1, max_size=5),
+    st.sampled_from([0, 40, 300]),
+    st.integers(0, 9),
+)
 def test_rows_equal_dense_attention(heads: Heads, options: Options, lengths: list[int], prefix: int, seed: int) -> None:
     machine = Machine(heads, options, lengths, prefix)
     for row in random_rows(lengths, prefix, seed):
@@ -175,9 +183,7 @@ def test_pages_parted_in_one_row_are_copied_before_they_are_read() -> None:
     ]
     row = RowAttention(Row("prefill", 32, segments), machine.cache, torch.device("cpu"))
     bounds = [(0, 0, 10), (1, 10, 14), (2, 14, 18)]
-    qkv = tuple(
-        torch.cat([*(base[i][x][a:b] for i, a, b in bounds), torch.zeros(14, 2, 16)]) for x in range(3)
-    )
+    qkv = tuple(torch.cat([*(base[i][x][a:b] for i, a, b in bounds), torch.zeros(14, 2, 16)]) for x in range(3))
     out = row.attend(KEY, qkv, CAUSAL, scale=0.25, softcap=None, sinks=None)
     offset = 0
     for i, a, b in bounds:

@@ -33,5 +33,5 @@ def test_no_page_is_handed_out_twice(counts: list[int], chance: object) -> None:
 def test_more_than_there_is_is_refused_with_both_numbers() -> None:
     pool = PagePool(3)
     pool.allocate(2)
-    with pytest.raises(OutOfSpace, match="2 K/V pages.*1 of 3"):
+    with pytest.raises(OutOfSpace, match=r"2 K/V pages.*1 of 3"):
         pool.allocate(2)

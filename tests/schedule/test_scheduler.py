@@ -1,4 +1,4 @@
-"""The scheduler, executed symbolically: every slot of every page holds the prefix that the attention will think it holds."""
+"""The scheduler, executed symbolically: every slot of every page holds the prefix that attention will take it for."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SymbolicMachine:
             for i in range(count):
                 moved = self.slots[segment.kept, source * PAGE_TOKENS + i]
                 self.slots[segment.kept, target * PAGE_TOKENS + i] = moved
-        wants = {want.index: want for want in segment.wants}
+        wants = {want.offset: want for want in segment.wants}
         for i, token in enumerate(segment.tokens):
             position = segment.start + i
             before = [self.slots[segment.kept, self._slot(segment, p)] for p in range(position)]
@@ -144,7 +144,7 @@ def test_abandoned_work_leaves_no_page_behind() -> None:
     policy = Policy(2, 1, 8, 8)
     pool = PagePool(100)
     scheduler = Scheduler(policy, block_tokens=8, pool=pool)
-    works = [Work(tuple(range(40)) + (i,), i % 2 == 0, [Fork(20)]) for i in range(4)]
+    works = [Work((*range(40), i), i % 2 == 0, [Fork(20)]) for i in range(4)]
     machine = SymbolicMachine(policy, [])
     machine.ends = {fork: (work.tokens, 20) for work in works for fork in work.forks}
     scheduler.add(works)
