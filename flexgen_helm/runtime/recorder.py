@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import causal_mask_function
 
 from flexgen_helm.attention.plan import MaskRule
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.memory.cache import CacheKey
+from flexgen_helm.runtime.experts import EXPERTS_NAME, sliced_experts
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 HARMLESS_ARGUMENTS = frozenset(
@@ -194,6 +196,7 @@ class RecordedModel:
     def _install(self, ours: bool) -> None:
         setattr(self._owner, self._leaf, self._stand_ins if ours else self._stack)
         self.model.set_attn_implementation(self._name if ours else "eager")
+        self.model.set_experts_implementation(EXPERTS_NAME if ours else "eager")
 
     def _register(self) -> None:
         # The library's registries live as long as the process; the model must not.
@@ -206,6 +209,7 @@ class RecordedModel:
 
         AttentionInterface.register(self._name, attend)
         AttentionMaskInterface.register(self._name, _mask_rule)
+        ExpertsInterface.register(EXPERTS_NAME, sliced_experts)
 
     def _visit(self, j: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = "hidden_states" in kwargs

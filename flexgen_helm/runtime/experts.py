@@ -1,0 +1,54 @@
+"""Mixtures of experts worked in slices of a fixed size, so that a token's bits do not depend on who else an expert serves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+EXPERTS_NAME = "flexgen_helm_slices"
+SLICE_STEP = 16
+
+
+def sliced_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """An experts function of the library's interface.
+
+    Each expert works on its tokens in slices of a size that follows from the row's size alone: about the number of tokens an
+    expert gets on average, in steps of 16. What is missing in a slice is padding.
+
+    Args:
+        experts: The library's module with the weights of all experts.
+        hidden_states: ``[T, hidden]``.
+        top_k_index: ``[T, k]`` experts of each token.
+        top_k_weights: ``[T, k]`` their weights.
+
+    Returns:
+        ``[T, hidden]``.
+    """
+    num_tokens, k = top_k_index.shape
+    num_experts = int(experts.num_experts)  # type: ignore[arg-type]
+    size = -(-num_tokens * k // (num_experts * SLICE_STEP)) * SLICE_STEP
+    outputs = hidden_states.new_zeros(num_tokens, k, hidden_states.shape[1])
+    for expert in range(num_experts):
+        tokens, ranks = torch.where(top_k_index == expert)
+        for start in range(0, len(tokens), size):
+            part = slice(start, start + size)
+            count = len(tokens[part])
+            inputs = hidden_states.new_zeros(size, hidden_states.shape[1])
+            inputs[:count] = hidden_states[tokens[part]]
+            outputs[tokens[part], ranks[part]] = _work(experts, expert, inputs)[:count].to(outputs.dtype)
+    return (outputs * top_k_weights[..., None].to(outputs.dtype)).sum(1)
+
+
+def _work(experts: nn.Module, expert: int, inputs: Tensor) -> Tensor:
+    if experts.has_gate:
+        hidden = experts._apply_gate(_linear(experts, "gate_up_proj", expert, inputs))  # type: ignore[operator]
+    else:
+        hidden = experts.act_fn(_linear(experts, "up_proj", expert, inputs))  # type: ignore[operator]
+    output: Tensor = _linear(experts, "down_proj", expert, hidden)
+    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output  # type: ignore[operator,no-any-return]
+
+
+def _linear(experts: nn.Module, name: str, expert: int, inputs: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return nn.functional.linear(inputs, weight.T if experts.is_transposed else weight, bias)
