@@ -149,9 +149,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family("Starcoder2Config", {"sliding_window": WINDOW}),
     "phi3": Family("Phi3Config", {"sliding_window": WINDOW}),
     "deepseek_v2": Family("DeepseekV2Config", {**LATENT, "topk_method": "greedy"}, experts=True),
-    "deepseek_v3": Family(
-        "DeepseekV3Config", {**LATENT, "n_group": 2, "topk_group": 1, "num_mtp_layers": 0}, experts=True
-    ),
+    "deepseek_v3": Family("DeepseekV3Config", {**LATENT, "n_group": 2, "topk_group": 1, "num_mtp_layers": 0}, experts=True),
 }
 """What the engine must serve."""
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from flexgen_helm import Engine, Job, Result
-from flexgen_helm.errors import FlexGenError, InvalidJob
+from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob
 from tests.jobs import fixed_mix
 from tests.models import MAX_LENGTH, VOCAB_SIZE
 from tests.runtime.conftest import POLICY, Workbench
@@ -137,6 +139,33 @@ def test_closing(bench: Workbench) -> None:
         engine.run([GOOD])
     with pytest.raises(FlexGenError, match="closed"):
         engine.submit(GOOD)
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_missing_tensor_is_not_made_up(bench: Workbench, tmp_path: Path, tensor: str) -> None:
+    folder = Path(shutil.copytree(bench.folder("llama"), tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    del weights[tensor]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptFile, match=tensor):
+        Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY)
+
+
+def test_torn_weights(bench: Workbench, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bench.folder("llama"), tmp_path / "model"))
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CorruptFile):
+        Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY)
+
+
+def test_missing_shard(bench: Workbench, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bench.folder("mistral"), tmp_path / "model"))
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    with pytest.raises(CorruptFile, match=shards[1].name):
+        Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY)
 
 
 def test_no_such_model(tmp_path: Path) -> None:

@@ -27,6 +27,20 @@ def test_bfloat16_answers_do_not_depend_on_order_or_packing(bench: Workbench) ->
     assert engine.run(jobs[::-1]) == together[::-1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_threads_with_rows_of_multiples_of_32(bench: Workbench, dtype: str) -> None:
+    jobs, policy = fixed_mix(96, 20), Policy(gpu_batch_size=32, num_gpu_batches=2, gpu_batch_tokens=64)
+    torch.set_num_threads(2)
+    try:
+        with Engine.from_pretrained(str(bench.folder("llama")), dtype=dtype, device="cpu", policy=policy) as engine:
+            together = engine.run(jobs)
+            assert [engine.run([job])[0] for job in jobs] == together
+            assert engine.run(jobs[::-1]) == together[::-1]
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(bench: Workbench) -> None:
     """Mean Kullback-Leibler divergence over whole distributions, and agreement of the most likely token."""
     exact = torch.stack([bench.reference(FAMILY).log_probs(ids)[-1] for ids in PROMPTS])

@@ -67,9 +67,7 @@ def test_temperature_near_zero_is_greedy(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.3, 0.5)])
-def test_samples_follow_the_distribution(
-    engine: Engine, reference: Reference, temperature: float, top_p: float
-) -> None:
+def test_samples_follow_the_distribution(engine: Engine, reference: Reference, temperature: float, top_p: float) -> None:
     job = Job(token_ids=PROMPT, max_new_tokens=1, temperature=temperature, top_p=top_p, num_completions=DRAWS, seed=3)
     drawn = torch.tensor([completion.token_ids[0] for completion in engine.run([job])[0].completions])
     expected = DRAWS * warped(reference.log_probs(PROMPT)[-1], temperature, top_p)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given
 
 from flexgen_helm import Job
@@ -69,6 +70,19 @@ def test_a_small_block_computes_at_least_the_tree_and_at_most_everything(bench: 
     engine.run([Job(token_ids=prompt, max_new_tokens=4) for prompt in prompts])
     computed = engine.stats.prompt_tokens_computed
     assert trie_size(prompts) <= computed < engine.stats.prompt_tokens_asked
+
+
+@pytest.mark.parametrize("num_completions", [1, 10])
+def test_decoding_stays_within_the_slots_of_a_block(bench: Workbench, num_completions: int) -> None:
+    engine = bench.engine("qwen2", policy=NARROW)
+    jobs = [
+        Job(token_ids=random_tokens(seed, 5), max_new_tokens=6, temperature=1.0, num_completions=num_completions)
+        for seed in range(80 // num_completions)
+    ]
+    engine.run(jobs)
+    # The first token of a completion comes from the prompt and needs no slot yet.
+    decoded = engine.stats.generated_tokens - 80
+    assert engine.stats.sweeps >= decoded / NARROW.block_size
 
 
 def test_statistics_of_generation(bench: Workbench) -> None:

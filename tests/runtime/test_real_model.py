@@ -128,9 +128,7 @@ def test_level_b(results: list[Result], jobs: list[Job], engine: Engine) -> None
 
 def test_shared_prefix_is_computed_once(results: list[Result], jobs: list[Job], engine: Engine) -> None:
     engine.run(jobs[:3])
-    nodes = {
-        tuple(job.token_ids[:end]) for job in jobs[:3] if job.token_ids for end in range(1, len(job.token_ids) + 1)
-    }
+    nodes = {tuple(job.token_ids[:end]) for job in jobs[:3] if job.token_ids for end in range(1, len(job.token_ids) + 1)}
     assert engine.stats.prompt_tokens_computed == len(nodes) < 0.6 * engine.stats.prompt_tokens_asked
     # So long that keys lie in several splits.
     assert min(len(job.token_ids or []) for job in jobs[:3]) > 256
