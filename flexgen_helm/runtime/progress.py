@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Never
 
 from tqdm import tqdm
 
-from flexgen_helm.types import RunStats
+from flexgen_helm.types import FinishReason, Result, RunStats
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.worker import Snapshot
@@ -20,74 +21,96 @@ REFRESH_SECONDS = 0.1
 _STEPS = 1000
 
 _DECAY = 0.9
-"""Weight of a sweep relative to the one after it: near the end of a run few sequences share the cost of a row."""
+"""Weight of a sweep relative to the one after it."""
+
+_ALIKE = 0.9
+"""Sweeps whose mixes of prompts and decoding are this much alike (squared cosine) cannot tell their costs apart."""
 
 
 class TimeLeft:
-    """Estimates the time that a run still needs, from what its prompt tokens and new tokens have cost so far.
+    """Estimates the time that a run still needs, from what its sweeps have cost so far.
 
-    A prompt token shares its row with many others and a new token with few, so each kind has its own cost, fitted to
-    the last sweeps by least squares. Completions that end early return the rest of their budget: of the budget that
-    is left, the share is expected to be used that was used of the budget so far.
+    A prompt token has a cost, and so has a decode step, which is nearly the same for few sequences as for many because
+    rows have a fixed size; both are fitted to the last sweeps by least squares. New tokens are foreseen from the
+    budgets left and from how often a token so far was the last of its completion before the budget was used up.
     """
 
-    def __init__(self, since: Snapshot, clock: Callable[[], float]) -> None:
-        """Start at ``since``, the state before the run."""
+    def __init__(self, num_requests: int, *, since: Snapshot, clock: Callable[[], float]) -> None:
+        """Start at ``since``, the state before a run of ``num_requests`` requests."""
         self._clock = clock
         self._began = clock()
-        self._first = since.sweeps
-        self._now, self._sweep_end = since, since
-        self._generated = self._retired = 0
-        # Weighted sums over the sweeps: products of prompt tokens, new tokens and seconds.
-        self._pp = self._pn = self._nn = self._pt = self._nt = 0.0
+        self._since = self._now = self._sweep_end = since
+        self._requests_left, self._requests_done = num_requests, 0
+        self._completions_done = self._ended_early = 0
+        self._sequences = self._most_sequences = 0
+        self._tokens = self._seconds = 0.0
+        # Weighted sums over the sweeps: products of prompt tokens, decode steps (0 or 1 in a sweep) and seconds.
+        self._pp = self._ps = self._ss = self._pt = self._st = 0.0
+
+    def ended(self, reasons: Sequence[FinishReason]) -> None:
+        """Count a request that has ended, and how each of its completions did."""
+        self._requests_left -= 1
+        self._requests_done += 1
+        self._completions_done += len(reasons)
+        self._ended_early += sum(reason != "length" for reason in reasons)
 
     def observe(self, snapshot: Snapshot) -> None:
         """Take in the state after an operation; every one must be shown, in their order."""
-        last, end = self._now, self._sweep_end
+        if snapshot.sweeps != self._now.sweeps:
+            end, now = self._sweep_end, self._clock()
+            self._sequences = snapshot.generated_tokens - end.generated_tokens
+            self._most_sequences = max(self._most_sequences, self._sequences)
+            self._add(now - self._began, snapshot.prompt_tokens - end.prompt_tokens)
+            self._began, self._sweep_end = now, snapshot
         self._now = snapshot
-        if snapshot.sweeps != last.sweeps:
-            new_tokens = snapshot.generated_tokens - end.generated_tokens
-            self._add(self._clock() - self._began, snapshot.prompt_tokens - end.prompt_tokens, new_tokens)
-            self._generated += new_tokens
-            self._began, self._sweep_end = self._clock(), snapshot
-        elif last is end:
-            # How much of the budget a sweep retired shows only when the next one is planned.
-            self._retired += max(0, last.new_tokens_left - snapshot.new_tokens_left)
 
     def seconds(self) -> float | None:
         """Return the estimate in seconds, None in a first sweep that others follow: nothing is known of their cost."""
         now, elapsed = self._now, self._clock() - self._began
-        this_sweep = elapsed * (1 - now.sweep_share) / now.sweep_share if now.sweep_share else 0.0
+        started = now.sweep_share > 0
+        this_sweep = elapsed * (1 - now.sweep_share) / now.sweep_share if started else 0.0
         if not now.prompt_tokens_left and not now.new_tokens_left:
-            return this_sweep if now.sweep_share or now.sweeps > self._first else None
-        if not self._pp and not self._nn:
+            return this_sweep if started or now.sweeps > self._since.sweeps else None
+        if not self._pp and not self._ss:
             return None
         per_prompt_token, per_new_token = self._costs()
-        new_tokens = now.new_tokens_left * min(1.0, self._generated / max(1, self._retired))
-        return this_sweep + per_prompt_token * now.prompt_tokens_left + per_new_token * new_tokens
+        return this_sweep + per_prompt_token * now.prompt_tokens_left + per_new_token * self._new_tokens_expected()
 
-    def _add(self, seconds: float, prompt_tokens: int, new_tokens: int) -> None:
+    def _new_tokens_expected(self) -> float:
+        budget, generated = self._now.new_tokens_left, self._now.generated_tokens - self._since.generated_tokens
+        if not budget or not generated or not self._ended_early:
+            return budget
+        # A geometric length, cut at the budget. Tokens of living completions are chances to end that were not taken.
+        end = min(self._ended_early / generated, 1.0)
+        count = max(self._requests_left, 1) * self._completions_done / self._requests_done
+        return min(budget, count * (1 - math.pow(1 - end, budget / count)) / end)
+
+    def _add(self, seconds: float, prompt_tokens: int) -> None:
+        steps = int(self._sequences > 0)
+        self._tokens = _DECAY * self._tokens + prompt_tokens + self._sequences
+        self._seconds = _DECAY * self._seconds + seconds
         self._pp = _DECAY * self._pp + prompt_tokens * prompt_tokens
-        self._pn = _DECAY * self._pn + prompt_tokens * new_tokens
-        self._nn = _DECAY * self._nn + new_tokens * new_tokens
+        self._ps = _DECAY * self._ps + prompt_tokens * steps
+        self._ss = _DECAY * self._ss + steps * steps
         self._pt = _DECAY * self._pt + prompt_tokens * seconds
-        self._nt = _DECAY * self._nt + new_tokens * seconds
+        self._st = _DECAY * self._st + steps * seconds
 
     def _costs(self) -> tuple[float, float]:
-        """Return seconds for a prompt token and for a new token, neither negative."""
-        if not self._pp or not self._nn:
-            cost = (self._pt + self._nt) / (self._pp + self._nn)
-            return cost, cost
-        determinant = self._pp * self._nn - self._pn**2
-        if determinant > 1e-6 * self._pp * self._nn:
-            prompt = (self._pt * self._nn - self._nt * self._pn) / determinant
-            new = (self._nt * self._pp - self._pt * self._pn) / determinant
-            if prompt >= 0 and new >= 0:
-                return prompt, new
-            return (0.0, self._nt / self._nn) if prompt < 0 else (self._pt / self._pp, 0.0)
-        # All sweeps mixed both kinds alike, so their costs cannot be told apart.
-        cost = (self._pt + self._nt) / (self._pp + 2 * self._pn + self._nn)
-        return cost, cost
+        """Return seconds for a prompt token and for a new token."""
+        # Waiting prompts will fill the block again; without any, those that live now are all that is left.
+        sequences = max(self._most_sequences if self._now.prompt_tokens_left else self._sequences, 1)
+        if not self._pp:
+            return self._st / self._ss / sequences, self._st / self._ss / sequences
+        if self._ps**2 >= _ALIKE * self._pp * self._ss:
+            return self._seconds / self._tokens, self._seconds / self._tokens
+        determinant = self._pp * self._ss - self._ps**2
+        prompt = (self._pt * self._ss - self._st * self._ps) / determinant
+        step = (self._st * self._pp - self._pt * self._ps) / determinant
+        if prompt < 0:
+            prompt, step = 0.0, self._st / self._ss
+        elif step < 0:
+            prompt, step = self._pt / self._pp, 0.0
+        return prompt, step / sequences
 
 
 class Progress:
@@ -115,7 +138,7 @@ class Progress:
         self._clock = clock
         self._began = clock()
         self._drawn = -REFRESH_SECONDS
-        self._time_left = TimeLeft(since, clock)
+        self._time_left = TimeLeft(num_requests, since=since, clock=clock)
         self._bar: tqdm[Never] = tqdm(
             total=_STEPS,
             disable=None if shown is None else not shown,
@@ -123,9 +146,10 @@ class Progress:
             leave=False,
         )
 
-    def request_done(self) -> None:
-        """Count one finished request."""
+    def request_done(self, result: Result | None = None) -> None:
+        """Count one finished request; with its result, early ends are foreseen as often as they happen."""
         self._num_done += 1
+        self._time_left.ended([completion.finish_reason for completion in result.completions] if result else [])
 
     def update(self, snapshot: Snapshot) -> None:
         """Take in the state after an operation; cheap, and drawn only so often."""
@@ -141,9 +165,7 @@ class Progress:
     def line(self) -> str:
         """Return what the bar says, without the bar."""
         last, seconds = self._last, max(self._clock() - self._began, 1e-9)
-        tokens = (last.prompt_tokens - self._since.prompt_tokens) + (
-            last.generated_tokens - self._since.generated_tokens
-        )
+        tokens = (last.prompt_tokens - self._since.prompt_tokens) + (last.generated_tokens - self._since.generated_tokens)
         left = self._time_left.seconds()
         return (
             f"{self._num_done}/{self._num_requests} requests, sweep {last.sweeps - self._since.sweeps + 1} "

@@ -12,7 +12,7 @@ from flexgen_helm.runtime.worker import Snapshot
 from flexgen_helm.types import RunStats
 
 SECONDS_PER_PROMPT_TOKEN = 0.001
-SECONDS_PER_NEW_TOKEN = 0.02
+SECONDS_PER_STEP = 0.3
 ROWS = 10
 SINCE = Snapshot(sweeps=7, prompt_tokens=1000, generated_tokens=50)
 """The engine has run before."""
@@ -35,15 +35,14 @@ class Run:
     def __init__(self, prompts: list[int], tokens: list[int], *, ended_early: list[int] | None = None) -> None:
         self.prompts, self.tokens = prompts, tokens
         self.retired = [new + early for new, early in zip(tokens, ended_early or [0] * len(tokens), strict=True)]
+        self.seconds = [
+            prompt * SECONDS_PER_PROMPT_TOKEN + (new > 0) * SECONDS_PER_STEP
+            for prompt, new in zip(prompts, tokens, strict=True)
+        ]
         self.now = 0.0
 
     def clock(self) -> float:
         return self.now
-
-    @property
-    def seconds(self) -> list[float]:
-        pairs = zip(self.prompts, self.tokens, strict=True)
-        return [prompt * SECONDS_PER_PROMPT_TOKEN + new * SECONDS_PER_NEW_TOKEN for prompt, new in pairs]
 
     def snapshots(self) -> Iterator[Snapshot]:
         prompt_tokens, generated = SINCE.prompt_tokens, SINCE.generated_tokens
@@ -63,12 +62,12 @@ class Run:
         Run([400] * 8, [0] * 8),
         Run([0] * 20, [16] * 20),
         Run([1000, 1000, 500, 0, *[0] * 30], [0, 16, 32, 48, *[48] * 30]),
-        Run([0, *[20] * 20, 3000, 3000], [1, *[64] * 20, 0, 0]),
+        Run([0, *[5, 60, 20, 90] * 5, 3000, 3000], [1, *[64] * 20, 0, 0]),
     ],
     ids=["scoring", "decoding", "prompts first", "prompts last"],
 )
 def test_time_left_comes_from_the_cost_of_each_kind(run: Run) -> None:
-    estimate = TimeLeft(SINCE, run.clock)
+    estimate = TimeLeft(8, since=SINCE, clock=run.clock)
     total = sum(run.seconds)
     checked = 0
     for snapshot in run.snapshots():
@@ -81,22 +80,39 @@ def test_time_left_comes_from_the_cost_of_each_kind(run: Run) -> None:
     assert checked > ROWS
 
 
-def test_completions_that_end_early_are_foreseen() -> None:
-    """Of a budget of 50 tokens only 10 are used: the rest of the run takes a fifth of the budget's time."""
-    run = Run([0] * 100, [8] * 100, ended_early=[32] * 100)
-    estimate = TimeLeft(SINCE, run.clock)
+@pytest.mark.parametrize("early", [True, False])
+def test_completions_that_end_early_are_foreseen(early: bool) -> None:
+    """80 requests of a budget of 50 tokens, 8 at a time, of which every one uses 10 (or all 50)."""
+    used = 10 if early else 50
+    run = Run([0] * 10 * used, [8] * 10 * used, ended_early=[8 * (50 - used) // used] * 10 * used)
+    estimate = TimeLeft(80, since=SINCE, clock=run.clock)
     for snapshot in run.snapshots():
         estimate.observe(snapshot)
-        if snapshot.sweeps - SINCE.sweeps == 50:
+        sweep, share = snapshot.sweeps - SINCE.sweeps, snapshot.sweep_share
+        if sweep == 5 * used:
             break
+        if share == 1 and sweep % used == used - 1:
+            for _ in range(8):
+                estimate.ended(["stop" if early else "length"])
     assert estimate.seconds() == pytest.approx(sum(run.seconds) / 2, rel=0.05)
+
+
+def test_the_last_completions_cost_as_much_as_a_full_row() -> None:
+    """Of 16 sequences 15 end; the last one makes as many steps as its budget, at the price of a row each."""
+    run = Run([0] * 60, [16] * 20 + [1] * 40)
+    estimate = TimeLeft(16, since=SINCE, clock=run.clock)
+    for snapshot in run.snapshots():
+        estimate.observe(snapshot)
+        if snapshot.sweeps - SINCE.sweeps == 30:
+            break
+    assert estimate.seconds() == pytest.approx(30 * SECONDS_PER_STEP, rel=0.05)
 
 
 def test_first_sweep_knows_its_end_only_if_nothing_follows() -> None:
     single, several = Run([500], [0]), Run([500, 500], [0, 0])
     estimates = []
     for run in (single, several):
-        estimate = TimeLeft(SINCE, run.clock)
+        estimate = TimeLeft(8, since=SINCE, clock=run.clock)
         for snapshot in run.snapshots():
             estimate.observe(snapshot)
             if snapshot.sweep_share == 0.4:
@@ -114,8 +130,8 @@ def test_the_line_counts_this_run_only() -> None:
         if snapshot.sweeps == SINCE.sweeps + 1 and snapshot.sweep_share == 0.5:
             break
     progress.request_done()
-    # 100 prompt tokens in 0.1 s, then half of a sweep of 0.3 s.
-    assert progress.line().startswith("1/3 requests, sweep 2 (50%), 400 tokens/s, ")
+    # 100 prompt tokens in 0.1 s, then half of a sweep of 0.4 s.
+    assert progress.line().startswith("1/3 requests, sweep 2 (50%), 333 tokens/s, ")
 
 
 def test_bar_moves_forward_within_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
