@@ -80,7 +80,7 @@ class Engine:
         """What decides the bits of an answer beside the job itself: what belongs into a cache key."""
         self._pool = PagePool(int(CACHE_SHARE * free_bytes(self._device)) // (PAGE_TOKENS * self.verdict.cache_bytes_per_token))
         self._worker = self._start(order)
-        self._run_lock = threading.Lock()
+        self._run_lock = threading.RLock()
 
     @classmethod
     def from_pretrained(

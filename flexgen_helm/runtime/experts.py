@@ -45,7 +45,7 @@ def _work(experts: nn.Module, expert: int, inputs: Tensor) -> Tensor:
     else:
         hidden = experts.act_fn(_linear(experts, "up_proj", expert, inputs))  # type: ignore[operator]
     output: Tensor = _linear(experts, "down_proj", expert, hidden)
-    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output  # type: ignore[operator,no-any-return]
+    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output  # type: ignore[operator]
 
 
 def _linear(experts: nn.Module, name: str, expert: int, inputs: Tensor) -> Tensor:
