@@ -213,7 +213,7 @@ class Engine:
             for _ in tickets:
                 index = finished.get()
                 result = results[index] = tickets[index].future.result()
-                watch.progress.request_done()
+                watch.progress.request_done(result)
                 if on_result is not None:
                     on_result(index, result)
             self.stats = _stats(tickets, results, before, self._worker.snapshot)

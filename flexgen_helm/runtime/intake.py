@@ -116,10 +116,10 @@ def _next_token(generation: Generation, best: int, logits: Tensor) -> int:
 
 
 def _completion_key(prepared: PreparedJob, index: int) -> Hashable:
-    """Everything that decides one completion of a given input."""
+    """Everything that decides one completion of a given input: greedy ones do not depend on seed, top_p or index."""
     job = prepared.job
     draw = None if prepared.is_greedy else (job.temperature, job.top_p, job.seed or 0, index)
-    return draw, job.max_new_tokens, job.stop, job.top_logprobs
+    return draw, job.max_new_tokens, frozenset(job.stop), job.top_logprobs
 
 
 def _prompt_logprobs(work: Work) -> list[float]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -67,20 +67,6 @@ def prepare(job: Job, *, tokenizer: PreTrainedTokenizerBase | None, max_length: 
         bos = _added_bos(tokenizer)
         added = () if bos is None or prompt_ids[0] == bos else (bos,)
     return PreparedJob(job, added + prompt_ids, len(added))
-
-
-def dedup_key(prepared: PreparedJob) -> Hashable:
-    """Return a key that two jobs share exactly when their results are the same by definition.
-
-    It leaves out what changes nothing: seed and top_p of a greedy job, how tokens are chosen when none are, the order
-    of the stop strings.
-    """
-    job = prepared.job
-    generation: Hashable = None
-    if job.max_new_tokens > 0:
-        draw = None if prepared.is_greedy else (float(job.temperature), float(job.top_p), job.seed or 0)
-        generation = (job.max_new_tokens, draw, frozenset(job.stop), job.top_logprobs)
-    return prepared.input_ids, prepared.num_added, job.num_completions, bool(job.score_prompt), generation
 
 
 def _check_limits(job: Job, vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Every way in which a job can be wrong, the BOS rule, and which jobs are one."""
+"""Every way in which a job can be wrong, and the BOS rule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from flexgen_helm.errors import InvalidJob
-from flexgen_helm.runtime.jobs import PreparedJob, dedup_key, prepare
+from flexgen_helm.runtime.jobs import PreparedJob, prepare
 from flexgen_helm.types import Job
 from tests.runtime import tiny_tokenizers
 
@@ -147,53 +147,6 @@ def test_bos_is_left_out_where_there_is_no_room() -> None:
     assert prepare(job, max_length=len(ids) + 3, **room).num_added == 0
     with pytest.raises(InvalidJob, match="context holds"):
         prepare(job, max_length=len(ids) + 2, **room)
-
-
-SAMPLED = Job(
-    prompt="The fox", temperature=0.7, top_p=0.9, seed=3, num_completions=2, stop=("\n", "##"), top_logprobs=1
-)
-GREEDY = replace(SAMPLED, temperature=0.0)
-SCORING = replace(SAMPLED, max_new_tokens=0, score_prompt=True)
-
-DIFFERENT = [
-    *[replace(SAMPLED, seed=seed) for seed in (None, 4)],
-    *[replace(SAMPLED, temperature=temperature) for temperature in (0.0, 0.8)],
-    replace(SAMPLED, top_p=0.8),
-    replace(SAMPLED, prompt="The dog"),
-    replace(SAMPLED, num_completions=1),
-    replace(SAMPLED, stop=("\n",)),
-    replace(SAMPLED, top_logprobs=2),
-    replace(SAMPLED, max_new_tokens=17),
-    replace(SAMPLED, score_prompt=True),
-    SCORING,
-]
-
-
-def test_jobs_with_different_answers_have_different_keys() -> None:
-    keys = {dedup_key(prepared(job)) for job in [SAMPLED, *DIFFERENT]}
-    assert len(keys) == len(DIFFERENT) + 1
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (SAMPLED, replace(SAMPLED, stop=("##", "\n", "##"))),
-        (SAMPLED, replace(SAMPLED, prompt=None, token_ids=PLAIN.encode("The fox", add_special_tokens=False))),
-        (replace(SAMPLED, seed=None), replace(SAMPLED, seed=0)),
-        (GREEDY, replace(GREEDY, seed=8, top_p=0.1, temperature=1e-4)),
-        (SCORING, replace(SCORING, seed=8, top_p=0.1, temperature=2.0, stop=(), top_logprobs=0)),
-    ],
-)
-def test_jobs_with_the_same_answer_have_the_same_key(one: Job, other: Job) -> None:
-    assert dedup_key(prepared(one)) == dedup_key(prepared(other))
-
-
-def test_an_added_bos_is_part_of_the_key() -> None:
-    tokenizer = ADDS_BOS["byte_level"]
-    job = prepared(Job(prompt="The fox"), tokenizer)
-    same_input = prepared(Job(token_ids=job.input_ids), tokenizer)
-    assert same_input.input_ids == job.input_ids
-    assert dedup_key(same_input) != dedup_key(job)
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)

@@ -1,0 +1,70 @@
+"""Which jobs share work: equal prompts are one piece of work, equal completions are generated once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flexgen_helm import Job
+from flexgen_helm.runtime.intake import Intake, Ticket
+from flexgen_helm.runtime.jobs import prepare
+from flexgen_helm.runtime.vocabulary import Vocabulary
+from tests.runtime.tiny_tokenizers import byte_level
+
+TOKENIZER = byte_level()
+SAMPLED = Job(prompt="The fox", temperature=0.7, top_p=0.9, seed=3, num_completions=2, stop=("\n", "##"), top_logprobs=1)
+GREEDY = replace(SAMPLED, temperature=0.0)
+
+
+def merged(*jobs: Job) -> tuple[int, list[Ticket]]:
+    """Number of pieces of work, and the tickets."""
+    limits = {"max_length": 100, "vocab_size": len(TOKENIZER)}
+    tickets = [Ticket(prepare(job, tokenizer=TOKENIZER, **limits)) for job in jobs]
+    return len(Intake(Vocabulary(TOKENIZER), frozenset()).merge(tickets)), tickets
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(SAMPLED, seed=4),
+        replace(SAMPLED, temperature=0.8),
+        replace(SAMPLED, temperature=0.0),
+        replace(SAMPLED, top_p=0.8),
+        replace(SAMPLED, stop=("\n",)),
+        replace(SAMPLED, top_logprobs=2),
+        replace(SAMPLED, max_new_tokens=17),
+    ],
+)
+def test_completions_that_may_differ_are_generated_apart(other: Job) -> None:
+    num_works, (a, b) = merged(SAMPLED, other)
+    assert num_works == 1
+    assert not set(a.generations) & set(b.generations)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (SAMPLED, replace(SAMPLED, stop=("##", "\n", "##"))),
+        (SAMPLED, replace(SAMPLED, prompt=None, token_ids=TOKENIZER.encode("The fox", add_special_tokens=False))),
+        (SAMPLED, replace(SAMPLED, score_prompt=True)),
+        (replace(SAMPLED, seed=None), replace(SAMPLED, seed=0)),
+        (GREEDY, replace(GREEDY, seed=8, top_p=0.1, temperature=1e-4)),
+    ],
+)
+def test_completions_that_are_equal_by_definition_are_generated_once(one: Job, other: Job) -> None:
+    num_works, (a, b) = merged(one, other)
+    assert num_works == 1
+    assert a.generations == b.generations
+
+
+def test_sampled_completions_differ_by_their_index_and_greedy_ones_do_not() -> None:
+    _, (sampled, greedy) = merged(SAMPLED, GREEDY)
+    assert len(set(sampled.generations)) == 2
+    assert len(set(greedy.generations)) == 1
+    assert len(greedy.generations) == 2
+
+
+def test_different_prompts_are_different_work() -> None:
+    num_works, _ = merged(SAMPLED, replace(SAMPLED, prompt="The dog"), SAMPLED)
+    assert num_works == 2
