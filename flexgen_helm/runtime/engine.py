@@ -79,6 +79,7 @@ class Engine:
         }
         """What decides the bits of an answer beside the job itself: what belongs into a cache key."""
         self._pool = PagePool(int(CACHE_SHARE * free_bytes(self._device)) // (PAGE_TOKENS * self.verdict.cache_bytes_per_token))
+        self._keeps_all = order != "zigzag"
         self._worker = self._start(order)
         self._run_lock = threading.RLock()
 
@@ -171,7 +172,7 @@ class Engine:
     def _start(self, order: Order) -> Worker:
         block_tokens = self.policy.block_tokens or default_block_tokens(self.policy, self._loaded.model)
         cache = PagedCache(self._pool.capacity)
-        scheduler = Scheduler(self.policy, block_tokens=block_tokens, pool=self._pool, keep_all=order != "zigzag")
+        scheduler = Scheduler(self.policy, block_tokens=block_tokens, pool=self._pool, keep_all=self._keeps_all)
         executor = SerialExecutor(self._model, cache, head_slice=self.policy.gpu_batch_size, order=order)
         vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
         return Worker(scheduler, executor, Intake(vocabulary, self._loaded.end_token_ids), (self._pool, cache))
@@ -183,7 +184,12 @@ class Engine:
             if "context" in str(error):
                 raise InvalidJob(f"{error} ({self.max_length} is {self._loaded.length_reason}.)") from None
             raise
-        length = len(prepared.input_ids)
+        if job.max_new_tokens > 1 or self._keeps_all:
+            self._check_space(prepared)
+        return prepared
+
+    def _check_space(self, prepared: PreparedJob) -> None:
+        job, length = prepared.job, len(prepared.input_ids)
         completions = 1 if prepared.is_greedy else job.num_completions
         needed = num_pages(0, length) + completions * num_pages(length, length + job.max_new_tokens - 1)
         if needed > self._pool.capacity:
@@ -191,7 +197,6 @@ class Engine:
                 f"The job's K and V need {self._gib(needed):.2f} GiB, but there are {self._gib(self._pool.capacity):.2f} GiB "
                 "for all jobs. Shorten the prompt, ask for fewer or shorter completions, or free memory."
             )
-        return prepared
 
     def _gib(self, pages: int) -> float:
         return pages * PAGE_TOKENS * self.verdict.cache_bytes_per_token / 2**30

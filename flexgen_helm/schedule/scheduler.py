@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
+from flexgen_helm.memory.pages import PagePool, num_pages
+from flexgen_helm.schedule.placement import Placement
 from flexgen_helm.schedule.rows import Fork, Segment, Sweep, Want, pack_decode, pack_prefill
-from flexgen_helm.schedule.tree import Node, NodePages, build_tree, common_prefix_length
+from flexgen_helm.schedule.tree import Node, build_tree, common_prefix_length
 from flexgen_helm.types import Policy
 
 CUT_FROM = 0.75
@@ -52,7 +53,7 @@ class Scheduler:
         """`keep_all` keeps K and V of scoring work for every layer, as orders other than the column order need."""
         self._policy = policy
         self._block_tokens = block_tokens
-        self._pool = pool
+        self._placement = Placement(pool)
         self._keep_all = keep_all
         self._waiting: deque[Work] = deque()
         self._filling: list[Work] = []
@@ -60,7 +61,6 @@ class Scheduler:
         self._scoring: deque[Work] = deque()
         self._in_sweep: list[Node] = []
         self._swept: list[Work] = []
-        self._num_transient = 0
         self._ends: dict[Node, Work] = {}
         self._prompt_tokens_left = 0
 
@@ -93,7 +93,7 @@ class Scheduler:
 
     def next_sweep(self) -> Sweep:
         """Plan one sweep: every live completion takes a step, prompts fill the block's tokens."""
-        self._in_sweep, self._swept, self._num_transient = [], [], 0
+        self._in_sweep, self._swept, self._placement.num_transient = [], [], 0
         decode = [_decode_segment(work, fork) for work, fork in self._decoding]
         prefill: list[Segment] = []
         budget = self._block_tokens
@@ -104,7 +104,7 @@ class Scheduler:
         for work in self._scoring_block(budget, alone=not decode and not prefill):
             self._schedule(work, prefill, None)
         rows = pack_prefill(prefill, self._policy) + pack_decode(decode, self._policy)
-        return Sweep(rows, self._num_transient)
+        return Sweep(rows, self._placement.num_transient)
 
     def end_sweep(self) -> list[Work]:
         """Account for a sweep that was computed and whose wants were answered; returns the work that is now complete."""
@@ -113,14 +113,16 @@ class Scheduler:
         finished = list(dict.fromkeys(scoring))
         for node in self._in_sweep:
             if node.users == 0:
-                self._drop(node)
+                self._placement.drop(node)
         for work in [work for work in self._filling if _filled(work)]:
             self._filling.remove(work)
             self._decoding.extend((work, fork) for fork in work.forks)
         ended = [work for work, fork in self._decoding if fork.done]
         self._decoding = [(work, fork) for work, fork in self._decoding if not fork.done]
         for work in dict.fromkeys(ended):
-            self._release_forks(work)
+            for fork in work.forks:
+                if fork.done:
+                    self._placement.drop_fork(fork, work.node)
             if all(fork.done for fork in work.forks):
                 self._retire(work)
                 finished.append(work)
@@ -133,9 +135,9 @@ class Scheduler:
         dropped = list(dict.fromkeys([*self._waiting, *self._filling, *(work for work, _ in self._decoding), *self._scoring]))
         for work in dropped:
             for node in work.node.path():
-                self._drop(node)
+                self._placement.drop(node)
             for fork in work.forks:
-                self._release_fork(fork, work.node)
+                self._placement.drop_fork(fork, work.node)
         self._waiting.clear()
         self._scoring.clear()
         self._filling, self._decoding = [], []
@@ -163,48 +165,31 @@ class Scheduler:
         if not self._fits(work, path):
             return False
         for node in path:
-            self._place(node, kept=True)
+            self._placement.place(node, kept=True)
         for fork in work.forks:
-            self._place_fork(fork, work.node)
+            self._placement.place_fork(fork, work.node)
         return True
 
     def _fits(self, work: Work, path: list[Node]) -> bool:
-        prompt = sum(_own_pages(node) for node in path if node.pages is None)
-        return prompt + sum(work.fork_pages(fork) for fork in work.forks) <= self._pool.num_free
+        return self._placement.fits(self._placement.missing(path) + sum(work.fork_pages(fork) for fork in work.forks))
 
     def _make_room(self, path: list[Node]) -> None:
         """Drop prefixes that other work left behind for later, when nothing is live that would free pages."""
         for work in (*self._waiting, *self._scoring):
             for node in work.node.path():
                 if node not in path:
-                    self._drop(node)
+                    self._placement.drop(node)
 
     def _open(self, work: Work) -> bool:
         """Whether the first tokens of a prompt's completions may be chosen as soon as its last token is computed."""
         return not work.generating or work in self._filling
-
-    def _place_fork(self, fork: Fork, node: Node) -> None:
-        assert node.pages is not None
-        last = node.end + fork.max_new_tokens - 1
-        fork.own_pages, fork.table, fork.copy, fork.in_tail = self._continue_behind(node.pages, node.end, last, kept=True)
-
-    def _release_forks(self, work: Work) -> None:
-        for fork in work.forks:
-            if fork.done:
-                self._release_fork(fork, work.node)
-
-    def _release_fork(self, fork: Fork, node: Node) -> None:
-        self._pool.release(fork.own_pages)
-        if fork.in_tail and node.pages is not None:
-            node.pages.tail_free = True
-        fork.own_pages, fork.in_tail = [], False
 
     def _retire(self, work: Work) -> None:
         work.done = True
         for node in work.node.path():
             node.users -= 1
             if node.users == 0:
-                self._drop(node)
+                self._placement.drop(node)
 
     # Scoring work ----------------------------------------------------------------------------------------------------
 
@@ -247,54 +232,17 @@ class Scheduler:
 
     def _reserve_kept(self, work: Work) -> bool:
         path = work.node.path()
-        if sum(_own_pages(node) for node in path if node.pages is None) > self._pool.num_free:
+        if not self._placement.fits(self._placement.missing(path)):
             return False
         for node in path:
-            self._place(node, kept=True)
+            self._placement.place(node, kept=True)
         return True
 
     def _finish_scoring(self, work: Work) -> bool:
         work.done = work.done or (work.scored() and all(fork.done for fork in work.forks))
         return work.done
 
-    # Nodes -----------------------------------------------------------------------------------------------------------
-
-    def _place(self, node: Node, *, kept: bool) -> None:
-        """Give a node its pages."""
-        if node.pages is None:
-            above = node.parent.pages if node.parent is not None else None
-            own, table, copy, in_tail = self._continue_behind(above, node.start, node.end, kept=kept)
-            node.pages = NodePages(kept, own, table, copy, in_tail)
-
-    def _continue_behind(
-        self, above: NodePages | None, start: int, end: int, *, kept: bool
-    ) -> tuple[list[int], list[int], tuple[int, int, int] | None, bool]:
-        """Pages for positions ``[start, end)`` behind a node: own pages, page table, what to copy, whether in its tail."""
-        shared, partial = divmod(start, PAGE_TOKENS)
-        if above is None or not partial or end <= start:
-            own = self._allocate(num_pages(start, end), kept)
-            return own, (above.table[:shared] if above else []) + own, None, False
-        if above.tail_free:
-            above.tail_free = False
-            own = self._allocate(num_pages(start + PAGE_TOKENS - partial, end), kept)
-            return own, above.table[: shared + 1] + own, None, True
-        own = self._allocate(num_pages(start, end), kept)
-        return own, above.table[:shared] + own, (above.table[shared], own[0], partial), False
-
-    def _allocate(self, count: int, kept: bool) -> list[int]:
-        if kept:
-            return self._pool.allocate(count)
-        self._num_transient += count
-        return list(range(self._num_transient - count, self._num_transient))
-
-    def _drop(self, node: Node) -> None:
-        if node.pages is None:
-            return
-        if node.pages.kept:
-            self._pool.release(node.pages.own)
-        if node.pages.in_tail and node.parent is not None and node.parent.pages is not None:
-            node.parent.pages.tail_free = True
-        node.pages = None
+    # Segments --------------------------------------------------------------------------------------------------------
 
     def _schedule(self, work: Work, segments: list[Segment], budget: int | None) -> int:
         """Append what is missing of a prompt, up to ``budget`` tokens; returns the number of tokens."""
@@ -302,7 +250,7 @@ class Scheduler:
         used = 0
         kept = work.generating or self._kept(work)
         for node in work.node.path():
-            self._place(node, kept=kept)
+            self._placement.place(node, kept=kept)
             assert node.pages is not None
             missing = len(node.tokens) - node.pages.scheduled
             count = missing if budget is None else min(missing, budget - used)
@@ -337,13 +285,6 @@ class Scheduler:
             if last or forks:
                 wants.append(Want(count - 1, last, forks))
         return wants
-
-
-def _own_pages(node: Node) -> int:
-    """Pages that a node will need: one less where it can go on in its parent's last page."""
-    above = node.parent.pages if node.parent is not None else None
-    into = -node.start % PAGE_TOKENS if above is None or above.tail_free else 0
-    return num_pages(node.start + into, node.end)
 
 
 def _filled(work: Work) -> bool:

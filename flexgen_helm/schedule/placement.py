@@ -1,0 +1,95 @@
+"""Which pages hold the K and V of nodes and completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
+from flexgen_helm.schedule.rows import Fork
+from flexgen_helm.schedule.tree import Node, NodePages
+
+
+class _Span(NamedTuple):
+    """Pages for a run of positions; see the fields of `NodePages`."""
+
+    own: list[int]
+    table: list[int]
+    copy: tuple[int, int, int] | None
+    in_tail: bool
+
+
+class Placement:
+    """Gives pages to nodes and completions, and takes them back.
+
+    Whole pages of a prefix are shared. In the page where sequences part, the first goes on behind the prefix and the others
+    copy its beginning into a page of their own; so a prompt alone never needs more pages than its length.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self.num_transient = 0
+        """Transient pages handed out in this sweep."""
+
+    def place(self, node: Node, *, kept: bool) -> None:
+        """Give a node its pages, if it has none; its parent has them already."""
+        if node.pages is None:
+            above = node.parent.pages if node.parent is not None else None
+            node.pages = NodePages(kept, *self._continue_behind(above, node.start, node.end, kept=kept))
+
+    def place_fork(self, fork: Fork, node: Node) -> None:
+        """Give a completion of the prompt that ends at ``node`` its pages; its last token is never attended to."""
+        assert node.pages is not None
+        last = node.end + fork.max_new_tokens - 1
+        fork.own_pages, fork.table, fork.copy, fork.in_tail = self._continue_behind(node.pages, node.end, last, kept=True)
+
+    def missing(self, path: Iterable[Node]) -> int:
+        """Kept pages that a path still needs."""
+        return sum(_own_pages(node) for node in path if node.pages is None)
+
+    def fits(self, count: int) -> bool:
+        """Whether so many kept pages are free."""
+        return count <= self._pool.num_free
+
+    def drop(self, node: Node) -> None:
+        """Take a node's pages back; those of its children are gone already or go with it."""
+        if node.pages is None:
+            return
+        if node.pages.kept:
+            self._pool.release(node.pages.own)
+        if node.pages.in_tail and node.parent is not None and node.parent.pages is not None:
+            node.parent.pages.tail_free = True
+        node.pages = None
+
+    def drop_fork(self, fork: Fork, node: Node) -> None:
+        """Take a completion's pages back."""
+        self._pool.release(fork.own_pages)
+        if fork.in_tail and node.pages is not None:
+            node.pages.tail_free = True
+        fork.own_pages, fork.in_tail = [], False
+
+    def _continue_behind(self, above: NodePages | None, start: int, end: int, *, kept: bool) -> _Span:
+        """Pages for positions ``[start, end)`` behind a node."""
+        shared, partial = divmod(start, PAGE_TOKENS)
+        if above is None or not partial or end <= start:
+            own = self._allocate(num_pages(start, end), kept)
+            return _Span(own, (above.table[:shared] if above else []) + own, None, False)
+        if above.tail_free:
+            above.tail_free = False
+            own = self._allocate(num_pages(start + PAGE_TOKENS - partial, end), kept)
+            return _Span(own, above.table[: shared + 1] + own, None, True)
+        own = self._allocate(num_pages(start, end), kept)
+        return _Span(own, above.table[:shared] + own, (above.table[shared], own[0], partial), False)
+
+    def _allocate(self, count: int, kept: bool) -> list[int]:
+        if kept:
+            return self._pool.allocate(count)
+        self.num_transient += count
+        return list(range(self.num_transient - count, self.num_transient))
+
+
+def _own_pages(node: Node) -> int:
+    """Pages that a node will need: one less where it can go on in its parent's last page."""
+    above = node.parent.pages if node.parent is not None else None
+    into = -node.start % PAGE_TOKENS if above is None or above.tail_free else 0
+    return num_pages(node.start + into, node.end)
