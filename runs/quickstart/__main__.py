@@ -29,9 +29,7 @@ MODULES = {"helm-run": "helm.benchmark.run", "helm-summarize": "helm.benchmark.p
 def main() -> int:
     """Run the suite and return an exit status."""
     parser = argparse.ArgumentParser(prog="python -m flexgen_helm.runs.quickstart", description=__doc__)
-    parser.add_argument(
-        "-m", "--max-eval-instances", type=int, default=100, metavar="N", help="instances of each entry"
-    )
+    parser.add_argument("-m", "--max-eval-instances", type=int, default=100, metavar="N", help="instances of each entry")
     parser.add_argument("-o", "--output-path", type=Path, default=Path("benchmark_output"), metavar="FOLDER")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder (default: SmolLM2-135M-Instruct)")
     arguments = parser.parse_args()
@@ -47,19 +45,18 @@ def main() -> int:
         run_command(model_folder, arguments.output_path, arguments.max_eval_instances),
         summarize_command(arguments.output_path),
     ):
-        status = _execute(command)
+        status = _execute(command, offline_environment(arguments.output_path))
         if status != 0:
             return status
     _report(arguments.output_path)
     return 0
 
 
-def _execute(command: list[str]) -> int:
+def _execute(command: list[str], environment: dict[str, str]) -> int:
     print(f"\n$ {shlex.join(command)}\n", flush=True)
     # The same interpreter, whatever is first in PATH.
-    process = subprocess.run(
-        [sys.executable, "-m", MODULES[command[0]], *command[1:]], env=offline_environment(), check=False
-    )
+    module = [sys.executable, "-m", MODULES[command[0]]]
+    process = subprocess.run([*module, *command[1:]], env=environment, check=False)
     return process.returncode
 
 

@@ -59,9 +59,7 @@ def _read_score(run_folder: Path, environments: dict[str, dict[str, str]]) -> Sc
     means = {
         stat["name"]["name"]: stat["mean"]
         for stat in _json(run_folder / "stats.json")
-        if stat["name"].get("split") == environment["main_split"]
-        and "perturbation" not in stat["name"]
-        and stat["count"]
+        if stat["name"].get("split") == environment["main_split"] and "perturbation" not in stat["name"] and stat["count"]
     }
     requests = len(_json(run_folder / "scenario_state.json")["request_states"])
     return Score(

@@ -159,8 +159,7 @@ class WordsScenario(Scenario):
     @staticmethod
     def _instance(word: str, right: int, split: str) -> Instance:
         references = [
-            Reference(Output(text=text), tags=[CORRECT_TAG] if number == right else [])
-            for number, text in enumerate(OUTPUTS)
+            Reference(Output(text=text), tags=[CORRECT_TAG] if number == right else []) for number, text in enumerate(OUTPUTS)
         ]
         return Instance(Input(text=word), references=references, split=split)
 

@@ -79,9 +79,7 @@ def test_invalid_request_fails_at_once_and_leaves_the_engine_alone(client: AutoC
     assert loader.attempts == 1
 
 
-def test_unexpected_error_is_not_repeated(
-    client: AutoClient, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unexpected_error_is_not_repeated(client: AutoClient, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 

@@ -42,9 +42,7 @@ def test_generation_becomes_a_job() -> None:
 
 
 def test_echo_without_new_tokens_scores_the_prompt() -> None:
-    assert to_job(request(max_tokens=0, echo_prompt=True)) == Job(
-        prompt="Question", max_new_tokens=0, score_prompt=True
-    )
+    assert to_job(request(max_tokens=0, echo_prompt=True)) == Job(prompt="Question", max_new_tokens=0, score_prompt=True)
 
 
 def test_top_k_per_token_asks_for_candidates_and_leaves_sampling_alone() -> None:

@@ -21,34 +21,9 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.helm.runner import REPORT_FILE, FlexGenRunner
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import REFUSED, FakeLoader, run_spec
+from tests.helm.files import FILES, completed, read, timeless
 
 METHODS = ("generation", "multiple_choice_joint", "multiple_choice_separate_original")
-FILES = ("run_spec.json", "scenario.json", "scenario_state.json", "stats.json", "per_instance_stats.json")
-TIMES = {"request_time", "request_datetime", "batch_size", "batch_request_time", "cached"}
-
-
-def timeless(value: Any) -> Any:
-    """Removes from parsed JSON what depends on the clock or on how requests were grouped."""
-    if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
-    if isinstance(value, list):
-        names = ("inference_runtime", "inference_denoised_runtime", "batch_size")
-        kept = [item for item in value if not (isinstance(item, dict) and _stat_name(item) in names)]
-        return [timeless(item) for item in kept]
-    return value
-
-
-def _stat_name(item: dict[str, Any]) -> Any:
-    name = item.get("name")
-    return name.get("name") if isinstance(name, dict) else None
-
-
-def read(folder: Path, run: str, file: str) -> Any:
-    return json.loads((folder / run / file).read_text())
-
-
-def completed(folder: Path) -> list[str]:
-    return sorted(path.parent.name for path in folder.glob("*/stats.json"))
 
 
 def test_files_equal_those_of_helms_runner_through_the_client(run_suite: RunSuite, loader: FakeLoader) -> None:
@@ -88,9 +63,7 @@ def test_deployments_take_turns(run_suite: RunSuite, loader: FakeLoader) -> None
     assert first.closed
 
 
-def test_scenario_that_fails_does_not_take_the_suite_with_it(
-    run_suite: RunSuite, loader: FakeLoader, tmp_path: Path
-) -> None:
+def test_scenario_that_fails_does_not_take_the_suite_with_it(run_suite: RunSuite, loader: FakeLoader, tmp_path: Path) -> None:
     specs = [run_spec(name="broken", broken=True), run_spec(), run_spec(name="refused", words=f"fig {REFUSED}")]
     with pytest.raises(RunnerError, match=r'Failed runs: \["broken", "refused"\]'):
         run_suite(specs)
@@ -105,9 +78,7 @@ def test_a_failed_request_is_named_with_its_reason(
     assert "InvalidJob: the fake engine refuses this prompt (1 of 2 requests failed.)" in caplog.text
 
 
-def test_deployment_that_cannot_be_loaded_fails_only_its_runs(
-    run_suite: RunSuite, loader: FakeLoader, tmp_path: Path
-) -> None:
+def test_deployment_that_cannot_be_loaded_fails_only_its_runs(run_suite: RunSuite, loader: FakeLoader, tmp_path: Path) -> None:
     begin = time.monotonic()
     loader.error = UnsupportedModel("falcon cannot be packed")
     with pytest.raises(RunnerError, match=r'\["generation", "two"\]'):
@@ -183,9 +154,7 @@ def test_without_a_cache_everything_is_computed_again(run_suite: RunSuite, loade
     assert [len(jobs) for jobs in loader.engine.runs] == [3, 3]
 
 
-def test_summary_line_reports_the_work(
-    run_suite: RunSuite, loader: FakeLoader, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_summary_line_reports_the_work(run_suite: RunSuite, loader: FakeLoader, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="helm"):
         run_suite([run_spec("multiple_choice_separate_original", words="abcd")])
     asked = len("abcd yes") + len("abcd no") + len("abcd maybe")
@@ -197,9 +166,7 @@ def test_summary_line_reports_the_work(
 
 
 @pytest.mark.parametrize("flag", ["skip_instances", "cache_instances_only"])
-def test_no_engine_is_loaded_where_nothing_is_to_be_computed(
-    flag: str, run_suite: RunSuite, loader: FakeLoader
-) -> None:
+def test_no_engine_is_loaded_where_nothing_is_to_be_computed(flag: str, run_suite: RunSuite, loader: FakeLoader) -> None:
     suite = run_suite([run_spec()], cache_instances=True, **{flag: True})
     assert (loader.attempts, completed(suite)) == (0, [])
 
