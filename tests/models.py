@@ -72,8 +72,6 @@ class Family:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields that differ from ``base``; None removes a field."""
     base: dict[str, Any] = field(default_factory=lambda: SMALL)
-    experts: bool = False
-    """Whether it is a mixture of experts."""
     reason: str = ""
     """Regular expression that the refusal must match, for families that would be computed wrongly."""
 
@@ -112,11 +110,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family("GPTNeoXConfig"),
     "phi": Family("PhiConfig"),
     "stablelm": Family("StableLmConfig", {"use_qkv_bias": True}),
-    "gpt_oss": Family(
-        "GptOssConfig",
-        {**FOUR_LAYERS, **MIXTURE, "sliding_window": WINDOW, "layer_types": SLIDING_AND_FULL},
-        experts=True,
-    ),
+    "gpt_oss": Family("GptOssConfig", {**FOUR_LAYERS, **MIXTURE, "sliding_window": WINDOW, "layer_types": SLIDING_AND_FULL}),
     "llama4_text": Family(
         "Llama4TextConfig",
         {
@@ -128,13 +122,10 @@ FAMILIES: dict[str, Family] = {
             "no_rope_layers": [1, 0, 1, 0],
             "floor_scale": 8,
         },
-        experts=True,
     ),
-    "mixtral": Family("MixtralConfig", {**MIXTURE, "sliding_window": WINDOW}, experts=True),
+    "mixtral": Family("MixtralConfig", {**MIXTURE, "sliding_window": WINDOW}),
     "qwen3_moe": Family(
-        "Qwen3MoeConfig",
-        {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-        experts=True,
+        "Qwen3MoeConfig", {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     ),
     "olmo2": Family("Olmo2Config"),
     "granite": Family(
@@ -148,8 +139,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "starcoder2": Family("Starcoder2Config", {"sliding_window": WINDOW}),
     "phi3": Family("Phi3Config", {"sliding_window": WINDOW}),
-    "deepseek_v2": Family("DeepseekV2Config", {**LATENT, "topk_method": "greedy"}, experts=True),
-    "deepseek_v3": Family("DeepseekV3Config", {**LATENT, "n_group": 2, "topk_group": 1, "num_mtp_layers": 0}, experts=True),
+    "deepseek_v2": Family("DeepseekV2Config", {**LATENT, "topk_method": "greedy"}),
+    "deepseek_v3": Family("DeepseekV3Config", {**LATENT, "n_group": 2, "topk_group": 1, "num_mtp_layers": 0}),
 }
 """What the engine must serve."""
 
