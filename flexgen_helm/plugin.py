@@ -57,8 +57,6 @@ def make_model_deployment(name: str) -> ModelDeployment:
         )
     deployment = ModelDeployment(
         name=name,
-        # HELM's rule for `model=` in a run entry; a deployment with another model name is refused.
-        model_name="/".join(name.split("/")[-2:]),
         client_spec=ClientSpec(CLIENT, args={"name_or_path": name_or_path}),
         max_sequence_length=read_limits(name_or_path).window,
     )
@@ -92,7 +90,7 @@ def make_tokenizer_config(name: str) -> TokenizerConfig:
 
 
 def complete(deployment: ModelDeployment) -> ModelDeployment:
-    """Return a flexgen deployment with tokenizer and window service filled in where it has none."""
+    """Return a flexgen deployment with model name, tokenizer and window service filled in where it has none."""
     name_or_path = deployment.client_spec.args.get("name_or_path")
     if not isinstance(name_or_path, str):
         return deployment
@@ -102,9 +100,15 @@ def complete(deployment: ModelDeployment) -> ModelDeployment:
     window_args = {"name_or_path": name_or_path, "revision": revision}
     return dataclasses.replace(
         deployment,
+        model_name=_default_model_name(deployment.name) if deployment.model_name == deployment.name else deployment.model_name,
         tokenizer_name=deployment.tokenizer_name or tokenizer_name,
         window_service_spec=deployment.window_service_spec or WindowServiceSpec(WINDOW_SERVICE, args=window_args),
     )
+
+
+def _default_model_name(deployment_name: str) -> str:
+    # HELM's rule for `model=` in a run entry; a deployment with another model name is refused there.
+    return "/".join(deployment_name.split("/")[-2:])
 
 
 def _register_metadata(deployment: ModelDeployment) -> None:
@@ -126,8 +130,10 @@ def _register_metadata(deployment: ModelDeployment) -> None:
 def complete_written_deployments() -> None:
     """Complete the deployments that HELM has read from ``model_deployments.yaml`` before it loads plugins."""
     for deployment in list(ALL_MODEL_DEPLOYMENTS):
-        if is_flexgen(deployment) and (deployment.tokenizer_name is None or deployment.window_service_spec is None):
-            register_model_deployment(complete(deployment))
+        completed = complete(deployment) if is_flexgen(deployment) else deployment
+        if completed != deployment:
+            _register_metadata(completed)
+            register_model_deployment(completed)
 
 
 complete_written_deployments()

@@ -202,7 +202,9 @@ model_deployments:
     service = window_service(deployment.name, tmp_path)
     assert (service.max_sequence_length, service.prefix_token) == (39, "<s>")
     assert service.tokenize("aaab") == ["aa", "ab"]
-    assert window_service("flexgen/written/limited", tmp_path).max_request_length == 20
+    limited = get_model_deployment("flexgen/written/limited")
+    assert limited.model_name == "written/limited"
+    assert window_service(limited.name, tmp_path).max_request_length == 20
 
 
 def test_completed_deployment_keeps_what_was_written(model_folder: Path) -> None:
