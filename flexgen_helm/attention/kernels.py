@@ -1,7 +1,7 @@
 """Attention of some queries over one chunk of keys, and the merge of chunks.
 
 Everything here computes a query's numbers from that query and its keys alone, in kernels whose shape does not depend on the
-neighbours: query rows are padded to a multiple of 16, keys to a multiple of 32 (measured in DESIGN "Exactness", level B).
+neighbours: query rows are padded to a multiple of 16, and keys always come as whole chunks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def attend_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale:
 
     Args:
         q: ``[B, H, M, D]``, M a multiple of 16.
-        k: ``[B, H_kv, L, D]``, H a multiple of H_kv, L a multiple of 32.
+        k: ``[B, H_kv, L, D]``, H a multiple of H_kv, L the size of a chunk.
         v: ``[B, H_kv, L, Dv]``.
         mask: Additive, broadcastable to ``[B, 1, M, L]``, of q's dtype; None where every key is seen.
         scale: Factor of the scores.

@@ -1,7 +1,8 @@
-"""Which queries of a row meet which chunk of keys (DESIGN "Attention works in fixed splits").
+"""Which queries of a row meet which chunk of keys (docs/architecture.md "Attention in fixed splits").
 
-Keys come in chunks of 256 by absolute position. A chunk that several sequences share is met once, by all their queries
-together; a query's own, last chunk is met alone. A plan is made once per row and mask rule and used by every layer.
+Keys come in chunks of 128 by absolute position, and a kernel always gets a whole one: what a chunk does not hold yet is masked.
+A product over fewer keys is cheaper and gives other bits (measured, see runs/LOG.md). A chunk that several sequences share is
+met once, by all their queries together. A plan is made once per row and mask rule and used by every layer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from flexgen_helm.attention.kernels import NEG_INF
 from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.schedule.rows import Row, Segment
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 128
 QUERY_PAD = 16
 CHUNK_PAGES = CHUNK_TOKENS // PAGE_TOKENS
 
@@ -28,18 +29,18 @@ class MaskRule:
     """The model's own mask, as a predicate over positions."""
 
     allowed: Callable[[Tensor, Tensor], Tensor]
-    """(query positions ``[M, 1]``, key positions ``[1, L]``) -> bool ``[M, L]``."""
+    """(query positions ``[M, 1]``, key positions ``[M, L]`` or ``[1, L]``) -> bool ``[M, L]``."""
     causal_only: bool
     """Whether it is plain causality, so that chunks before a query's own are seen whole."""
 
 
 @dataclass
 class ChunkCall:
-    """One kernel call: some queries of the row over one chunk (stacked), or one query each over B chunks (batched)."""
+    """One kernel call: some queries of the row over one chunk (stacked), or one query each over B kept chunks (batched)."""
 
     pages: Tensor
-    """``[B * n]`` page numbers, B runs of n pages."""
-    num_runs: int
+    """``[B * 4]`` page numbers, four to a chunk."""
+    num_chunks: int
     kept: bool
     queries: Tensor
     """``[M]`` positions in the row, padded to a multiple of 16 (stacked), or ``[B]`` (batched)."""
@@ -78,47 +79,38 @@ class _Visit(NamedTuple):
         return range(self.offset + self.first - self.segment.start, self.offset + self.last - self.segment.start)
 
 
-def plan_attention(row: Row, rule: MaskRule, *, full_keys: bool, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
+def plan_attention(row: Row, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
     """Plan a row's attention.
 
     Args:
         row: The row; its padding attends to nothing.
         rule: Mask of the layers that will use this plan.
-        full_keys: Always give the kernel 256 keys (the product by hand is stable only in that shape).
         dtype: Of the queries.
         device: Where masks and indices go.
     """
-    return _Planner(row, rule, full_keys, dtype, device).plan()
+    return _Planner(row, rule, dtype, device).plan()
 
 
 class _Planner:
-    def __init__(self, row: Row, rule: MaskRule, full_keys: bool, dtype: torch.dtype, device: torch.device) -> None:
-        self.row, self.rule, self.full_keys, self.dtype, self.device = row, rule, full_keys, dtype, device
+    def __init__(self, row: Row, rule: MaskRule, dtype: torch.dtype, device: torch.device) -> None:
+        self.row, self.rule, self.dtype, self.device = row, rule, dtype, device
         self.result = AttentionPlan()
         self.outputs: list[list[tuple[int, int]]] = [[] for _ in range(row.size)]
 
     def plan(self) -> AttentionPlan:
-        shared: dict[tuple[bool, int, tuple[int, ...]], list[_Visit]] = defaultdict(list)
+        together: dict[tuple[bool, int, tuple[int, ...]], list[_Visit]] = defaultdict(list)
         own: list[_Visit] = []
         for visit, is_own in self._visits():
             if is_own:
                 own.append(visit)
             else:
-                shared[visit.segment.kept, visit.chunk, visit.pages].append(visit)
-        single: dict[tuple[bool, int], list[_Visit]] = defaultdict(list)
-        decode = self.row.kind == "decode"
-        for group in shared.values():
-            if decode and len(group) == 1:
-                single[group[0].segment.kept, CHUNK_PAGES].append(group[0])
-            else:
-                self._stacked(group)
-        for visit in own:
-            if decode:
-                single[visit.segment.kept, len(visit.pages)].append(visit)
-            else:
-                self._stacked([visit])
-        for visits in single.values():
-            self._batched(visits)
+                together[visit.segment.kept, visit.chunk, visit.pages].append(visit)
+        groups = [*together.values(), *([visit] for visit in own)]
+        if self.row.kind == "decode":
+            self._batched([group[0] for group in groups if len(group) == 1])
+            groups = [group for group in groups if len(group) > 1]
+        for group in groups:
+            self._stacked(group)
         self.result.order = self._order()
         return self.result
 
@@ -128,73 +120,60 @@ class _Planner:
             for chunk in range((segment.end - 1) // CHUNK_TOKENS + 1):
                 low, high = chunk * CHUNK_TOKENS, (chunk + 1) * CHUNK_TOKENS
                 table = segment.table[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES]
+                pages = tuple(table + table[-1:] * (CHUNK_PAGES - len(table)))
                 if segment.end > high:
-                    yield _Visit(segment, offset, chunk, max(segment.start, high), segment.end, tuple(table)), False
+                    yield _Visit(segment, offset, chunk, max(segment.start, high), segment.end, pages), False
                 first, last = max(segment.start, low), min(segment.end, high)
                 if first < last:
-                    pages = table[: -(-(last - low) // PAGE_TOKENS)]
-                    if self.full_keys:
-                        pages = pages + pages[-1:] * (CHUNK_PAGES - len(pages))
-                    yield _Visit(segment, offset, chunk, first, last, tuple(pages)), True
+                    yield _Visit(segment, offset, chunk, first, last, pages), True
             offset += len(segment.tokens)
 
-    def _allowed(self, positions: list[int], visit: _Visit) -> Tensor:
-        q = torch.tensor(positions, device=self.device)[:, None]
-        k = torch.arange(len(visit.pages) * PAGE_TOKENS, device=self.device)[None] + visit.chunk * CHUNK_TOKENS
-        return self.rule.allowed(q, k) & (k <= q)
-
     def _stacked(self, group: list[_Visit]) -> None:
+        """Queries that share a chunk meet it in one call."""
         rows = [t for visit in group for t in visit.row_range]
         positions = [p for visit in group for p in range(visit.first, visit.last)]
         queries, first = _padded(rows, self.row.size)
         mask = dead = None
         if not (self.rule.causal_only and group[0].last > (group[0].chunk + 1) * CHUNK_TOKENS):
-            allowed = self._allowed(positions, group[0])
+            allowed = self._allowed(positions, [group[0].chunk] * len(rows))
             seen = allowed.any(-1)
             if not bool(seen.any()):
                 return
             dead = None if bool(seen.all()) else ~seen
-            full = torch.ones(len(queries), allowed.shape[1], dtype=torch.bool, device=self.device)
+            full = torch.ones(len(queries), CHUNK_TOKENS, dtype=torch.bool, device=self.device)
             full[first : first + len(rows)] = allowed | ~seen[:, None]
             mask = self._additive(full)[None, None]
-        self._add(group[0], rows, 1, list(group[0].pages), (queries, first, mask, dead), batched=False)
+        pages, kept = list(group[0].pages), group[0].segment.kept
+        call = ChunkCall(self._index(pages), 1, kept, self._index(queries), first, len(rows), False, mask, dead)
+        self._add(call, rows, [group[0].chunk] * len(rows))
 
     def _batched(self, visits: list[_Visit]) -> None:
-        allowed = [self._allowed([visit.first], visit)[0] for visit in visits]
-        alive = [(visit, row) for visit, row in zip(visits, allowed, strict=True) if bool(row.any())]
-        if not alive:
+        """Single queries meet a chunk each, all in one call."""
+        if not visits:
             return
-        rows = [visit.row_range[0] for visit, _ in alive]
-        mask = self._additive(torch.stack([row for _, row in alive]))[:, None, None]
-        pages = [page for visit, _ in alive for page in visit.pages]
-        self._add(
-            alive[0][0],
-            rows,
-            len(alive),
-            pages,
-            (rows, 0, mask, None),
-            batched=True,
-            chunks=[v.chunk for v, _ in alive],
-        )
+        allowed = self._allowed([visit.first for visit in visits], [visit.chunk for visit in visits])
+        seen = allowed.any(-1).tolist()
+        visits = [visit for visit, alive in zip(visits, seen, strict=True) if alive]
+        rows = [visit.row_range[0] for visit in visits]
+        pages = self._index([page for visit in visits for page in visit.pages])
+        mask = self._additive(allowed[torch.tensor(seen, device=self.device)])[:, None, None]
+        call = ChunkCall(pages, len(visits), True, self._index(rows), 0, len(rows), True, mask, None)
+        self._add(call, rows, [visit.chunk for visit in visits])
 
-    def _add(
-        self,
-        visit: _Visit,
-        rows: list[int],
-        num_runs: int,
-        pages: list[int],
-        shape: tuple[list[int], int, Tensor | None, Tensor | None],
-        *,
-        batched: bool,
-        chunks: list[int] | None = None,
-    ) -> None:
-        queries, first, mask, dead = shape
-        indices = [torch.tensor(x, device=self.device) for x in (pages, queries)]
-        call = ChunkCall(indices[0], num_runs, visit.segment.kept, indices[1], first, len(rows), batched, mask, dead)
+    def _allowed(self, positions: list[int], chunks: list[int]) -> Tensor:
+        """Which keys of its chunk each query sees: ``[len(positions), 128]``."""
+        q = self._index(positions)[:, None]
+        k = torch.arange(CHUNK_TOKENS, device=self.device)[None] + CHUNK_TOKENS * self._index(chunks)[:, None]
+        return self.rule.allowed(q, k) & (k <= q)
+
+    def _add(self, call: ChunkCall, rows: list[int], chunks: list[int]) -> None:
         self.result.calls.append(call)
-        for i, t in enumerate(rows):
-            self.outputs[t].append((chunks[i] if chunks else visit.chunk, self.result.num_outputs + i))
+        for i, (t, chunk) in enumerate(zip(rows, chunks, strict=True)):
+            self.outputs[t].append((chunk, self.result.num_outputs + i))
         self.result.num_outputs += len(rows)
+
+    def _index(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
 
     def _additive(self, allowed: Tensor) -> Tensor:
         return torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, NEG_INF)

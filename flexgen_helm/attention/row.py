@@ -50,7 +50,7 @@ class RowAttention:
 
     def __init__(self, row: Row, cache: PagedCache, device: torch.device) -> None:
         self._row, self._cache, self._device = row, cache, device
-        self._plans: dict[tuple[int, bool], AttentionPlan] = {}
+        self._plans: dict[int, AttentionPlan] = {}
         self._writes: dict[bool, _Writes] = {}
         offset = 0
         for segment in row.segments:
@@ -87,7 +87,7 @@ class RowAttention:
         for kept, writes in self._writes.items():
             writes.apply(stores[kept].k, k)
             writes.apply(stores[kept].v, v)
-        plan = self._plan(rule, q, full_keys=softcap is not None)
+        plan = self._plan(rule, q)
         shape = (plan.num_outputs + 2, q.shape[1])
         outputs = torch.empty(*shape, v.shape[-1], dtype=torch.float32, device=q.device)
         lse = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -105,17 +105,16 @@ class RowAttention:
             done += call.num_queries
         return merge_chunks(outputs, lse, plan.order, sinks).to(v.dtype)
 
-    def _plan(self, rule: MaskRule, q: Tensor, *, full_keys: bool) -> AttentionPlan:
-        key = (id(rule), full_keys)
-        if key not in self._plans:
-            self._plans[key] = plan_attention(self._row, rule, full_keys=full_keys, dtype=q.dtype, device=self._device)
-        return self._plans[key]
+    def _plan(self, rule: MaskRule, q: Tensor) -> AttentionPlan:
+        if id(rule) not in self._plans:
+            self._plans[id(rule)] = plan_attention(self._row, rule, dtype=q.dtype, device=self._device)
+        return self._plans[id(rule)]
 
 
 def _gather(pages: Tensor, call: ChunkCall) -> Tensor:
     """Pages of a call as ``[B, H_kv, L, D]``."""
     picked = pages.index_select(0, call.pages)
-    return picked.view(call.num_runs, -1, *pages.shape[2:]).transpose(1, 2)
+    return picked.view(call.num_chunks, -1, *pages.shape[2:]).transpose(1, 2)
 
 
 def _stacked(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
@@ -128,7 +127,7 @@ def _stacked(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softc
 
 def _batched(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
     """One query each over its own chunk: the query heads of a K/V head are the rows of one product."""
-    b, h, kv = call.num_runs, q.shape[1], store.k.shape[2]
+    b, h, kv = call.num_chunks, q.shape[1], store.k.shape[2]
     groups = h // kv
     padded = q.new_zeros(b, kv, -(-groups // QUERY_PAD) * QUERY_PAD, q.shape[2])
     padded[:, :, :groups] = q.index_select(0, call.queries).view(b, kv, groups, -1)
