@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,24 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
     check_keywords("client_spec.args", arguments, list(inspect.signature(Engine.from_pretrained).parameters))
     if few_requests and arguments.get("policy") is None:
         arguments = {**arguments, "policy": _small_policy(arguments.get("device", "auto"))}
-    return Engine.from_pretrained(**arguments)
+    with _messages_in_helms_log():
+        return Engine.from_pretrained(**arguments)
+
+
+@contextmanager
+def _messages_in_helms_log() -> Iterator[None]:
+    """Show what the engine decides while it loads; helm-run configures HELM's own logger only."""
+    ours, helms = logging.getLogger("flexgen_helm"), logging.getLogger("helm")
+    level, handlers = ours.level, [handler for handler in helms.handlers if handler not in ours.handlers]
+    ours.setLevel(helms.getEffectiveLevel())
+    for handler in handlers:
+        ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+        for handler in handlers:
+            ours.removeHandler(handler)
 
 
 def _small_policy(device: str) -> Policy:

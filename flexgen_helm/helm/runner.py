@@ -86,9 +86,7 @@ class FlexGenRunner(Runner):
             return False
         return True
 
-    def _serve(
-        self, deployment_name: str, runs: list[PausableRun], failed: list[str], reports: list[WorkloadReport]
-    ) -> None:
+    def _serve(self, deployment_name: str, runs: list[PausableRun], failed: list[str], reports: list[WorkloadReport]) -> None:
         """Answer the requests of all runs of a deployment and finish these runs."""
         deployment = get_model_deployment(deployment_name)
         requests = [state.request for run in runs for state in run.request_states]

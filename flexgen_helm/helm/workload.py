@@ -42,15 +42,11 @@ class WorkloadReport:
 
     def summary(self) -> str:
         """Return the line that a runner prints at the end."""
-        stats = self.stats
-        tokens = stats.prompt_tokens_computed + stats.generated_tokens
-        rate = tokens / stats.seconds if stats.seconds else 0.0
-        return (
-            f"{self.deployment}: {self.num_requests} requests ({self.num_cached} cached), "
-            f"prompt tokens {stats.prompt_tokens_asked} asked and {stats.prompt_tokens_computed} computed, "
-            f"{stats.generated_tokens} generated, {stats.sweeps} sweeps, "
-            f"{rate:.0f} tokens/s computed, {stats.seconds:.1f} s"
-        )
+        # It comes with torch, which is loaded anyway when there is something to report.
+        from flexgen_helm.runtime.progress import summary
+
+        counts = f"{self.deployment}: {self.num_requests:,} requests, {self.num_cached:,} of them cached"
+        return f"{counts}; {summary(self.stats)}" if self.stats.num_jobs else counts
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report in plain types, for JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,11 @@ from helm.clients.auto_client import AutoClient
 from helm.common.cache_backend_config import BlackHoleCacheBackendConfig, SqliteCacheBackendConfig
 from helm.common.request import Request
 
+from flexgen_helm import Engine
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.helm.client import FlexGenClient
 from flexgen_helm.helm.deployment import DeploymentError
-from flexgen_helm.helm.registry import ENGINES
+from flexgen_helm.helm.registry import ENGINES, load_engine
 from tests.helm.fakes import REFUSED, FakeEngine, FakeLoader
 
 
@@ -181,3 +183,22 @@ def test_unknown_keyword_of_from_pretrained_is_refused(client: AutoClient) -> No
     result = client.make_request(request(deployment="flexgen/test/misspelt"))
     assert "`dytpe`" in (result.error or "")
     assert "`dtype`" in (result.error or "")
+
+
+def test_what_the_engine_says_while_it_loads_is_in_helms_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    ours, helms = logging.getLogger("flexgen_helm"), logging.getLogger("helm")
+    monkeypatch.setattr(helms, "handlers", [handler])
+    monkeypatch.setattr(helms, "level", logging.INFO)
+
+    def from_pretrained(name_or_path: str) -> FakeEngine:
+        logging.getLogger("flexgen_helm.runtime").info("loading %s", name_or_path)
+        return FakeEngine({"name_or_path": name_or_path})
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    before = (ours.level, list(ours.handlers))
+    load_engine({"name_or_path": "letters"}, few_requests=False)
+    assert lines == ["loading letters"]
+    assert (ours.level, ours.handlers) == before

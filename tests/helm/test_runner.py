@@ -159,8 +159,8 @@ def test_summary_line_reports_the_work(run_suite: RunSuite, loader: FakeLoader, 
         run_suite([run_spec("multiple_choice_separate_original", words="abcd")])
     asked = len("abcd yes") + len("abcd no") + len("abcd maybe")
     expected = (
-        f"flexgen/test/letters: 3 requests (0 cached), prompt tokens {asked} asked and {asked // 2} computed, "
-        f"0 generated, 0 sweeps, {asked // 2 / 2:.0f} tokens/s computed, 2.0 s"
+        "flexgen/test/letters: 3 requests, 0 of them cached; 3 requests in 2.0 s: "
+        f"{asked} prompt tokens asked, {asked // 2} computed, 0 generated, 0 sweeps, {asked // 2 / 2:.0f} tokens/s"
     )
     assert expected in caplog.text
 
