@@ -4,7 +4,7 @@ a: 5-shot MMLU anatomy, 100 questions, against one forward per question.
 b: 64 prompts of synthetic reasoning, 50 new tokens each (no end token), against ``generate`` per prompt.
 
 Both sides use the same weights and threads and take turns, so that a machine that others use as well slows both.
-Cost of one repetition on two cores of a server CPU: a about 6 minutes, b about 6 minutes; 2 GiB of memory.
+Cost of one repetition on one core of a server CPU: a about 2 minutes, b about 6 minutes; 2 GiB of memory.
 
 Command: ``python -m flexgen_helm.runs.cpu_benchmark --threads 1 --repeats 3 --json result.json``
 """
