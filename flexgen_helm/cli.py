@@ -58,12 +58,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="M", help="model folder, or name on the model hub")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
-    group.add_argument(
-        "--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU"
-    )
-    group.add_argument(
-        "--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N"
-    )
+    group.add_argument("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
+    group.add_argument("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
 
 
 def _add_job_options(parser: argparse.ArgumentParser) -> None:

@@ -8,14 +8,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, UnsupportedModel
+from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyError, UnsupportedModel
 from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.machine import free_bytes, used_bytes
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
@@ -30,7 +30,7 @@ from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, validated
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
-from flexgen_helm.schedule.operations import Order
+from flexgen_helm.schedule.operations import ORDERS, Order
 from flexgen_helm.schedule.scheduler import Scheduler
 from flexgen_helm.types import Job, Policy, Result, RunStats
 
@@ -111,6 +111,8 @@ class Engine:
         """
         if policy is not None:
             validated(policy)
+        if order not in ORDERS:
+            raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
         loaded = load_model(str(name_or_path), dtype=dtype, device=_device(device), revision=revision)
         return cls(loaded, policy=policy, order=order)
 
@@ -136,6 +138,8 @@ class Engine:
             InvalidJob: A job that cannot be served, with ``on_error="raise"``.
             OutOfSpace: A job whose K and V can never fit.
         """
+        if on_error not in ("raise", "return"):
+            raise FlexGenError(f"on_error is {on_error!r}. Give 'raise' or 'return'.")
         results: list[Result | None] = [None] * len(jobs)
         tickets: dict[int, Ticket] = {}
         for index, job in enumerate(jobs):
@@ -178,6 +182,8 @@ class Engine:
         return Worker(scheduler, executor, Intake(vocabulary, self._loaded.end_token_ids), (self._pool, cache))
 
     def _prepare(self, job: Job) -> PreparedJob:
+        if not isinstance(job, Job):
+            raise InvalidJob(f"A job is of type {type(job).__name__}. Give flexgen_helm.Job(prompt=...) or Job(token_ids=...).")
         try:
             prepared = prepare(job, tokenizer=self.tokenizer, max_length=self.max_length, vocab_size=self._loaded.vocab_size)
         except InvalidJob as error:
@@ -224,8 +230,6 @@ class Engine:
             self.stats = _stats(tickets, results, before, self._worker.snapshot)
             self.stats.seconds, self.stats.peak_bytes = watch.seconds(), watch.peak_bytes
             logger.info("%s", watch.progress.finish(self.stats))
-        except CancelledError:
-            raise FlexGenError("The engine was closed while it computed. Make a new one with Engine.from_pretrained.") from None
         except BaseException:
             self._worker.cancel()
             raise

@@ -78,9 +78,7 @@ def _check_limits(job: Job, vocab_size: int) -> None:
             f"top_logprobs is {job.top_logprobs}, but the model has {vocab_size} tokens. Ask for that many at most."
         )
     if job.seed is not None and not _is_int(job.seed):
-        raise InvalidJob(
-            f"seed is {job.seed!r}, but only integers name a sequence of random numbers. Give one, or None."
-        )
+        raise InvalidJob(f"seed is {job.seed!r}, but only integers name a sequence of random numbers. Give one, or None.")
     if not _is_number(job.temperature) or not 0 <= job.temperature < math.inf:
         raise InvalidJob(
             f"temperature is {job.temperature!r}, which no probabilities can be scaled by. Give a finite number: 0 for "

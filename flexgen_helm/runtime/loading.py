@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
 
@@ -153,18 +157,39 @@ def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.d
 
 
 def _read_weights(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         # Weights arrive tensor by tensor in the wanted dtype: the model is never held twice.
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        with _quiet_without_terminal():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except Exception as error:
         raise CorruptFile(
             f"The weights of {name} could not be read ({type(error).__name__}: {error}). A shard may be torn or missing in "
             f"{folder}: fetch it again."
         ) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
+    if missing:
+        raise CorruptFile(
+            f"The weights of {name} lack {len(missing)} tensors of its config, or have them in another shape: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Fetch {folder} again."
+        )
     model.eval()
+    assert isinstance(model, PreTrainedModel)
     return model
+
+
+@contextmanager
+def _quiet_without_terminal() -> Iterator[None]:
+    """Keep the library's bar out of logs."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:

@@ -115,8 +115,7 @@ def token_texts(vocabulary: Vocabulary, token_ids: Sequence[int], context_ids: S
 def _windowed_texts(vocabulary: Vocabulary, token_ids: Sequence[int], context_ids: Sequence[int]) -> list[str]:
     detokenizer = Detokenizer(vocabulary, context_ids)
     texts = [
-        vocabulary.text(token_id) if vocabulary.is_special(token_id) else detokenizer.append(token_id)
-        for token_id in token_ids
+        vocabulary.text(token_id) if vocabulary.is_special(token_id) else detokenizer.append(token_id) for token_id in token_ids
     ]
     texts[-1] += detokenizer.flush()
     return texts

@@ -78,23 +78,26 @@ class Worker:
             self._signal.notify()
 
     def cancel(self) -> None:
-        """Drop everything in flight; its futures are cancelled."""
-        self._cancelling = True
+        """Drop everything in flight, at the end of the current operation; its futures fail."""
+        with self._signal:
+            self._cancelling = True
+            self._signal.notify_all()
+            self._signal.wait_for(lambda: not self._cancelling or not self._thread.is_alive())
 
     def close(self) -> None:
-        """Stop after the current operation; what is in flight is cancelled."""
+        """Stop after the current operation; what is in flight fails."""
         with self._signal:
             self._closing = self._cancelling = True
-            self._signal.notify()
+            self._signal.notify_all()
         self._thread.join()
 
     def _loop(self) -> None:
         while True:
             with self._signal:
                 idle = not self._scheduler.has_work()
-                while idle and not self._arrived and not self._closing:
+                while idle and not self._arrived and not self._cancelling:
                     self._signal.wait()
-            if idle and not self._closing:
+            if idle and not self._cancelling:
                 time.sleep(GATHER_SECONDS)
             try:
                 if self._cancelling:
@@ -115,7 +118,8 @@ class Worker:
             self._count(sweep)
         for work in self._scheduler.end_sweep():
             for ticket in self._tickets.pop(work):
-                ticket.future.set_result(self._intake.result(ticket))
+                if ticket.future.set_running_or_notify_cancel():
+                    ticket.future.set_result(self._intake.result(ticket))
 
     def _take_in(self) -> None:
         with self._signal:
@@ -150,17 +154,17 @@ class Worker:
             self.watch(self.snapshot)
 
     def _fail(self, error: BaseException) -> None:
-        cancelled = isinstance(error, _Cancelled)
-        if not cancelled:
+        if isinstance(error, _Cancelled):
+            error = FlexGenError("The engine was closed or interrupted before it answered this job. Send the job again.")
+        else:
             logger.error("a sweep failed, its jobs are given up: %s: %s", type(error).__name__, error)
+        self._scheduler.abandon()
         with self._signal:
             tickets, self._arrived = self._arrived, []
-            self._cancelling = self._closing
-        self._scheduler.abandon()
+            self._cancelling = False
+            self._signal.notify_all()
         tickets += [ticket for waiting in self._tickets.values() for ticket in waiting]
         self._tickets.clear()
         for ticket in tickets:
-            if not cancelled:
+            if ticket.future.set_running_or_notify_cancel():
                 ticket.future.set_exception(error)
-            elif ticket.future.cancel():
-                ticket.future.set_running_or_notify_cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.schedule.rows import Row, Segment
 
 KEY = CacheKey(0, 0)
+RowKind = Literal["prefill", "decode"]
+QKV = tuple[Tensor, Tensor, Tensor]
 CAUSAL = MaskRule(lambda q, k: k <= q, True)
 RULES = {
     "causal": CAUSAL,
@@ -75,13 +78,17 @@ class Machine:
         self.options, self.cache, self.heads = options, PagedCache(), heads
         self.sinks = torch.randn(heads.q, generator=chance) if options.sinks else None
         shapes = ((heads.q, heads.dim), (heads.kv, heads.dim), (heads.kv, heads.dim_v))
-        self.inputs = [tuple(torch.randn(n, *shape, generator=chance) for shape in shapes) for n in lengths]
+        self.inputs: list[QKV] = []
+        for n in lengths:
+            q, k, v = (torch.randn(n, *shape, generator=chance) for shape in shapes)
+            self.inputs.append((q, k, v))
         common = min(prefix, *lengths)
         for other in self.inputs[1:]:
             for mine, first in zip(other, self.inputs[0], strict=True):
                 mine[:common] = first[:common]
         self.shared = shared = num_shared(lengths, prefix)
-        self.tables, next_page = [], 0
+        self.tables: list[list[int]] = []
+        next_page = 0
         for i, n in enumerate(lengths):
             own = -(-n // PAGE_TOKENS) - (shared if i else 0)
             self.tables.append((self.tables[0][:shared] if i else []) + list(range(next_page, next_page + own)))
@@ -89,13 +96,13 @@ class Machine:
         self.cache.reserve(kept=next_page, transient=0)
         self.outputs = [torch.zeros(n, heads.q, heads.dim_v) for n in lengths]
 
-    def run(self, kind: str, size: int, pieces: list[tuple[int, int, int]]) -> None:
+    def run(self, kind: RowKind, size: int, pieces: list[tuple[int, int, int]]) -> None:
         segments = [Segment((0,) * (b - a), a, self.tables[i], True) for i, a, b in pieces]
         row = RowAttention(Row(kind, size, segments), self.cache, torch.device("cpu"))
         parts = [torch.cat([self.inputs[i][x][a:b] for i, a, b in pieces]) for x in range(3)]
-        qkv = tuple(torch.cat([part, torch.zeros(size - len(part), *part.shape[1:])]) for part in parts)
+        q, k, v = (torch.cat([part, torch.zeros(size - len(part), *part.shape[1:])]) for part in parts)
         scale = self.heads.dim**-0.5
-        out = row.attend(KEY, qkv, RULES[self.options.rule], scale=scale, softcap=self.options.softcap, sinks=self.sinks)
+        out = row.attend(KEY, (q, k, v), RULES[self.options.rule], scale=scale, softcap=self.options.softcap, sinks=self.sinks)
         assert torch.isfinite(out).all()
         offset = 0
         for i, a, b in pieces:
@@ -108,10 +115,10 @@ class Machine:
         return max(float((x - y)[a:].abs().max()) for x, y, a in zip(expected, self.outputs, begins, strict=True))
 
 
-def random_rows(lengths: list[int], prefix: int, seed: int) -> list[tuple[str, int, list[tuple[int, int, int]]]]:
+def random_rows(lengths: list[int], prefix: int, seed: int) -> list[tuple[RowKind, int, list[tuple[int, int, int]]]]:
     """Rows of random pieces; the first sequence's prefix before all, the last token of some in decode rows."""
     chance = random.Random(seed)
-    rows: list[tuple[str, int, list[tuple[int, int, int]]]] = []
+    rows: list[tuple[RowKind, int, list[tuple[int, int, int]]]] = []
     shared = num_shared(lengths, prefix) * PAGE_TOKENS
     at = [0] + [shared] * (len(lengths) - 1)
     pending = [i for i in range(len(lengths)) if at[i] < lengths[i]]
@@ -183,8 +190,8 @@ def test_pages_parted_in_one_row_are_copied_before_they_are_read() -> None:
     ]
     row = RowAttention(Row("prefill", 32, segments), machine.cache, torch.device("cpu"))
     bounds = [(0, 0, 10), (1, 10, 14), (2, 14, 18)]
-    qkv = tuple(torch.cat([*(base[i][x][a:b] for i, a, b in bounds), torch.zeros(14, 2, 16)]) for x in range(3))
-    out = row.attend(KEY, qkv, CAUSAL, scale=0.25, softcap=None, sinks=None)
+    q, k, v = (torch.cat([*(base[i][x][a:b] for i, a, b in bounds), torch.zeros(14, 2, 16)]) for x in range(3))
+    out = row.attend(KEY, (q, k, v), CAUSAL, scale=0.25, softcap=None, sinks=None)
     offset = 0
     for i, a, b in bounds:
         expected = dense(*base[i], options, None)[a:b]

@@ -65,6 +65,7 @@ class SymbolicMachine:
             if i in wants:
                 for node, index in wants[i].targets:
                     assert node.start + index == position + 1
+                    assert node.logprobs is not None
                     node.logprobs[index] = hash((*prefix, node.tokens[index])) % 97
                 for fork in wants[i].forks:
                     prompt, end = self.ends[fork]
@@ -121,7 +122,7 @@ def test_every_answer_comes_from_the_right_prefix(
         for fork, (limit, end) in zip(work.forks, spec.limits, strict=True):
             assert fork.tokens == expected_tokens(spec, limit, end)
         if spec.score:
-            found = [value for node in work.node.path() for value in node.logprobs]
+            found = [value for node in work.node.path() for value in node.logprobs or ()]
             assert found[1:] == [hash(spec.tokens[: i + 1]) % 97 for i in range(1, len(spec.tokens))]
 
 
