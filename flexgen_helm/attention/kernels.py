@@ -62,31 +62,28 @@ def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     return ChunkOutput(output.view(b, h, m, -1).transpose(1, 2), lse.transpose(1, 2))
 
 
-def merge_chunks(outputs: Tensor, lse: Tensor, order: Tensor, sinks: Tensor | None) -> Tensor:
+def merge_chunks(outputs: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
     """Merge the chunks of every query in increasing order of position, in fp32.
 
     Args:
-        outputs: ``[N, H, Dv]`` fp32, chunk outputs of all queries of a row.
-        lse: ``[N, H]`` fp32; -inf where a query sees nothing of the chunk.
-        order: ``[R, T]``: which of the N belongs to query t as its r-th chunk.
+        outputs: ``[R, T, H, Dv]`` fp32: what each of the T queries got from its r-th chunk, zeros where there is none.
+            Overwritten.
+        lse: ``[R, T, H]`` fp32, -inf where there is none.
         sinks: ``[H]`` logits of an attention sink (GPT-OSS), or None.
 
     Returns:
         ``[T, H, Dv]`` fp32.
     """
-    parts = [lse.index_select(0, index) for index in order]
-    top = parts[0]
-    for part in parts[1:]:
-        top = torch.maximum(top, part)
-    weight = torch.exp(parts[0] - top)
-    den = weight
-    total = outputs.index_select(0, order[0]).mul_(weight.unsqueeze(-1))
-    for index, part in zip(order[1:], parts[1:], strict=True):
-        weight = torch.exp(part - top)
-        den = den + weight
-        # Product and sum stay two operations: fused, their rounding would differ between a kernel's vector part and its tail.
-        total += outputs.index_select(0, index).mul_(weight.unsqueeze(-1))
-    total /= den.unsqueeze(-1)
+    top = lse.amax(0)
+    weights = torch.exp(lse - top)
+    den, total = weights[0], outputs[0]
+    if len(outputs) > 1:
+        # Products and sums stay apart: fused, their rounding would differ between a kernel's vector part and its tail.
+        outputs.mul_(weights.unsqueeze(-1))
+        for part, weight in zip(outputs[1:], weights[1:], strict=True):
+            total += part
+            den = den + weight
+        total /= den.unsqueeze(-1)
     if sinks is not None:
         total *= (1 / (1 + torch.exp(sinks.float() - top) / den)).unsqueeze(-1)
     return total

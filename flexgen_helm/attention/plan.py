@@ -34,34 +34,39 @@ class MaskRule:
     """Whether it is plain causality, so that chunks before a query's own are seen whole."""
 
 
+Index = slice | Tensor
+"""Consecutive rows as a slice, which costs no copy, others as ``[n]`` indices."""
+
+
 @dataclass
 class ChunkCall:
     """One kernel call: some queries of the row over one chunk (stacked), or one query each over B kept chunks (batched)."""
 
-    pages: Tensor
-    """``[B * 4]`` page numbers, four to a chunk."""
+    pages: Index
+    """Page numbers, four to a chunk."""
     num_chunks: int
     kept: bool
-    queries: Tensor
-    """``[M]`` positions in the row, padded to a multiple of 16 (stacked), or ``[B]`` (batched)."""
-    first: int
-    """Where the real queries begin within ``queries``."""
-    num_queries: int
+    queries: Index
+    """Positions in the row: M, padded to a multiple of 16 (stacked), or B (batched)."""
+    real: slice
+    """Which of ``queries`` are not padding."""
     batched: bool
     mask: Tensor | None
     """Additive: ``[1, 1, M, L]`` (stacked) or ``[B, 1, 1, L]`` (batched)."""
     dead: Tensor | None
-    """``[num_queries]`` bool: real queries to which the mask shows nothing of this chunk."""
+    """Bool for each real query: those to which the mask shows nothing of this chunk."""
+    outputs: Index = field(default_factory=lambda: slice(0))
+    """Where the outputs go: row t of rank r is at r * T + t."""
 
 
 @dataclass
 class AttentionPlan:
-    """All calls of a row, and which of their outputs belong to which query."""
+    """All calls of a row. A query's r-th chunk, in order of position, has rank r."""
 
-    calls: list[ChunkCall] = field(default_factory=list)
-    num_outputs: int = 0
-    order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """``[R, T]`` for `merge_chunks`; ``num_outputs`` is an output that is nowhere, ``num_outputs + 1`` one that is zero."""
+    calls: list[ChunkCall]
+    num_ranks: int
+    idle: Tensor
+    """Positions in the row that attend to nothing: padding."""
 
 
 class _Visit(NamedTuple):
@@ -94,8 +99,9 @@ def plan_attention(row: Row, rule: MaskRule, *, dtype: torch.dtype, device: torc
 class _Planner:
     def __init__(self, row: Row, rule: MaskRule, dtype: torch.dtype, device: torch.device) -> None:
         self.row, self.rule, self.dtype, self.device = row, rule, dtype, device
-        self.result = AttentionPlan()
-        self.outputs: list[list[tuple[int, int]]] = [[] for _ in range(row.size)]
+        self.calls: list[ChunkCall] = []
+        self.met: list[list[tuple[int, int]]] = []
+        """For each call, the position in the row and the chunk of each real query."""
 
     def plan(self) -> AttentionPlan:
         together: dict[tuple[bool, int, tuple[int, ...]], list[_Visit]] = defaultdict(list)
@@ -111,8 +117,7 @@ class _Planner:
             groups = [group for group in groups if len(group) > 1]
         for group in groups:
             self._stacked(group)
-        self.result.order = self._order()
-        return self.result
+        return self._ranked()
 
     def _visits(self) -> Iterator[tuple[_Visit, bool]]:
         offset = 0
@@ -143,46 +148,50 @@ class _Planner:
             full = torch.ones(len(queries), CHUNK_TOKENS, dtype=torch.bool, device=self.device)
             full[first : first + len(rows)] = allowed | ~seen[:, None]
             mask = self._additive(full)[None, None]
-        pages, kept = list(group[0].pages), group[0].segment.kept
-        call = ChunkCall(self._index(pages), 1, kept, self._index(queries), first, len(rows), False, mask, dead)
-        self._add(call, rows, [group[0].chunk] * len(rows))
+        real = slice(first, first + len(rows))
+        pages, kept = self._index(list(group[0].pages)), group[0].segment.kept
+        self.calls.append(ChunkCall(pages, 1, kept, self._index(queries), real, False, mask, dead))
+        self.met.append([(t, group[0].chunk) for t in rows])
 
     def _batched(self, visits: list[_Visit]) -> None:
         """Single queries meet a chunk each, all in one call."""
         if not visits:
             return
         allowed = self._allowed([visit.first for visit in visits], [visit.chunk for visit in visits])
-        seen = allowed.any(-1).tolist()
-        visits = [visit for visit, alive in zip(visits, seen, strict=True) if alive]
+        seen = allowed.any(-1)
+        visits = [visit for visit, alive in zip(visits, seen.tolist(), strict=True) if alive]
         rows = [visit.row_range[0] for visit in visits]
         pages = self._index([page for visit in visits for page in visit.pages])
-        mask = self._additive(allowed[torch.tensor(seen, device=self.device)])[:, None, None]
-        call = ChunkCall(pages, len(visits), True, self._index(rows), 0, len(rows), True, mask, None)
-        self._add(call, rows, [visit.chunk for visit in visits])
+        mask = self._additive(allowed[seen])[:, None, None]
+        self.calls.append(ChunkCall(pages, len(visits), True, self._index(rows), slice(len(rows)), True, mask, None))
+        self.met.append([(t, visit.chunk) for t, visit in zip(rows, visits, strict=True)])
 
     def _allowed(self, positions: list[int], chunks: list[int]) -> Tensor:
         """Which keys of its chunk each query sees: ``[len(positions), 128]``."""
-        q = self._index(positions)[:, None]
-        k = torch.arange(CHUNK_TOKENS, device=self.device)[None] + CHUNK_TOKENS * self._index(chunks)[:, None]
+        q = torch.tensor(positions, device=self.device)[:, None]
+        begin = CHUNK_TOKENS * torch.tensor(chunks, device=self.device)[:, None]
+        k = torch.arange(CHUNK_TOKENS, device=self.device)[None] + begin
         return self.rule.allowed(q, k) & (k <= q)
 
-    def _add(self, call: ChunkCall, rows: list[int], chunks: list[int]) -> None:
-        self.result.calls.append(call)
-        for i, (t, chunk) in enumerate(zip(rows, chunks, strict=True)):
-            self.outputs[t].append((chunk, self.result.num_outputs + i))
-        self.result.num_outputs += len(rows)
-
-    def _index(self, values: list[int]) -> Tensor:
+    def _index(self, values: list[int]) -> Index:
+        if values == list(range(values[0], values[0] + len(values))):
+            return slice(values[0], values[0] + len(values))
         return torch.tensor(values, device=self.device)
 
     def _additive(self, allowed: Tensor) -> Tensor:
         return torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, NEG_INF)
 
-    def _order(self) -> Tensor:
-        nowhere, zero = self.result.num_outputs, self.result.num_outputs + 1
-        ranks = max(1, max(len(found) for found in self.outputs))
-        table = [[index for _, index in sorted(found)] or [zero] for found in self.outputs]
-        return torch.tensor([found + [nowhere] * (ranks - len(found)) for found in table], device=self.device).T.contiguous()
+    def _ranked(self) -> AttentionPlan:
+        """Number the chunks of each query in order of position."""
+        chunks: list[list[int]] = [[] for _ in range(self.row.size)]
+        for met in self.met:
+            for t, chunk in met:
+                chunks[t].append(chunk)
+        ranks = [{chunk: rank for rank, chunk in enumerate(sorted(found))} for found in chunks]
+        for call, met in zip(self.calls, self.met, strict=True):
+            call.outputs = self._index([ranks[t][chunk] * self.row.size + t for t, chunk in met])
+        idle = torch.tensor([t for t, found in enumerate(chunks) if not found], dtype=torch.long, device=self.device)
+        return AttentionPlan(self.calls, max(1, *map(len, chunks)), idle)
 
 
 def _padded(rows: list[int], size: int) -> tuple[list[int], int]:

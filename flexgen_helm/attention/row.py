@@ -88,22 +88,19 @@ class RowAttention:
             writes.apply(stores[kept].k, k)
             writes.apply(stores[kept].v, v)
         plan = self._plan(rule, q)
-        shape = (plan.num_outputs + 2, q.shape[1])
-        outputs = torch.empty(*shape, v.shape[-1], dtype=torch.float32, device=q.device)
-        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        outputs[-2:] = 0.0
-        lse[-2], lse[-1] = NEG_INF, 0.0
-        done = 0
+        shape = (plan.num_ranks, *q.shape[:2])
+        outputs = torch.zeros(*shape, v.shape[-1], dtype=torch.float32, device=q.device)
+        lse = torch.full(shape, NEG_INF, dtype=torch.float32, device=q.device)
+        lse[0, plan.idle] = 0.0
         for call in plan.calls:
-            part = slice(done, done + call.num_queries)
             run = _batched if call.batched else _stacked
-            output, chunk_lse = run(call, q, stores[call.kept], scale, softcap)
-            outputs[part], lse[part] = output, chunk_lse
+            part = run(call, q, stores[call.kept], scale, softcap)
             if call.dead is not None:
-                outputs[part][call.dead] = 0.0
-                lse[part][call.dead] = NEG_INF
-            done += call.num_queries
-        return merge_chunks(outputs, lse, plan.order, sinks).to(v.dtype)
+                part.output.masked_fill_(call.dead[:, None, None], 0.0)
+                part.lse.masked_fill_(call.dead[:, None], NEG_INF)
+            outputs.view(-1, *outputs.shape[2:])[call.outputs] = part.output.float()
+            lse.view(-1, lse.shape[2])[call.outputs] = part.lse
+        return merge_chunks(outputs, lse, sinks).to(v.dtype)
 
     def _plan(self, rule: MaskRule, q: Tensor) -> AttentionPlan:
         if id(rule) not in self._plans:
@@ -113,16 +110,14 @@ class RowAttention:
 
 def _gather(pages: Tensor, call: ChunkCall) -> Tensor:
     """Pages of a call as ``[B, H_kv, L, D]``."""
-    picked = pages.index_select(0, call.pages)
-    return picked.view(call.num_chunks, -1, *pages.shape[2:]).transpose(1, 2)
+    return pages[call.pages].view(call.num_chunks, -1, *pages.shape[2:]).transpose(1, 2)
 
 
 def _stacked(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
-    """Many queries over one chunk; returns ``[num_queries, H, Dv]`` and ``[num_queries, H]``."""
-    picked = q.index_select(0, call.queries).transpose(0, 1)[None]
+    """Many queries over one chunk; returns ``[queries, H, Dv]`` and ``[queries, H]``."""
+    picked = q[call.queries].transpose(0, 1)[None]
     output, lse = attend_chunk(picked, _gather(store.k, call), _gather(store.v, call), call.mask, scale=scale, softcap=softcap)
-    real = slice(call.first, call.first + call.num_queries)
-    return ChunkOutput(output[0, real], lse[0, real])
+    return ChunkOutput(output[0, call.real], lse[0, call.real])
 
 
 def _batched(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
@@ -130,6 +125,6 @@ def _batched(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softc
     b, h, kv = call.num_chunks, q.shape[1], store.k.shape[2]
     groups = h // kv
     padded = q.new_zeros(b, kv, -(-groups // QUERY_PAD) * QUERY_PAD, q.shape[2])
-    padded[:, :, :groups] = q.index_select(0, call.queries).view(b, kv, groups, -1)
+    padded[:, :, :groups] = q[call.queries].reshape(b, kv, groups, -1)
     output, lse = attend_chunk(padded, _gather(store.k, call), _gather(store.v, call), call.mask, scale=scale, softcap=softcap)
     return ChunkOutput(output[:, :groups].transpose(1, 2).reshape(b, h, -1), lse[:, :groups].transpose(1, 2).reshape(b, h))
