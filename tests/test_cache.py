@@ -9,9 +9,7 @@ from flexgen_helm.errors import OutOfSpace
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_default_cache_lies_in_the_home_folder(
-    value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_cache_lies_in_the_home_folder(value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("FLEXGEN_HELM_CACHE", raising=False)
     if value is not None:

@@ -58,9 +58,7 @@ def test_options_reach_the_job() -> None:
     engine = FakeEngine()
     options = "--max-new-tokens 7 --temperature 0.5 --top-p 0.9 --seed 3 --num-completions 2 --stop a --stop bc"
     run("--prompt", "x", *options.split(), engine=engine)
-    expected = Job(
-        prompt="x", max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3, num_completions=2, stop=("a", "bc")
-    )
+    expected = Job(prompt="x", max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3, num_completions=2, stop=("a", "bc"))
     assert engine.jobs == [expected]
 
 
@@ -110,9 +108,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_loads_no_torch() -> None:
     code = "import sys\nfrom flexgen_helm.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
-    process = subprocess.run(
-        [sys.executable, "-c", code, "generate", "--help"], capture_output=True, text=True, check=True
-    )
+    process = subprocess.run([sys.executable, "-c", code, "generate", "--help"], capture_output=True, text=True, check=True)
     assert "--prompt-file" in process.stdout
     modules = ast.literal_eval(process.stdout.splitlines()[-1])
     assert "flexgen_helm.cli" in modules

@@ -134,10 +134,8 @@ def test_quantized_tensors_are_within_half_a_step(kind: gguf.GGMLQuantizationTyp
     writer.close()
     tensor = read_gguf(tmp_path / "model.gguf").tensors["blk.0.ffn_up.weight"]
     groups = weights.reshape(-1, 32)
-    if kind == gguf.GGMLQuantizationType.Q4_1:
-        steps = (groups.max(1) - groups.min(1)) / 15
-    else:
-        steps = np.abs(groups).max(1) / 127
+    is_q4 = kind == gguf.GGMLQuantizationType.Q4_1
+    steps = (groups.max(1) - groups.min(1)) / 15 if is_q4 else np.abs(groups).max(1) / 127
     error = np.abs(tensor.reshape(-1, 32) - groups).max(1)
     # Half a step, and what rounding step and minimum to float16 adds: 2^-11 of the largest value, over 15 steps.
     assert np.all(error <= steps / 2 + 2**-10 * np.abs(groups).max(1))
