@@ -12,6 +12,8 @@ from flexgen_helm.helm.deployment import GRAMMAR, DeploymentError
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
 """Names of the context window in ``config.json``, the common one first."""
 
+FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+
 
 @dataclass(frozen=True)
 class ModelLimits:
@@ -42,53 +44,49 @@ def read_limits(name_or_path: str, revision: str | None = None) -> ModelLimits:
     Raises:
         DeploymentError: The folder or hub model does not exist, or its ``config.json`` names no context window.
     """
-    files = _ModelFiles(name_or_path, revision)
-    config = files.json("config.json")
-    if config is None:
-        raise DeploymentError(
-            f"No model was found at `{name_or_path}`: there is no config.json. "
-            f"Name a folder written by `save_pretrained` or a model on the hub: {GRAMMAR}."
-        )
-    tokenizer = files.json("tokenizer_config.json") or {}
-    special = files.json("special_tokens_map.json") or {}
+    folder = _folder(name_or_path, revision)
+    if not (folder / "config.json").is_file():
+        raise _missing(name_or_path, "there is no config.json")
+    config = _read(folder / "config.json")
+    tokenizer = _read(folder / "tokenizer_config.json")
+    special = _read(folder / "special_tokens_map.json")
     return ModelLimits(
         context=_context(name_or_path, config),
-        special_tokens=_num_special_tokens(tokenizer, files.path("tokenizer.json")),
+        special_tokens=_num_special_tokens(tokenizer, folder / "tokenizer.json"),
         bos_token=_token(tokenizer.get("bos_token") or special.get("bos_token")),
         eos_token=_token(tokenizer.get("eos_token") or special.get("eos_token")),
     )
 
 
-class _ModelFiles:
-    """Small files of a model, wherever it is."""
+def _folder(name_or_path: str, revision: str | None) -> Path:
+    """Return the folder with the model's small files, fetched from the hub where the name is not a folder's."""
+    folder = Path(name_or_path)
+    if folder.is_absolute() or folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
 
-    def __init__(self, name_or_path: str, revision: str | None) -> None:
-        self._name_or_path = name_or_path
-        self._revision = revision
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=list(FILES)))
+    except Exception as error:
+        raise _missing(name_or_path, f"the hub says `{str(error).strip().splitlines()[0]}`") from error
 
-    def path(self, name: str) -> Path | None:
-        """Return the local path of a file, or None if the model has no such file."""
-        folder = Path(self._name_or_path)
-        if folder.is_absolute() or folder.is_dir():
-            return folder / name if (folder / name).is_file() else None
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        try:
-            return Path(hf_hub_download(self._name_or_path, name, revision=self._revision))
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
-            return None
+def _read(path: Path) -> dict[str, Any]:
+    """Return the parsed content of a file, nothing if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeploymentError(f"`{path}` is not valid JSON ({error}). Download or save the model again.") from error
+    return content
 
-    def json(self, name: str) -> dict[str, Any] | None:
-        """Return the parsed content of a file, or None if the model has no such file."""
-        path = self.path(name)
-        if path is None:
-            return None
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DeploymentError(f"`{path}` is not valid JSON ({error}). Download or save the model again.") from error
-        return content
+
+def _missing(name_or_path: str, reason: str) -> DeploymentError:
+    return DeploymentError(
+        f"No model was found at `{name_or_path}`: {reason}. "
+        f"Name a folder written by `save_pretrained` or a model on the hub: {GRAMMAR}."
+    )
 
 
 def _context(name_or_path: str, config: dict[str, Any]) -> int:
@@ -113,10 +111,10 @@ def _original_lengths(config: dict[str, Any]) -> list[int]:
     return [length for length in lengths if isinstance(length, int)]
 
 
-def _num_special_tokens(tokenizer_config: dict[str, Any], tokenizer_file: Path | None) -> int:
+def _num_special_tokens(tokenizer_config: dict[str, Any], tokenizer_file: Path) -> int:
     """Count special tokens; where files disagree the larger number, because one token too few costs nothing."""
     claimed = int(bool(tokenizer_config.get("add_bos_token")))
-    if tokenizer_file is None:
+    if not tokenizer_file.is_file():
         # A sentencepiece tokenizer, whose classes add a BOS token unless told otherwise.
         return max(claimed, int(tokenizer_config.get("add_bos_token") is None and "bos_token" in tokenizer_config))
     from tokenizers import Tokenizer

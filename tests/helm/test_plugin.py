@@ -166,16 +166,16 @@ def test_hub_model_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPat
 
 def test_hub_model_is_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path / "snapshot", {"max_position_embeddings": 50})
-    asked: list[tuple[str, str, str | None]] = []
+    asked: list[tuple[str, str | None]] = []
 
-    def download(repo_id: str, filename: str, revision: str | None = None) -> str:
-        asked.append((repo_id, filename, revision))
-        return str(folder / filename)
+    def download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert not any("safetensors" in pattern or "*" in pattern for pattern in allow_patterns)
+        asked.append((repo_id, revision))
+        return str(folder)
 
-    (folder / "special_tokens_map.json").write_text("{}")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert read_limits("org/model", "v1").window == 49
-    assert ("org/model", "config.json", "v1") in asked
+    assert asked == [("org/model", "v1")]
 
 
 def test_yaml_deployment_needs_only_a_name_and_arguments(model_folder: Path, tmp_path: Path) -> None:
