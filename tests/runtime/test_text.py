@@ -120,9 +120,7 @@ def test_special_and_unknown_tokens_add_no_text(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_leading_space_is_kept(kind: str) -> None:
-    detokenizer = run(
-        kind, encode(kind, "The quick"), encode(kind, "The quick brown")[len(encode(kind, "The quick")) :]
-    )
+    detokenizer = run(kind, encode(kind, "The quick"), encode(kind, "The quick brown")[len(encode(kind, "The quick")) :])
     assert detokenizer.text == " brown"
 
 
