@@ -161,7 +161,7 @@ class Scheduler:
             return False
         path = work.node.path()
         if not self._fits(work, path) and not taken:
-            self._make_room(path)
+            self._drop_prefixes()
         if not self._fits(work, path):
             return False
         for node in path:
@@ -173,16 +173,11 @@ class Scheduler:
     def _fits(self, work: Work, path: list[Node]) -> bool:
         return self._placement.fits(self._placement.missing(path) + sum(work.fork_pages(fork) for fork in work.forks))
 
-    def _make_room(self, path: list[Node]) -> None:
-        """Drop prefixes that other work left behind for later, when nothing is live that would free pages."""
+    def _drop_prefixes(self) -> None:
+        """Drop what earlier work left behind for later, when nothing is live that would free pages: it is computed again."""
         for work in (*self._waiting, *self._scoring):
             for node in work.node.path():
-                if node not in path:
-                    self._placement.drop(node)
-
-    def _open(self, work: Work) -> bool:
-        """Whether the first tokens of a prompt's completions may be chosen as soon as its last token is computed."""
-        return not work.generating or work in self._filling
+                self._placement.drop(node)
 
     def _retire(self, work: Work) -> None:
         work.done = True
@@ -279,9 +274,10 @@ class Scheduler:
         if node.logprobs is not None:
             wants = [Want(i - offset, ((node, i + 1),), ()) for i in inner if node.logprobs[i + 1] is None]
         if offset + count == len(node.tokens):
+            # First tokens are chosen whenever the prompt's last token is computed, be it for other work before admission.
             last = tuple((c, 0) for c in node.children if c.logprobs is not None and c.logprobs[0] is None)
             work = self._ends.get(node)
-            forks = tuple(fork for fork in work.forks if not fork.tokens) if work is not None and self._open(work) else ()
+            forks = tuple(fork for fork in work.forks if not fork.tokens) if work is not None else ()
             if last or forks:
                 wants.append(Want(count - 1, last, forks))
         return wants

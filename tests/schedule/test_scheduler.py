@@ -96,7 +96,7 @@ def expected_tokens(spec: Spec, limit: int, end: int) -> list[int]:
     return tokens
 
 
-@settings(derandomize=True, max_examples=150, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(derandomize=True, max_examples=300, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(SPECS, POLICIES, st.integers(0, 40), st.booleans(), st.integers(1, 10))
 def test_every_answer_comes_from_the_right_prefix(
     specs: list[Spec], policy: Policy, spare: int, keep_all: bool, first: int
@@ -124,6 +124,17 @@ def test_every_answer_comes_from_the_right_prefix(
         if spec.score:
             found = [value for node in work.node.path() for value in node.logprobs or ()]
             assert found[1:] == [hash(spec.tokens[: i + 1]) % 97 for i in range(1, len(spec.tokens))]
+
+
+def test_work_that_others_have_computed_before_its_turn_is_not_lost() -> None:
+    """A prompt that ends inside a scored one, which runs first because no slot is free."""
+    test = test_every_answer_comes_from_the_right_prefix.hypothesis.inner_test  # type: ignore[attr-defined]
+    specs = [
+        Spec((7,) * 33 + (2, 1, 2), False, ((8, 19), (9, 5), (28, 32))),
+        Spec((1, 2, 2), True, ()),
+        Spec((1,), False, ((7, 11), (2, 15), (21, 10), (5, 1))),
+    ]
+    test(specs, Policy(2, 1, 47, 194), 14, False, 1)
 
 
 @settings(derandomize=True, max_examples=50, deadline=None)
