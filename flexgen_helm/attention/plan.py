@@ -21,6 +21,8 @@ from flexgen_helm.schedule.rows import Row, Segment
 
 CHUNK_TOKENS = 128
 QUERY_PAD = 16
+OWN_QUERIES = (16, 32, 64, 96, 128)
+"""Numbers of queries to which those of a sequence's last chunk are padded."""
 CHUNK_PAGES = CHUNK_TOKENS // PAGE_TOKENS
 
 
@@ -40,19 +42,19 @@ Index = slice | Tensor
 
 @dataclass
 class ChunkCall:
-    """One kernel call: some queries of the row over one chunk (stacked), or one query each over B kept chunks (batched)."""
+    """One kernel call over B chunks: M queries each, those of several sequences among them, or one query each (single)."""
 
     pages: Index
     """Page numbers, four to a chunk."""
     num_chunks: int
     kept: bool
     queries: Index
-    """Positions in the row: M, padded to a multiple of 16 (stacked), or B (batched)."""
-    real: slice
+    """Positions in the row: B * M, padded, or B (single)."""
+    real: Index
     """Which of ``queries`` are not padding."""
-    batched: bool
+    single: bool
     mask: Tensor | None
-    """Additive: ``[1, 1, M, L]`` (stacked) or ``[B, 1, 1, L]`` (batched)."""
+    """Additive: ``[B, 1, M, L]`` or ``[B, 1, 1, L]`` (single)."""
     dead: Tensor | None
     """Bool for each real query: those to which the mask shows nothing of this chunk."""
     outputs: Index = field(default_factory=lambda: slice(0))
@@ -80,6 +82,10 @@ class _Visit(NamedTuple):
     pages: tuple[int, ...]
 
     @property
+    def num_queries(self) -> int:
+        return self.last - self.first
+
+    @property
     def row_range(self) -> range:
         return range(self.offset + self.first - self.segment.start, self.offset + self.last - self.segment.start)
 
@@ -104,19 +110,20 @@ class _Planner:
         """For each call, the position in the row and the chunk of each real query."""
 
     def plan(self) -> AttentionPlan:
-        together: dict[tuple[bool, int, tuple[int, ...]], list[_Visit]] = defaultdict(list)
+        together: dict[tuple[bool, int, tuple[int, ...]], list[_Visit]] = {}
         own: list[_Visit] = []
         for visit, is_own in self._visits():
             if is_own:
                 own.append(visit)
             else:
-                together[visit.segment.kept, visit.chunk, visit.pages].append(visit)
-        groups = [*together.values(), *([visit] for visit in own)]
+                together.setdefault((visit.segment.kept, visit.chunk, visit.pages), []).append(visit)
         if self.row.kind == "decode":
-            self._batched([group[0] for group in groups if len(group) == 1])
-            groups = [group for group in groups if len(group) > 1]
-        for group in groups:
-            self._stacked(group)
+            self._single([group[0] for group in together.values() if len(group) == 1] + own)
+            together = {key: group for key, group in together.items() if len(group) > 1}
+        else:
+            self._own_chunks(own)
+        for group in together.values():
+            self._stacked([group], -(-sum(visit.num_queries for visit in group) // QUERY_PAD) * QUERY_PAD)
         return self._ranked()
 
     def _visits(self) -> Iterator[tuple[_Visit, bool]]:
@@ -133,30 +140,45 @@ class _Planner:
                     yield _Visit(segment, offset, chunk, first, last, pages), True
             offset += len(segment.tokens)
 
-    def _stacked(self, group: list[_Visit]) -> None:
-        """Queries that share a chunk meet it in one call."""
-        rows = [t for visit in group for t in visit.row_range]
-        positions = [p for visit in group for p in range(visit.first, visit.last)]
-        queries, first = _padded(rows, self.row.size)
+    def _own_chunks(self, visits: list[_Visit]) -> None:
+        """Each sequence's last chunk: as many as possible in one call, padded to one of a few numbers of queries."""
+        buckets: dict[tuple[bool, int], list[list[_Visit]]] = defaultdict(list)
+        for visit in visits:
+            size = next(size for size in OWN_QUERIES if size >= visit.num_queries)
+            buckets[visit.segment.kept, size].append([visit])
+        for (_, size), groups in buckets.items():
+            self._stacked(groups, size)
+
+    def _stacked(self, groups: list[list[_Visit]], size: int) -> None:
+        """Each group's queries meet the chunk that they share; all groups in one call, padded to ``size`` queries."""
+        queries: list[int] = []
+        real: list[int] = []
+        met: list[tuple[int, int]] = []
+        for group in groups:
+            rows = [t for visit in group for t in visit.row_range]
+            padded, first = _padded(rows, size, self.row.size)
+            real += range(len(queries) + first, len(queries) + first + len(rows))
+            queries += padded
+            met += [(t, group[0].chunk) for t in rows]
         mask = dead = None
-        if not (self.rule.causal_only and group[0].last > (group[0].chunk + 1) * CHUNK_TOKENS):
-            allowed = self._allowed(positions, [group[0].chunk] * len(rows))
+        first_visit = groups[0][0]
+        if not (self.rule.causal_only and first_visit.last > (first_visit.chunk + 1) * CHUNK_TOKENS):
+            positions = [p for group in groups for visit in group for p in range(visit.first, visit.last)]
+            allowed = self._allowed(positions, [chunk for _, chunk in met])
             seen = allowed.any(-1)
             if not bool(seen.any()):
                 return
             dead = None if bool(seen.all()) else ~seen
             full = torch.ones(len(queries), CHUNK_TOKENS, dtype=torch.bool, device=self.device)
-            full[first : first + len(rows)] = allowed | ~seen[:, None]
-            mask = self._additive(full)[None, None]
-        real = slice(first, first + len(rows))
-        pages, kept = self._index(list(group[0].pages)), group[0].segment.kept
-        self.calls.append(ChunkCall(pages, 1, kept, self._index(queries), real, False, mask, dead))
-        self.met.append([(t, group[0].chunk) for t in rows])
+            full[self._index(real)] = allowed | ~seen[:, None]
+            mask = self._additive(full).view(len(groups), 1, size, CHUNK_TOKENS)
+        pages = self._index([page for group in groups for page in group[0].pages])
+        indices = (self._index(queries), self._index(real))
+        self.calls.append(ChunkCall(pages, len(groups), first_visit.segment.kept, *indices, False, mask, dead))
+        self.met.append(met)
 
-    def _batched(self, visits: list[_Visit]) -> None:
+    def _single(self, visits: list[_Visit]) -> None:
         """Single queries meet a chunk each, all in one call."""
-        if not visits:
-            return
         allowed = self._allowed([visit.first for visit in visits], [visit.chunk for visit in visits])
         seen = allowed.any(-1)
         visits = [visit for visit, alive in zip(visits, seen.tolist(), strict=True) if alive]
@@ -194,10 +216,9 @@ class _Planner:
         return AttentionPlan(self.calls, max(1, *map(len, chunks)), idle)
 
 
-def _padded(rows: list[int], size: int) -> tuple[list[int], int]:
-    """Pad query rows to a multiple of 16, by their neighbours where they are consecutive; the second is where they begin."""
-    count = -(-len(rows) // QUERY_PAD) * QUERY_PAD
-    if rows[-1] - rows[0] == len(rows) - 1 and count <= size:
-        start = min(rows[0], size - count)
+def _padded(rows: list[int], count: int, row_size: int) -> tuple[list[int], int]:
+    """Pad query rows to ``count``, by their neighbours where they are consecutive; the second is where they begin."""
+    if rows[-1] - rows[0] == len(rows) - 1 and count <= row_size:
+        start = min(rows[0], row_size - count)
         return list(range(start, start + count)), rows[0] - start
     return rows + rows[:1] * (count - len(rows)), 0

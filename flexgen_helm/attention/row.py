@@ -93,7 +93,7 @@ class RowAttention:
         lse = torch.full(shape, NEG_INF, dtype=torch.float32, device=q.device)
         lse[0, plan.idle] = 0.0
         for call in plan.calls:
-            run = _batched if call.batched else _stacked
+            run = _single if call.single else _stacked
             part = run(call, q, stores[call.kept], scale, softcap)
             if call.dead is not None:
                 part.output.masked_fill_(call.dead[:, None, None], 0.0)
@@ -114,14 +114,14 @@ def _gather(pages: Tensor, call: ChunkCall) -> Tensor:
 
 
 def _stacked(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
-    """Many queries over one chunk; returns ``[queries, H, Dv]`` and ``[queries, H]``."""
-    picked = q[call.queries].transpose(0, 1)[None]
+    """Many queries over each chunk; returns ``[queries, H, Dv]`` and ``[queries, H]``."""
+    picked = q[call.queries].unflatten(0, (call.num_chunks, -1)).transpose(1, 2)
     output, lse = attend_chunk(picked, _gather(store.k, call), _gather(store.v, call), call.mask, scale=scale, softcap=softcap)
-    return ChunkOutput(output[0, call.real], lse[0, call.real])
+    return ChunkOutput(output.flatten(0, 1)[call.real], lse.flatten(0, 1)[call.real])
 
 
-def _batched(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
-    """One query each over its own chunk: the query heads of a K/V head are the rows of one product."""
+def _single(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
+    """One query over each chunk: the query heads of a K/V head are the rows of one product."""
     b, h, kv = call.num_chunks, q.shape[1], store.k.shape[2]
     groups = h // kv
     padded = q.new_zeros(b, kv, -(-groups // QUERY_PAD) * QUERY_PAD, q.shape[2])
