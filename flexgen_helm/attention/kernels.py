@@ -78,10 +78,10 @@ def merge_chunks(outputs: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
     weights = torch.exp(lse - top)
     den, total = weights[0], outputs[0]
     if len(outputs) > 1:
-        # Products and sums stay apart: fused, their rounding would differ between a kernel's vector part and its tail.
-        outputs.mul_(weights.unsqueeze(-1))
+        # Whether a kernel fuses product and sum depends on the place in the head at most, never on the neighbours.
+        total.mul_(den.unsqueeze(-1))
         for part, weight in zip(outputs[1:], weights[1:], strict=True):
-            total += part
+            total.addcmul_(part, weight.unsqueeze(-1))
             den = den + weight
         total /= den.unsqueeze(-1)
     if sinks is not None:

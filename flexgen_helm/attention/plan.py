@@ -40,6 +40,13 @@ Index = slice | Tensor
 """Consecutive rows as a slice, which costs no copy, others as ``[n]`` indices."""
 
 
+def as_index(values: list[int], device: torch.device) -> Index:
+    """The shortest form of an index."""
+    if values == list(range(values[0], values[0] + len(values))):
+        return slice(values[0], values[0] + len(values))
+    return torch.tensor(values, device=device)
+
+
 @dataclass
 class ChunkCall:
     """One kernel call over B chunks: M queries each, those of several sequences among them, or one query each (single)."""
@@ -69,6 +76,8 @@ class AttentionPlan:
     num_ranks: int
     idle: Tensor
     """Positions in the row that attend to nothing: padding."""
+    absent: Tensor
+    """Where no call writes, see `ChunkCall.outputs`: queries that meet fewer chunks than others."""
 
 
 class _Visit(NamedTuple):
@@ -196,9 +205,7 @@ class _Planner:
         return self.rule.allowed(q, k) & (k <= q)
 
     def _index(self, values: list[int]) -> Index:
-        if values == list(range(values[0], values[0] + len(values))):
-            return slice(values[0], values[0] + len(values))
-        return torch.tensor(values, device=self.device)
+        return as_index(values, self.device)
 
     def _additive(self, allowed: Tensor) -> Tensor:
         return torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, NEG_INF)
@@ -213,7 +220,9 @@ class _Planner:
         for call, met in zip(self.calls, self.met, strict=True):
             call.outputs = self._index([ranks[t][chunk] * self.row.size + t for t, chunk in met])
         idle = torch.tensor([t for t, found in enumerate(chunks) if not found], dtype=torch.long, device=self.device)
-        return AttentionPlan(self.calls, max(1, *map(len, chunks)), idle)
+        num_ranks = max(1, *map(len, chunks))
+        absent = [rank * self.row.size + t for t, found in enumerate(chunks) for rank in range(len(found), num_ranks)]
+        return AttentionPlan(self.calls, num_ranks, idle, torch.tensor(absent, dtype=torch.long, device=self.device))
 
 
 def _padded(rows: list[int], count: int, row_size: int) -> tuple[list[int], int]:

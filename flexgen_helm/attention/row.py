@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, attend_chunk, merge_chunks
-from flexgen_helm.attention.plan import QUERY_PAD, AttentionPlan, ChunkCall, MaskRule, plan_attention
+from flexgen_helm.attention.plan import QUERY_PAD, AttentionPlan, ChunkCall, MaskRule, as_index, plan_attention
 from flexgen_helm.memory.cache import CacheKey, PagedCache, PageTensors
 from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.schedule.rows import Row, Segment
@@ -33,14 +33,14 @@ class _Writes:
             self._slots.append(segment.table[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS)
 
     def freeze(self) -> None:
-        self.tokens, self.slots = (torch.tensor(x, device=self._device) for x in (self._tokens, self._slots))
+        self.tokens, self.slots = as_index(self._tokens, self._device), as_index(self._slots, self._device)
         self.sources, self.targets = (
             torch.tensor(list(x), device=self._device, dtype=torch.long) for x in (self._copies.values(), self._copies.keys())
         )
 
     def apply(self, pages: Tensor, new: Tensor) -> None:
-        flat = pages.view(-1, *pages.shape[2:])
-        flat.index_copy_(0, self.slots, new.index_select(0, self.tokens))
+        flat = pages.flatten(0, 1)
+        flat[self.slots] = new[self.tokens]
         if len(self.sources):
             flat.index_copy_(0, self.targets, flat.index_select(0, self.sources))
 
@@ -89,8 +89,9 @@ class RowAttention:
             writes.apply(stores[kept].v, v)
         plan = self._plan(rule, q)
         shape = (plan.num_ranks, *q.shape[:2])
-        outputs = torch.zeros(*shape, v.shape[-1], dtype=torch.float32, device=q.device)
+        outputs = torch.empty(*shape, v.shape[-1], dtype=torch.float32, device=q.device)
         lse = torch.full(shape, NEG_INF, dtype=torch.float32, device=q.device)
+        outputs.flatten(0, 1)[plan.absent] = 0.0
         lse[0, plan.idle] = 0.0
         for call in plan.calls:
             run = _single if call.single else _stacked
@@ -98,8 +99,8 @@ class RowAttention:
             if call.dead is not None:
                 part.output.masked_fill_(call.dead[:, None, None], 0.0)
                 part.lse.masked_fill_(call.dead[:, None], NEG_INF)
-            outputs.view(-1, *outputs.shape[2:])[call.outputs] = part.output.float()
-            lse.view(-1, lse.shape[2])[call.outputs] = part.lse
+            outputs.flatten(0, 1)[call.outputs] = part.output.float()
+            lse.flatten(0, 1)[call.outputs] = part.lse
         return merge_chunks(outputs, lse, sinks).to(v.dtype)
 
     def _plan(self, rule: MaskRule, q: Tensor) -> AttentionPlan:

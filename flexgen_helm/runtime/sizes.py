@@ -22,8 +22,8 @@ VECTOR = 16
 
 
 def default_policy(device: torch.device) -> Policy:
-    """Sizes for throughput: (64 sequences, 256 tokens) on a CPU, (256, 4096) on a GPU."""
-    return Policy(256, 4, 4096) if device.type == "cuda" else _rounded(Policy(64, 4, 256))
+    """Sizes for throughput: (64 sequences, 512 tokens) on a CPU, (256, 4096) on a GPU."""
+    return Policy(256, 4, 4096) if device.type == "cuda" else _rounded(Policy(64, 4, 512))
 
 
 def small_policy(device: torch.device) -> Policy:
