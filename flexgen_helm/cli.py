@@ -127,15 +127,13 @@ def _as_json(prompt: str, result: Result) -> dict[str, object]:
 
 
 def _load_engine(args: argparse.Namespace) -> Engine:
-    import torch
     from transformers.utils import logging
 
     from flexgen_helm.runtime.engine import Engine
-    from flexgen_helm.runtime.sizes import small_policy
+    from flexgen_helm.runtime.sizes import resolve_device, small_policy
 
     logging.disable_progress_bar()
-    on_gpu = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    policy = small_policy(torch.device("cuda" if on_gpu else "cpu"))
+    policy = small_policy(resolve_device(args.device))
     return Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy)
 
 

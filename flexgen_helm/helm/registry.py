@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.helm.deployment import EngineArguments, check_keywords
-from flexgen_helm.types import Policy
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
@@ -30,10 +29,11 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
         FlexGenError: The engine cannot be made; see ``Engine.from_pretrained``.
     """
     from flexgen_helm.runtime.engine import Engine
+    from flexgen_helm.runtime.sizes import resolve_device, small_policy
 
     check_keywords("client_spec.args", arguments, list(inspect.signature(Engine.from_pretrained).parameters))
     if few_requests and arguments.get("policy") is None:
-        arguments = {**arguments, "policy": _small_policy(arguments.get("device", "auto"))}
+        arguments = {**arguments, "policy": small_policy(resolve_device(arguments.get("device", "auto")))}
     with _messages_in_helms_log():
         return Engine.from_pretrained(**arguments)
 
@@ -52,15 +52,6 @@ def _messages_in_helms_log() -> Iterator[None]:
         ours.setLevel(level)
         for handler in handlers:
             ours.removeHandler(handler)
-
-
-def _small_policy(device: str) -> Policy:
-    import torch
-
-    from flexgen_helm.runtime.sizes import small_policy
-
-    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-    return small_policy(torch.device("cuda" if on_gpu else "cpu"))
 
 
 class EngineRegistry:

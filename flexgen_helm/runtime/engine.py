@@ -27,7 +27,7 @@ from flexgen_helm.runtime.jobs import PreparedJob, prepare
 from flexgen_helm.runtime.loading import LoadedModel, load_model
 from flexgen_helm.runtime.progress import Progress
 from flexgen_helm.runtime.recorder import RecordedModel
-from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, validated
+from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, validated
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
 from flexgen_helm.schedule.operations import ORDERS, Order
@@ -113,7 +113,7 @@ class Engine:
             validated(policy)
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
-        loaded = load_model(str(name_or_path), dtype=dtype, device=_device(device), revision=revision)
+        loaded = load_model(str(name_or_path), dtype=dtype, device=resolve_device(device), revision=revision)
         return cls(loaded, policy=policy, order=order)
 
     def run(
@@ -266,18 +266,6 @@ def _stats(tickets: dict[int, Ticket], results: list[Result | None], before: Sna
         generated_tokens=after.generated_tokens - before.generated_tokens,
         sweeps=after.sweeps - before.sweeps,
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise FlexGenError(f"device is {name!r}. Give 'auto', 'cpu', 'cuda' or 'cuda:N'.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise FlexGenError("device is 'cuda', but torch sees no CUDA GPU on this machine. Use device='cpu'.")
-    return device
 
 
 def _checked(loaded: LoadedModel, policy: Policy) -> tuple[RecordedModel, Verdict]:

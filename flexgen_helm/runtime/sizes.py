@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from transformers import PreTrainedModel
 
-from flexgen_helm.errors import PolicyError
+from flexgen_helm.errors import FlexGenError, PolicyError
 from flexgen_helm.memory.machine import free_bytes
 from flexgen_helm.types import Policy
 
@@ -24,6 +24,23 @@ VECTOR = 16
 def default_policy(device: torch.device) -> Policy:
     """Sizes for throughput: (64 sequences, 512 tokens) on a CPU, (256, 4096) on a GPU."""
     return Policy(256, 4, 4096) if device.type == "cuda" else _rounded(Policy(64, 4, 512))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a name means.
+
+    Raises:
+        FlexGenError: If there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FlexGenError(f"device is {name!r}. Give 'auto', 'cpu', 'cuda' or 'cuda:N'.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FlexGenError("device is 'cuda', but torch sees no CUDA GPU on this machine. Use device='cpu'.")
+    return device
 
 
 def small_policy(device: torch.device) -> Policy:
