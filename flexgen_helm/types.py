@@ -78,7 +78,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Policy:
-    """Sizes of the computation (FlexGen section 4; DESIGN "Rows of fixed size").
+    """Sizes of the computation (FlexGen section 4; docs/architecture.md).
 
     ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics: a decode row always has ``gpu_batch_size``
     sequences and a prefill row always ``gpu_batch_tokens`` tokens, what is missing being padding. The others change no bit.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexgen_helm.errors import OutOfSpace
 
 PAGE_TOKENS = 32
-"""Tokens in a page, by absolute position (DESIGN "Rows, pages and the prefix tree")."""
+"""Tokens in a page, by absolute position (docs/architecture.md)."""
 
 
 def num_pages(start: int, end: int) -> int:

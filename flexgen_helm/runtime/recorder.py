@@ -1,4 +1,4 @@
-"""Record, replay, finish: a library model cut into its layers, unmodified (DESIGN "Record, replay, finish").
+"""Record, replay, finish: a library model cut into its layers, unmodified (docs/architecture.md).
 
 `transformers` runs its own forward. Each entry of the decoder's layer list is a stand-in, which notes how its layer is called;
 the layers themselves are called later, in whatever order a schedule says.

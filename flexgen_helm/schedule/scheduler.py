@@ -1,4 +1,4 @@
-"""Admission and lifetimes: which prompts and completions are in the next sweep (DESIGN "Blocks, sweeps, lifetimes")."""
+"""Admission and lifetimes: which prompts and completions are in the next sweep (docs/architecture.md)."""
 
 from __future__ import annotations
 
