@@ -119,6 +119,7 @@ class _Planner:
         """For each call, the position in the row and the chunk of each real query."""
 
     def plan(self) -> AttentionPlan:
+        """Sort the row's visits into as few kernel calls as possible."""
         together: dict[tuple[bool, int, tuple[int, ...]], list[_Visit]] = {}
         own: list[_Visit] = []
         for visit, is_own in self._visits():

@@ -22,6 +22,7 @@ class _Writes:
         self._copies: dict[int, int] = {}
 
     def add(self, segment: Segment, offset: int) -> None:
+        """Take in a segment that begins at ``offset`` in the row."""
         if segment.copy is not None:
             source, target, count = segment.copy
             for i in range(count):
@@ -33,12 +34,14 @@ class _Writes:
             self._slots.append(segment.table[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS)
 
     def freeze(self) -> None:
+        """Make index tensors, once for all layers."""
         self.tokens, self.slots = as_index(self._tokens, self._device), as_index(self._slots, self._device)
         self.sources, self.targets = (
             torch.tensor(list(x), device=self._device, dtype=torch.long) for x in (self._copies.values(), self._copies.keys())
         )
 
     def apply(self, pages: Tensor, new: Tensor) -> None:
+        """Write a layer's new K or V ``[T, H_kv, D]``, then copy into the pages that part here."""
         flat = pages.flatten(0, 1)
         flat[self.slots] = new[self.tokens]
         if len(self.sources):

@@ -61,17 +61,6 @@ class PagedCache:
         self._transient[shape] = _grown(self._transient.get(shape), self._pages[False], k, v)
         return self._transient[shape]
 
-    def clear(self) -> None:
-        """Forget everything stored."""
-        self._kept.clear()
-        self._transient.clear()
-        self._pages = {True: 0, False: 0}
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes allocated now."""
-        return sum(t.nbytes for pair in (*self._kept.values(), *self._transient.values()) for t in pair)
-
 
 def _grown(old: PageTensors | None, pages: int, k: Tensor, v: Tensor) -> PageTensors:
     if old is not None and old.k.shape[0] >= pages:

@@ -6,7 +6,7 @@ the fields of `Node` that the scheduler keeps while a node is being computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -107,12 +107,3 @@ def _split(node: Node, position: int) -> Node:
         node.parent.children[node.parent.children.index(node)] = upper
     node.parent, node.start, node.tokens = upper, position, node.tokens[size:]
     return upper
-
-
-def subtree(node: Node) -> Iterator[Node]:
-    """A node and everything below it, parents first."""
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        yield current
-        pending.extend(reversed(current.children))

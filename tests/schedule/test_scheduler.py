@@ -126,7 +126,7 @@ def test_every_answer_comes_from_the_right_prefix(
             assert found[1:] == [hash(spec.tokens[: i + 1]) % 97 for i in range(1, len(spec.tokens))]
 
 
-def test_check_of_work_that_others_have_computed_before_its_turn() -> None:
+def test_work_that_others_have_computed_before_its_turn_is_not_lost() -> None:
     """A prompt that ends inside a scored one, which runs first because no slot is free."""
     test = test_every_answer_comes_from_the_right_prefix.hypothesis.inner_test  # type: ignore[attr-defined]
     specs = [
