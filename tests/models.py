@@ -73,7 +73,7 @@ class Family:
     """Fields that differ from ``base``; None removes a field."""
     base: dict[str, Any] = field(default_factory=lambda: SMALL)
     reason: str = ""
-    """Regular expression that the refusal must match, for families that would be computed wrongly."""
+    """Regular expression that the refusal of packed rows must match, for families that they would compute wrongly."""
 
     def build(self) -> PreTrainedConfig:
         """Returns the configuration."""
@@ -159,7 +159,7 @@ LONGROPE = Family(
 )
 """Served while a job stays within ``LONGROPE_LENGTH`` tokens."""
 
-REFUSED: dict[str, Family] = {
+SINGLE: dict[str, Family] = {
     "falcon": Family("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}, reason="attention"),
     "bloom": Family("BloomConfig", {"n_layer": 2, "n_head": 4}, reason="attention|position"),
     "gptj": Family("GPTJConfig", {"rotary_dim": 8}, base=GPT_SMALL, reason="attention"),
@@ -191,21 +191,21 @@ REFUSED: dict[str, Family] = {
         reason="cache|state|attention",
     ),
 }
-"""What would be silently wrong in packed rows."""
+"""What would be silently wrong in packed rows and runs in single ones; ``reason`` is that of packed rows' refusal."""
 
 
 def save_tiny(family: str, folder: Path) -> Path:
     """Saves the tiny model of a family, without a tokenizer.
 
     Args:
-        family: A key of ``FAMILIES`` or ``REFUSED``, or ``"phi3_longrope"``.
+        family: A key of ``FAMILIES`` or ``SINGLE``, or ``"phi3_longrope"``.
         folder: Where the folder ``family`` is made.
 
     Returns:
         The model folder. Its end token is one that greedy decoding rarely reaches; Llama has several that it often
         reaches.
     """
-    spec = {**FAMILIES, **REFUSED, "phi3_longrope": LONGROPE}[family]
+    spec = {**FAMILIES, **SINGLE, "phi3_longrope": LONGROPE}[family]
     torch.manual_seed(17)
     model: Any = AutoModelForCausalLM.from_config(spec.build(), dtype=torch.float32).eval()
     scale_weights(model)

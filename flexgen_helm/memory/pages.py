@@ -16,8 +16,8 @@ def num_pages(start: int, end: int) -> int:
 class PagePool:
     """Hands out page numbers below a capacity, lowest first as far as the pool has grown."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, *, page_bytes: int = 1) -> None:
+        self.capacity, self.page_bytes = capacity, page_bytes
         self._free: list[int] = []
         self.high_water = 0
         """Pages that storage must have: one more than the highest number handed out so far."""

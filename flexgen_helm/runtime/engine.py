@@ -15,23 +15,19 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyError, UnsupportedModel
-from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyError
 from flexgen_helm.memory.machine import free_bytes, used_bytes
-from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
-from flexgen_helm.runtime.checks import Verdict, self_check
 from flexgen_helm.runtime.digest import model_digest
 from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
+from flexgen_helm.runtime.kinds import Kind, KindChoice, check_model, make_rows, validated_kind
 from flexgen_helm.runtime.loading import LoadedModel, load_model
 from flexgen_helm.runtime.progress import Progress
-from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, validated
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
 from flexgen_helm.schedule.operations import ORDERS, Order
-from flexgen_helm.schedule.scheduler import Scheduler
 from flexgen_helm.types import Job, Policy, Result, RunStats
 
 logger = logging.getLogger(__name__)
@@ -49,13 +45,21 @@ class Engine:
     from any thread.
     """
 
-    def __init__(self, loaded: LoadedModel, *, policy: Policy | None = None, order: Order = "zigzag") -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        policy: Policy | None = None,
+        order: Order = "zigzag",
+        rows: KindChoice = "auto",
+    ) -> None:
         """Check a loaded model and make an engine of it; most callers want `from_pretrained`.
 
         Args:
             loaded: The model; the engine takes it over.
             policy: Row and block sizes; None: chosen by the device.
             order: Order of a sweep's operations. It changes no bit.
+            rows: See `from_pretrained`.
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
@@ -69,17 +73,19 @@ class Engine:
         """What the last `run` did."""
         self._loaded = loaded
         self._device = loaded.model.device
-        self._model, self.verdict = _checked(loaded, self.policy)
+        self._checked = check_model(loaded, self.policy, rows)
+        self.verdict = self._checked.verdict
+        self.rows: Kind = self._checked.kind
+        """Whether many sequences share a row or each has its own."""
         self.numerics: dict[str, str | int] = {
             "weights": model_digest(loaded.folder),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "rows": self.rows,
             "gpu_batch_size": self.policy.gpu_batch_size,
             "gpu_batch_tokens": self.policy.gpu_batch_tokens,
             "engine": NUMERICS_VERSION,
         }
         """What decides the bits of an answer beside the job itself: what belongs into a cache key."""
-        self._pool = PagePool(int(CACHE_SHARE * free_bytes(self._device)) // (PAGE_TOKENS * self.verdict.cache_bytes_per_token))
-        self._keeps_all = order != "zigzag"
         self._worker = self._start(order)
         self._run_lock = threading.RLock()
 
@@ -93,6 +99,7 @@ class Engine:
         policy: Policy | None = None,
         revision: str | None = None,
         order: Order = "zigzag",
+        rows: KindChoice = "auto",
     ) -> Engine:
         """Load a model.
 
@@ -103,6 +110,8 @@ class Engine:
             policy: Row and block sizes; None: chosen by the device.
             revision: Of a hub name.
             order: Order of a sweep's operations. It changes no bit.
+            rows: "packed", "single" (one sequence a row, for models that packed rows cannot serve), or "auto": the
+                first of them that computes the model rightly.
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
@@ -113,8 +122,9 @@ class Engine:
             validated(policy)
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
+        rows = validated_kind(rows)
         loaded = load_model(str(name_or_path), dtype=dtype, device=resolve_device(device), revision=revision)
-        return cls(loaded, policy=policy, order=order)
+        return cls(loaded, policy=policy, order=order, rows=rows)
 
     def run(
         self,
@@ -174,12 +184,16 @@ class Engine:
         self.close()
 
     def _start(self, order: Order) -> Worker:
-        block_tokens = self.policy.block_tokens or default_block_tokens(self.policy, self._loaded.model)
-        cache = PagedCache(self._pool.capacity)
-        scheduler = Scheduler(self.policy, block_tokens=block_tokens, pool=self._pool, keep_all=self._keeps_all)
-        executor = SerialExecutor(self._model, cache, head_slice=self.policy.gpu_batch_size, order=order)
+        rows, self._scheduler = make_rows(
+            self._checked,
+            self.policy,
+            capacity_bytes=int(CACHE_SHARE * free_bytes(self._device)),
+            block_tokens=self.policy.block_tokens or default_block_tokens(self.policy, self._loaded.model),
+            keep_all=order != "zigzag",
+        )
+        executor = SerialExecutor(rows, head_slice=self.policy.gpu_batch_size, order=order)
         vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
-        return Worker(scheduler, executor, Intake(vocabulary, self._loaded.end_token_ids), (self._pool, cache))
+        return Worker(self._scheduler, executor, Intake(vocabulary, self._loaded.end_token_ids))
 
     def _prepare(self, job: Job) -> PreparedJob:
         if not isinstance(job, Job):
@@ -190,22 +204,21 @@ class Engine:
             if "context" in str(error):
                 raise InvalidJob(f"{error} ({self.max_length} is {self._loaded.length_reason}.)") from None
             raise
-        if job.max_new_tokens > 1 or self._keeps_all:
-            self._check_space(prepared)
+        self._check_space(prepared)
         return prepared
 
     def _check_space(self, prepared: PreparedJob) -> None:
-        job, length = prepared.job, len(prepared.input_ids)
-        completions = 1 if prepared.is_greedy else job.num_completions
-        needed = num_pages(0, length) + completions * num_pages(length, length + job.max_new_tokens - 1)
-        if needed > self._pool.capacity:
+        job, capacity = prepared.job, self._scheduler.capacity_bytes
+        completions = min(1, job.max_new_tokens) if prepared.is_greedy else job.num_completions
+        needed = self._scheduler.bytes_needed(
+            len(prepared.input_ids), completions=completions, max_new_tokens=job.max_new_tokens
+        )
+        if needed > capacity:
             raise OutOfSpace(
-                f"The job's K and V need {self._gib(needed):.2f} GiB, but there are {self._gib(self._pool.capacity):.2f} GiB "
-                "for all jobs. Shorten the prompt, ask for fewer or shorter completions, or free memory."
+                f"What the job keeps between sweeps (K and V) needs {needed / 2**30:.2f} GiB, but there are "
+                f"{capacity / 2**30:.2f} GiB for all jobs. Shorten the prompt, ask for fewer or shorter completions, or free "
+                "memory."
             )
-
-    def _gib(self, pages: int) -> float:
-        return pages * PAGE_TOKENS * self.verdict.cache_bytes_per_token / 2**30
 
     def _run(
         self,
@@ -266,17 +279,3 @@ def _stats(tickets: dict[int, Ticket], results: list[Result | None], before: Sna
         generated_tokens=after.generated_tokens - before.generated_tokens,
         sweeps=after.sweeps - before.sweeps,
     )
-
-
-def _checked(loaded: LoadedModel, policy: Policy) -> tuple[RecordedModel, Verdict]:
-    kind = loaded.model.config.model_type
-    try:
-        model = RecordedModel(loaded.model)
-        verdict = self_check(model, policy, max_length=loaded.max_length)
-    except UnsupportedModel as error:
-        raise UnsupportedModel(
-            f"{loaded.name} ({kind}) cannot run in packed rows: {error}. Evaluate it with HELM's own HuggingFaceClient."
-        ) from error
-    if not verdict.bit_stable:
-        logger.info("%s (%s): answers may move in the last digits with what shares a row on this machine", loaded.name, kind)
-    return model, verdict

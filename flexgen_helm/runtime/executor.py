@@ -3,45 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from flexgen_helm.attention.row import RowAttention
-from flexgen_helm.memory.cache import PagedCache
-from flexgen_helm.runtime.recorder import RecordedModel, Recording
+from flexgen_helm.runtime.recorder import Recording
 from flexgen_helm.schedule.operations import ORDERS, Operation, Order
 from flexgen_helm.schedule.rows import Row, Sweep, Want
-
-PADDING_TOKEN = 0
 
 LogitsHandler = Callable[[list[Want], Tensor], None]
 """Gets the wants of a slice of the output head and their logits ``[len(wants), vocab]`` in fp32."""
 
 
-class SerialExecutor:
-    """Computes sweeps on a recorded model."""
+class Rows(Protocol):
+    """A model as it computes rows of one kind."""
 
-    def __init__(self, model: RecordedModel, cache: PagedCache, *, head_slice: int, order: Order = "zigzag") -> None:
+    @property
+    def num_layers(self) -> int:
+        """Layers that every row goes through."""
+
+    def reserve(self, sweep: Sweep) -> None:
+        """Make room for what a sweep stores."""
+
+    def record(self, row: Row) -> Any:
+        """Note how the layers would be called for a row; returns the `Recording` that `replay` takes."""
+
+    def replay(self, j: int, recording: Any) -> None:
+        """Run layer j on a recorded row."""
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[P, hidden]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
+
+
+class SerialExecutor:
+    """Computes sweeps."""
+
+    def __init__(self, rows: Rows, *, head_slice: int, order: Order = "zigzag") -> None:
         """The output head works on ``head_slice`` positions at a time, always: row sizes are numerics."""
-        self._model, self._cache, self._head_slice, self._order = model, cache, head_slice, order
+        self._rows, self._head_slice, self._order = rows, head_slice, order
         self._loaded_layer = -1
 
     @property
     def num_layers(self) -> int:
         """Layers that every row goes through in a sweep."""
-        return len(self._model.layers)
+        return self._rows.num_layers
 
     def run(self, sweep: Sweep, on_logits: LogitsHandler, on_operation: Callable[[Operation], None] | None = None) -> None:
         """Compute all rows of a sweep, then the logits that they want.
 
         Args:
-            sweep: Its pages must have been reserved in the cache.
+            sweep: What to compute.
             on_logits: Called for each slice of the output head.
             on_operation: Called after each operation; an exception from it ends the sweep.
         """
         with torch.inference_mode():
-            recordings = [self._record(row) for row in sweep.rows]
+            self._rows.reserve(sweep)
+            recordings: list[Recording] = [self._rows.record(row) for row in sweep.rows]
             for operation in ORDERS[self._order](self.num_layers, len(recordings)):
                 self._run(operation, recordings)
                 if on_operation is not None:
@@ -55,19 +73,13 @@ class SerialExecutor:
             self._loaded_layer = operation.j
             return
         assert operation.j == self._loaded_layer, f"layer {operation.j} is computed while {self._loaded_layer} is loaded"
-        self._model.replay(operation.j, recordings[operation.k])
-
-    def _record(self, row: Row) -> Recording:
-        padding = row.size - row.num_tokens
-        token_ids = [token for segment in row.segments for token in segment.tokens] + [PADDING_TOKEN] * padding
-        positions = [position for segment in row.segments for position in range(segment.start, segment.end)] + [0] * padding
-        return self._model.record(token_ids, positions, RowAttention(row, self._cache, self._model.device))
+        self._rows.replay(operation.j, recordings[operation.k])
 
     def _logits(self, wanted: list[tuple[Want, Recording]]) -> Tensor:
         hidden = torch.stack([recording.hidden[0, want.offset] for want, recording in wanted if recording.hidden is not None])
         padded = hidden.new_zeros(self._head_slice, hidden.shape[1])
         padded[: len(wanted)] = hidden
-        return self._model.finish(padded)[: len(wanted)].float()
+        return self._rows.finish(padded)[: len(wanted)].float()
 
 
 def _slices(items: list[tuple[Want, Recording]], size: int) -> Iterator[list[tuple[Want, Recording]]]:

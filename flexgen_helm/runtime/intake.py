@@ -15,7 +15,7 @@ from flexgen_helm.runtime.sampling import UniformStream, choose, greedy, top_can
 from flexgen_helm.runtime.text import token_texts
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.schedule.rows import Fork, Want
-from flexgen_helm.schedule.scheduler import Work
+from flexgen_helm.schedule.work import Work
 from flexgen_helm.types import Job, Result
 
 

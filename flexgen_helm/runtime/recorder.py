@@ -7,34 +7,18 @@ the layers themselves are called later, in whatever order a schedule says.
 from __future__ import annotations
 
 import inspect
-import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface
-from transformers.masking_utils import causal_mask_function
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
-from flexgen_helm.attention.plan import MaskRule
-from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.memory.cache import CacheKey
-from flexgen_helm.runtime.experts import EXPERTS_NAME, sliced_experts
-
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
-HARMLESS_ARGUMENTS = frozenset(
-    (
-        *("dropout", "sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache", "is_causal"),
-        *("output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"),
-    )
-)
-"""Arguments of an attention function that change nothing beside what our mask, positions and scale already say."""
-_names = itertools.count()
 
 
 class LayerCall(NamedTuple):
@@ -46,14 +30,25 @@ class LayerCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class Implementations(NamedTuple):
+    """Names in the library's registries of attention and of experts functions."""
+
+    attention: str
+    experts: str
+
+
+EAGER = Implementations("eager", "eager")
+
+
 @dataclass
 class Recording:
     """A row between record and finish: its layer calls and its hidden state ``[1, T, hidden]``."""
 
-    positions: Tensor
-    attention: RowAttention
     calls: list[LayerCall] = field(default_factory=list)
     hidden: Tensor | None = None
+
+
+AnyRecording = TypeVar("AnyRecording", bound=Recording)
 
 
 class _Recorded(Exception):
@@ -74,80 +69,68 @@ class _StandIn(nn.Module):
         return self._owner._visit(self._j, args, kwargs)
 
 
-class _CacheProbe:
-    """Stands in for the cache at replay: K and V pass through, the past length of every token is right, all else is refused."""
-
-    def __init__(self, positions: Tensor) -> None:
-        self.__dict__["_past"] = positions - torch.arange(len(positions), device=positions.device)
-
-    def update(self, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return k, v
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> Tensor:
-        past: Tensor = self.__dict__["_past"]
-        return past
-
-    def __getattr__(self, name: str) -> Any:
-        raise UnsupportedModel(f"a layer keeps state beside attention: it asks the cache for '{name}'")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise UnsupportedModel(f"a layer keeps state beside attention: it writes '{name}' into the cache")
-
-
 class RecordedModel:
     """A causal language model whose layers are called one at a time. One thread at a time may use it."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, own: Implementations | None = None) -> None:
         """Find the layers and put stand-ins in their place.
+
+        Args:
+            model: Taken over; see `plain`.
+            own: What the library chose for the model, where that has been changed since.
 
         Raises:
             UnsupportedModel: If there is no list of decoder layers.
         """
         self.model = model
+        config = model.config
+        chosen = Implementations(config._attn_implementation or "eager", config._experts_implementation or "eager")
+        self.own = chosen if own is None else own
+        """What the library chose for this model."""
+        self._in_use = self.own
         self._owner, self._leaf, stack = _find_layers(model)
         self._stack = stack
         self.layers: list[nn.Module] = list(stack)
         self._stand_ins = nn.ModuleList([_StandIn(self, j, layer) for j, layer in enumerate(self.layers)])
-        parameters = inspect.signature(model.forward).parameters
-        if "position_ids" not in parameters:
-            raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
-        self._keeps = "logits_to_keep" in parameters
+        self._parameters = frozenset(inspect.signature(model.forward).parameters)
         self._recording: Recording | None = None
         self._final: Tensor | None = None
-        self._key = CacheKey(0, 0)
         self._last_output: tuple[Any, ...] | None = None
-        self._name = f"flexgen_helm_{next(_names)}"
-        self._register()
-        self._install(True)
+        self.use(self.own)
 
     @property
     def device(self) -> torch.device:
         """Where the matrices are multiplied."""
         return self.model.device
 
-    def record(self, token_ids: list[int], positions: list[int], attention: RowAttention) -> Recording:
-        """Run the model up to its layers and note how each would be called."""
-        recording = Recording(torch.tensor(positions, device=self.device), attention)
-        self._recording, self._final = recording, None
+    def takes(self, name: str) -> bool:
+        """Whether the model's forward has a parameter of this name."""
+        return name in self._parameters
+
+    def use(self, implementations: Implementations) -> None:
+        """Choose the attention and experts functions of recorded and replayed layers."""
+        self._in_use = implementations
+        self._install(self._stand_ins, implementations)
+
+    def record(self, recording: AnyRecording, **inputs: Any) -> AnyRecording:
+        """Run the model up to its layers and note how each would be called.
+
+        Args:
+            recording: A new one, which is filled and returned.
+            inputs: Of the model's forward; those that it does not take are left out.
+        """
+        self._recording = recording
         with suppress(_Recorded):
-            self.model(**self._inputs(torch.tensor([token_ids], device=self.device), recording.positions[None]))
+            self._forward(**inputs)
         if len(recording.calls) != len(self.layers):
             raise UnsupportedModel(f"its forward visits {len(recording.calls)} of {len(self.layers)} layers, in one pass")
         return recording
 
-    def replay(self, j: int, recording: Recording) -> None:
-        """Run layer j on a row; `Recording.hidden` becomes its output."""
+    def replay(self, j: int, recording: Recording, **replaced: Any) -> None:
+        """Run layer j on a row; `Recording.hidden` becomes its output. ``replaced`` goes over the recorded keywords."""
         named, args, kwargs = recording.calls[j]
-        probe = {name: _CacheProbe(recording.positions) for name in CACHE_ARGUMENTS if name in kwargs and kwargs[name] is None}
-        kwargs = {**kwargs, **probe}
-        self._recording, self._key = recording, CacheKey(j, 0)
-        hidden = recording.hidden
+        hidden, kwargs = recording.hidden, {**kwargs, **replaced}
         output = self.layers[j](*args, hidden_states=hidden, **kwargs) if named else self.layers[j](hidden, *args, **kwargs)
-        if self._key.call == 0:
-            raise UnsupportedModel(
-                f"layer {j} ({type(self.layers[j]).__name__}) does its attention, or what it has instead, beside the library's "
-                "attention interface"
-            )
         self._last_output = output[1:] if isinstance(output, tuple) else None
         recording.hidden = output[0] if isinstance(output, tuple) else output
 
@@ -156,19 +139,26 @@ class RecordedModel:
         ids = torch.ones(1, len(hidden), dtype=torch.long, device=self.device)
         self._final = hidden[None]
         try:
-            logits: Tensor = self.model(**self._inputs(ids, torch.zeros_like(ids))).logits[0]
+            output = self._forward(
+                input_ids=ids,
+                position_ids=torch.zeros_like(ids),
+                # A mask of ones keeps the library from looking for packed sequences itself.
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+            )
         finally:
             self._final = None
+        logits: Tensor = output.logits[0]
         return logits
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
         """The model as the library made it, with its own eager attention."""
-        self._install(False)
+        self._install(self._stack, EAGER)
         try:
             yield self.model
         finally:
-            self._install(True)
+            self.use(self._in_use)
 
     @contextmanager
     def shortened(self, count: int) -> Iterator[PreTrainedModel]:
@@ -183,33 +173,20 @@ class RecordedModel:
             finally:
                 text.num_hidden_layers = depth
 
-    def _inputs(self, ids: Tensor, positions: Tensor) -> dict[str, Any]:
-        # A mask of ones keeps the library from looking for packed sequences itself.
-        inputs = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "attention_mask": torch.ones_like(ids),
-            "use_cache": False,
-        }
-        return {**inputs, "logits_to_keep": torch.arange(ids.shape[1], device=ids.device)} if self._keeps else inputs
+    def _forward(self, **inputs: Any) -> Any:
+        ids: Tensor = inputs["input_ids"]
+        inputs["logits_to_keep"] = torch.arange(ids.shape[1], device=ids.device)
+        return self.model(**{name: value for name, value in inputs.items() if self.takes(name)})
 
-    def _install(self, ours: bool) -> None:
-        setattr(self._owner, self._leaf, self._stand_ins if ours else self._stack)
-        self.model.set_attn_implementation(self._name if ours else "eager")
-        self.model.set_experts_implementation(EXPERTS_NAME if ours else "eager")
-
-    def _register(self) -> None:
-        # The library's registries live as long as the process; the model must not.
-        owner = weakref.ref(self)
-
-        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-            model = owner()
-            assert model is not None
-            return model._attend(query, key, value, attention_mask, **kwargs), None
-
-        AttentionInterface.register(self._name, attend)
-        AttentionMaskInterface.register(self._name, _mask_rule)
-        ExpertsInterface.register(EXPERTS_NAME, sliced_experts)
+    def _install(self, layers: nn.ModuleList, implementations: Implementations) -> None:
+        setattr(self._owner, self._leaf, layers)
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # a family whose attention cannot be set says so every time
+        try:
+            self.model.set_attn_implementation(implementations.attention)
+            self.model.set_experts_implementation(implementations.experts)
+        finally:
+            transformers_logging.set_verbosity(verbosity)
 
     def _visit(self, j: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = "hidden_states" in kwargs
@@ -227,45 +204,6 @@ class RecordedModel:
             raise _Recorded
         # NaN: whatever the model computes from it between layers would show.
         return torch.full((1,), float("nan"), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape)
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """The attention function of the library's interface: ``[1, H, T, D]`` in, ``[1, T, H, Dv]`` out."""
-        unknown = sorted(n for n, v in kwargs.items() if v is not None and v is not False and n not in HARMLESS_ARGUMENTS)
-        if unknown:
-            raise UnsupportedModel(f"its attention is called with arguments that cannot be honoured: {', '.join(unknown)}")
-        if not isinstance(attention_mask, MaskRule):
-            raise UnsupportedModel(f"its attention is called with a mask of its own ({type(attention_mask).__name__})")
-        recording = self._recording
-        assert recording is not None
-        sizes = {x.shape[2] for x in (query, key, value)} | {len(recording.positions)}
-        if len(sizes) != 1:
-            raise UnsupportedModel(f"its attention is called with {key.shape[2]} keys for {query.shape[2]} queries")
-        current = self._key
-        self._key = current._replace(call=current.call + 1)
-        qkv = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return recording.attention.attend(current, qkv, attention_mask, scale=scale, softcap=softcap, sinks=s_aux)[None]
-
-
-def _mask_rule(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> MaskRule:
-    """The mask function of the library's interface: the model's own predicate instead of a tensor."""
-
-    def allowed(q: Tensor, k: Tensor) -> Tensor:
-        zero = torch.zeros((), dtype=torch.long, device=q.device)
-        result: Tensor = mask_function(zero, zero, q, k)
-        return result.expand(q.shape[0], k.shape[1])
-
-    return MaskRule(allowed, mask_function is causal_mask_function)
 
 
 def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:

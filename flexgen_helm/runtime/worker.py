@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flexgen_helm.errors import FlexGenError
-from flexgen_helm.memory.cache import PagedCache
-from flexgen_helm.memory.pages import PagePool
+from flexgen_helm.errors import FlexGenError, OutOfSpace
 from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import Sweep, Want
-from flexgen_helm.schedule.scheduler import Scheduler, Work
+from flexgen_helm.schedule.work import Scheduler, Work
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +45,8 @@ class _Cancelled(Exception):
 class Worker:
     """Owns scheduler and executor. All computation happens in its thread."""
 
-    def __init__(
-        self, scheduler: Scheduler, executor: SerialExecutor, intake: Intake, storage: tuple[PagePool, PagedCache]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, executor: SerialExecutor, intake: Intake) -> None:
         self._scheduler, self._executor, self._intake = scheduler, executor, intake
-        self._pool, self._cache = storage
         self._arrived: list[Ticket] = []
         self._signal = threading.Condition()
         self._closing = self._cancelling = False
@@ -111,12 +106,17 @@ class Worker:
     def _step(self) -> None:
         self._take_in()
         sweep = self._scheduler.next_sweep()
-        self._cache.reserve(kept=self._pool.high_water, transient=sweep.num_transient_pages)
         self._rows_in_sweep, self._operations, self._left = len(sweep.rows), 0, self._scheduler.tokens_left()
         if sweep.rows:
             self._executor.run(sweep, self._on_logits, self._on_operation)
             self._count(sweep)
-        for work in self._scheduler.end_sweep():
+        finished = self._scheduler.end_sweep()
+        if not sweep.rows and not finished and self._scheduler.has_work():
+            raise OutOfSpace(
+                "One prompt was given with so many different completions that their K and V never fit into memory together. "
+                "Ask for fewer of them at once."
+            )
+        for work in finished:
             for ticket in self._tickets.pop(work):
                 if ticket.future.set_running_or_notify_cancel():
                     ticket.future.set_result(self._intake.result(ticket))

@@ -11,6 +11,16 @@ from flexgen_helm.types import Policy
 
 
 @dataclass(eq=False)
+class State:
+    """What a single row's sequence carries from one sweep to the next. It lives as long as this object."""
+
+    origin: State | None = None
+    """Whose content it begins with a copy of; None: with nothing."""
+    content: object = None
+    """The runtime's; nothing here looks into it."""
+
+
+@dataclass(eq=False)
 class Fork:
     """One completion of a prompt: what was generated, and where its own K and V are."""
 
@@ -23,6 +33,8 @@ class Fork:
     """Like `NodePages.copy`: the page in which the fork parts from its prompt."""
     in_tail: bool = False
     """Whether the fork begins in the rest of its prompt's last page."""
+    state: State | None = None
+    """In single rows: what the fork carries from one sweep to the next."""
 
 
 class Want(NamedTuple):
@@ -43,12 +55,14 @@ class Segment:
     tokens: tuple[int, ...]
     start: int
     """Absolute position of the first token."""
-    table: list[int]
+    table: list[int] = field(default_factory=list)
     """Pages of the sequence from position 0 on."""
-    kept: bool
+    kept: bool = True
     copy: tuple[int, int, int] | None = None
     wants: list[Want] = field(default_factory=list)
     """`Want.offset` counts from the segment's first token here, from the row's first token in `Row.wants`."""
+    state: State | None = None
+    """In single rows, instead of pages."""
 
     @property
     def end(self) -> int:
@@ -83,6 +97,8 @@ class Sweep:
     """One pass over all layers: its rows, a prefix always before what continues it."""
 
     rows: list[Row]
+    num_kept_pages: int = 0
+    """Storage that must be there, as one more than the highest page number in use."""
     num_transient_pages: int = 0
 
     @property

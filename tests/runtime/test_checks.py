@@ -16,7 +16,7 @@ POLICY = Policy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64)
 
 
 def load(folder: Path) -> bool:
-    with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY) as engine:
+    with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY, rows="packed") as engine:
         return engine.verdict.bit_stable
 
 

@@ -1,22 +1,48 @@
-"""Models that packed rows would compute wrongly are refused by name and reason."""
+"""Models that packed rows would compute wrongly run in single rows, or are refused by name and reason."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 
 from flexgen_helm import Engine, Job
-from flexgen_helm.errors import InvalidJob, UnsupportedModel
+from flexgen_helm.errors import FlexGenError, InvalidJob, UnsupportedModel
 from tests.jobs import random_tokens
-from tests.models import LONGROPE_LENGTH, REFUSED
+from tests.models import LONGROPE_LENGTH, SINGLE
 from tests.reference import Agreement
 from tests.runtime.conftest import POLICY, Workbench
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_refused_family_is_named_with_the_reason(bench: Workbench, family: str) -> None:
-    with pytest.raises(UnsupportedModel, match=REFUSED[family].reason) as refusal:
-        Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY)
-    assert family in str(refusal.value)
+@pytest.mark.parametrize("family", SINGLE)
+def test_packed_rows_refuse_by_name_and_reason(bench: Workbench, family: str) -> None:
+    with pytest.raises(UnsupportedModel, match=SINGLE[family].reason) as refusal:
+        Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY, rows="packed")
+    assert f"({family})" in str(refusal.value)
+    assert "rows at 'auto'" in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", SINGLE)
+def test_single_rows_are_chosen_in_one_line(bench: Workbench, family: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="flexgen_helm")
+    with Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY) as engine:
+        assert engine.rows == engine.numerics["rows"] == "single"
+    (line,) = [record.getMessage() for record in caplog.records if "single rows" in record.getMessage()]
+    assert re.search(SINGLE[family].reason, line)
+    assert f"({family})" in line
+
+
+def test_single_rows_can_be_forced(bench: Workbench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="flexgen_helm")
+    with Engine.from_pretrained(str(bench.folder("llama")), policy=POLICY, device="cpu", rows="single") as engine:
+        assert engine.rows == "single"
+    assert not [record for record in caplog.records if "rows" in record.getMessage()]
+
+
+def test_an_unknown_kind_of_rows_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(FlexGenError, match=r"rows is 'both'.*'auto', 'packed' or 'single'"):
+        Engine.from_pretrained(str(tmp_path / "nothing"), rows="both")  # type: ignore[arg-type]
 
 
 def test_longrope_is_served_up_to_its_original_length(bench: Workbench) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
+from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
+from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.rows import Fork, Segment, Sweep
-from flexgen_helm.schedule.scheduler import Scheduler, Work
+from flexgen_helm.schedule.work import Work
 from flexgen_helm.types import Policy
 
 Prefix = tuple[int, ...]
@@ -89,6 +90,11 @@ SPECS = st.lists(SPEC, min_size=1, max_size=10, unique_by=lambda spec: spec.toke
 POLICIES = st.builds(Policy, st.integers(1, 5), st.integers(1, 3), st.integers(1, 50), st.integers(1, 200))
 
 
+def pages_alone(work: Work) -> int:
+    length = len(work.tokens)
+    return num_pages(0, length) + sum(num_pages(length, length + fork.max_new_tokens - 1) for fork in work.forks)
+
+
 def expected_tokens(spec: Spec, limit: int, end: int) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < min(limit, end):
@@ -102,8 +108,8 @@ def test_every_answer_comes_from_the_right_prefix(
     specs: list[Spec], policy: Policy, spare: int, keep_all: bool, first: int
 ) -> None:
     machine = SymbolicMachine(policy, specs)
-    pool = PagePool(max(work.pages_needed() for work in machine.works) + spare)
-    scheduler = Scheduler(policy, block_tokens=policy.block_tokens or 1, pool=pool, keep_all=keep_all)
+    pool = PagePool(max(pages_alone(work) for work in machine.works) + spare)
+    scheduler = PackedScheduler(policy, block_tokens=policy.block_tokens or 1, pool=pool, keep_all=keep_all)
     scheduler.add(machine.works[:first])
     waiting, finished = machine.works[first:], []
     for _ in range(5000):
@@ -142,7 +148,7 @@ def test_work_that_others_have_computed_before_its_turn_is_not_lost() -> None:
 def test_a_large_block_computes_each_prefix_once(specs: list[Spec]) -> None:
     policy = Policy(64, 4, 16, 10_000)
     machine = SymbolicMachine(policy, specs)
-    scheduler = Scheduler(policy, block_tokens=10_000, pool=PagePool(10_000))
+    scheduler = PackedScheduler(policy, block_tokens=10_000, pool=PagePool(10_000))
     scheduler.add(machine.works)
     while scheduler.has_work():
         machine.run(scheduler.next_sweep())
@@ -155,7 +161,7 @@ def test_a_large_block_computes_each_prefix_once(specs: list[Spec]) -> None:
 def test_abandoned_work_leaves_no_page_behind() -> None:
     policy = Policy(2, 1, 8, 8)
     pool = PagePool(100)
-    scheduler = Scheduler(policy, block_tokens=8, pool=pool)
+    scheduler = PackedScheduler(policy, block_tokens=8, pool=pool)
     works = [Work((*range(40), i), i % 2 == 0, [Fork(20)]) for i in range(4)]
     machine = SymbolicMachine(policy, [])
     machine.ends = {fork: (work.tokens, 20) for work in works for fork in work.forks}

@@ -1,58 +1,29 @@
-"""Admission and lifetimes: which prompts and completions are in the next sweep (docs/architecture.md)."""
+"""The scheduler of packed rows: prompts share what they have in common, K and V lie in pages (docs/architecture.md)."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.placement import Placement
 from flexgen_helm.schedule.rows import Fork, Segment, Sweep, Want, pack_decode, pack_prefill
 from flexgen_helm.schedule.tree import Node, build_tree, common_prefix_length
+from flexgen_helm.schedule.work import Work, decode_position
 from flexgen_helm.types import Policy
 
 CUT_FROM = 0.75
 """A block of scoring work is cut where neighbours share least, in the last quarter of its tokens."""
 
 
-@dataclass(eq=False)
-class Work:
-    """A distinct prompt with everything that is asked of it."""
-
-    tokens: tuple[int, ...]
-    score: bool
-    forks: list[Fork]
-    node: Node = field(init=False)
-    done: bool = False
-
-    @property
-    def generating(self) -> bool:
-        """Whether K and V must outlive the sweep in which the prompt is computed."""
-        return any(fork.max_new_tokens > 1 for fork in self.forks)
-
-    def scored(self) -> bool:
-        """Whether nothing is left to ask of the prompt itself."""
-        if not self.score:
-            return True
-        return all(None not in node.logprobs[node.start == 0 :] for node in self.node.path() if node.logprobs is not None)
-
-    def pages_needed(self) -> int:
-        """Pages of the prompt and of all its completions, computed alone."""
-        return num_pages(0, len(self.tokens)) + sum(self.fork_pages(fork) for fork in self.forks)
-
-    def fork_pages(self, fork: Fork) -> int:
-        """Pages of a completion's own; its last token is never attended to."""
-        return num_pages(len(self.tokens), len(self.tokens) + fork.max_new_tokens - 1)
-
-
-class Scheduler:
-    """Plans sweeps. Generating work goes first, in the order of the tree; scoring work fills what the block has left."""
+class PackedScheduler:
+    """Plans sweeps in the order of the prefix tree. See `Scheduler` for what its methods promise."""
 
     def __init__(self, policy: Policy, *, block_tokens: int, pool: PagePool, keep_all: bool = False) -> None:
         """`keep_all` keeps K and V of scoring work for every layer, as orders other than the column order need."""
         self._policy = policy
         self._block_tokens = block_tokens
+        self._pool = pool
         self._placement = Placement(pool)
         self._keep_all = keep_all
         self._waiting: deque[Work] = deque()
@@ -63,6 +34,17 @@ class Scheduler:
         self._swept: list[Work] = []
         self._ends: dict[Node, Work] = {}
         self._prompt_tokens_left = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Memory for pages that are kept."""
+        return self._pool.capacity * self._pool.page_bytes
+
+    def bytes_needed(self, length: int, *, completions: int, max_new_tokens: int) -> int:
+        """Kept pages of a job alone; one that generates at most one token needs none in column order."""
+        if max_new_tokens <= 1 and not self._keep_all:
+            return 0
+        return (num_pages(0, length) + completions * _continuation_pages(length, max_new_tokens)) * self._pool.page_bytes
 
     def add(self, works: list[Work]) -> None:
         """Take work in; prompts added together share their prefixes."""
@@ -104,7 +86,7 @@ class Scheduler:
         for work in self._scoring_block(budget, alone=not decode and not prefill):
             self._schedule(work, prefill, None)
         rows = pack_prefill(prefill, self._policy) + pack_decode(decode, self._policy)
-        return Sweep(rows, self._placement.num_transient)
+        return Sweep(rows, self._pool.high_water, self._placement.num_transient)
 
     def end_sweep(self) -> list[Work]:
         """Account for a sweep that was computed and whose wants were answered; returns the work that is now complete."""
@@ -171,7 +153,10 @@ class Scheduler:
         return True
 
     def _fits(self, work: Work, path: list[Node]) -> bool:
-        return self._placement.fits(self._placement.missing(path) + sum(work.fork_pages(fork) for fork in work.forks))
+        return self._placement.fits(
+            self._placement.missing(path)
+            + sum(_continuation_pages(len(work.tokens), fork.max_new_tokens) for fork in work.forks)
+        )
 
     def _drop_prefixes(self) -> None:
         """Drop what earlier work left behind for later, when nothing is live that would free pages: it is computed again."""
@@ -289,6 +274,10 @@ def _filled(work: Work) -> bool:
 
 
 def _decode_segment(work: Work, fork: Fork) -> Segment:
-    position = len(work.tokens) + len(fork.tokens) - 1
     copy = fork.copy if len(fork.tokens) == 1 else None
-    return Segment((fork.tokens[-1],), position, fork.table, True, copy, [Want(0, (), (fork,))])
+    return Segment((fork.tokens[-1],), decode_position(work, fork), fork.table, True, copy, [Want(0, (), (fork,))])
+
+
+def _continuation_pages(length: int, max_new_tokens: int) -> int:
+    """Pages of a completion's own behind a prompt of ``length`` tokens; its last token is never attended to."""
+    return num_pages(length, length + max_new_tokens - 1)

@@ -1,0 +1,107 @@
+"""Packed or single rows: which of them a model runs in, and what each needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from flexgen_helm.errors import FlexGenError, UnsupportedModel
+from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
+from flexgen_helm.runtime.checks import Verdict
+from flexgen_helm.runtime.executor import Rows
+from flexgen_helm.runtime.loading import LoadedModel
+from flexgen_helm.runtime.packed import PackedRows
+from flexgen_helm.runtime.packed_check import check_packed
+from flexgen_helm.runtime.recorder import RecordedModel
+from flexgen_helm.runtime.single import SingleRows
+from flexgen_helm.runtime.single_check import check_single
+from flexgen_helm.schedule.packed import PackedScheduler
+from flexgen_helm.schedule.single import SingleScheduler, StateSize
+from flexgen_helm.schedule.work import Scheduler
+from flexgen_helm.types import Policy
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["packed", "single"]
+KindChoice = Literal["auto", "packed", "single"]
+ALTERNATIVE = "Evaluate it with HELM's own HuggingFaceClient."
+CHECKS: dict[Kind, Callable[..., Verdict]] = {"packed": check_packed, "single": check_single}
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model that passed the self-check of one kind of rows."""
+
+    kind: Kind
+    model: RecordedModel
+    verdict: Verdict
+
+
+def validated_kind(rows: str) -> KindChoice:
+    """Return the kind of rows that a user asked for.
+
+    Raises:
+        FlexGenError: If there is no such kind.
+    """
+    if rows not in ("auto", *CHECKS):
+        raise FlexGenError(f"rows is {rows!r}. Give 'auto', {' or '.join(map(repr, CHECKS))}.")
+    return rows  # type: ignore[return-value]
+
+
+def check_model(loaded: LoadedModel, policy: Policy, rows: KindChoice) -> CheckedModel:
+    """Check a model in the kind of rows that was asked for; with "auto" in packed ones, then in single ones.
+
+    Raises:
+        UnsupportedModel: If it would be computed wrongly.
+    """
+    name = f"{loaded.name} ({loaded.model.config.model_type})"
+    refusals: dict[str, UnsupportedModel] = {}
+    try:
+        model = RecordedModel(loaded.model)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{name} cannot be run layer by layer: {error}. {ALTERNATIVE}") from error
+    for kind, check in CHECKS.items():
+        if rows in ("auto", kind):
+            try:
+                verdict = check(model, policy, max_length=loaded.max_length)
+            except UnsupportedModel as error:
+                refusals[kind] = error
+                continue
+            _log_choice(name, verdict, refusals)
+            return CheckedModel(kind, model, verdict)
+    reasons = "; ".join(f"in {kind} rows {error}" for kind, error in refusals.items())
+    alternative = "Leave rows at 'auto' to try single rows." if rows == "packed" else ALTERNATIVE
+    raise UnsupportedModel(f"{name} would be computed wrongly: {reasons}. {alternative}")
+
+
+def _log_choice(name: str, verdict: Verdict, refusals: dict[str, UnsupportedModel]) -> None:
+    if refusals:
+        logger.info("%s runs in single rows, one sequence each, since in packed rows %s", name, refusals["packed"])
+    if not verdict.bit_stable:
+        logger.info("%s: answers may move in the last digits with what shares a sweep on this machine", name)
+
+
+def make_rows(
+    checked: CheckedModel, policy: Policy, *, capacity_bytes: int, block_tokens: int, keep_all: bool
+) -> tuple[Rows, Scheduler]:
+    """What computes a model's rows and what plans them.
+
+    Args:
+        checked: The model.
+        policy: Its sizes.
+        capacity_bytes: Memory for K and V, or for whatever else sequences keep.
+        block_tokens: Prompt tokens in a sweep.
+        keep_all: Whether operations come in another order than the column order.
+    """
+    verdict = checked.verdict
+    if checked.kind == "single":
+        size = StateSize(verdict.cache_bytes_per_sequence, verdict.cache_bytes_per_token)
+        single = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity_bytes, size=size)
+        return SingleRows(checked.model), single
+    page_bytes = PAGE_TOKENS * verdict.cache_bytes_per_token
+    pool = PagePool(capacity_bytes // page_bytes, page_bytes=page_bytes)
+    packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all)
+    return PackedRows(checked.model, PagedCache(pool.capacity)), packed

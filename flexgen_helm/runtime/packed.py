@@ -1,0 +1,173 @@
+"""Packed rows: the tokens of many sequences side by side, with our attention and K and V in pages."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.moe import ExpertsInterface
+from transformers.masking_utils import causal_mask_function
+
+from flexgen_helm.attention.plan import MaskRule
+from flexgen_helm.attention.row import RowAttention
+from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.memory.cache import CacheKey, PagedCache
+from flexgen_helm.runtime.experts import EXPERTS_NAME, sliced_experts
+from flexgen_helm.runtime.recorder import Implementations, RecordedModel, Recording
+from flexgen_helm.schedule.rows import Row, Sweep
+
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+HARMLESS_ARGUMENTS = frozenset(
+    (
+        *("dropout", "sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache", "is_causal"),
+        *("output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"),
+    )
+)
+"""Arguments of an attention function that change nothing beside what our mask, positions and scale already say."""
+PADDING_TOKEN = 0
+_names = itertools.count()
+
+
+@dataclass(kw_only=True)
+class PackedRecording(Recording):
+    """A recorded row of many sequences."""
+
+    positions: Tensor
+    """``[T]``, of each token in its own sequence."""
+    attention: RowAttention
+
+
+class _CacheProbe:
+    """Stands in for the cache at replay: K and V pass through, the past length of every token is right, all else is refused."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self.__dict__["_past"] = positions - torch.arange(len(positions), device=positions.device)
+
+    def update(self, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return k, v
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Tensor:
+        past: Tensor = self.__dict__["_past"]
+        return past
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedModel(f"a layer keeps state beside attention: it asks the cache for '{name}'")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UnsupportedModel(f"a layer keeps state beside attention: it writes '{name}' into the cache")
+
+
+class PackedRows:
+    """Computes rows of a fixed size in which many sequences lie side by side."""
+
+    def __init__(self, model: RecordedModel, cache: PagedCache) -> None:
+        """Make the model call our attention.
+
+        Raises:
+            UnsupportedModel: If it takes no positions.
+        """
+        if not model.takes("position_ids"):
+            raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
+        self.model, self._cache = model, cache
+        self._running: PackedRecording | None = None
+        self._key = CacheKey(0, 0)
+        model.use(Implementations(self._register(), EXPERTS_NAME))
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that every row goes through."""
+        return len(self.model.layers)
+
+    def reserve(self, sweep: Sweep) -> None:
+        """Make room for the pages of a sweep."""
+        self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages)
+
+    def record(self, row: Row) -> PackedRecording:
+        """Note how the layers would be called for a row."""
+        padding = row.size - row.num_tokens
+        tokens = [token for segment in row.segments for token in segment.tokens] + [PADDING_TOKEN] * padding
+        places = [position for segment in row.segments for position in range(segment.start, segment.end)] + [0] * padding
+        ids, positions = torch.tensor([tokens, places], device=self.model.device)
+        recording = PackedRecording(positions=positions, attention=RowAttention(row, self._cache, self.model.device))
+        return self.model.record(
+            recording,
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=torch.ones_like(ids)[None],
+            use_cache=False,
+        )
+
+    def replay(self, j: int, recording: PackedRecording) -> None:
+        """Run layer j on a row."""
+        kwargs = recording.calls[j].kwargs
+        absent = [name for name in CACHE_ARGUMENTS if name in kwargs and kwargs[name] is None]
+        self._running, self._key = recording, CacheKey(j, 0)
+        self.model.replay(j, recording, **dict.fromkeys(absent, _CacheProbe(recording.positions)))
+        if self._key.call == 0:
+            raise UnsupportedModel(
+                f"layer {j} ({type(self.model.layers[j]).__name__}) does its attention, or what it has instead, beside the "
+                "library's attention interface"
+            )
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[P, hidden]`` of the last layer to logits ``[P, vocab]``."""
+        return self.model.finish(hidden)
+
+    def _register(self) -> str:
+        # The library's registries live as long as the process; the model must not.
+        owner, name = weakref.ref(self), f"flexgen_helm_{next(_names)}"
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+            rows = owner()
+            assert rows is not None
+            return rows._attend(query, key, value, attention_mask, **kwargs), None
+
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, _mask_rule)
+        ExpertsInterface.register(EXPERTS_NAME, sliced_experts)
+        return name
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The attention function of the library's interface: ``[1, H, T, D]`` in, ``[1, T, H, Dv]`` out."""
+        unknown = sorted(n for n, v in kwargs.items() if v is not None and v is not False and n not in HARMLESS_ARGUMENTS)
+        if unknown:
+            raise UnsupportedModel(f"its attention is called with arguments that cannot be honoured: {', '.join(unknown)}")
+        if not isinstance(attention_mask, MaskRule):
+            raise UnsupportedModel(f"its attention is called with a mask of its own ({type(attention_mask).__name__})")
+        recording = self._running
+        assert recording is not None
+        sizes = {x.shape[2] for x in (query, key, value)} | {len(recording.positions)}
+        if len(sizes) != 1:
+            raise UnsupportedModel(f"its attention is called with {key.shape[2]} keys for {query.shape[2]} queries")
+        current = self._key
+        self._key = current._replace(call=current.call + 1)
+        qkv = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return recording.attention.attend(current, qkv, attention_mask, scale=scale, softcap=softcap, sinks=s_aux)[None]
+
+
+def _mask_rule(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> MaskRule:
+    """The mask function of the library's interface: the model's own predicate instead of a tensor."""
+
+    def allowed(q: Tensor, k: Tensor) -> Tensor:
+        zero = torch.zeros((), dtype=torch.long, device=q.device)
+        result: Tensor = mask_function(zero, zero, q, k)
+        return result.expand(q.shape[0], k.shape[1])
+
+    return MaskRule(allowed, mask_function is causal_mask_function)

@@ -1,0 +1,105 @@
+"""Self-check of packed rows: sequences side by side, cut and continued, against each of them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.memory.pages import PAGE_TOKENS, num_pages
+from flexgen_helm.runtime import checks
+from flexgen_helm.runtime.checks import TOLERANCE, Cuts, Tokens, Verdict
+from flexgen_helm.runtime.executor import SerialExecutor
+from flexgen_helm.runtime.packed import PackedRows
+from flexgen_helm.runtime.recorder import RecordedModel
+from flexgen_helm.schedule.rows import Segment, Sweep, pack_prefill
+from flexgen_helm.types import Policy
+
+FAR_POSITION = 16_384
+CUTS: Cuts = ((21, 11), (13, 12))
+"""Packed in one row, continued in the next, in the other order."""
+LONG_CUTS: Cuts = ((300, 187), (29, 7))
+
+
+def check_packed(model: RecordedModel, policy: Policy, *, max_length: int) -> Verdict:
+    """Compare packed and continued sequences with the library's own forward.
+
+    16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
+
+    Raises:
+        UnsupportedModel: If they differ, or if the model does anything that packed rows cannot honour.
+    """
+    with checks.as_refusal("packed"):
+        exact = checks.in_fp32(model)
+        cache = PagedCache()
+        worst = _difference(exact, policy, max_length, cache)
+        if exact is not model:
+            cache = PagedCache()
+            _run(model, policy, _whole(checks.random_sequences(model, CUTS, max_length)[1]), cache=cache)
+        return Verdict(worst, _bit_stable(model, policy, max_length), sum(cache.bytes_per_token.values()))
+
+
+def _difference(model: RecordedModel, policy: Policy, max_length: int, cache: PagedCache) -> float:
+    sequences = checks.random_sequences(model, CUTS, max_length)
+    expected = checks.plain_logprobs(model, sequences)
+    worst = checks.worst_difference(expected, _packed(model, policy, sequences, CUTS))
+    if worst > TOLERANCE:
+        raise UnsupportedModel(
+            f"packed and continued sequences differ from the library's own forward by {worst:.3g} in log-probability "
+            f"(tolerance {TOLERANCE:g}): the model keeps state beside attention or takes positions from elsewhere"
+        )
+    moved = checks.worst_difference([expected[1]], [_beside_far_neighbour(model, policy, sequences[1], max_length, cache)])
+    if moved > TOLERANCE:
+        raise UnsupportedModel(f"a neighbour at a far position moves a sequence's log-probabilities by {moved:.3g}")
+    return max(worst, moved)
+
+
+def _bit_stable(model: RecordedModel, policy: Policy, max_length: int) -> bool:
+    """Level B over several chunks of keys, on the first layers: neither neighbours nor cuts change a bit."""
+    with checks.first_layers(model) as few:
+        sequences = checks.random_sequences(few, LONG_CUTS, max_length)
+        packed = _packed(few, policy, sequences, LONG_CUTS)
+        alone = [_run(few, policy, _whole(tokens))[0] for tokens in sequences]
+    return all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
+
+
+def _packed(model: RecordedModel, policy: Policy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
+    """Log-probabilities ``[length, vocab]`` of each sequence, both packed into rows, cut, and continued in later rows."""
+    a, b = checks.cut_points(sequences, cuts)
+    first = _segments(sequences, [(0, 0, a), (1, 0, b)])
+    second = _segments(sequences, [(1, b, len(sequences[1])), (0, a, len(sequences[0]))])
+    parts = _run(model, policy, first, second)
+    return [torch.cat([parts[0], parts[3]]), torch.cat([parts[1], parts[2]])]
+
+
+def _segments(sequences: list[Tokens], cuts: list[tuple[int, int, int]]) -> list[Segment]:
+    """Segments (sequence, first, last), every position wanted; each sequence has pages of its own."""
+    size = max(num_pages(0, len(tokens)) for tokens in sequences)
+    return [
+        Segment(sequences[i][a:b], a, list(range(i * size, (i + 1) * size)), wants=checks.all_wanted(b - a)) for i, a, b in cuts
+    ]
+
+
+def _whole(tokens: Tokens) -> list[Segment]:
+    return _segments([tokens], [(0, 0, len(tokens))])
+
+
+def _run(
+    model: RecordedModel, policy: Policy, first: list[Segment], second: Sequence[Segment] = (), cache: PagedCache | None = None
+) -> list[Tensor]:
+    """Run segments in one sweep, the second ones in rows of their own; log-probabilities of each segment, in order."""
+    rows = pack_prefill(first, policy) + pack_prefill(second, policy)
+    num_kept = 1 + max(page for row in rows for segment in row.segments for page in segment.table)
+    packed = PackedRows(model, PagedCache() if cache is None else cache)
+    return checks.sweep_logprobs(SerialExecutor(packed, head_slice=policy.gpu_batch_size), Sweep(rows, num_kept))
+
+
+def _beside_far_neighbour(model: RecordedModel, policy: Policy, tokens: Tokens, max_length: int, cache: PagedCache) -> Tensor:
+    """A short sequence beside one near the end of the context, whose page table is one page over and over."""
+    near = _whole(tokens)[0]
+    start = min(max_length, FAR_POSITION) - 3
+    far = Segment(tokens[:3], start, [len(near.table)] * (start // PAGE_TOKENS + 2))
+    return _run(model, policy, [far, near], cache=cache)[0]

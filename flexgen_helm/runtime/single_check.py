@@ -1,0 +1,81 @@
+"""Self-check of single rows: prompts and what follows them token by token, against the library's forward of the whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.runtime import checks
+from flexgen_helm.runtime.checks import TOLERANCE, Cuts, Tokens, Verdict
+from flexgen_helm.runtime.executor import SerialExecutor
+from flexgen_helm.runtime.recorder import RecordedModel
+from flexgen_helm.runtime.single import SingleRows, cache_bytes
+from flexgen_helm.schedule.rows import Row, Segment, State, Sweep
+from flexgen_helm.types import Policy
+
+CUTS: Cuts = ((21, 16), (13, 8), (6, 1))
+"""Longer behind the cut than a short convolution; and a prompt of one token, which some models take for a step of decoding."""
+LONG_CUTS: Cuts = ((300, 295), (29, 24))
+"""Over the chunks in which state space models scan, on the first layers only."""
+
+
+def check_single(model: RecordedModel, policy: Policy, *, max_length: int) -> Verdict:
+    """Compare prompts and their continuations, several in one sweep, with the library's own forward.
+
+    16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
+
+    Raises:
+        UnsupportedModel: If they differ, or if the model's code does not work in single rows.
+    """
+    with checks.as_refusal("single"):
+        exact = checks.in_fp32(model)
+        worst = _difference(exact, policy, CUTS, max_length)
+        with checks.first_layers(exact) as few:
+            worst = max(worst, _difference(few, policy, LONG_CUTS, max_length))
+        sequences = checks.random_sequences(model, CUTS, max_length)
+        together, states = _in_single_rows(model, policy, sequences, CUTS)
+        alone = [_in_single_rows(model, policy, [tokens], [cut])[0][0] for tokens, cut in zip(sequences, CUTS, strict=True)]
+        stable = all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+        return Verdict(worst, stable, *_cache_size(sequences, states))
+
+
+def _difference(model: RecordedModel, policy: Policy, cuts: Cuts, max_length: int) -> float:
+    sequences = checks.random_sequences(model, cuts, max_length)
+    got, _ = _in_single_rows(model, policy, sequences, cuts)
+    worst = checks.worst_difference(checks.plain_logprobs(model, sequences), got)
+    if worst > TOLERANCE:
+        raise UnsupportedModel(
+            f"prompts continued token by token differ from the library's own forward by {worst:.3g} in log-probability "
+            f"(tolerance {TOLERANCE:g}): its own cache does not reproduce it"
+        )
+    return worst
+
+
+def _in_single_rows(
+    model: RecordedModel, policy: Policy, sequences: list[Tokens], cuts: Cuts
+) -> tuple[list[Tensor], list[State]]:
+    """Log-probabilities ``[length, vocab]`` of each sequence, and the state in which it was left."""
+    executor = SerialExecutor(SingleRows(model), head_slice=policy.gpu_batch_size)
+    states = [State() for _ in sequences]
+    ends = checks.cut_points(sequences, cuts)
+    parts: list[list[Tensor]] = [[] for _ in sequences]
+    done = [0] * len(sequences)
+    while any(done[i] < len(tokens) for i, tokens in enumerate(sequences)):
+        live = [i for i, tokens in enumerate(sequences) if done[i] < len(tokens)]
+        rows = [_row(sequences[i][done[i] : ends[i]], done[i], states[i]) for i in live]
+        for i, logprobs in zip(live, checks.sweep_logprobs(executor, Sweep(rows)), strict=True):
+            parts[i].append(logprobs)
+            done[i], ends[i] = ends[i], ends[i] + 1
+    return [torch.cat(found) for found in parts], states
+
+
+def _row(tokens: Tokens, start: int, state: State) -> Row:
+    return Row("prefill", len(tokens), [Segment(tokens, start, wants=checks.all_wanted(len(tokens)), state=state)])
+
+
+def _cache_size(sequences: list[Tokens], states: list[State]) -> tuple[int, int]:
+    """Bytes for each token and for each sequence, from the longest and the shortest."""
+    (long, most), (short, least) = ((len(sequences[i]), cache_bytes(states[i].content)) for i in (0, len(sequences) - 1))
+    per_token = max(0, -(-(most - least) // max(1, long - short)))
+    return per_token, max(0, least - short * per_token)

@@ -1,0 +1,151 @@
+"""The scheduler of single rows: one sequence a row, whole prompts, nothing shared; each sequence has a state of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from flexgen_helm.schedule.rows import Fork, Row, Segment, State, Sweep, Want
+from flexgen_helm.schedule.tree import Node
+from flexgen_helm.schedule.work import Work, decode_position
+from flexgen_helm.types import Policy
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """Bytes that a sequence carries from one sweep to the next."""
+
+    per_sequence: int
+    per_token: int
+
+    def of(self, length: int) -> int:
+        """Bytes of a sequence of ``length`` tokens."""
+        return self.per_sequence + length * self.per_token
+
+
+class SingleScheduler:
+    """Plans sweeps in the order of arrival. See `Scheduler` for what its methods promise."""
+
+    def __init__(self, policy: Policy, *, block_tokens: int, capacity_bytes: int, size: StateSize) -> None:
+        self._policy = policy
+        self._block_tokens = block_tokens
+        self._capacity, self._free, self._size = capacity_bytes, capacity_bytes, size
+        self._generating: deque[Work] = deque()
+        self._scoring: deque[Work] = deque()
+        self._decoding: list[tuple[Work, Fork]] = []
+        self._prompts: list[Work] = []
+        self._reserved: dict[Work, int] = {}
+        self._block_tokens_left = self._slots_taken = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Memory for the states of all sequences."""
+        return self._capacity
+
+    def bytes_needed(self, length: int, *, completions: int, max_new_tokens: int) -> int:
+        """The states of a job: completions of one prompt begin with a copy of its state, so each has a whole one."""
+        return max(1, completions) * self._size.of(length + max(0, max_new_tokens - 1))
+
+    def add(self, works: list[Work]) -> None:
+        """Take work in."""
+        for work in works:
+            work.node = Node(None, 0, work.tokens, logprobs=[None] * len(work.tokens) if work.score else None)
+            (self._generating if work.generating else self._scoring).append(work)
+
+    def has_work(self) -> bool:
+        """Whether another sweep is needed."""
+        return bool(self._generating or self._scoring or self._decoding)
+
+    def tokens_left(self) -> tuple[int, int]:
+        """Prompt tokens still to be computed and new tokens, at most."""
+        waiting = (*self._generating, *self._scoring)
+        new = sum(fork.max_new_tokens - len(fork.tokens) for _, fork in self._decoding)
+        new += sum(fork.max_new_tokens for work in (*waiting, *self._prompts) for fork in work.forks if fork.max_new_tokens > 1)
+        return sum(len(work.tokens) for work in waiting), new
+
+    def next_sweep(self) -> Sweep:
+        """Plan one sweep."""
+        self._prompts, self._block_tokens_left, self._slots_taken = [], self._block_tokens, len(self._decoding)
+        self._admit(self._generating)
+        self._admit(self._scoring)
+        rows = [_prompt_row(work) for work in self._prompts] + [_decode_row(work, fork) for work, fork in self._decoding]
+        return Sweep(rows)
+
+    def end_sweep(self) -> list[Work]:
+        """Account for a sweep."""
+        for work in self._prompts:
+            assert work.scored(), "a scored prompt was left without an answer"
+            self._decoding.extend((work, fork) for fork in work.forks)
+        swept = dict.fromkeys([*self._prompts, *(work for work, _ in self._decoding)])
+        self._prompts = []
+        self._decoding = [(work, fork) for work, fork in self._decoding if not fork.done]
+        finished = [work for work in swept if all(fork.done for fork in work.forks)]
+        for work in swept:
+            for fork in work.forks:
+                if fork.done:
+                    fork.state = None
+        for work in finished:
+            work.done = True
+            self._free += self._reserved.pop(work)
+        return finished
+
+    def abandon(self) -> list[Work]:
+        """Drop all work."""
+        live = [*self._prompts, *(work for work, _ in self._decoding)]
+        dropped = list(dict.fromkeys([*self._generating, *self._scoring, *live]))
+        for work in dropped:
+            for fork in work.forks:
+                fork.state = None
+        self._generating.clear()
+        self._scoring.clear()
+        self._prompts, self._decoding = [], []
+        self._reserved.clear()
+        self._free = self._capacity
+        return dropped
+
+    def _admit(self, queue: deque[Work]) -> None:
+        """Take work from the front of a queue while the block has tokens and slots for it, and memory lasts."""
+        while queue and self._has_room(queue[0]) and self._reserve(queue[0]):
+            work = queue.popleft()
+            self._prompts.append(work)
+            self._block_tokens_left -= len(work.tokens)
+            self._slots_taken += len(work.forks) if work.generating else 0
+
+    def _has_room(self, work: Work) -> bool:
+        """Whether a prompt fits into the block; an empty one takes any."""
+        if self._prompts and len(work.tokens) > self._block_tokens_left:
+            return False
+        if not work.generating or not self._slots_taken:
+            return True
+        return self._slots_taken + len(work.forks) <= self._policy.block_size
+
+    def _reserve(self, work: Work) -> bool:
+        longest = max((fork.max_new_tokens for fork in work.forks), default=0)
+        needed = self.bytes_needed(len(work.tokens), completions=len(work.forks), max_new_tokens=longest)
+        if needed > self._free:
+            return False
+        self._free -= needed
+        self._reserved[work] = needed
+        return True
+
+
+def _prompt_row(work: Work) -> Row:
+    state = State()
+    last = len(work.tokens) - 1
+    wants = [Want(i, ((work.node, i + 1),), ()) for i in range(last)] if work.score else []
+    if work.forks:
+        wants.append(Want(last, (), tuple(work.forks)))
+        _hand_on(state, work.forks)
+    return Row("prefill", len(work.tokens), [Segment(work.tokens, 0, wants=wants, state=state)])
+
+
+def _hand_on(state: State, forks: list[Fork]) -> None:
+    """All completions but the last begin with a copy of their prompt's state; the last takes it over."""
+    for fork in forks:
+        fork.state = State(origin=state)
+    forks[-1].state = state
+
+
+def _decode_row(work: Work, fork: Fork) -> Row:
+    want = Want(0, (), (fork,))
+    return Row("decode", 1, [Segment((fork.tokens[-1],), decode_position(work, fork), wants=[want], state=fork.state)])

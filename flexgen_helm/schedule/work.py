@@ -1,0 +1,68 @@
+"""What is to be computed, and what every scheduler does with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from flexgen_helm.schedule.rows import Fork, Sweep
+from flexgen_helm.schedule.tree import Node
+
+
+@dataclass(eq=False)
+class Work:
+    """A distinct prompt with everything that is asked of it."""
+
+    tokens: tuple[int, ...]
+    score: bool
+    forks: list[Fork]
+    node: Node = field(init=False)
+    done: bool = False
+
+    @property
+    def generating(self) -> bool:
+        """Whether something of the prompt must outlive the sweep in which it is computed."""
+        return any(fork.max_new_tokens > 1 for fork in self.forks)
+
+    def scored(self) -> bool:
+        """Whether nothing is left to ask of the prompt itself."""
+        if not self.score:
+            return True
+        return all(None not in node.logprobs[node.start == 0 :] for node in self.node.path() if node.logprobs is not None)
+
+
+class Scheduler(Protocol):
+    """Admission and lifetimes: which prompts and completions are in the next sweep.
+
+    Generating work goes first; scoring work fills what the block has left. What is admitted is never pre-empted.
+    """
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Memory for what sequences carry from one sweep to the next."""
+
+    def bytes_needed(self, length: int, *, completions: int, max_new_tokens: int) -> int:
+        """What one job needs of it: a prompt of ``length`` tokens with its completions, alone."""
+
+    def add(self, works: list[Work]) -> None:
+        """Take work in."""
+
+    def has_work(self) -> bool:
+        """Whether another sweep is needed."""
+
+    def tokens_left(self) -> tuple[int, int]:
+        """Prompt tokens still to be computed (what will be computed again not counted) and new tokens, at most."""
+
+    def next_sweep(self) -> Sweep:
+        """Plan one sweep: every live completion takes a step, prompts fill the block's tokens."""
+
+    def end_sweep(self) -> list[Work]:
+        """Account for a sweep that was computed and whose wants were answered; returns the work that is now complete."""
+
+    def abandon(self) -> list[Work]:
+        """Drop all work after a failure; returns what was dropped."""
+
+
+def decode_position(work: Work, fork: Fork) -> int:
+    """Absolute position of a completion's last token, which the next sweep computes."""
+    return len(work.tokens) + len(fork.tokens) - 1
