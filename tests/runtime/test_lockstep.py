@@ -103,8 +103,8 @@ def test_mixtures_of_experts_are_worked_together() -> None:
         num_key_value_heads=2,
         num_local_experts=4,
         vocab_size=50,
-        experts_implementation="eager",
     )
+    config._experts_implementation = "eager"
     block = MixtralForCausalLM(config).eval().model.layers[0].mlp
     rows = [torch.randn(1, 1, 32) for _ in range(20)]
     found: dict[int, Tensor] = {}
