@@ -74,7 +74,7 @@ def check_model(loaded: LoadedModel, policy: Policy, rows: KindChoice) -> Checke
             return CheckedModel(kind, model, verdict)
     reasons = "; ".join(f"in {kind} rows {error}" for kind, error in refusals.items())
     alternative = "Leave rows at 'auto' to try single rows." if rows == "packed" else ALTERNATIVE
-    raise UnsupportedModel(f"{name} would be computed wrongly: {reasons}. {alternative}")
+    raise UnsupportedModel(f"{name} would be computed wrongly: {reasons}. {alternative}") from list(refusals.values())[-1]
 
 
 def _log_choice(name: str, verdict: Verdict, refusals: dict[str, UnsupportedModel]) -> None:

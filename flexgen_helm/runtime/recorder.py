@@ -46,6 +46,8 @@ class Recording:
 
     calls: list[LayerCall] = field(default_factory=list)
     hidden: Tensor | None = None
+    rest: tuple[Any, ...] = ()
+    """What else the last replayed layer returned; some models hand it on to the next one."""
 
 
 AnyRecording = TypeVar("AnyRecording", bound=Recording)
@@ -53,6 +55,28 @@ AnyRecording = TypeVar("AnyRecording", bound=Recording)
 
 class _Recorded(Exception):
     """Ends a forward at the last stand-in."""
+
+
+class _Rest(NamedTuple):
+    """Stands for what a layer returns at this place of its tuple."""
+
+    place: int
+
+
+class _Placeholder(Tensor):
+    """Stands for what a layer returns: a hidden state, or a tuple that begins with one. NaN, so that any use of it shows."""
+
+    @staticmethod
+    def like(hidden: Tensor) -> Tensor:
+        """A placeholder of this shape that takes no memory."""
+        nan = torch.full((1,) * hidden.dim(), float("nan"), dtype=hidden.dtype, device=hidden.device)
+        return nan.expand(hidden.shape).as_subclass(_Placeholder)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if index == 0 else _Rest(index)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self, _Rest(1)))
 
 
 class _StandIn(nn.Module):
@@ -95,7 +119,7 @@ class RecordedModel:
         self._parameters = frozenset(inspect.signature(model.forward).parameters)
         self._recording: Recording | None = None
         self._final: Tensor | None = None
-        self._last_output: tuple[Any, ...] | None = None
+        self._returns_tuple = False
         self.use(self.own)
 
     @property
@@ -129,10 +153,14 @@ class RecordedModel:
     def replay(self, j: int, recording: Recording, **replaced: Any) -> None:
         """Run layer j on a row; `Recording.hidden` becomes its output. ``replaced`` goes over the recorded keywords."""
         named, args, kwargs = recording.calls[j]
-        hidden, kwargs = recording.hidden, {**kwargs, **replaced}
+        hidden, rest = recording.hidden, recording.rest
+        args = tuple(rest[value.place - 1] if isinstance(value, _Rest) else value for value in args)
+        kwargs = {name: rest[value.place - 1] if isinstance(value, _Rest) else value for name, value in kwargs.items()}
+        kwargs.update(replaced)
         output = self.layers[j](*args, hidden_states=hidden, **kwargs) if named else self.layers[j](hidden, *args, **kwargs)
-        self._last_output = output[1:] if isinstance(output, tuple) else None
-        recording.hidden = output[0] if isinstance(output, tuple) else output
+        self._returns_tuple = isinstance(output, tuple)
+        recording.hidden, *others = output if self._returns_tuple else (output,)
+        recording.rest = tuple(others)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Final norm and head: hidden states ``[P, hidden]`` of the last layer to logits ``[P, vocab]``."""
@@ -193,7 +221,7 @@ class RecordedModel:
         hidden = kwargs["hidden_states"] if named else args[0]
         last = j == len(self.layers) - 1
         if self._final is not None:
-            return hidden if not last else self._final if self._last_output is None else (self._final, *self._last_output)
+            return _Placeholder.like(hidden) if not last else (self._final, None) if self._returns_tuple else self._final
         recording = self._recording
         assert recording is not None
         if j == 0:
@@ -202,8 +230,7 @@ class RecordedModel:
         recording.calls.append(LayerCall(named, args if named else args[1:], rest))
         if last:
             raise _Recorded
-        # NaN: whatever the model computes from it between layers would show.
-        return torch.full((1,), float("nan"), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape)
+        return _Placeholder.like(hidden)
 
 
 def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:

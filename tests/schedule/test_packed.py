@@ -1,8 +1,6 @@
-"""The scheduler, executed symbolically: every slot of every page holds the prefix that attention will take it for."""
+"""The scheduler of packed rows: every slot of every page holds the prefix that attention will take it for."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -12,33 +10,15 @@ from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.rows import Fork, Segment, Sweep
 from flexgen_helm.schedule.work import Work
 from flexgen_helm.types import Policy
-
-Prefix = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A job: tokens, whether it is scored, new tokens of each completion, and after how many each of them ends."""
-
-    tokens: Prefix
-    score: bool
-    limits: tuple[tuple[int, int], ...]
+from tests.schedule.symbolic import POLICIES, SPECS, Machine, Prefix, Spec, assert_answers
 
 
-class SymbolicMachine:
-    """Stands for the executor: slots hold the prefix that their token closes; completions emit a function of their prefix."""
+class PagedMachine(Machine):
+    """Slots hold the prefix that their token closes."""
 
     def __init__(self, policy: Policy, specs: list[Spec]) -> None:
-        self.policy = policy
+        super().__init__(policy, specs)
         self.slots: dict[tuple[bool, int], Prefix] = {}
-        self.ends = {}
-        self.works = []
-        for spec in specs:
-            work = Work(spec.tokens, spec.score, [Fork(limit) for limit, _ in spec.limits])
-            self.works.append(work)
-            for fork, (_, end) in zip(work.forks, spec.limits, strict=True):
-                self.ends[fork] = (spec.tokens, end)
-        self.computed_tokens = 0
 
     def run(self, sweep: Sweep) -> None:
         for key in [key for key in self.slots if not key[0]]:
@@ -46,48 +26,25 @@ class SymbolicMachine:
         for row in sweep.rows:
             assert 0 < row.num_tokens <= row.size
             assert row.size == (self.policy.gpu_batch_tokens if row.kind == "prefill" else self.policy.gpu_batch_size)
-            for segment in row.segments:
-                self._compute(segment)
-                self.computed_tokens += len(segment.tokens) if row.kind == "prefill" else 0
+        super().run(sweep)
 
-    def _compute(self, segment: Segment) -> None:
+    def compute(self, segment: Segment) -> None:
         if segment.copy is not None:
             source, target, count = segment.copy
             for i in range(count):
                 moved = self.slots[segment.kept, source * PAGE_TOKENS + i]
                 self.slots[segment.kept, target * PAGE_TOKENS + i] = moved
-        wants = {want.offset: want for want in segment.wants}
         for i, token in enumerate(segment.tokens):
             position = segment.start + i
             before = [self.slots[segment.kept, self._slot(segment, p)] for p in range(position)]
             prefix = (*(before[-1] if before else ()), token)
             assert [held == prefix[: p + 1] for p, held in enumerate(before)] == [True] * position
             self.slots[segment.kept, self._slot(segment, position)] = prefix
-            if i in wants:
-                for node, index in wants[i].targets:
-                    assert node.start + index == position + 1
-                    assert node.logprobs is not None
-                    node.logprobs[index] = hash((*prefix, node.tokens[index])) % 97
-                for fork in wants[i].forks:
-                    prompt, end = self.ends[fork]
-                    assert (*prompt, *fork.tokens) == prefix
-                    fork.tokens.append(hash(prefix) % 5)
-                    fork.done = len(fork.tokens) >= min(end, fork.max_new_tokens)
+            self.answer(segment, i, prefix)
 
     @staticmethod
     def _slot(segment: Segment, position: int) -> int:
         return segment.table[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
-
-
-TOKENS = st.builds(
-    lambda prefix, rest: (7,) * prefix + rest,
-    st.sampled_from([0, 1, 31, 32, 33, 70]),
-    st.lists(st.integers(0, 2), min_size=1, max_size=40).map(tuple),
-)
-LIMITS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=3).map(tuple)
-SPEC = st.builds(Spec, TOKENS, st.booleans(), LIMITS).filter(lambda spec: spec.score or spec.limits)
-SPECS = st.lists(SPEC, min_size=1, max_size=10, unique_by=lambda spec: spec.tokens)
-POLICIES = st.builds(Policy, st.integers(1, 5), st.integers(1, 3), st.integers(1, 50), st.integers(1, 200))
 
 
 def pages_alone(work: Work) -> int:
@@ -95,41 +52,16 @@ def pages_alone(work: Work) -> int:
     return num_pages(0, length) + sum(num_pages(length, length + fork.max_new_tokens - 1) for fork in work.forks)
 
 
-def expected_tokens(spec: Spec, limit: int, end: int) -> list[int]:
-    tokens: list[int] = []
-    while len(tokens) < min(limit, end):
-        tokens.append(hash((*spec.tokens, *tokens)) % 5)
-    return tokens
-
-
 @settings(derandomize=True, max_examples=300, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(SPECS, POLICIES, st.integers(0, 40), st.booleans(), st.integers(1, 10))
 def test_every_answer_comes_from_the_right_prefix(
     specs: list[Spec], policy: Policy, spare: int, keep_all: bool, first: int
 ) -> None:
-    machine = SymbolicMachine(policy, specs)
+    machine = PagedMachine(policy, specs)
     pool = PagePool(max(pages_alone(work) for work in machine.works) + spare)
     scheduler = PackedScheduler(policy, block_tokens=policy.block_tokens or 1, pool=pool, keep_all=keep_all)
-    scheduler.add(machine.works[:first])
-    waiting, finished = machine.works[first:], []
-    for _ in range(5000):
-        if not scheduler.has_work():
-            break
-        sweep = scheduler.next_sweep()
-        machine.run(sweep)
-        finished += scheduler.end_sweep()
-        scheduler.add(waiting)
-        waiting = []
-    assert not scheduler.has_work()
-    assert sorted(map(id, finished)) == sorted(map(id, machine.works))
+    assert_answers(scheduler, machine, specs, first=first)
     assert pool.num_used == 0
-    assert scheduler.tokens_left() == (0, 0)
-    for spec, work in zip(specs, machine.works, strict=True):
-        for fork, (limit, end) in zip(work.forks, spec.limits, strict=True):
-            assert fork.tokens == expected_tokens(spec, limit, end)
-        if spec.score:
-            found = [value for node in work.node.path() for value in node.logprobs or ()]
-            assert found[1:] == [hash(spec.tokens[: i + 1]) % 97 for i in range(1, len(spec.tokens))]
 
 
 def test_work_that_others_have_computed_before_its_turn_is_not_lost() -> None:
@@ -147,7 +79,7 @@ def test_work_that_others_have_computed_before_its_turn_is_not_lost() -> None:
 @given(SPECS)
 def test_a_large_block_computes_each_prefix_once(specs: list[Spec]) -> None:
     policy = Policy(64, 4, 16, 10_000)
-    machine = SymbolicMachine(policy, specs)
+    machine = PagedMachine(policy, specs)
     scheduler = PackedScheduler(policy, block_tokens=10_000, pool=PagePool(10_000))
     scheduler.add(machine.works)
     while scheduler.has_work():
@@ -163,7 +95,7 @@ def test_abandoned_work_leaves_no_page_behind() -> None:
     pool = PagePool(100)
     scheduler = PackedScheduler(policy, block_tokens=8, pool=pool)
     works = [Work((*range(40), i), i % 2 == 0, [Fork(20)]) for i in range(4)]
-    machine = SymbolicMachine(policy, [])
+    machine = PagedMachine(policy, [])
     machine.ends = {fork: (work.tokens, 20) for work in works for fork in work.forks}
     scheduler.add(works)
     for _ in range(7):

@@ -1,0 +1,102 @@
+"""Schedulers, executed symbolically: what is computed is the prefix that it was computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from flexgen_helm.schedule.rows import Fork, Segment, Sweep
+from flexgen_helm.schedule.work import Scheduler, Work
+from flexgen_helm.types import Policy
+
+Prefix = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A job: tokens, whether it is scored, new tokens of each completion, and after how many each of them ends."""
+
+    tokens: Prefix
+    score: bool
+    limits: tuple[tuple[int, int], ...]
+
+    def completion(self, limit: int, end: int) -> list[int]:
+        """What a completion consists of."""
+        tokens: list[int] = []
+        while len(tokens) < min(limit, end):
+            tokens.append(hash((*self.tokens, *tokens)) % 5)
+        return tokens
+
+
+TOKENS = st.builds(
+    lambda prefix, rest: (7,) * prefix + rest,
+    st.sampled_from([0, 1, 31, 32, 33, 70]),
+    st.lists(st.integers(0, 2), min_size=1, max_size=40).map(tuple),
+)
+LIMITS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=3).map(tuple)
+SPEC = st.builds(Spec, TOKENS, st.booleans(), LIMITS).filter(lambda spec: spec.score or spec.limits)
+SPECS = st.lists(SPEC, min_size=1, max_size=10, unique_by=lambda spec: spec.tokens)
+POLICIES = st.builds(Policy, st.integers(1, 5), st.integers(1, 3), st.integers(1, 50), st.integers(1, 200))
+
+
+class Machine:
+    """Stands for the executor. Completions emit, and scores are, a function of the prefix that they follow."""
+
+    def __init__(self, policy: Policy, specs: list[Spec]) -> None:
+        self.policy = policy
+        self.ends: dict[Fork, tuple[Prefix, int]] = {}
+        self.works: list[Work] = []
+        for spec in specs:
+            work = Work(spec.tokens, spec.score, [Fork(limit) for limit, _ in spec.limits])
+            self.works.append(work)
+            for fork, (_, end) in zip(work.forks, spec.limits, strict=True):
+                self.ends[fork] = (spec.tokens, end)
+        self.computed_tokens = 0
+
+    def run(self, sweep: Sweep) -> None:
+        """Compute a sweep."""
+        for row in sweep.rows:
+            for segment in row.segments:
+                self.compute(segment)
+                self.computed_tokens += len(segment.tokens) if row.kind == "prefill" else 0
+
+    def compute(self, segment: Segment) -> None:
+        """Compute a segment."""
+        raise NotImplementedError
+
+    def answer(self, segment: Segment, offset: int, prefix: Prefix) -> None:
+        """Do what is wanted at a token, which closes ``prefix``."""
+        for want in segment.wants:
+            if want.offset != offset:
+                continue
+            for node, index in want.targets:
+                assert node.start + index == len(prefix)
+                assert node.logprobs is not None
+                node.logprobs[index] = hash((*prefix, node.tokens[index])) % 97
+            for fork in want.forks:
+                prompt, end = self.ends[fork]
+                assert (*prompt, *fork.tokens) == prefix
+                fork.tokens.append(hash(prefix) % 5)
+                fork.done = len(fork.tokens) >= min(end, fork.max_new_tokens)
+
+
+def assert_answers(scheduler: Scheduler, machine: Machine, specs: list[Spec], *, first: int) -> None:
+    """Run all work, the ``first`` at once and the rest a sweep later, and compare what comes out."""
+    scheduler.add(machine.works[:first])
+    waiting, finished = machine.works[first:], []
+    for _ in range(5000):
+        if not scheduler.has_work():
+            break
+        machine.run(scheduler.next_sweep())
+        finished += scheduler.end_sweep()
+        scheduler.add(waiting)
+        waiting = []
+    assert not scheduler.has_work()
+    assert sorted(map(id, finished)) == sorted(map(id, machine.works))
+    assert scheduler.tokens_left() == (0, 0)
+    for spec, work in zip(specs, machine.works, strict=True):
+        assert [fork.tokens for fork in work.forks] == [spec.completion(*limits) for limits in spec.limits]
+        if spec.score:
+            found = [value for node in work.node.path() for value in node.logprobs or ()]
+            assert found[1:] == [hash(spec.tokens[: i + 1]) % 97 for i in range(1, len(spec.tokens))]
