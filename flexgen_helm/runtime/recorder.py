@@ -244,5 +244,5 @@ def _find_layers(model: PreTrainedModel) -> str:
     inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in depths}
     for name in sorted(lists, key=lambda name: lists[name] not in inside):
-        return name
+        return str(name)
     raise UnsupportedModel("it has no list of decoder layers of the length that its config names")
