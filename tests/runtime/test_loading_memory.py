@@ -18,7 +18,9 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import GLOBAL_WORKERS
 
+from flexgen_helm.runtime.checkpoint import PIECE_BYTES
 from tests.runtime.conftest import Workbench
 
 MEASURE = """
@@ -122,11 +124,12 @@ def test_peak_is_the_model_and_its_largest_layer(bench: Workbench, tmp_path: Pat
 @slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_model_for_another_device_is_never_held_here(bench: Workbench, tmp_path: Path, kind: str) -> None:
-    """The meta device stands for a GPU; two layers, or one matrix outside of them, are on their way at most."""
+    """The meta device stands for a GPU. On their way are at most two layers, or one matrix outside of layers, and a piece in
+    the file's dtype for each thread of the library that reads."""
     save(kind, torch.bfloat16, tmp_path)
     found = measure(bench.folder("mixtral"), tmp_path, "meta")
     way = max(2 * found.layer, 4 * MODELS[kind][1]["vocab_size"] * MODELS[kind][1]["hidden_size"])
     print(
         f"\n{kind}: peak {found.peak / 2**20:.1f} MiB, model {found.model / 2**20:.1f}, largest layer {found.layer / 2**20:.1f}"
     )
-    assert found.peak <= way + found.fixed
+    assert found.peak <= way + found.fixed + GLOBAL_WORKERS * PIECE_BYTES
