@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.runtime.executor import SerialExecutor
+from flexgen_helm.runtime.layers import num_layers_of_every_kind
 from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.schedule.rows import Sweep, Want
 from flexgen_helm.schedule.tree import Node
@@ -100,22 +101,13 @@ def in_fp32(model: RecordedModel) -> RecordedModel:
     """The model itself, or an fp32 copy of its first layers that holds one layer of every kind."""
     if model.model.dtype == torch.float32:
         return model
-    with model.shortened(_num_layers_of_every_kind(model)) as short:
+    with model.shortened(num_layers_of_every_kind(model.model, model.layers)) as short:
         duplicate = copy.deepcopy(short)
-    return RecordedModel(duplicate.float(), like=model)
+    return RecordedModel(duplicate.float(), own=model.own)
 
 
 @contextmanager
 def first_layers(model: RecordedModel) -> Iterator[RecordedModel]:
     """The model cut to its first layers, so that one of every kind is left."""
-    with model.shortened(_num_layers_of_every_kind(model)) as short:
-        yield RecordedModel(short, like=model)
-
-
-def _num_layers_of_every_kind(model: RecordedModel) -> int:
-    types = getattr(model.model.config.get_text_config(decoder=True), "layer_types", None) or [None] * len(model.layers)
-    kinds = [
-        (type(layer), kind, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()))
-        for layer, kind in zip(model.layers, types, strict=False)
-    ]
-    return max(min(2, len(kinds)), max(kinds.index(kind) for kind in kinds) + 1)
+    with model.shortened(num_layers_of_every_kind(model.model, model.layers)) as short:
+        yield RecordedModel(short, own=model.own)
