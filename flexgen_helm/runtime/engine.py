@@ -24,7 +24,7 @@ from flexgen_helm.runtime.jobs import PreparedJob, prepare
 from flexgen_helm.runtime.kinds import Kind, KindChoice, check_model, log_choice, make_rows, validated_kind
 from flexgen_helm.runtime.loading import LoadedModel, open_model
 from flexgen_helm.runtime.progress import Progress
-from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, validated
+from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, small_policy, validated
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
 from flexgen_helm.schedule.operations import ORDERS, Order
@@ -128,7 +128,7 @@ class Engine:
         rows = validated_kind(rows)
         source = open_model(str(name_or_path), dtype=dtype, device=resolve_device(device), revision=revision)
         if source.num_bytes() > LARGE_BYTES:
-            check_model(source.first_layers(), policy or default_policy(source.device), rows)
+            check_model(source.first_layers(), small_policy(source.device), rows)
         return cls(source.load(), policy=policy, order=order, rows=rows)
 
     def run(
