@@ -9,7 +9,7 @@ from string import ascii_lowercase
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tests.models import VOCAB_SIZE
+from tests.dimensions import VOCAB_SIZE
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 PAIRS = ["".join(pair) for pair in product(ascii_lowercase, repeat=2)][: VOCAB_SIZE - len(SPECIAL)]

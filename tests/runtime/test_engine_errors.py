@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from flexgen_helm import Engine, Job, Result
 from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob
+from tests.dimensions import MAX_LENGTH, VOCAB_SIZE
 from tests.jobs import fixed_mix
-from tests.models import MAX_LENGTH, VOCAB_SIZE
 from tests.runtime.conftest import POLICY, Workbench
 
 GOOD = Job(token_ids=(5, 6, 7), max_new_tokens=3)

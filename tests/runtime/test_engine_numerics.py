@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexgen_helm import Engine, Job, Policy
+from tests.dimensions import VOCAB_SIZE
 from tests.jobs import fixed_mix, random_tokens
-from tests.models import VOCAB_SIZE
 from tests.runtime.conftest import NARROW, POLICY, Workbench
 
 FAMILY = "mistral"
