@@ -7,20 +7,37 @@ and replayed, so that each layer's weights are touched once for all rows of a bl
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from flexgen_helm.runtime.lockstep import run_in_lockstep
 from flexgen_helm.runtime.recorder import RecordedModel, Recording
-from flexgen_helm.schedule.rows import Row, State, Sweep
+from flexgen_helm.schedule.rows import Row, Segment, State, Sweep
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 """What forwards of the library call their cache."""
 
 
+@dataclass
+class JointRecording:
+    """Decoding sequences side by side: a recording for each, of one token."""
+
+    parts: list[Recording]
+    size: int
+    """Tokens with which the weights meet; what is missing is padding."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states ``[1, sequences, hidden]``."""
+        return torch.cat([part.hidden for part in self.parts if part.hidden is not None], dim=1)
+
+
 class SingleRows:
-    """Computes rows of one sequence each."""
+    """Computes rows of one sequence each. Sequences that decode are computed side by side."""
 
     def __init__(self, model: RecordedModel) -> None:
         """Leave the model as the library made it, but for the order in which its layers are called."""
@@ -35,9 +52,24 @@ class SingleRows:
     def reserve(self, sweep: Sweep) -> None:
         """Nothing: caches grow as they are filled."""
 
-    def record(self, row: Row) -> Recording:
-        """Note how the layers would be called for a row; its cache is filled when they are."""
-        (segment,) = row.segments
+    def record(self, row: Row) -> Recording | JointRecording:
+        """Note how the layers would be called for a row; caches are filled when they are."""
+        parts = [self._record(segment) for segment in row.segments]
+        return JointRecording(parts, row.size) if row.kind == "decode" else parts[0]
+
+    def replay(self, j: int, recording: Recording | JointRecording) -> None:
+        """Run layer j on a row."""
+        if isinstance(recording, Recording):
+            self.model.replay(j, recording)
+            return
+        calls = [partial(self.model.replay, j, part) for part in recording.parts]
+        run_in_lockstep(self.model.layers[j], calls, size=recording.size)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[P, hidden]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
+        return self.model.finish(hidden)
+
+    def _record(self, segment: Segment) -> Recording:
         assert segment.state is not None
         ids = torch.tensor([segment.tokens], device=self.model.device)
         cache = self._cache(segment.state)
@@ -49,14 +81,6 @@ class SingleRows:
             use_cache=True,
             **dict.fromkeys(CACHE_ARGUMENTS, cache),
         )
-
-    def replay(self, j: int, recording: Recording) -> None:
-        """Run layer j on a row."""
-        self.model.replay(j, recording)
-
-    def finish(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``[P, hidden]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
-        return self.model.finish(hidden)
 
     def _cache(self, state: State) -> DynamicCache:
         if state.content is None:

@@ -11,7 +11,7 @@ from flexgen_helm.runtime.checks import TOLERANCE, Cuts, Tokens, Verdict
 from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.runtime.single import SingleRows, cache_bytes
-from flexgen_helm.schedule.rows import Row, Segment, State, Sweep
+from flexgen_helm.schedule.rows import Row, Segment, State, Sweep, pack_decode
 from flexgen_helm.types import Policy
 
 CUTS: Cuts = ((21, 16), (13, 8), (6, 1))
@@ -59,19 +59,19 @@ def _in_single_rows(
     executor = SerialExecutor(SingleRows(model), head_slice=policy.gpu_batch_size)
     states = [State() for _ in sequences]
     ends = checks.cut_points(sequences, cuts)
-    parts: list[list[Tensor]] = [[] for _ in sequences]
-    done = [0] * len(sequences)
-    while any(done[i] < len(tokens) for i, tokens in enumerate(sequences)):
-        live = [i for i, tokens in enumerate(sequences) if done[i] < len(tokens)]
-        rows = [_row(sequences[i][done[i] : ends[i]], done[i], states[i]) for i in live]
-        for i, logprobs in zip(live, checks.sweep_logprobs(executor, Sweep(rows)), strict=True):
+    prompts = [_segment(tokens[:end], 0, state) for tokens, end, state in zip(sequences, ends, states, strict=True)]
+    rows = [Row("prefill", len(prompt.tokens), [prompt]) for prompt in prompts]
+    parts = [[logprobs] for logprobs in checks.sweep_logprobs(executor, Sweep(rows))]
+    for step in range(max(len(tokens) - end for tokens, end in zip(sequences, ends, strict=True))):
+        live = [i for i, tokens in enumerate(sequences) if ends[i] + step < len(tokens)]
+        segments = [_segment(sequences[i][ends[i] + step : ends[i] + step + 1], ends[i] + step, states[i]) for i in live]
+        for i, logprobs in zip(live, checks.sweep_logprobs(executor, Sweep(pack_decode(segments, policy))), strict=True):
             parts[i].append(logprobs)
-            done[i], ends[i] = ends[i], ends[i] + 1
     return [torch.cat(found) for found in parts], states
 
 
-def _row(tokens: Tokens, start: int, state: State) -> Row:
-    return Row("prefill", len(tokens), [Segment(tokens, start, wants=checks.all_wanted(len(tokens)), state=state)])
+def _segment(tokens: Tokens, start: int, state: State) -> Segment:
+    return Segment(tokens, start, wants=checks.all_wanted(len(tokens)), state=state)
 
 
 def _cache_size(sequences: list[Tokens], states: list[State]) -> tuple[int, int]:

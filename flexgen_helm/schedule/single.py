@@ -1,11 +1,11 @@
-"""The scheduler of single rows: one sequence a row, whole prompts, nothing shared; each sequence has a state of its own."""
+"""The scheduler of single rows: whole prompts, a row for each, nothing shared; every sequence has a state of its own."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
 
-from flexgen_helm.schedule.rows import Fork, Row, Segment, State, Sweep, Want
+from flexgen_helm.schedule.rows import Fork, Row, Segment, State, Sweep, Want, pack_decode
 from flexgen_helm.schedule.tree import Node
 from flexgen_helm.schedule.work import Work, decode_position
 from flexgen_helm.types import Policy
@@ -68,8 +68,8 @@ class SingleScheduler:
         self._prompts, self._block_tokens_left, self._slots_taken = [], self._block_tokens, len(self._decoding)
         self._admit(self._generating)
         self._admit(self._scoring)
-        rows = [_prompt_row(work) for work in self._prompts] + [_decode_row(work, fork) for work, fork in self._decoding]
-        return Sweep(rows)
+        decode = [_decode_segment(work, fork) for work, fork in self._decoding]
+        return Sweep([_prompt_row(work) for work in self._prompts] + pack_decode(decode, self._policy))
 
     def end_sweep(self) -> list[Work]:
         """Account for a sweep."""
@@ -146,6 +146,6 @@ def _hand_on(state: State, forks: list[Fork]) -> None:
     forks[-1].state = state
 
 
-def _decode_row(work: Work, fork: Fork) -> Row:
+def _decode_segment(work: Work, fork: Fork) -> Segment:
     want = Want(0, (), (fork,))
-    return Row("decode", 1, [Segment((fork.tokens[-1],), decode_position(work, fork), wants=[want], state=fork.state)])
+    return Segment((fork.tokens[-1],), decode_position(work, fork), wants=[want], state=fork.state)

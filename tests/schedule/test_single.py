@@ -23,13 +23,14 @@ class StateMachine(Machine):
 
     def run(self, sweep: Sweep) -> None:
         for row in sweep.rows:
-            (segment,) = row.segments
-            assert row.size == len(segment.tokens)
-            self.begin(segment.state)
+            assert row.size == (row.num_tokens if row.kind == "prefill" else self.policy.gpu_batch_size)
+            assert len(row.segments) == 1 or row.kind == "decode"
+            for segment in row.segments:
+                self.begin(segment.state)
         prompts = [row.size for row in sweep.rows if row.kind == "prefill"]
         assert len(prompts) < 2 or sum(prompts) <= self.block_tokens
         super().run(sweep)
-        lengths = [row.segments[0].end for row in sweep.rows]
+        lengths = [segment.end for row in sweep.rows for segment in row.segments]
         self.most_bytes = max(self.most_bytes, sum(map(self.size.of, lengths)))
 
     @staticmethod
@@ -79,10 +80,10 @@ def test_a_block_decodes_as_many_sequences_as_it_has_slots() -> None:
     rows = []
     while scheduler.has_work():
         sweep = scheduler.next_sweep()
-        rows.append(len(sweep.rows))
+        rows.append([len(row.segments) for row in sweep.rows])
         machine.run(sweep)
         scheduler.end_sweep()
-    assert rows == [6] * 15 + [2] * 5
+    assert rows == ([[1] * 6] + [[3, 3]] * 4) * 3 + [[1] * 2] + [[2]] * 4
 
 
 @pytest.mark.parametrize(("completions", "new", "needed"), [(0, 0, 24), (1, 1, 24), (1, 5, 32), (3, 5, 96)])

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from tests.survey.sizes import FILLED, HEADS, INDEX_LISTS, LAYERS, OVERRIDES, SIZES, SPECIAL_TOKENS
+from tests.survey.sizes import FILLED, HEADS, INDEX_LISTS, LAYERS, OVERRIDES, SIZES, SPECIAL_TOKENS, TOWER_LAYERS
 
 Fields = dict[str, Any]
 
@@ -48,6 +48,8 @@ def small_fields(default: PreTrainedConfig) -> Fields:
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             fields[name] = merged(small_fields(value), OVERRIDES.get(value.model_type, {}))
+            if name.startswith(("vision", "audio")):
+                fields[name].update((depth, TOWER_LAYERS) for depth in ("num_hidden_layers", "depth") if depth in fields[name])
         elif name in INDEX_LISTS:
             fields[name] = INDEX_LISTS[name]
         elif isinstance(value, list | tuple) and value and len(value) == depth:

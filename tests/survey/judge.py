@@ -17,8 +17,9 @@ from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.runtime.kinds import KindChoice
 from flexgen_helm.types import Result
-from tests.reference import Agreement, Greedy, Reference
+from tests.reference import Agreement, Reference
 from tests.survey.configs import tiny_config
+from tests.survey.truths import library_truths
 from tests.survey.variants import VARIANTS
 from tests.survey.weights import FIRST_TOKEN, LAST_TOKEN, Probe, build_model
 
@@ -27,8 +28,6 @@ POLICY = Policy(gpu_batch_size=16, num_gpu_batches=2, gpu_batch_tokens=32)
 SHARED_PREFIX = 23
 LENGTHS = (1, 2, 7, 8, 9, 17, 23, 24, 31, 33, 40, 47, 60, 150)
 """Lengths of the prompts; from ``SHARED_PREFIX`` on, all but the last begin with the same tokens."""
-DISAGREEMENT = 1e-3
-"""Largest difference, in nats, between the library's cached and plain forwards that is called rounding."""
 HARDLY = 1e-3
 """Dependence on tokens 20 back, in nats, below which a mistake about them might not show."""
 
@@ -98,31 +97,29 @@ def judge(name: str, rows: KindChoice = "auto") -> Verdict:
 def _judge(name: str, folder: Path, rows: KindChoice) -> Verdict:
     try:
         factor, probe = save_model(name, folder)
-        reference: Reference = Reference(folder)
-        differs = disagreement(reference)
+        truths = library_truths(folder)
     except Exception as error:
         return Verdict(name, "not built", _described(error))
-    remarks = (
-        [] if probe.dependence > HARDLY else [f"what it predicts hardly depends on tokens 20 back ({probe.dependence:.0e})"]
-    )
+    remarks = [truth.remark for truth in truths if truth.remark]
+    if probe.dependence <= HARDLY:
+        remarks.append(f"what it predicts hardly depends on tokens 20 back ({probe.dependence:.0e})")
     jobs = survey_jobs()
     try:
         with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY, rows=rows) as engine:
             kind, results = engine.rows, engine.run(jobs)
     except UnsupportedModel as error:
         return Verdict(name, "refused", "; ".join([reason(error, folder), *remarks]), factor=factor)
-    agreement = compare(jobs, results, reference)
-    if differs > DISAGREEMENT:
-        remarks.append(f"generate and the plain forward of transformers differ by {differs:.1g}")
-        forward = compare(jobs, results, ForwardReference(reference))
-        if len(forward.failures) < len(agreement.failures):
-            agreement = forward
-            remarks.append("compared with the plain forward")
-    remarks += agreement.failures[:3]
+    compared = {truth.name: compare(jobs, results, truth.reference) for truth in truths}
+    truth = min(compared, key=lambda name: len(compared[name].failures))
+    agreement = compared[truth]
+    if (rows, kind) == ("auto", "single"):
+        remarks.insert(0, _why_not_packed(folder))
+    if len(truths) > 1:
+        remarks.append(f"compared with its {truth}")
     return Verdict(
         name,
         "wrong" if agreement.failures else kind,
-        "; ".join(remarks),
+        "; ".join([*remarks, *agreement.failures[:3]]),
         agreement.tokens,
         agreement.ties,
         agreement.worst_token,
@@ -151,38 +148,23 @@ def compare(jobs: Sequence[Job], results: Sequence[Result], reference: Reference
     return agreement
 
 
-def disagreement(reference: Reference) -> float:
-    """Largest difference, in nats, between the library's ``generate`` and its own forward of the same tokens."""
-    worst = 0.0
-    for length in (1, 5, 40):
-        prompt = _tokens(random.Random(length), length)
-        greedy = reference.greedy(prompt, 6)
-        plain = reference.log_probs([*prompt, *greedy.token_ids])[length - 1 : -1]
-        worst = max(worst, float((plain - greedy.log_probs).abs().nan_to_num(torch.inf).max()))
-    return worst
-
-
-class ForwardReference(Reference):
-    """The reference without ``generate``: each token comes from a plain forward of all tokens before it."""
-
-    def __init__(self, reference: Reference) -> None:
-        self.model = reference.model
-
-    def greedy(self, ids: Sequence[int], max_new_tokens: int, *, eos: int | None = None) -> Greedy:
-        tokens: list[int] = []
-        rows: list[torch.Tensor] = []
-        ends = self.end_tokens if eos is None else {eos}
-        while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
-            rows.append(self.log_probs([*ids, *tokens])[-1])
-            tokens.append(int(rows[-1].argmax()))
-        return Greedy(tokens, torch.stack(rows))
-
-
 def reason(error: UnsupportedModel, folder: Path) -> str:
     """The reason of a refusal, without what is the same for every model."""
-    text = str(error).replace(str(folder), "").strip()
-    text = re.sub(r"^\([\w.-]+\) (cannot run in packed rows: )?", "", text)
-    return text.split(" Evaluate it with HELM")[0].rstrip(".")
+    text = re.sub(r"^\([\w.-]+\) ", "", str(error).replace(str(folder), "").strip())
+    text = re.split(r" Evaluate it with HELM| Leave rows at", text)[0].rstrip(".")
+    return (
+        text.removeprefix("would be computed wrongly: ")
+        .replace("rows single rows fail", "rows it fails")
+        .replace("rows packed rows fail", "rows it fails")
+    )
+
+
+def _why_not_packed(folder: Path) -> str:
+    try:
+        Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY, rows="packed").close()
+    except UnsupportedModel as error:
+        return reason(error, folder)
+    raise AssertionError("packed rows serve the model, but single rows were chosen")
 
 
 def _described(error: BaseException) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 from tests.dimensions import MAX_LENGTH, VOCAB_SIZE, WINDOW
 
 LAYERS = 4
+TOWER_LAYERS = 3
+"""Of vision and audio towers: another number, since layers are found by theirs."""
 HIDDEN = 64
 HEADS = 4
 HEAD_DIM = HIDDEN // HEADS
@@ -52,7 +54,9 @@ SIZES: dict[str, Any] = {
     **_each(2, "n_group num_expert_group"),
     **_each(1, "topk_group n_shared_experts num_shared_experts moe_num_shared_experts first_k_dense_replace num_dense_layers"),
     **_each(8, "index_topk index_block_size"),
-    **_each(2, "index_topk_blocks index_n_heads"),
+    "index_topk_blocks": 2,
+    # Scores of an index are sums of positive parts: of few heads, many are zero, and which of them are chosen is arbitrary.
+    "index_n_heads": 16,
     **_each(HEAD_DIM, "index_head_dim"),
     **_each(HEAD_DIM, "mamba_d_head mamba_head_dim mamba_headdim"),
     **_each(16, "mamba_d_state ssm_state_size state_size"),
@@ -87,7 +91,7 @@ _LLAMA4 = {
     "moe_layers": [1, 3],
     "floor_scale": 8,
 }
-_QSA = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2}
+_QSA = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -120,6 +124,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 4, "num_layers": 2},
     "mamba2": {"num_heads": 8, "expand": 2},
+    "minimax_m3_vl_text": {"index_n_heads": 2},
+    "xlm": {"causal": True},
     "minicpm3": {"dim_model_base": HIDDEN, "scale_emb": 2},
     "qwen4_exp_text": _QSA,
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (16, 40), "num_buckets": 4},
