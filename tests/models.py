@@ -203,6 +203,10 @@ SINGLE: dict[str, SingleFamily] = {
 """What would be silently wrong in packed rows and runs in single ones: own attention code, and state beside attention."""
 
 
+ENDING = ("llama", "lfm2")
+"""Families whose answers often end with an end token, in packed and in single rows."""
+
+
 def save_tiny(family: str, folder: Path) -> Path:
     """Saves the tiny model of a family, without a tokenizer.
 
@@ -211,15 +215,15 @@ def save_tiny(family: str, folder: Path) -> Path:
         folder: Where the folder ``family`` is made.
 
     Returns:
-        The model folder. Its end token is one that greedy decoding rarely reaches; Llama has several that it often
-        reaches.
+        The model folder. Its end token is one that greedy decoding rarely reaches; those of `ENDING` have several that they
+        often reach.
     """
     specs: dict[str, Family | SingleFamily] = {**FAMILIES, **SINGLE, "phi3_longrope": LONGROPE}
     spec = specs[family]
     torch.manual_seed(17)
     model: Any = AutoModelForCausalLM.from_config(spec.build(), dtype=torch.float32).eval()
     scale_weights(model, spec.factor)
-    end = frequent_tokens(model) if family == "llama" else VOCAB_SIZE - 1
+    end = frequent_tokens(model) if family in ENDING else VOCAB_SIZE - 1
     model.config.eos_token_id = end
     model.generation_config = GenerationConfig(eos_token_id=end, bos_token_id=1, pad_token_id=0)
     # Mistral stands for the checkpoints that come in several files.

@@ -13,6 +13,9 @@ from tests.jobs import job_mixes, random_tokens
 from tests.runtime.conftest import NARROW, Workbench
 from tests.runtime.test_exactness import few_examples
 
+BOTH_KINDS = ["qwen2", "nemotron_h"]
+"""A family of packed rows and one of single rows."""
+
 
 def trie_size(prompts: Iterable[Sequence[int]]) -> int:
     """Counts the nodes of a trie over the prompts, the root left out."""
@@ -51,8 +54,9 @@ def test_few_shot_prefix_is_computed_once_for_scoring(bench: Workbench) -> None:
     assert engine.stats.sweeps == 1
 
 
-def test_identical_jobs_are_computed_once(bench: Workbench) -> None:
-    engine, prompt = bench.engine("qwen2"), random_tokens(61, 30)
+@pytest.mark.parametrize("family", BOTH_KINDS)
+def test_identical_jobs_are_computed_once(bench: Workbench, family: str) -> None:
+    engine, prompt = bench.engine(family), random_tokens(61, 30)
     for temperature in (0.0, 1.0):
         job = Job(token_ids=prompt, max_new_tokens=6, temperature=temperature, seed=1)
         single = engine.run([job])[0]
@@ -61,6 +65,16 @@ def test_identical_jobs_are_computed_once(bench: Workbench) -> None:
         assert engine.stats.prompt_tokens_computed == once.prompt_tokens_computed == len(prompt)
         assert engine.stats.prompt_tokens_asked == 5 * len(prompt)
         assert engine.stats.sweeps == once.sweeps
+
+
+def test_single_rows_share_no_prefix_and_compute_no_prompt_twice(bench: Workbench) -> None:
+    prefix = random_tokens(51, 50)
+    prompts = [prefix, *(prefix + random_tokens(52 + number, 5) for number in range(6))]
+    engine = bench.engine("nemotron_h")
+    engine.run([Job(token_ids=prompt, max_new_tokens=new) for prompt in prompts for new in (1, 3)])
+    assert engine.stats.prompt_tokens_asked == 2 * sum(map(len, prompts))
+    assert engine.stats.prompt_tokens_computed == sum(map(len, prompts))
+    assert engine.stats.sweeps == 3
 
 
 def test_a_small_block_computes_at_least_the_tree_and_at_most_everything(bench: Workbench) -> None:
@@ -72,9 +86,10 @@ def test_a_small_block_computes_at_least_the_tree_and_at_most_everything(bench: 
     assert trie_size(prompts) <= computed < engine.stats.prompt_tokens_asked
 
 
+@pytest.mark.parametrize("family", BOTH_KINDS)
 @pytest.mark.parametrize("num_completions", [1, 10])
-def test_decoding_stays_within_the_slots_of_a_block(bench: Workbench, num_completions: int) -> None:
-    engine = bench.engine("qwen2", policy=NARROW)
+def test_decoding_stays_within_the_slots_of_a_block(bench: Workbench, num_completions: int, family: str) -> None:
+    engine = bench.engine(family, policy=NARROW)
     jobs = [
         Job(token_ids=random_tokens(seed, 5), max_new_tokens=6, temperature=1.0, num_completions=num_completions)
         for seed in range(80 // num_completions)
@@ -85,8 +100,9 @@ def test_decoding_stays_within_the_slots_of_a_block(bench: Workbench, num_comple
     assert engine.stats.sweeps >= decoded / NARROW.block_size
 
 
-def test_statistics_of_generation(bench: Workbench) -> None:
-    engine = bench.engine("qwen2")
+@pytest.mark.parametrize("family", BOTH_KINDS)
+def test_statistics_of_generation(bench: Workbench, family: str) -> None:
+    engine = bench.engine(family)
     results = engine.run([Job(token_ids=random_tokens(seed, 10), max_new_tokens=seed) for seed in range(1, 9)])
     stats = engine.stats
     assert stats.generated_tokens == sum(len(c.token_ids) for result in results for c in result.completions)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flexgen_helm import Job, Policy
 from flexgen_helm.runtime.kinds import KindChoice
 from tests.jobs import fixed_mix, job_mixes, random_tokens
-from tests.models import FAMILIES, SINGLE
+from tests.models import ENDING, FAMILIES, SINGLE
 from tests.reference import Agreement
 from tests.runtime.conftest import NARROW, POLICY, Workbench
 
@@ -97,12 +97,13 @@ def test_other_row_sizes_stay_within_level_c(bench: Workbench, family: str, size
     assert assert_level_c(bench, family, fixed_mix(3, 12), policy=policy).tokens > 0
 
 
-def test_end_token_stops_a_completion(bench: Workbench) -> None:
+@pytest.mark.parametrize("family", ENDING)
+def test_end_token_stops_a_completion(bench: Workbench, family: str) -> None:
     jobs = [replace(job, max_new_tokens=12) for job in fixed_mix(5, 16)]
-    results = bench.engine("llama").run(jobs)
+    results = bench.engine(family).run(jobs)
     reasons = {completion.finish_reason for result in results for completion in result.completions}
     assert reasons == {"endoftext", "length"}
-    assert_level_c(bench, "llama", jobs)
+    assert_level_c(bench, family, jobs)
 
 
 @pytest.mark.parametrize("family", SERVED)
