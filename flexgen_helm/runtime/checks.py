@@ -102,14 +102,14 @@ def in_fp32(model: RecordedModel) -> RecordedModel:
         return model
     with model.shortened(_num_layers_of_every_kind(model)) as short:
         duplicate = copy.deepcopy(short)
-    return RecordedModel(duplicate.float(), own=model.own)
+    return RecordedModel(duplicate.float(), like=model)
 
 
 @contextmanager
 def first_layers(model: RecordedModel) -> Iterator[RecordedModel]:
     """The model cut to its first layers, so that one of every kind is left."""
     with model.shortened(_num_layers_of_every_kind(model)) as short:
-        yield RecordedModel(short, own=model.own)
+        yield RecordedModel(short, like=model)
 
 
 def _num_layers_of_every_kind(model: RecordedModel) -> int:

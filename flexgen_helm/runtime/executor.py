@@ -33,7 +33,7 @@ class Rows(Protocol):
         """Run layer j on a recorded row."""
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``[P, hidden]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
+        """Hidden states ``[P, ...]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
 
 
 class SerialExecutor:
@@ -76,8 +76,8 @@ class SerialExecutor:
         self._rows.replay(operation.j, recordings[operation.k])
 
     def _logits(self, wanted: list[tuple[Want, Recording]]) -> Tensor:
-        hidden = torch.stack([recording.hidden[0, want.offset] for want, recording in wanted if recording.hidden is not None])
-        padded = hidden.new_zeros(self._head_slice, hidden.shape[1])
+        hidden = torch.stack([recording.tokens[want.offset] for want, recording in wanted])
+        padded = hidden.new_zeros(self._head_slice, *hidden.shape[1:])
         padded[: len(wanted)] = hidden
         return self._rows.finish(padded)[: len(wanted)].float()
 

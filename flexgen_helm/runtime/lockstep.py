@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from flexgen_helm.runtime.experts import sliced_experts
 
+TOKENWISE = (nn.Linear.forward, Conv1D.forward)
+"""Not subclasses with a forward of their own: grouped ones do not work token by token."""
 Work = Callable[..., Tensor]
 """Tensors with the same leading shape in, a tensor with that leading shape out."""
 
@@ -95,7 +97,7 @@ def _resting(layer: nn.Module) -> Iterator[None]:
 
 def _joint_work(module: nn.Module) -> Work | None:
     """What a module does to any number of tokens, if its weights are worth meeting together."""
-    if isinstance(module, nn.Linear | Conv1D):
+    if type(module).forward in TOKENWISE:
         own: Work = module.forward
         return own
     if hasattr(module, "is_concatenated"):  # set by the library on experts that its interface can work in other ways

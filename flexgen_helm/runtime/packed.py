@@ -116,7 +116,7 @@ class PackedRows:
             )
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``[P, hidden]`` of the last layer to logits ``[P, vocab]``."""
+        """Hidden states ``[P, ...]`` of the last layer to logits ``[P, vocab]``."""
         return self.model.finish(hidden)
 
     def _register(self) -> str:

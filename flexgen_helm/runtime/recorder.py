@@ -42,12 +42,19 @@ EAGER = Implementations("eager", "eager")
 
 @dataclass
 class Recording:
-    """A row between record and finish: its layer calls and its hidden state ``[1, T, hidden]``."""
+    """A row between record and finish: its layer calls and its hidden state."""
 
     calls: list[LayerCall] = field(default_factory=list)
     hidden: Tensor | None = None
+    """``[1, T, ...]``, or ``[streams, 1, T, ...]`` for models with several residual streams."""
     rest: tuple[Any, ...] = ()
     """What else the last replayed layer returned; some models hand it on to the next one."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """The hidden state with tokens in front: ``[T, ...]``, as `RecordedModel.finish` takes it."""
+        assert self.hidden is not None
+        return self.hidden.movedim(1 if self.hidden.shape[0] == 1 else 2, 0)
 
 
 AnyRecording = TypeVar("AnyRecording", bound=Recording)
@@ -73,6 +80,8 @@ class _Placeholder(Tensor):
         return nan.expand(hidden.shape).as_subclass(_Placeholder)
 
     def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, int):
+            return super().__getitem__(index)
         return self if index == 0 else _Rest(index)
 
     def __iter__(self) -> Iterator[Any]:
@@ -96,12 +105,12 @@ class _StandIn(nn.Module):
 class RecordedModel:
     """A causal language model whose layers are called one at a time. One thread at a time may use it."""
 
-    def __init__(self, model: PreTrainedModel, *, own: Implementations | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, *, like: RecordedModel | None = None) -> None:
         """Find the layers and put stand-ins in their place.
 
         Args:
             model: Taken over; see `plain`.
-            own: What the library chose for the model, where that has been changed since.
+            like: The model of which this one is a shortened copy.
 
         Raises:
             UnsupportedModel: If there is no list of decoder layers.
@@ -109,12 +118,12 @@ class RecordedModel:
         self.model = model
         config = model.config
         chosen = Implementations(config._attn_implementation or "eager", config._experts_implementation or "eager")
-        self.own = chosen if own is None else own
+        self.own: Implementations = chosen if like is None else like.own
         """What the library chose for this model."""
         self._in_use = self.own
-        self._owner, self._leaf, stack = _find_layers(model)
-        self._stack = stack
-        self.layers: list[nn.Module] = list(stack)
+        self._path: str = _find_layers(model) if like is None else like._path
+        self._stack = model.get_submodule(self._path)
+        self.layers: list[nn.Module] = list(self._stack.children())
         self._stand_ins = nn.ModuleList([_StandIn(self, j, layer) for j, layer in enumerate(self.layers)])
         self._parameters = frozenset(inspect.signature(model.forward).parameters)
         self._recording: Recording | None = None
@@ -158,14 +167,14 @@ class RecordedModel:
         kwargs = {name: rest[value.place - 1] if isinstance(value, _Rest) else value for name, value in kwargs.items()}
         kwargs.update(replaced)
         output = self.layers[j](*args, hidden_states=hidden, **kwargs) if named else self.layers[j](hidden, *args, **kwargs)
-        self._returns_tuple = isinstance(output, tuple)
+        self._returns_tuple = isinstance(output, tuple | list)
         recording.hidden, *others = output if self._returns_tuple else (output,)
         recording.rest = tuple(others)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: hidden states ``[P, hidden]`` of the last layer to logits ``[P, vocab]``."""
+        """Final norm and head: the last layer's hidden states ``[P, ...]``, as `Recording.tokens`, to logits ``[P, vocab]``."""
         ids = torch.ones(1, len(hidden), dtype=torch.long, device=self.device)
-        self._final = hidden[None]
+        self._final = hidden.movedim(0, 1 if hidden.shape[1] == 1 else 2)
         try:
             output = self._forward(
                 input_ids=ids,
@@ -190,24 +199,18 @@ class RecordedModel:
 
     @contextmanager
     def shortened(self, count: int) -> Iterator[PreTrainedModel]:
-        """The model as the library made it, with its first ``count`` layers only."""
-        text = self.model.config.get_text_config(decoder=True)
-        depth = text.num_hidden_layers
+        """The model as the library made it, with its first ``count`` layers only; its config still names them all."""
         with self.plain():
-            setattr(self._owner, self._leaf, nn.ModuleList(self.layers[:count]))
-            text.num_hidden_layers = count
-            try:
-                yield self.model
-            finally:
-                text.num_hidden_layers = depth
+            self.model.set_submodule(self._path, nn.ModuleList(self.layers[:count]))
+            yield self.model
 
     def _forward(self, **inputs: Any) -> Any:
         ids: Tensor = inputs["input_ids"]
         inputs["logits_to_keep"] = torch.arange(ids.shape[1], device=ids.device)
         return self.model(**{name: value for name, value in inputs.items() if self.takes(name)})
 
-    def _install(self, layers: nn.ModuleList, implementations: Implementations) -> None:
-        setattr(self._owner, self._leaf, layers)
+    def _install(self, layers: nn.Module, implementations: Implementations) -> None:
+        self.model.set_submodule(self._path, layers)
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # a family whose attention cannot be set says so every time
         try:
@@ -233,14 +236,13 @@ class RecordedModel:
         return _Placeholder.like(hidden)
 
 
-def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The decoder's layer list: the module that holds it, its name there, and the list."""
+def _find_layers(model: PreTrainedModel) -> str:
+    """The name of the decoder's layer list within the model."""
     text = model.config.get_text_config(decoder=True)
     depths = {getattr(text, name, None) for name in ("num_hidden_layers", "num_layers", "n_layer")}
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    for root in (decoder, model):
-        for module in root.modules() if isinstance(root, nn.Module) else ():
-            for name, child in module.named_children():
-                if isinstance(child, nn.ModuleList) and len(child) in depths:
-                    return module, name, child
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in depths}
+    for name in sorted(lists, key=lambda name: lists[name] not in inside):
+        return str(name)
     raise UnsupportedModel("it has no list of decoder layers of the length that its config names")

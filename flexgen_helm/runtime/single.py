@@ -31,9 +31,9 @@ class JointRecording:
     """Tokens with which the weights meet; what is missing is padding."""
 
     @property
-    def hidden(self) -> Tensor:
-        """Hidden states ``[1, sequences, hidden]``."""
-        return torch.cat([part.hidden for part in self.parts if part.hidden is not None], dim=1)
+    def tokens(self) -> Tensor:
+        """Their hidden states: ``[sequences, ...]``."""
+        return torch.cat([part.tokens for part in self.parts])
 
 
 class SingleRows:
@@ -66,7 +66,7 @@ class SingleRows:
         run_in_lockstep(self.model.layers[j], calls, size=recording.size)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``[P, hidden]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
+        """Hidden states ``[P, ...]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
         return self.model.finish(hidden)
 
     def _record(self, segment: Segment) -> Recording:
@@ -77,7 +77,6 @@ class SingleRows:
             Recording(),
             input_ids=ids,
             position_ids=torch.arange(segment.start, segment.end, device=ids.device)[None],
-            attention_mask=ids.new_ones(1, segment.end),
             use_cache=True,
             **dict.fromkeys(CACHE_ARGUMENTS, cache),
         )

@@ -47,7 +47,7 @@ def _difference(model: RecordedModel, policy: Policy, cuts: Cuts, max_length: in
     if worst > TOLERANCE:
         raise UnsupportedModel(
             f"prompts continued token by token differ from the library's own forward by {worst:.3g} in log-probability "
-            f"(tolerance {TOLERANCE:g}): its own cache does not reproduce it"
+            f"(tolerance {TOLERANCE:g}): the model computes between its layers, or keeps state outside of its cache"
         )
     return worst
 

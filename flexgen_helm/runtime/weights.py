@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -38,7 +39,7 @@ def read_model(
 ) -> PreTrainedModel:
     """Make the model of a folder, with the library's own classes and conversion.
 
-    At its peak, memory holds the model and one layer; for a GPU, host memory holds one layer.
+    At its peak, memory holds the model and one layer; for a GPU, host memory holds what becomes one layer, twice.
 
     Args:
         name: For messages.
@@ -135,8 +136,14 @@ class _Loader:
         if self._device.type == "cpu":
             return
         for key in keys:
-            tensor = self._model.get_parameter_or_buffer(key)
-            tensor.data = tensor.data.to(self._device)
+            path, _, name = key.rpartition(".")
+            module = self._model.get_submodule(path)
+            tensor = getattr(module, name)
+            moved = tensor.detach().to(self._device)
+            if isinstance(tensor, nn.Parameter):
+                moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+            moved._is_hf_initialized = True  # Else the library makes it anew.
+            setattr(module, name, moved)
 
 
 def _return_freed_memory() -> None:

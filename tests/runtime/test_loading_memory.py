@@ -18,7 +18,9 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import GLOBAL_WORKERS
 
+from flexgen_helm.runtime.checkpoint import PIECE_BYTES
 from tests.runtime.conftest import Workbench
 
 MEASURE = """
@@ -32,17 +34,17 @@ def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
-def load(folder):
+def load(folder, device="cpu"):
     config = AutoConfig.from_pretrained(folder)
     Path("/proc/self/clear_refs").write_text("5")  # Starts the peak anew.
     before = status("VmRSS")
-    model = read_model("org/model", Path(folder), config, dtype=torch.float32, device=torch.device("cpu"))
+    model = read_model("org/model", Path(folder), config, dtype=torch.float32, device=torch.device(device))
     return model, status("VmHWM") - before
 
-warm, large = sys.argv[1:]
+warm, large, device = sys.argv[1:]
 load(warm)
 fixed = load(warm)[1]
-model, peak = load(large)
+model, peak = load(large, device)
 layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.get_decoder().layers]
 total = sum(p.nbytes for p in model.parameters())
 print(json.dumps({"peak": peak, "model": total, "layer": max(layers), "fixed": fixed}))
@@ -78,10 +80,17 @@ class Measured:
     """The peak of loading a model with next to no weights: configuration, modules, headers."""
 
 
-def measure(warm: Path, folder: Path) -> Measured:
-    command = [sys.executable, "-c", MEASURE, str(warm), str(folder)]
+def measure(warm: Path, folder: Path, device: str = "cpu") -> Measured:
+    command = [sys.executable, "-c", MEASURE, str(warm), str(folder), device]
     result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     return Measured(**json.loads(result.stdout.splitlines()[-1]))
+
+
+def save(kind: str, stored: torch.dtype, folder: Path) -> None:
+    name, fields = MODELS[kind]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**fields), dtype=stored)
+    model.save_pretrained(folder, max_shard_size="10MB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
 
 
 slow = pytest.mark.slow
@@ -99,11 +108,7 @@ slow = pytest.mark.slow
     ],
 )
 def test_peak_is_the_model_and_its_largest_layer(bench: Workbench, tmp_path: Path, kind: str, stored: torch.dtype) -> None:
-    name, fields = MODELS[kind]
-    AutoModelForCausalLM.from_config(getattr(transformers, name)(**fields), dtype=stored).save_pretrained(
-        tmp_path, max_shard_size="10MB"
-    )
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    save(kind, stored, tmp_path)
     found = measure(bench.folder("mixtral"), tmp_path)
     excess = found.peak - found.model
     print(
@@ -114,3 +119,17 @@ def test_peak_is_the_model_and_its_largest_layer(bench: Workbench, tmp_path: Pat
     assert found.fixed < 4 * 2**20
     assert excess <= found.layer + found.fixed
     assert found.peak > 0.95 * found.model
+
+
+@slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_for_another_device_is_never_held_here(bench: Workbench, tmp_path: Path, kind: str) -> None:
+    """The meta device stands for a GPU. On their way are at most two layers, or one matrix outside of layers, and a piece in
+    the file's dtype for each thread of the library that reads."""
+    save(kind, torch.bfloat16, tmp_path)
+    found = measure(bench.folder("mixtral"), tmp_path, "meta")
+    way = max(2 * found.layer, 4 * MODELS[kind][1]["vocab_size"] * MODELS[kind][1]["hidden_size"])
+    print(
+        f"\n{kind}: peak {found.peak / 2**20:.1f} MiB, model {found.model / 2**20:.1f}, largest layer {found.layer / 2**20:.1f}"
+    )
+    assert found.peak <= way + found.fixed + GLOBAL_WORKERS * PIECE_BYTES

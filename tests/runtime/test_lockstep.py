@@ -68,18 +68,33 @@ def test_tokens_of_decoding_rows_keep_their_bits_among_any_neighbours() -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(layer, rows[::-1], 16)[::-1], together, strict=True))
 
 
-def test_weights_are_met_once_for_a_slice_of_rows() -> None:
+def test_weights_are_met_once_for_a_slice_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Size] = []
 
-    class Watched(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            seen.append(input.shape)
-            return super().forward(input)
-
     layer, rows = Layer(), random_rows([1] * 40, 5)
-    layer.first = Watched(WIDTH, 40)
-    run(layer, rows, 16)
+    product = nn.functional.linear
+
+    def watched(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(tokens.shape)
+        return product(tokens, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", watched)
+    run(layer, [(*row[:2], 0) for row in rows], 16)
     assert seen == [torch.Size([16, WIDTH])] * 3
+
+
+def test_linear_layers_with_a_forward_of_their_own_are_left_alone() -> None:
+    """Such as DeepSeek V4's grouped one, whose tokens lie in another dimension."""
+
+    class Grouped(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input.transpose(0, 1)).transpose(0, 1)
+
+    layer, rows = Layer(), random_rows([1] * 5, 5)
+    layer.first = Grouped(WIDTH, 40)
+    for row, output in zip(rows, run(layer, rows, 16), strict=True):
+        with torch.inference_mode():
+            torch.testing.assert_close(output, layer(*row), rtol=1e-5, atol=1e-5)
 
 
 def test_an_error_in_one_row_reaches_the_caller_and_leaves_the_layer_as_it_was() -> None:
@@ -103,8 +118,8 @@ def test_mixtures_of_experts_are_worked_together() -> None:
         num_key_value_heads=2,
         num_local_experts=4,
         vocab_size=50,
-        experts_implementation="eager",
     )
+    config._experts_implementation = "eager"
     block = MixtralForCausalLM(config).eval().model.layers[0].mlp
     rows = [torch.randn(1, 1, 32) for _ in range(20)]
     found: dict[int, Tensor] = {}

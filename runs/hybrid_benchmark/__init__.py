@@ -1,0 +1,1 @@
+"""How the time per request of a hybrid model falls with the number of requests."""
