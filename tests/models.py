@@ -190,6 +190,7 @@ SINGLE: dict[str, SingleFamily] = {
         SingleFamily("mamba2", NO_POSITIONS, factor=2.0),
         # Deeper than the others, with layers that return tuples.
         SingleFamily("falcon_h1", STATE, {"num_hidden_layers": 6}),
+        SingleFamily("deepseek_v4", STATE),
         SingleFamily("jamba", STATE),
         SingleFamily("kimi_linear", STATE),
         SingleFamily("lfm2", STATE),

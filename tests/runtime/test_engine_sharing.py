@@ -1,18 +1,23 @@
-"""What is computed once: shared prefixes and identical jobs."""
+"""What is done once: shared prefixes and identical jobs are computed once, layers are loaded once for all jobs of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 
 from flexgen_helm import Job
+from flexgen_helm.runtime.executor import LogitsHandler, SerialExecutor
+from flexgen_helm.schedule.operations import Operation
+from flexgen_helm.schedule.rows import Sweep
 from tests.jobs import job_mixes, random_tokens
 from tests.runtime.conftest import NARROW, Workbench
 from tests.runtime.test_exactness import few_examples
 
+OnOperation = Callable[[Operation], None]
 BOTH_KINDS = ["qwen2", "nemotron_h"]
 """A family of packed rows and one of single rows."""
 
@@ -75,6 +80,33 @@ def test_single_rows_share_no_prefix_and_compute_no_prompt_twice(bench: Workbenc
     assert engine.stats.prompt_tokens_asked == 2 * sum(map(len, prompts))
     assert engine.stats.prompt_tokens_computed == sum(map(len, prompts))
     assert engine.stats.sweeps == 3
+
+
+@pytest.mark.parametrize(("family", "rows"), [("qwen2", 64 * 8 // 32), ("nemotron_h", 64)])
+def test_each_layer_is_loaded_once_for_all_jobs_of_a_sweep(
+    bench: Workbench, family: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 prompts in ``rows`` rows, then four sweeps in which all of them decode, in rows of 16."""
+    operations: list[list[Operation]] = []
+    run = SerialExecutor.run
+
+    def noted(executor: SerialExecutor, sweep: Sweep, on_logits: LogitsHandler, on_operation: OnOperation) -> None:
+        def note(operation: Operation) -> None:
+            operations[-1].append(operation)
+            on_operation(operation)
+
+        operations.append([])
+        run(executor, sweep, on_logits, note)
+
+    engine = bench.engine(family)
+    num_layers = len(bench.reference(family).model.get_decoder().layers)
+    monkeypatch.setattr(SerialExecutor, "run", noted)
+    engine.run([Job(token_ids=random_tokens(seed, 8), max_new_tokens=5) for seed in range(64)])
+    assert len(operations) == engine.stats.sweeps == 5
+    for sweep, num_rows in zip(operations, [rows] + 4 * [64 // 16], strict=True):
+        assert [operation.j for operation in sweep if operation.kind == "load_weights"] == list(range(num_layers))
+        computed = Counter(operation.j for operation in sweep if operation.kind == "compute")
+        assert computed == dict.fromkeys(range(num_layers), num_rows)
 
 
 def test_a_small_block_computes_at_least_the_tree_and_at_most_everything(bench: Workbench) -> None:
