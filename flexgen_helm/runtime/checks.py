@@ -13,12 +13,16 @@ from torch import Tensor
 
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.runtime.executor import SerialExecutor
+from flexgen_helm.runtime.layers import num_layers_of_every_kind
 from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.schedule.rows import Sweep, Want
 from flexgen_helm.schedule.tree import Node
 
 TOLERANCE = 1e-3
 """Largest difference of a log-probability in fp32: 16 times what equal models show, 18 times below what wrong ones do."""
+ALL_COMPARED = 32
+"""Length up to which all positions of a sequence are compared."""
+STRIDE = 8
 Tokens = tuple[int, ...]
 Cuts = Sequence[tuple[int, int]]
 """(length, first part) of each sequence."""
@@ -63,13 +67,20 @@ def cut_points(sequences: list[Tokens], cuts: Cuts) -> list[int]:
     return [min(cut, len(tokens) - 1) for tokens, (_, cut) in zip(sequences, cuts, strict=True)]
 
 
+def compared(length: int) -> list[int]:
+    """Positions of a sequence whose log-probabilities are compared: not all of a long one, since vocabularies are large."""
+    return [i for i in range(length) if length <= ALL_COMPARED or i % STRIDE == STRIDE - 1 or i >= length - STRIDE]
+
+
 def plain_logprobs(model: RecordedModel, sequences: list[Tokens]) -> list[Tensor]:
-    """Log-probabilities ``[length, vocab]`` of each sequence alone, by the library's own forward."""
+    """Log-probabilities ``[compared, vocab]`` of each sequence alone, by the library's own forward."""
     found = []
     with model.plain() as plain:
         for tokens in sequences:
-            logits = plain(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
-            found.append(torch.log_softmax(logits.float(), -1))
+            positions = torch.tensor(compared(len(tokens)), device=model.device)
+            keep = {"logits_to_keep": positions} if model.takes("logits_to_keep") else {}
+            logits = plain(input_ids=torch.tensor([tokens], device=model.device), use_cache=False, **keep).logits[0]
+            found.append(torch.log_softmax((logits if keep else logits[positions]).float(), -1))
     return found
 
 
@@ -78,14 +89,14 @@ def worst_difference(expected: list[Tensor], got: list[Tensor]) -> float:
     return max(float((a - b).abs().nan_to_num(torch.inf).max()) for a, b in zip(expected, got, strict=True))
 
 
-def all_wanted(count: int) -> list[Want]:
-    """Wants for each of ``count`` tokens of a segment, as `sweep_logprobs` tells segments apart."""
+def compared_wants(length: int, start: int, end: int) -> list[Want]:
+    """Wants for what is `compared` of a sequence's tokens ``[start, end)``, as `sweep_logprobs` tells segments apart."""
     marker = Node(None, 0, ())
-    return [Want(i, ((marker, i),), ()) for i in range(count)]
+    return [Want(i - start, ((marker, i),), ()) for i in compared(length) if start <= i < end]
 
 
 def sweep_logprobs(executor: SerialExecutor, sweep: Sweep) -> list[Tensor]:
-    """Log-probabilities ``[tokens, vocab]`` of each segment of a sweep, in order; segments have wants of `all_wanted`."""
+    """Log-probabilities ``[wanted, vocab]`` of each segment of a sweep, in order; all have some of `compared_wants`."""
     found: list[tuple[Node, Tensor]] = []
 
     def keep(wants: list[Want], logits: Tensor) -> None:
@@ -100,22 +111,13 @@ def in_fp32(model: RecordedModel) -> RecordedModel:
     """The model itself, or an fp32 copy of its first layers that holds one layer of every kind."""
     if model.model.dtype == torch.float32:
         return model
-    with model.shortened(_num_layers_of_every_kind(model)) as short:
+    with model.shortened(num_layers_of_every_kind(model.model, model.layers)) as short:
         duplicate = copy.deepcopy(short)
-    return RecordedModel(duplicate.float(), like=model)
+    return RecordedModel(duplicate.float(), own=model.own)
 
 
 @contextmanager
 def first_layers(model: RecordedModel) -> Iterator[RecordedModel]:
     """The model cut to its first layers, so that one of every kind is left."""
-    with model.shortened(_num_layers_of_every_kind(model)) as short:
-        yield RecordedModel(short, like=model)
-
-
-def _num_layers_of_every_kind(model: RecordedModel) -> int:
-    types = getattr(model.model.config.get_text_config(decoder=True), "layer_types", None) or [None] * len(model.layers)
-    kinds = [
-        (type(layer), kind, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()))
-        for layer, kind in zip(model.layers, types, strict=False)
-    ]
-    return max(min(2, len(kinds)), max(kinds.index(kind) for kind in kinds) + 1)
+    with model.shortened(num_layers_of_every_kind(model.model, model.layers)) as short:
+        yield RecordedModel(short, own=model.own)

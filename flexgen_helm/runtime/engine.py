@@ -21,10 +21,10 @@ from flexgen_helm.runtime.digest import model_digest
 from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
-from flexgen_helm.runtime.kinds import Kind, KindChoice, check_model, make_rows, validated_kind
-from flexgen_helm.runtime.loading import LoadedModel, load_model
+from flexgen_helm.runtime.kinds import Kind, KindChoice, check_model, log_choice, make_rows, validated_kind
+from flexgen_helm.runtime.loading import LoadedModel, open_model
 from flexgen_helm.runtime.progress import Progress
-from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, validated
+from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, small_policy, validated
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
 from flexgen_helm.schedule.operations import ORDERS, Order
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 NUMERICS_VERSION = 1
 """Raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
+LARGE_BYTES = 2 * 2**30
+"""Larger checkpoints are checked on their first layers before the rest is read: a refusal takes seconds."""
 CACHE_SHARE = 0.6
 """Share of the free memory that K and V may take; the rest is for hidden states, logits and the caller."""
 
@@ -74,6 +76,7 @@ class Engine:
         self._loaded = loaded
         self._device = loaded.model.device
         self._checked = check_model(loaded, self.policy, rows)
+        log_choice(loaded, self._checked)
         self.verdict = self._checked.verdict
         self.rows: Kind = self._checked.kind
         """Whether many sequences share a row or each has its own."""
@@ -123,8 +126,10 @@ class Engine:
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
         rows = validated_kind(rows)
-        loaded = load_model(str(name_or_path), dtype=dtype, device=resolve_device(device), revision=revision)
-        return cls(loaded, policy=policy, order=order, rows=rows)
+        source = open_model(str(name_or_path), dtype=dtype, device=resolve_device(device), revision=revision)
+        if source.num_bytes() > LARGE_BYTES:
+            check_model(source.first_layers(), small_policy(source.device), rows)
+        return cls(source.load(), policy=policy, order=order, rows=rows)
 
     def run(
         self,

@@ -38,6 +38,8 @@ class CheckedModel:
     kind: Kind
     model: RecordedModel
     verdict: Verdict
+    not_packed: UnsupportedModel | None
+    """Why it does not run in packed rows, where those were tried."""
 
 
 def validated_kind(rows: str) -> KindChoice:
@@ -70,17 +72,18 @@ def check_model(loaded: LoadedModel, policy: Policy, rows: KindChoice) -> Checke
             except UnsupportedModel as error:
                 refusals[kind] = error
                 continue
-            _log_choice(name, verdict, refusals)
-            return CheckedModel(kind, model, verdict)
+            return CheckedModel(kind, model, verdict, refusals.get("packed"))
     reasons = "; ".join(f"in {kind} rows {error}" for kind, error in refusals.items())
     alternative = "Leave rows at 'auto' to try single rows." if rows == "packed" else ALTERNATIVE
     raise UnsupportedModel(f"{name} would be computed wrongly: {reasons}. {alternative}") from list(refusals.values())[-1]
 
 
-def _log_choice(name: str, verdict: Verdict, refusals: dict[str, UnsupportedModel]) -> None:
-    if refusals:
-        logger.info("%s runs in single rows, one sequence each, since in packed rows %s", name, refusals["packed"])
-    if not verdict.bit_stable:
+def log_choice(loaded: LoadedModel, checked: CheckedModel) -> None:
+    """Say in one line which kind of rows was chosen and why, where it is not the usual one."""
+    name = f"{loaded.name} ({loaded.model.config.model_type})"
+    if checked.not_packed is not None:
+        logger.info("%s runs in single rows, one sequence each, since in packed rows %s", name, checked.not_packed)
+    if not checked.verdict.bit_stable:
         logger.info("%s: answers may move in the last digits with what shares a sweep on this machine", name)
 
 

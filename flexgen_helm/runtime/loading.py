@@ -10,10 +10,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
+from flexgen_helm.runtime.checkpoint import read_tensors
 from flexgen_helm.runtime.context import context_of
 from flexgen_helm.runtime.folder import folder_with_weights, folder_without_weights
 from flexgen_helm.runtime.refusals import read_config, read_json, refuse_config, refuse_files, refuse_weights
-from flexgen_helm.runtime.weights import read_model
+from flexgen_helm.runtime.weights import read_first_layers, read_model
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,50 @@ class LoadedModel:
     end_token_ids: frozenset[int]
 
 
-def load_model(name_or_path: str, *, dtype: str, device: torch.device, revision: str | None = None) -> LoadedModel:
-    """Load config, tokenizer and weights, in this order.
+@dataclass(frozen=True)
+class ModelSource:
+    """A model of which the small files were read, and nothing else."""
+
+    name: str
+    folder: Path
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def num_bytes(self) -> int:
+        """Bytes of its weights on disk."""
+        return sum(tensor.num_bytes for tensor in read_tensors(self.folder).values())
+
+    def first_layers(self) -> LoadedModel:
+        """Load in float32 as many of its first layers as hold one of every kind.
+
+        Raises:
+            UnsupportedModel: If it has no list of layers.
+            CorruptFile: If files are missing, torn, or of different models.
+        """
+        return self._loaded(read_first_layers(self.name, self.folder, self.config, device=self.device))
+
+    def load(self) -> LoadedModel:
+        """Load all of it.
+
+        Raises:
+            CorruptFile: If files are missing, torn, or of different models.
+            FlexGenError: If there is no room for it.
+        """
+        loaded = self._loaded(read_model(self.name, self.folder, self.config, dtype=self.dtype, device=self.device))
+        logger.info("%s: jobs of up to %s tokens (%s)", self.name, loaded.max_length, loaded.length_reason)
+        return loaded
+
+    def _loaded(self, model: PreTrainedModel) -> LoadedModel:
+        max_length, reason = context_of(model, self.config)
+        vocab_size = self.config.get_text_config(decoder=True).vocab_size
+        end_ids = _end_token_ids(model)
+        return LoadedModel(self.name, self.folder, model, self.tokenizer, max_length, reason, vocab_size, end_ids)
+
+
+def open_model(name_or_path: str, *, dtype: str, device: torch.device, revision: str | None = None) -> ModelSource:
+    """Read config and tokenizer; what they show to be unsupported is refused before any weight is read.
 
     Args:
         name_or_path: A folder, or a name on the model hub.
@@ -48,9 +91,9 @@ def load_model(name_or_path: str, *, dtype: str, device: torch.device, revision:
         revision: Of a hub name.
 
     Raises:
-        UnsupportedModel: If the model is of a kind that cannot be run; nothing was read but its small files.
-        CorruptFile: If files are missing, torn, or of different models.
-        FlexGenError: If there is no such model, or no room for it.
+        UnsupportedModel: If the model is of a kind that cannot be run.
+        CorruptFile: If files are missing or torn.
+        FlexGenError: If there is no such model.
     """
     name = name_or_path
     folder = folder_without_weights(name, revision)
@@ -60,11 +103,7 @@ def load_model(name_or_path: str, *, dtype: str, device: torch.device, revision:
     tokenizer = _read_tokenizer(name, folder)
     folder = folder_with_weights(name, revision, folder)
     refuse_weights(name, folder)
-    model = read_model(name, folder, config, dtype=_dtype(dtype, config, device), device=device)
-    max_length, reason = context_of(model, config)
-    logger.info("%s: jobs of up to %s tokens (%s)", name, max_length, reason)
-    vocab_size = config.get_text_config(decoder=True).vocab_size
-    return LoadedModel(name, folder, model, tokenizer, max_length, reason, vocab_size, _end_token_ids(model))
+    return ModelSource(name, folder, config, tokenizer, _dtype(dtype, config, device), device)
 
 
 def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:

@@ -67,7 +67,7 @@ def _bit_stable(model: RecordedModel, policy: Policy, max_length: int) -> bool:
 
 
 def _packed(model: RecordedModel, policy: Policy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
-    """Log-probabilities ``[length, vocab]`` of each sequence, both packed into rows, cut, and continued in later rows."""
+    """Log-probabilities ``[compared, vocab]`` of each sequence, both packed into rows, cut, and continued in later rows."""
     a, b = checks.cut_points(sequences, cuts)
     first = _segments(sequences, [(0, 0, a), (1, 0, b)])
     second = _segments(sequences, [(1, b, len(sequences[1])), (0, a, len(sequences[0]))])
@@ -76,11 +76,11 @@ def _packed(model: RecordedModel, policy: Policy, sequences: list[Tokens], cuts:
 
 
 def _segments(sequences: list[Tokens], cuts: list[tuple[int, int, int]]) -> list[Segment]:
-    """Segments (sequence, first, last), every position wanted; each sequence has pages of its own."""
+    """Segments (sequence, first, last); each sequence has pages of its own."""
     size = max(num_pages(0, len(tokens)) for tokens in sequences)
-    return [
-        Segment(sequences[i][a:b], a, list(range(i * size, (i + 1) * size)), wants=checks.all_wanted(b - a)) for i, a, b in cuts
-    ]
+    tables = [list(range(i * size, (i + 1) * size)) for i in range(len(sequences))]
+    wants = [checks.compared_wants(len(sequences[i]), a, b) for i, a, b in cuts]
+    return [Segment(sequences[i][a:b], a, tables[i], wants=wanted) for (i, a, b), wanted in zip(cuts, wants, strict=True)]
 
 
 def _whole(tokens: Tokens) -> list[Segment]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.runtime.layers import FirstLayers, layers_path
 
 
 class LayerCall(NamedTuple):
@@ -105,12 +106,12 @@ class _StandIn(nn.Module):
 class RecordedModel:
     """A causal language model whose layers are called one at a time. One thread at a time may use it."""
 
-    def __init__(self, model: PreTrainedModel, *, like: RecordedModel | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, *, own: Implementations | None = None) -> None:
         """Find the layers and put stand-ins in their place.
 
         Args:
             model: Taken over; see `plain`.
-            like: The model of which this one is a shortened copy.
+            own: What the library chose for the model, where that has been changed since.
 
         Raises:
             UnsupportedModel: If there is no list of decoder layers.
@@ -118,10 +119,10 @@ class RecordedModel:
         self.model = model
         config = model.config
         chosen = Implementations(config._attn_implementation or "eager", config._experts_implementation or "eager")
-        self.own: Implementations = chosen if like is None else like.own
+        self.own: Implementations = chosen if own is None else own
         """What the library chose for this model."""
         self._in_use = self.own
-        self._path: str = _find_layers(model) if like is None else like._path
+        self._path = layers_path(model)
         self._stack = model.get_submodule(self._path)
         self.layers: list[nn.Module] = list(self._stack.children())
         self._stand_ins = nn.ModuleList([_StandIn(self, j, layer) for j, layer in enumerate(self.layers)])
@@ -201,7 +202,7 @@ class RecordedModel:
     def shortened(self, count: int) -> Iterator[PreTrainedModel]:
         """The model as the library made it, with its first ``count`` layers only; its config still names them all."""
         with self.plain():
-            self.model.set_submodule(self._path, nn.ModuleList(self.layers[:count]))
+            self.model.set_submodule(self._path, FirstLayers(self.layers[:count]))
             yield self.model
 
     def _forward(self, **inputs: Any) -> Any:
@@ -234,15 +235,3 @@ class RecordedModel:
         if last:
             raise _Recorded
         return _Placeholder.like(hidden)
-
-
-def _find_layers(model: PreTrainedModel) -> str:
-    """The name of the decoder's layer list within the model."""
-    text = model.config.get_text_config(decoder=True)
-    depths = {getattr(text, name, None) for name in ("num_hidden_layers", "num_layers", "n_layer")}
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in depths}
-    for name in sorted(lists, key=lambda name: lists[name] not in inside):
-        return str(name)
-    raise UnsupportedModel("it has no list of decoder layers of the length that its config names")

@@ -55,23 +55,23 @@ def _difference(model: RecordedModel, policy: Policy, cuts: Cuts, max_length: in
 def _in_single_rows(
     model: RecordedModel, policy: Policy, sequences: list[Tokens], cuts: Cuts
 ) -> tuple[list[Tensor], list[State]]:
-    """Log-probabilities ``[length, vocab]`` of each sequence, and the state in which it was left."""
+    """Log-probabilities ``[compared, vocab]`` of each sequence, and the state in which it was left."""
     executor = SerialExecutor(SingleRows(model), head_slice=policy.gpu_batch_size)
     states = [State() for _ in sequences]
     ends = checks.cut_points(sequences, cuts)
-    prompts = [_segment(tokens[:end], 0, state) for tokens, end, state in zip(sequences, ends, states, strict=True)]
+    prompts = [_segment(tokens, 0, end, state) for tokens, end, state in zip(sequences, ends, states, strict=True)]
     rows = [Row("prefill", len(prompt.tokens), [prompt]) for prompt in prompts]
     parts = [[logprobs] for logprobs in checks.sweep_logprobs(executor, Sweep(rows))]
     for step in range(max(len(tokens) - end for tokens, end in zip(sequences, ends, strict=True))):
         live = [i for i, tokens in enumerate(sequences) if ends[i] + step < len(tokens)]
-        segments = [_segment(sequences[i][ends[i] + step : ends[i] + step + 1], ends[i] + step, states[i]) for i in live]
+        segments = [_segment(sequences[i], ends[i] + step, ends[i] + step + 1, states[i]) for i in live]
         for i, logprobs in zip(live, checks.sweep_logprobs(executor, Sweep(pack_decode(segments, policy))), strict=True):
             parts[i].append(logprobs)
     return [torch.cat(found) for found in parts], states
 
 
-def _segment(tokens: Tokens, start: int, state: State) -> Segment:
-    return Segment(tokens, start, wants=checks.all_wanted(len(tokens)), state=state)
+def _segment(tokens: Tokens, start: int, end: int, state: State) -> Segment:
+    return Segment(tokens[start:end], start, wants=checks.compared_wants(len(tokens), start, end), state=state)
 
 
 def _cache_size(sequences: list[Tokens], states: list[State]) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from flexgen_helm.errors import CorruptFile, FlexGenError
 from flexgen_helm.runtime.checkpoint import StoredTensor, group_by_layer, read_tensors
+from flexgen_helm.runtime.layers import FirstLayers, layers_path, num_layers_of_every_kind
 
 
 def read_model(
@@ -64,6 +65,23 @@ def read_model(
     return model
 
 
+def read_first_layers(name: str, folder: Path, config: PreTrainedConfig, *, device: torch.device) -> PreTrainedModel:
+    """Make the model of a folder in float32, with as many of its first layers as hold one of every kind.
+
+    Raises:
+        UnsupportedModel: If it has no list of layers.
+        CorruptFile: If files are missing, torn or of another model.
+    """
+    stored = read_tensors(folder)
+    model = _empty_model(folder, config, torch.float32)
+    path = layers_path(model)
+    layers = list(model.get_submodule(path).children())
+    model.set_submodule(path, FirstLayers(layers[: num_layers_of_every_kind(model, layers)]))
+    _Loader(name, folder, model, dtype=torch.float32, device=device).load(stored.values(), partly=True)
+    model.eval()
+    return model
+
+
 class _Loader:
     """Gives a model on the meta device its weights."""
 
@@ -78,10 +96,17 @@ class _Loader:
         )
         self._empty: dict[str, torch.Tensor] = model.state_dict()
 
-    def load(self, stored: Iterable[StoredTensor]) -> None:
-        """Read all weights, and make what no file holds: tied weights, buffers that are computed."""
+    def load(self, stored: Iterable[StoredTensor], *, partly: bool = False) -> None:
+        """Read all weights, and make what no file holds: tied weights, buffers that are computed.
+
+        Args:
+            stored: What the files hold.
+            partly: Whether it is meant that they hold more than the model.
+        """
         tensors = sorted(stored, key=lambda tensor: dot_natural_key(tensor.name))
         targets = self._targets(tensors)
+        if partly:
+            tensors = [tensor for tensor in tensors if targets[tensor.name] in self._empty]
         with _one_bar(sum(tensor.num_bytes for tensor in tensors)) as bar:
             info = self._load_layer([], targets)
             for layer in group_by_layer(tensors, targets.__getitem__).values():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from flexgen_helm import Engine, Job
 from flexgen_helm.errors import InvalidJob
-from flexgen_helm.runtime.loading import load_model
+from flexgen_helm.runtime.loading import open_model
 from tests.dimensions import VOCAB_SIZE
 from tests.jobs import random_tokens
 from tests.models import HALF, SLIDING_AND_FULL, Family, scale_weights
@@ -80,7 +80,7 @@ def test_context_ends_where_rotary_embeddings_change(tmp_path: Path, kind: str) 
     short = first_logits(folder, 5)
     assert (first_logits(folder, LIMIT) - short).abs().max() < 1e-4
     assert (first_logits(folder, LIMIT + 1) - short).abs().max() > 1e-3
-    loaded = load_model(str(folder), dtype="float32", device=torch.device("cpu"))
+    loaded = open_model(str(folder), dtype="float32", device=torch.device("cpu")).load()
     assert loaded.max_length == LIMIT
     assert "original length" in loaded.length_reason
     assert ("dynamic" if "dynamic" in kind else "longrope") in loaded.length_reason
@@ -112,7 +112,7 @@ def test_jobs_within_the_original_length_are_served_and_longer_ones_named(tmp_pa
 def test_context_of_rotary_embeddings_that_stay_the_same(tmp_path: Path, parameters: dict[str, Any], kind: str) -> None:
     folder = save(rotary(kind, parameters, LONG), tmp_path)
     assert (first_logits(folder, LONG) - first_logits(folder, 5)).abs().max() < 1e-4
-    loaded = load_model(str(folder), dtype="float32", device=torch.device("cpu"))
+    loaded = open_model(str(folder), dtype="float32", device=torch.device("cpu")).load()
     assert (loaded.max_length, loaded.length_reason) == (LONG, "its config's max_position_embeddings")
 
 
@@ -142,7 +142,7 @@ LEARNED = {
 def test_context_is_what_the_table_of_positions_holds(tmp_path: Path, kind: str) -> None:
     family, limit = LEARNED[kind]
     folder = save(family, tmp_path)
-    loaded = load_model(str(folder), dtype="float32", device=torch.device("cpu"))
+    loaded = open_model(str(folder), dtype="float32", device=torch.device("cpu")).load()
     assert loaded.max_length == limit
     ids = torch.tensor([random_tokens(5, limit + 1)])
     assert loaded.model(input_ids=ids[:, :limit]).logits.shape[1] == limit
@@ -162,6 +162,6 @@ def test_other_names_of_the_context(tmp_path: Path, name: str, kind: str) -> Non
         "n_layer": 2,
     }
     folder = save(Family(kind, {**fields, "num_hidden_layers": 2, **({name: LONG} if name else {})}, base={}), tmp_path)
-    loaded = load_model(str(folder), dtype="float32", device=torch.device("cpu"))
+    loaded = open_model(str(folder), dtype="float32", device=torch.device("cpu")).load()
     assert (loaded.max_length, name in loaded.length_reason) == (LONG if name else 2048, True)
     assert "default" in loaded.length_reason or name

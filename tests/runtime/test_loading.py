@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging as transformers_logging
 
 from flexgen_helm.errors import CorruptFile
-from flexgen_helm.runtime.loading import load_model
+from flexgen_helm.runtime.loading import open_model
 from flexgen_helm.runtime.weights import read_model
 from tests.dimensions import VOCAB_SIZE
 from tests.models import FAMILIES, SINGLE, SMALL, Family, save_tiny
@@ -196,6 +196,6 @@ def test_one_bar_on_a_terminal_and_none_elsewhere(
 
 
 def test_loaded_model_says_what_the_engine_needs(bench: Workbench) -> None:
-    loaded = load_model(str(bench.folder("llama")), dtype="auto", device=CPU)
+    loaded = open_model(str(bench.folder("llama")), dtype="auto", device=CPU).load()
     assert (loaded.model.dtype, loaded.vocab_size, loaded.tokenizer) == (torch.float32, VOCAB_SIZE, None)
     assert loaded.end_token_ids == frozenset(loaded.model.config.eos_token_id)

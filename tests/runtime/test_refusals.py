@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
-from flexgen_helm.runtime.loading import LoadedModel, load_model
+from flexgen_helm.runtime.loading import LoadedModel, open_model
 from flexgen_helm.runtime.refusals import refuse_config
 from tests.runtime.conftest import Workbench
 from tests.runtime.weight_files import opened_weight_files
@@ -49,7 +49,7 @@ SMALL: dict[str, Any] = {
 
 
 def load(name: str | Path) -> LoadedModel:
-    return load_model(str(name), dtype="float32", device=torch.device("cpu"))
+    return open_model(str(name), dtype="float32", device=torch.device("cpu")).load()
 
 
 def with_fields(**fields: Any) -> Change:

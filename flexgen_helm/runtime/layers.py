@@ -1,0 +1,39 @@
+"""Where the layers of a model are, and how many of the first hold one of every kind."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from flexgen_helm.errors import UnsupportedModel
+
+
+class FirstLayers(nn.ModuleList):
+    """The first layers of a model in place of them all; its config still names the others."""
+
+
+def layers_path(model: PreTrainedModel) -> str:
+    """Return the name of the decoder's layer list within the model.
+
+    Raises:
+        UnsupportedModel: If there is none.
+    """
+    text = model.config.get_text_config(decoder=True)
+    depths = {getattr(text, name, None) for name in ("num_hidden_layers", "num_layers", "n_layer")}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    found = [name for name, module in lists.items() if isinstance(module, FirstLayers) or len(module) in depths]
+    for name in sorted(found, key=lambda name: lists[name] not in inside):
+        return str(name)
+    raise UnsupportedModel("it has no list of decoder layers of the length that its config names")
+
+
+def num_layers_of_every_kind(model: PreTrainedModel, layers: list[nn.Module]) -> int:
+    """Return how many of the first layers hold one of every kind, two at least."""
+    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [None] * len(layers)
+    kinds = [
+        (type(layer), kind, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()))
+        for layer, kind in zip(layers, types, strict=False)
+    ]
+    return max(min(2, len(kinds)), max(kinds.index(kind) for kind in kinds) + 1)
