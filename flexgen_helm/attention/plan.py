@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF
+from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.schedule.rows import Row, Segment
 
@@ -34,6 +35,20 @@ class MaskRule:
     """(query positions ``[M, 1]``, key positions ``[M, L]`` or ``[1, L]``) -> bool ``[M, L]``."""
     causal_only: bool
     """Whether it is plain causality, so that chunks before a query's own are seen whole."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse()
+
+    def __getitem__(self, index: object) -> NoReturn:
+        self._refuse()
+
+    def __radd__(self, other: object) -> NoReturn:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise UnsupportedModel("it computes with its attention mask, which is no tensor there")
 
 
 Index = slice | Tensor
