@@ -60,6 +60,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     group.add_argument("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
     group.add_argument("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    rows = ["auto", "packed", "single"]
+    group.add_argument("--rows", default="auto", choices=rows, help="many sequences in a row, or one each (%(default)s)")
 
 
 def _add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +136,7 @@ def _load_engine(args: argparse.Namespace) -> Engine:
 
     logging.disable_progress_bar()
     policy = small_policy(resolve_device(args.device))
-    return Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy)
+    return Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows)
 
 
 if __name__ == "__main__":

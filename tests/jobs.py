@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from flexgen_helm import Job
-from tests.models import VOCAB_SIZE
+from tests.dimensions import VOCAB_SIZE
 
 MAX_PROMPT = 60
 MAX_NEW = 12

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-VOCAB_SIZE = 320
-MAX_LENGTH = 640
-"""Context window in tokens of every tiny model."""
-WINDOW = 8
-"""Sliding windows and attention chunks, in tokens."""
+from tests.dimensions import MAX_LENGTH, VOCAB_SIZE, WINDOW
+from tests.survey.configs import tiny_config
+
 LONGROPE_LENGTH = 32
 """Length in tokens up to which the Phi-3 model with longrope uses its short rotary factors."""
 HALF = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5]
@@ -72,8 +70,8 @@ class Family:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields that differ from ``base``; None removes a field."""
     base: dict[str, Any] = field(default_factory=lambda: SMALL)
-    reason: str = ""
-    """Regular expression that the refusal of packed rows must match, for families that they would compute wrongly."""
+    factor: ClassVar[float] = 6.0
+    """Of the matrices."""
 
     def build(self) -> PreTrainedConfig:
         """Returns the configuration."""
@@ -159,39 +157,55 @@ LONGROPE = Family(
 )
 """Served while a job stays within ``LONGROPE_LENGTH`` tokens."""
 
-SINGLE: dict[str, Family] = {
-    "falcon": Family("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}, reason="attention"),
-    "bloom": Family("BloomConfig", {"n_layer": 2, "n_head": 4}, reason="attention|position"),
-    "gptj": Family("GPTJConfig", {"rotary_dim": 8}, base=GPT_SMALL, reason="attention"),
-    "falcon_h1": Family(
-        "FalconH1Config",
-        {
-            "head_dim": 16,
-            "mamba_d_ssm": 64,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 16,
-            "mamba_d_state": 16,
-            "mamba_chunk_size": 8,
-        },
-        reason="cache|state",
-    ),
-    "qwen3_next": Family(
-        "Qwen3NextConfig",
-        {
-            **FOUR_LAYERS,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-        },
-        reason="cache|state|attention",
-    ),
+
+@dataclass(frozen=True)
+class SingleFamily:
+    """A type that packed rows would compute wrongly: its tiny configuration is the survey's, with layers of every kind."""
+
+    kind: str
+    """Name of the type."""
+    reason: str
+    """Regular expression that the refusal of packed rows must match."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Fields that differ."""
+    factor: float = 6.0
+    """Of the matrices: the largest of the survey's under which hidden states stay moderate."""
+
+    def build(self) -> PreTrainedConfig:
+        """Returns the configuration."""
+        return tiny_config(self.kind, self.changes)
+
+
+OWN_ATTENTION = "beside the library's attention interface"
+NO_POSITIONS = "takes no position_ids"
+STATE = "keeps state beside attention"
+SINGLE: dict[str, SingleFamily] = {
+    family.kind: family
+    for family in (
+        SingleFamily("falcon", OWN_ATTENTION, {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        SingleFamily("gptj", OWN_ATTENTION),
+        SingleFamily("granitemoehybrid", OWN_ATTENTION),
+        SingleFamily("bloom", NO_POSITIONS),
+        SingleFamily("mpt", NO_POSITIONS),
+        SingleFamily("mamba2", NO_POSITIONS, factor=2.0),
+        # Deeper than the others, with layers that return tuples.
+        SingleFamily("falcon_h1", STATE, {"num_hidden_layers": 6}),
+        SingleFamily("deepseek_v4", STATE),
+        SingleFamily("jamba", STATE),
+        SingleFamily("kimi_linear", STATE),
+        SingleFamily("lfm2", STATE),
+        SingleFamily("nemotron_h", STATE),
+        SingleFamily("olmo_hybrid", STATE),
+        SingleFamily("qwen3_5_text", STATE, factor=4.0),
+        SingleFamily("qwen3_next", STATE, factor=4.0),
+        SingleFamily("zamba2", STATE),
+    )
 }
-"""What would be silently wrong in packed rows and runs in single ones; ``reason`` is that of packed rows' refusal."""
+"""What would be silently wrong in packed rows and runs in single ones: own attention code, and state beside attention."""
+
+
+ENDING = ("llama", "lfm2")
+"""Families whose answers often end with an end token, in packed and in single rows."""
 
 
 def save_tiny(family: str, folder: Path) -> Path:
@@ -202,14 +216,15 @@ def save_tiny(family: str, folder: Path) -> Path:
         folder: Where the folder ``family`` is made.
 
     Returns:
-        The model folder. Its end token is one that greedy decoding rarely reaches; Llama has several that it often
-        reaches.
+        The model folder. Its end token is one that greedy decoding rarely reaches; those of `ENDING` have several that they
+        often reach.
     """
-    spec = {**FAMILIES, **SINGLE, "phi3_longrope": LONGROPE}[family]
+    specs: dict[str, Family | SingleFamily] = {**FAMILIES, **SINGLE, "phi3_longrope": LONGROPE}
+    spec = specs[family]
     torch.manual_seed(17)
     model: Any = AutoModelForCausalLM.from_config(spec.build(), dtype=torch.float32).eval()
-    scale_weights(model)
-    end = frequent_tokens(model) if family == "llama" else VOCAB_SIZE - 1
+    scale_weights(model, spec.factor)
+    end = frequent_tokens(model) if family in ENDING else VOCAB_SIZE - 1
     model.config.eos_token_id = end
     model.generation_config = GenerationConfig(eos_token_id=end, bos_token_id=1, pad_token_id=0)
     # Mistral stands for the checkpoints that come in several files.

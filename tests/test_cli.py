@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from flexgen_helm import Engine
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.cli import main
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
@@ -92,6 +93,27 @@ def test_errors_are_one_line_without_a_traceback(capsys: pytest.CaptureFixture[s
 
     assert main(["generate", "--model", "m", "--prompt", "x"], load_engine=refuse) == 2  # type: ignore[arg-type]
     assert capsys.readouterr() == ("", "flexgen-helm: m is refused, because. Do this.\n")
+
+
+@pytest.mark.parametrize("rows", ["auto", "packed", "single"])
+def test_rows_reach_the_engine(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(name_or_path: str, **options: Any) -> FakeEngine:
+        asked.update(options)
+        return FakeEngine()
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    options = [] if rows == "auto" else ["--rows", rows]
+    assert main(["generate", "--model", "m", "--prompt", "x", "--device", "cpu", *options]) == 0
+    assert asked["rows"] == rows
+
+
+def test_there_are_two_kinds_of_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("--prompt", "x", "--rows", "both")
+    message = capsys.readouterr().err
+    assert all(word in message for word in ("--rows", "both", "auto", "packed", "single"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--prompt-file", "/no/such/file"], ["--prompt-file", sys.executable]])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import FAMILIES, SINGLE, VOCAB_SIZE, save_tiny
+from tests.dimensions import VOCAB_SIZE
+from tests.models import FAMILIES, SINGLE, save_tiny
 from tests.reference import TOKEN_TOLERANCE, Reference
 
 VISIBLE = 100 * TOKEN_TOLERANCE

@@ -18,6 +18,8 @@ from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerS
 from helm.common.authentication import Authentication
 from helm.common.cache_backend_config import SqliteCacheBackendConfig
 
+from flexgen_helm.assets import install_helm_data
+from flexgen_helm.errors import CorruptFile, FlexGenError
 from flexgen_helm.helm import registry
 from flexgen_helm.helm.deployment import CLIENT
 from flexgen_helm.helm.runner import FlexGenRunner
@@ -56,6 +58,26 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLoader]:
     monkeypatch.setattr(registry, "load_engine", fake)
     yield fake
     registry.ENGINES.close()
+
+
+@pytest.fixture
+def close_engine() -> Iterator[None]:
+    """The engine that a test has loaded is closed after it."""
+    yield
+    registry.ENGINES.close()
+
+
+@pytest.fixture(scope="session")
+def helm_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder of HELM with real questions in it."""
+    folder = tmp_path_factory.mktemp("output")
+    try:
+        install_helm_data(folder)
+    except CorruptFile:
+        raise
+    except FlexGenError as error:
+        pytest.skip(str(error))
+    return folder
 
 
 def execution_spec(folder: Path, **options: Any) -> ExecutionSpec:

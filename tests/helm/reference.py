@@ -48,8 +48,8 @@ class ReferenceClient(Client):
         )
         new = generated.sequences[0, ids.shape[1] :].tolist()
         logprobs = [step[0].log_softmax(-1)[token].item() for step, token in zip(generated.logits, new, strict=True)]
-        reason = "length"
-        if new[-1] == self._tokenizer.eos_token_id:
+        reason, end = "length", self._model.generation_config.eos_token_id
+        if new[-1] in (end if isinstance(end, list) else [end]):
             new, reason = new[:-1], "endoftext"
         for end in range(1, len(new) + 1):
             text = self._tokenizer.decode(new[:end])

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from helm.benchmark.model_deployment_registry import (
-    ClientSpec,
-    ModelDeployment,
-    get_model_deployment,
-    register_model_deployment,
-)
-from helm.benchmark.presentation.run_entry import read_run_entries
-from helm.benchmark.run import run_entries_to_run_specs
 from helm.benchmark.runner import Runner
 
-import flexgen_helm.plugin  # noqa: F401  registers the generators of deployments
-from flexgen_helm.assets import install_helm_data, smollm2_folder
+from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
-from flexgen_helm.helm.deployment import CLIENT
-from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.runner import FlexGenRunner
-from flexgen_helm.runs.quickstart.commands import suite_file
-from tests.helm.conftest import execution_spec
-from tests.helm.files import read, timeless
-from tests.reference import PROMPT_TOLERANCE, TOKEN_TOLERANCE
-
-pytestmark = pytest.mark.timeout(3600)
-RUNS = (
-    "commonsense:dataset=piqa,method=multiple_choice_separate_original",
-    "mmlu:subject=anatomy,method=multiple_choice_joint",
-    "synthetic_reasoning:mode=pattern_match",
+from tests.helm.suites import (
+    assert_client_and_runner_equal_transformers,
+    assert_equal_instances,
+    reference_suite,
+    run_quickstart,
 )
-MODEL = "plain/transformers"
+
+pytestmark = [pytest.mark.timeout(3600), pytest.mark.usefixtures("close_engine")]
 
 
 @pytest.fixture(scope="module")
@@ -48,124 +30,12 @@ def model_folder() -> Path:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("output")
-    try:
-        install_helm_data(folder)
-    except CorruptFile:
-        raise
-    except FlexGenError as error:
-        pytest.skip(str(error))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _close_engine() -> Iterator[None]:
-    yield
-    ENGINES.close()
-
-
-def run_quickstart(deployment: str, runner: type[Runner], output: Path, instances: int, *, parallelism: int = 4) -> Path:
-    """Runs the entries of the quickstart and returns the suite's folder."""
-    entries = read_run_entries([str(suite_file("run_entries.conf"))]).entries
-    run_specs = run_entries_to_run_specs(entries, max_eval_instances=instances, models_to_run=[deployment])
-    suite = f"{runner.__name__}-{instances}-{deployment.split('/')[0]}"
-    spec = execution_spec(output / suite, parallelism=parallelism, sqlite_cache_backend_config=None)
-    runner(
-        spec,
-        str(output),
-        suite,
-        skip_instances=False,
-        cache_instances=False,
-        cache_instances_only=False,
-        skip_completed_runs=False,
-        exit_on_error=True,
-    ).run_all(run_specs)
-    return output / "runs" / suite
-
-
-def reference_suite(model_folder: Path, output: Path, instances: int) -> Path:
-    """Runs the entries with the reference client, once for a number of instances."""
-    suite = output / "runs" / f"Runner-{instances}-plain"
-    if not suite.exists():
-        flexgen = get_model_deployment(f"flexgen/{model_folder}")
-        client = ClientSpec("tests.helm.reference.ReferenceClient", {"folder": str(model_folder)})
-        register_model_deployment(
-            ModelDeployment(
-                MODEL,
-                client,
-                tokenizer_name=flexgen.tokenizer_name,
-                window_service_spec=flexgen.window_service_spec,
-                max_sequence_length=flexgen.max_sequence_length,
-            )
-        )
-        run_quickstart(MODEL, Runner, output, instances, parallelism=1)
-    return suite
-
-
-def assert_equal_instances(suite: Path, reference: Path) -> None:
-    """Compares every request with its answer and every statistic of every instance."""
-    for run in RUNS:
-        (name,) = [path.name for path in suite.glob(f"{run},model=*")]
-        (expected_name,) = [path.name for path in reference.glob(f"{run},model=*")]
-        for file in ("scenario_state.json", "per_instance_stats.json"):
-            actual, expected = (timeless(read(*at, file)) for at in ((suite, name), (reference, expected_name)))
-            # Whole texts, so that a difference is shown in words before it is shown in numbers.
-            assert _without_numbers(actual) == _without_numbers(expected), (run, file)
-            _assert_close(actual, expected, (run, file))
-
-
-def _without_numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        # The names of the deployments differ on purpose.
-        skipped = ("model", "model_deployment")
-        return {key: _without_numbers(item) for key, item in value.items() if key not in skipped}
-    if isinstance(value, list):
-        return [_without_numbers(item) for item in value]
-    return None if _is_number(value) else value
-
-
-def _is_number(value: Any) -> bool:
-    # HELM writes a variance as 0 or 0.0, by the last digits of what it is the variance of.
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _assert_close(actual: Any, expected: Any, where: tuple[Any, ...]) -> None:
-    if isinstance(actual, dict):
-        tolerance = TOKEN_TOLERANCE if "commonsense" not in where[0] else PROMPT_TOLERANCE
-        if "tokens" in actual:
-            for ours, theirs in zip(actual["tokens"], expected["tokens"], strict=True):
-                assert abs(ours["logprob"] - theirs["logprob"]) <= tolerance, (where, ours, theirs)
-        for key in actual:
-            if key != "tokens":
-                _assert_close(actual[key], expected[key], (*where, key))
-    elif isinstance(actual, list):
-        for ours, theirs in zip(actual, expected, strict=True):
-            _assert_close(ours, theirs, where)
-    elif _is_number(actual):
-        # Sums and squares of sums over at most 400 tokens. Counts are equal if they are this close.
-        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-3), where
-
-
-def test_few_instances_equal_plain_transformers(model_folder: Path, output: Path) -> None:
-    flexgen = get_model_deployment(f"flexgen/{model_folder}")
-    small_rows = {**flexgen.client_spec.args, "policy": {"gpu_batch_size": 16, "gpu_batch_tokens": 64}}
-    register_model_deployment(
-        replace(flexgen, name="flexgen/small/rows", model_name="small/rows", client_spec=ClientSpec(CLIENT, small_rows))
-    )
-    reference = reference_suite(model_folder, output, 2)
-    suites = [run_quickstart("flexgen/small/rows", runner, output, 2) for runner in (FlexGenRunner, Runner)]
-    for suite in suites:
-        assert_equal_instances(suite, reference)
-    # The same row sizes: client and runner agree to the last bit.
-    for run in RUNS:
-        by_runner, by_client = (read(suite, f"{run},model=small_rows", "scenario_state.json") for suite in suites)
-        assert timeless(by_runner) == timeless(by_client)
+def test_few_instances_equal_plain_transformers(model_folder: Path, helm_output: Path) -> None:
+    assert_client_and_runner_equal_transformers(model_folder, helm_output, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runner", [FlexGenRunner, Runner])
-def test_all_instances_equal_plain_transformers(runner: type[Runner], model_folder: Path, output: Path) -> None:
-    reference = reference_suite(model_folder, output, 100)
-    assert_equal_instances(run_quickstart(f"flexgen/{model_folder}", runner, output, 100), reference)
+def test_all_instances_equal_plain_transformers(runner: type[Runner], model_folder: Path, helm_output: Path) -> None:
+    reference = reference_suite(model_folder, helm_output, 100)
+    assert_equal_instances(run_quickstart(f"flexgen/{model_folder}", runner, helm_output, 100), reference)

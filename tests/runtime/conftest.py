@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flexgen_helm import Engine, Policy
+from flexgen_helm.runtime.kinds import KindChoice
 from tests.models import save_tiny
 from tests.reference import Reference
 
@@ -26,7 +27,7 @@ class Workbench:
         self._root = root
         self._folders: dict[str, Path] = {}
         self._references: dict[tuple[str, str], Reference] = {}
-        self._engines: dict[tuple[str, str, Policy, str], Engine] = {}
+        self._engines: dict[tuple[str, str, Policy, str, str], Engine] = {}
 
     def folder(self, family: str) -> Path:
         """Returns the folder of a tiny model."""
@@ -48,12 +49,13 @@ class Workbench:
         policy: Policy = POLICY,
         dtype: str = "float32",
         order: Literal["row", "zigzag"] = "zigzag",
+        rows: KindChoice = "auto",
     ) -> Engine:
         """Returns an open engine on the CPU."""
-        key = (family, dtype, policy, order)
+        key = (family, dtype, policy, order, rows)
         if key not in self._engines:
             self._engines[key] = Engine.from_pretrained(
-                str(self.folder(family)), dtype=dtype, device="cpu", policy=policy, order=order
+                str(self.folder(family)), dtype=dtype, device="cpu", policy=policy, order=order, rows=rows
             )
         return self._engines[key]
 

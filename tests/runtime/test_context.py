@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from flexgen_helm import Engine, Job
 from flexgen_helm.errors import InvalidJob
 from flexgen_helm.runtime.loading import open_model
+from tests.dimensions import VOCAB_SIZE
 from tests.jobs import random_tokens
-from tests.models import HALF, SLIDING_AND_FULL, VOCAB_SIZE, Family, scale_weights
+from tests.models import HALF, SLIDING_AND_FULL, Family, scale_weights
 from tests.reference import Agreement, Reference
 from tests.runtime.conftest import POLICY
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -11,9 +12,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from flexgen_helm import Engine, Job, Result
-from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob
-from tests.jobs import fixed_mix
-from tests.models import MAX_LENGTH, VOCAB_SIZE
+from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob, OutOfSpace
+from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.runtime.engine import CACHE_SHARE
+from tests.dimensions import MAX_LENGTH, VOCAB_SIZE
+from tests.jobs import MAX_NEW, MAX_PROMPT, fixed_mix
 from tests.runtime.conftest import POLICY, Workbench
 
 GOOD = Job(token_ids=(5, 6, 7), max_new_tokens=3)
@@ -39,9 +42,15 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module", params=["opt", "nemotron_h"])
+def family(request: pytest.FixtureRequest) -> str:
+    """One of packed rows and one of single rows."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def engine(bench: Workbench) -> Engine:
-    return bench.engine("opt")
+def engine(bench: Workbench, family: str) -> Engine:
+    return bench.engine(family)
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -128,8 +137,8 @@ def test_run_and_submit_at_the_same_time(engine: Engine) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_closing(bench: Workbench) -> None:
-    with Engine.from_pretrained(str(bench.folder("opt")), dtype="float32", device="cpu", policy=POLICY) as engine:
+def test_closing(bench: Workbench, family: str) -> None:
+    with Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY) as engine:
         futures: list[Future[Result]] = [engine.submit(job) for job in fixed_mix(93, 8)]
     wait(futures, timeout=60)
     for future in futures:
@@ -139,6 +148,38 @@ def test_closing(bench: Workbench) -> None:
         engine.run([GOOD])
     with pytest.raises(FlexGenError, match="closed"):
         engine.submit(GOOD)
+
+
+@pytest.mark.timeout(120)
+def test_closing_ends_what_is_in_flight(bench: Workbench, family: str) -> None:
+    long = Job(token_ids=(8, 9), max_new_tokens=MAX_LENGTH - 2)
+    with Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY) as engine:
+        futures = [engine.submit(long), engine.submit(GOOD)]
+        assert len(futures[1].result(timeout=60).completions[0].token_ids) == GOOD.max_new_tokens
+    with pytest.raises(FlexGenError, match="closed or interrupted"):
+        futures[0].result(timeout=60)
+
+
+def test_jobs_wait_for_memory_and_one_that_never_fits_is_refused(
+    bench: Workbench, engine: Engine, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for two of the longest jobs of the mix."""
+    jobs, verdict = fixed_mix(99, 20), engine.verdict
+    expected = engine.run(jobs)
+    sweeps = engine.stats.sweeps
+    memory = 2 * (verdict.cache_bytes_per_sequence + (MAX_PROMPT + MAX_NEW + PAGE_TOKENS) * verdict.cache_bytes_per_token)
+    monkeypatch.setattr("flexgen_helm.runtime.engine.free_bytes", lambda device: math.ceil(memory / CACHE_SHARE))
+    long = Job(token_ids=(5,) * 300, max_new_tokens=2)
+    several = Job(token_ids=(5,) * MAX_PROMPT, max_new_tokens=300, num_completions=5, temperature=1.0)
+    with Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY) as small:
+        for job in (long, several):
+            with pytest.raises(OutOfSpace, match="GiB for all jobs"):
+                small.run([GOOD, job])
+        refused, good = small.run([long, GOOD], on_error="return")
+        assert isinstance(refused.error, OutOfSpace)
+        assert good == engine.run([GOOD])[0]
+        assert small.run(jobs) == expected
+        assert small.stats.sweeps > sweeps
 
 
 @pytest.mark.parametrize("tensor", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])

@@ -8,25 +8,31 @@ import pytest
 import torch
 
 from flexgen_helm import Engine, Job
+from flexgen_helm.runtime.sampling import uniform
 from tests.jobs import fixed_mix, random_tokens
 from tests.reference import TOKEN_TOLERANCE, Reference, largest
 from tests.runtime.conftest import Workbench
 
-FAMILY = "qwen3"
 PROMPT = random_tokens(41, 20)
 SAMPLED = Job(token_ids=PROMPT, max_new_tokens=8, temperature=0.9, num_completions=3, seed=5, top_logprobs=3)
 DRAWS = 600
 """Completions of one job from which a distribution is estimated."""
 
 
-@pytest.fixture(scope="module")
-def engine(bench: Workbench) -> Engine:
-    return bench.engine(FAMILY)
+@pytest.fixture(scope="module", params=["qwen3", "nemotron_h"])
+def family(request: pytest.FixtureRequest) -> str:
+    """One of packed rows and one of single rows."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def reference(bench: Workbench) -> Reference:
-    return bench.reference(FAMILY)
+def engine(bench: Workbench, family: str) -> Engine:
+    return bench.engine(family)
+
+
+@pytest.fixture(scope="module")
+def reference(bench: Workbench, family: str) -> Reference:
+    return bench.reference(family)
 
 
 def test_samples_do_not_depend_on_neighbours(engine: Engine) -> None:
@@ -49,6 +55,26 @@ def test_no_seed_is_seed_zero(engine: Engine) -> None:
 def test_fewer_completions_are_the_first_of_more(engine: Engine) -> None:
     three, one = engine.run([SAMPLED, replace(SAMPLED, num_completions=1)])
     assert one.completions == three.completions[:1]
+
+
+def test_many_seeds_of_one_prompt_equal_each_alone(engine: Engine) -> None:
+    jobs = [replace(SAMPLED, seed=seed, num_completions=1 + seed % 3, max_new_tokens=2 + seed) for seed in range(7)]
+    assert [engine.run([job])[0] for job in jobs] == engine.run(jobs)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.9, 1.0), (1.2, 0.8)])
+def test_samples_are_those_of_one_sequence_at_a_time(
+    engine: Engine, reference: Reference, temperature: float, top_p: float
+) -> None:
+    """With the same random numbers, which choose a token where the distribution of the reference reaches them."""
+    job = replace(SAMPLED, temperature=temperature, top_p=top_p)
+    for seed in range(4):
+        for number, completion in enumerate(engine.run([replace(job, seed=seed)])[0].completions):
+            tokens: list[int] = []
+            for step in range(job.max_new_tokens):
+                cdf = warped(reference.log_probs(PROMPT + tokens)[-1], temperature, top_p).cumsum(0)
+                tokens.append(int((cdf <= uniform(PROMPT, seed, number, step)).sum()))
+            assert completion.token_ids == tokens
 
 
 def test_logprobs_are_those_of_the_unwarped_model(engine: Engine, reference: Reference) -> None:

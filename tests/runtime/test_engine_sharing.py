@@ -1,17 +1,25 @@
-"""What is computed once: shared prefixes and identical jobs."""
+"""What is done once: shared prefixes and identical jobs are computed once, layers are loaded once for all jobs of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 
 from flexgen_helm import Job
+from flexgen_helm.runtime.executor import LogitsHandler, SerialExecutor
+from flexgen_helm.schedule.operations import Operation
+from flexgen_helm.schedule.rows import Sweep
 from tests.jobs import job_mixes, random_tokens
 from tests.runtime.conftest import NARROW, Workbench
 from tests.runtime.test_exactness import few_examples
+
+OnOperation = Callable[[Operation], None]
+BOTH_KINDS = ["qwen2", "nemotron_h"]
+"""A family of packed rows and one of single rows."""
 
 
 def trie_size(prompts: Iterable[Sequence[int]]) -> int:
@@ -51,8 +59,9 @@ def test_few_shot_prefix_is_computed_once_for_scoring(bench: Workbench) -> None:
     assert engine.stats.sweeps == 1
 
 
-def test_identical_jobs_are_computed_once(bench: Workbench) -> None:
-    engine, prompt = bench.engine("qwen2"), random_tokens(61, 30)
+@pytest.mark.parametrize("family", BOTH_KINDS)
+def test_identical_jobs_are_computed_once(bench: Workbench, family: str) -> None:
+    engine, prompt = bench.engine(family), random_tokens(61, 30)
     for temperature in (0.0, 1.0):
         job = Job(token_ids=prompt, max_new_tokens=6, temperature=temperature, seed=1)
         single = engine.run([job])[0]
@@ -61,6 +70,43 @@ def test_identical_jobs_are_computed_once(bench: Workbench) -> None:
         assert engine.stats.prompt_tokens_computed == once.prompt_tokens_computed == len(prompt)
         assert engine.stats.prompt_tokens_asked == 5 * len(prompt)
         assert engine.stats.sweeps == once.sweeps
+
+
+def test_single_rows_share_no_prefix_and_compute_no_prompt_twice(bench: Workbench) -> None:
+    prefix = random_tokens(51, 50)
+    prompts = [prefix, *(prefix + random_tokens(52 + number, 5) for number in range(6))]
+    engine = bench.engine("nemotron_h")
+    engine.run([Job(token_ids=prompt, max_new_tokens=new) for prompt in prompts for new in (1, 3)])
+    assert engine.stats.prompt_tokens_asked == 2 * sum(map(len, prompts))
+    assert engine.stats.prompt_tokens_computed == sum(map(len, prompts))
+    assert engine.stats.sweeps == 3
+
+
+@pytest.mark.parametrize(("family", "rows"), [("qwen2", 64 * 8 // 32), ("nemotron_h", 64)])
+def test_each_layer_is_loaded_once_for_all_jobs_of_a_sweep(
+    bench: Workbench, family: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 prompts in ``rows`` rows, then four sweeps in which all of them decode, in rows of 16."""
+    operations: list[list[Operation]] = []
+    run = SerialExecutor.run
+
+    def noted(executor: SerialExecutor, sweep: Sweep, on_logits: LogitsHandler, on_operation: OnOperation) -> None:
+        def note(operation: Operation) -> None:
+            operations[-1].append(operation)
+            on_operation(operation)
+
+        operations.append([])
+        run(executor, sweep, on_logits, note)
+
+    engine = bench.engine(family)
+    num_layers = len(bench.reference(family).model.get_decoder().layers)
+    monkeypatch.setattr(SerialExecutor, "run", noted)
+    engine.run([Job(token_ids=random_tokens(seed, 8), max_new_tokens=5) for seed in range(64)])
+    assert len(operations) == engine.stats.sweeps == 5
+    for sweep, num_rows in zip(operations, [rows] + 4 * [64 // 16], strict=True):
+        assert [operation.j for operation in sweep if operation.kind == "load_weights"] == list(range(num_layers))
+        computed = Counter(operation.j for operation in sweep if operation.kind == "compute")
+        assert computed == dict.fromkeys(range(num_layers), num_rows)
 
 
 def test_a_small_block_computes_at_least_the_tree_and_at_most_everything(bench: Workbench) -> None:
@@ -72,9 +118,10 @@ def test_a_small_block_computes_at_least_the_tree_and_at_most_everything(bench: 
     assert trie_size(prompts) <= computed < engine.stats.prompt_tokens_asked
 
 
+@pytest.mark.parametrize("family", BOTH_KINDS)
 @pytest.mark.parametrize("num_completions", [1, 10])
-def test_decoding_stays_within_the_slots_of_a_block(bench: Workbench, num_completions: int) -> None:
-    engine = bench.engine("qwen2", policy=NARROW)
+def test_decoding_stays_within_the_slots_of_a_block(bench: Workbench, num_completions: int, family: str) -> None:
+    engine = bench.engine(family, policy=NARROW)
     jobs = [
         Job(token_ids=random_tokens(seed, 5), max_new_tokens=6, temperature=1.0, num_completions=num_completions)
         for seed in range(80 // num_completions)
@@ -85,8 +132,9 @@ def test_decoding_stays_within_the_slots_of_a_block(bench: Workbench, num_comple
     assert engine.stats.sweeps >= decoded / NARROW.block_size
 
 
-def test_statistics_of_generation(bench: Workbench) -> None:
-    engine = bench.engine("qwen2")
+@pytest.mark.parametrize("family", BOTH_KINDS)
+def test_statistics_of_generation(bench: Workbench, family: str) -> None:
+    engine = bench.engine(family)
     results = engine.run([Job(token_ids=random_tokens(seed, 10), max_new_tokens=seed) for seed in range(1, 9)])
     stats = engine.stats
     assert stats.generated_tokens == sum(len(c.token_ids) for result in results for c in result.completions)

@@ -11,6 +11,7 @@ import pytest
 
 from flexgen_helm import Engine, Job
 from tests.jobs import FIRST_TOKEN, random_tokens
+from tests.models import ENDING
 from tests.runtime.conftest import POLICY, Workbench
 from tests.tokenizers import BOS, save_pair_tokenizer, text_of
 
@@ -24,9 +25,15 @@ def adds_bos(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
+@pytest.fixture(scope="module", params=["qwen3", "nemotron_h"])
+def family(request: pytest.FixtureRequest) -> str:
+    """One of packed rows and one of single rows."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def engine(bench: Workbench, adds_bos: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    folder = Path(shutil.copytree(bench.folder("qwen3"), tmp_path_factory.mktemp("text") / "model"))
+def engine(bench: Workbench, family: str, adds_bos: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = Path(shutil.copytree(bench.folder(family), tmp_path_factory.mktemp("text") / "model"))
     save_pair_tokenizer(folder, adds_bos=adds_bos)
     with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY) as engine:
         yield engine
@@ -79,10 +86,11 @@ def test_stop_that_does_not_appear_or_stands_in_the_prompt(engine: Engine) -> No
     assert engine.run([replace(JOB, stop=(stop, "0"))])[0].completions[0] == whole
 
 
-def test_end_token_is_kept_among_the_tokens_and_not_in_the_text(bench: Workbench, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bench.folder("llama"), tmp_path / "model"))
+@pytest.mark.parametrize("family", ENDING)
+def test_end_token_is_kept_among_the_tokens_and_not_in_the_text(bench: Workbench, family: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bench.folder(family), tmp_path / "model"))
     save_pair_tokenizer(folder, adds_bos=False)
-    ends = bench.reference("llama").end_tokens
+    ends = bench.reference(family).end_tokens
     jobs = [Job(prompt=text_of(random_tokens(seed, 9)), max_new_tokens=12) for seed in range(16)]
     with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY) as engine:
         completions = [result.completions[0] for result in engine.run(jobs)]

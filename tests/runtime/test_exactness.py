@@ -14,13 +14,23 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm import Job, Policy
+from flexgen_helm.runtime.kinds import KindChoice
 from tests.jobs import fixed_mix, job_mixes, random_tokens
-from tests.models import FAMILIES
+from tests.models import ENDING, FAMILIES, SINGLE
 from tests.reference import Agreement
 from tests.runtime.conftest import NARROW, POLICY, Workbench
 
-LONG_FAMILIES = ["llama", "opt", "gemma2", "gpt_oss", "deepseek_v3"]
-"""Grouped heads, learned positions, softcap, sinks and latent attention, over several key splits."""
+MECHANISMS = ("falcon", "mpt", "falcon_h1", "lfm2", "qwen3_5_text")
+"""Families of single rows that show: own rotary attention, ALiBi, attention beside a state space in six layers, convolutions,
+delta rules."""
+SERVED = [
+    *FAMILIES,
+    *(pytest.param(family, marks=() if family in MECHANISMS else pytest.mark.slow) for family in SINGLE),
+]
+LONG_FAMILIES = ["llama", "opt", "gemma2", "gpt_oss", "deepseek_v3", "mpt", "falcon_h1", "qwen3_5_text"]
+"""Grouped heads, learned positions, softcap, sinks and latent attention, over several key splits; states over several chunks of
+their scans."""
+ROW_SIZES = [(8, 48), (32, 20)]
 
 few_examples = settings(
     max_examples=4,
@@ -33,10 +43,12 @@ few_examples = settings(
 many_examples = settings(few_examples, max_examples=60, phases=[Phase.generate, Phase.shrink])
 
 
-def assert_level_c(bench: Workbench, family: str, jobs: list[Job], *, policy: Policy = POLICY) -> Agreement:
+def assert_level_c(
+    bench: Workbench, family: str, jobs: list[Job], *, policy: Policy = POLICY, rows: KindChoice = "auto"
+) -> Agreement:
     """Runs the jobs together and compares each with the reference."""
     agreement = Agreement()
-    for job, result in zip(jobs, bench.engine(family, policy=policy).run(jobs), strict=True):
+    for job, result in zip(jobs, bench.engine(family, policy=policy, rows=rows).run(jobs), strict=True):
         agreement.add(job, result, bench.reference(family))
     print(f"{family}: {agreement}")
     assert not agreement.failures, agreement.failures
@@ -50,6 +62,18 @@ def test_level_c(bench: Workbench, family: str, jobs: list[Job]) -> None:
     assert_level_c(bench, family, jobs)
 
 
+@pytest.mark.parametrize("family", SINGLE)
+def test_level_c_in_single_rows(bench: Workbench, family: str) -> None:
+    assert assert_level_c(bench, family, fixed_mix(19, 12)).tokens > 30
+    assert bench.engine(family).rows == "single"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_level_c_where_single_rows_are_forced(bench: Workbench, family: str) -> None:
+    assert assert_level_c(bench, family, fixed_mix(19, 12), rows="single").tokens > 30
+    assert bench.engine(family, rows="single").rows == "single"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @many_examples
@@ -58,30 +82,39 @@ def test_level_c_broadly(bench: Workbench, family: str, jobs: list[Job]) -> None
     assert_level_c(bench, family, jobs, policy=NARROW)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sizes", [(8, 48), (32, 20)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SINGLE)
+@settings(many_examples, max_examples=12)
+@given(jobs=job_mixes(max_jobs=24))
+def test_level_c_broadly_in_single_rows(bench: Workbench, family: str, jobs: list[Job]) -> None:
+    assert_level_c(bench, family, jobs, policy=NARROW)
+
+
+@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("sizes", ROW_SIZES)
 def test_other_row_sizes_stay_within_level_c(bench: Workbench, family: str, sizes: tuple[int, int]) -> None:
     policy = Policy(gpu_batch_size=sizes[0], num_gpu_batches=2, gpu_batch_tokens=sizes[1], block_tokens=4096)
     assert assert_level_c(bench, family, fixed_mix(3, 12), policy=policy).tokens > 0
 
 
-def test_end_token_stops_a_completion(bench: Workbench) -> None:
+@pytest.mark.parametrize("family", ENDING)
+def test_end_token_stops_a_completion(bench: Workbench, family: str) -> None:
     jobs = [replace(job, max_new_tokens=12) for job in fixed_mix(5, 16)]
-    results = bench.engine("llama").run(jobs)
+    results = bench.engine(family).run(jobs)
     reasons = {completion.finish_reason for result in results for completion in result.completions}
     assert reasons == {"endoftext", "length"}
-    assert_level_c(bench, "llama", jobs)
+    assert_level_c(bench, family, jobs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_level_a_row_and_zigzag_order(bench: Workbench, family: str) -> None:
     jobs = fixed_mix(7, 20)
     assert bench.engine(family, order="row").run(jobs) == bench.engine(family, order="zigzag").run(jobs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *SINGLE])
 def test_level_b_neighbours_and_order(bench: Workbench, family: str) -> None:
-    engine, jobs = bench.engine(family), fixed_mix(11, 20)
+    engine, jobs = bench.engine(family), fixed_mix(11, 20 if family in FAMILIES else 12)
     together = engine.run(jobs)
     for index in range(0, len(jobs), 4):
         assert engine.run([jobs[index]]) == [together[index]]
@@ -90,11 +123,8 @@ def test_level_b_neighbours_and_order(bench: Workbench, family: str) -> None:
     assert engine.run(jobs[:7]) + engine.run(jobs[7:]) == together
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-@settings(many_examples, max_examples=30)
-@given(jobs=job_mixes(max_jobs=24), shuffled=st.randoms(use_true_random=False))
-def test_level_b_broadly(bench: Workbench, family: str, jobs: list[Job], shuffled: random.Random) -> None:
+def assert_level_b(bench: Workbench, family: str, jobs: list[Job], shuffled: random.Random) -> None:
+    """Runs the jobs together, in another order in a narrow block, and one of them alone."""
     together = bench.engine(family).run(jobs)
     order = shuffled.sample(range(len(jobs)), len(jobs))
     narrow = bench.engine(family, policy=NARROW).run([jobs[index] for index in order])
@@ -103,13 +133,29 @@ def test_level_b_broadly(bench: Workbench, family: str, jobs: list[Job], shuffle
     assert bench.engine(family).run([jobs[alone]]) == [together[alone]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
+@settings(many_examples, max_examples=30)
+@given(jobs=job_mixes(max_jobs=24), shuffled=st.randoms(use_true_random=False))
+def test_level_b_broadly(bench: Workbench, family: str, jobs: list[Job], shuffled: random.Random) -> None:
+    assert_level_b(bench, family, jobs, shuffled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SINGLE)
+@settings(many_examples, max_examples=12)
+@given(jobs=job_mixes(max_jobs=24), shuffled=st.randoms(use_true_random=False))
+def test_level_b_broadly_in_single_rows(bench: Workbench, family: str, jobs: list[Job], shuffled: random.Random) -> None:
+    assert_level_b(bench, family, jobs, shuffled)
+
+
+@pytest.mark.parametrize("family", SERVED)
 def test_level_b_block_sizes(bench: Workbench, family: str) -> None:
-    jobs = fixed_mix(13, 40)
+    jobs = fixed_mix(13, 40 if family in FAMILIES else 20)
     assert bench.engine(family, policy=NARROW).run(jobs) == bench.engine(family).run(jobs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_level_b_shared_prefix(bench: Workbench, family: str) -> None:
     """Prompts that share 40 tokens, beside an unrelated long one, against each of them alone."""
     engine, prefix = bench.engine(family), random_tokens(1, 40)
@@ -118,7 +164,7 @@ def test_level_b_shared_prefix(bench: Workbench, family: str) -> None:
     assert [engine.run([job])[0] for job in jobs] == engine.run(jobs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_level_b_other_fields_of_the_job(bench: Workbench, family: str) -> None:
     """What else a job asks for changes neither its tokens nor their log-probabilities."""
     engine, jobs = bench.engine(family), [replace(job, max_new_tokens=6) for job in fixed_mix(17, 8)]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from flexgen_helm import Engine, Job, UnsupportedModel
 from flexgen_helm.runtime import engine
 from flexgen_helm.runtime.checkpoint import StoredTensor
-from tests.models import FAMILIES, SINGLE, Family, save_tiny
+from tests.models import FAMILIES, SINGLE, Family, SingleFamily, save_tiny
 from tests.runtime.conftest import POLICY
 
 DEEP: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def layers_of(names: list[str]) -> set[int]:
     return {int(found[1]) for name in names if (found := re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name))}
 
 
-def save(family: Family, folder: Path) -> str:
+def save(family: Family | SingleFamily, folder: Path) -> str:
     AutoModelForCausalLM.from_config(family.build()).save_pretrained(folder)
     return str(folder)
 
@@ -63,7 +63,7 @@ def test_no_family_is_lost(name: str, read: list[str], tmp_path: Path) -> None:
 
 
 def test_a_refusal_reads_no_other_layer(read: list[str], tmp_path: Path) -> None:
-    family = replace(SINGLE["falcon"], overrides={**SINGLE["falcon"].overrides, "num_hidden_layers": 7})
+    family = replace(SINGLE["falcon"], changes={**SINGLE["falcon"].changes, "num_hidden_layers": 7})
     folder = save(family, tmp_path)
     with pytest.raises(UnsupportedModel, match="in packed rows layer 0"):
         Engine.from_pretrained(folder, device="cpu", policy=POLICY, rows="packed")

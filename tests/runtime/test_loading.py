@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 from flexgen_helm.errors import CorruptFile
 from flexgen_helm.runtime.loading import open_model
 from flexgen_helm.runtime.weights import read_model
-from tests.models import FAMILIES, SINGLE, SMALL, VOCAB_SIZE, Family, save_tiny
+from tests.dimensions import VOCAB_SIZE
+from tests.models import FAMILIES, SINGLE, SMALL, Family, save_tiny
 from tests.runtime.conftest import Workbench
 
 CPU = torch.device("cpu")

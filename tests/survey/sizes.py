@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.models import MAX_LENGTH, VOCAB_SIZE, WINDOW
+from tests.dimensions import MAX_LENGTH, VOCAB_SIZE, WINDOW
 
 LAYERS = 4
 TOWER_LAYERS = 3

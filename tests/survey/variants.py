@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tests.models import HALF, LONGROPE_LENGTH, MAX_LENGTH, WINDOW
+from tests.dimensions import MAX_LENGTH, WINDOW
+from tests.models import HALF, LONGROPE_LENGTH
 
 LONGROPE_SURVEY_LENGTH = 8 * LONGROPE_LENGTH
 """Original length of models with longrope, in tokens: no job of the survey is longer."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from tests.models import VOCAB_SIZE, scale_weights
+from tests.dimensions import VOCAB_SIZE
+from tests.models import scale_weights
 from tests.reference import TOKEN_TOLERANCE
 
 FACTORS = (6.0, 9.0, 12.0, 4.0, 3.0, 2.0, 1.5, 1.0)
