@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexgen_helm.context import CONTEXT_NAMES, DEFAULT_CONTEXT
 from flexgen_helm.helm.deployment import GRAMMAR, DeploymentError
-
-CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
-"""Names of the context window in ``config.json``, the common one first."""
 
 FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 
@@ -42,7 +40,7 @@ def read_limits(name_or_path: str, revision: str | None = None) -> ModelLimits:
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        DeploymentError: The folder or hub model does not exist, or its ``config.json`` names no context window.
+        DeploymentError: The folder or hub model does not exist.
     """
     folder = _folder(name_or_path, revision)
     if not (folder / "config.json").is_file():
@@ -51,7 +49,7 @@ def read_limits(name_or_path: str, revision: str | None = None) -> ModelLimits:
     tokenizer = _read(folder / "tokenizer_config.json")
     special = _read(folder / "special_tokens_map.json")
     return ModelLimits(
-        context=_context(name_or_path, config),
+        context=_context(config),
         special_tokens=_num_special_tokens(tokenizer, folder / "tokenizer.json"),
         bos_token=_token(tokenizer.get("bos_token") or special.get("bos_token")),
         eos_token=_token(tokenizer.get("eos_token") or special.get("eos_token")),
@@ -89,15 +87,10 @@ def _missing(name_or_path: str, reason: str) -> DeploymentError:
     )
 
 
-def _context(name_or_path: str, config: dict[str, Any]) -> int:
+def _context(config: dict[str, Any]) -> int:
     text = config.get("text_config") or {}
-    found = [section[key] for section in (text, config) for key in CONTEXT_KEYS if isinstance(section.get(key), int)]
-    if not found:
-        raise DeploymentError(
-            f"config.json of `{name_or_path}` names no context window (none of {', '.join(CONTEXT_KEYS)}), so prompts "
-            "cannot be cut to fit. Write a deployment in model_deployments.yaml and set its max_sequence_length."
-        )
-    return min([int(found[0]), *_original_lengths(text), *_original_lengths(config)])
+    found = [section[name] for section in (text, config) for name in CONTEXT_NAMES if isinstance(section.get(name), int)]
+    return min([int((found or [DEFAULT_CONTEXT])[0]), *_original_lengths(text), *_original_lengths(config)])
 
 
 def _original_lengths(config: dict[str, Any]) -> list[int]:

@@ -8,16 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-CONTEXT_NAMES = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "model_max_length",
-    "max_target_positions",
-)
-"""Names of the context window in a config, the common one first; the last is that of Whisper's decoder."""
-DEFAULT_CONTEXT = 2048
+from flexgen_helm.context import CONTEXT_NAMES, DEFAULT_CONTEXT
 
 
 def context_of(model: nn.Module, config: PreTrainedConfig) -> tuple[int, str]:

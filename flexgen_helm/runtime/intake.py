@@ -44,6 +44,11 @@ class Ticket:
     work: Work | None = None
     generations: list[Generation] = field(default_factory=list)
 
+    def answered(self) -> bool:
+        """Whether all that the job asks for is there; its work may go on for others with the same prompt."""
+        scored = not self.prepared.job.score_prompt or (self.work is not None and self.work.scored())
+        return scored and all(generation.done for generation in self.generations)
+
 
 class Intake:
     """Makes work of tickets and results of finished work, for one model."""

@@ -77,6 +77,9 @@ def read_first_layers(name: str, folder: Path, config: PreTrainedConfig, *, devi
     path = layers_path(model)
     layers = list(model.get_submodule(path).children())
     model.set_submodule(path, FirstLayers(layers[: num_layers_of_every_kind(model, layers)]))
+    left = model.state_dict().keys()
+    tied = model.all_tied_weights_keys.items()
+    model.all_tied_weights_keys = {key: source for key, source in tied if {key, source} <= left}
     _Loader(name, folder, model, dtype=torch.float32, device=device).load(stored.values(), partly=True)
     model.eval()
     return model

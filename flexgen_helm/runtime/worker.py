@@ -51,6 +51,8 @@ class Worker:
         self._signal = threading.Condition()
         self._closing = self._cancelling = False
         self._tickets: dict[Work, list[Ticket]] = defaultdict(list)
+        self._shared: list[Work] = []
+        """Work for several tickets, some of which may be answered before the others."""
         self._sweeps = self._prompt_tokens = self._generated = self._operations = 0
         self._rows_in_sweep = 0
         self._left = (0, 0)
@@ -117,9 +119,17 @@ class Worker:
                 "Ask for fewer of them at once."
             )
         for work in finished:
-            for ticket in self._tickets.pop(work):
-                if ticket.future.set_running_or_notify_cancel():
-                    ticket.future.set_result(self._intake.result(ticket))
+            self._give_out(self._tickets.pop(work))
+        for work in [work for work in self._shared if work in self._tickets]:
+            waiting = self._tickets[work]
+            self._tickets[work] = [ticket for ticket in waiting if not ticket.answered()]
+            self._give_out([ticket for ticket in waiting if ticket.answered()])
+        self._shared = [work for work in self._shared if len(self._tickets.get(work, ())) > 1]
+
+    def _give_out(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket.future.set_running_or_notify_cancel():
+                ticket.future.set_result(self._intake.result(ticket))
 
     def _take_in(self) -> None:
         with self._signal:
@@ -128,6 +138,7 @@ class Worker:
         for ticket in tickets:
             assert ticket.work is not None
             self._tickets[ticket.work].append(ticket)
+        self._shared += [work for work in works if len(self._tickets[work]) > 1]
         self._scheduler.add(works)
 
     def _on_logits(self, wants: list[Want], logits: Tensor) -> None:
@@ -165,6 +176,7 @@ class Worker:
             self._signal.notify_all()
         tickets += [ticket for waiting in self._tickets.values() for ticket in waiting]
         self._tickets.clear()
+        self._shared = []
         for ticket in tickets:
             if ticket.future.set_running_or_notify_cancel():
                 ticket.future.set_exception(error)

@@ -27,8 +27,6 @@ from tests.tokenizers import save_character_tokenizer
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("close_engine")]
 FREQUENT = ("qwen3_5_text",)
-NO_CONTEXT = ("bloom", "mamba2")
-"""Their configurations name no context window, without which HELM cannot cut prompts to fit."""
 
 
 def save_tiny_with_tokenizer(family: str, folder: Path) -> Path:
@@ -44,11 +42,7 @@ def ask(client: AutoClient, deployment: str, prompt: str = "one") -> RequestResu
 
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(family, marks=() if family in FREQUENT else pytest.mark.slow)
-        for family in SINGLE
-        if family not in NO_CONTEXT
-    ],
+    [pytest.param(family, marks=() if family in FREQUENT else pytest.mark.slow) for family in SINGLE],
 )
 def test_client_and_runner_equal_transformers(family: str, tmp_path: Path, helm_output: Path) -> None:
     assert_client_and_runner_equal_transformers(save_tiny_with_tokenizer(family, tmp_path), helm_output, 3)

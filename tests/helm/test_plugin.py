@@ -23,6 +23,7 @@ from helm.benchmark.window_services.window_service_factory import WindowServiceF
 from helm.common.local_context import LocalContext
 
 from flexgen_helm import plugin
+from flexgen_helm.context import DEFAULT_CONTEXT
 from flexgen_helm.errors import InvalidJob
 from flexgen_helm.helm.deployment import CLIENT, DeploymentError, split_name
 from flexgen_helm.helm.model_files import read_limits
@@ -153,9 +154,11 @@ def test_missing_folder_and_broken_config_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(DeploymentError, match="not valid JSON"):
         get_model_deployment(f"flexgen/{tmp_path}")
+
+
+def test_a_config_without_a_context_window_has_that_of_the_engine(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(DeploymentError, match="names no context window"):
-        get_model_deployment(f"flexgen/{tmp_path}")
+    assert get_model_deployment(f"flexgen/{tmp_path}").max_sequence_length == DEFAULT_CONTEXT
 
 
 def test_hub_model_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

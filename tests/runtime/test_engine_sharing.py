@@ -72,6 +72,16 @@ def test_identical_jobs_are_computed_once(bench: Workbench, family: str) -> None
         assert engine.stats.sweeps == once.sweeps
 
 
+@pytest.mark.parametrize("family", BOTH_KINDS)
+def test_a_job_is_answered_before_longer_ones_with_the_same_prompt(bench: Workbench, family: str) -> None:
+    engine, prompt, order = bench.engine(family), random_tokens(66, 30), list[int]()
+    limits = [(9, False), (2, False), (0, True), (4, True), (2, True)]
+    jobs = [Job(token_ids=prompt, max_new_tokens=new, score_prompt=scored) for new, scored in limits]
+    together = engine.run(jobs, on_result=lambda index, result: order.append(index))
+    assert order == [2, 1, 4, 3, 0]
+    assert together == [engine.run([job])[0] for job in jobs]
+
+
 def test_single_rows_share_no_prefix_and_compute_no_prompt_twice(bench: Workbench) -> None:
     prefix = random_tokens(51, 50)
     prompts = [prefix, *(prefix + random_tokens(52 + number, 5) for number in range(6))]
