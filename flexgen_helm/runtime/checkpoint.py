@@ -6,7 +6,7 @@ import json
 import mmap
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -59,6 +59,10 @@ class StoredTensor:
     start: int
     """Its first byte, from the beginning of the file."""
     num_bytes: int
+
+    def first_rows(self, count: int) -> StoredTensor:
+        """The beginning of the tensor: its first ``count`` rows."""
+        return replace(self, shape=(count, *self.shape[1:]), num_bytes=self.num_bytes // self.shape[0] * count)
 
     def __getitem__(self, index: EllipsisType) -> StoredTensor:
         return self

@@ -34,6 +34,9 @@ from flexgen_helm.errors import CorruptFile, FlexGenError
 from flexgen_helm.runtime.checkpoint import StoredTensor, group_by_layer, read_tensors
 from flexgen_helm.runtime.layers import FirstLayers, layers_path, num_layers_of_every_kind
 
+FEW_TOKENS = 4096
+"""Vocabulary of a model of first layers, in which there are enough tokens to compare."""
+
 
 def read_model(
     name: str, folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
@@ -68,11 +71,27 @@ def read_model(
 def read_first_layers(name: str, folder: Path, config: PreTrainedConfig, *, device: torch.device) -> PreTrainedModel:
     """Make the model of a folder in float32, with as many of its first layers as hold one of every kind.
 
+    Its vocabulary is cut to the first `FEW_TOKENS` where the model can be made so: embeddings and head are often larger
+    than several layers.
+
     Raises:
         UnsupportedModel: If it has no list of layers.
         CorruptFile: If files are missing, torn or of another model.
     """
-    stored = read_tensors(folder)
+    stored = list(read_tensors(folder).values())
+    few = copy.deepcopy(config)
+    text = few.get_text_config(decoder=True)
+    size, text.vocab_size, text.pad_token_id = text.vocab_size, min(text.vocab_size, FEW_TOKENS), None
+    rows = [tensor.first_rows(text.vocab_size) if tensor.shape[:1] == (size,) else tensor for tensor in stored]
+    try:
+        return _first_layers(name, folder, few, rows, device)
+    except Exception:  # not all that depends on the vocabulary is a row for each token
+        return _first_layers(name, folder, config, stored, device)
+
+
+def _first_layers(
+    name: str, folder: Path, config: PreTrainedConfig, stored: list[StoredTensor], device: torch.device
+) -> PreTrainedModel:
     model = _empty_model(folder, config, torch.float32)
     path = layers_path(model)
     layers = list(model.get_submodule(path).children())
@@ -80,7 +99,7 @@ def read_first_layers(name: str, folder: Path, config: PreTrainedConfig, *, devi
     left = model.state_dict().keys()
     tied = model.all_tied_weights_keys.items()
     model.all_tied_weights_keys = {key: source for key, source in tied if {key, source} <= left}
-    _Loader(name, folder, model, dtype=torch.float32, device=device).load(stored.values(), partly=True)
+    _Loader(name, folder, model, dtype=torch.float32, device=device).load(stored, partly=True)
     model.eval()
     return model
 
