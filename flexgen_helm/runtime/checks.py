@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen_helm.errors import FlexGenError, UnsupportedModel
+from flexgen_helm.errors import FlexGenError, OutOfSpace, UnsupportedModel
 from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.layers import num_layers_of_every_kind
 from flexgen_helm.runtime.recorder import RecordedModel
@@ -43,15 +43,19 @@ class Verdict:
 
 
 @contextmanager
-def as_refusal(kind: str) -> Iterator[None]:
+def as_refusal() -> Iterator[None]:
     """Turn an error in a model's own code into a refusal."""
     try:
         with torch.inference_mode():
             yield
     except FlexGenError:
         raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfSpace(
+            f"The self-check needs more memory than there is ({error}). Free memory, or use device='cpu'."
+        ) from error
     except Exception as error:
-        raise UnsupportedModel(f"{kind} rows fail in its own code ({type(error).__name__}: {error})") from error
+        raise UnsupportedModel(f"it fails in its own code ({type(error).__name__}: {error})") from error
 
 
 def random_sequences(model: RecordedModel, cuts: Cuts, max_length: int) -> list[Tokens]:

@@ -179,7 +179,7 @@ class Engine:
         return ticket.future
 
     def close(self) -> None:
-        """Stop computing and release the model. What is in flight is cancelled."""
+        """Stop computing. What is in flight is cancelled; memory is freed with the engine itself."""
         self._worker.close()
 
     def __enter__(self) -> Engine:

@@ -64,7 +64,10 @@ class SerialExecutor:
                 self._run(operation, recordings)
                 if on_operation is not None:
                     on_operation(operation)
-            wanted = [(want, recording) for row, recording in zip(sweep.rows, recordings, strict=True) for want in row.wants()]
+            wanted: list[tuple[Want, Tensor]] = []
+            for row, recording in zip(sweep.rows, recordings, strict=True):
+                tokens = recording.tokens
+                wanted += [(want, tokens[want.offset]) for want in row.wants()]
             for slice_ in _slices(wanted, self._head_slice):
                 on_logits([want for want, _ in slice_], self._logits(slice_))
 
@@ -75,13 +78,13 @@ class SerialExecutor:
         assert operation.j == self._loaded_layer, f"layer {operation.j} is computed while {self._loaded_layer} is loaded"
         self._rows.replay(operation.j, recordings[operation.k])
 
-    def _logits(self, wanted: list[tuple[Want, Recording]]) -> Tensor:
-        hidden = torch.stack([recording.tokens[want.offset] for want, recording in wanted])
+    def _logits(self, wanted: list[tuple[Want, Tensor]]) -> Tensor:
+        hidden = torch.stack([token for _, token in wanted])
         padded = hidden.new_zeros(self._head_slice, *hidden.shape[1:])
         padded[: len(wanted)] = hidden
         return self._rows.finish(padded)[: len(wanted)].float()
 
 
-def _slices(items: list[tuple[Want, Recording]], size: int) -> Iterator[list[tuple[Want, Recording]]]:
+def _slices(items: list[tuple[Want, Tensor]], size: int) -> Iterator[list[tuple[Want, Tensor]]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]

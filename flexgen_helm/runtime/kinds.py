@@ -38,7 +38,7 @@ class CheckedModel:
     kind: Kind
     model: RecordedModel
     verdict: Verdict
-    not_packed: UnsupportedModel | None
+    not_packed: str | None
     """Why it does not run in packed rows, where those were tried."""
 
 
@@ -60,7 +60,7 @@ def check_model(loaded: LoadedModel, policy: Policy, rows: KindChoice) -> Checke
         UnsupportedModel: If it would be computed wrongly.
     """
     name = f"{loaded.name} ({loaded.model.config.model_type})"
-    refusals: dict[str, UnsupportedModel] = {}
+    refusals: dict[str, str] = {}
     try:
         model = RecordedModel(loaded.model)
     except UnsupportedModel as error:
@@ -70,12 +70,12 @@ def check_model(loaded: LoadedModel, policy: Policy, rows: KindChoice) -> Checke
             try:
                 verdict = check(model, policy, max_length=loaded.max_length)
             except UnsupportedModel as error:
-                refusals[kind] = error
+                refusals[kind] = str(error)  # the error itself would keep the check's tensors
                 continue
             return CheckedModel(kind, model, verdict, refusals.get("packed"))
     reasons = "; ".join(f"in {kind} rows {error}" for kind, error in refusals.items())
     alternative = "Leave rows at 'auto' to try single rows." if rows == "packed" else ALTERNATIVE
-    raise UnsupportedModel(f"{name} would be computed wrongly: {reasons}. {alternative}") from list(refusals.values())[-1]
+    raise UnsupportedModel(f"{name} would be computed wrongly: {reasons}. {alternative}")
 
 
 def log_choice(loaded: LoadedModel, checked: CheckedModel) -> None:

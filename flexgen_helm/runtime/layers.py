@@ -30,10 +30,30 @@ def layers_path(model: PreTrainedModel) -> str:
 
 
 def num_layers_of_every_kind(model: PreTrainedModel, layers: list[nn.Module]) -> int:
-    """Return how many of the first layers hold one of every kind, two at least."""
-    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or [None] * len(layers)
+    """Return how many of the first layers hold one of every kind, two at least.
+
+    Layers are of one kind if their shapes, their plain settings and what the config says of each layer are the same.
+    """
+    config = vars(model.config.get_text_config(decoder=True)).values()
+    columns = [column for column in config if isinstance(column, list | tuple) and len(column) == len(layers)]
+    settings = [_plain_settings(layer) for layer in layers]
+    keys = {key for found in settings for key in found}
+    indices = {key for key in keys if all(key not in found or found[key] == str(j) for j, found in enumerate(settings))}
     kinds = [
-        (type(layer), kind, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()))
-        for layer, kind in zip(layers, types, strict=False)
+        (
+            [str(column[j]) for column in columns],
+            [(name, parameter.shape) for name, parameter in layer.named_parameters()],
+            {key: value for key, value in settings[j].items() if key not in indices},
+        )
+        for j, layer in enumerate(layers)
     ]
     return max(min(2, len(kinds)), max(kinds.index(kind) for kind in kinds) + 1)
+
+
+def _plain_settings(layer: nn.Module) -> dict[tuple[str, str], str]:
+    """Classes and plain attributes of a layer's modules."""
+    modules = dict(layer.named_modules())
+    found = {(name, "class"): type(module).__name__ for name, module in modules.items()}
+    for name, module in modules.items():
+        found |= {(name, key): str(v) for key, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+    return found

@@ -40,14 +40,20 @@ def run_in_lockstep(layer: nn.Module, calls: Sequence[Callable[[], None]], *, si
         size: Tokens in a slice; what is missing in the last is padding.
     """
     with _resting(layer):
-        waiting: dict[greenlet, _Request] = {}
-        for call in calls:
-            _switch(greenlet(call), None, waiting)
-        while waiting:
-            answers = _answers(waiting, size)
-            waiting = {}
-            for row, output in answers.items():
-                _switch(row, output, waiting)
+        rows = [greenlet(call) for call in calls]
+        try:
+            waiting: dict[greenlet, _Request] = {}
+            for row in rows:
+                _switch(row, None, waiting)
+            while waiting:
+                answers = _answers(waiting, size)
+                waiting = {}
+                for row, output in answers.items():
+                    _switch(row, output, waiting)
+        finally:
+            for row in rows:
+                if row and not row.dead:
+                    row.throw()  # after an error: what rests holds tensors
 
 
 def _switch(row: greenlet, answer: Tensor | None, waiting: dict[greenlet, _Request]) -> None:
@@ -75,7 +81,7 @@ def _worked_together(work: Work, inputs: list[tuple[Tensor, ...]], size: int) ->
     slices = zip(*(nn.functional.pad(column, (0, 0, 0, padding)).split(size) for column in tokens), strict=True)
     output = torch.cat([work(*columns) for columns in slices])[:count]
     parts = output.split([shape.numel() for shape in shapes])
-    return [part.reshape(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+    return [part.reshape(*shape, output.shape[-1]) for part, shape in zip(parts, shapes, strict=True)]
 
 
 @contextmanager

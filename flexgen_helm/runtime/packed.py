@@ -108,7 +108,10 @@ class PackedRows:
         kwargs = recording.calls[j].kwargs
         absent = [name for name in CACHE_ARGUMENTS if name in kwargs and kwargs[name] is None]
         self._running, self._key = recording, CacheKey(j, 0)
-        self.model.replay(j, recording, **dict.fromkeys(absent, _CacheProbe(recording.positions)))
+        try:
+            self.model.replay(j, recording, **dict.fromkeys(absent, _CacheProbe(recording.positions)))
+        finally:
+            self._running = None
         if self._key.call == 0:
             raise UnsupportedModel(
                 f"layer {j} ({type(self.model.layers[j]).__name__}) does its attention, or what it has instead, beside the "

@@ -32,7 +32,7 @@ def check_packed(model: RecordedModel, policy: Policy, *, max_length: int) -> Ve
     Raises:
         UnsupportedModel: If they differ, or if the model does anything that packed rows cannot honour.
     """
-    with checks.as_refusal("packed"):
+    with checks.as_refusal():
         exact = checks.in_fp32(model)
         cache = PagedCache()
         worst = _difference(exact, policy, max_length, cache)

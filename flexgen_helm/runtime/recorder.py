@@ -154,8 +154,11 @@ class RecordedModel:
             inputs: Of the model's forward; those that it does not take are left out.
         """
         self._recording = recording
-        with suppress(_Recorded):
-            self._forward(**inputs)
+        try:
+            with suppress(_Recorded):
+                self._forward(**inputs)
+        finally:
+            self._recording = None
         if len(recording.calls) != len(self.layers):
             raise UnsupportedModel(f"its forward visits {len(recording.calls)} of {len(self.layers)} layers, in one pass")
         return recording

@@ -28,7 +28,7 @@ def check_single(model: RecordedModel, policy: Policy, *, max_length: int) -> Ve
     Raises:
         UnsupportedModel: If they differ, or if the model's code does not work in single rows.
     """
-    with checks.as_refusal("single"):
+    with checks.as_refusal():
         exact = checks.in_fp32(model)
         worst = _difference(exact, policy, CUTS, max_length)
         with checks.first_layers(exact) as few:

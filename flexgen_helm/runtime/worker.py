@@ -77,9 +77,11 @@ class Worker:
     def cancel(self) -> None:
         """Drop everything in flight, at the end of the current operation; its futures fail."""
         with self._signal:
+            if self._closing:
+                return
             self._cancelling = True
             self._signal.notify_all()
-            self._signal.wait_for(lambda: not self._cancelling or not self._thread.is_alive())
+            self._signal.wait_for(lambda: not self._cancelling or self._closing)
 
     def close(self) -> None:
         """Stop after the current operation; what is in flight fails."""
@@ -114,10 +116,7 @@ class Worker:
             self._count(sweep)
         finished = self._scheduler.end_sweep()
         if not sweep.rows and not finished and self._scheduler.has_work():
-            raise OutOfSpace(
-                "One prompt was given with so many different completions that their K and V never fit into memory together. "
-                "Ask for fewer of them at once."
-            )
+            self._refuse_what_never_fits()
         for work in finished:
             self._give_out(self._tickets.pop(work))
         for work in [work for work in self._shared if work in self._tickets]:
@@ -129,12 +128,39 @@ class Worker:
     def _give_out(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
             if ticket.future.set_running_or_notify_cancel():
-                ticket.future.set_result(self._intake.result(ticket))
+                try:
+                    ticket.future.set_result(self._intake.result(ticket))
+                except Exception as error:  # of this ticket alone
+                    ticket.future.set_exception(error)
+
+    def _refuse_what_never_fits(self) -> None:
+        """Jobs fit one by one, but those with the same prompt are one piece of work, whose completions may not."""
+        works, capacity = self._scheduler.abandon(), self._scheduler.capacity_bytes
+        too_large = [work for work in works if self._bytes_needed(work) > capacity]
+        error = OutOfSpace(
+            "One prompt was given with so many different completions that what they keep between sweeps (K and V) never fits "
+            "into memory together. Ask for fewer of them at once."
+        )
+        if not too_large:
+            raise error
+        for work in too_large:
+            for ticket in self._tickets.pop(work):
+                if ticket.future.set_running_or_notify_cancel():
+                    ticket.future.set_exception(error)
+        self._scheduler.add([work for work in works if work not in too_large])
+
+    def _bytes_needed(self, work: Work) -> int:
+        longest = max((fork.max_new_tokens for fork in work.forks), default=0)
+        return self._scheduler.bytes_needed(len(work.tokens), completions=len(work.forks), max_new_tokens=longest)
 
     def _take_in(self) -> None:
         with self._signal:
             tickets, self._arrived = self._arrived, []
-        works = self._intake.merge(tickets)
+        try:
+            works = self._intake.merge(tickets)
+        except BaseException:
+            self._arrived = tickets + self._arrived  # where `_fail` finds them
+            raise
         for ticket in tickets:
             assert ticket.work is not None
             self._tickets[ticket.work].append(ticket)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexgen_helm import Engine, Policy, UnsupportedModel
 from flexgen_helm.attention import row
 from flexgen_helm.attention.kernels import merge_chunks
+from flexgen_helm.errors import OutOfSpace
+from flexgen_helm.runtime import packed_check
+from flexgen_helm.runtime.layers import layers_path, num_layers_of_every_kind
 from tests.models import save_tiny
 
 POLICY = Policy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64)
@@ -44,3 +50,29 @@ def test_a_last_bit_that_moves_is_noticed(tmp_path: Path, neighbours_leak: None)
 def test_an_answer_that_moves_is_refused(tmp_path: Path, neighbours_leak: None) -> None:
     with pytest.raises(UnsupportedModel, match="differ from the library's own forward"):
         load(save_tiny("llama", tmp_path))
+
+
+def test_a_lack_of_memory_is_no_property_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starving(*args: object) -> bool:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(packed_check, "_bit_stable", starving)
+    with pytest.raises(OutOfSpace, match="self-check needs more memory"):
+        Engine.from_pretrained(str(save_tiny("llama", tmp_path)), dtype="float32", device="cpu", policy=POLICY)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "count"),
+    [
+        ("llama", {}, 2),
+        ("gemma2", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 5}, 4),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 0] * 2, "layer_types": ["full_attention"] * 8}, 4),
+        ("gpt2", {}, 2),
+    ],
+)
+def test_first_layers_hold_one_of_every_kind(kind: str, changes: dict[str, Any], count: int) -> None:
+    config = AutoConfig.for_model(kind, num_hidden_layers=8, **changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = list(model.get_submodule(layers_path(model)).children())
+    assert num_layers_of_every_kind(model, layers) == count

@@ -6,6 +6,7 @@ import math
 import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from flexgen_helm import Engine, Job, Result
 from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob, OutOfSpace
 from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.runtime.engine import CACHE_SHARE
+from flexgen_helm.runtime.intake import Intake, Ticket
 from tests.dimensions import MAX_LENGTH, VOCAB_SIZE
 from tests.jobs import MAX_NEW, MAX_PROMPT, fixed_mix
 from tests.runtime.conftest import POLICY, Workbench
@@ -158,6 +160,50 @@ def test_closing_ends_what_is_in_flight(bench: Workbench, family: str) -> None:
         assert len(futures[1].result(timeout=60).completions[0].token_ids) == GOOD.max_new_tokens
     with pytest.raises(FlexGenError, match="closed or interrupted"):
         futures[0].result(timeout=60)
+
+
+@pytest.mark.timeout(120)
+def test_closing_from_another_thread_ends_a_run(bench: Workbench, family: str) -> None:
+    engine = Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY)
+    jobs = [Job(token_ids=(8, 9, number), max_new_tokens=MAX_LENGTH - 3) for number in range(40)]
+    started = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(engine.run, [GOOD, *jobs], lambda index, result: started.set())
+        assert started.wait(60)
+        engine.close()
+        with pytest.raises(FlexGenError, match="closed or interrupted"):
+            running.result(timeout=60)
+
+
+def test_completions_that_never_fit_together_fail_alone(
+    bench: Workbench, engine: Engine, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal prompts are one piece of work: there is memory for each of these jobs, but not for all completions at once."""
+    verdict, length, new = engine.verdict, 200, 129
+    tokens = length + new + PAGE_TOKENS
+    memory = 3 * verdict.cache_bytes_per_sequence + 2 * tokens * verdict.cache_bytes_per_token
+    monkeypatch.setattr("flexgen_helm.runtime.engine.free_bytes", lambda device: math.ceil(memory / CACHE_SHARE))
+    jobs = [Job(token_ids=(5,) * length, max_new_tokens=new, temperature=1.0, seed=seed) for seed in range(8)]
+    with Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY) as small:
+        futures = [small.submit(job) for job in [*jobs, GOOD]]
+        errors = [future.exception(timeout=60) for future in futures]
+        assert [type(error) for error in errors] == [OutOfSpace] * len(jobs) + [type(None)]
+        assert small.run(jobs[:1])[0].completions[0].token_ids
+
+
+def test_an_answer_that_cannot_be_made_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = Intake.result
+
+    def faulty(self: Intake, ticket: Ticket) -> Result:
+        if ticket.prepared.job.seed == 13:
+            raise ValueError("thirteen")
+        return result(self, ticket)
+
+    monkeypatch.setattr(Intake, "result", faulty)
+    bad, good = engine.submit(replace(GOOD, seed=13)), engine.submit(GOOD)
+    assert len(good.result(timeout=60).completions) == 1
+    with pytest.raises(ValueError, match="thirteen"):
+        bad.result(timeout=60)
 
 
 def test_jobs_wait_for_memory_and_one_that_never_fits_is_refused(

@@ -152,11 +152,7 @@ def reason(error: UnsupportedModel, folder: Path) -> str:
     """The reason of a refusal, without what is the same for every model."""
     text = re.sub(r"^\([\w.-]+\) ", "", str(error).replace(str(folder), "").strip())
     text = re.split(r" Evaluate it with HELM| Leave rows at", text)[0].rstrip(".")
-    return (
-        text.removeprefix("would be computed wrongly: ")
-        .replace("rows single rows fail", "rows it fails")
-        .replace("rows packed rows fail", "rows it fails")
-    )
+    return text.removeprefix("would be computed wrongly: ")
 
 
 def _why_not_packed(folder: Path) -> str:
