@@ -215,9 +215,7 @@ class Engine:
     def _check_space(self, prepared: PreparedJob) -> None:
         job, capacity = prepared.job, self._scheduler.capacity_bytes
         completions = min(1, job.max_new_tokens) if prepared.is_greedy else job.num_completions
-        needed = self._scheduler.bytes_needed(
-            len(prepared.input_ids), completions=completions, max_new_tokens=job.max_new_tokens
-        )
+        needed = self._scheduler.bytes_needed(len(prepared.input_ids), [job.max_new_tokens] * completions)
         if needed > capacity:
             raise OutOfSpace(
                 f"What the job keeps between sweeps (K and V) needs {needed / 2**30:.2f} GiB, but there are "

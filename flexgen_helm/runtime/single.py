@@ -18,7 +18,7 @@ from flexgen_helm.runtime.lockstep import run_in_lockstep
 from flexgen_helm.runtime.recorder import RecordedModel, Recording
 from flexgen_helm.schedule.rows import Row, Segment, State, Sweep
 
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+CACHE_PARAMETERS = ("past_key_values", "cache_params")
 """What forwards of the library call their cache."""
 
 
@@ -78,7 +78,7 @@ class SingleRows:
             input_ids=ids,
             position_ids=torch.arange(segment.start, segment.end, device=ids.device)[None],
             use_cache=True,
-            **dict.fromkeys(CACHE_ARGUMENTS, cache),
+            **dict.fromkeys(CACHE_PARAMETERS, cache),
         )
 
     def _cache(self, state: State) -> DynamicCache:

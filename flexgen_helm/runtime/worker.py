@@ -136,7 +136,7 @@ class Worker:
     def _refuse_what_never_fits(self) -> None:
         """Jobs fit one by one, but those with the same prompt are one piece of work, whose completions may not."""
         works, capacity = self._scheduler.abandon(), self._scheduler.capacity_bytes
-        too_large = [work for work in works if self._bytes_needed(work) > capacity]
+        too_large = [work for work in works if self._scheduler.bytes_needed(len(work.tokens), work.limits) > capacity]
         error = OutOfSpace(
             "One prompt was given with so many different completions that what they keep between sweeps (K and V) never fits "
             "into memory together. Ask for fewer of them at once."
@@ -148,10 +148,6 @@ class Worker:
                 if ticket.future.set_running_or_notify_cancel():
                     ticket.future.set_exception(error)
         self._scheduler.add([work for work in works if work not in too_large])
-
-    def _bytes_needed(self, work: Work) -> int:
-        longest = max((fork.max_new_tokens for fork in work.forks), default=0)
-        return self._scheduler.bytes_needed(len(work.tokens), completions=len(work.forks), max_new_tokens=longest)
 
     def _take_in(self) -> None:
         with self._signal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.placement import Placement
@@ -40,11 +40,12 @@ class PackedScheduler:
         """Memory for pages that are kept."""
         return self._pool.capacity * self._pool.page_bytes
 
-    def bytes_needed(self, length: int, *, completions: int, max_new_tokens: int) -> int:
-        """Kept pages of a job alone; one that generates at most one token needs none in column order."""
-        if max_new_tokens <= 1 and not self._keep_all:
+    def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
+        """Kept pages of a prompt alone; one that generates at most one token needs none in column order."""
+        if max(limits, default=0) <= 1 and not self._keep_all:
             return 0
-        return (num_pages(0, length) + completions * _continuation_pages(length, max_new_tokens)) * self._pool.page_bytes
+        pages = num_pages(0, length) + sum(_continuation_pages(length, limit) for limit in limits)
+        return pages * self._pool.page_bytes
 
     def add(self, works: list[Work]) -> None:
         """Take work in; prompts added together share their prefixes."""
@@ -154,8 +155,7 @@ class PackedScheduler:
 
     def _fits(self, work: Work, path: list[Node]) -> bool:
         return self._placement.fits(
-            self._placement.missing(path)
-            + sum(_continuation_pages(len(work.tokens), fork.max_new_tokens) for fork in work.forks)
+            self._placement.missing(path) + sum(_continuation_pages(len(work.tokens), limit) for limit in work.limits)
         )
 
     def _drop_prefixes(self) -> None:

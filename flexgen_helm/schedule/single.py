@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexgen_helm.schedule.rows import Fork, Row, Segment, State, Sweep, Want, pack_decode
@@ -42,9 +43,9 @@ class SingleScheduler:
         """Memory for the states of all sequences."""
         return self._capacity
 
-    def bytes_needed(self, length: int, *, completions: int, max_new_tokens: int) -> int:
-        """The states of a job: completions of one prompt begin with a copy of its state, so each has a whole one."""
-        return max(1, completions) * self._size.of(length + max(0, max_new_tokens - 1))
+    def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
+        """The states of a prompt: its completions begin with copies of its own, so each has a whole one."""
+        return sum(self._size.of(length + max(0, limit - 1)) for limit in limits or [0])
 
     def add(self, works: list[Work]) -> None:
         """Take work in."""
@@ -120,8 +121,7 @@ class SingleScheduler:
         return self._slots_taken + len(work.forks) <= self._policy.block_size
 
     def _reserve(self, work: Work) -> bool:
-        longest = max((fork.max_new_tokens for fork in work.forks), default=0)
-        needed = self.bytes_needed(len(work.tokens), completions=len(work.forks), max_new_tokens=longest)
+        needed = self.bytes_needed(len(work.tokens), work.limits)
         if needed > self._free:
             return False
         self._free -= needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +19,11 @@ class Work:
     forks: list[Fork]
     node: Node = field(init=False)
     done: bool = False
+
+    @property
+    def limits(self) -> list[int]:
+        """New tokens of each completion, at most."""
+        return [fork.max_new_tokens for fork in self.forks]
 
     @property
     def generating(self) -> bool:
@@ -41,8 +47,8 @@ class Scheduler(Protocol):
     def capacity_bytes(self) -> int:
         """Memory for what sequences carry from one sweep to the next."""
 
-    def bytes_needed(self, length: int, *, completions: int, max_new_tokens: int) -> int:
-        """What one job needs of it: a prompt of ``length`` tokens with its completions, alone."""
+    def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
+        """What a prompt of ``length`` tokens needs of it alone, with completions of at most ``limits`` new tokens each."""
 
     def add(self, works: list[Work]) -> None:
         """Take work in."""

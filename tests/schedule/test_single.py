@@ -51,11 +51,6 @@ class StateMachine(Machine):
         segment.state.content = prefix
 
 
-def bytes_alone(scheduler: SingleScheduler, work: Work) -> int:
-    longest = max((fork.max_new_tokens for fork in work.forks), default=0)
-    return scheduler.bytes_needed(len(work.tokens), completions=len(work.forks), max_new_tokens=longest)
-
-
 @settings(derandomize=True, max_examples=300, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(SPECS, POLICIES, st.builds(StateSize, st.integers(0, 50), st.integers(0, 3)), st.integers(0, 300), st.integers(1, 10))
 def test_every_answer_comes_from_the_right_prefix(
@@ -64,7 +59,7 @@ def test_every_answer_comes_from_the_right_prefix(
     block_tokens = policy.block_tokens or 1
     machine = StateMachine(policy, specs, size, block_tokens)
     sizes = SingleScheduler(policy, block_tokens=1, capacity_bytes=0, size=size)
-    capacity = max(bytes_alone(sizes, work) for work in machine.works) + spare
+    capacity = max(sizes.bytes_needed(len(work.tokens), work.limits) for work in machine.works) + spare
     scheduler = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity, size=size)
     assert_answers(scheduler, machine, specs, first=first)
     assert machine.most_bytes <= capacity
@@ -86,10 +81,10 @@ def test_a_block_decodes_as_many_sequences_as_it_has_slots() -> None:
     assert rows == ([[1] * 6] + [[3, 3]] * 4) * 3 + [[1] * 2] + [[2]] * 4
 
 
-@pytest.mark.parametrize(("completions", "new", "needed"), [(0, 0, 24), (1, 1, 24), (1, 5, 32), (3, 5, 96)])
-def test_each_completion_needs_a_state_of_its_own(completions: int, new: int, needed: int) -> None:
+@pytest.mark.parametrize(("limits", "needed"), [([], 24), ([1], 24), ([5], 32), ([5, 5, 1], 88)])
+def test_each_completion_needs_a_state_of_its_own(limits: list[int], needed: int) -> None:
     scheduler = SingleScheduler(Policy(), block_tokens=10, capacity_bytes=99, size=StateSize(4, 2))
-    assert scheduler.bytes_needed(10, completions=completions, max_new_tokens=new) == needed
+    assert scheduler.bytes_needed(10, limits) == needed
 
 
 def test_abandoned_work_frees_its_memory() -> None:
