@@ -21,5 +21,9 @@ class OutOfSpace(FlexGenError):
     """Memory or disk is too small for what was asked; the message names both sizes."""
 
 
+class DiskFull(OutOfSpace):
+    """A file cannot be written any further; the message says what was kept and how to go on."""
+
+
 class CorruptFile(FlexGenError):
     """A file that is torn, missing or not what its checksum says."""

@@ -113,3 +113,17 @@ class RunStats:
     seconds: float = 0.0
     peak_bytes: int = 0
     """Highest resident memory of this process in bytes (device memory on a GPU) seen during the run."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine holds and by what its answers are decided."""
+
+    policy: Policy
+    numerics: dict[str, str | int]
+    """What decides the bits of an answer beside the job itself, the digest of the weights among it."""
+    bits_per_weight: float
+    bits_per_cache_element: float
+    """Of K and V, or of whatever state a model keeps in their place."""
+    weight_bytes: dict[str, int]
+    """Bytes of weights on each tier: device, host, disk."""

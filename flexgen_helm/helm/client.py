@@ -8,10 +8,10 @@ from typing import Any
 from helm.clients.client import CachingClient
 from helm.common.cache import CacheConfig
 from helm.common.hierarchical_logger import hexception, hlog
+from helm.common.key_value_store import request_to_key
 from helm.common.request import Request, RequestResult
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.helm.cache import ResponseCache
 from flexgen_helm.helm.deployment import parse_arguments
 from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.requests import (
@@ -38,7 +38,7 @@ class FlexGenClient(CachingClient):
         """
         super().__init__(cache_config)
         self._arguments = parse_arguments(engine_arguments)
-        self._responses = ResponseCache(cache_config, ENGINES.cache_lock)
+        self._cache_config = cache_config
 
     def make_request(self, request: Request) -> RequestResult:
         """Serve one request; safe to call from many threads, whose requests share sweeps.
@@ -58,14 +58,14 @@ class FlexGenClient(CachingClient):
     def _respond(self, request: Request) -> tuple[Response, bool]:
         job = to_job(request)
         with ENGINES.lease(self._arguments, few_requests=True, on_load=_recommend_runner) as engine:
-            key = cache_key(request, job, engine.numerics)
-            (stored,) = self._responses.lookup([key])
+            key, cache = request_to_key(cache_key(request, job, engine.numerics)), ENGINES.caches.get(self._cache_config)
+            (stored,) = cache.lookup([key])
             if stored is not None:
                 return stored, True
             batch_size, started = ENGINES.borrowers, time.time()
             result = engine.submit(job).result()
             response = to_response(request, result, Timing(started, time.time() - started, batch_size))
-        self._responses.write([(key, response)])
+        cache.write([(key, response)])
         return response, False
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from greenlet import getcurrent, greenlet
@@ -15,6 +19,11 @@ from helm.benchmark.executor import Executor, ExecutorError
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner
 from helm.common.request import RequestResult
+
+from flexgen_helm.helm.report import RUN_FILE
+
+LAST_FILE = "per_instance_stats.json"
+"""The last file that HELM writes."""
 
 
 class PausingExecutor(Executor):
@@ -43,19 +52,22 @@ class PausingExecutor(Executor):
 
 
 class PausableRun:
-    """One run entry, whose requests can be read before they are answered.
+    """One run entry, whose requests can be read before they are answered, and whose files appear when they are complete.
 
     HELM adapts, executes, evaluates and writes a run in one function. It is called unchanged in a greenlet, which rests
     while others adapt: threads would do as well, if HELM imported no module that wants to be in the main thread. Each
     run finds the global random state as it left it, so files are the same as if the runs had followed each other.
+    HELM takes a run whose files exist for complete, so they are written elsewhere and moved when all of them are there.
     """
 
-    def __init__(self, runner: Runner, run_spec: RunSpec, pauses_for: Callable[[ScenarioState], bool]) -> None:
-        """Args: runner: Provides ``run_one``. pauses_for: Whether a run is to be paused."""
+    def __init__(self, runner: Runner, run_spec: RunSpec, pauses_for: Callable[[ScenarioState], bool], folder: Path) -> None:
+        """Args: runner: Provides ``run_one``. pauses_for: Whether a run is to be paused. folder: Of unfinished runs."""
         self.run_spec = run_spec
         self.request_states: list[RequestState] = []
         """While paused: the requests that wait for results."""
+        self._unfinished, self._finished = folder / run_spec.name, Path(runner.runs_path) / run_spec.name
         self._runner = copy.copy(runner)
+        self._runner.runs_path = str(folder)
         self._runner.executor = PausingExecutor(runner.executor, pauses_for, self._pause)
         self._greenlet = greenlet(self._run)
 
@@ -66,14 +78,17 @@ class PausableRun:
 
     def start(self) -> None:
         """Run until the requests are known or the run has ended; raises what the run raised."""
+        shutil.rmtree(self._unfinished, ignore_errors=True)
         self._greenlet.switch()
 
-    def resume(self, results: list[RequestResult]) -> None:
+    def resume(self, results: list[RequestResult], report: dict[str, Any]) -> None:
         """Run from the answers to the end; raises what the run raised.
 
         Args:
             results: In the order of ``request_states``.
+            report: For ``flexgen.json``.
         """
+        (self._unfinished / RUN_FILE).write_text(json.dumps(report, indent=2))
         self._greenlet.switch(results)
 
     def abandon(self) -> None:
@@ -83,7 +98,18 @@ class PausableRun:
 
     def _run(self) -> None:
         # Not the method of a subclass, which may itself make pausable runs.
-        Runner.run_one(self._runner, self.run_spec)
+        try:
+            Runner.run_one(self._runner, self.run_spec)
+            self._publish()
+        finally:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def _publish(self) -> None:
+        """Move the files, the one last without which HELM takes no run for complete."""
+        self._finished.mkdir(parents=True, exist_ok=True)
+        (self._finished / LAST_FILE).unlink(missing_ok=True)
+        for path in sorted(self._unfinished.iterdir(), key=lambda path: path.name == LAST_FILE):
+            path.replace(self._finished / path.name)
 
     def _pause(self, scenario_state: ScenarioState) -> ScenarioState:
         python_state, numpy_state = random.getstate(), np.random.get_state()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.helm.cache import ResponseCaches
 from flexgen_helm.helm.deployment import EngineArguments, check_keywords
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ class EngineRegistry:
         self._arguments: EngineArguments | None = None
         self._refused: tuple[EngineArguments, UnsupportedModel] | None = None
         self._borrowers = 0
-        self.cache_lock = threading.Lock()
-        """To be held while HELM's request cache is read or written."""
+        self.caches = ResponseCaches()
+        """HELM's request caches, open for as long as the process needs them."""
 
     @property
     def borrowers(self) -> int:
@@ -108,11 +109,12 @@ class EngineRegistry:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Close the loaded engine, if any, once nobody uses it, and forget what was refused."""
+        """Close the loaded engine, if any, once nobody uses it, and the caches; forget what was refused."""
         with self._changed:
             self._changed.wait_for(lambda: not self._borrowers)
             self._close()
             self._refused = None
+            self.caches.close()
 
     def _close(self) -> None:
         if self._engine is not None:

@@ -6,34 +6,40 @@ import json
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 from helm.benchmark.adaptation.scenario_state import ScenarioState
-from helm.benchmark.model_deployment_registry import get_model_deployment
+from helm.benchmark.model_deployment_registry import ModelDeployment, get_model_deployment
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner, RunnerError
 from helm.common.cache_backend_config import BlackHoleCacheBackendConfig, CacheBackendConfig
 from helm.common.general import write
 from helm.common.hierarchical_logger import hlog, htrack_block, hwarn
-from helm.common.request import RequestResult
 from tqdm import tqdm
 
-from flexgen_helm.helm.cache import ResponseCache
+from flexgen_helm.errors import DiskFull
 from flexgen_helm.helm.deployment import is_flexgen
+from flexgen_helm.helm.disk import RESUME, is_disk_full
+from flexgen_helm.helm.journal import FOLDER, Journal
 from flexgen_helm.helm.pausing import PausableRun
 from flexgen_helm.helm.registry import ENGINES
-from flexgen_helm.helm.workload import WorkloadReport, serve
+from flexgen_helm.helm.report import WORKLOAD_FILE, WorkloadReport, run_report
+from flexgen_helm.helm.requests import to_job
+from flexgen_helm.helm.workload import Served, serve
 
-REPORT_FILE = "flexgen_workload.json"
-"""In the suite's folder: one entry for each deployment that was served, see ``WorkloadReport``."""
+UNFINISHED = "unfinished"
+"""Beside the journal: files of runs that are not complete."""
 
 
 class FlexGenRunner(Runner):
     """Runs a suite: all entries are adapted, each flexgen deployment serves its requests at once, then come metrics.
 
     Use it with ``helm-run --runner-class-name flexgen_helm.helm.runner.FlexGenRunner``. Everything but the order of
-    these steps is HELM's own: options, files, errors, and entries of other vendors' deployments.
+    these steps is HELM's own: options, files, errors, and entries of other vendors' deployments. Answers are kept in a
+    journal in the suite's folder until all runs are complete: the same command goes on where a killed one stopped.
     """
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
@@ -41,28 +47,44 @@ class FlexGenRunner(Runner):
 
         Raises:
             RunnerError: Runs have failed; the others are complete. With ``exit_on_error`` the first error is raised.
+            DiskFull: There is no space left; nothing further is tried.
         """
         failed: list[str] = []
-        reports: list[WorkloadReport] = []
         paused: list[PausableRun] = []
         try:
             for run_spec in tqdm(run_specs, desc="Adapting", disable=None):
-                run = PausableRun(self, run_spec, self._collects)
-                self._attempt(f"Adapting {run_spec.name}", [run], failed, run.start)
+                run = PausableRun(self, run_spec, self._collects, self._journal_folder / UNFINISHED)
+                if not self._skips(run_spec):
+                    self._attempt(f"Adapting {run_spec.name}", [run], failed, run.start)
                 if run.paused:
                     paused.append(run)
-            for deployment, runs in _by_deployment(paused).items():
-                self._serve(deployment, runs, failed, reports)
+            if paused:
+                self._serve_all(paused, failed)
         finally:
             for run in paused:
                 run.abandon()
-            self._write_reports(reports)
+            self._remove_empty_folders()
         if failed:
             names = ", ".join(f'"{run_spec.name}"' for run_spec in run_specs if run_spec.name in failed)
             raise RunnerError(f"Failed runs: [{names}]")
 
+    @property
+    def _journal_folder(self) -> Path:
+        return Path(self.runs_path) / FOLDER
+
+    def _skips(self, run_spec: RunSpec) -> bool:
+        """As HELM does with --skip-completed-runs."""
+        skips = self.skip_completed_runs and self._is_run_completed(self._get_run_path(run_spec))
+        if skips:
+            hlog(f"Skipping run {run_spec.name} because run is completed and all output files exist.")
+        return bool(skips)
+
     def _collects(self, scenario_state: ScenarioState) -> bool:
-        """Whether requests wait for the rest of the suite; the alternative is HELM's executor, at once."""
+        """Whether requests wait for the rest of the suite; the alternative is HELM's executor, at once.
+
+        Raises:
+            InvalidJob: A request has a field that cannot be honoured, which is said before any is computed.
+        """
         if self.dry_run or not scenario_state.request_states:
             return False
         if not is_flexgen(get_model_deployment(scenario_state.adapter_spec.model_deployment)):
@@ -70,6 +92,8 @@ class FlexGenRunner(Runner):
         if self.executor.execution_spec.url:
             hwarn("--server-url is set, so requests go to that server one by one, not to an engine in this process.")
             return False
+        for state in scenario_state.request_states:
+            to_job(state.request)
         return True
 
     def _attempt(self, what: str, runs: list[PausableRun], failed: list[str], action: Callable[[], None]) -> bool:
@@ -77,8 +101,10 @@ class FlexGenRunner(Runner):
         try:
             with htrack_block(what):
                 action()
-        except Exception:
-            if self.exit_on_error:
+        except Exception as error:
+            if is_disk_full(error) and not isinstance(error, DiskFull):
+                raise DiskFull(f"{what}: {error}. Free some space. {RESUME}") from error
+            if self.exit_on_error or isinstance(error, DiskFull):
                 raise
             for run in runs:
                 hlog(f"Error when running {run.run_spec.name}:\n{traceback.format_exc()}")
@@ -86,33 +112,52 @@ class FlexGenRunner(Runner):
             return False
         return True
 
-    def _serve(self, deployment_name: str, runs: list[PausableRun], failed: list[str], reports: list[WorkloadReport]) -> None:
+    def _serve_all(self, paused: list[PausableRun], failed: list[str]) -> None:
+        """Answer all requests, deployment by deployment, and finish the runs."""
+        reports: list[WorkloadReport] = []
+        with Journal(self._journal_folder, [run.run_spec.name for run in paused]) as journal:
+            for deployment, runs in _by_deployment(paused).items():
+                self._serve(get_model_deployment(deployment), runs, failed, journal, reports)
+            if not failed:
+                journal.discard()
+
+    def _serve(
+        self,
+        deployment: ModelDeployment,
+        runs: list[PausableRun],
+        failed: list[str],
+        journal: Journal,
+        reports: list[WorkloadReport],
+    ) -> None:
         """Answer the requests of all runs of a deployment and finish these runs."""
-        deployment = get_model_deployment(deployment_name)
         requests = [state.request for run in runs for state in run.request_states]
-        cache = ResponseCache(self._cache_backend.get_cache_config(deployment.host_organization), ENGINES.cache_lock)
-        results: list[RequestResult] = []
+        answers: list[Served] = []
 
         def answer() -> None:
-            answers, report = serve(deployment, requests, cache, ENGINES)
-            results.extend(answers)
-            reports.append(report)
+            cache = ENGINES.caches.get(self._cache_backend.get_cache_config(deployment.host_organization))
+            answers.append(serve(deployment, requests, cache, journal, ENGINES))
+            reports.append(answers[0].report)
+            path = os.path.join(self.runs_path, WORKLOAD_FILE)
+            write(path, json.dumps([report.as_dict() for report in reports], indent=2))
 
-        if self._attempt(f"Serving {len(runs)} runs of {deployment_name}", runs, failed, answer):
-            remaining = iter(results)
-            for run in runs:
-                own = list(islice(remaining, len(run.request_states)))
-                self._attempt(f"Running {run.run_spec.name}", [run], failed, partial(run.resume, own))
+        if not self._attempt(f"Serving {len(runs)} runs of {deployment.name}", runs, failed, answer):
+            return
+        (served,) = answers
+        remaining = zip(served.results, served.sources, strict=True)
+        for run in runs:
+            results, sources = zip(*islice(remaining, len(run.request_states)), strict=True)
+            report = run_report(deployment, served.report, sources)
+            self._attempt(f"Running {run.run_spec.name}", [run], failed, partial(run.resume, list(results), report))
 
     @property
     def _cache_backend(self) -> CacheBackendConfig:
         spec = self.executor.execution_spec
         return spec.sqlite_cache_backend_config or spec.mongo_cache_backend_config or BlackHoleCacheBackendConfig()
 
-    def _write_reports(self, reports: list[WorkloadReport]) -> None:
-        if reports:
-            path = os.path.join(self.runs_path, REPORT_FILE)
-            write(path, json.dumps([report.as_dict() for report in reports], indent=2))
+    def _remove_empty_folders(self) -> None:
+        for folder in (self._journal_folder / UNFINISHED, self._journal_folder):
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _by_deployment(runs: list[PausableRun]) -> dict[str, list[PausableRun]]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from helm.benchmark.model_deployment_registry import ModelDeployment
 from helm.common.hierarchical_logger import hlog
+from helm.common.key_value_store import request_to_key
 from helm.common.request import Request, RequestResult
 
 from flexgen_helm.errors import FlexGenError, InvalidJob
-from flexgen_helm.helm.cache import Key, ResponseCache
-from flexgen_helm.helm.deployment import parse_arguments
+from flexgen_helm.helm.cache import ResponseCache
+from flexgen_helm.helm.deployment import EngineArguments, parse_arguments
+from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import EngineRegistry
+from flexgen_helm.helm.report import Source, WorkloadReport
 from flexgen_helm.helm.requests import (
     Response,
     Timing,
@@ -24,82 +27,94 @@ from flexgen_helm.helm.requests import (
     to_request_result,
     to_response,
 )
-from flexgen_helm.types import Job, Result, RunStats
+from flexgen_helm.types import Job, Policy, Result, RunStats
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
 
 
 @dataclass(frozen=True)
-class WorkloadReport:
-    """What serving a workload took."""
+class Served:
+    """Answers in the order of the requests."""
 
-    deployment: str
-    num_requests: int
-    num_cached: int
-    stats: RunStats
-    """Of the requests that were not cached."""
-
-    def summary(self) -> str:
-        """Return the line that a runner prints at the end."""
-        # It comes with torch, which is loaded anyway when there is something to report.
-        from flexgen_helm.runtime.progress import summary
-
-        counts = f"{self.deployment}: {self.num_requests:,} requests, {self.num_cached:,} of them cached"
-        return f"{counts}; {summary(self.stats)}" if self.stats.num_jobs else counts
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report in plain types, for JSON."""
-        return asdict(self)
+    results: list[RequestResult]
+    sources: list[Source]
+    report: WorkloadReport
 
 
 def serve(
-    deployment: ModelDeployment, requests: Sequence[Request], cache: ResponseCache, registry: EngineRegistry
-) -> tuple[list[RequestResult], WorkloadReport]:
+    deployment: ModelDeployment,
+    requests: Sequence[Request],
+    cache: ResponseCache,
+    journal: Journal,
+    registry: EngineRegistry,
+) -> Served:
     """Serve requests of one deployment.
 
-    A request that cannot be served gets a failure as its result and does not disturb the others. Whatever was computed
-    is in the cache afterwards, also when the engine fails or the user interrupts it.
-
-    Returns:
-        Results in the order of the requests, and what it took.
+    A request that cannot be served gets a failure as its result and does not disturb the others. Every answer is in
+    the journal at the sweep in which it finishes, and in the cache afterwards, also when the engine fails or the user
+    interrupts it.
 
     Raises:
         FlexGenError: No engine can be made of the deployment.
+        DiskFull: Journal or cache cannot be written.
     """
-    with registry.lease(parse_arguments(deployment.client_spec.args)) as engine:
-        workload = _Workload(engine, cache, requests)
+    with registry.lease(_arguments(deployment, journal)) as engine:
+        info = engine.describe()
+        journal.note_policy(deployment.name, asdict(info.policy))
+        workload = _Workload(engine, cache, journal, requests)
         workload.run()
-        report = WorkloadReport(deployment.name, len(requests), workload.num_cached, workload.stats)
+        sources, stats = workload.sources, workload.stats
+        counts = (len(requests), sources.count("cached"), sources.count("resumed"))
+        report = WorkloadReport(deployment.name, *counts, stats, info, engine.share_of_limit(stats))
     hlog(report.summary())
-    return workload.results(), report
+    return Served(workload.results, sources, report)
+
+
+def _arguments(deployment: ModelDeployment, journal: Journal) -> EngineArguments:
+    """Return the deployment's arguments; what is resumed is resumed with the row sizes with which it began."""
+    arguments, begun = parse_arguments(deployment.client_spec.args), journal.policy(deployment.name)
+    if arguments.get("policy") is None and begun is not None:
+        arguments["policy"] = Policy(**begun)
+    return arguments
 
 
 class _Workload:
     """State of ``serve``."""
 
-    def __init__(self, engine: Engine, cache: ResponseCache, requests: Sequence[Request]) -> None:
-        self._engine = engine
-        self._cache = cache
-        self._requests = requests
+    def __init__(self, engine: Engine, cache: ResponseCache, journal: Journal, requests: Sequence[Request]) -> None:
+        self._engine, self._cache, self._journal, self._requests = engine, cache, journal, requests
         self._results: dict[int, RequestResult] = {}
-        self.num_cached = 0
+        self._sources: dict[int, Source] = {}
+        self._keys: dict[int, str] = {}
         self.stats = RunStats()
 
+    @property
     def results(self) -> list[RequestResult]:
         return [self._results[index] for index in range(len(self._requests))]
 
+    @property
+    def sources(self) -> list[Source]:
+        return [self._sources[index] for index in range(len(self._requests))]
+
     def run(self) -> None:
-        """Answer every request from the cache or by the engine."""
+        """Answer every request from the cache, from the journal or by the engine."""
         jobs = self._convert()
-        keys = {index: cache_key(self._requests[index], job, self._engine.numerics) for index, job in jobs.items()}
-        for index, stored in zip(keys, self._cache.lookup(keys.values()), strict=True):
+        numerics = self._engine.numerics
+        self._keys = {index: request_to_key(cache_key(self._requests[index], job, numerics)) for index, job in jobs.items()}
+        for index, stored in zip(jobs, self._cache.lookup([self._keys[index] for index in jobs]), strict=True):
             if stored is not None:
-                self._results[index] = to_request_result(stored, cached=True)
+                self._settle(index, "cached", stored)
+        resumed: dict[int, Response] = {}
+        for index in (index for index in jobs if index not in self._results):
+            found = self._journal.lookup(self._keys[index])
+            if found is not None:
+                resumed[index] = found
+                self._settle(index, "resumed", found)
+        self._store(resumed)
         missing = [index for index in jobs if index not in self._results]
-        self.num_cached = len(jobs) - len(missing)
         if missing:
-            self._compute(missing, jobs, keys)
+            self._compute(missing, jobs)
 
     def _convert(self) -> dict[int, Job]:
         jobs = {}
@@ -107,31 +122,43 @@ class _Workload:
             try:
                 jobs[index] = to_job(request)
             except InvalidJob as error:
-                self._results[index] = failure(error)
+                self._fail(index, error)
         return jobs
 
-    def _compute(self, missing: list[int], jobs: dict[int, Job], keys: dict[int, Key]) -> None:
-        finished: dict[int, Result] = {}
+    def _compute(self, missing: list[int], jobs: dict[int, Job]) -> None:
+        computed: dict[int, Response] = {}
         started = time.time()
+
+        def timing() -> Timing:
+            return Timing(started, time.time() - started, len(missing))
+
+        def on_result(position: int, result: Result) -> None:
+            if result.error is not None:
+                return
+            index = missing[position]
+            computed[index] = to_response(self._requests[index], result, timing())
+            self._journal.append(self._keys[index], computed[index])
+
         try:
-            results = self._engine.run(
-                [jobs[index] for index in missing],
-                on_result=lambda position, result: finished.update({missing[position]: result}),
-                on_error="return",
-            )
-            finished.update(zip(missing, results, strict=True))
+            results = self._engine.run([jobs[index] for index in missing], on_result=on_result, on_error="return")
             self.stats = self._engine.stats
         finally:
-            timing = Timing(started, time.time() - started, len(missing))
-            self._cache.write((keys[index], response) for index, response in self._respond(finished, timing).items())
-
-    def _respond(self, finished: dict[int, Result], timing: Timing) -> dict[int, Response]:
-        responses = {}
-        for index, result in finished.items():
-            try:
-                responses[index] = to_response(self._requests[index], result, timing)
-            except FlexGenError as error:
-                self._results[index] = failure(error)
+            whole = timing()  # how long the batch took is known only now
+            computed = {index: whole.stamp(response) for index, response in computed.items()}
+            self._store(computed)
+        for index, result in zip(missing, results, strict=True):
+            if result.error is not None:
+                self._fail(index, result.error)
             else:
-                self._results[index] = to_request_result(responses[index], cached=False)
-        return responses
+                self._settle(index, "computed", computed[index])
+
+    def _store(self, responses: dict[int, Response]) -> None:
+        self._cache.write((self._keys[index], response) for index, response in responses.items())
+
+    def _settle(self, index: int, source: Source, response: Response) -> None:
+        self._sources[index] = source
+        self._results[index] = to_request_result(response, cached=source != "computed")
+
+    def _fail(self, index: int, error: FlexGenError) -> None:
+        self._sources[index] = "failed"
+        self._results[index] = failure(error)

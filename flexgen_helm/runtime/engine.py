@@ -22,13 +22,14 @@ from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
 from flexgen_helm.runtime.kinds import Kind, KindChoice, check_model, log_choice, make_rows, validated_kind
+from flexgen_helm.runtime.limit import layer_sizes, limit_seconds, measure_rates
 from flexgen_helm.runtime.loading import LoadedModel, open_model
 from flexgen_helm.runtime.progress import Progress
 from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, small_policy, validated
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
 from flexgen_helm.schedule.operations import ORDERS, Order
-from flexgen_helm.types import Job, Policy, Result, RunStats
+from flexgen_helm.types import EngineInfo, Job, Policy, Result, RunStats
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,31 @@ class Engine:
         ticket = Ticket(self._prepare(job))
         self._worker.put([ticket])
         return ticket.future
+
+    def describe(self) -> EngineInfo:
+        """Return what the engine holds and by what its answers are decided."""
+        parameters = list(self._loaded.model.parameters())  # tied weights once
+        num_bytes, count = sum(p.numel() * p.element_size() for p in parameters), sum(p.numel() for p in parameters)
+        return EngineInfo(
+            policy=self.policy,
+            numerics=dict(self.numerics),
+            bits_per_weight=8 * num_bytes / count,
+            bits_per_cache_element=8.0 * self._loaded.model.dtype.itemsize,
+            weight_bytes={"device": num_bytes, "host": 0, "disk": 0},
+        )
+
+    def share_of_limit(self, stats: RunStats) -> float | None:
+        """Compare a run with the least time that this machine would need for its layers, from rates measured now.
+
+        Returns:
+            That time over the run's, or None where nothing was computed or the bound is unknown; see
+            `flexgen_helm.runtime.limit`.
+        """
+        config = self._loaded.model.config.get_text_config(decoder=True)
+        sizes = layer_sizes(self._checked.model.layers, getattr(config, "num_experts_per_tok", None))
+        if sizes is None or not stats.sweeps:
+            return None
+        return limit_seconds(stats, sizes, measure_rates(self._device, self._loaded.model.dtype)) / stats.seconds
 
     def close(self) -> None:
         """Stop computing. What is in flight is cancelled; memory is freed with the engine itself."""

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from flexgen_helm.helm.runner import REPORT_FILE
+from flexgen_helm.helm.report import WORKLOAD_FILE
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _read_score(run_folder: Path, environments: dict[str, dict[str, str]]) -> Sc
 
 def read_work(suite_folder: Path) -> Work:
     """Read the report that the runner left in the suite's folder."""
-    reports = _json(suite_folder / REPORT_FILE)
+    reports = _json(suite_folder / WORKLOAD_FILE)
 
     def total(name: str) -> int:
         return int(sum(report["stats"][name] for report in reports))

@@ -23,7 +23,7 @@ from helm.benchmark.scenarios.scenario import (
 )
 
 from flexgen_helm.errors import FlexGenError, InvalidJob
-from flexgen_helm.types import Completion, FinishReason, Job, Result, RunStats
+from flexgen_helm.types import Completion, EngineInfo, FinishReason, Job, Policy, Result, RunStats
 
 REFUSED = "never"
 """A prompt with this word is an invalid job for the fake engine."""
@@ -76,6 +76,12 @@ class FakeEngine:
 
         threading.Thread(target=finish, daemon=True).start()
         return future
+
+    def describe(self) -> EngineInfo:
+        return EngineInfo(Policy(), dict(self.numerics), 32.0, 32.0, {"device": 4, "host": 0, "disk": 0})
+
+    def share_of_limit(self, stats: RunStats) -> float | None:
+        return 0.5 if stats.num_jobs else None
 
     def close(self) -> None:
         self.closed = True

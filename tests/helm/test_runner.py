@@ -18,7 +18,8 @@ from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner, RunnerError
 
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.helm.runner import REPORT_FILE, FlexGenRunner
+from flexgen_helm.helm.report import WORKLOAD_FILE
+from flexgen_helm.helm.runner import FlexGenRunner
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import REFUSED, FakeLoader, run_spec
 from tests.helm.files import FILES, completed, read, timeless
@@ -112,7 +113,7 @@ def test_cached_answers_are_not_computed_again(run_suite: RunSuite, loader: Fake
     assert timeless(read(first, "generation", "stats.json")) == timeless(read(second, "generation", "stats.json"))
     states = read(second, "more", "scenario_state.json")["request_states"]
     assert sorted(state["result"]["cached"] for state in states) == [False, False, True, True, True]
-    (report,) = json.loads((second / REPORT_FILE).read_text())
+    (report,) = json.loads((second / WORKLOAD_FILE).read_text())
     assert (report["num_requests"], report["num_cached"], report["stats"]["num_jobs"]) == (8, 6, 2)
 
 
@@ -145,7 +146,7 @@ def test_what_was_computed_survives_an_interruption(
         run_suite([run_spec()])
     monkeypatch.setattr(engine, "run", whole)
     run_suite([run_spec()])
-    assert [len(jobs) for jobs in engine.runs] == [1, 2]
+    assert [len(jobs) for engine in loader.engines for jobs in engine.runs] == [1, 2]
 
 
 def test_without_a_cache_everything_is_computed_again(run_suite: RunSuite, loader: FakeLoader) -> None:

@@ -19,7 +19,7 @@ from helm.benchmark.run import build_parser, run_entries_to_run_specs
 
 from flexgen_helm.assets import install_helm_data, smollm2_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
-from flexgen_helm.helm.runner import REPORT_FILE
+from flexgen_helm.helm.report import WORKLOAD_FILE
 from flexgen_helm.runs.quickstart import __main__ as quickstart
 from flexgen_helm.runs.quickstart.commands import offline_environment, run_command, suite_file, write_model_metadata
 from flexgen_helm.runs.quickstart.scores import Score, Work, read_scores, read_work, render
@@ -53,7 +53,7 @@ def suite(tmp_path: Path) -> Path:
     (folder / "groups").mkdir()
     work = {"prompt_tokens_asked": 4000, "prompt_tokens_computed": 1000, "seconds": 2.0}
     report = {"num_requests": 14, "num_cached": 4, "stats": work}
-    (folder / REPORT_FILE).write_text(json.dumps([report]))
+    (folder / WORKLOAD_FILE).write_text(json.dumps([report]))
     return folder
 
 
