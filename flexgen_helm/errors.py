@@ -23,3 +23,7 @@ class OutOfSpace(FlexGenError):
 
 class CorruptFile(FlexGenError):
     """A file that is torn, missing or not what its checksum says."""
+
+
+class ScenarioError(FlexGenError):
+    """A scenario whose arguments or data cannot be used."""
