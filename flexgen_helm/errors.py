@@ -27,3 +27,7 @@ class DiskFull(OutOfSpace):
 
 class CorruptFile(FlexGenError):
     """A file that is torn, missing or not what its checksum says."""
+
+
+class ScenarioError(FlexGenError):
+    """A scenario whose arguments or data cannot be used."""
