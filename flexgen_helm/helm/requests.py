@@ -46,16 +46,6 @@ class Timing:
     batch_size: int
     """Requests that were computed together."""
 
-    def stamp(self, response: Response) -> Response:
-        """Return the answer with these times in place of its own."""
-        return {
-            **response,
-            "request_time": self.seconds / self.batch_size,
-            "request_datetime": int(self.started),
-            "batch_size": self.batch_size,
-            "batch_request_time": self.seconds,
-        }
-
 
 Refusal = tuple[Callable[[Request], bool], str]
 

@@ -144,7 +144,7 @@ class _Workload:
             self.stats = self._engine.stats
         finally:
             whole = timing()  # how long the batch took is known only now
-            computed = {index: whole.stamp(response) for index, response in computed.items()}
+            computed = {index: _stamped(response, whole) for index, response in computed.items()}
             self._store(computed)
         for index, result in zip(missing, results, strict=True):
             if result.error is not None:
@@ -162,3 +162,12 @@ class _Workload:
     def _fail(self, index: int, error: FlexGenError) -> None:
         self._sources[index] = "failed"
         self._results[index] = failure(error)
+
+
+def _stamped(response: Response, timing: Timing) -> Response:
+    """Return an answer with other times."""
+    return {
+        **response,
+        "request_time": timing.seconds / timing.batch_size,
+        "batch_request_time": timing.seconds,
+    }
