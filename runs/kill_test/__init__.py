@@ -1,0 +1,1 @@
+"""A suite killed again and again at random moments: ``python -m flexgen_helm.runs.kill_test``."""

@@ -1,0 +1,130 @@
+"""Kill a small suite at random moments and compare what becomes of it: ``python -m flexgen_helm.runs.kill_test``."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flexgen_helm.assets import smollm2_folder
+from flexgen_helm.runs.kill_test.files import read_suite
+from flexgen_helm.runs.kill_test.suite import Command
+
+
+@dataclass
+class Tally:
+    """What happened to the killed commands."""
+
+    kills: int = 0
+    during: dict[str, int] = field(default_factory=dict)
+    """Kills by what the command had reached."""
+    completed: int = 0
+    """Suites that reached their end and whose files were compared."""
+    most_resumed: int = 0
+    """Most answers in the journal when a command was started."""
+
+
+def main() -> int:
+    """Run the command and return its exit status: 0 where nothing was lost, computed twice or different."""
+    parser = argparse.ArgumentParser(prog="python -m flexgen_helm.runs.kill_test", description=__doc__)
+    parser.add_argument("--kills", type=int, default=100, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("-m", "--max-eval-instances", type=int, default=8, metavar="N", help="instances of each entry")
+    parser.add_argument("--disable-cache", action="store_true", help="as of helm-run: the journal alone")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or smollm2_folder()
+        tally = kill(Path(folder), model, arguments.kills, arguments.seed, arguments.max_eval_instances, arguments.disable_cache)
+    print(f"{tally.kills} kills, {tally.completed} suites completed, all equal to the undisturbed one.")
+    print(f"Killed when the command had reached: {tally.during}. Most answers resumed: {tally.most_resumed}.")
+    return 0
+
+
+def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: int, disable_cache: bool) -> Tally:
+    """Kill a suite until ``kills`` kills have met a living process.
+
+    Args:
+        folder: For outputs.
+        model: A model folder.
+        kills: How many.
+        seed: Of the moments, which are uniform over the time that an undisturbed command takes.
+        max_eval_instances: Of each run entry.
+        disable_cache: Whether HELM's request cache is off.
+
+    Raises:
+        AssertionError: An answer was lost or computed twice, or files differ from the undisturbed suite's.
+    """
+    undisturbed = Command(model, folder / "undisturbed", max_eval_instances, disable_cache)
+    disturbed = Command(model, folder / "disturbed", max_eval_instances, disable_cache)
+    _run_to_the_end(undisturbed)
+    expected = read_suite(undisturbed.suite_folder)
+    tally, moments = Tally(), random.Random(seed)
+    # Timed once the slow imports are done.
+    seconds = _run_to_the_end(disturbed)
+    _compare(disturbed, expected, tally)
+    durable: list[str] = []
+    while tally.kills < kills:
+        process = disturbed.start()
+        process.join(moments.uniform(0, seconds))
+        process.kill()
+        process.join()
+        tally.kills += process.exitcode != 0
+        now = journal_keys(disturbed.suite_folder)
+        finished = process.exitcode == 0 or (_complete(disturbed, expected) and not now)
+        if not finished:
+            assert len(set(now)) == len(now), "an answer was computed again after it was durable"
+            assert now[: len(durable)] == durable, "a finished answer is lost"
+            assert process.exitcode == -9, f"the command failed; see {disturbed.output_path / 'log.txt'}"
+        stage = _stage(durable, now, finished)
+        tally.during[stage] = tally.during.get(stage, 0) + 1
+        tally.most_resumed = max(tally.most_resumed, len(durable))
+        durable = now
+        if finished:
+            _compare(disturbed, expected, tally)
+            durable = []
+    _run_to_the_end(disturbed)
+    _compare(disturbed, expected, tally)
+    return tally
+
+
+def journal_keys(suite_folder: Path) -> list[str]:
+    """Return the key of every whole record in the journal of a suite, in order."""
+    lines = [line for path in suite_folder.glob("flexgen_journal/*.jsonl") for line in path.read_bytes().splitlines(True)]
+    keys = [line.split(b'"key": "', 1)[1][:64] for line in lines if b'"key": "' in line and line.endswith(b"}\n")]
+    return [key.decode() for key in keys]
+
+
+def _stage(before: list[str], now: list[str], finished: bool) -> str:
+    if finished:
+        return "the end"
+    return "new answers" if len(now) > len(before) else "no new answer"
+
+
+def _complete(command: Command, expected: dict[str, object]) -> bool:
+    return read_suite(command.suite_folder).keys() == expected.keys()
+
+
+def _run_to_the_end(command: Command) -> float:
+    started = time.monotonic()
+    process = command.start()
+    process.join()
+    assert process.exitcode == 0, f"the command failed; see {command.output_path / 'log.txt'}"
+    return time.monotonic() - started
+
+
+def _compare(command: Command, expected: dict[str, object], tally: Tally) -> None:
+    actual = read_suite(command.suite_folder)
+    differing = [name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name)]
+    assert not differing, f"these files differ from the undisturbed suite's: {differing}"
+    tally.completed += 1
+    shutil.rmtree(command.output_path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

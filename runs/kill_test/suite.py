@@ -1,0 +1,96 @@
+"""The suite that is killed, and the process that is it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+RUNNER = "flexgen_helm.helm.runner.FlexGenRunner"
+SUITE = "kill_test"
+CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo"}
+NUM_TRAIN = 3
+PRELOADED = ("helm.benchmark.run", "flexgen_helm.helm.runner", "flexgen_helm.runtime.engine")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One ``helm-run`` command; the same one continues what was killed."""
+
+    model_folder: Path
+    output_path: Path
+    max_eval_instances: int
+    disable_cache: bool
+
+    @property
+    def suite_folder(self) -> Path:
+        """Where HELM writes the runs."""
+        return self.output_path / "runs" / SUITE
+
+    def arguments(self) -> list[str]:
+        """Return the arguments of ``helm-run``: scoring, greedy generation and samples, from data made by hand."""
+        questions = self.output_path / "questions.jsonl"
+        mcqa = f"custom_mcqa:path={questions.absolute()},num_train_instances={NUM_TRAIN}"
+        entries = [
+            "dyck_language:num_parenthesis_pairs=2",
+            f"{mcqa},method=multiple_choice_joint",
+            f"{mcqa},method=multiple_choice_separate_calibrated",
+            "wikifact:k=5,subject=capital",
+        ]
+        model = f"flexgen/{self.model_folder.absolute()}"
+        return [
+            *("--run-entries", *(f"{entry},model={model}" for entry in entries)),
+            *("--suite", SUITE),
+            *("--max-eval-instances", str(self.max_eval_instances)),
+            *("--output-path", str(self.output_path)),
+            *("--local-path", str(self.output_path / "local")),
+            *("--runner-class-name", RUNNER),
+            *(("--disable-cache",) if self.disable_cache else ()),
+        ]
+
+    def start(self) -> BaseProcess:
+        """Start the command in a process of its own, in which the slow imports are done already."""
+        self._write_data()
+        context = get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        process = context.Process(target=_helm_run, args=(self.arguments(), self.output_path / "log.txt"))
+        process.start()
+        return process
+
+    def _write_data(self) -> None:
+        wikifact = self.output_path / "scenarios" / "wikifact" / "data"
+        wikifact.mkdir(parents=True, exist_ok=True)
+        (self.output_path / "local").mkdir(exist_ok=True)
+        facts = [
+            json.dumps({"property": "P36", "template": f"The capital of {country} is", "result_names": [[city]]})
+            for country, city in CAPITALS.items()
+        ]
+        for split, chosen in (("train", facts[:NUM_TRAIN]), ("dev", facts[-1:]), ("test", facts[NUM_TRAIN:])):
+            (wikifact / f"{split}.jsonl").write_text("\n".join(chosen) + "\n")
+        (self.output_path / "questions.jsonl").write_text(_questions())
+
+
+def _questions() -> str:
+    from helm.benchmark.scenarios.scenario import CORRECT_TAG, TEST_SPLIT, TRAIN_SPLIT, Input, Instance, Output, Reference
+    from helm.common.codec import to_jsonl
+
+    cities, instances = list(CAPITALS.values()), []
+    for number, (country, city) in enumerate(CAPITALS.items()):
+        references = [Reference(Output(city), [CORRECT_TAG]), *(Reference(Output(cities[number - i]), []) for i in (1, 2))]
+        split = TRAIN_SPLIT if number < NUM_TRAIN else TEST_SPLIT
+        instances.append(Instance(Input(f"What is the capital of {country}?"), references, split))
+    return str(to_jsonl(instances))
+
+
+def _helm_run(arguments: list[str], log: Path) -> None:
+    from helm.benchmark.run import main
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["helm-run", *arguments]
+    main()
