@@ -33,8 +33,7 @@ class Command:
 
     def arguments(self) -> list[str]:
         """Return the arguments of ``helm-run``: scoring, greedy generation and samples, from data made by hand."""
-        questions = self.output_path / "questions.jsonl"
-        mcqa = f"custom_mcqa:path={questions.absolute()},num_train_instances={NUM_TRAIN}"
+        mcqa = f"custom_mcqa:path=questions.jsonl,num_train_instances={NUM_TRAIN}"
         entries = [
             "dyck_language:num_parenthesis_pairs=2",
             f"{mcqa},method=multiple_choice_joint",
@@ -62,16 +61,17 @@ class Command:
         return process
 
     def _write_data(self) -> None:
-        wikifact = self.output_path / "scenarios" / "wikifact" / "data"
-        wikifact.mkdir(parents=True, exist_ok=True)
-        (self.output_path / "local").mkdir(exist_ok=True)
+        scenarios = self.output_path / "scenarios"
+        wikifact, mcqa = scenarios / "wikifact" / "data", scenarios / "custom_mcqa"
+        for folder in (wikifact, mcqa, self.output_path / "local"):
+            folder.mkdir(parents=True, exist_ok=True)
         facts = [
             json.dumps({"property": "P36", "template": f"The capital of {country} is", "result_names": [[city]]})
             for country, city in CAPITALS.items()
         ]
         for split, chosen in (("train", facts[:NUM_TRAIN]), ("dev", facts[-1:]), ("test", facts[NUM_TRAIN:])):
             (wikifact / f"{split}.jsonl").write_text("\n".join(chosen) + "\n")
-        (self.output_path / "questions.jsonl").write_text(_questions())
+        (mcqa / "questions.jsonl").write_text(_questions())
 
 
 def _questions() -> str:
