@@ -84,10 +84,16 @@ def make_tokenizer_config(name: str) -> TokenizerConfig:
         name=name,
         tokenizer_spec=TokenizerSpec(TOKENIZER, args=args),
         end_of_text_token=limits.eos_token,
-        prefix_token=limits.bos_token,
+        prefix_token=limits.prefix_token,
     )
     register_tokenizer_config(config)
     return config
+
+
+HELM_WINDOW_SERVICES = tuple(
+    f"helm.benchmark.window_services.{kind.lower()}_window_service.{kind}WindowService" for kind in ("Default", "Local")
+)
+"""HELM's own, which loop for ever where completions fill the context; ours is the same without that."""
 
 
 def complete(deployment: ModelDeployment) -> ModelDeployment:
@@ -98,12 +104,15 @@ def complete(deployment: ModelDeployment) -> ModelDeployment:
     revision = deployment.client_spec.args.get("revision")
     source = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
     tokenizer_name = f"{PREFIX}/{source}" + (f"@{revision}" if revision else "")
-    window_args = {"name_or_path": name_or_path, "revision": revision}
+    window_service = deployment.window_service_spec or WindowServiceSpec(HELM_WINDOW_SERVICES[0])
+    if window_service.class_name in HELM_WINDOW_SERVICES:
+        window_args = {**window_service.args, "name_or_path": name_or_path, "revision": revision}
+        window_service = WindowServiceSpec(WINDOW_SERVICE, args=window_args)
     return dataclasses.replace(
         deployment,
         model_name=_default_model_name(deployment.name) if deployment.model_name == deployment.name else deployment.model_name,
         tokenizer_name=deployment.tokenizer_name or tokenizer_name,
-        window_service_spec=deployment.window_service_spec or WindowServiceSpec(WINDOW_SERVICE, args=window_args),
+        window_service_spec=window_service,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -22,12 +22,15 @@ class TokenLogprob(NamedTuple):
 class Job:
     """One request to the model: a prompt, limits, and which log-probabilities it needs.
 
-    Give either ``prompt`` or ``token_ids``. A prompt is tokenised without added special tokens; the input, never the
-    result, gets a BOS token where the tokenizer itself would add one. ``token_ids`` are taken as they are.
+    Give one of ``prompt``, ``token_ids`` and ``messages``. A prompt is tokenised without added special tokens; the input,
+    never the result, gets a BOS token where the tokenizer itself would add one. ``token_ids`` are taken as they are.
     """
 
     prompt: str | None = None
     token_ids: Sequence[int] | None = None
+    messages: Sequence[Mapping[str, str]] | None = None
+    """A conversation, as ``role`` (system, user, assistant) and ``content`` of each turn. The model's own chat template writes
+    it, special tokens included; it is applied to nothing else."""
     max_new_tokens: int = 16
     """At most this many generated tokens for each completion; 0 scores the prompt only."""
     temperature: float = 0.0

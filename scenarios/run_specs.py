@@ -1,19 +1,18 @@
-"""Run entries of ours. HELM loads this module through the plugin, so it imports neither torch nor data.
+"""Run entries of ours. HELM loads this module through the plugin, so it imports neither torch nor ``datasets``.
 
-HELM splits a run entry at each comma and reads what looks like a number as a number.
+HELM splits a run entry at each comma and takes what looks like a number for a number.
 """
 
 from __future__ import annotations
 
-from helm.benchmark.adaptation.adapter_spec import ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL, AdapterSpec
+from helm.benchmark.adaptation.adapter_spec import ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL
 from helm.benchmark.adaptation.common_adapter_specs import (
     get_completion_adapter_spec,
     get_language_modeling_adapter_spec,
     get_multiple_choice_separate_adapter_spec,
 )
 from helm.benchmark.metrics.common_metric_specs import (
-    get_basic_metric_specs,
-    get_basic_reference_metric_specs,
+    get_basic_generation_metric_specs,
     get_generic_metric_specs,
     get_language_modeling_metric_specs,
 )
@@ -21,60 +20,64 @@ from helm.benchmark.metrics.metric import MetricSpec
 from helm.benchmark.run_spec import RunSpec, run_spec_function
 from helm.benchmark.scenarios.scenario import ScenarioSpec
 
-from flexgen_helm.errors import ScenarioError
+from flexgen_helm.scenarios.lambada import GROUPS, LambadaScenario
+from flexgen_helm.scenarios.texts import Source
 
-LAMBADA_TASKS = ("accuracy", "perplexity")
+MAX_WORD_TOKENS = 8
+"""Room for the word and what shows that it ends. SmolLM2 writes no last word of LAMBADA with more than 6 tokens."""
 
 
 @run_spec_function("lambada")
-def get_lambada_spec(task: str = "accuracy", max_tokens: int = 8, **source: str) -> RunSpec:
-    """Return the spec of LAMBADA: the last word of a passage, generated (accuracy) or scored (perplexity).
+def get_lambada_spec(
+    task: str = "accuracy", path: str | None = None, config: str | None = None, split: str | None = None
+) -> RunSpec:
+    """Return the spec of LAMBADA: the last word of a passage, generated or scored.
 
     Args:
-        task: ``accuracy`` or ``perplexity``.
-        max_tokens: Room for the generated word, in tokens.
-        source: ``path``, ``config``, ``split`` and ``field`` as in ``Source``. Without ``path``: the converted file of
-            ``python -m flexgen_helm.assets --output-path``, or else the hub's.
+        task: ``accuracy`` of the word that is generated greedily, or ``perplexity`` of the right one.
+        path: Of other passages than those of the converted file or, where there is none, of the hub; see ``Source``.
+        config: See ``Source``.
+        split: See ``Source``.
 
     Raises:
-        ScenarioError: There is no such task.
+        ScenarioError: There is no such task, or an argument is a number.
     """
-    if task not in LAMBADA_TASKS:
-        raise ScenarioError(f"`lambada:task={task}` is unknown. Write one of {', '.join(LAMBADA_TASKS)}.")
-    adapter: AdapterSpec
+    arguments = _given(task=task, path=path, config=config, split=split)
+    LambadaScenario(**arguments)
     if task == "accuracy":
-        adapter = get_completion_adapter_spec(max_tokens=max_tokens, stop_sequences=["\n"])
-        metrics = [
+        adapter_spec = get_completion_adapter_spec(max_tokens=MAX_WORD_TOKENS, stop_sequences=["\n"])
+        metric_specs = [
             MetricSpec("flexgen_helm.scenarios.last_word.LastWordAccuracy"),
-            *get_basic_metric_specs(["prefix_exact_match"]),
+            *get_basic_generation_metric_specs(["prefix_exact_match"]),
         ]
     else:
-        adapter = get_multiple_choice_separate_adapter_spec(ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL)
-        metrics = [
-            MetricSpec("flexgen_helm.scenarios.last_word.LastWordPerplexity"),
-            *get_basic_reference_metric_specs(),
-            *get_generic_metric_specs(),
-        ]
-    arguments = {"task": task, **source}
+        adapter_spec = get_multiple_choice_separate_adapter_spec(ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL)
+        metric_specs = [MetricSpec("flexgen_helm.scenarios.last_word.LastWordPerplexity")]
     return RunSpec(
         name=_name("lambada", arguments),
         scenario_spec=ScenarioSpec("flexgen_helm.scenarios.lambada.LambadaScenario", arguments),
-        adapter_spec=adapter,
-        metric_specs=metrics,
-        groups=["lambada" if task == "accuracy" else "lambada_perplexity"],
+        adapter_spec=adapter_spec,
+        metric_specs=[*metric_specs, *get_generic_metric_specs()],
+        groups=[GROUPS[task]],
     )
 
 
 @run_spec_function("perplexity")
-def get_perplexity_spec(path: str, **source: str) -> RunSpec:
-    """Return the spec of the perplexity of documents, in the windows of HELM's language modelling.
+def get_perplexity_spec(path: str, config: str | None = None, split: str | None = None, field: str | None = None) -> RunSpec:
+    """Return the spec of the perplexity of documents, in the windows of HELM's language modeling adapter.
 
     Args:
-        path: A text file, a folder of files, a file of rows (JSON, JSON lines, CSV, Parquet) or a data set's name on the hub.
-            A relative path is looked up in the working directory, then in ``<output path>/scenarios/perplexity``.
-        source: ``config``, ``split`` and ``field`` as in ``Source``.
+        path: A text file, a folder of files, a file of rows (JSON, JSON lines, CSV, Parquet) or the name of a data set on
+            the hub; relative to the working directory or to ``<output path>/scenarios/perplexity``.
+        config: See ``Source``.
+        split: See ``Source``.
+        field: See ``Source``.
+
+    Raises:
+        ScenarioError: An argument is a number.
     """
-    arguments = {"path": path, **source}
+    arguments = _given(path=path, config=config, split=split, field=field)
+    Source(**arguments)
     return RunSpec(
         name=_name("perplexity", arguments),
         scenario_spec=ScenarioSpec("flexgen_helm.scenarios.perplexity.PerplexityScenario", arguments),
@@ -82,6 +85,10 @@ def get_perplexity_spec(path: str, **source: str) -> RunSpec:
         metric_specs=get_language_modeling_metric_specs([]),
         groups=["perplexity"],
     )
+
+
+def _given(**arguments: str | None) -> dict[str, str]:
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _name(scenario: str, arguments: dict[str, str]) -> str:

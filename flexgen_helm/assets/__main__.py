@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from flexgen_helm.assets.helm_data import helm_data_folder, install_helm_data
+from flexgen_helm.assets.helm_data import helm_data_folders, install_helm_data
 from flexgen_helm.assets.smollm2 import smollm2_folder
 from flexgen_helm.errors import FlexGenError
 
@@ -22,7 +22,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         print(f"SmolLM2-135M-Instruct  {smollm2_folder()}")
-        print(f"HELM data              {helm_data_folder()}")
+        for folder in helm_data_folders():
+            print(f"HELM data              {folder}")
         if output_path is not None:
             install_helm_data(output_path)
             print(f"HELM output path       {output_path}")

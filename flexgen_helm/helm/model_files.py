@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,15 @@ class ModelLimits:
         """Tokens that HELM may fill with prompt and completion."""
         return self.context - self.special_tokens
 
+    @property
+    def prefix_token(self) -> str:
+        """What language modelling puts before a document: the end token separates documents where there is no BOS token."""
+        return self.bos_token or self.eos_token
 
+
+@cache
 def read_limits(name_or_path: str, revision: str | None = None) -> ModelLimits:
-    """Read a local folder, or a hub model through the hub's own cache.
+    """Read a local folder, or a hub model through the hub's own cache; once, because HELM asks at every request.
 
     Args:
         name_or_path: Path of a model folder, or hub name.

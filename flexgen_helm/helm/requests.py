@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
-from helm.clients.client import CachingClient, truncate_sequence
+from helm.clients.client import CachingClient
 from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
 
 from flexgen_helm.errors import InvalidJob
@@ -47,6 +48,19 @@ class Timing:
     """Requests that were computed together."""
 
 
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "prompt": str,
+    "messages": (list, type(None)),
+    "temperature": (int, float),
+    "top_p": (int, float),
+    "num_completions": int,
+    "top_k_per_token": int,
+    "max_tokens": int,
+    "stop_sequences": list,
+    "random": (str, type(None)),
+}
+"""What HELM declares. It does not check what a run entry or a scenario has put there."""
+
 Refusal = tuple[Callable[[Request], bool], str]
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -55,8 +69,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "`embedding`: a causal language model answers with text; use the deployment of an embedding model",
     ),
     (
-        lambda request: request.messages is not None,
-        "`messages`: chat messages are not supported; use an adapter method that sends a prompt, such as generation",
+        lambda request: request.messages is not None and bool(request.prompt),
+        "`messages` beside a `prompt`: which of them to answer is unknown; send one of them",
+    ),
+    (
+        lambda request: request.messages is not None and request.echo_prompt,
+        "`echo_prompt` with `messages`, whose tokens are in part the chat template's: send the text to score as `prompt`",
     ),
     (
         lambda request: request.multimodal_prompt is not None or request.image_generation_parameters is not None,
@@ -94,7 +112,7 @@ def stable_seed(random: str | None) -> int | None:
     """
     if random is None:
         return None
-    return int.from_bytes(hashlib.sha256(random.encode()).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(random.encode(errors="surrogatepass")).digest()[:8], "big") >> 1
 
 
 def to_job(request: Request) -> Job:
@@ -105,11 +123,19 @@ def to_job(request: Request) -> Job:
     Raises:
         InvalidJob: The request has a field that cannot be honoured.
     """
+    for name, declared in _TYPES.items():
+        value = getattr(request, name)
+        if not isinstance(value, declared):
+            raise InvalidJob(
+                f"`{name}` of this request is of type {type(value).__name__}, which is not what HELM declares it to be. "
+                "Correct the run entry or the scenario that it comes from."
+            )
     for applies, explanation in REFUSALS:
         if applies(request):
             raise InvalidJob(f"This request cannot be served because of {explanation}.")
     return Job(
-        prompt=request.prompt,
+        prompt=request.prompt if request.messages is None else None,
+        messages=request.messages,
         max_new_tokens=request.max_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
@@ -118,7 +144,7 @@ def to_job(request: Request) -> Job:
         stop=tuple(request.stop_sequences),
         score_prompt=request.echo_prompt,
         # One candidate is the default of every request and is what greedy decoding returns anyway.
-        top_logprobs=request.top_k_per_token if request.top_k_per_token > 1 and request.max_tokens > 0 else 0,
+        top_logprobs=0 if request.top_k_per_token == 1 or request.max_tokens == 0 else request.top_k_per_token,
     )
 
 
@@ -152,18 +178,20 @@ def _stored_prompt(request: Request, result: Result) -> StoredCompletion:
 
 
 def _stored_completion(request: Request, completion: Completion) -> StoredCompletion:
-    tokens = [Token(*pair) for pair in zip(completion.token_texts, completion.logprobs, strict=True)]
-    if completion.finish_reason == "endoftext":
+    tokens = list(zip(completion.token_texts, completion.logprobs, strict=True))
+    if completion.finish_reason == "endoftext" or _begins_with_stop(request, completion):
         tokens.pop()
-    sequence = GeneratedOutput(text=completion.text, logprob=sum(token.logprob for token in tokens), tokens=tokens)
-    # HELM warns that it has to strip even where nothing is left to strip.
-    sequence = truncate_sequence(sequence, request, print_warning=False)
     return StoredCompletion(
-        text=sequence.text,
-        tokens=[(token.text, token.logprob) for token in sequence.tokens],
+        text=completion.text,
+        tokens=tokens,
         top_logprobs=[[(token_id, logprob) for token_id, logprob in step] for step in completion.top_logprobs],
         finish_reason=completion.finish_reason,
     )
+
+
+def _begins_with_stop(request: Request, completion: Completion) -> bool:
+    """Whether the last token is left out; HELM keeps one in which a stop string begins later."""
+    return completion.finish_reason == "stop" and completion.token_texts[-1].startswith(tuple(request.stop_sequences))
 
 
 def to_request_result(response: Response, *, cached: bool) -> RequestResult:
@@ -203,7 +231,10 @@ def failure(error: Exception) -> RequestResult:
 
 
 def cache_key(request: Request, job: Job, numerics: dict[str, str | int]) -> Mapping[str, Any]:
-    """Return what an answer depends on: the job and the numerics of the engine, not the placement of its weights."""
-    raw_request = {"job": {**vars(job), "stop": list(job.stop)}, "numerics": dict(numerics)}
-    key: Mapping[str, Any] = CachingClient.make_cache_key(raw_request, request)
+    """Return what an answer depends on: the job and the numerics of the engine, not the placement of its weights.
+
+    Every job has a key, also one that the engine will refuse.
+    """
+    fields = json.loads(json.dumps(vars(job), default=repr, skipkeys=True))
+    key: Mapping[str, Any] = CachingClient.make_cache_key({"job": fields, "numerics": dict(numerics)}, request)
     return key

