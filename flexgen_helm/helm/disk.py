@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from flexgen_helm.errors import DiskFull, FlexGenError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A file size limit is an I/O error to SQLite.
+_SQLITE_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 RESUME = "Finished answers are kept; the same command goes on where this one stopped."
 
 
@@ -18,7 +20,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in _FULL):
             return True
-        if isinstance(error, sqlite3.Error) and "full" in str(error):
+        if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_FULL:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -59,7 +59,10 @@ class FlexGenRunner(Runner):
                 if run.paused:
                     paused.append(run)
             if paused:
-                self._serve_all(paused, failed)
+                with Journal(self._journal_folder, [run_spec.name for run_spec in run_specs]) as journal:
+                    self._serve_all(paused, failed, journal)
+                    if not failed:
+                        journal.discard()
         finally:
             for run in paused:
                 run.abandon()
@@ -106,20 +109,17 @@ class FlexGenRunner(Runner):
                 raise DiskFull(f"{what}: {error}. Free some space. {RESUME}") from error
             if self.exit_on_error or isinstance(error, DiskFull):
                 raise
-            for run in runs:
-                hlog(f"Error when running {run.run_spec.name}:\n{traceback.format_exc()}")
-                failed.append(run.run_spec.name)
+            names = [run.run_spec.name for run in runs]
+            hlog(f"Error when running {', '.join(names)}:\n{traceback.format_exc()}")
+            failed += names
             return False
         return True
 
-    def _serve_all(self, paused: list[PausableRun], failed: list[str]) -> None:
+    def _serve_all(self, paused: list[PausableRun], failed: list[str], journal: Journal) -> None:
         """Answer all requests, deployment by deployment, and finish the runs."""
         reports: list[WorkloadReport] = []
-        with Journal(self._journal_folder, [run.run_spec.name for run in paused]) as journal:
-            for deployment, runs in _by_deployment(paused).items():
-                self._serve(get_model_deployment(deployment), runs, failed, journal, reports)
-            if not failed:
-                journal.discard()
+        for deployment, runs in _by_deployment(paused).items():
+            self._serve(get_model_deployment(deployment), runs, failed, journal, reports)
 
     def _serve(
         self,

@@ -40,7 +40,9 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or smollm2_folder()
-        tally = kill(Path(folder), model, arguments.kills, arguments.seed, arguments.max_eval_instances, arguments.disable_cache)
+        tally = kill(
+            Path(folder), model, arguments.kills, arguments.seed, arguments.max_eval_instances, arguments.disable_cache
+        )
     print(f"{tally.kills} kills, {tally.completed} suites completed, all equal to the undisturbed one.")
     print(f"Killed when the command had reached: {tally.during}. Most answers resumed: {tally.most_resumed}.")
     return 0
@@ -107,7 +109,7 @@ def _stage(before: list[str], now: list[str], finished: bool) -> str:
 
 
 def _complete(command: Command, expected: dict[str, object]) -> bool:
-    return read_suite(command.suite_folder).keys() == expected.keys()
+    return set(read_suite(command.suite_folder)) == set(expected)
 
 
 def _run_to_the_end(command: Command) -> float:

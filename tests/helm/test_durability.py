@@ -1,0 +1,197 @@
+"""What a killed or failed suite leaves behind, and what the same command makes of it."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from helm.benchmark.runner import RunnerError
+from helm.common.general import write
+
+from flexgen_helm.errors import DiskFull
+from flexgen_helm.helm import pausing
+from flexgen_helm.helm.journal import FOLDER
+from flexgen_helm.helm.report import RUN_FILE, WORKLOAD_FILE
+from flexgen_helm.types import EngineInfo, Policy, Result
+from tests.helm.conftest import RunSuite
+from tests.helm.fakes import FakeEngine, FakeLoader, run_spec
+from tests.helm.files import FILES, completed, read, timeless
+
+NO_CACHE = {"sqlite_cache_backend_config": None}
+SPECS = [run_spec(), run_spec("multiple_choice_joint"), run_spec("multiple_choice_separate_original")]
+
+
+class Killed(BaseException):
+    """Ends the process at once, as far as a test can."""
+
+
+@contextmanager
+def killed_after(monkeypatch: pytest.MonkeyPatch, answers: int) -> Iterator[None]:
+    """The process dies when that many jobs of a workload are answered."""
+    whole = FakeEngine.run
+
+    def run(self: FakeEngine, jobs: Any, on_result: Callable[[int, Result], None], **options: Any) -> Any:
+        for position, job in enumerate(jobs[:answers]):
+            on_result(position, self.answer(job))
+        raise Killed
+
+    monkeypatch.setattr(FakeEngine, "run", run)
+    with pytest.raises(Killed):
+        yield
+    monkeypatch.setattr(FakeEngine, "run", whole)
+
+
+def computed(loader: FakeLoader) -> list[int]:
+    """Jobs of each workload that was computed to its end."""
+    return [len(jobs) for engine in loader.engines for jobs in engine.runs]
+
+
+@pytest.mark.parametrize("execution", [{}, NO_CACHE])
+def test_the_same_command_computes_only_what_is_missing(
+    execution: dict[str, Any], run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = run_suite(SPECS, suite="undisturbed", cache="other", execution=execution)
+    # HELM's cache gets what the journal has only when the workload ends; a kill leaves no time for that.
+    with monkeypatch.context() as patch:
+        patch.setattr("flexgen_helm.helm.cache.ResponseCache.write", lambda *_: None)
+        for _ in range(2):
+            with killed_after(patch, 4):
+                run_suite(SPECS, execution=execution)
+    suite = run_suite(SPECS, execution=execution)
+    assert computed(loader) == [15, 15 - 2 * 4]
+    for spec in SPECS:
+        for file in FILES:
+            assert timeless(read(suite, spec.name, file)) == timeless(read(undisturbed, spec.name, file))
+    assert not (suite / FOLDER).exists()
+    (report,) = json.loads((suite / WORKLOAD_FILE).read_text())
+    assert (report["num_requests"], report["num_cached"], report["num_resumed"]) == (15, 0, 8)
+    assert report["stats"]["num_jobs"] == 7
+    sources = [read(suite, spec.name, RUN_FILE)["requests"] for spec in SPECS]
+    assert sources == [{"total": 3, "resumed": 3}, {"total": 3, "resumed": 3}, {"total": 9, "resumed": 2, "computed": 7}]
+    resumed = [state["result"]["cached"] for state in read(suite, SPECS[0].name, "scenario_state.json")["request_states"]]
+    assert resumed == [True, True, True]
+
+
+def test_other_runs_of_the_suite_find_the_answers_too(
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_after(monkeypatch, 3):
+        run_suite(SPECS, execution=NO_CACHE)
+    suite = run_suite(SPECS[:1], execution=NO_CACHE)
+    assert computed(loader) == []
+    # The other two are still unfinished.
+    assert len(list((suite / FOLDER).glob("*.jsonl"))) == 1
+    run_suite(SPECS, execution=NO_CACHE, skip_completed_runs=True)
+    assert computed(loader) == [12]
+    assert not (suite / FOLDER).exists()
+
+
+def test_a_kill_while_runs_are_finished_repeats_nothing(
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pausing.PausableRun, "_publish", die)
+        with pytest.raises(Killed):
+            run_suite(SPECS, execution=NO_CACHE)
+    run_suite(SPECS, execution=NO_CACHE)
+    assert computed(loader) == [15]
+
+
+def test_files_of_a_run_appear_only_when_all_are_there(
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = write
+
+    def torn(path: str, content: str) -> None:
+        if path.endswith("per_instance_stats.json"):
+            whole(path, content[: len(content) // 2])
+            raise Killed
+        whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("helm.benchmark.runner.write", torn)
+        # Not even what is cleaned up after an error.
+        patch.setattr("flexgen_helm.helm.pausing.shutil.rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            run_suite(SPECS[:1])
+    suite = run_suite(SPECS[:1], skip_completed_runs=True)
+    assert completed(suite) == ["generation"]
+    assert read(suite, "generation", "per_instance_stats.json")
+
+
+def test_a_resumed_run_keeps_its_row_sizes(run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = Policy(gpu_batch_size=48, gpu_batch_tokens=96)
+    with monkeypatch.context() as patch:
+        info = EngineInfo(begun, {}, 32.0, 32.0, {})
+        patch.setattr(FakeEngine, "describe", lambda self: info)
+        with killed_after(patch, 2):
+            run_suite(SPECS, execution=NO_CACHE)
+    run_suite(SPECS, execution=NO_CACHE)
+    assert [engine.arguments.get("policy") for engine in loader.engines] == [None, begun]
+
+
+def test_answers_are_kept_while_a_run_has_failed(run_suite: RunSuite, loader: FakeLoader) -> None:
+    broken = run_spec(name="broken", broken=True)
+    for _ in range(2):
+        with pytest.raises(RunnerError, match="broken"):
+            run_suite([*SPECS, broken], execution=NO_CACHE)
+    assert computed(loader) == [15]
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """No file can grow beyond a size, which is a full disk to this process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("execution", [{}, NO_CACHE])
+def test_full_disk_ends_in_one_error_and_keeps_what_was_finished(
+    execution: dict[str, Any], run_suite: RunSuite, loader: FakeLoader, caplog: pytest.LogCaptureFixture
+) -> None:
+    with file_size_limit(3000), pytest.raises(DiskFull) as raised, caplog.at_level("INFO", logger="helm"):
+        run_suite(SPECS, execution=execution)
+    assert "Free some space. Finished answers are kept; the same command goes on where this one stopped." in str(raised.value)
+    assert "Error when running" not in caplog.text
+    suite = run_suite(SPECS, execution=execution)
+    report = json.loads((suite / WORKLOAD_FILE).read_text())[0]
+    assert completed(suite) == sorted(spec.name for spec in SPECS)
+    if execution:
+        assert report["num_resumed"] > 0
+
+
+def test_full_disk_while_helm_writes_its_files(run_suite: RunSuite, loader: FakeLoader) -> None:
+    # Journal records are shorter than HELM's scenario states.
+    with file_size_limit(9000), pytest.raises(DiskFull, match=r"Running multiple_choice_separate_original: .*Free some space"):
+        run_suite(SPECS[2:], execution=NO_CACHE)
+    suite = run_suite(SPECS[2:], execution=NO_CACHE)
+    assert computed(loader) == [9]
+    assert completed(suite) == ["multiple_choice_separate_original"]
+
+
+def test_report_of_a_run(run_suite: RunSuite, loader: FakeLoader) -> None:
+    report = read(run_suite(SPECS[:2]), "generation", RUN_FILE)
+    assert report["deployment"] == "flexgen/test/letters"
+    assert report["model"] == "letters"
+    assert report["variant"] is None
+    assert report["policy"] == vars(Policy())
+    assert report["numerics"]["weights"] == "letters"
+    assert (report["bits_per_weight"], report["bits_per_cache_element"]) == (32.0, 32.0)
+    assert set(report["weight_bytes"]) == {"device", "host", "disk"}
+    assert report["requests"] == {"total": 3, "computed": 3}
+    workload = report["workload"]
+    assert (workload["requests"], workload["cached"], workload["resumed"]) == (6, 0, 0)
+    assert workload["share_of_limit"] == 0.5
+    stats = workload["computed"]
+    assert workload["tokens_per_second"] == (stats["prompt_tokens_computed"] + stats["generated_tokens"]) / stats["seconds"]

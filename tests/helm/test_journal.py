@@ -1,0 +1,142 @@
+"""Answers that survive: the journal, alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from flexgen_helm.errors import DiskFull, FlexGenError
+from flexgen_helm.helm.journal import Journal
+from flexgen_helm.helm.requests import Response, StoredCompletion
+
+RUNS = ["one", "two"]
+
+
+def response(number: int) -> Response:
+    """Returns an answer with a number in it, long enough to be torn."""
+    text = f"answer {number} \udc80 é \n" * 20
+    completion = StoredCompletion(text=text, tokens=[("é", -1 / 3)], top_logprobs=[[(number, -0.1)]], finish_reason="stop")
+    return Response(
+        completions=[completion],
+        request_time=0.1,
+        request_datetime=1,
+        batch_size=2,
+        batch_request_time=0.2,
+    )
+
+
+def same(found: Response | None, expected: Response) -> bool:
+    """Whether an answer is what was written; JSON knows no tuples."""
+    assert found is not None
+    (ours,), (theirs,) = found["completions"], expected["completions"]
+    return [tuple(token) for token in ours["tokens"]] == theirs["tokens"] and ours["text"] == theirs["text"]
+
+
+def test_answers_are_there_for_the_next_process(tmp_path: Path) -> None:
+    with Journal(tmp_path, RUNS) as journal:
+        for number in range(3):
+            journal.append(f"key {number}", response(number))
+        journal.note_policy("flexgen/a/b", {"gpu_batch_size": 64})
+    with Journal(tmp_path, reversed(RUNS)) as journal:
+        assert all(same(journal.lookup(f"key {number}"), response(number)) for number in range(3))
+        assert journal.lookup("key 3") is None
+        assert journal.policy("flexgen/a/b") == {"gpu_batch_size": 64}
+        assert journal.policy("flexgen/a/c") is None
+
+
+def test_a_record_torn_anywhere_costs_only_itself(tmp_path: Path) -> None:
+    with Journal(tmp_path, RUNS) as journal:
+        for number in range(3):
+            journal.append(f"key {number}", response(number))
+    (path,) = tmp_path.glob("*.jsonl")
+    whole = path.read_bytes()
+    last = whole[:-1].rindex(b"\n") + 1
+    for length in (last + 1, last + 8, last + 9, last + 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with Journal(tmp_path, RUNS) as journal:
+            assert same(journal.lookup("key 1"), response(1))
+            assert journal.lookup("key 2") is None
+            journal.append("key 3", response(3))
+        with Journal(tmp_path, RUNS) as journal:
+            assert same(journal.lookup("key 1"), response(1))
+            assert same(journal.lookup("key 3"), response(3))
+
+
+def test_a_damaged_record_is_not_served(tmp_path: Path) -> None:
+    with Journal(tmp_path, RUNS) as journal:
+        journal.append("key 0", response(0))
+        journal.append("key 1", response(1))
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_bytes(path.read_bytes().replace(b"answer 0", b"answer 7", 1))
+    with Journal(tmp_path, RUNS) as journal:
+        assert journal.lookup("key 0") is None
+        assert same(journal.lookup("key 1"), response(1))
+
+
+def test_runs_of_other_commands_are_read_and_left(tmp_path: Path) -> None:
+    with Journal(tmp_path, ["one", "two", "three"]) as larger:
+        larger.append("key 0", response(0))
+    with Journal(tmp_path, ["one"]) as smaller:
+        smaller.append("key 1", response(1))
+    with Journal(tmp_path, RUNS) as journal:
+        assert same(journal.lookup("key 0"), response(0))
+        assert same(journal.lookup("key 1"), response(1))
+        journal.discard()
+    # `one` is complete with what this command has run, `three` is not.
+    (left,) = tmp_path.glob("*.jsonl")
+    assert b"three" in left.read_bytes()
+
+
+def test_two_processes_do_not_share_a_journal(tmp_path: Path) -> None:
+    with Journal(tmp_path, RUNS), pytest.raises(FlexGenError, match=r"Another helm-run .* use another --suite"):
+        Journal(tmp_path, RUNS)
+    with Journal(tmp_path, ["one"]), Journal(tmp_path, RUNS) as journal:
+        journal.discard()
+        # Of a living process.
+        assert len(list(tmp_path.glob("*.jsonl"))) == 1
+
+
+def test_kill_keeps_what_was_appended(tmp_path: Path) -> None:
+    def append_and_die() -> None:
+        journal = Journal(tmp_path, RUNS)
+        for number in range(5):
+            journal.append(f"key {number}", response(number))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=append_and_die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    with Journal(tmp_path, RUNS) as journal:
+        assert all(same(journal.lookup(f"key {number}"), response(number)) for number in range(5))
+
+
+def test_full_disk_is_one_clear_error_and_keeps_the_rest(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = 0
+    message = r"Free some space\. Finished answers are kept; the same command goes on"
+    with Journal(tmp_path, RUNS) as journal, pytest.raises(DiskFull, match=message):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        try:
+            while kept < 100:
+                journal.append(f"key {kept}", response(kept))
+                kept += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 0 < kept < 100
+    with Journal(tmp_path, RUNS) as journal:
+        assert all(same(journal.lookup(f"key {number}"), response(number)) for number in range(kept))
+        assert journal.lookup(f"key {kept}") is None
+        journal.append(f"key {kept}", response(kept))
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FlexGenError, match="cannot be read or written"):
+        Journal(tmp_path / "file", RUNS)
