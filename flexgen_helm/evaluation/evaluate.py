@@ -1,0 +1,83 @@
+"""Runs an evaluation and reports what came out."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flexgen_helm.evaluation.commands import Evaluation, environment, run_command, server_command, summarize_command
+from flexgen_helm.evaluation.preparation import prepare
+from flexgen_helm.evaluation.scores import read_scores, read_work
+from flexgen_helm.evaluation.suites import find_suite
+from flexgen_helm.evaluation.table import render_scores, render_work
+from flexgen_helm.plugin import make_model_deployment
+
+MODULES = {"helm-run": "helm.benchmark.run", "helm-summarize": "helm.benchmark.presentation.summarize"}
+
+
+def make_evaluation(model: str, suite: str, output_path: Path, max_eval_instances: int) -> Evaluation:
+    """Check what a user has named.
+
+    Args:
+        model: Model folder, hub name, or name of a flexgen deployment.
+        suite: See ``find_suite``.
+        output_path: HELM's output path.
+        max_eval_instances: Of each run entry.
+
+    Raises:
+        FlexGenError: There is no such model or suite.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        name = f"flexgen/{os.path.abspath(folder)}"
+    else:
+        name = model if model.startswith("flexgen/") else f"flexgen/{model}"
+    # Just what helm-run does with the name, so that it refuses nothing later.
+    deployment = make_model_deployment(name)
+    return Evaluation(deployment.name, find_suite(suite), output_path.expanduser(), max_eval_instances)
+
+
+def evaluate(evaluation: Evaluation) -> int:
+    """Run the suite, summarise it, print scores and where everything is.
+
+    Returns:
+        Exit status of the first of HELM's commands that failed, or 0.
+
+    Raises:
+        FlexGenError: The output folder cannot be written, or data could not be fetched.
+    """
+    prepare(evaluation)
+    started = time.time()
+    status = _execute(run_command(evaluation), evaluation)
+    scores = read_scores(evaluation, started)
+    if scores:
+        status = _execute(summarize_command(evaluation), evaluation) or status
+        print(f"\n{render_scores(scores)}\n")
+        if work := read_work(evaluation, started):
+            print(f"{render_work(work)}\n")
+        print(f"Every prompt, answer and statistic: {evaluation.suite_folder}")
+        print(f"In a browser:                       {shlex.join(server_command(evaluation))}")
+    if status:
+        print(
+            f"HELM ended with status {status}; its messages above say why. {len(scores)} runs are complete. "
+            "The same command again continues: what was answered is not computed again.",
+            file=sys.stderr,
+        )
+    return status
+
+
+def _execute(command: list[str], evaluation: Evaluation) -> int:
+    print(f"\n$ {shlex.join(command)}\n", flush=True)
+    # The same interpreter, whatever is first in PATH.
+    module = [sys.executable, "-m", MODULES[command[0]], *command[1:]]
+    with subprocess.Popen(module, env=environment(evaluation)) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # The signal has reached HELM too, which keeps what is finished before it ends.
+            process.wait()
+            raise

@@ -1,0 +1,67 @@
+"""What must be in HELM's output folder before it runs: the model's description and the suite's data."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flexgen_helm.assets import install_helm_data
+from flexgen_helm.errors import FlexGenError, OutOfSpace
+from flexgen_helm.evaluation.commands import Evaluation
+
+
+def prepare(evaluation: Evaluation) -> None:
+    """Describe the model and place the data of the suite. Files that are there already are left alone.
+
+    Raises:
+        FlexGenError: The folder cannot be written, or data could not be fetched.
+    """
+    try:
+        write_model_metadata(evaluation)
+        place_data(evaluation)
+    except OSError as error:
+        raise OutOfSpace(
+            f"{evaluation.output_path} cannot be written ({error}). Name a folder that can, with room, by --out."
+        ) from error
+
+
+def write_model_metadata(evaluation: Evaluation) -> None:
+    """Describe the model to ``helm-summarize``, which does not load plugins; other models in the file stay."""
+    name = "/".join(evaluation.deployment.split("/")[-2:])
+    model = {
+        "name": name,
+        "display_name": name.rpartition("/")[2],
+        "description": f"{evaluation.deployment.partition('/')[2]}, served by flexgen_helm.",
+        "creator_organization_name": name.partition("/")[0],
+        "access": "open",
+        "release_date": None,
+        "tags": ["TEXT_MODEL_TAG", "FULL_FUNCTIONALITY_TEXT_MODEL_TAG"],
+    }
+    file = evaluation.local_path / "model_metadata.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    others = [other for other in _models(file) if other["name"] != name]
+    file.write_text(yaml.safe_dump({"models": [*others, model]}), encoding="utf-8")
+
+
+def _models(file: Path) -> list[dict[str, Any]]:
+    try:
+        models: list[dict[str, Any]] = yaml.safe_load(file.read_text(encoding="utf-8"))["models"] if file.is_file() else []
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise FlexGenError(f"{file} does not hold HELM's description of models ({error!r}). Repair or remove it.") from error
+    return models
+
+
+def place_data(evaluation: Evaluation) -> None:
+    """Put the suite's own data, and for suites of this package the fetched data, where HELM looks for them."""
+    source = evaluation.suite.data
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        target = evaluation.output_path / "scenarios" / file.relative_to(source)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+            print(f"Data of the suite: {target}", flush=True)
+    if evaluation.suite.packaged:
+        install_helm_data(evaluation.output_path)

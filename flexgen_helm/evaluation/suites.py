@@ -1,0 +1,80 @@
+"""Suites: folders that hold run entries and, where wanted, a schema and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from helm.benchmark.presentation.run_entry import read_run_entries
+
+from flexgen_helm.errors import FlexGenError
+
+RUN_ENTRIES = "run_entries.conf"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What ``helm-run`` and ``helm-summarize`` must know of a suite."""
+
+    name: str
+    """As HELM's ``--suite``: the name of the folder of the results."""
+    run_entries: Path
+    """File in HELM's format."""
+    packaged: bool
+    """Whether it comes with this package, which then brings its data too."""
+
+    @property
+    def schema(self) -> Path | None:
+        """HELM schema beside the run entries, if there is one."""
+        path = self.run_entries.parent / "schema.yaml"
+        return path if path.is_file() else None
+
+    @property
+    def data(self) -> Path:
+        """Folder beside the run entries, laid out like ``scenarios`` in HELM's output; most suites have none."""
+        return self.run_entries.parent / "scenarios"
+
+
+def packaged_suites() -> dict[str, Suite]:
+    """Return the suites of this package by name."""
+    runs = Path(str(resources.files("flexgen_helm.runs")))
+    files = sorted(runs.glob(f"*/{RUN_ENTRIES}"))
+    return {file.parent.name: Suite(file.parent.name, file, packaged=True) for file in files}
+
+
+def find_suite(name_or_path: str) -> Suite:
+    """Return a suite.
+
+    Args:
+        name_or_path: Name of a suite of this package, path of a file of run entries, or path of a folder that holds
+            ``run_entries.conf``.
+
+    Raises:
+        FlexGenError: There is no such suite, or it has no run entries that can be read.
+    """
+    packaged = packaged_suites()
+    suite = packaged.get(name_or_path) or _at(Path(name_or_path).expanduser().absolute())
+    if not suite.run_entries.is_file():
+        raise FlexGenError(
+            f"There is no suite `{name_or_path}`: it is neither a file of run entries nor a folder with a {RUN_ENTRIES}, "
+            f"and the suites that come with this package are {', '.join(packaged)}."
+        )
+    _check_entries(suite.run_entries)
+    return suite
+
+
+def _at(path: Path) -> Suite:
+    file = path / RUN_ENTRIES if path.is_dir() else path
+    return Suite(file.parent.name if file.name == RUN_ENTRIES else file.stem, file, packaged=False)
+
+
+def _check_entries(file: Path) -> None:
+    example = 'entries: [{description: "mmlu:subject=anatomy,model=text", priority: 1}]'
+    try:
+        entries = read_run_entries([str(file)]).entries
+    except Exception as error:
+        # Parsers of several libraries read it, each with errors of its own.
+        raise FlexGenError(f"{file} cannot be read as run entries ({error}). Write for example {example}.") from error
+    if not entries:
+        raise FlexGenError(f"{file} has no run entries, so there is nothing to run. Write for example {example}.")

@@ -1,0 +1,1 @@
+"""What the FlexGen paper ran: seven HELM sub-scenarios and data wrangling."""

