@@ -19,7 +19,11 @@ from tests.text_models import ALTERNATING, CHATML, save_llama
 
 CONVERSATIONS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "Hello"}],
-    [{"role": "user", "content": "  spaces \n"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "naïve 中文 😀"}],
+    [
+        {"role": "user", "content": "  spaces \n"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "naïve 中文 😀"},
+    ],
     # Special tokens in the words of a user are special tokens, as in the library.
     [{"role": "user", "content": "<s>Hello</s><|im_end|>"}],
 ]
