@@ -20,7 +20,7 @@ from helm.common.general import write
 from helm.common.hierarchical_logger import hlog, htrack_block, hwarn
 from tqdm import tqdm
 
-from flexgen_helm.errors import DiskFull
+from flexgen_helm.errors import DiskFull, FlexGenError
 from flexgen_helm.helm.deployment import is_flexgen
 from flexgen_helm.helm.disk import RESUME, is_disk_full
 from flexgen_helm.helm.journal import FOLDER, Journal
@@ -47,8 +47,10 @@ class FlexGenRunner(Runner):
 
         Raises:
             RunnerError: Runs have failed; the others are complete. With ``exit_on_error`` the first error is raised.
+            FlexGenError: Two different runs have the same name.
             DiskFull: There is no space left; nothing further is tried.
         """
+        run_specs = _distinct(run_specs)
         failed: list[str] = []
         paused: list[PausableRun] = []
         try:
@@ -158,6 +160,24 @@ class FlexGenRunner(Runner):
         for folder in (self._journal_folder / UNFINISHED, self._journal_folder):
             with suppress(OSError):
                 folder.rmdir()
+
+
+def _distinct(run_specs: list[RunSpec]) -> list[RunSpec]:
+    """Drop repeated runs.
+
+    Raises:
+        FlexGenError: Two different runs have the same name.
+    """
+    by_name: dict[str, RunSpec] = {}
+    for run_spec in run_specs:
+        if by_name.setdefault(run_spec.name, run_spec) != run_spec:
+            deployments = [spec.adapter_spec.model_deployment for spec in (by_name[run_spec.name], run_spec)]
+            raise FlexGenError(
+                f'Two different runs have the name "{run_spec.name}" and would write over each other (deployments: '
+                f"{' and '.join(deployments)}). HELM names runs by the last two parts of a model's name: run them in two "
+                "suites, or write `model_deployment=` in place of `model=`, which puts the whole name into the run's."
+            )
+    return list(by_name.values())
 
 
 def _by_deployment(runs: list[PausableRun]) -> dict[str, list[PausableRun]]:

@@ -17,7 +17,7 @@ from helm.benchmark.metrics.metric import MetricSpec
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner, RunnerError
 
-from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.helm.report import WORKLOAD_FILE
 from flexgen_helm.helm.runner import FlexGenRunner
 from tests.helm.conftest import RunSuite
@@ -95,6 +95,14 @@ def test_exit_on_error_raises_the_first_error(run_suite: RunSuite, loader: FakeL
     with pytest.raises(ExecutorError, match="refuses this prompt"):
         run_suite([run_spec(words=f"fig {REFUSED}"), run_spec(name="two")], exit_on_error=True)
     assert completed(tmp_path / "output" / "runs" / "suite") == []
+
+
+def test_two_runs_of_one_name_are_refused_and_the_same_run_twice_is_one(run_suite: RunSuite, loader: FakeLoader) -> None:
+    with pytest.raises(FlexGenError, match=r'name "words" .*test/letters and flexgen/test/others.*model_deployment='):
+        run_suite([run_spec(name="words"), run_spec(name="words", deployment="flexgen/test/others")])
+    assert loader.engines == []
+    run_suite([run_spec(), run_spec()])
+    assert [len(jobs) for jobs in loader.engine.runs] == [3]
 
 
 def test_other_vendors_run_through_helm(run_suite: RunSuite, loader: FakeLoader) -> None:
