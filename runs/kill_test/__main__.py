@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import shutil
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.runs.kill_test.files import read_suite
 from flexgen_helm.runs.kill_test.suite import Command
+
+MOST_NEW_ANSWERS = 8
+"""A kill that waits for answers waits for at most so many."""
 
 
 @dataclass
@@ -55,7 +60,7 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
         folder: For outputs.
         model: A model folder.
         kills: How many.
-        seed: Of the moments, which are uniform over the time that an undisturbed command takes.
+        seed: Of the moments: half of them uniform over the time of an undisturbed command, half when answers arrive.
         max_eval_instances: Of each run entry.
         disable_cache: Whether HELM's request cache is off.
 
@@ -73,7 +78,9 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
     durable: list[str] = []
     while tally.kills < kills:
         process = disturbed.start()
-        process.join(moments.uniform(0, seconds))
+        # Loading takes longer than answering: every other kill waits for a number of new answers, not for a time.
+        at = moments.uniform(0, seconds) if tally.kills % 2 else math.inf
+        _wait(process, disturbed, at, len(durable) + moments.randint(1, MOST_NEW_ANSWERS))
         process.kill()
         process.join()
         tally.kills += process.exitcode != 0
@@ -93,6 +100,14 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
     _run_to_the_end(disturbed)
     _compare(disturbed, expected, tally)
     return tally
+
+
+def _wait(process: BaseProcess, command: Command, seconds: float, answers: int) -> None:
+    """Wait until a time has passed; where that is infinite, until the journal has so many answers or the process ends."""
+    if seconds < math.inf:
+        process.join(seconds)
+    while process.is_alive() and seconds == math.inf and len(journal_keys(command.suite_folder)) < answers:
+        time.sleep(0.001)
 
 
 def journal_keys(suite_folder: Path) -> list[str]:
