@@ -84,7 +84,11 @@ class Journal:
         Raises:
             DiskFull: There is no space left; what was appended before is kept.
         """
-        self._write({"key": _digest(key), "response": response})
+        digest = _digest(key)
+        if digest in self._responses:
+            return  # equal requests are computed once and answered one by one
+        self._write({"key": digest, "response": response})
+        self._responses[digest] = response
         if time.monotonic() - self._synced > SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -97,6 +101,7 @@ class Journal:
         """Remember under which policy a deployment is served."""
         if self._policies.get(deployment) != policy:
             self._write({"deployment": deployment, "policy": dict(policy)})
+            self._policies[deployment] = dict(policy)
 
     def discard(self) -> None:
         """Delete what is no longer needed when all runs are complete: this journal, and others of no further run."""
