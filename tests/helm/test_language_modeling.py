@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 from helm.benchmark.adaptation.adapter_spec import ADAPT_LANGUAGE_MODELING, AdapterSpec
@@ -17,6 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import flexgen_helm.plugin  # noqa: F401  registers the generators of deployments
 from flexgen_helm.helm.runner import FlexGenRunner
+from flexgen_helm.runtime.jobs import prepare
+from flexgen_helm.types import Job
+from tests.dimensions import VOCAB_SIZE
 from tests.helm.conftest import RunSuite
 from tests.helm.files import read
 from tests.models import save_tiny
@@ -138,25 +141,20 @@ def test_every_token_of_a_document_is_predicted_once(
 
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_no_window_has_two_bos_tokens_or_is_longer_than_the_context(
-    adds_bos: bool, run_suite: RunSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adds_bos: bool, run_suite: RunSuite, tmp_path: Path
 ) -> None:
-    from flexgen_helm.runtime import engine
-
-    inputs: list[tuple[int, ...]] = []
-    prepare = engine.prepare
-    monkeypatch.setattr(engine, "prepare", lambda *args, **kwargs: _noted(prepare(*args, **kwargs), inputs))
     folder = save_model(tmp_path, adds_bos=adds_bos, special={"bos_token": "<s>"})
-    suite = run_suite([perplexity_spec(folder, [LETTERS])])
+    suite = run_suite([perplexity_spec(folder, [LETTERS])], execution={"dry_run": True})
     prompts = [state["request"]["prompt"] for state in read(suite, "documents", "scenario_state.json")["request_states"]]
     assert [prompt.startswith("<s>") for prompt in prompts] == [True, *[False] * (len(prompts) - 1)]
+    options: dict[str, Any] = {
+        "tokenizer": AutoTokenizer.from_pretrained(folder),
+        "max_length": CONTEXT,
+        "vocab_size": VOCAB_SIZE,
+    }
+    inputs = [prepare(Job(prompt=prompt, max_new_tokens=0, score_prompt=True), **options).input_ids for prompt in prompts]
     assert [ids.count(1) for ids in inputs] == [1 if adds_bos or prompt.startswith("<s>") else 0 for prompt in prompts]
-    # HELM fills its windows, so full ones are seen.
     assert max(map(len, inputs)) == CONTEXT
-
-
-def _noted(prepared: Any, inputs: list[tuple[int, ...]]) -> Any:
-    inputs.append(prepared.input_ids)
-    return prepared
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), byte_level(adds_bos=True), metaspace_bpe(adds_bos=True)])
