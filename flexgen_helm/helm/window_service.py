@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from helm.benchmark.window_services.local_window_service import LocalWindowService
 from helm.benchmark.window_services.tokenizer_service import TokenizerService
+from helm.common.tokenization_request import TokenizationToken
 
 from flexgen_helm.errors import InvalidJob
 from flexgen_helm.helm.model_files import read_limits
@@ -37,6 +38,18 @@ class FlexGenWindowService(LocalWindowService):
             end_of_text_token=end_of_text_token,
             prefix_token=prefix_token,
         )
+
+    def decode(self, tokens: list[TokenizationToken], normalized_text: str | None = None) -> str:
+        """Return the text of tokens, if possible one that is tokenised into the same tokens again.
+
+        SentencePiece tokenizers begin a text with a space that they do not show. Behind a prefix token many show it, and
+        begin with a further one when they read it.
+        """
+        text: str = super().decode(tokens, normalized_text)
+        if self.prefix_token and text.startswith(self.prefix_token) and self.encode(text).tokens != tokens:
+            apart = self.prefix_token + super().decode(tokens[1:], normalized_text)
+            return apart if self.encode(apart).tokens == tokens else text
+        return text
 
     def fits_within_context_window(self, text: str, expected_completion_token_length: int = 0) -> bool:
         """Return whether prompt and completion fit.

@@ -97,9 +97,13 @@ def token_texts(vocabulary: Vocabulary, token_ids: Sequence[int], context_ids: S
         token_ids: The tokens.
         context_ids: The tokens before them; without these the text is what the tokenizer decodes at a start.
     """
-    if not token_ids:
-        return []
     texts = [vocabulary.text(token_id) for token_id in token_ids]
+    num_leading = next((index for index, token_id in enumerate(token_ids) if not vocabulary.is_special(token_id)), len(texts))
+    if num_leading == len(texts):
+        return texts
+    if num_leading and not context_ids:
+        # What stands behind a BOS token is the start of a text.
+        return texts[:num_leading] + token_texts(vocabulary, token_ids[num_leading:])
     whole = _decode_behind(vocabulary, token_ids, context_ids)
     joined = b"".join(vocabulary.piece(token_id) for token_id in token_ids).decode(errors="replace")
     # Decoders write broken bytes in ways of their own; there the bytes themselves say more.

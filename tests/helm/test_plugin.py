@@ -253,7 +253,7 @@ def test_a_written_window_service_of_helm_is_replaced_and_one_of_the_users_is_no
 
 
 @pytest.mark.parametrize("written", [{}, {"max_request_length": 41}, {"max_sequence_and_generated_tokens_length": 4096}])
-def test_written_lengths_beyond_the_context_are_cut_to_it(written: dict[str, int], model_folder: Path, tmp_path: Path) -> None:
+def test_written_lengths_beyond_the_context_are_cut_to_it(written: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
     """HELM's files have one token more than the context for models that it asks elsewhere."""
     deployment = ModelDeployment(
         "flexgen/written/lengths", ClientSpec(CLIENT, {"name_or_path": str(model_folder)}), max_sequence_length=40, **written

@@ -35,6 +35,11 @@ def with_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> P
     return tokenizer
 
 
+def library_ids(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    encoding: Any = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
+    return list(encoding["input_ids"])
+
+
 TOKENIZERS = {
     "ChatML": with_template(CHATML, byte_level()),
     "ChatML, a tokenizer that adds BOS": with_template(CHATML, byte_level(adds_bos=True)),
@@ -54,7 +59,7 @@ def test_input_is_what_the_library_makes_of_the_messages(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     conversations = [*CONVERSATIONS, SYSTEM] if tokenizer.chat_template == CHATML else CONVERSATIONS
     for messages in conversations:
-        expected = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)["input_ids"]
+        expected = library_ids(messages, tokenizer)
         result = prepared(messages, tokenizer)
         assert list(result.input_ids) == expected
         assert result.num_added == 0
@@ -74,7 +79,7 @@ def test_answers_equal_generate(messages: list[dict[str, str]], tmp_path: Path) 
     job = Job(messages=messages, max_new_tokens=20, top_logprobs=3)
     with Engine.from_pretrained(str(folder), device="cpu", policy=POLICY) as engine:
         (result,) = engine.run([job])
-    ids = CHATTY.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)["input_ids"]
+    ids = library_ids(messages, CHATTY)
     agreement = Agreement()
     agreement.add(Job(token_ids=ids, max_new_tokens=20, top_logprobs=3), result, Reference(folder))
     assert (agreement.failures, agreement.tokens) == ([], 20)
