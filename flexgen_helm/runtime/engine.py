@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyError
@@ -181,7 +182,8 @@ class Engine:
 
     def describe(self) -> EngineInfo:
         """Return what the engine holds and by what its answers are decided."""
-        parameters = list(self._loaded.model.parameters())  # tied weights once
+        modules = nn.ModuleList([self._loaded.model, *self._checked.model.layers])  # stand-ins are in the layers' place
+        parameters = list(modules.parameters())
         num_bytes, count = sum(p.numel() * p.element_size() for p in parameters), sum(p.numel() for p in parameters)
         return EngineInfo(
             policy=self.policy,
