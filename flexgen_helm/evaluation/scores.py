@@ -74,18 +74,18 @@ class _MainMetrics:
         """Return the environment of a run: the suite's, the scenario's, or that of HELM's own schema."""
         # The last group of a run entry is the most specific one.
         groups = list(reversed(run_spec["groups"]))
-        found = (_first(groups, self.suite), _scenario_environment(run_spec["scenario_spec"]), _first(groups, self.helm))
-        return next((environment for environment in found if environment), {})
+        return _first(groups, self.suite) or _of_scenario(run_spec["scenario_spec"]) or _first(groups, self.helm)
 
 
 def _first(groups: list[str], environments: dict[str, dict[str, str]]) -> dict[str, str]:
     return next((environments[group] for group in groups if group in environments), {})
 
 
-def _scenario_environment(scenario_spec: dict[str, Any]) -> dict[str, str]:
+def _of_scenario(scenario_spec: dict[str, Any]) -> dict[str, str]:
     try:
         metadata = create_scenario(ScenarioSpec(**scenario_spec)).get_metadata()
-    except NotImplementedError:
+    except (NotImplementedError, ModuleNotFoundError, AttributeError, TypeError):
+        # Those that helm-summarize takes for a scenario without metadata.
         return {}
     return {"main_name": metadata.main_metric, "main_split": metadata.main_split}
 
