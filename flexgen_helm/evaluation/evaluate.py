@@ -60,8 +60,8 @@ def evaluate(evaluation: Evaluation) -> int:
         _print_scores(evaluation, scores, read_work(evaluation, started))
     if status:
         _complain(
-            f"helm-run ended with status {status}, {len(scores)} runs are complete. Its messages above say why: look for `Error`. "
-            "The same command again continues: what was answered is not computed again."
+            f"helm-run ended with status {status}, {len(scores)} runs are complete. Its messages above say why: look for "
+            "`Error`. The same command again continues: what was answered is not computed again."
         )
     elif summary_status:
         _complain(f"helm-summarize ended with status {summary_status}: the scores are right, but a browser shows no tables.")

@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def suite(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What would run, instead of running it; each command ends as `false` does."""
     ran: list[list[str]] = []
 
@@ -47,8 +46,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
         return real(["false"])
 
     real = subprocess.Popen
-    monkeypatch.setattr(evaluate.subprocess, "Popen", start)
-    yield ran
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return ran
 
 
 def run(*arguments: object) -> int:
@@ -151,7 +150,7 @@ def test_an_interrupt_reaches_helm_first(
                 raise KeyboardInterrupt
             return 130
 
-    monkeypatch.setattr(evaluate.subprocess, "Popen", lambda *_, **__: Interrupted())
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Interrupted())
     assert run("--model", tiny_model, "--suite", suite, "--out", tmp_path / "output") == 130
     assert waits == ["waited", "waited", "left"]
     assert errors(capsys) == "flexgen-helm: interrupted"
