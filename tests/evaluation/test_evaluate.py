@@ -156,6 +156,15 @@ def test_an_interrupt_reaches_helm_first(
     assert errors(capsys) == "flexgen-helm: interrupted"
 
 
+def test_nothing_but_helm_run_loads_torch(tiny_model: Path, suite: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from flexgen_helm.evaluation.evaluate import make_evaluation, prepare;"
+        "prepare(make_evaluation(*sys.argv[1:3], Path(sys.argv[3]), 1)); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_model), str(suite), str(tmp_path / "output")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("False\n")
+
+
 @pytest.mark.parametrize("number", ["0", "-3", "many", "1.5"])
 def test_the_number_of_instances_is_a_number(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
