@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_entry_has_name_group_and_main_metric(entry: str, writing_model: Path) -
     metadata = create_scenario(spec.scenario_spec).get_metadata()
     assert spec.groups == [metadata.name] == [group]
     assert (metadata.main_metric, metadata.main_split) == (metric, "test")
+
+
+def test_entries_of_the_docs_parse(writing_model: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "scenarios.md").read_text()
+    entries = re.findall(r"`(lambada(?::[^`]+)?|perplexity:[^`]+)`", text)
+    assert len(set(entries)) >= 7
+    for entry in entries:
+        create_scenario(parse(entry, f"flexgen/{writing_model}").scenario_spec)
 
 
 @pytest.mark.parametrize("entry", ["lambada", "lambada:task=perplexity"])

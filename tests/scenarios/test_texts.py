@@ -107,7 +107,7 @@ def test_empty_folder_and_splits_of_local_files_are_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize(("name", "value"), [("path", 2026), ("config", 1.5)])
 def test_numbers_are_refused(name: str, value: float) -> None:
     with pytest.raises(ScenarioError, match=f"reads `{name}={value}` as a number"):
-        Source(**{"path": "a.txt", name: value})  # type: ignore[arg-type]
+        Source(**{"path": "a.txt", name: value})
 
 
 def test_hub_data_sets_by_config_split_and_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
