@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _read_score(run_folder: Path, environment: dict[str, str]) -> Score:
     # Inputs as they are; HELM adds perturbed ones and the worst of them, and statistics of nothing.
     stats = [s for s in _json(run_folder / "stats.json") if "perturbation" not in s["name"] and s["count"]]
     return Score(
-        run=run_folder.name.split("model=")[0].rstrip(",:"),
+        run=re.sub("[,:]model(_deployment)?=[^,]*", "", run_folder.name),
         metric=metric,
         value=next((s["mean"] for s in stats if (s["name"]["name"], s["name"].get("split")) == (metric, split)), None),
         instances=len({state["instance"]["id"] for state in states if split in (None, state["instance"]["split"])}),

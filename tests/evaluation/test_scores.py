@@ -72,10 +72,11 @@ def test_scores_are_the_main_metric_of_the_main_split(quickstart: Evaluation) ->
     splits = ["test"] * 4 + ["valid"] * 2
     write_run(quickstart, "mmlu:subject=anatomy,model=a_b", ["mmlu"], stats, instances=splits)
     groups = ["synthetic_reasoning", "synthetic_reasoning_pattern_match"]
-    write_run(quickstart, "synthetic:mode=x,model=a_b", groups, [stat("quasi_exact_match", 0.5)], instances=["test"])
+    name = "synthetic:mode=x,model=a_b,model_deployment=c_a_b,groups=x"
+    write_run(quickstart, name, groups, [stat("quasi_exact_match", 0.5)], instances=["test"])
     assert read_scores(quickstart, EARLIER) == [
         Score("mmlu:subject=anatomy", "exact_match", 0.25, instances=2, requests=6, prompt_tokens=60),
-        Score("synthetic:mode=x", "quasi_exact_match", 0.5, instances=1, requests=1, prompt_tokens=10),
+        Score("synthetic:mode=x,groups=x", "quasi_exact_match", 0.5, instances=1, requests=1, prompt_tokens=10),
     ]
 
 
