@@ -32,7 +32,7 @@ class LambadaScenario(Scenario):
 
     name = "lambada"
     description = "The last word of a passage (Paperno et al., 2016)"
-    tags = ("language_modeling",)
+    tags = ["language_modeling"]  # noqa: RUF012  HELM declares it as a field
 
     def __init__(
         self,

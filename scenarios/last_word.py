@@ -93,7 +93,7 @@ class LastWordPerplexity(ReferenceMetric):
         # Word and passage together, less the passage: some tokenizers begin every text with a token of its own.
         window = WindowServiceFactory.get_window_service(adapter_spec.model_deployment, metric_service)
         num_tokens = window.get_num_tokens(state.request.prompt) - window.get_num_tokens(state.instance.input.text)
-        logprob = sum(token.logprob for token in _completion(state).tokens[-num_tokens:])
+        logprob = sum(token.logprob for token in _completion(state).tokens[-max(num_tokens, 1) :])
         return [
             Stat(MetricName(LOGPROB)).add(logprob),
             *compute_request_state_metrics(EfficiencyMetric(), adapter_spec, state, metric_service),

@@ -16,7 +16,7 @@ class PerplexityScenario(Scenario):
 
     name = "perplexity"
     description = "Perplexity and bits per byte of documents"
-    tags = ("language_modeling",)
+    tags = ["language_modeling"]  # noqa: RUF012  HELM declares it as a field
 
     def __init__(self, path: str, config: str | None = None, split: str | None = None, field: str | None = None) -> None:
         """Args: as in ``Source``."""

@@ -43,7 +43,7 @@ def get_lambada_spec(
         ScenarioError: There is no such task, or an argument is a number.
     """
     arguments = _given(task=task, path=path, config=config, split=split)
-    LambadaScenario(**arguments)
+    LambadaScenario(**arguments)  # wrong arguments are refused before anything runs
     if task == "accuracy":
         adapter_spec = get_completion_adapter_spec(max_tokens=MAX_WORD_TOKENS, stop_sequences=["\n"])
         metric_specs = [
@@ -77,7 +77,7 @@ def get_perplexity_spec(path: str, config: str | None = None, split: str | None 
         ScenarioError: An argument is a number.
     """
     arguments = _given(path=path, config=config, split=split, field=field)
-    Source(**arguments)
+    Source(**arguments)  # wrong arguments are refused before anything runs
     return RunSpec(
         name=_name("perplexity", arguments),
         scenario_spec=ScenarioSpec("flexgen_helm.scenarios.perplexity.PerplexityScenario", arguments),

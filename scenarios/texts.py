@@ -12,6 +12,7 @@ from flexgen_helm.errors import ScenarioError
 
 ROW_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """Suffixes of files of rows, and the loader of ``datasets`` for each."""
+_FETCH = "`python -m flexgen_helm.assets --output-path <HELM's output path>` fetches the data that come with this package"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -55,11 +56,7 @@ def read_texts(source: Source, folder: Path) -> list[str]:
         if path.exists():
             return _read_local(path, source)
     if not _HUB_NAME.fullmatch(source.path) or Path(source.path).suffix in (".txt", *ROW_FORMATS):
-        raise ScenarioError(
-            f"`{source.path}` is no file or folder in {Path.cwd()} or {folder}. Correct the path. Paths with a comma "
-            "cannot be written in a run entry; the data that come with this package are fetched by "
-            "`python -m flexgen_helm.assets --output-path <HELM's output path>`."
-        )
+        raise ScenarioError(f"`{source.path}` is no file or folder in {Path.cwd()} or {folder}. Correct the path; {_FETCH}.")
     return _read_hub(source)
 
 
@@ -91,6 +88,8 @@ def _read_file(path: Path, source: Source) -> list[str]:
 
 
 def _read_rows(path: Path, source: Source) -> list[str]:
+    if not path.stat().st_size:
+        raise ScenarioError(f"`{path}` is empty. Download or export it again.")
     import datasets
 
     # What the library keeps of a file is of no use later: it is parsed again, so that no change is missed.
@@ -112,7 +111,7 @@ def _read_hub(source: Source) -> list[str]:
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise ScenarioError(
             f"`{source.path}` is no local path, and as a data set of the hub it cannot be loaded: {_reason(error)} "
-            "Check name, config and split; without a network, name local files."
+            f"Check name, config and split; without a network, name local files ({_FETCH})."
         ) from error
     return _column(rows, source, f"{source.path} on the hub")
 

@@ -128,10 +128,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == ["flexgen-helm", version("flexgen_helm")]
 
 
-def test_help_loads_no_torch() -> None:
+@pytest.mark.parametrize(("command", "option"), [("generate", "--prompt-file"), ("eval", "--suite")])
+def test_help_loads_no_torch(command: str, option: str) -> None:
     code = "import sys\nfrom flexgen_helm.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
-    process = subprocess.run([sys.executable, "-c", code, "generate", "--help"], capture_output=True, text=True, check=True)
-    assert "--prompt-file" in process.stdout
+    process = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True)
+    assert option in process.stdout
     modules = ast.literal_eval(process.stdout.splitlines()[-1])
     assert "flexgen_helm.cli" in modules
     assert not {"torch", "transformers", "numpy"} & set(modules)

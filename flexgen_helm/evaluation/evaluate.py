@@ -7,11 +7,12 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from flexgen_helm.evaluation.commands import Evaluation, environment, run_command, server_command, summarize_command
 from flexgen_helm.evaluation.preparation import prepare
-from flexgen_helm.evaluation.scores import read_scores, read_work
+from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
 from flexgen_helm.evaluation.suites import find_suite
 from flexgen_helm.evaluation.table import render_scores, render_work
 from flexgen_helm.plugin import make_model_deployment
@@ -45,7 +46,7 @@ def evaluate(evaluation: Evaluation) -> int:
     """Run the suite, summarise it, print scores and where everything is.
 
     Returns:
-        Exit status of the first of HELM's commands that failed, or 0.
+        Exit status of ``helm-run``, or of ``helm-summarize`` where only that failed.
 
     Raises:
         FlexGenError: The output folder cannot be written, or data could not be fetched.
@@ -54,20 +55,29 @@ def evaluate(evaluation: Evaluation) -> int:
     started = time.time()
     status = _execute(run_command(evaluation), evaluation)
     scores = read_scores(evaluation, started)
+    summary_status = _execute(summarize_command(evaluation), evaluation) if scores else 0
     if scores:
-        status = _execute(summarize_command(evaluation), evaluation) or status
-        print(f"\n{render_scores(scores)}\n")
-        if work := read_work(evaluation, started):
-            print(f"{render_work(work)}\n")
-        print(f"Every prompt, answer and statistic: {evaluation.suite_folder}")
-        print(f"In a browser:                       {shlex.join(server_command(evaluation))}")
+        _print_scores(evaluation, scores, read_work(evaluation, started))
     if status:
-        print(
-            f"HELM ended with status {status}; its messages above say why. {len(scores)} runs are complete. "
-            "The same command again continues: what was answered is not computed again.",
-            file=sys.stderr,
+        _complain(
+            f"helm-run ended with status {status}, {len(scores)} runs are complete. Its messages above say why: look for "
+            "`Error`. The same command again continues: what was answered is not computed again."
         )
-    return status
+    elif summary_status:
+        _complain(f"helm-summarize ended with status {summary_status}: the scores are right, but a browser shows no tables.")
+    return status or summary_status
+
+
+def _print_scores(evaluation: Evaluation, scores: Sequence[Score], work: Work | None) -> None:
+    print(f"\n{render_scores(scores)}\n")
+    if work is not None:
+        print(f"{render_work(work)}\n")
+    print(f"Every prompt, answer and statistic: {evaluation.suite_folder}")
+    print(f"In a browser:                       {shlex.join(server_command(evaluation))}", flush=True)
+
+
+def _complain(message: str) -> None:
+    print(f"flexgen-helm: {message}", file=sys.stderr)
 
 
 def _execute(command: list[str], evaluation: Evaluation) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,18 @@ class _MainMetrics:
         """Return the environment of a run: the suite's, the scenario's, or that of HELM's own schema."""
         # The last group of a run entry is the most specific one.
         groups = list(reversed(run_spec["groups"]))
-        found = (_first(groups, self.suite), _scenario_environment(run_spec["scenario_spec"]), _first(groups, self.helm))
-        return next((environment for environment in found if environment), {})
+        return _first(groups, self.suite) or _of_scenario(run_spec["scenario_spec"]) or _first(groups, self.helm)
 
 
 def _first(groups: list[str], environments: dict[str, dict[str, str]]) -> dict[str, str]:
     return next((environments[group] for group in groups if group in environments), {})
 
 
-def _scenario_environment(scenario_spec: dict[str, Any]) -> dict[str, str]:
+def _of_scenario(scenario_spec: dict[str, Any]) -> dict[str, str]:
     try:
         metadata = create_scenario(ScenarioSpec(**scenario_spec)).get_metadata()
-    except NotImplementedError:
+    except (NotImplementedError, ModuleNotFoundError, AttributeError, TypeError):
+        # Those that helm-summarize takes for a scenario without metadata.
         return {}
     return {"main_name": metadata.main_metric, "main_split": metadata.main_split}
 
@@ -101,7 +102,7 @@ def _read_score(run_folder: Path, environment: dict[str, str]) -> Score:
     # Inputs as they are; HELM adds perturbed ones and the worst of them, and statistics of nothing.
     stats = [s for s in _json(run_folder / "stats.json") if "perturbation" not in s["name"] and s["count"]]
     return Score(
-        run=run_folder.name.split("model=")[0].rstrip(",:"),
+        run=re.sub("[,:]model(_deployment)?=[^,]*", "", run_folder.name),
         metric=metric,
         value=next((s["mean"] for s in stats if (s["name"]["name"], s["name"].get("split")) == (metric, split)), None),
         instances=len({state["instance"]["id"] for state in states if split in (None, state["instance"]["split"])}),

@@ -40,15 +40,15 @@ class FlexGenWindowService(LocalWindowService):
         )
 
     def decode(self, tokens: list[TokenizationToken], normalized_text: str | None = None) -> str:
-        """Return the text of tokens, if possible one that is tokenised into the same tokens again.
+        """Return the text of tokens; behind a prefix token that of a document, if it is tokenised into the same tokens.
 
         SentencePiece tokenizers begin a text with a space that they do not show. Behind a prefix token many show it, and
-        begin with a further one when they read it.
+        some begin with a further one when they read it.
         """
         text: str = super().decode(tokens, normalized_text)
-        if self.prefix_token and text.startswith(self.prefix_token) and self.encode(text).tokens != tokens:
-            apart = self.prefix_token + super().decode(tokens[1:], normalized_text)
-            return apart if self.encode(apart).tokens == tokens else text
+        if self.prefix_token and text.startswith(self.prefix_token):
+            apart: str = self.prefix_token + super().decode(tokens[1:], normalized_text)
+            return apart if apart != text and self.encode(apart).tokens == tokens else text
         return text
 
     def fits_within_context_window(self, text: str, expected_completion_token_length: int = 0) -> bool:

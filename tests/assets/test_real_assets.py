@@ -46,7 +46,10 @@ def test_smollm2_tokenizer_round_trips_and_splits_digits(model_folder: Path) -> 
 
 def test_data_has_the_published_sizes(tmp_path: Path) -> None:
     mmlu_scenario = pytest.importorskip("helm.benchmark.scenarios.mmlu_scenario", reason="needs crfm-helm")
-    from helm.benchmark.scenarios.commonsense_scenario import PiqaScenario
+    from helm.benchmark.scenarios.commonsense_scenario import HellaSwagScenario, PiqaScenario
+
+    from flexgen_helm.scenarios.lambada import LambadaScenario
+    from flexgen_helm.scenarios.perplexity import PerplexityScenario
 
     try:
         install_helm_data(tmp_path)
@@ -56,6 +59,10 @@ def test_data_has_the_published_sizes(tmp_path: Path) -> None:
         pytest.skip(str(error))
     scenarios = tmp_path / "scenarios"
     assert len(PiqaScenario().get_instances(str(scenarios / "piqa"))) == 1_838
+    assert len(HellaSwagScenario().get_instances(str(scenarios / "hellaswag"))) == 10_042
+    assert len(LambadaScenario().get_instances(str(scenarios / "lambada"))) == 5_153
+    (address,) = PerplexityScenario("sotu_2026.txt").get_instances(str(scenarios / "perplexity"))
+    assert "250th anniversary" in address.input.text
     subjects = [path.name.removesuffix("_test.csv") for path in (scenarios / "mmlu" / "data" / "test").iterdir()]
     assert len(subjects) == 57
     counts = {"train": 0, "valid": 0, "test": 0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -18,10 +17,12 @@ from helm.common.cache_backend_config import BlackHoleCacheBackendConfig, Sqlite
 from helm.common.request import Request, RequestResult
 
 from flexgen_helm import plugin
+from flexgen_helm.evaluation.commands import Evaluation, environment, run_command
+from flexgen_helm.evaluation.suites import Suite
 from flexgen_helm.helm.deployment import CLIENT
 from flexgen_helm.helm.registry import ENGINES
-from flexgen_helm.runs.quickstart.commands import offline_environment, run_command
-from tests.helm.suites import RUNS, assert_client_and_runner_equal_transformers
+from tests.helm.entries import SHORT
+from tests.helm.suites import assert_equal_transformers
 from tests.models import SINGLE, save_tiny
 from tests.tokenizers import save_character_tokenizer
 
@@ -45,7 +46,8 @@ def ask(client: AutoClient, deployment: str, prompt: str = "one") -> RequestResu
     [pytest.param(family, marks=() if family in FREQUENT else pytest.mark.slow) for family in SINGLE],
 )
 def test_client_and_runner_equal_transformers(family: str, tmp_path: Path, helm_output: Path) -> None:
-    assert_client_and_runner_equal_transformers(save_tiny_with_tokenizer(family, tmp_path), helm_output, 3)
+    rows = {"gpu_batch_size": 16, "gpu_batch_tokens": 64}
+    assert_equal_transformers(SHORT, save_tiny_with_tokenizer(family, tmp_path), helm_output, 3, policy=rows)
 
 
 def test_helms_log_says_once_that_rows_are_single_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,16 +65,17 @@ def test_helms_log_says_once_that_rows_are_single_and_why(tmp_path: Path, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by_runner", [True, False])
-def test_helm_run_shows_the_line(by_runner: bool, tmp_path: Path, helm_output: Path) -> None:
+def test_helm_run_shows_the_line(by_runner: bool, tmp_path: Path) -> None:
     folder = save_tiny_with_tokenizer("nemotron_h", tmp_path)
-    output = Path(shutil.copytree(helm_output / "scenarios", tmp_path / "output" / "scenarios")).parent
-    command = [sys.executable, "-m", "helm.benchmark.run", *run_command(folder, output, 2)[1:]]
+    entries = tmp_path / "brackets.conf"
+    entries.write_text('entries: [{description: "dyck_language:num_parenthesis_pairs=2,model=text", priority: 1}]')
+    evaluation = Evaluation(f"flexgen/{folder}", Suite("brackets", entries, packaged=True), tmp_path / "output", 2)
+    command = [sys.executable, "-m", "helm.benchmark.run", *run_command(evaluation)[1:]]
     command = command if by_runner else command[: command.index("--runner-class-name")]
-    environment = offline_environment(output)
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    process = subprocess.run(command, env=environment(evaluation), capture_output=True, text=True, check=True)
     (line,) = [line for line in (process.stdout + process.stderr).splitlines() if "single rows" in line]
     assert re.search(rf"\(nemotron_h\) runs in single rows.*{SINGLE['nemotron_h'].reason}", line)
-    assert len(list(output.glob("runs/quickstart/*/stats.json"))) == len(RUNS)
+    assert len(list(evaluation.suite_folder.glob("*/stats.json"))) == 1
 
 
 def write_deployment(rows: str, model_folder: Path, local_path: Path) -> str:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flexgen_helm import Engine
-from flexgen_helm.errors import InvalidJob
+from flexgen_helm.assets import smollm2_folder
+from flexgen_helm.errors import FlexGenError, InvalidJob
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
 from flexgen_helm.types import Job
 from tests.reference import Agreement, Reference
@@ -84,6 +85,27 @@ def test_answers_equal_generate(messages: list[dict[str, str]], tmp_path: Path) 
     agreement.add(Job(token_ids=ids, max_new_tokens=20, top_logprobs=3), result, Reference(folder))
     assert (agreement.failures, agreement.tokens) == ([], 20)
     assert result.completions[0].text == CHATTY.decode(result.completions[0].token_ids, skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_as_in_generate(tmp_path: Path) -> None:
+    """SmolLM2 was tuned with this template, which its folder here lacks."""
+    try:
+        source = smollm2_folder()
+    except FlexGenError as error:
+        pytest.skip(str(error))
+    for file in source.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    follow_up = [*question, {"role": "assistant", "content": "Paris."}, {"role": "user", "content": "And of Italy?"}]
+    with Engine.from_pretrained(str(tmp_path), device="cpu", dtype="float32") as engine:
+        results = engine.run([Job(messages=messages, max_new_tokens=24) for messages in (question, follow_up)])
+    tokenizer, agreement, reference = AutoTokenizer.from_pretrained(tmp_path), Agreement(), Reference(tmp_path)
+    for messages, result in zip((question, follow_up), results, strict=True):
+        agreement.add(Job(token_ids=library_ids(messages, tokenizer), max_new_tokens=24), result, reference)
+        assert result.completions[0].finish_reason == "endoftext"
+    assert agreement.failures == []
 
 
 INVALID: dict[str, tuple[Any, str]] = {

@@ -45,6 +45,7 @@ INVALID = {
     "negative max_new_tokens": (Job(prompt="a", max_new_tokens=-1), "max_new_tokens is -1"),
     "max_new_tokens of another type": (Job(prompt="a", max_new_tokens=1.5), "max_new_tokens is 1.5"),  # type: ignore[arg-type]
     "max_new_tokens is a bool": (Job(prompt="a", max_new_tokens=True), "max_new_tokens is True"),
+    "more completions than can be counted": (Job(prompt="a", num_completions=10**9), "num_completions is 1000000000"),
     "no completion": (Job(prompt="a", num_completions=0), "num_completions is 0"),
     "temperature NaN": (Job(prompt="a", temperature=math.nan), "temperature is nan"),
     "temperature infinite": (Job(prompt="a", temperature=math.inf), "temperature is inf"),

@@ -108,6 +108,16 @@ def test_broken_bytes_leave_other_characters_alone(kind: str) -> None:
     assert run(kind, encode(kind, "x"), ids).text.replace(REPLACEMENT, "").replace(" ", "") == "日a日"
 
 
+@pytest.mark.parametrize("kind", EXACT)
+def test_tokens_of_a_text_behind_special_tokens_are_that_text(kind: str) -> None:
+    """SentencePiece begins the text with a space that is not in it, behind BOS too."""
+    for text in ("Hello dog", " Hello", "日本 é"):
+        ids = encode(kind, text)
+        names = token_texts(vocabulary(kind), [vocabulary(kind).tokenizer.bos_token_id] * 3000 + ids)[3000:]
+        assert names == token_texts(vocabulary(kind), ids)
+        assert get_num_bytes([Token(name, 0.0) for name in names]) == len(decode(vocabulary(kind).tokenizer, ids).encode())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_and_unknown_tokens_add_no_text(kind: str) -> None:
     tokenizer = vocabulary(kind).tokenizer

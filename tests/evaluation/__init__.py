@@ -1,0 +1,1 @@
+"""`flexgen-helm eval`."""

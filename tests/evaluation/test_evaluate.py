@@ -1,0 +1,272 @@
+"""`flexgen-helm eval`: what it runs, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helm.benchmark.run import build_parser
+
+from flexgen_helm.cli import main
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.evaluation import evaluate, preparation
+from flexgen_helm.evaluation.commands import Evaluation, environment, run_command
+from flexgen_helm.evaluation.preparation import place_data, write_model_metadata
+from flexgen_helm.evaluation.suites import find_suite
+
+SUITE = 'entries: [{description: "dyck_language:num_parenthesis_pairs=2,model=text", priority: 1}]'
+UNKNOWN = '{description: "custom_mcqa:path=/no/such/file.jsonl,model=text", priority: 1}'
+DYCK = "dyck_language_np=2"
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """A folder with one run entry that needs no data."""
+    folder = tmp_path / "brackets"
+    folder.mkdir()
+    (folder / "run_entries.conf").write_text(SUITE)
+    return folder
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What would run, instead of running it; each command ends as `false` does."""
+    ran: list[list[str]] = []
+
+    def start(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        ran.append(command)
+        return real(["false"])
+
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return ran
+
+
+def run(*arguments: object) -> int:
+    return main(["eval", *map(str, arguments)])
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> str:
+    """Returns the one line of an error."""
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if line.startswith("flexgen-helm: ")]
+    return line
+
+
+def test_suite_by_path_from_end_to_end(
+    tiny_model: Path, suite: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (suite / "run_entries.conf").write_text(SUITE.replace("]", f", {UNKNOWN}]"))
+    output = tmp_path / "output"
+    assert run("--model", tiny_model, "--suite", suite, "-m", 3, "--out", output) == 1
+    printed, complaint = capfd.readouterr()
+    first, *_ = [line for line in printed.splitlines() if line]
+    assert first.startswith(f"$ helm-run --conf-paths {suite}/run_entries.conf --models-to-run flexgen/{tiny_model} ")
+    assert "$ helm-summarize --suite brackets " in printed
+    table = printed[printed.index("run entry ") :].splitlines()
+    stats = json.loads(next(output.glob("runs/brackets/dyck*/stats.json")).read_text())
+    (score,) = [s["mean"] for s in stats if s["name"] == {"name": "exact_match_indicator", "split": "test"}]
+    assert table[1].split()[:5] == [DYCK, "exact_match_indicator", f"{score:.3f}", "3", "3"]
+    tokens = int(table[1].split()[5].replace(",", ""))
+    assert table[3].startswith("3 requests in ")
+    assert f"Prompt tokens: {tokens:,} asked" in table[3]
+    assert f"{output}/runs/brackets" in printed
+    assert f"helm-server --suite brackets --output-path {output}" in printed
+    assert "helm-run ended with status 1, 1 runs are complete." in complaint.splitlines()[-1]
+    assert "The same command again continues" in complaint.splitlines()[-1]
+    (model,) = json.loads((output / "runs" / "brackets" / "schema.json").read_text())["models"]
+    assert model["display_name"] == tiny_model.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_quickstart_from_end_to_end_and_again(tiny_model: Path, helm_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for again in (False, True):
+        assert run("--model", tiny_model, "--suite", "quickstart", "-m", 2, "--out", helm_data) == 0
+        printed, complaint = capfd.readouterr()
+        table = printed[printed.index("run entry ") :].splitlines()
+        assert [line.split()[1] for line in table[1:7]] == [
+            *("exact_match", "exact_match", "last_word_accuracy", "exact_match", "bits_per_byte", "quasi_exact_match")
+        ]
+        assert ("were answered before." in table[8]) is again
+        assert "flexgen-helm:" not in complaint
+    groups = json.loads((helm_data / "runs" / "quickstart" / "groups" / "quickstart.json").read_text())
+    assert {"Accuracy", "Bits per byte", "Efficiency"} <= {group["title"] for group in groups}
+    assert all(len(group["rows"]) == 1 for group in groups)
+
+
+def test_commands_run_by_this_interpreter_and_end_with_helms_status(
+    tiny_model: Path, suite: Path, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--model", tiny_model, "--suite", suite, "--out", tmp_path / "output") == 1
+    (command,) = commands
+    assert command[:3] == [sys.executable, "-m", "helm.benchmark.run"]
+    arguments = build_parser().parse_args(command[3:])
+    assert arguments.models_to_run == [f"flexgen/{tiny_model}"]
+    assert (arguments.suite, arguments.max_eval_instances, arguments.plugins) == ("brackets", 100, None)
+    printed = capsys.readouterr()
+    shown = next(line for line in printed.out.splitlines() if line.startswith("$ "))
+    assert shlex.split(shown)[2:] == command[3:]
+    assert "helm-run ended with status 1, 0 runs are complete." in printed.err
+
+
+def test_results_of_earlier_commands_are_not_shown(
+    tiny_model: Path, suite: Path, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "output" / "runs" / "brackets" / "old:model=m"
+    old.mkdir(parents=True)
+    (old / "stats.json").write_text("[]")
+    adapter = {"model_deployment": f"flexgen/{tiny_model}"}
+    (old / "run_spec.json").write_text(json.dumps({"adapter_spec": adapter}))
+    os.utime(old / "stats.json", (time.time() - 60,) * 2)
+    run("--model", tiny_model, "--suite", suite, "--out", tmp_path / "output")
+    assert "run entry" not in capsys.readouterr().out
+
+
+def test_an_interrupt_reaches_helm_first(
+    tiny_model: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HELM keeps what is finished when it is interrupted, so it is not killed while it does."""
+    waits: list[str] = []
+
+    class Interrupted:
+        def __enter__(self) -> Interrupted:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            waits.append("left")
+
+        def wait(self) -> int:
+            waits.append("waited")
+            if len(waits) == 1:
+                raise KeyboardInterrupt
+            return 130
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Interrupted())
+    assert run("--model", tiny_model, "--suite", suite, "--out", tmp_path / "output") == 130
+    assert waits == ["waited", "waited", "left"]
+    assert errors(capsys) == "flexgen-helm: interrupted"
+
+
+def test_nothing_but_helm_run_loads_torch(tiny_model: Path, suite: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from flexgen_helm.evaluation.evaluate import make_evaluation, prepare;"
+        "prepare(make_evaluation(*sys.argv[1:3], Path(sys.argv[3]), 1)); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_model), str(suite), str(tmp_path / "output")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("number", ["0", "-3", "many", "1.5"])
+def test_the_number_of_instances_is_a_number(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("--model", "m", "--suite", "quickstart", f"-m={number}")
+    assert "is not a number of instances; give 1 or more" in capsys.readouterr().err
+
+
+def test_unknown_suite(tiny_model: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", tiny_model, "--suite", "quick") == 2
+    assert re.search(r"no suite `quick`.* mmlu, .*quickstart", errors(capsys))
+    assert not commands
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "flexgen//no/such/folder", "flexgen/a/b/c/d"])
+def test_missing_model(model: str, suite: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", model, "--suite", suite) == 2
+    assert re.search(
+        r"(No model was found at `/no/such/folder`|not the name of a flexgen deployment).*flexgen/", errors(capsys)
+    )
+    assert not commands
+
+
+def test_output_that_cannot_be_written(
+    tiny_model: Path, suite: Path, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert run("--model", tiny_model, "--suite", suite, "--out", tmp_path / "file") == 2
+    assert re.search(r"file cannot be written \(.+\)\. Name a folder that can, with room, by --out\.", errors(capsys))
+    assert not commands
+
+
+def test_missing_helm(suite: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run("--model", "m", "--suite", suite) == 2
+    assert errors(capsys) == 'flexgen-helm: HELM is not installed. Install it with `pip install "flexgen_helm[helm]"`.'
+
+
+def test_missing_data(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(folder: Path) -> None:
+        raise FlexGenError("no network")
+
+    monkeypatch.setattr(preparation, "install_helm_data", fail)
+    assert run("--model", tiny_model, "--suite", "quickstart", "--out", tmp_path) == 2
+    assert errors(capsys) == "flexgen-helm: no network"
+
+
+def test_nothing_is_downloaded_for_nltk(tmp_path: Path) -> None:
+    evaluation = Evaluation("flexgen//a/b", find_suite("quickstart"), tmp_path, 1)
+    code = "from helm.benchmark.metrics.nltk_helper import install_nltk_resources as f; f(); print('done')"
+    process = subprocess.run(
+        [sys.executable, "-c", code], env=environment(evaluation), capture_output=True, text=True, check=True
+    )
+    assert (process.stdout, "nltk_data" in process.stderr) == ("done\n", False)
+
+
+def test_the_hub_is_asked_for_what_is_not_here(suite: Path, tmp_path: Path) -> None:
+    quickstart, mine = find_suite("quickstart"), find_suite(str(suite))
+    assert environment(Evaluation("flexgen//a/b", quickstart, tmp_path, 1))["HF_HUB_OFFLINE"] == "1"
+    for evaluation in (Evaluation("flexgen/a/b", quickstart, tmp_path, 1), Evaluation("flexgen//a/b", mine, tmp_path, 1)):
+        assert environment(evaluation).get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE")
+
+
+def test_summarizer_knows_every_model(suite: Path, tmp_path: Path) -> None:
+    for model in ("/some/org/first", "org/second", "org/second"):
+        write_model_metadata(Evaluation(f"flexgen/{model}", find_suite(str(suite)), tmp_path, 1))
+    code = (
+        "import sys; from helm.benchmark.config_registry import register_configs_from_directory as register;"
+        "from helm.benchmark.model_metadata_registry import get_model_metadata as get;"
+        "register(sys.argv[1]); print(*(get(f'org/{name}').display_name for name in ('first', 'second')))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "prod_env")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("first second\n")
+    assert (tmp_path / "prod_env" / "model_metadata.yaml").read_text().count("name: org/second") == 1
+
+
+def test_a_torn_description_of_models_is_an_error(suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "prod_env").mkdir()
+    (tmp_path / "prod_env" / "model_metadata.yaml").write_text("models: [")
+    with pytest.raises(FlexGenError, match="Repair or remove it"):
+        write_model_metadata(Evaluation("flexgen/a/b", find_suite(str(suite)), tmp_path, 1))
+
+
+def test_own_data_is_placed_and_said_and_does_not_overwrite(
+    suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (suite / "scenarios" / "mine" / "data").mkdir(parents=True, exist_ok=True)
+        (suite / "scenarios" / "mine" / "data" / name).write_text("ours")
+    data = tmp_path / "output" / "scenarios" / "mine" / "data"
+    data.mkdir(parents=True)
+    (data / "b").write_text("theirs")
+    place_data(Evaluation("flexgen/a/b", find_suite(str(suite)), tmp_path / "output", 1))
+    assert [(data / name).read_text() for name in ("a", "b")] == ["ours", "theirs"]
+    assert capsys.readouterr().out == f"Data of the suite: {data}/a\n"
+
+
+def test_relative_models_become_absolute(
+    tiny_model: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_model)
+    for name in (".", f"../{tiny_model.name}/", str(tiny_model), f"flexgen/{tiny_model}"):
+        evaluation = evaluate.make_evaluation(name, str(suite), tmp_path, 1)
+        assert f"flexgen/{tiny_model}" in run_command(evaluation)

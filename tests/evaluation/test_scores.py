@@ -1,0 +1,142 @@
+"""What is read from HELM's files, and the table that is made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgen_helm.evaluation.commands import Evaluation
+from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
+from flexgen_helm.evaluation.suites import Suite, find_suite
+from flexgen_helm.evaluation.table import render_scores, render_work
+from flexgen_helm.helm.report import WORKLOAD_FILE
+
+TYPOS = {"name": "typos"}
+LATER, EARLIER = 2_000_000_000, 1_000_000_000
+
+
+def stat(name: str, mean: float, split: str = "test", count: int = 1, **more: Any) -> dict[str, Any]:
+    return {"name": {"name": name, "split": split, **more}, "count": count, "sum": mean * count, "mean": mean}
+
+
+def write_run(
+    evaluation: Evaluation,
+    name: str,
+    groups: Sequence[str],
+    stats: Sequence[dict[str, Any]],
+    *,
+    instances: Sequence[str],
+    prompt_tokens: int = 10,
+    deployment: str | None = None,
+    scenario: str = "helm.benchmark.scenarios.commonsense_scenario.PiqaScenario",
+) -> Path:
+    """Writes what HELM would; `instances` are the splits of one request each."""
+    folder = evaluation.suite_folder / name
+    folder.mkdir(parents=True)
+    run_spec = {
+        "groups": list(groups),
+        "adapter_spec": {"model_deployment": deployment or evaluation.deployment},
+        "scenario_spec": {"class_name": scenario, "args": {}},
+    }
+    states = [{"instance": {"id": f"id{at // 2}", "split": split}} for at, split in enumerate(instances)]
+    counted = [{"stats": [stat("num_prompt_tokens", prompt_tokens, split)]} for split in instances[::2]]
+    contents = {
+        "run_spec": run_spec,
+        "stats": list(stats),
+        "scenario_state": {"request_states": states},
+        "per_instance_stats": counted,
+    }
+    for file, content in contents.items():
+        (folder / f"{file}.json").write_text(json.dumps(content))
+    os.utime(folder / "stats.json", (LATER, LATER))
+    return folder
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path) -> Evaluation:
+    return Evaluation("flexgen/a/b", find_suite("quickstart"), tmp_path, 3)
+
+
+def test_scores_are_the_main_metric_of_the_main_split(quickstart: Evaluation) -> None:
+    stats = [
+        stat("exact_match", 0.1, perturbation=TYPOS),
+        {"name": {"name": "exact_match"}, "count": 0},
+        stat("exact_match", 0.25),
+        stat("exact_match", 0, "valid"),
+    ]
+    splits = ["test"] * 4 + ["valid"] * 2
+    write_run(quickstart, "mmlu:subject=anatomy,model=a_b", ["mmlu"], stats, instances=splits)
+    groups = ["synthetic_reasoning", "synthetic_reasoning_pattern_match"]
+    name = "synthetic:mode=x,model=a_b,model_deployment=c_a_b,groups=x"
+    write_run(quickstart, name, groups, [stat("quasi_exact_match", 0.5)], instances=["test"])
+    assert read_scores(quickstart, EARLIER) == [
+        Score("mmlu:subject=anatomy", "exact_match", 0.25, instances=2, requests=6, prompt_tokens=60),
+        Score("synthetic:mode=x,groups=x", "quasi_exact_match", 0.5, instances=1, requests=1, prompt_tokens=10),
+    ]
+
+
+def test_without_a_schema_the_scenario_names_the_metric_and_else_helms_schema(tmp_path: Path) -> None:
+    evaluation = Evaluation("flexgen/a/b", Suite("mine", tmp_path / "run_entries.conf", packaged=False), tmp_path, 3)
+    natural = "helm.benchmark.scenarios.synthetic_reasoning_natural_scenario.SRNScenario"
+    run = write_run(evaluation, "a:model=b", ["x"], [stat("f1_set_match", 0.5)], instances=["test"], scenario=natural)
+    run_spec = json.loads((run / "run_spec.json").read_text())
+    run_spec["scenario_spec"]["args"] = {"difficulty": "easy"}
+    (run / "run_spec.json").write_text(json.dumps(run_spec))
+    # HELM's scenario has no metadata, its classic schema has the group.
+    write_run(evaluation, "b:model=b", ["synthetic_reasoning"], [stat("quasi_exact_match", 0.7)], instances=["test"])
+    write_run(evaluation, "c:model=b", ["no such group"], [stat("exact_match", 1)], instances=["test"])
+    scores = [(score.run, score.metric, score.value, score.instances) for score in read_scores(evaluation, EARLIER)]
+    assert scores == [("a", "f1_set_match", 0.5, 1), ("b", "quasi_exact_match", 0.7, 1), ("c", None, None, 1)]
+
+
+def test_only_runs_of_this_command_and_model_count(quickstart: Evaluation) -> None:
+    write_run(quickstart, "mmlu:model=a_b", ["mmlu"], [stat("exact_match", 1)], instances=["test"])
+    write_run(quickstart, "mmlu:model=c", ["mmlu"], [], instances=["test"], deployment="flexgen/x/c")
+    (quickstart.suite_folder / "unfinished").mkdir()
+    assert [score.run for score in read_scores(quickstart, EARLIER)] == ["mmlu"]
+    assert read_scores(quickstart, LATER + 1) == []
+
+
+def test_a_split_that_was_not_drawn_has_no_score(quickstart: Evaluation) -> None:
+    stats = [stat("exact_match", 1, "valid")]
+    write_run(quickstart, "mmlu:model=a_b", ["mmlu"], stats, instances=["valid"])
+    (score,) = read_scores(quickstart, EARLIER)
+    assert (score.metric, score.value, score.instances, score.requests) == ("exact_match", None, 0, 1)
+    assert render_scores([score]).splitlines()[1].split() == ["mmlu", "exact_match", "-", "0", "1", "10"]
+
+
+def test_work_is_that_of_this_command_and_model(quickstart: Evaluation) -> None:
+    assert read_work(quickstart, EARLIER) is None
+    stats = {"prompt_tokens_asked": 4000, "prompt_tokens_computed": 1000, "seconds": 2.0, "new": 1}
+    own = {"deployment": "flexgen/a/b", "num_requests": 14, "num_cached": 3, "num_resumed": 1, "stats": stats, "engine": {}}
+    file = quickstart.suite_folder / WORKLOAD_FILE
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps([own, {**own, "deployment": "flexgen/x/c"}]))
+    work = read_work(quickstart, EARLIER)
+    assert work == Work(14, 4, 2.0, 4000, 1000)
+    assert read_work(quickstart, LATER) is None
+    assert render_work(work) == (
+        "10 requests in 2 s, 5.00 requests/s (4 more were answered before). Prompt tokens: 4,000 asked, 1,000 computed "
+        "(4.0 times fewer, because shared prefixes are computed once)."
+    )
+
+
+def test_rate_is_not_made_up_when_nothing_was_computed() -> None:
+    assert render_work(Work(3, 3, 0.0, 0, 0)) == "All 3 requests were answered before."
+
+
+def test_table_is_aligned_and_ends_with_the_mean_of_one_metric() -> None:
+    scores = [Score("mmlu:a", "exact_match", 0.25, 10, 1000, 12345), Score("mmlu:bcd", "exact_match", 0.5, 2, 2, 5)]
+    assert render_scores(scores).splitlines() == [
+        "run entry  metric       score  instances  requests  prompt tokens",
+        "mmlu:a     exact_match  0.250         10     1,000         12,345",
+        "mmlu:bcd   exact_match  0.500          2         2              5",
+        "mean of 2  exact_match  0.375         12     1,002         12,350",
+    ]
+    assert len(render_scores(scores[:1]).splitlines()) == 2
+    assert len(render_scores([*scores, Score("x", "rouge_2", 0.5, 2, 2, 5)]).splitlines()) == 4

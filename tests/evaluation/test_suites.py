@@ -1,0 +1,67 @@
+"""Which suites are found, by name and by path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.evaluation.suites import Suite, find_suite, packaged_suites
+
+ENTRY = 'entries: [{description: "dyck_language:num_parenthesis_pairs=2,model=text"}]'
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run_entries.conf").write_text(ENTRY)
+    return tmp_path / "mine"
+
+
+def test_suites_of_the_package_go_by_name() -> None:
+    assert {"quickstart", "mmlu", "flexgen_paper"} <= set(packaged_suites())
+    suite = find_suite("quickstart")
+    assert (suite.name, suite.packaged, suite.run_entries.name) == ("quickstart", True, "run_entries.conf")
+    assert suite.schema is not None
+    assert find_suite("mmlu").schema is None
+
+
+def test_other_suites_are_files_and_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / "run_entries.conf"
+    assert find_suite(str(folder)) == find_suite(str(file)) == Suite("mine", file, packaged=False)
+    other = file.with_name("some.conf")
+    other.write_text(ENTRY)
+    assert find_suite(str(other)).name == "some"
+    monkeypatch.chdir(folder)
+    assert find_suite(".") == Suite("mine", file, packaged=False)
+    assert find_suite("some.conf") == Suite("some", other, packaged=False)
+
+
+def test_a_name_wins_over_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.rename(folder.with_name("mmlu")).parent)
+    assert find_suite("mmlu").packaged
+    assert not find_suite("./mmlu").packaged
+
+
+@pytest.mark.parametrize("name", ["quickstrt", "no/such/folder", "."])
+def test_unknown_suites_are_errors_that_list_the_known(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FlexGenError, match=rf"no suite `{name}`.* flexgen_paper, .*mmlu, .*quickstart"):
+        find_suite(name)
+
+
+@pytest.mark.parametrize("content", ["", "entries: []"])
+def test_an_empty_suite_is_an_error(content: str, folder: Path) -> None:
+    (folder / "run_entries.conf").write_text(content)
+    with pytest.raises(
+        FlexGenError, match=r"run_entries\.conf (has no run entries|cannot be read).*Write for example entries:"
+    ):
+        find_suite(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"entries: [{", b"entries: [{priority: 1}]", b"entries: 3", b"\xff\xfe\x00"])
+def test_what_helm_cannot_read_is_an_error(content: bytes, folder: Path) -> None:
+    (folder / "run_entries.conf").write_bytes(content)
+    with pytest.raises(FlexGenError, match=r"run_entries\.conf cannot be read as run entries \(.+\)\. Write for example"):
+        find_suite(str(folder))
