@@ -36,7 +36,7 @@ MODULES = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model at `path/to/model` and the files that the text shows."""
-    model = save_tiny("qwen2", tmp_path / "path")
+    model = save_tiny("qwen3", tmp_path / "path")
     save_character_tokenizer(model)
     (tmp_path / "path" / "to").mkdir()
     model.rename(tmp_path / "path" / "to" / "model")

@@ -16,7 +16,7 @@ from tests.tokenizers import save_character_tokenizer
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_tiny("qwen2", tmp_path_factory.mktemp("models"))
+    folder = save_tiny("qwen3", tmp_path_factory.mktemp("models"))
     save_character_tokenizer(folder)
     return folder
 

@@ -131,7 +131,7 @@ def mean(files: dict[str, Any], metric: str) -> float:
 
 
 def tiny_model(folder: Path) -> str:
-    model = save_tiny("qwen2", folder)
+    model = save_tiny("qwen3", folder)
     save_character_tokenizer(model)
     return f"flexgen/{model}"
 
