@@ -1,0 +1,158 @@
+"""What everything but the model costs: a suite through ``helm-run`` on a model of one tiny layer.
+
+Half of the requests are 5-shot multiple choice, a quarter scores single choices, a quarter generates 20 tokens; tokenizer,
+engine, scheduler and HELM are the real ones. Sizes double, so that a step that grows faster than the number of requests shows:
+of two sizes n and m, the exponent is log(time(n) / time(m)) / log(n / m), in processor time.
+Cost: about 6 minutes on one core of a server CPU for the default sizes, 3 GiB of memory.
+
+Command: ``python -m flexgen_helm.runs.helm_overhead --json result.json``
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from flexgen_helm.assets import smollm2_folder
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.runs.helm_overhead.commands import RUNNER, Finished, helm_run
+from flexgen_helm.runs.helm_overhead.null_model import save_null_model
+from flexgen_helm.runs.helm_overhead.questions import suite_entries
+from flexgen_helm.runs.helm_overhead.sampled import STEPS
+
+ROUTES = {
+    "runner": ["--num-threads", "1", "--runner-class-name", RUNNER],
+    "client": ["--num-threads", "64"],
+}
+LOCKED = "database is locked"
+LINEAR = 1.1
+"""An exponent above this is faster than linear; what it is above 1 is noise and collecting of garbage."""
+SMALL = 0.01
+"""Steps below this share of the whole are not judged."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One suite."""
+
+    route: str
+    cache: bool
+    requests: int
+    wall_s: float
+    steps_s: dict[str, float]
+    processor_s: dict[str, float]
+    engine_s: float | None
+    """Seconds of ``Engine.run``; unknown for the client."""
+    locked: int
+    """Lines of the log that say "database is locked"."""
+
+    @property
+    def requests_per_second(self) -> float:
+        """By the wall clock of the command, its start included."""
+        return self.requests / self.wall_s
+
+    def line(self) -> str:
+        """What a person reads."""
+        cache = "cache" if self.cache else "--disable-cache"
+        return (
+            f"{self.route:7} {cache:16} {self.requests:6} requests in {self.wall_s:6.1f} s, "
+            f'{self.requests_per_second:6.1f} requests/s, "{LOCKED}" {self.locked} times'
+        )
+
+
+def measure(folder: Path, model: Path, num_requests: int, *, route: str, cache: bool, threads: int) -> Measured:
+    """Run a suite of new questions in a new folder."""
+    entries = suite_entries(folder / "questions", num_requests)
+    arguments = [*ROUTES[route], "-m", str(num_requests), *([] if cache else ["--disable-cache"])]
+    models = [f"{entry},model=flexgen/{model}" for entry in entries]
+    finished = helm_run(models, folder / "output", arguments, threads=threads, watch="all")
+    answered = sum(len(json.loads(path.read_text())["request_states"]) for path in finished.suite.glob("*/scenario_state.json"))
+    return Measured(
+        route=route,
+        cache=cache,
+        requests=answered,
+        wall_s=finished.wall_s,
+        steps_s=finished.steps_s,
+        processor_s=finished.processor_s,
+        engine_s=_engine_seconds(finished),
+        locked=finished.log.count(LOCKED),
+    )
+
+
+def _engine_seconds(finished: Finished) -> float | None:
+    path = finished.suite / "flexgen_workload.json"
+    return sum(report["stats"]["seconds"] for report in json.loads(path.read_text())) if path.exists() else None
+
+
+def exponents(smaller: Measured, larger: Measured) -> dict[str, float]:
+    """With which power of the number of requests each step grows, for steps that take a share of both."""
+    growth = math.log(larger.requests / smaller.requests)
+    times = [one.processor_s for one in (smaller, larger)]
+    steps = [step for step in STEPS if all(time.get(step, 0) >= SMALL * sum(time.values()) for time in times)]
+    return {step: math.log(times[1][step] / times[0][step]) / growth for step in steps}
+
+
+def table(measured: list[Measured]) -> list[str]:
+    """Processor time of each step by size, and how it grows."""
+    grown = [exponents(*pair) for pair in pairwise(measured)]
+    overall = exponents(measured[0], measured[-1])
+    sizes = "".join(f"{one.requests:9}" for one in measured)
+    lines = [f"{'processor seconds':22}{sizes}   exponents of each doubling, and over all"]
+    for step in dict.fromkeys(step for one in measured for step in (*STEPS, *one.processor_s)):
+        times = "".join(f"{one.processor_s.get(step, 0):9.2f}" for one in measured)
+        powers = [grow.get(step) for grow in [*grown, overall]]
+        shown = "".join("     -" if power is None else f"{power:6.2f}" for power in powers)
+        lines.append(f"{step:22}{times}   {shown}{'  faster than linear' if overall.get(step, 0) > LINEAR else ''}")
+    totals = "".join(f"{sum(one.processor_s.values()):9.2f}" for one in measured)
+    return [*lines, f"{'all':22}{totals}"]
+
+
+def main() -> int:
+    """Run the command and return its exit status."""
+    summary, _, cost = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m flexgen_helm.runs.helm_overhead",
+        description=summary,
+        epilog=cost,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--requests", type=int, nargs="+", default=[1250, 2500, 5000, 10000], metavar="N", help="sizes")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="a model folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--only-growth", action="store_true", help="leave out the largest size with cache and by client")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    options = parser.parse_args()
+    sizes = sorted(options.requests)
+    plan = [("runner", False, size) for size in sizes]
+    if not options.only_growth:
+        plan += [("runner", True, sizes[-1]), ("client", True, sizes[-1])]
+    measured = []
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            model = save_null_model(Path(name) / "null" / "model", options.tokenizer or smollm2_folder())
+            for number, (route, cache, size) in enumerate(plan):
+                folder = Path(name) / str(number)
+                folder.mkdir()
+                measured.append(measure(folder, model, size, route=route, cache=cache, threads=options.threads))
+                print(measured[-1].line(), flush=True)
+    except FlexGenError as error:
+        print(error, file=sys.stderr)
+        return 1
+    growing = measured[: len(sizes)]
+    print("\n".join(["", *table(growing)]))
+    if options.json:
+        results = [dataclasses.asdict(one) | {"requests_per_second": one.requests_per_second} for one in measured]
+        grown = exponents(growing[0], growing[-1]) if len(growing) > 1 else {}
+        options.json.write_text(json.dumps({"suites": results, "exponents": grown}, indent=2), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
