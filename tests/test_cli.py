@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from flexgen_helm import Engine
-from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.cli import main
-from flexgen_helm.errors import FlexGenError, UnsupportedModel
+from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.types import Completion, Job, Result
 
 
@@ -139,12 +138,9 @@ def test_help_loads_no_torch(command: str, option: str) -> None:
 
 
 @pytest.mark.slow
-def test_real_model_continues_a_prompt(capfd: pytest.CaptureFixture[str]) -> None:
+def test_real_model_continues_a_prompt(real_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The reference is what transformers' generate gives for this prompt."""
-    try:
-        folder = str(smollm2_folder())
-    except FlexGenError as error:
-        pytest.skip(f"no SmolLM2: {error}")
+    folder = str(real_model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -16,8 +16,6 @@ import pytest
 
 pytest.importorskip("helm", reason="needs crfm-helm, which comes with the extra `helm`")
 
-from flexgen_helm.assets import smollm2_folder
-from flexgen_helm.errors import CorruptFile, FlexGenError
 from tests.models import save_tiny
 from tests.tokenizers import save_character_tokenizer
 
@@ -63,13 +61,8 @@ def test_the_text_has_commands_and_files() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("real_model")
 def test_every_command_runs(folder: Path) -> None:
-    try:
-        smollm2_folder()
-    except CorruptFile:
-        raise
-    except FlexGenError as error:
-        pytest.skip(str(error))
     for command in COMMANDS:
         process = as_process(command, folder)
         if "helm.benchmark.server" in process:

@@ -8,23 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexgen_helm.assets import install_helm_data, smollm2_folder
+from flexgen_helm.assets import install_helm_data
 from flexgen_helm.errors import CorruptFile, FlexGenError
 
 
-@pytest.fixture(scope="module")
-def model_folder() -> Path:
-    try:
-        return smollm2_folder()
-    except CorruptFile:
-        raise
-    except FlexGenError as error:
-        pytest.skip(str(error))
-
-
-def test_smollm2_has_its_published_size_and_speaks(model_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+def test_smollm2_has_its_published_size_and_speaks(real_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    model = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
     # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert (len(tokenizer), model.config.max_position_embeddings) == (49_152, 8_192)
@@ -34,8 +24,8 @@ def test_smollm2_has_its_published_size_and_speaks(model_folder: Path) -> None:
     assert tokenizer.decode(best) == " Paris"
 
 
-def test_smollm2_tokenizer_round_trips_and_splits_digits(model_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+def test_smollm2_tokenizer_round_trips_and_splits_digits(real_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
     text = "x\n\n  12 caf\u00e9 \u65e5\u672c \U0001f389<|im_end|>"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from flexgen_helm.assets import smollm2_folder
-from flexgen_helm.errors import CorruptFile, FlexGenError
 from tests.helm.entries import ALL, install_capitals
 from tests.helm.suites import assert_equal_transformers
 from tests.runtime.tiny_tokenizers import byte_level, metaspace_bpe, metaspace_unigram
@@ -22,16 +20,6 @@ SMALL_ROWS = {"gpu_batch_size": 16, "gpu_batch_tokens": 64}
 def output(helm_output: Path) -> Path:
     install_capitals(helm_output)
     return helm_output
-
-
-@pytest.fixture(scope="module")
-def real_model() -> Path:
-    try:
-        return smollm2_folder()
-    except CorruptFile:
-        raise
-    except FlexGenError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_stop_is_removed_as_helm_removes_it(text: str, tokens: list[str], kept: 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(pieces=st.lists(PIECES, min_size=1, max_size=6), stops=st.lists(PIECES))
 def test_tokens_end_where_helm_ends_them(pieces: list[str], stops: list[str]) -> None:
-    """The judge is HELM's ``truncate_sequence`` on the answer of a provider that has gone on, where the stop is in one token."""
+    """The judge is HELM's ``truncate_sequence`` on a provider's answer that has gone on, where the stop is in one token."""
     found = [index for index in map("".join(pieces).find, stops) if index >= 0]
     starts = [len("".join(pieces[:number])) for number in range(len(pieces))]
     kept = [piece for piece, start in zip(pieces, starts, strict=True) if not found or start <= min(found)]

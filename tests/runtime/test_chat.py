@@ -9,8 +9,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flexgen_helm import Engine
-from flexgen_helm.assets import smollm2_folder
-from flexgen_helm.errors import FlexGenError, InvalidJob
+from flexgen_helm.errors import InvalidJob
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
 from flexgen_helm.types import Job
 from tests.reference import Agreement, Reference
@@ -88,13 +87,9 @@ def test_answers_equal_generate(messages: list[dict[str, str]], tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_real_model_answers_as_in_generate(tmp_path: Path) -> None:
+def test_a_real_model_answers_as_in_generate(real_model: Path, tmp_path: Path) -> None:
     """SmolLM2 was tuned with this template, which its folder here lacks."""
-    try:
-        source = smollm2_folder()
-    except FlexGenError as error:
-        pytest.skip(str(error))
-    for file in source.iterdir():
+    for file in real_model.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     question = [{"role": "user", "content": "What is the capital of France?"}]

@@ -10,8 +10,6 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flexgen_helm import Engine, Job, Policy, Result
-from flexgen_helm.assets import smollm2_folder
-from flexgen_helm.errors import CorruptFile, FlexGenError
 from tests.reference import Agreement, Reference
 
 FEW_SHOT = """The following are multiple choice questions (with answers) about geography.
@@ -65,32 +63,22 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    try:
-        return smollm2_folder()
-    except CorruptFile:
-        raise
-    except FlexGenError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+def tokenizer(real_model: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(real_model)
     return loaded
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path) -> Reference:
-    return Reference(folder, attn_implementation="sdpa")
+def reference(real_model: Path) -> Reference:
+    return Reference(real_model, attn_implementation="sdpa")
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Engine]:
+def engine(real_model: Path) -> Iterator[Engine]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     policy = Policy(gpu_batch_size=16, num_gpu_batches=2, gpu_batch_tokens=64)
-    with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=policy) as engine:
+    with Engine.from_pretrained(str(real_model), dtype="float32", device="cpu", policy=policy) as engine:
         yield engine
     torch.set_num_threads(threads)
 

@@ -9,8 +9,6 @@ import pytest
 
 pytest.importorskip("helm", reason="needs crfm-helm, which comes with the extra `helm`")
 
-from flexgen_helm.assets import smollm2_folder
-from flexgen_helm.errors import CorruptFile, FlexGenError
 from flexgen_helm.helm.registry import ENGINES
 from tests.models import save_tiny
 from tests.tokenizers import save_character_tokenizer, save_pair_tokenizer
@@ -36,14 +34,3 @@ def bos_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_tiny("qwen3", tmp_path_factory.mktemp("bos"))
     save_pair_tokenizer(folder, adds_bos=True)
     return folder
-
-
-@pytest.fixture(scope="session")
-def real_model() -> Path:
-    """SmolLM2-135M-Instruct."""
-    try:
-        return smollm2_folder()
-    except CorruptFile:
-        raise
-    except FlexGenError as error:
-        pytest.skip(str(error))
