@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flexgen_helm.runs.helm_cpu_benchmark.answers import Answer, Asked
-from flexgen_helm.runs.helm_cpu_benchmark.judge import Judge, same_logprobs
+from flexgen_helm.runs.helm_cpu_benchmark.judge import CLIENT, ENGINE, Judge, same_logprobs
 
 NUM_EQUAL_JUDGED = 20
 NUM_SHOWN = 3
@@ -29,19 +29,26 @@ REASONS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Differences:
     """Of all answers of an entry."""
 
     counts: dict[str, int]
     """By kind, the keys of ``REASONS``; one request may differ in several."""
-    verdicts: dict[str, int] = field(default_factory=dict)
+    verdicts: dict[str, int]
     """Who is right about the answers that differ, by plain transformers."""
-    equal_judged: int = 0
-    equal_right: int = 0
+    equal_judged: int
+    equal_right: int
     """Of these, equal answers that are the model's."""
-    examples: list[dict[str, str]] = field(default_factory=list)
+    scored_right: dict[str, int]
+    """Of all judged requests, how many got the model's log-probabilities from each side."""
+    examples: list[dict[str, str]]
     """A few of the answers that differ."""
+
+    @property
+    def judged(self) -> int:
+        """Requests that plain transformers answered as well."""
+        return self.equal_judged + sum(self.verdicts.values())
 
 
 def kinds(asked: Asked, theirs: Answer, ours: Answer) -> list[str]:
@@ -64,14 +71,22 @@ def compare(pairs: Sequence[tuple[Asked, Answer, Answer]], judge: Judge) -> Diff
         judge: Sees every answer that differs, and some that are equal.
     """
     found = [(pair, kinds(*pair)) for pair in pairs]
-    result = Differences({kind: sum(kind in names for _, names in found) for kind in REASONS})
     different = [pair for pair, names in found if "answer" in names]
     equal = [pair for pair, names in found if "answer" not in names]
-    result.verdicts = dict(Counter(judge.verdict(*pair) for pair in different))
     sample = random.Random(0).sample(equal, min(NUM_EQUAL_JUDGED, len(equal)))
-    result.equal_judged = len(sample)
-    result.equal_right = sum(judge.verdict(*pair) in ("both", "tie") for pair in sample)
-    for asked, theirs, ours in different[:NUM_SHOWN]:
-        texts = {"HELM's client": theirs.text, "engine": ours.text, "transformers": judge.truth(asked).text}
-        result.examples.append({"prompt ends": asked.prompt[-60:], **texts})
-    return result
+    judged = [(pair, judge.truth(pair[0])) for pair in [*different, *sample]]
+    verdicts = [truth.verdict(*pair) for pair, truth in judged]
+    return Differences(
+        counts={kind: sum(kind in names for _, names in found) for kind in REASONS},
+        verdicts=dict(Counter(verdicts[: len(different)])),
+        equal_judged=len(sample),
+        equal_right=sum(verdict in ("both", "tie") for verdict in verdicts[len(different) :]),
+        scored_right={
+            CLIENT: sum(truth.scored(theirs) for (_, theirs, _), truth in judged),
+            ENGINE: sum(truth.scored(ours) for (_, _, ours), truth in judged),
+        },
+        examples=[
+            {"prompt ends": asked.prompt[-60:], CLIENT: theirs.text, ENGINE: ours.text, "transformers": truth.text}
+            for (asked, theirs, ours), truth in judged[: min(NUM_SHOWN, len(different))]
+        ],
+    )

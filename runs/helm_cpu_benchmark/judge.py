@@ -18,6 +18,8 @@ TIE = 2e-4
 """Two best tokens that are closer than this, in nats, may swap by rounding."""
 
 Verdict = Literal["both", "engine", "HELM's client", "neither", "tie"]
+ENGINE: Verdict = "engine"
+CLIENT: Verdict = "HELM's client"
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,29 @@ class Truth:
     smallest_margin: float
     """Between the best two tokens of any step, in nats; infinite where nothing is generated."""
 
-    def agrees(self, asked: Asked, answer: Answer) -> bool:
+    def answered(self, asked: Asked, answer: Answer) -> bool:
         """Whether an answer is the model's: its text, or the log-probabilities where these were asked for."""
-        return self.scores(answer) if asked.scores_prompt else answer.text.strip() == self.text.strip()
+        if asked.scores_prompt:
+            return same_logprobs(answer.logprobs, self.logprobs)
+        text: str = answer.text
+        return text.strip() == self.text.strip()
 
-    def scores(self, answer: Answer) -> bool:
-        """Whether the log-probabilities are the model's."""
+    def scored(self, answer: Answer) -> bool:
+        """Whether the log-probabilities of an answer are the model's; end token and stop string are not in all answers."""
         return same_logprobs(answer.logprobs, self.logprobs[: len(answer.logprobs)])
+
+    def verdict(self, asked: Asked, theirs: Answer, ours: Answer) -> Verdict:
+        """Say whose answer is the model's."""
+        right = (self.answered(asked, ours), self.answered(asked, theirs))
+        if not all(right) and self.smallest_margin < TIE:
+            return "tie"
+        verdicts: dict[tuple[bool, bool], Verdict] = {
+            (True, True): "both",
+            (True, False): ENGINE,
+            (False, True): CLIENT,
+            (False, False): "neither",
+        }
+        return verdicts[right]
 
 
 class Judge:
@@ -74,20 +92,6 @@ class Judge:
             text = text.split(stop)[0]
         picked = logprobs.gather(1, new[:, None])[:, 0].tolist()
         return Truth(text, tuple(picked), float((best[:, 0] - best[:, 1]).min()))
-
-    def verdict(self, asked: Asked, theirs: Answer, ours: Answer) -> Verdict:
-        """Say whose answer is the model's."""
-        truth = self.truth(asked)
-        right = (truth.agrees(asked, ours), truth.agrees(asked, theirs))
-        if not all(right) and truth.smallest_margin < TIE:
-            return "tie"
-        verdicts: dict[tuple[bool, bool], Verdict] = {
-            (True, True): "both",
-            (True, False): "engine",
-            (False, True): "HELM's client",
-            (False, False): "neither",
-        }
-        return verdicts[right]
 
 
 def same_logprobs(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

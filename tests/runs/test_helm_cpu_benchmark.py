@@ -16,8 +16,10 @@ pytest.importorskip("helm", reason="needs crfm-helm, which comes with the extra 
 from flexgen_helm.assets import install_helm_data, smollm2_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
 from flexgen_helm.runs.helm_cpu_benchmark.answers import Answer, Asked, count_tokens, loading_seconds
-from flexgen_helm.runs.helm_cpu_benchmark.differences import compare, kinds
+from flexgen_helm.runs.helm_cpu_benchmark.differences import REASONS, Differences, compare, kinds
+from flexgen_helm.runs.helm_cpu_benchmark.entries import Entry
 from flexgen_helm.runs.helm_cpu_benchmark.judge import Judge
+from flexgen_helm.runs.helm_cpu_benchmark.report import Comparison, Side, render, total_lines
 from flexgen_helm.runs.helm_overhead.null_model import save_null_model
 from tests.models import save_tiny
 from tests.reference import Reference
@@ -116,15 +118,44 @@ def test_wrong_answers_are_found_out(tiny: Path) -> None:
     asked = Asked("Some words: ", 6, (), scores_prompt=False)
     truth = judge.truth(asked)
     right = Answer(truth.text, (), truth.logprobs, "length", 0.1)
-    wrong = Answer("?" + truth.text, (), truth.logprobs, "length", 0.1)
-    assert judge.verdict(asked, wrong, right) == "engine"
-    assert judge.verdict(asked, right, wrong) == "HELM's client"
-    assert judge.verdict(asked, wrong, wrong) == "neither"
+    wrong = replace(right, text="?" + truth.text, logprobs=(0.0,) * 6)
+    assert truth.verdict(asked, wrong, right) == "engine"
+    assert truth.verdict(asked, right, wrong) == "HELM's client"
+    assert truth.verdict(asked, wrong, wrong) == "neither"
     found = compare([(asked, right, right), (asked, wrong, right), (asked, wrong, wrong)], judge)
-    assert (found.counts["answer"], found.verdicts, found.equal_judged, found.equal_right) == (1, {"engine": 1}, 2, 1)
+    assert (found.counts["answer"], found.verdicts) == (1, {"engine": 1})
+    assert (found.equal_judged, found.equal_right) == (2, 1)
+    assert (found.judged, found.scored_right) == (3, {"HELM's client": 1, "engine": 2})
+
+
+def test_scores_of_a_part_of_a_prompt_are_wrong(tiny: Path) -> None:
+    asked = Asked("Some words: ", 0, (), scores_prompt=True)
+    truth = Judge(tiny).truth(asked)
+    whole = Answer(asked.prompt, (), truth.logprobs, "length", 0.1)
+    assert truth.verdict(asked, replace(whole, logprobs=truth.logprobs[:-1]), whole) == "engine"
+
+
+def side(model_s: float, wall_s: float, **steps_s: float) -> Side:
+    return Side(model_s, wall_s, steps_s)
+
+
+def test_report_names_ratios_aims_and_steps() -> None:
+    entry = Entry("mmlu:subject=anatomy", 4, share_aimed_at=0.85)
+    found = Differences(
+        {kind: 4 * (kind == "finish reason") for kind in REASONS}, {}, 4, 4, {"HELM's client": 0, "engine": 4}, []
+    )
+    one = Comparison(entry, 1, 4, 800, 200, side(9.0, 20.0, layers=9.0), side(2.5, 12.0, waiting=2.5, lookup=0.01), found)
+    text = "\n".join(render(one))
+    assert "4.00:1" in text
+    assert "3.60 times, 0.90 of the token ratio (aim 0.85: reached)" in text
+    lines = [line.split() for line in total_lines([one, one])]
+    assert ["model", "18.0", "5.0"] in lines
+    assert ["start", "and", "end", "of", "Python", "22.0", "19.0"] in lines
+    assert not any(line[:1] == ["lookup"] for line in lines)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_command_from_end_to_end(tmp_path: Path) -> None:
     try:
         tokenizer = smollm2_folder()

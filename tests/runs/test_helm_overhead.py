@@ -83,6 +83,7 @@ def test_table_names_what_grows_faster_than_linearly() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_command_from_end_to_end(tmp_path: Path) -> None:
     try:
         smollm2_folder()
