@@ -62,6 +62,8 @@ class Completion:
     top_logprobs: list[list[TokenLogprob]]
     """The ``Job.top_logprobs`` most likely candidates at each step, best first."""
     finish_reason: FinishReason
+    num_text_tokens: int
+    """How many tokens have a part in ``text``: without an end token, and without one at whose start a stop string begins."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class FakeEngine:
 
     def _answer(self, job: Job) -> Result:
         text = " ".join(reversed((job.prompt or "").split()))
-        completion = Completion(text, [4], [text], [-0.5], [[]], "length")
+        completion = Completion(text, [4], [text], [-0.5], [[]], "length", 1)
         return Result([completion] * job.num_completions, prompt_token_ids=[1, 2])
 
 

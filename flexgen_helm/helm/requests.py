@@ -179,22 +179,12 @@ def _stored_prompt(request: Request, result: Result) -> StoredCompletion:
 
 def _stored_completion(request: Request, completion: Completion) -> StoredCompletion:
     tokens = list(zip(completion.token_texts, completion.logprobs, strict=True))
-    if completion.finish_reason == "endoftext" or _begins_with_stop(request, completion):
-        tokens.pop()
     return StoredCompletion(
         text=completion.text,
-        tokens=tokens,
+        tokens=tokens[: completion.num_text_tokens],
         top_logprobs=[[(token_id, logprob) for token_id, logprob in step] for step in completion.top_logprobs],
         finish_reason=completion.finish_reason,
     )
-
-
-def _begins_with_stop(request: Request, completion: Completion) -> bool:
-    """Whether the last token is of a stop string only; one in which a stop string begins later is kept, as by HELM."""
-    if completion.finish_reason != "stop":
-        return False
-    last = completion.token_texts[-1]
-    return any(last.startswith(stop) or stop.startswith(last) for stop in request.stop_sequences)
 
 
 def to_request_result(response: Response, *, cached: bool) -> RequestResult:

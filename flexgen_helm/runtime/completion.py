@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 
 from flexgen_helm.runtime.stops import StopFinder
@@ -80,9 +80,12 @@ class CompletionBuilder:
         if self._finish_reason is None:
             self._finish_reason = self._flush("length")
         kept = len(self._token_ids)
+        # A special token ends the text without being in it.
+        num_text_tokens = kept - (self._finish_reason != "length")
         text = self._detokenizer.text if self._detokenizer else ""
         if self._stop_index is not None:
             kept = bisect_right(self._text_starts, self._stop_index)
+            num_text_tokens = bisect_left(self._text_starts, self._stop_index)
             text = text[: self._stop_index]
         token_ids = self._token_ids[:kept]
         texts = token_texts(self._vocabulary, token_ids, self._prompt_ids) if self._vocabulary else [""] * kept
@@ -93,6 +96,7 @@ class CompletionBuilder:
             logprobs=self._logprobs[:kept],
             top_logprobs=self._top_logprobs[:kept],
             finish_reason=self._finish_reason,
+            num_text_tokens=num_text_tokens,
         )
 
     def _advance(self, token_id: int) -> FinishReason | None:

@@ -114,8 +114,8 @@ def _complete(job: Job, number: int) -> Completion:
             text, reason = text[: text.index(stop)], "stop"
             letters = letters[: len(text) + 1]
     finish_reason: FinishReason = "stop" if reason == "stop" else "length"
-    logprobs = [_logprob(letter) for letter in letters]
-    return Completion(text, [ord(letter) for letter in letters], letters, logprobs, [[]] * len(letters), finish_reason)
+    logprobs, ids = [_logprob(letter) for letter in letters], [ord(letter) for letter in letters]
+    return Completion(text, ids, letters, logprobs, [[]] * len(letters), finish_reason, len(text))
 
 
 class FakeLoader:

@@ -111,6 +111,31 @@ def test_helm_truncates_the_same_text(kind: str, text: str, stop: str) -> None:
     assert truncated(completion).text == completion.text
 
 
+@pytest.mark.parametrize(
+    ("tokens", "stop", "text", "num_text_tokens"),
+    [
+        (["a", "\n"], "\n", "a", 1),
+        (["a", "\n"], "a\n", "", 0),
+        # The stop begins inside of a token, which HELM keeps.
+        (["a", ".a", "b"], "ab", "a.", 2),
+        (["a", "a", "a", "b"], "aab", "a", 1),
+    ],
+)
+def test_tokens_that_have_a_part_in_the_text(tokens: list[str], stop: str, text: str, num_text_tokens: int) -> None:
+    token_ids = [token_id for token in tokens for token_id in encode("byte_level", token)]
+    completion = complete("byte_level", token_ids, stop=(stop,))
+    assert (completion.text, completion.num_text_tokens) == (text, num_text_tokens)
+
+
+@EXAMPLES
+@given(text=st.text("ab\n .", max_size=30), stops=st.lists(st.text("ab\n .", min_size=1, max_size=5), max_size=3))
+def test_as_many_tokens_have_a_part_as_are_needed_to_write_the_text(text: str, stops: list[str]) -> None:
+    token_ids = encode("byte_level", text)
+    completion = complete("byte_level", token_ids, stop=tuple(stops))
+    lengths = [len(pieces("byte_level", token_ids[:count])) for count in range(len(token_ids) + 1)]
+    assert completion.num_text_tokens == next(i for i, length in enumerate(lengths) if length >= len(completion.text))
+
+
 def test_a_stop_across_tokens_drops_the_later_ones() -> None:
     token_ids = [*encode("byte_level", "dog"), *encode("byte_level", "#"), *encode("byte_level", "#"), 5]
     completion = complete("byte_level", token_ids, stop=("##",))
@@ -183,7 +208,7 @@ def test_without_a_tokenizer_there_are_tokens_but_no_texts() -> None:
     job = Job(token_ids=[1], max_new_tokens=3)
     builder = CompletionBuilder(None, [1], job=job, end_token_ids={9})
     assert [builder.append(token_id, -1.0) for token_id in (4, 5, 9)] == [None, None, "endoftext"]
-    assert builder.finish() == Completion("", [4, 5, 9], ["", "", ""], [-1.0] * 3, [[], [], []], "endoftext")
+    assert builder.finish() == Completion("", [4, 5, 9], ["", "", ""], [-1.0] * 3, [[], [], []], "endoftext", 2)
     with pytest.raises(ValueError, match="tokenizer"):
         CompletionBuilder(None, [1], job=Job(token_ids=[1], stop=("a",)), end_token_ids=())
 
@@ -197,5 +222,5 @@ def test_nothing_follows_an_end() -> None:
 
 def test_an_empty_completion() -> None:
     completion = complete("byte_level", [])
-    assert completion == Completion("", [], [], [], [], "length")
+    assert completion == Completion("", [], [], [], [], "length", 0)
     assert token_texts(VOCABULARIES["byte_level"], []) == []
