@@ -25,7 +25,7 @@ from flexgen_helm.errors import FlexGenError
 from flexgen_helm.runs.helm_overhead.commands import RUNNER, Finished, helm_run
 from flexgen_helm.runs.helm_overhead.null_model import save_null_model
 from flexgen_helm.runs.helm_overhead.questions import suite_entries
-from flexgen_helm.runs.helm_overhead.sampled import STEPS
+from flexgen_helm.runs.helm_overhead.sampled import STEPS, TIMED
 
 ROUTES = {
     "runner": ["--num-threads", "1", "--runner-class-name", RUNNER],
@@ -95,7 +95,7 @@ def exponents(smaller: Measured, larger: Measured) -> dict[str, float]:
     """With which power of the number of requests each step grows, for steps that take a share of both."""
     growth = math.log(larger.requests / smaller.requests)
     times = [one.processor_s for one in (smaller, larger)]
-    steps = [step for step in STEPS if all(time.get(step, 0) >= SMALL * sum(time.values()) for time in times)]
+    steps = [step for step in {**STEPS, **TIMED} if all(time.get(step, 0) >= SMALL * sum(time.values()) for time in times)]
     return {step: math.log(times[1][step] / times[0][step]) / growth for step in steps}
 
 
@@ -105,7 +105,7 @@ def table(measured: list[Measured]) -> list[str]:
     overall = exponents(measured[0], measured[-1])
     sizes = "".join(f"{one.requests:9}" for one in measured)
     lines = [f"{'processor seconds':22}{sizes}   exponents of each doubling, and over all"]
-    for step in dict.fromkeys(step for one in measured for step in (*STEPS, *one.processor_s)):
+    for step in dict.fromkeys(step for one in measured for step in (*STEPS, *TIMED, *one.processor_s)):
         times = "".join(f"{one.processor_s.get(step, 0):9.2f}" for one in measured)
         powers = [grow.get(step) for grow in [*grown, overall]]
         shown = "".join("     -" if power is None else f"{power:6.2f}" for power in powers)

@@ -28,7 +28,7 @@ class Finished:
     steps_s: dict[str, float]
     """Wall clock of each step of ``sampled.STEPS``; what is missing is the start and end of Python."""
     processor_s: dict[str, float]
-    """Processor time of each step in both threads; one may use it while the other does."""
+    """Processor time of each step, of the engine's thread as well where it is watched."""
     log: str
 
     @property
@@ -47,7 +47,7 @@ def helm_run(
         output: HELM's output folder; made if missing.
         arguments: More of ``helm-run``.
         threads: Of PyTorch.
-        watch: Whose steps to tell apart: with "main", the engine's thread is what the main thread waits for.
+        watch: Whose processor time to tell apart: the main thread's alone, or the engine's thread's as well.
 
     Raises:
         FlexGenError: The command failed; the end of its log says why.

@@ -1,22 +1,25 @@
 """``helm-run``, watched: ``python -m flexgen_helm.runs.helm_overhead.sampled FILE main|all ARGUMENTS``.
 
-Every few milliseconds the stacks of the main thread and (``all``) of the engine's are looked up, and the time since the last
-look counts for the step of the innermost function that belongs to one. Nothing is patched. ``FILE`` gets the seconds of each
-step as JSON.
+Every few milliseconds the main thread's stack is looked up, and the time since the last look counts for the step of the
+innermost function that belongs to one. With ``all``, functions of the engine's thread are timed as well. ``FILE`` gets the
+seconds of each step as JSON.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 INTERVAL_S = 0.005
 START, LOADING, WAITING = "start", "loading", "waiting"
@@ -37,8 +40,6 @@ STEPS: dict[str, tuple[str, ...]] = {
         "flexgen_helm.helm.workload:*",
         "flexgen_helm.runtime.engine:run",
         "flexgen_helm.runtime.jobs:*",
-        "flexgen_helm.runtime.intake:merge",
-        "flexgen_helm.runtime.intake:result",
         "helm.benchmark.executor:*",
     ),
     "lookup": (
@@ -53,68 +54,88 @@ STEPS: dict[str, tuple[str, ...]] = {
         "flexgen_helm.helm.journal:_write",
         "flexgen_helm.helm.workload:_store",
     ),
-    "scheduling": ("flexgen_helm.schedule.*:*", "flexgen_helm.runtime.worker:*", "flexgen_helm.runtime.engine:__call__"),
-    "recording": ("flexgen_helm.runtime.packed:record", "flexgen_helm.runtime.packed:reserve"),
-    "layers": ("flexgen_helm.runtime.executor:*", "helm.clients.huggingface_client:serve_request"),
-    "logits": ("flexgen_helm.runtime.executor:_logits", "flexgen_helm.runtime.intake:answer"),
+    "layers": ("helm.clients.huggingface_client:serve_request",),
     "metrics": ("helm.benchmark.metrics.metric:create_metric", "helm.benchmark.metrics.*:evaluate"),
     # What is left of it when all that it calls is known: turning results into dictionaries, JSON, files.
     "writing": ("helm.benchmark.runner:run_one",),
     "rest of the runner": ("*:run_all",),
 }
 """Functions of each step, as ``module:function``; ``*`` stands for anything."""
-WORKER = "flexgen-helm"
-"""Name of the engine's thread."""
-WAITS = ("threading:wait", "flexgen_helm.runtime.engine:_run", "flexgen_helm.runtime.worker:_loop")
-"""Innermost Python functions of a thread that waits for others."""
+WAITS = ("threading:wait", "flexgen_helm.runtime.engine:_run")
+"""Innermost Python functions of a main thread that waits for others."""
+TIMED: dict[str, tuple[str, ...]] = {
+    "conversion": ("flexgen_helm.runtime.intake:Intake.merge", "flexgen_helm.runtime.intake:Intake.result"),
+    "scheduling": (
+        "flexgen_helm.schedule.packed:PackedScheduler.add",
+        "flexgen_helm.schedule.packed:PackedScheduler.next_sweep",
+        "flexgen_helm.schedule.packed:PackedScheduler.end_sweep",
+        "flexgen_helm.schedule.packed:PackedScheduler.tokens_left",
+    ),
+    "recording": ("flexgen_helm.runtime.packed:PackedRows.reserve", "flexgen_helm.runtime.packed:PackedRows.record"),
+    "layers": ("flexgen_helm.runtime.executor:SerialExecutor._run",),
+    "logits": ("flexgen_helm.runtime.executor:SerialExecutor._logits", "flexgen_helm.runtime.worker:Worker._on_logits"),
+}
+"""Methods that the engine's thread calls, none within another, as ``module:class.method``."""
+OTHER = "other threads"
+"""The rest of the engine's thread, and the sampler's."""
 
 
 class Sampler:
-    """Adds up wall clock and processor time of each step.
+    """Adds up wall clock and processor time of each step of the main thread.
 
-    A thread gives the beat, by a signal: it must not read the main thread's stack itself, because frames may vanish under it
-    where greenlets are switched, as the runner does. SIGALRM is taken by HELM.
+    A thread gives the beat, by a signal. It must not read stacks itself: frames vanish under another thread's hands, most of
+    all where greenlets are switched, as the runner does. SIGALRM is taken by HELM.
     """
 
-    def __init__(self, *, with_worker: bool) -> None:
-        """Start; call it from the main thread. In single rows the worker switches greenlets and must not be read."""
-        self._with_worker = with_worker
+    def __init__(self) -> None:
+        """Start; call it from the main thread."""
+        self.wall: dict[str, float] = defaultdict(float)
+        self.processor: dict[str, float] = defaultdict(float)
         self._main = threading.get_ident()
-        self._wall: dict[str, float] = defaultdict(float)
-        self._processor: dict[str, float] = defaultdict(float)
-        self._last = time.perf_counter()
-        self._used: dict[int, float] = {}
+        self._last = (time.perf_counter(), time.thread_time())
         self._stopped = threading.Event()
         signal.signal(signal.SIGUSR1, self._sample)
         self._beat = threading.Thread(target=self._signal, daemon=True)
         self._beat.start()
 
-    def stop(self) -> dict[str, dict[str, float]]:
-        """End, and return the seconds of each step, by the clock and of the processor."""
+    def stop(self) -> None:
+        """End."""
         self._stopped.set()
         self._beat.join()
-        return {"wall": self._wall, "processor": self._processor}
 
     def _signal(self) -> None:
         while not self._stopped.wait(INTERVAL_S):
             signal.pthread_kill(self._main, signal.SIGUSR1)
 
-    def _sample(self, _: int, main: FrameType | None) -> None:
-        frames = {self._main: main, **self._worker()}
-        steps = {thread: step_of(frame) for thread, frame in frames.items()}
-        # While the main thread waits it is the worker's step that takes the time, if anyone's.
-        now, step = time.perf_counter(), next((step for step in steps.values() if step != WAITING), WAITING)
-        self._wall[step] += now - self._last
+    def _sample(self, _: int, frame: FrameType | None) -> None:
+        now, step = (time.perf_counter(), time.thread_time()), step_of(frame)
+        self.wall[step] += now[0] - self._last[0]
+        self.processor[step] += now[1] - self._last[1]
         self._last = now
-        for thread, step in steps.items():
-            used = time.clock_gettime(time.pthread_getcpuclockid(thread))
-            self._processor[step] += used - self._used.get(thread, 0.0)
-            self._used[thread] = used
 
-    def _worker(self) -> dict[int, FrameType | None]:
-        threads = [thread.ident for thread in threading.enumerate() if thread.name == WORKER] if self._with_worker else []
-        frames = sys._current_frames() if threads else {}
-        return {thread: frames[thread] for thread in threads if thread in frames}
+
+def time_methods(seconds: dict[str, float]) -> None:
+    """Add the processor time of the methods ``TIMED`` to ``seconds``, for the rest of the process."""
+    for step, names in TIMED.items():
+        for name in names:
+            module, _, path = name.partition(":")
+            owner, method = path.split(".")
+            cls = getattr(importlib.import_module(module), owner)
+            setattr(cls, method, _timed(getattr(cls, method), step, seconds))
+
+
+def _timed(function: Callable[..., Any], step: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():  # the self-check, which is loading
+            return function(*arguments, **keywords)
+        start = time.thread_time()
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            seconds[step] += time.thread_time() - start
+
+    return call
 
 
 def step_of(frame: FrameType | None) -> str:
@@ -145,13 +166,19 @@ def main() -> None:
     """Run the command."""
     target, watched = Path(sys.argv[1]), sys.argv[2]
     sys.argv[1:] = sys.argv[3:]
-    sampler = Sampler(with_worker=watched == "all")
+    engine: dict[str, float] = defaultdict(float)
+    if watched == "all":
+        time_methods(engine)
+    sampler = Sampler()
     try:
         from helm.benchmark.run import main as helm_run
 
         helm_run()
     finally:
-        target.write_text(json.dumps(sampler.stop()), encoding="utf-8")
+        sampler.stop()
+        processor = {step: sampler.processor.get(step, 0.0) + engine.get(step, 0.0) for step in {*sampler.processor, *engine}}
+        processor[OTHER] = time.process_time() - sum(processor.values())
+        target.write_text(json.dumps({"wall": sampler.wall, "processor": processor}), encoding="utf-8")
 
 
 if __name__ == "__main__":

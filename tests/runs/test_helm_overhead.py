@@ -16,7 +16,7 @@ pytest.importorskip("helm", reason="needs crfm-helm, which comes with the extra 
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
 from flexgen_helm.runs.helm_overhead.__main__ import Measured, exponents, table
-from flexgen_helm.runs.helm_overhead.sampled import LOADING, START, STEPS, WAITING, WAITS, find_step, step_of
+from flexgen_helm.runs.helm_overhead.sampled import LOADING, START, STEPS, TIMED, WAITING, WAITS, find_step, step_of
 
 PATTERNS = [pattern for patterns in STEPS.values() for pattern in patterns] + [*WAITS]
 
@@ -59,10 +59,17 @@ def test_innermost_known_function_decides() -> None:
     assert step_of(stack(run_all, "flexgen_helm.helm.workload:run", "flexgen_helm.helm.cache:write")) == "journal and cache"
 
 
-def test_work_of_the_self_check_is_loading() -> None:
+def test_loading_is_loading_whatever_it_calls() -> None:
     load = "flexgen_helm.helm.registry:load_engine"
-    assert find_step("flexgen_helm.runtime.executor:run") == "layers"
-    assert step_of(stack("flexgen_helm.helm.runner:run_all", load, "flexgen_helm.runtime.executor:run")) == LOADING
+    assert find_step("flexgen_helm.runtime.jobs:prepare") == "conversion"
+    assert step_of(stack("flexgen_helm.helm.runner:run_all", load, "flexgen_helm.runtime.jobs:prepare")) == LOADING
+
+
+@pytest.mark.parametrize("name", [name for names in TIMED.values() for name in names])
+def test_methods_that_are_timed_exist(name: str) -> None:
+    module, _, path = name.partition(":")
+    owner, method = path.split(".")
+    assert callable(getattr(getattr(importlib.import_module(module), owner), method))
 
 
 def measured(requests: int, power: float) -> Measured:
