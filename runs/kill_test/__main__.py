@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tqdm import tqdm
+
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.runs.kill_test.files import read_suite
 from flexgen_helm.runs.kill_test.suite import Command
@@ -76,6 +78,7 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
     seconds = _run_to_the_end(disturbed)
     _compare(disturbed, expected, tally)
     durable: list[str] = []
+    bar = tqdm(total=kills, desc="Kills", disable=None)
     while tally.kills < kills:
         process = disturbed.start()
         # Loading takes longer than answering: every other kill waits for a number of new answers, not for a time.
@@ -84,6 +87,7 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
         process.kill()
         process.join()
         tally.kills += process.exitcode != 0
+        bar.update(process.exitcode != 0)
         now = journal_keys(disturbed.suite_folder)
         finished = process.exitcode == 0 or (_complete(disturbed, expected) and not now)
         if not finished:
@@ -97,6 +101,7 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
         if finished:
             _compare(disturbed, expected, tally)
             durable = []
+    bar.close()
     _run_to_the_end(disturbed)
     _compare(disturbed, expected, tally)
     return tally
