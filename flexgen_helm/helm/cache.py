@@ -133,7 +133,7 @@ class _SqliteStore:
         with clear_disk_errors(self._path):
             select = 'SELECT value FROM "unnamed" WHERE key = ?'
             rows = [self._connection.execute(select, (key,)).fetchone() for key in keys]
-        return [None if row is None else pickle.loads(row[0]) for row in rows]
+        return [None if row is None else _unpickled(row[0]) for row in rows]
 
     def put(self, items: Sequence[Item]) -> None:
         if not items:
@@ -144,6 +144,15 @@ class _SqliteStore:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _unpickled(value: bytes) -> Response | None:
+    """Return a stored answer, None for one that is damaged: it is computed and written again."""
+    try:
+        response: Response = pickle.loads(value)
+    except Exception:  # whatever the damage makes of the bytes
+        return None
+    return response
 
 
 class _NoStore:

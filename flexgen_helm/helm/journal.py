@@ -6,12 +6,15 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from helm.common.hierarchical_logger import hwarn
 
@@ -22,9 +25,17 @@ from flexgen_helm.helm.requests import Response
 FOLDER = "flexgen_journal"
 """In the suite's folder, while a command is unfinished."""
 SYNC_SECONDS = 1.0
-"""A record survives the death of the process at once, and a power failure after this time."""
+"""A record survives the death of the process at once. For a power failure, files are synchronised at most this often."""
+KEY_START = b'{"key": "'
 
-Record = dict[str, Any]
+
+class _Line(NamedTuple):
+    """An undamaged record of a journal and where it stands."""
+
+    path: Path
+    offset: int
+    text: bytes
+    """JSON."""
 
 
 class Journal:
@@ -47,21 +58,19 @@ class Journal:
         """
         self._runs = sorted(runs)
         self._path = folder / f"{hashlib.sha256(json.dumps(self._runs).encode()).hexdigest()[:16]}.jsonl"
-        self._responses: dict[str, Response] = {}
-        self._policies: dict[str, dict[str, Any]] = {}
+        self.unfinished = self._path.with_suffix("")
+        """Folder for files of runs that are not complete."""
+        self._found: dict[str, tuple[Path, int]] = {}
+        """Where the record of an answer begins, by the digest of its key."""
+        self._row_sizes: dict[str, dict[str, int]] = {}
         self._synced = time.monotonic()
         with clear_disk_errors(str(self._path)):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a+b", buffering=0)
-        if not _lock(self._file.fileno()):
-            self._file.close()
-            raise FlexGenError(
-                f"Another helm-run is working on the same run entries of this suite: it holds {self._path}. "
-                "Wait for it, end it, or use another --suite."
-            )
+            self._file = _open_locked(self._path)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
         for path in sorted(folder.glob("*.jsonl")):
-            for record in _read(path):
-                self._take(record)
+            for line in _read(path):
+                self._take(line)
         self._begin()
 
     def __enter__(self) -> Journal:
@@ -76,7 +85,13 @@ class Journal:
         Args:
             key: Everything that the answer depends on.
         """
-        return self._responses.get(_digest(key))
+        if (found := self._found.get(_digest(key))) is None:
+            return None
+        path, offset = found
+        with path.open("rb") as file:
+            file.seek(offset)
+            response: Response = json.loads(_checked(file.readline()) or b"{}").get("response")
+        return response
 
     def append(self, key: str, response: Response) -> None:
         """Keep an answer; it survives the death of this process from the moment at which this returns.
@@ -85,70 +100,82 @@ class Journal:
             DiskFull: There is no space left; what was appended before is kept.
         """
         digest = _digest(key)
-        if digest in self._responses:
+        if digest in self._found:
             return  # equal requests are computed once and answered one by one
-        self._write({"key": digest, "response": response})
-        self._responses[digest] = response
+        self._found[digest] = self._path, self._write({"key": digest, "response": response})
         if time.monotonic() - self._synced > SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
 
-    def policy(self, deployment: str) -> dict[str, Any] | None:
-        """Return the policy under which an earlier process served a deployment: its row sizes are numerics."""
-        return self._policies.get(deployment)
+    def row_sizes(self, deployment: str) -> dict[str, int] | None:
+        """Return the row sizes, which are numerics, with which this command served a deployment before."""
+        return self._row_sizes.get(deployment)
 
-    def note_policy(self, deployment: str, policy: Mapping[str, Any]) -> None:
-        """Remember under which policy a deployment is served."""
-        if self._policies.get(deployment) != policy:
-            self._write({"deployment": deployment, "policy": dict(policy)})
-            self._policies[deployment] = dict(policy)
+    def note_row_sizes(self, deployment: str, row_sizes: Mapping[str, int]) -> None:
+        """Remember with which row sizes a deployment is served."""
+        if self._row_sizes.get(deployment) != row_sizes:
+            self._write({"deployment": deployment, "row_sizes": dict(row_sizes)})
+            self._row_sizes[deployment] = dict(row_sizes)
 
     def discard(self) -> None:
         """Delete what is no longer needed when all runs are complete: this journal, and others of no further run."""
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
         for path in self._path.parent.glob("*.jsonl"):
-            runs: list[str] = next((record["runs"] for record in _read(path) if "runs" in record), [])
+            runs = next((json.loads(line.text)["runs"] for line in _read(path) if line.text.startswith(b'{"runs"')), None)
             with path.open("rb") as file:
-                if set(runs) <= set(self._runs) and _lock(file.fileno()):
+                if runs is not None and set(runs) <= set(self._runs) and _lock(file.fileno()):
                     path.unlink()
+                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+
+    def remove_empty_folders(self) -> None:
+        """Remove folders in which nothing is left."""
+        for folder in (self.unfinished, self._path.parent):
+            with suppress(OSError):
+                folder.rmdir()
 
     def _begin(self) -> None:
+        """Give a torn record a line of its own, and name the runs where that record or the file's beginning is lost."""
         size = self._file.seek(0, os.SEEK_END)
-        if size == 0:
-            self._write({"runs": self._runs})
-            return
-        self._file.seek(size - 1)
-        if self._file.read(1) != b"\n":
-            # The torn record gets a line of its own.
-            with clear_disk_errors(str(self._path)):
+        with clear_disk_errors(str(self._path)):
+            if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
                 self._file.write(b"\n")
+        if not any(line.text.startswith(b'{"runs"') for line in _read(self._path, quiet=True)):
+            self._write({"runs": self._runs})
 
-    def _take(self, record: Record) -> None:
-        if "response" in record:
-            self._responses[record["key"]] = record["response"]
-        elif "policy" in record:
-            self._policies[record["deployment"]] = record["policy"]
+    def _take(self, line: _Line) -> None:
+        if line.text.startswith(KEY_START):
+            # Not parsed: a long suite has gigabytes of answers, and each is wanted once.
+            start = len(KEY_START)
+            self._found[line.text[start : start + 64].decode()] = line.path, line.offset
+        elif line.path == self._path:
+            record = json.loads(line.text)
+            if "row_sizes" in record:
+                self._row_sizes[record["deployment"]] = record["row_sizes"]
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: Mapping[str, Any]) -> int:
+        """Append a record and return where it begins."""
         text = json.dumps(record).encode()
-        line = b"%08x %s\n" % (zlib.crc32(text), text)
+        line, offset = b"%08x %s\n" % (zlib.crc32(text), text), self._file.seek(0, os.SEEK_END)
         with clear_disk_errors(str(self._path)):
             while line:
                 line = line[self._file.write(line) :]
+        return offset
 
 
-def _read(path: Path) -> Iterator[Record]:
-    """Yield the undamaged records of a file; the last one may be half of one, after a kill or on a full disk."""
-    damaged = 0
-    with path.open("rb") as file:
-        for line in file:
-            checksum, _, text = line.rstrip(b"\n").partition(b" ")
-            if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text):
-                yield json.loads(text)
-            elif line.strip():
-                damaged += 1
-    if damaged:
-        hwarn(f"{damaged} torn record(s) in {path}: what they held is computed again.")
+def _open_locked(path: Path) -> FileIO:
+    """Open a file that no other living process has open in this way."""
+    while True:
+        file = path.open("a+b", buffering=0)
+        if not _lock(file.fileno()):
+            file.close()
+            raise FlexGenError(
+                f"Another helm-run is working on the same run entries of this suite: it holds {path}. "
+                "Wait for it, end it, or use another --suite."
+            )
+        # Its last owner may have deleted it between the two lines above.
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+        file.close()
 
 
 def _lock(descriptor: int) -> bool:
@@ -157,6 +184,27 @@ def _lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _read(path: Path, *, quiet: bool = False) -> Iterator[_Line]:
+    """Yield the undamaged records of a file; the last one may be half of one, after a kill or on a full disk."""
+    damaged = offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            text = _checked(line)
+            if text is not None:
+                yield _Line(path, offset, text)
+            else:
+                damaged += bool(line.strip())
+            offset += len(line)
+    if damaged and not quiet:
+        hwarn(f"{damaged} torn record(s) in {path}: what they held is computed again.")
+
+
+def _checked(line: bytes) -> bytes | None:
+    """Return the text of a line whose checksum is right."""
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    return text if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text) else None
 
 
 def _digest(key: str) -> str:

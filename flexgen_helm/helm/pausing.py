@@ -78,7 +78,6 @@ class PausableRun:
 
     def start(self) -> None:
         """Run until the requests are known or the run has ended; raises what the run raised."""
-        shutil.rmtree(self._unfinished, ignore_errors=True)
         self._greenlet.switch()
 
     def resume(self, results: list[RequestResult], report: dict[str, Any]) -> None:
@@ -88,6 +87,7 @@ class PausableRun:
             results: In the order of ``request_states``.
             report: For ``flexgen.json``.
         """
+        self._unfinished.mkdir(parents=True, exist_ok=True)
         (self._unfinished / RUN_FILE).write_text(json.dumps(report, indent=2))
         self._greenlet.switch(results)
 
@@ -107,7 +107,10 @@ class PausableRun:
     def _publish(self) -> None:
         """Move the files, the one last without which HELM takes no run for complete."""
         self._finished.mkdir(parents=True, exist_ok=True)
+        if not (self._unfinished / LAST_FILE).exists():
+            return  # with some of its options HELM writes nothing
         (self._finished / LAST_FILE).unlink(missing_ok=True)
+        (self._finished / RUN_FILE).unlink(missing_ok=True)  # of a run that another client served
         for path in sorted(self._unfinished.iterdir(), key=lambda path: path.name == LAST_FILE):
             path.replace(self._finished / path.name)
 

@@ -6,7 +6,6 @@ import json
 import os
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,9 +29,6 @@ from flexgen_helm.helm.report import WORKLOAD_FILE, WorkloadReport, run_report
 from flexgen_helm.helm.requests import to_job
 from flexgen_helm.helm.workload import Served, serve
 
-UNFINISHED = "unfinished"
-"""Beside the journal: files of runs that are not complete."""
-
 
 class FlexGenRunner(Runner):
     """Runs a suite: all entries are adapted, each flexgen deployment serves its requests at once, then come metrics.
@@ -47,35 +43,30 @@ class FlexGenRunner(Runner):
 
         Raises:
             RunnerError: Runs have failed; the others are complete. With ``exit_on_error`` the first error is raised.
-            FlexGenError: Two different runs have the same name.
+            FlexGenError: Two different runs have the same name, or another process works on the same runs.
             DiskFull: There is no space left; nothing further is tried.
         """
         run_specs = _distinct(run_specs)
         failed: list[str] = []
         paused: list[PausableRun] = []
-        try:
-            for run_spec in tqdm(run_specs, desc="Adapting", disable=None):
-                run = PausableRun(self, run_spec, self._collects, self._journal_folder / UNFINISHED)
-                if not self._skips(run_spec):
-                    self._attempt(f"Adapting {run_spec.name}", [run], failed, run.start)
-                if run.paused:
-                    paused.append(run)
-            if paused:
-                with Journal(self._journal_folder, [run_spec.name for run_spec in run_specs]) as journal:
-                    self._serve_all(paused, failed, journal)
-                    if not failed:
-                        journal.discard()
-        finally:
-            for run in paused:
-                run.abandon()
-            self._remove_empty_folders()
+        with Journal(Path(self.runs_path) / FOLDER, [run_spec.name for run_spec in run_specs]) as journal:
+            try:
+                for run_spec in tqdm(run_specs, desc="Adapting", disable=None):
+                    run = PausableRun(self, run_spec, self._collects, journal.unfinished)
+                    if not self._skips(run_spec):
+                        self._attempt(f"Adapting {run_spec.name}", [run], failed, run.start)
+                    if run.paused:
+                        paused.append(run)
+                self._serve_all(paused, failed, journal)
+                if not failed:
+                    journal.discard()
+            finally:
+                for run in paused:
+                    run.abandon()
+                journal.remove_empty_folders()
         if failed:
             names = ", ".join(f'"{run_spec.name}"' for run_spec in run_specs if run_spec.name in failed)
             raise RunnerError(f"Failed runs: [{names}]")
-
-    @property
-    def _journal_folder(self) -> Path:
-        return Path(self.runs_path) / FOLDER
 
     def _skips(self, run_spec: RunSpec) -> bool:
         """As HELM does with --skip-completed-runs."""
@@ -155,11 +146,6 @@ class FlexGenRunner(Runner):
     def _cache_backend(self) -> CacheBackendConfig:
         spec = self.executor.execution_spec
         return spec.sqlite_cache_backend_config or spec.mongo_cache_backend_config or BlackHoleCacheBackendConfig()
-
-    def _remove_empty_folders(self) -> None:
-        for folder in (self._journal_folder / UNFINISHED, self._journal_folder):
-            with suppress(OSError):
-                folder.rmdir()
 
 
 def _distinct(run_specs: list[RunSpec]) -> list[RunSpec]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from helm.benchmark.model_deployment_registry import ModelDeployment
-from helm.common.hierarchical_logger import hlog
+from helm.common.hierarchical_logger import hlog, hwarn
 from helm.common.key_value_store import request_to_key
 from helm.common.request import Request, RequestResult
 
-from flexgen_helm.errors import FlexGenError, InvalidJob
+from flexgen_helm.errors import DiskFull, FlexGenError, InvalidJob
 from flexgen_helm.helm.cache import ResponseCache
 from flexgen_helm.helm.deployment import EngineArguments, parse_arguments
 from flexgen_helm.helm.journal import Journal
@@ -61,22 +61,32 @@ def serve(
     """
     with registry.lease(_arguments(deployment, journal)) as engine:
         info = engine.describe()
-        journal.note_policy(deployment.name, asdict(info.policy))
+        sizes = {name: getattr(info.policy, name) for name in ("gpu_batch_size", "gpu_batch_tokens")}
+        journal.note_row_sizes(deployment.name, sizes)
         workload = _Workload(engine, cache, journal, requests)
         workload.run()
         sources, stats = workload.sources, workload.stats
         counts = (len(requests), sources.count("cached"), sources.count("resumed"))
-        report = WorkloadReport(deployment.name, *counts, stats, info, engine.share_of_limit(stats))
+        report = WorkloadReport(deployment.name, *counts, stats, info, _share_of_limit(engine, stats))
     hlog(report.summary())
     return Served(workload.results, sources, report)
 
 
 def _arguments(deployment: ModelDeployment, journal: Journal) -> EngineArguments:
     """Return the deployment's arguments; what is resumed is resumed with the row sizes with which it began."""
-    arguments, begun = parse_arguments(deployment.client_spec.args), journal.policy(deployment.name)
+    arguments, begun = parse_arguments(deployment.client_spec.args), journal.row_sizes(deployment.name)
     if arguments.get("policy") is None and begun is not None:
+        hlog(f"{deployment.name} goes on with the row sizes of the journal: {begun}")
         arguments["policy"] = Policy(**begun)
     return arguments
+
+
+def _share_of_limit(engine: Engine, stats: RunStats) -> float | None:
+    try:
+        return engine.share_of_limit(stats)
+    except Exception as error:  # a figure is not worth the answers
+        hwarn(f"How close the run came to its limit could not be measured: {error}")
+        return None
 
 
 class _Workload:
@@ -153,7 +163,12 @@ class _Workload:
                 self._settle(index, "computed", computed[index])
 
     def _store(self, responses: dict[int, Response]) -> None:
-        self._cache.write((self._keys[index], response) for index, response in responses.items())
+        try:
+            self._cache.write((self._keys[index], response) for index, response in responses.items())
+        except DiskFull:
+            raise
+        except FlexGenError as error:
+            hwarn(f"Answers are not in HELM's cache, but in the journal until all runs are complete. {error}")
 
     def _settle(self, index: int, source: Source, response: Response) -> None:
         self._sources[index] = source

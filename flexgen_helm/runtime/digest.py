@@ -10,14 +10,18 @@ from pathlib import Path
 
 from flexgen_helm.cache import cache_folder
 
+SUFFIXES = {".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken"}
+"""Weights, configs, chat templates and the vocabularies of tokenizers."""
+
 
 def model_digest(folder: Path) -> str:
     """Return 16 hexadecimal digits over the contents of a folder's weights, config and tokenizer files.
 
-    Digests of files are memoised by real path, size and modification time under the cache folder.
+    Digests of files are memoised under the cache folder by real path, size and times; that of the last change of the inode
+    betrays a file that was replaced by one of the same size and modification time.
     """
     memo = _Memo(cache_folder() / "digests.json")
-    names = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".model"})
+    names = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     total = hashlib.sha256()
     for path in names:
         total.update(f"{path.name}:{memo.digest(path)}\n".encode())
@@ -37,7 +41,7 @@ class _Memo:
     def digest(self, path: Path) -> str:
         real = path.resolve()
         status = real.stat()
-        key = f"{real}:{status.st_size}:{status.st_mtime_ns}"
+        key = f"{real}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
         if key not in self._known:
             with real.open("rb") as stream:
                 self._known[key] = self._new[key] = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -167,7 +167,7 @@ class Engine:
                     raise type(error)(f"job {index}: {error}") from None
                 results[index] = Result(error=error)
         with self._run_lock:
-            self._run(tickets, results, on_result, progress)
+            self._run(tickets, results, on_result, on_error, progress)
         return [result for result in results if result is not None]
 
     def submit(self, job: Job) -> Future[Result]:
@@ -194,7 +194,7 @@ class Engine:
         )
 
     def share_of_limit(self, stats: RunStats) -> float | None:
-        """Compare a run with the least time that this machine would need for its layers, from rates measured now.
+        """Estimate how close a run came to the least time that this machine needs for its layers, from rates measured now.
 
         Returns:
             That time over the run's, or None where nothing was computed or the bound is unknown; see
@@ -256,6 +256,7 @@ class Engine:
         tickets: dict[int, Ticket],
         results: list[Result | None],
         on_result: Callable[[int, Result], None] | None,
+        on_error: Literal["raise", "return"],
         shown: bool | None,
     ) -> None:
         before, watch = self._worker.snapshot, _Watch(self._device, len(tickets), self._worker.snapshot, shown)
@@ -267,7 +268,7 @@ class Engine:
             self._worker.put(list(tickets.values()))
             for _ in tickets:
                 index = finished.get()
-                result = results[index] = tickets[index].future.result()
+                result = results[index] = _result(tickets[index], on_error)
                 watch.progress.request_done(result)
                 if on_result is not None:
                     on_result(index, result)
@@ -296,6 +297,15 @@ class _Watch:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._begin
+
+
+def _result(ticket: Ticket, on_error: Literal["raise", "return"]) -> Result:
+    try:
+        return ticket.future.result()
+    except (InvalidJob, OutOfSpace) as error:  # of this job alone
+        if on_error == "raise":
+            raise
+        return Result(error=error)
 
 
 def _put(finished: queue.SimpleQueue[int], index: int, _: object) -> None:

@@ -87,7 +87,8 @@ def limit_seconds(stats: RunStats, sizes: LayerSizes, rates: Rates) -> float:
     """The least time in which a run's layers could have been computed.
 
     Every sweep reads all weights once, and every token that was computed takes two operations for each weight that it
-    meets; attention, output head and padding are left out, so no run can reach this bound.
+    meets; attention, output head and padding are left out. An estimate: rates move with what else the machine does, and weights
+    that stay in a processor's cache are read faster than memory.
     """
     tokens = stats.prompt_tokens_computed + stats.generated_tokens
     return max(stats.sweeps * sizes.num_bytes / rates.read, 2 * tokens * sizes.active_weights / rates.multiply)

@@ -79,7 +79,9 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
     _compare(disturbed, expected, tally)
     durable: list[str] = []
     bar = tqdm(total=kills, desc="Kills", disable=None)
-    while tally.kills < kills:
+    for _ in range(20 + 5 * kills):
+        if tally.kills == kills:
+            break
         process = disturbed.start()
         # Loading takes longer than answering: every other kill waits for a number of new answers, not for a time.
         at = moments.uniform(0, seconds) if tally.kills % 2 else math.inf
@@ -90,9 +92,11 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
         bar.update(process.exitcode != 0)
         now = journal_keys(disturbed.suite_folder)
         finished = process.exitcode == 0 or (_complete(disturbed, expected) and not now)
+        computed = set(disturbed.computed.read_text().split()) if disturbed.computed.exists() else set()
+        assert not computed & set(durable), "an answer was computed again after it was durable"
         if not finished:
-            assert len(set(now)) == len(now), "an answer was computed again after it was durable"
             assert now[: len(durable)] == durable, "a finished answer is lost"
+            assert len(computed - set(now)) <= 1, "answers were not durable when they were finished"
             assert process.exitcode == -9, f"the command failed; see {disturbed.output_path / 'log.txt'}"
         stage = _stage(durable, now, finished)
         tally.during[stage] = tally.during.get(stage, 0) + 1
@@ -102,6 +106,7 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
             _compare(disturbed, expected, tally)
             durable = []
     bar.close()
+    assert tally.kills == kills, "the suite ends before it can be killed: ask for more instances"
     _run_to_the_end(disturbed)
     _compare(disturbed, expected, tally)
     return tally

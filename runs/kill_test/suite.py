@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 RUNNER = "flexgen_helm.helm.runner.FlexGenRunner"
 SUITE = "kill_test"
@@ -54,11 +56,17 @@ class Command:
     def start(self) -> BaseProcess:
         """Start the command in a process of its own, in which the slow imports are done already."""
         self._write_data()
+        self.computed.unlink(missing_ok=True)
         context = get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
-        process = context.Process(target=_helm_run, args=(self.arguments(), self.output_path / "log.txt"))
+        process = context.Process(target=_helm_run, args=(self.arguments(), self.output_path / "log.txt", self.computed))
         process.start()
         return process
+
+    @property
+    def computed(self) -> Path:
+        """File of the keys of all answers that the last process has computed, written before they can be durable."""
+        return self.output_path / "computed.txt"
 
     def _write_data(self) -> None:
         scenarios = self.output_path / "scenarios"
@@ -86,9 +94,18 @@ def _questions() -> str:
     return str(to_jsonl(instances))
 
 
-def _helm_run(arguments: list[str], log: Path) -> None:
+def _helm_run(arguments: list[str], log: Path, computed: Path) -> None:
     from helm.benchmark.run import main
 
+    from flexgen_helm.helm.journal import Journal
+
+    keys, append = os.open(computed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), Journal.append
+
+    def watched(journal: Journal, key: str, response: Any) -> None:
+        os.write(keys, hashlib.sha256(key.encode()).hexdigest().encode() + b"\n")
+        append(journal, key, response)
+
+    Journal.append = watched  # type: ignore[method-assign, assignment]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import resource
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helm.benchmark.runner import RunnerError
+from helm.common.cache import SqliteCacheConfig
 from helm.common.general import write
 
-from flexgen_helm.errors import DiskFull
-from flexgen_helm.helm import pausing
+from flexgen_helm.errors import DiskFull, FlexGenError
+from flexgen_helm.helm import pausing, registry
 from flexgen_helm.helm.journal import FOLDER
 from flexgen_helm.helm.report import RUN_FILE, WORKLOAD_FILE
 from flexgen_helm.types import EngineInfo, Policy, Result
@@ -127,14 +130,17 @@ def test_files_of_a_run_appear_only_when_all_are_there(
 
 
 def test_a_resumed_run_keeps_its_row_sizes(run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = Policy(gpu_batch_size=48, gpu_batch_tokens=96)
+    begun, other = Policy(gpu_batch_size=48, gpu_batch_tokens=96), Policy(gpu_batch_size=16, gpu_batch_tokens=32)
     with monkeypatch.context() as patch:
-        info = EngineInfo(begun, {}, 32.0, 32.0, {})
-        patch.setattr(FakeEngine, "describe", lambda self: info)
-        with killed_after(patch, 2):
-            run_suite(SPECS, execution=NO_CACHE)
+        for policy, specs in ((begun, SPECS), (other, SPECS[:2])):
+            info = EngineInfo(policy, {}, 32.0, 32.0, {})
+            patch.setattr(FakeEngine, "describe", lambda self, info=info: info)
+            with killed_after(patch, 2):
+                run_suite(specs, execution=NO_CACHE)
+        registry.ENGINES.close()
+        loader.engines.clear()
     run_suite(SPECS, execution=NO_CACHE)
-    assert [engine.arguments.get("policy") for engine in loader.engines] == [None, begun]
+    assert [engine.arguments.get("policy") for engine in loader.engines] == [begun]
 
 
 def test_answers_are_kept_while_a_run_has_failed(run_suite: RunSuite, loader: FakeLoader) -> None:
@@ -195,3 +201,82 @@ def test_report_of_a_run(run_suite: RunSuite, loader: FakeLoader) -> None:
     assert workload["share_of_limit"] == 0.5
     stats = workload["computed"]
     assert workload["tokens_per_second"] == (stats["prompt_tokens_computed"] + stats["generated_tokens"]) / stats["seconds"]
+
+
+@pytest.mark.parametrize("flag", ["skip_instances", "cache_instances_only"])
+def test_options_that_write_nothing_leave_finished_runs_alone(flag: str, run_suite: RunSuite, loader: FakeLoader) -> None:
+    suite = run_suite(SPECS[:1])
+    before = {file: read(suite, "generation", file) for file in (*FILES, RUN_FILE)}
+    run_suite(SPECS[:1], **{flag: True})
+    assert {file: read(suite, "generation", file) for file in before} == before
+
+
+def test_dry_run_replaces_the_report_too(run_suite: RunSuite, loader: FakeLoader) -> None:
+    suite = run_suite(SPECS[:1])
+    run_suite(SPECS[:1], execution={"dry_run": True})
+    assert not (suite / "generation" / RUN_FILE).exists()
+
+
+def test_a_second_command_on_the_same_runs_leaves_the_first_alone(
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, refused = FakeEngine.run, list[str]()
+
+    def run(self: FakeEngine, *arguments: Any, **options: Any) -> Any:
+        if not refused:
+            with pytest.raises(FlexGenError) as raised:
+                run_suite(SPECS)
+            refused.append(str(raised.value))
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(FakeEngine, "run", run)
+    assert completed(run_suite(SPECS)) == sorted(spec.name for spec in SPECS)
+    assert "Another helm-run is working on the same run entries" in refused[0]
+
+
+def test_a_second_command_on_some_of_the_runs_leaves_the_first_alone(
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, nested = FakeEngine.run, list[bool]()
+
+    def run(self: FakeEngine, *arguments: Any, **options: Any) -> Any:
+        if not nested:
+            nested.append(True)
+            run_suite(SPECS[:1])
+        return whole(self, *arguments, **options)
+
+    monkeypatch.setattr(FakeEngine, "run", run)
+    suite = run_suite(SPECS)
+    assert completed(suite) == sorted(spec.name for spec in SPECS)
+    assert not (suite / FOLDER).exists()
+
+
+def test_a_figure_that_cannot_be_measured_loses_no_answers(
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any) -> float:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(FakeEngine, "share_of_limit", out_of_memory)
+    suite = run_suite(SPECS[:1])
+    assert read(suite, "generation", RUN_FILE)["workload"]["share_of_limit"] is None
+
+
+def test_a_cache_that_cannot_be_written_loses_no_answers(
+    run_suite: RunSuite, loader: FakeLoader, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_suite(SPECS[:1], suite="other")
+    cache = registry.ENGINES.caches.get(SqliteCacheConfig(str(tmp_path / "cache" / "flexgen.sqlite")))
+    cache._store._connection.execute("PRAGMA query_only = 1")  # type: ignore[attr-defined]
+    with caplog.at_level("WARNING", logger="helm"):
+        assert completed(run_suite(SPECS)) == sorted(spec.name for spec in SPECS)
+    assert "Answers are not in HELM's cache, but in the journal until all runs are complete." in caplog.text
+
+
+def test_a_damaged_answer_in_the_cache_is_computed_again(run_suite: RunSuite, loader: FakeLoader, tmp_path: Path) -> None:
+    run_suite(SPECS[:1])
+    with sqlite3.connect(tmp_path / "cache" / "flexgen.sqlite") as connection:
+        connection.execute('UPDATE "unnamed" SET value = substr(value, 1, 20)')
+    run_suite(SPECS[:1])
+    run_suite(SPECS[:1])
+    assert computed(loader) == [3, 3]

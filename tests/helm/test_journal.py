@@ -41,12 +41,16 @@ def test_answers_are_there_for_the_next_process(tmp_path: Path) -> None:
     with Journal(tmp_path, RUNS) as journal:
         for number in range(3):
             journal.append(f"key {number}", response(number))
-        journal.note_policy("flexgen/a/b", {"gpu_batch_size": 64})
+        journal.note_row_sizes("flexgen/a/b", {"gpu_batch_size": 64})
     with Journal(tmp_path, reversed(RUNS)) as journal:
         assert all(same(journal.lookup(f"key {number}"), response(number)) for number in range(3))
         assert journal.lookup("key 3") is None
-        assert journal.policy("flexgen/a/b") == {"gpu_batch_size": 64}
-        assert journal.policy("flexgen/a/c") is None
+        assert journal.row_sizes("flexgen/a/b") == {"gpu_batch_size": 64}
+        assert journal.row_sizes("flexgen/a/c") is None
+    # Row sizes are this command's, answers are anybody's.
+    with Journal(tmp_path, ["another"]) as journal:
+        assert same(journal.lookup("key 0"), response(0))
+        assert journal.row_sizes("flexgen/a/b") is None
 
 
 def test_a_record_torn_anywhere_costs_only_itself(tmp_path: Path) -> None:
@@ -76,6 +80,21 @@ def test_a_damaged_record_is_not_served(tmp_path: Path) -> None:
     with Journal(tmp_path, RUNS) as journal:
         assert journal.lookup("key 0") is None
         assert same(journal.lookup("key 1"), response(1))
+
+
+def test_a_journal_that_has_lost_its_first_record_is_not_thrown_away_by_others(tmp_path: Path) -> None:
+    with Journal(tmp_path, RUNS) as journal:
+        journal.append("key 0", response(0))
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_bytes(b"torn" + path.read_bytes())
+    with Journal(tmp_path, ["other"]) as journal:
+        journal.discard()
+    assert list(tmp_path.glob("*.jsonl")) == [path]
+    with Journal(tmp_path, RUNS) as journal:
+        assert same(journal.lookup("key 0"), response(0))
+    with Journal(tmp_path, [*RUNS, "three"]) as journal:
+        journal.discard()
+    assert list(tmp_path.glob("*.jsonl")) == []
 
 
 def test_runs_of_other_commands_are_read_and_left(tmp_path: Path) -> None:

@@ -188,6 +188,9 @@ def test_completions_that_never_fit_together_fail_alone(
         futures = [small.submit(job) for job in [*jobs, GOOD]]
         errors = [future.exception(timeout=60) for future in futures]
         assert [type(error) for error in errors] == [OutOfSpace] * len(jobs) + [type(None)]
+        results = small.run([*jobs, GOOD], on_error="return")
+        assert [type(result.error) for result in results] == [OutOfSpace] * len(jobs) + [type(None)]
+        assert results[-1].completions == engine.run([GOOD])[0].completions
         assert small.run(jobs[:1])[0].completions[0].token_ids
 
 
