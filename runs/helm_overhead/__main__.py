@@ -3,7 +3,7 @@
 Half of the requests are 5-shot multiple choice, a quarter scores single choices, a quarter generates 20 tokens; tokenizer,
 engine, scheduler and HELM are the real ones. Sizes double, so that a step that grows faster than the number of requests shows:
 of two sizes n and m, the exponent is log(time(n) / time(m)) / log(n / m), in processor time.
-Cost: about 6 minutes on one core of a server CPU for the default sizes, 3 GiB of memory.
+Cost: about 12 minutes on one core of a server CPU for the default sizes, 3 GiB of memory.
 
 Command: ``python -m flexgen_helm.runs.helm_overhead --json result.json``
 """
@@ -94,6 +94,8 @@ def _engine_seconds(finished: Finished) -> float | None:
 def exponents(smaller: Measured, larger: Measured) -> dict[str, float]:
     """With which power of the number of requests each step grows, for steps that take a share of both."""
     growth = math.log(larger.requests / smaller.requests)
+    if not growth:
+        return {}
     times = [one.processor_s for one in (smaller, larger)]
     steps = [step for step in {**STEPS, **TIMED} if all(time.get(step, 0) >= SMALL * sum(time.values()) for time in times)]
     return {step: math.log(times[1][step] / times[0][step]) / growth for step in steps}
@@ -149,8 +151,8 @@ def main() -> int:
     print("\n".join(["", *table(growing)]))
     if options.json:
         results = [dataclasses.asdict(one) | {"requests_per_second": one.requests_per_second} for one in measured]
-        grown = exponents(growing[0], growing[-1]) if len(growing) > 1 else {}
-        options.json.write_text(json.dumps({"suites": results, "exponents": grown}, indent=2), encoding="utf-8")
+        whole = {"suites": results, "exponents": exponents(growing[0], growing[-1])}
+        options.json.write_text(json.dumps(whole, indent=2), encoding="utf-8")
     return 0
 
 

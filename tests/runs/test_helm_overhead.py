@@ -82,6 +82,10 @@ def test_exponents_are_those_of_the_times() -> None:
     assert found == {"metrics": pytest.approx(1), "scheduling": pytest.approx(1.5), "loading": pytest.approx(0)}
 
 
+def test_one_size_has_no_growth() -> None:
+    assert "-" in table([measured(1000, 1.5)])[1]
+
+
 def test_table_names_what_grows_faster_than_linearly() -> None:
     lines = table([measured(1000, 1.5), measured(2000, 1.5), measured(4000, 1.5)])
     assert [line.split()[0] for line in lines if "faster than linear" in line] == ["scheduling"]
