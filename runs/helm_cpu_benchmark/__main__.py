@@ -46,7 +46,8 @@ def measure(entry: Entry, model_folder: Path, scratch: Path, *, instances: int, 
     answers = read_answers(theirs.suite), read_answers(ours.suite)
     if [asked for asked, _ in answers[0]] != [asked for asked, _ in answers[1]]:
         raise FlexGenError(
-            f"{entry.run_entry}: HELM adapted it differently for the two deployments. Compare the files in {scratch}."
+            f"{entry.run_entry}: HELM adapted it differently for the two deployments, so their times do not compare. Use a "
+            "model folder with a tokenizer that both clients read alike."
         )
     pairs = [(asked, their, our) for (asked, their), (_, our) in zip(*answers, strict=True)]
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -90,12 +91,12 @@ def main() -> int:
                 folder, instances = endless if entry.endless else model_folder, options.max_eval_instances or entry.instances
                 results[key] = measure(entry, folder, scratch, instances=instances, threads=options.threads)
                 print("\n".join(render(results[key])), flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps({key: one.as_dict() for key, one in results.items()}, indent=2))
     except FlexGenError as error:
         print(error, file=sys.stderr)
         return 1
     print("\n".join(total_lines(list(results.values()))))
-    if options.json:
-        options.json.write_text(json.dumps({key: result.as_dict() for key, result in results.items()}, indent=2))
     return 0
 
 

@@ -41,6 +41,8 @@ class Truth:
 
     def scored(self, answer: Answer) -> bool:
         """Whether the log-probabilities of an answer are the model's; end token and stop string are not in all answers."""
+        if self.text and not answer.logprobs:
+            return False
         return same_logprobs(answer.logprobs, self.logprobs[: len(answer.logprobs)])
 
     def verdict(self, asked: Asked, theirs: Answer, ours: Answer) -> Verdict:

@@ -24,7 +24,7 @@ from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.runs.helm_overhead.commands import RUNNER, Finished, helm_run
 from flexgen_helm.runs.helm_overhead.null_model import save_null_model
-from flexgen_helm.runs.helm_overhead.questions import suite_entries
+from flexgen_helm.runs.helm_overhead.questions import LEAST_REQUESTS, suite_entries
 from flexgen_helm.runs.helm_overhead.sampled import STEPS, TIMED
 
 ROUTES = {
@@ -132,6 +132,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     options = parser.parse_args()
     sizes = sorted(options.requests)
+    if sizes[0] < LEAST_REQUESTS:
+        parser.error(f"--requests {sizes[0]}: a suite of all kinds of requests has at least {LEAST_REQUESTS}")
     plan = [("runner", False, size) for size in sizes]
     if not options.only_growth:
         plan += [("runner", True, sizes[-1]), ("client", True, sizes[-1])]

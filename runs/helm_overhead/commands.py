@@ -70,6 +70,6 @@ def helm_run(
     wall_s = time.perf_counter() - start
     text = log.read_text(encoding="utf-8", errors="replace")
     if process.returncode:
-        raise FlexGenError(f"helm-run ended with status {process.returncode}. The end of its log ({log}):\n{text[-3000:]}")
+        raise FlexGenError(f"helm-run ended with status {process.returncode}. The end of its log:\n{text[-3000:]}")
     seconds = json.loads(steps.read_text(encoding="utf-8"))
     return Finished(output, wall_s, seconds["wall"], seconds["processor"], text)

@@ -32,6 +32,10 @@ def _text(chance: random.Random, least: int, most: int) -> str:
     return " ".join(chance.choices(WORDS, k=chance.randint(least, most))).capitalize()
 
 
+LEAST_REQUESTS = 8 * NUM_CHOICES
+"""With fewer the scored quarter would be empty."""
+
+
 def suite_entries(folder: Path, num_requests: int) -> list[str]:
     """Write questions and return the run entries that ask them, without a model.
 
@@ -40,7 +44,7 @@ def suite_entries(folder: Path, num_requests: int) -> list[str]:
 
     Args:
         folder: Made for the files.
-        num_requests: Of the whole suite; at least 32, or the scored quarter is empty.
+        num_requests: Of the whole suite, at least LEAST_REQUESTS.
     """
     folder.mkdir(parents=True)
     scored = num_requests // 4 // (2 * NUM_CHOICES) * 2
