@@ -50,7 +50,7 @@ class LambadaScenario(Scenario):
         if task not in GROUPS:
             raise ScenarioError(f"`lambada:task={task}` is unknown. Write {' or '.join(f'task={name}' for name in GROUPS)}.")
         self.task = task
-        self._source = Source(path or HUB_NAME, config, split)
+        self._source = Source(HUB_NAME if path is None else path, config, split)
         self._prefers_converted = (path, config, split) == (None, None, None)
 
     def get_instances(self, output_path: str) -> list[Instance]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from helm.benchmark.presentation.taxonomy_info import TaxonomyInfo
 from helm.benchmark.scenarios.scenario import TEST_SPLIT, Input, Instance, Scenario, ScenarioMetadata
 
-from flexgen_helm.errors import ScenarioError
 from flexgen_helm.scenarios.texts import Source, read_texts
 
 
@@ -32,9 +31,7 @@ class PerplexityScenario(Scenario):
         Raises:
             ScenarioError: The documents cannot be read, or all of them are empty.
         """
-        documents = [text for text in read_texts(self._source, Path(output_path)) if text.strip()]
-        if not documents:
-            raise ScenarioError(f"`{self._source.path}` holds no text, so there is nothing to predict. Name another source.")
+        documents = read_texts(self._source, Path(output_path))
         return [Instance(Input(text=document), references=[], split=TEST_SPLIT) for document in documents]
 
     def get_metadata(self) -> ScenarioMetadata:

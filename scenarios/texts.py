@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexgen_helm.errors import ScenarioError
 
-ROW_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Suffixes of files of rows, and the loader of ``datasets`` for each."""
+ROW_FORMATS = (".json", ".jsonl", ".csv", ".parquet")
+"""Suffixes of files of rows."""
 _FETCH = "`python -m flexgen_helm.assets --output-path <HELM's output path>` fetches the data that come with this package"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -21,7 +23,7 @@ class Source:
     """Where texts come from.
 
     Raises:
-        ScenarioError: A field is no text. HELM turns what looks like a number in a run entry into one.
+        ScenarioError: A field is empty or no text. HELM turns what looks like a number in a run entry into one.
     """
 
     path: str
@@ -35,6 +37,8 @@ class Source:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if value == "":
+                raise ScenarioError(f"`{name}=` is empty, so it names nothing. Write a value behind it, or leave it out.")
             if value is not None and not isinstance(value, str):
                 raise ScenarioError(
                     f"HELM reads `{name}={value}` as a number, so its spelling is lost. Write a path as `./{value}`; for "
@@ -43,16 +47,24 @@ class Source:
 
 
 def read_texts(source: Source, folder: Path) -> list[str]:
-    """Read all texts of a source, in its order; those of a folder in the order of its files' paths.
+    """Read the texts of a source but those that are empty or white space, in its order; a folder's by its files' paths.
 
     Args:
         source: What to read. Relative paths are looked up in the working directory, then in ``folder``.
         folder: Of the scenario, ``<output path>/scenarios/<name>``.
 
     Raises:
-        ScenarioError: There is no such source, or it cannot be read as text.
+        ScenarioError: There is no such source, it cannot be read as text, or all of its texts are blank.
     """
-    for path in (Path(source.path).expanduser(), folder / source.path):
+    texts = [text for text in _read_all(source, folder) if text.strip()]
+    if not texts:
+        raise ScenarioError(f"`{source.path}` holds no text, so there is nothing to predict. Name another source.")
+    return texts
+
+
+def _read_all(source: Source, folder: Path) -> list[str]:
+    # Unlike `Path.expanduser`, this leaves the name of an unknown user as it is.
+    for path in (Path(os.path.expanduser(source.path)), folder / source.path):
         if path.exists():
             return _read_local(path, source)
     if not _HUB_NAME.fullmatch(source.path) or Path(source.path).suffix in (".txt", *ROW_FORMATS):
@@ -79,7 +91,7 @@ def _read_file(path: Path, source: Source) -> list[str]:
     if path.suffix in ROW_FORMATS:
         return _read_rows(path, source)
     try:
-        return [path.read_bytes().decode("utf-8")]
+        return [path.read_bytes().decode("utf-8-sig")]
     except (OSError, UnicodeDecodeError) as error:
         raise ScenarioError(
             f"`{path}` cannot be read as UTF-8 text: {error}. Convert it, or name a file of rows by its suffix "
@@ -90,17 +102,33 @@ def _read_file(path: Path, source: Source) -> list[str]:
 def _read_rows(path: Path, source: Source) -> list[str]:
     if not path.stat().st_size:
         raise ScenarioError(f"`{path}` is empty. Download or export it again.")
-    import datasets
+    try:
+        rows = _load_rows(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ScenarioError(f"`{path}` cannot be read: {_reason(error)} Check that the file is whole.") from error
+    return _column(rows, list(rows), source, str(path)) if rows else []
 
-    # What the library keeps of a file is of no use later: it is parsed again, so that no change is missed.
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            rows = datasets.load_dataset(
-                ROW_FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
-            )
-        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-            raise ScenarioError(f"`{path}` cannot be read: {_reason(error)} Check that the file is whole.") from error
-        return _column(rows, source, str(path))
+
+def _load_rows(path: Path) -> Mapping[str, list[Any]]:
+    """Return the columns of a file; texts are as they are written, also those that look like a date or a number."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
+        return columns
+    if path.suffix == ".csv":
+        import pandas as pd
+
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        if not isinstance(frame.index, pd.RangeIndex):
+            raise ValueError("rows have more fields than the header (a text with a comma needs quotes)")
+        return {str(name): list(frame[name]) for name in frame.columns}
+    content = path.read_bytes().decode("utf-8-sig")
+    is_list = content.lstrip().startswith("[")
+    rows = json.loads(content) if is_list else [json.loads(line) for line in content.split("\n") if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a row is no JSON object")
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 def _read_hub(source: Source) -> list[str]:
@@ -113,13 +141,13 @@ def _read_hub(source: Source) -> list[str]:
             f"`{source.path}` is no local path, and as a data set of the hub it cannot be loaded: {_reason(error)} "
             f"Check name, config and split; without a network, name local files ({_FETCH})."
         ) from error
-    return _column(rows, source, f"{source.path} on the hub")
+    return _column(rows, rows.column_names, source, f"{source.path} on the hub")
 
 
-def _column(rows: Any, source: Source, where: str) -> list[str]:
+def _column(rows: Any, names: list[str], source: Source, where: str) -> list[str]:
     name = source.field or "text"
-    if name not in rows.column_names:
-        raise ScenarioError(f"`{where}` has no column `{name}`, but {rows.column_names}. Write field=<column>.")
+    if name not in names:
+        raise ScenarioError(f"`{where}` has no column `{name}`, but {names}. Write field=<column>.")
     texts: list[str] = list(rows[name])
     for number, text in enumerate(texts):
         if not isinstance(text, str):

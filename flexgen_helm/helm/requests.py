@@ -50,6 +50,8 @@ class Timing:
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
+    "embedding": bool,
+    "echo_prompt": bool,
     "messages": (list, type(None)),
     "temperature": (int, float),
     "top_p": (int, float),
@@ -60,6 +62,13 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "random": (str, type(None)),
 }
 """What HELM declares. It does not check what a run entry or a scenario has put there."""
+
+_HELM_WORDS = {
+    "max_new_tokens": "max_tokens",
+    "top_logprobs": "top_k_per_token",
+    "jobs with different seeds": "requests with different `random`",
+}
+"""What the engine's messages call by other words than a request."""
 
 Refusal = tuple[Callable[[Request], bool], str]
 
@@ -213,12 +222,16 @@ def failure(error: Exception) -> RequestResult:
     HELM repeats a failed request for 150 seconds unless it is told that the failure is permanent, which it is: the
     same request meets the same model again.
     """
+    message = f"{type(error).__name__}: {error}"
+    if isinstance(error, InvalidJob):
+        for engine, helm in _HELM_WORDS.items():
+            message = message.replace(engine, helm)
     return RequestResult(
         success=False,
         cached=False,
         completions=[],
         embedding=[],
-        error=f"{type(error).__name__}: {error}",
+        error=message,
         error_flags=ErrorFlags(is_retriable=False, is_fatal=True),
     )
 

@@ -26,8 +26,11 @@ class FlexGenTokenizer(HuggingFaceTokenizer):
             NonRetriableException: The text cannot be tokenised. HELM would try it again for half a minute.
         """
         try:
+            request.text.encode()
             return super().tokenize(request)
-        except ValueError as error:
+        except UnicodeEncodeError as error:
             raise NonRetriableException(
                 f"{error}. Text must have a UTF-8 form, which half of a surrogate pair has not. Clean the data of the scenario."
             ) from error
+        except ValueError as error:
+            raise NonRetriableException(str(error)) from error

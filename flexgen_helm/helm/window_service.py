@@ -7,6 +7,7 @@ from helm.benchmark.window_services.tokenizer_service import TokenizerService
 from helm.common.tokenization_request import TokenizationToken
 
 from flexgen_helm.errors import InvalidJob
+from flexgen_helm.helm.deployment import DeploymentError
 from flexgen_helm.helm.model_files import read_limits
 
 
@@ -25,9 +26,24 @@ class FlexGenWindowService(LocalWindowService):
         end_of_text_token: str | None = None,
         prefix_token: str | None = None,
     ) -> None:
-        """Args: name_or_path, revision: The model. The smallest of its window and of the lengths in tokens is the limit."""
-        lengths = (max_sequence_length, max_request_length, max_sequence_and_generated_tokens_length)
-        window = min(filter(None, (*lengths, read_limits(name_or_path, revision).window)))
+        """Args: name_or_path, revision: The model. The smallest of its window and of the lengths in tokens is the limit.
+
+        Raises:
+            DeploymentError: A length is below 1.
+        """
+        lengths = {
+            "max_sequence_length": max_sequence_length,
+            "max_request_length": max_request_length,
+            "max_sequence_and_generated_tokens_length": max_sequence_and_generated_tokens_length,
+        }
+        given = {name: length for name, length in lengths.items() if length is not None}
+        for name, length in given.items():
+            if length < 1:
+                raise DeploymentError(
+                    f"`{name}: {length}` of the deployment leaves no room for a prompt. Give at least 1, or leave it out for "
+                    "the model's context."
+                )
+        window = min([*given.values(), read_limits(name_or_path, revision).window])
         super().__init__(
             service=service,
             tokenizer_name=tokenizer_name,

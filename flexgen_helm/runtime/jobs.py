@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import operator
@@ -178,6 +179,7 @@ def _tokenised(job: Job, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int
     return token_ids
 
 
+@functools.lru_cache(maxsize=1)  # A tokenizer is not asked again for every job; the last one alone is kept alive.
 def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the BOS token if the tokenizer puts one before a text, else None."""
     bos = tokenizer.bos_token_id

@@ -79,7 +79,7 @@ KINDS: dict[str, Kind] = {
     # Lengths and numbers
     "nothing asked": Kind([{"max_tokens": 0}], "`max_tokens=0` without `echo_prompt`"),
     "huge max_tokens": Kind([{"max_tokens": 10**9}, {"max_tokens": CONTEXT}], "context holds 2048"),
-    "negative max_tokens": Kind([{"max_tokens": -1}], "max_new_tokens is -1"),
+    "negative max_tokens": Kind([{"max_tokens": -1}], "max_tokens is -1"),
     "max_tokens of another type": Kind([{"max_tokens": value} for value in ("5", 2.5, None)], "`max_tokens` of this request"),
     "temperature out of range": Kind([{"temperature": value} for value in (math.nan, math.inf, -0.5)], "temperature is"),
     "temperature of another type": Kind([{"temperature": value} for value in ("0", None)], "`temperature` of this request"),
@@ -89,7 +89,7 @@ KINDS: dict[str, Kind] = {
     "50 completions": Kind([{"num_completions": 50, "temperature": value} for value in (0.0, 1.0)]),
     "completions of a scored prompt": Kind([{"num_completions": 3, "max_tokens": 0, "echo_prompt": True}]),
     "number of completions": Kind([{"num_completions": value} for value in (0, -1, 10**9)], "num_completions is"),
-    "number of candidates": Kind([{"top_k_per_token": value} for value in (-1, 10**6)], "top_logprobs is"),
+    "number of candidates": Kind([{"top_k_per_token": value} for value in (-1, 10**6)], "top_k_per_token is"),
     "no candidates": Kind([{"top_k_per_token": 0}]),
     "any seed": Kind([{"random": value, "temperature": 1.0} for value in ("", "\ud800", "1" * 500, "\0")]),
     "seed of another type": Kind([{"random": 3}], "`random` of this request"),
@@ -107,7 +107,8 @@ KINDS: dict[str, Kind] = {
     "penalties": Kind(
         [{"presence_penalty": 1.0}, {"frequency_penalty": math.nan}], "`presence_penalty` or `frequency_penalty`"
     ),
-    "embedding": Kind([{"embedding": True}], "`embedding`"),
+    "embedding": Kind([{"embedding": True}, {"embedding": "False"}], "`embedding`"),
+    "echo of another type": Kind([{"echo_prompt": "False"}, {"echo_prompt": None}], "`echo_prompt` of this request"),
     "images": Kind(
         [{"prompt": "", "multimodal_prompt": IMAGE}, {"image_generation_parameters": ImageGenerationParameters()}], "multimodal"
     ),

@@ -29,6 +29,7 @@ from helm.benchmark.window_services.tokenizer_service import TokenizerService
 from helm.benchmark.window_services.window_service import WindowService
 from helm.benchmark.window_services.window_service_factory import WindowServiceFactory
 from helm.common.local_context import LocalContext
+from helm.common.tokenization_request import TokenizationRequest
 from helm.proxy.retry import NonRetriableException
 
 from flexgen_helm import plugin
@@ -37,6 +38,7 @@ from flexgen_helm.errors import InvalidJob
 from flexgen_helm.helm.deployment import CLIENT, DeploymentError, split_name
 from flexgen_helm.helm.model_files import read_limits
 from flexgen_helm.helm.runner import FlexGenRunner
+from flexgen_helm.helm.tokenizer import FlexGenTokenizer
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import FakeLoader, run_spec
 from tests.tokenizers import save_pair_tokenizer
@@ -264,6 +266,17 @@ def test_written_lengths_beyond_the_context_are_cut_to_it(written: dict[str, Any
     assert (service.max_request_length, service.max_sequence_length) == (39, 38)
 
 
+@pytest.mark.parametrize("name", ["max_sequence_length", "max_request_length", "max_sequence_and_generated_tokens_length"])
+@pytest.mark.parametrize("length", [0, -5])
+def test_written_lengths_without_room_are_refused(name: str, length: int, model_folder: Path, tmp_path: Path) -> None:
+    client = ClientSpec(CLIENT, {"name_or_path": str(model_folder)})
+    lengths: dict[str, Any] = {"max_sequence_length": 10, name: length}
+    written = ModelDeployment("flexgen/written/empty", client, **lengths)
+    register_model_deployment(plugin.complete(written))
+    with pytest.raises(DeploymentError, match=f"`{name}: {length}` of the deployment"):
+        window_service(written.name, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("special", "prefix"), [({"bos_token": "<s>", "eos_token": "</s>"}, "<s>"), ({"eos_token": "</s>"}, "</s>"), ({}, "")]
 )
@@ -281,6 +294,14 @@ def test_text_that_no_tokenizer_reads_fails_at_once(model_folder: Path, tmp_path
     with pytest.raises(NonRetriableException, match="half of a surrogate pair"):
         service.tokenize("aa\ud800")
     assert time.monotonic() - begin < 5
+
+
+def test_what_else_a_tokenizer_refuses_is_told_as_it_is(model_folder: Path, tmp_path: Path) -> None:
+    config = get_tokenizer_config(get_model_deployment(f"flexgen/{model_folder}").tokenizer_name or "")
+    assert config is not None
+    tokenizer = FlexGenTokenizer(config.name, str(model_folder))
+    with pytest.raises(NonRetriableException, match=r"expects tokenizer to be (?!.*surrogate)"):
+        tokenizer.tokenize(TokenizationRequest("aa", tokenizer="another/model"))
 
 
 @pytest.mark.parametrize("runner", [Runner, FlexGenRunner])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -15,7 +16,8 @@ from helm.common.response_format import ResponseFormat
 from hypothesis import strategies as st
 
 from flexgen_helm.errors import InvalidJob
-from flexgen_helm.helm.requests import Timing, cache_key, stable_seed, to_job, to_request_result, to_response
+from flexgen_helm.helm.requests import Timing, cache_key, failure, stable_seed, to_job, to_request_result, to_response
+from flexgen_helm.runtime.jobs import prepare
 from flexgen_helm.types import Completion, Job, Result, TokenLogprob
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -105,12 +107,28 @@ def test_seed_is_the_same_in_every_process_and_differs_between_strings() -> None
         ({"temperature": None}, "`temperature` of this request is of type NoneType"),
         ({"stop_sequences": "\n"}, "`stop_sequences` of this request is of type str"),
         ({"random": 3}, "`random` of this request is of type int"),
+        ({"echo_prompt": "False"}, "`echo_prompt` of this request is of type str"),
+        ({"embedding": "False"}, "`embedding` of this request is of type str"),
         ({"prompt": b"Hi"}, "`prompt` of this request is of type bytes"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidJob, match=named):
         to_job(request(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_tokens": -1}, "max_tokens is -1, but"),
+        ({"top_k_per_token": 10**6}, "top_k_per_token is 1000000, but"),
+        ({"num_completions": 5000}, "num_completions is 5000, .* several requests with different `random`"),
+    ],
+)
+def test_what_the_engine_refuses_has_the_names_of_helm(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidJob) as refused:
+        prepare(to_job(request(**fields)), tokenizer=None, max_length=100, vocab_size=100)
+    assert re.match(f"InvalidJob: {message}", failure(refused.value).error or "")
 
 
 def test_completion_has_the_fields_that_metrics_read() -> None:

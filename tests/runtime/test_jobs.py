@@ -133,6 +133,21 @@ def test_bos_is_not_added_where_the_tokenizer_adds_none() -> None:
     assert result.num_added == 0
 
 
+def test_a_tokenizer_is_asked_once_for_its_bos_and_another_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, asked = tiny_tokenizers.byte_level(adds_bos=True), []
+    encode = tokenizer.encode
+
+    def count(text: str, **options: Any) -> Any:
+        asked.append(text)
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", count)
+    jobs = [Job(prompt=prompt) for prompt in ("one", "two", "three")]
+    assert [prepared(job, tokenizer).num_added for job in jobs] == [1, 1, 1]
+    assert asked == ["one", "x", "x", "two", "three"]
+    assert [prepared(jobs[0], other).num_added for other in (PLAIN, tokenizer, PLAIN)] == [0, 1, 0]
+
+
 def test_token_ids_are_taken_as_they_are() -> None:
     result = prepared(Job(token_ids=[5, 6]), ADDS_BOS["byte_level"])
     assert (result.input_ids, result.num_added) == ((5, 6), 0)

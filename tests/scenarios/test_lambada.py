@@ -139,6 +139,12 @@ def test_passage_of_one_word_is_named(tmp_path: Path) -> None:
         LambadaScenario(path=str(tmp_path / "b.jsonl")).get_instances("")
 
 
+def test_blank_passages_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [" ", "two words", "  "])
+    (instance,) = LambadaScenario(path=str(tmp_path / "a.jsonl")).get_instances("")
+    assert instance.input.text == "two"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_smollm2_on_the_first_200_passages(real_model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -15,7 +16,7 @@ from flexgen_helm.errors import ScenarioError
 from flexgen_helm.scenarios import texts
 from flexgen_helm.scenarios.texts import Source, read_texts
 
-TEXTS = ['One, "two"\nthree\n', "caf\u00e9 \u2028 \U0001f389", " "]
+TEXTS = ['One, "two"\nthree\n', "caf\u00e9 \u2028 \U0001f389", " 007"]
 
 
 def write_rows(path: Path, column: str = "text") -> None:
@@ -39,6 +40,28 @@ def test_rows_of_every_format(suffix: str, tmp_path: Path) -> None:
     assert read_texts(Source(f"other{suffix}", field="body"), tmp_path) == TEXTS
     with pytest.raises(ScenarioError, match=r"no column `text`, but \['number', 'body'\].*field="):
         read_texts(Source(f"other{suffix}"), tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("values", [["2026-01-31", "2026-02-01"], ["NA", "None", "null"], ["007", "1e3"], ["True"]])
+def test_texts_that_look_like_other_values_stay_texts(values: list[str], suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    frame = pd.DataFrame({"text": values})
+    if suffix == ".parquet":
+        frame.to_parquet(path)
+    elif suffix == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_json(path, orient="records", lines=suffix == ".jsonl")
+    assert read_texts(Source(str(path)), tmp_path) == values
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", "a"), ("a.csv", "text\na\n"), ("a.jsonl", '{"text": "a"}'), ("a.json", '[{"text": "a"}]')]
+)
+def test_byte_order_mark_is_no_text(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_texts(Source(name), tmp_path) == ["a"]
 
 
 def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
@@ -76,11 +99,17 @@ def test_working_directory_comes_before_the_scenarios_folder(tmp_path: Path, mon
     ("name", "content", "message"),
     [
         ("latin.txt", b"caf\xe9", r"UTF-8 text: .*position 3.*Convert it"),
-        ("torn.jsonl", b'{"text": "a"}\n{"text": ', r"JSON parse error.*file is whole"),
+        ("torn.jsonl", b'{"text": "a"}\n{"text": ', r"Expecting value.*file is whole"),
         ("torn.parquet", b"PAR1", r"Parquet.*file is whole"),
         ("empty.csv", b"", "is empty"),
         ("null.json", b'[{"text": "a"}, {"text": null}]', r"Row 1 .* holds None in the column `text`"),
-        ("numbers.csv", b"text\n1\n", r"Row 0 .* holds 1 in the column `text`"),
+        ("missing.jsonl", b'{"text": "a"}\n{"body": "b"}', r"Row 1 .* holds None in the column `text`"),
+        ("numbers.jsonl", b'{"text": 1}', r"Row 0 .* holds 1 in the column `text`"),
+        ("texts.json", b'["a", "b"]', r"a row is no JSON object"),
+        ("commas.csv", b"text\nHello, you\n", r"more fields than the header"),
+        ("blank.jsonl", b" \n\n", r"holds no text"),
+        ("blank.txt", b"\xef\xbb\xbf \n", r"holds no text"),
+        ("header.csv", b"text\n", r"holds no text"),
     ],
 )
 def test_broken_files_are_named_with_the_reason(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -89,7 +118,7 @@ def test_broken_files_are_named_with_the_reason(name: str, content: bytes, messa
         read_texts(Source(name), tmp_path)
 
 
-@pytest.mark.parametrize("path", ["none.txt", "/none/data", "../none", "a b/c", "none.parquet"])
+@pytest.mark.parametrize("path", ["none.txt", "/none/data", "../none", "a b/c", "none.parquet", "~nouser/x"])
 def test_missing_paths_are_not_asked_of_the_hub(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "_read_hub", None)
     with pytest.raises(ScenarioError, match=rf"`{path}` is no file or folder.*flexgen_helm\.assets"):
@@ -102,6 +131,12 @@ def test_empty_folder_and_splits_of_local_files_are_refused(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ScenarioError, match="neither config nor split"):
         read_texts(Source("a.txt", split="test"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["path", "config", "split", "field"])
+def test_empty_arguments_are_refused(name: str) -> None:
+    with pytest.raises(ScenarioError, match=f"`{name}=` is empty"):
+        Source(**{"path": "a.txt", name: ""})
 
 
 @pytest.mark.parametrize(("name", "value"), [("path", 2026), ("config", 1.5)])
