@@ -51,6 +51,11 @@ def make_model_deployment(name: str) -> ModelDeployment:
         DeploymentError: The name does not follow the grammar or there is no such model.
     """
     name_or_path, variant = split_name(name)
+    if variant is not None and os.path.isdir(f"{name_or_path}@{variant}"):
+        raise DeploymentError(
+            f"`{name}`: `@` begins a variant in the name of a deployment, so the folder {name_or_path}@{variant} cannot be "
+            "named by it. Rename the folder, or name it by a link without `@`."
+        )
     if variant is not None:
         raise DeploymentError(
             f"`{name}`: variants such as `@{variant}` are not supported, so it is unknown what to change in the model. "

@@ -46,7 +46,7 @@ def install_helm_data(output_path: Path) -> None:
             target = output_path / "scenarios" / file.relative_to(source)
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _copy_whole(file, target)
+                copy_whole(file, target)
 
 
 def helm_data_folders() -> list[Path]:
@@ -67,7 +67,7 @@ def _build(wheel: Wheel, folder: Path) -> None:
                 convert(archive, folder / scenario)
 
 
-def _copy_whole(source: Path, target: Path) -> None:
+def copy_whole(source: Path, target: Path) -> None:
     """Copy through a temporary name, because HELM takes any file that exists for a finished download."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.copyfile(source, temporary)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexgen_helm.evaluation.suites import Suite
-
-RUNNER = "flexgen_helm.helm.runner.FlexGenRunner"
+from flexgen_helm.helm.deployment import RUNNER
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexgen_helm.errors import FlexGenError
 from flexgen_helm.evaluation.commands import Evaluation, environment, run_command, server_command, summarize_command
 from flexgen_helm.evaluation.preparation import prepare
 from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
@@ -32,11 +34,18 @@ def make_evaluation(model: str, suite: str, output_path: Path, max_eval_instance
     Raises:
         FlexGenError: There is no such model or suite.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = os.path.expanduser(model)
+    if os.path.isdir(folder) or os.path.isabs(folder):
         name = f"flexgen/{os.path.abspath(folder)}"
+    elif model.startswith("flexgen/"):
+        name = model
+    elif re.fullmatch(r"\w[^/]*(/[^/]+)?", model):
+        name = f"flexgen/{model}"
     else:
-        name = model if model.startswith("flexgen/") else f"flexgen/{model}"
+        raise FlexGenError(
+            f"There is no model `{model}`: it is neither an existing folder nor the name `<organization>/<model>` of a model "
+            "on the hub. Correct the path."
+        )
     # Just what helm-run does with the name, so that it refuses nothing later.
     deployment = make_model_deployment(name)
     return Evaluation(deployment.name, find_suite(suite), output_path.expanduser(), max_eval_instances)
@@ -46,7 +55,7 @@ def evaluate(evaluation: Evaluation) -> int:
     """Run the suite, summarise it, print scores and where everything is.
 
     Returns:
-        Exit status of ``helm-run``, or of ``helm-summarize`` where only that failed.
+        Exit status of ``helm-run``, or of ``helm-summarize`` where only that failed; 1 if nothing was run.
 
     Raises:
         FlexGenError: The output folder cannot be written, or data could not be fetched.
@@ -63,6 +72,12 @@ def evaluate(evaluation: Evaluation) -> int:
             f"helm-run ended with status {status}, {len(scores)} runs are complete. Its messages above say why: look for "
             "`Error`. The same command again continues: what was answered is not computed again."
         )
+    elif not scores:
+        _complain(
+            f"nothing was run: no run entry of {evaluation.suite.run_entries} is for {evaluation.deployment}. "
+            "Write `model=text` in the entries; it stands for every model."
+        )
+        return 1
     elif summary_status:
         _complain(f"helm-summarize ended with status {summary_status}: the scores are right, but a browser shows no tables.")
     return status or summary_status

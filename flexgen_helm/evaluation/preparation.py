@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from flexgen_helm.assets import install_helm_data
+from flexgen_helm.assets.helm_data import copy_whole
 from flexgen_helm.errors import FlexGenError, OutOfSpace
 from flexgen_helm.evaluation.commands import Evaluation
+from flexgen_helm.helm.disk import is_disk_full
 
 
 def prepare(evaluation: Evaluation) -> None:
     """Describe the model and place the data of the suite. Files that are there already are left alone.
 
     Raises:
+        OutOfSpace: The disk is full.
         FlexGenError: The folder cannot be written, or data could not be fetched.
     """
     try:
         write_model_metadata(evaluation)
         place_data(evaluation)
     except OSError as error:
-        raise OutOfSpace(
+        kind = OutOfSpace if is_disk_full(error) else FlexGenError
+        raise kind(
             f"{evaluation.output_path} cannot be written ({error}). Name a folder that can, with room, by --out."
         ) from error
 
@@ -42,16 +45,17 @@ def write_model_metadata(evaluation: Evaluation) -> None:
     }
     file = evaluation.local_path / "model_metadata.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    others = [other for other in _models(file) if other["name"] != name]
-    file.write_text(yaml.safe_dump({"models": [*others, model]}), encoding="utf-8")
+    models = {**_models(file), name: model}
+    file.write_text(yaml.safe_dump({"models": list(models.values())}), encoding="utf-8")
 
 
-def _models(file: Path) -> list[dict[str, Any]]:
+def _models(file: Path) -> dict[str, dict[str, Any]]:
+    if not file.is_file():
+        return {}
     try:
-        models: list[dict[str, Any]] = yaml.safe_load(file.read_text(encoding="utf-8"))["models"] if file.is_file() else []
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        return {model["name"]: model for model in yaml.safe_load(file.read_text(encoding="utf-8"))["models"]}
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise FlexGenError(f"{file} does not hold HELM's description of models ({error!r}). Repair or remove it.") from error
-    return models
 
 
 def place_data(evaluation: Evaluation) -> None:
@@ -61,7 +65,7 @@ def place_data(evaluation: Evaluation) -> None:
         target = evaluation.output_path / "scenarios" / file.relative_to(source)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            copy_whole(file, target)
             print(f"Data of the suite: {target}", flush=True)
     if evaluation.suite.packaged:
         install_helm_data(evaluation.output_path)

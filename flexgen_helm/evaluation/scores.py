@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from helm.benchmark.presentation.schema import get_default_schema_path
 from helm.benchmark.scenarios.scenario import ScenarioSpec, create_scenario
 
 from flexgen_helm.evaluation.commands import Evaluation
+from flexgen_helm.evaluation.schema import read_environments
 from flexgen_helm.helm.report import WORKLOAD_FILE
 
 
@@ -55,7 +55,7 @@ def read_scores(evaluation: Evaluation, since: float) -> list[Score]:
         since: Seconds since the epoch; runs that are older belong to another command.
     """
     schema = evaluation.suite.schema
-    metrics = _MainMetrics(_environments(schema) if schema else {}, _environments(Path(get_default_schema_path())))
+    metrics = _MainMetrics(read_environments(schema) if schema else {}, read_environments(Path(get_default_schema_path())))
     scores = []
     for stats in sorted(evaluation.suite_folder.glob("*/stats.json")):
         run_spec = _json(stats.with_name("run_spec.json"))
@@ -89,11 +89,6 @@ def _of_scenario(scenario_spec: dict[str, Any]) -> dict[str, str]:
         # Those that helm-summarize takes for a scenario without metadata.
         return {}
     return {"main_name": metadata.main_metric, "main_split": metadata.main_split}
-
-
-def _environments(schema: Path) -> dict[str, dict[str, str]]:
-    groups = yaml.safe_load(schema.read_text(encoding="utf-8"))["run_groups"]
-    return {group["name"]: group["environment"] for group in groups if group.get("environment")}
 
 
 def _read_score(run_folder: Path, environment: dict[str, str]) -> Score:

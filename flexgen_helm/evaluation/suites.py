@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from helm.benchmark.presentation.run_entry import read_run_entries
 
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.evaluation.schema import read_environments
 
 RUN_ENTRIES = "run_entries.conf"
 
@@ -51,22 +53,26 @@ def find_suite(name_or_path: str) -> Suite:
             ``run_entries.conf``.
 
     Raises:
-        FlexGenError: There is no such suite, or it has no run entries that can be read.
+        FlexGenError: There is no such suite, or its run entries or its schema cannot be read.
     """
     packaged = packaged_suites()
-    suite = packaged.get(name_or_path) or _at(Path(name_or_path).expanduser().absolute())
+    suite = packaged.get(name_or_path) or _at(Path(os.path.expanduser(name_or_path)).absolute(), packaged)
     if not suite.run_entries.is_file():
         raise FlexGenError(
             f"There is no suite `{name_or_path}`: it is neither a file of run entries nor a folder with a {RUN_ENTRIES}, "
             f"and the suites that come with this package are {', '.join(packaged)}."
         )
     _check_entries(suite.run_entries)
+    if suite.schema:
+        read_environments(suite.schema)
     return suite
 
 
-def _at(path: Path) -> Suite:
+def _at(path: Path, packaged: dict[str, Suite]) -> Suite:
     file = path / RUN_ENTRIES if path.is_dir() else path
-    return Suite(file.parent.name if file.name == RUN_ENTRIES else file.stem, file, packaged=False)
+    name = file.parent.name if file.name == RUN_ENTRIES else file.stem
+    ours = {suite.run_entries.resolve() for suite in packaged.values()}
+    return Suite(name, file, packaged=file.resolve() in ours)
 
 
 def _check_entries(file: Path) -> None:

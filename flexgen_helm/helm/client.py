@@ -12,7 +12,7 @@ from helm.common.key_value_store import request_to_key
 from helm.common.request import Request, RequestResult
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.helm.deployment import parse_arguments
+from flexgen_helm.helm.deployment import RUNNER, parse_arguments
 from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.requests import (
     Response,
@@ -23,8 +23,6 @@ from flexgen_helm.helm.requests import (
     to_request_result,
     to_response,
 )
-
-RUNNER = "flexgen_helm.helm.runner.FlexGenRunner"
 
 
 class FlexGenClient(CachingClient):

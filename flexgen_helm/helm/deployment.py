@@ -15,6 +15,7 @@ PREFIX = "flexgen"
 CLIENT = "flexgen_helm.helm.client.FlexGenClient"
 WINDOW_SERVICE = "flexgen_helm.helm.window_service.FlexGenWindowService"
 TOKENIZER = "flexgen_helm.helm.tokenizer.FlexGenTokenizer"
+RUNNER = "flexgen_helm.helm.runner.FlexGenRunner"
 GRAMMAR = f"`{PREFIX}/<organization>/<model>` for a name on the hub or `{PREFIX}//<absolute path>` for a folder"
 
 EngineArguments = dict[str, Any]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.helm.deployment import RUNNER as RUNNER
 
-RUNNER = "flexgen_helm.helm.runner.FlexGenRunner"
 SUITE = "suite"
 
 

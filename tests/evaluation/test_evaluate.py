@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import pytest
 from helm.benchmark.run import build_parser
 
 from flexgen_helm.cli import main
-from flexgen_helm.errors import FlexGenError
+from flexgen_helm.errors import FlexGenError, OutOfSpace
 from flexgen_helm.evaluation import evaluate, preparation
 from flexgen_helm.evaluation.commands import Evaluation, environment, run_command
 from flexgen_helm.evaluation.preparation import place_data, write_model_metadata
@@ -84,6 +86,14 @@ def test_suite_by_path_from_end_to_end(
     assert "The same command again continues" in complaint.splitlines()[-1]
     (model,) = json.loads((output / "runs" / "brackets" / "schema.json").read_text())["models"]
     assert model["display_name"] == tiny_model.name
+
+
+def test_entries_for_another_model_are_said_to_run_nothing(
+    tiny_model: Path, suite: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (suite / "run_entries.conf").write_text(SUITE.replace("model=text", "model=openai/gpt2"))
+    assert run("--model", tiny_model, "--suite", suite, "--out", tmp_path / "output") == 1
+    assert "nothing was run: no run entry of" in capfd.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -187,6 +197,26 @@ def test_missing_model(model: str, suite: Path, commands: list[list[str]], capsy
     assert not commands
 
 
+@pytest.mark.parametrize("model", ["path/to/my/model", "./models/missing/x", "./x", "../x", "~nouser/x"])
+def test_a_mistyped_path(model: str, suite: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", model, "--suite", suite) == 2
+    assert f"no model `{model}`: it is neither an existing folder nor the name `<organization>/<model>`" in errors(capsys)
+    assert not commands
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, OutOfSpace), (errno.EACCES, FlexGenError)])
+def test_only_a_full_disk_is_out_of_space(
+    number: int, kind: type[FlexGenError], suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(evaluation: Evaluation) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(preparation, "place_data", fail)
+    with pytest.raises(FlexGenError, match=os.strerror(number)) as caught:
+        preparation.prepare(Evaluation("flexgen/a/b", find_suite(str(suite)), tmp_path, 1))
+    assert caught.type is kind
+
+
 def test_output_that_cannot_be_written(
     tiny_model: Path, suite: Path, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,9 +272,10 @@ def test_summarizer_knows_every_model(suite: Path, tmp_path: Path) -> None:
     assert (tmp_path / "prod_env" / "model_metadata.yaml").read_text().count("name: org/second") == 1
 
 
-def test_a_torn_description_of_models_is_an_error(suite: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["models: [", "models:", "models: [{display_name: a}]", "models: [a]", ""])
+def test_a_torn_description_of_models_is_an_error(content: str, suite: Path, tmp_path: Path) -> None:
     (tmp_path / "prod_env").mkdir()
-    (tmp_path / "prod_env" / "model_metadata.yaml").write_text("models: [")
+    (tmp_path / "prod_env" / "model_metadata.yaml").write_text(content)
     with pytest.raises(FlexGenError, match="Repair or remove it"):
         write_model_metadata(Evaluation("flexgen/a/b", find_suite(str(suite)), tmp_path, 1))
 
@@ -261,6 +292,26 @@ def test_own_data_is_placed_and_said_and_does_not_overwrite(
     place_data(Evaluation("flexgen/a/b", find_suite(str(suite)), tmp_path / "output", 1))
     assert [(data / name).read_text() for name in ("a", "b")] == ["ours", "theirs"]
     assert capsys.readouterr().out == f"Data of the suite: {data}/a\n"
+
+
+def test_a_copy_that_was_interrupted_is_not_taken_for_data(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (suite / "scenarios").mkdir()
+    (suite / "scenarios" / "a").write_text("whole")
+    evaluation, target = Evaluation("flexgen/a/b", find_suite(str(suite)), tmp_path, 1), tmp_path / "scenarios" / "a"
+
+    def tear(source: Path, copy: Path) -> None:
+        copy.write_text("wh")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", tear)
+        with pytest.raises(KeyboardInterrupt):
+            place_data(evaluation)
+    assert not target.exists()
+    place_data(evaluation)
+    assert target.read_text() == "whole"
 
 
 def test_relative_models_become_absolute(

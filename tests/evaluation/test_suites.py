@@ -44,6 +44,23 @@ def test_a_name_wins_over_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert not find_suite("./mmlu").packaged
 
 
+def test_a_suite_of_the_package_brings_its_data_by_path_too(folder: Path) -> None:
+    suite = find_suite("quickstart")
+    link = folder.with_name("link")
+    link.symlink_to(suite.run_entries.parent)
+    assert find_suite(str(suite.run_entries)).packaged
+    assert find_suite(str(link)).packaged
+
+
+@pytest.mark.parametrize(
+    "content", ["metrics: []", "run_groups:", "run_groups: [", "run_groups: [{environment: {a: b}}]", "", "3"]
+)
+def test_a_schema_that_cannot_be_read_is_an_error_before_anything_runs(content: str, folder: Path) -> None:
+    (folder / "schema.yaml").write_text(content)
+    with pytest.raises(FlexGenError, match=r"schema\.yaml cannot be read as a schema of HELM .*run_groups"):
+        find_suite(str(folder))
+
+
 @pytest.mark.parametrize("name", ["quickstrt", "no/such/folder", "."])
 def test_unknown_suites_are_errors_that_list_the_known(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -159,6 +159,14 @@ def test_variants_are_refused_by_name(model_folder: Path) -> None:
         get_model_deployment(f"flexgen/{model_folder}@w4")
 
 
+def test_a_folder_whose_name_reads_as_a_variant_is_told_the_way_round(model_folder: Path) -> None:
+    folder = model_folder.rename(model_folder.with_name("model@v1"))
+    with pytest.raises(DeploymentError, match=rf"the folder {folder} cannot be named.*link without `@`"):
+        get_model_deployment(f"flexgen/{folder}")
+    model_folder.symlink_to(folder)
+    assert get_model_deployment(f"flexgen/{model_folder}").max_sequence_length == 39
+
+
 def test_missing_folder_and_broken_config_are_named(tmp_path: Path) -> None:
     with pytest.raises(DeploymentError, match=r"no config\.json"):
         get_model_deployment(f"flexgen/{tmp_path}/none")
