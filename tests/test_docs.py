@@ -1,4 +1,4 @@
-"""The commands of docs/evaluating.md, in order, in a folder that holds what the text says it holds."""
+"""The commands of docs/evaluating.md and README.md, in order, in a folder that holds what the text says it holds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,20 @@ pytest.importorskip("helm", reason="needs crfm-helm, which comes with the extra 
 from tests.models import save_tiny
 from tests.tokenizers import save_character_tokenizer
 
-TEXT = (Path(__file__).resolve().parent.parent / "docs" / "evaluating.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 FILES = dict(re.findall(r"`([\w/]+\.(?:conf|yaml))`:\n```\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+README_BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+README_SNIPPETS = [block for language, block in README_BLOCKS if language == "python"]
+README_COMMANDS = [
+    *"".join(block.replace("\\\n", "") for language, block in README_BLOCKS if language in ("", "sh")).splitlines(),
+    *re.findall("`(flexgen-helm .*?)`", README),
+]
+INSTALLERS = ("make", "pip")
+"""What the commands of the README that are not run begin with: these build an environment."""
 MODULES = {
     "flexgen-helm": "flexgen_helm.cli",
     "helm-run": "helm.benchmark.run",
@@ -46,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 def as_process(command: str, folder: Path) -> list[str]:
     """Returns a command for this interpreter, with two instances of each run entry."""
-    words = shlex.split(command.replace("/abs/path", str(folder / "path")))
+    words = shlex.split(command.replace("/abs/path", str(folder / "path")), comments=True)
     if "-m" in words and words[0] in MODULES:
         words[words.index("-m") + 1] = "2"
     elif words[:2] == ["flexgen-helm", "eval"]:
@@ -77,6 +87,34 @@ def test_every_command_runs(folder: Path) -> None:
         "v1": 2,
     }
     assert_said_files_exist(folder / "benchmark_output")
+
+
+def test_the_readme_has_commands_and_a_snippet() -> None:
+    assert {command.split()[0] for command in README_COMMANDS} == {*INSTALLERS, "flexgen-helm", "helm-run"}
+    assert len(README_SNIPPETS) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("real_model")
+def test_every_command_of_the_readme_runs(folder: Path) -> None:
+    processes = [as_process(with_model(command, folder), folder) for command in README_COMMANDS if not is_installer(command)]
+    processes += [[sys.executable, "-c", with_model(snippet, folder)] for snippet in README_SNIPPETS]
+    for process in processes:
+        finished = subprocess.run(process, cwd=folder, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, (process, finished.stdout[-2000:], finished.stderr[-2000:])
+        assert finished.stdout.strip(), process
+    runs = folder / "benchmark_output" / "runs"
+    assert {path.name for path in runs.iterdir() if list(path.glob("*/stats.json"))} == {"quickstart", "v1"}
+
+
+def with_model(text: str, folder: Path) -> str:
+    """Returns a command or snippet of the README for the model of the folder."""
+    return re.sub("path/or/hub-name|<org>/<model>", str(folder / "path" / "to" / "model"), text)
+
+
+def is_installer(command: str) -> bool:
+    return command.split()[0] in INSTALLERS
 
 
 def assert_serves(process: list[str], folder: Path) -> None:
