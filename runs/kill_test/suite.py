@@ -12,7 +12,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-RUNNER = "flexgen_helm.helm.runner.FlexGenRunner"
+from flexgen_helm.helm.deployment import RUNNER
+
 SUITE = "kill_test"
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo"}
 NUM_TRAIN = 3
