@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.model_deployment_registry import ModelDeployment, get_model_deployment
@@ -28,6 +29,8 @@ from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.report import WORKLOAD_FILE, WorkloadReport, run_report
 from flexgen_helm.helm.requests import to_job
 from flexgen_helm.helm.workload import Served, serve
+
+T = TypeVar("T")
 
 
 class FlexGenRunner(Runner):
@@ -92,11 +95,11 @@ class FlexGenRunner(Runner):
             to_job(state.request)
         return True
 
-    def _attempt(self, what: str, runs: list[PausableRun], failed: list[str], action: Callable[[], None]) -> bool:
-        """Do one step of some runs; report an error as HELM does."""
+    def _attempt(self, what: str, runs: list[PausableRun], failed: list[str], action: Callable[[], T]) -> T | None:
+        """Do one step of some runs and return what it returns; report an error as HELM does."""
         try:
             with htrack_block(what):
-                action()
+                return action()
         except Exception as error:
             if is_disk_full(error) and not isinstance(error, DiskFull):
                 raise DiskFull(f"{what}: {error}. Free some space. {RESUME}") from error
@@ -105,8 +108,7 @@ class FlexGenRunner(Runner):
             names = [run.run_spec.name for run in runs]
             hlog(f"Error when running {', '.join(names)}:\n{traceback.format_exc()}")
             failed += names
-            return False
-        return True
+            return None
 
     def _serve_all(self, paused: list[PausableRun], failed: list[str], journal: Journal) -> None:
         """Answer all requests, deployment by deployment, and finish the runs."""
@@ -124,18 +126,18 @@ class FlexGenRunner(Runner):
     ) -> None:
         """Answer the requests of all runs of a deployment and finish these runs."""
         requests = [state.request for run in runs for state in run.request_states]
-        answers: list[Served] = []
 
-        def answer() -> None:
+        def answer() -> Served:
             cache = ENGINES.caches.get(self._cache_backend.get_cache_config(deployment.host_organization))
-            answers.append(serve(deployment, requests, cache, journal, ENGINES))
-            reports.append(answers[0].report)
+            served = serve(deployment, requests, cache, journal, ENGINES)
+            reports.append(served.report)
             path = os.path.join(self.runs_path, WORKLOAD_FILE)
             write(path, json.dumps([report.as_dict() for report in reports], indent=2))
+            return served
 
-        if not self._attempt(f"Serving {len(runs)} runs of {deployment.name}", runs, failed, answer):
+        served = self._attempt(f"Serving {len(runs)} runs of {deployment.name}", runs, failed, answer)
+        if served is None:
             return
-        (served,) = answers
         remaining = zip(served.results, served.sources, strict=True)
         for run in runs:
             results, sources = zip(*islice(remaining, len(run.request_states)), strict=True)
