@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -122,7 +123,10 @@ def _wait(process: BaseProcess, command: Command, seconds: float, answers: int) 
 
 def journal_keys(suite_folder: Path) -> list[str]:
     """Return the key of every whole record in the journal of a suite, in order."""
-    lines = [line for path in suite_folder.glob("flexgen_journal/*.jsonl") for line in path.read_bytes().splitlines(True)]
+    lines = []
+    for path in suite_folder.glob("flexgen_journal/*.jsonl"):
+        with suppress(FileNotFoundError):  # the command has ended between the two
+            lines += path.read_bytes().splitlines(True)
     keys = [line.split(b'"key": "', 1)[1][:64] for line in lines if b'"key": "' in line and line.endswith(b"}\n")]
     return [key.decode() for key in keys]
 

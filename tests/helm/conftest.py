@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("helm", reason="needs crfm-helm, which comes with the extra `helm`")
 
 from helm.benchmark.executor import ExecutionSpec
-from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, register_model_deployment
+from helm.benchmark.model_deployment_registry import ClientSpec, ModelDeployment, WindowServiceSpec, register_model_deployment
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner
 from helm.benchmark.tokenizer_config_registry import TokenizerConfig, TokenizerSpec, register_tokenizer_config
@@ -46,6 +46,7 @@ def _deployments() -> None:
                 model_name=name.removeprefix("flexgen/"),
                 client_spec=client,
                 tokenizer_name="simple/tokenizer1",
+                window_service_spec=WindowServiceSpec("tests.helm.fakes.LettersWindowService"),
                 max_sequence_length=2048,
             )
         )

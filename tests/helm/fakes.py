@@ -21,6 +21,7 @@ from helm.benchmark.scenarios.scenario import (
     Scenario,
     ScenarioSpec,
 )
+from helm.benchmark.window_services.local_window_service import LocalWindowService
 
 from flexgen_helm.errors import FlexGenError, InvalidJob
 from flexgen_helm.types import Completion, EngineInfo, FinishReason, Job, Policy, Result, RunStats
@@ -116,6 +117,10 @@ def _complete(job: Job, number: int) -> Completion:
     finish_reason: FinishReason = "stop" if reason == "stop" else "length"
     logprobs, ids = [_logprob(letter) for letter in letters], [ord(letter) for letter in letters]
     return Completion(text, ids, letters, logprobs, [[]] * len(letters), finish_reason, len(text))
+
+
+class LettersWindowService(LocalWindowService):
+    """HELM's own under another name, so that the plugin leaves it alone: there is no model to read a context of."""
 
 
 class FakeLoader:
