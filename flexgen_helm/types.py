@@ -9,6 +9,11 @@ from typing import Literal, NamedTuple
 from flexgen_helm.errors import FlexGenError
 
 FinishReason = Literal["length", "stop", "endoftext"]
+Tier = Literal["device", "host", "disk"]
+TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+"""Where the matrices are multiplied (a GPU, or the CPU when there is none), RAM, and files, from fast to slow."""
+Shares = tuple[float, float, float]
+"""Of something, on each of TIERS; they add up to 1."""
 
 
 class TokenLogprob(NamedTuple):
@@ -83,10 +88,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Policy:
-    """Sizes of the computation (FlexGen section 4; docs/architecture.md).
+    """Sizes and places of the computation (FlexGen sections 3 and 4; docs/architecture.md).
 
     ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics: a decode row always has ``gpu_batch_size``
-    sequences and a prefill row always ``gpu_batch_tokens`` tokens, what is missing being padding. The others change no bit.
+    sequences and a prefill row always ``gpu_batch_tokens`` tokens, what is missing being padding. The others change no bit,
+    except that on a GPU attention on the CPU rounds differently.
     """
 
     gpu_batch_size: int = 64
@@ -97,6 +103,19 @@ class Policy:
     """Tokens in a prefill row."""
     block_tokens: int | None = None
     """Prompt tokens whose hidden states are alive in one sweep; None: chosen by the engine from the memory at hand."""
+    weights: Shares | None = None
+    """Shares of the weights on device, host and disk, in whole layers; None: everything on the device if it fits, else as
+    much as fits there, then on the host, then on disk."""
+    cache: Shares = (1.0, 0.0, 0.0)
+    """Shares of the K/V cache on device, host and disk."""
+    hidden: Shares = (1.0, 0.0, 0.0)
+    """Shares of a block's rows whose hidden states rest on device, host and disk between two layers."""
+    cpu_attention: float = 1.0
+    """Share of the decode rows whose attention to the host's part of the cache is computed on the CPU, where the cache is."""
+    prefetch: int = 1
+    """How many layers ahead weights are loaded: prefetch + 1 layers lie on the device beside those that stay there."""
+    overlap: bool = True
+    """Whether transfers run beside the computation."""
 
     @property
     def block_size(self) -> int:

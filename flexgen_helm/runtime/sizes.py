@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from flexgen_helm.errors import FlexGenError, PolicyError
 from flexgen_helm.memory.machine import free_bytes
-from flexgen_helm.types import Policy
+from flexgen_helm.types import TIERS, Policy, Shares
 
 HIDDEN_SHARE = 0.1
 """Share of the free memory that a block's hidden states may take."""
@@ -17,6 +18,8 @@ HIDDEN_COPIES = 4
 """A token's hidden state, its rotary table and its K and V in one layer, in units of the hidden state."""
 MOST_BLOCK_TOKENS = 16_384
 """Larger blocks gain nothing where weights stay, and finish their first job later."""
+ROUNDING = 1e-6
+"""How far shares may be from adding up to 1."""
 VECTOR = 16
 """Elementwise kernels give other bits in the scalar tail of each thread's share (AVX-512: 16 floats)."""
 
@@ -65,12 +68,33 @@ def validated(policy: Policy) -> Policy:
     """Return the policy.
 
     Raises:
-        PolicyError: If a size is not a positive integer, or a block holds less than a row.
+        PolicyError: If a number is out of its range.
     """
-    for field in dataclasses.fields(policy):
-        value = getattr(policy, field.name)
-        if value is None and field.name == "block_tokens":
+    for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens", "block_tokens", "prefetch"):
+        value = getattr(policy, name)
+        if value is None and name == "block_tokens":
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PolicyError(f"{field.name} is {value!r}, but it counts something. Give an integer of at least 1.")
-    return policy
+            raise PolicyError(f"{name} is {value!r}, but it counts something. Give an integer of at least 1.")
+    if not _is_share(policy.cpu_attention):
+        raise PolicyError(f"cpu_attention is {policy.cpu_attention!r}, but it is a share. Give a number from 0 to 1.")
+    if not isinstance(policy.overlap, bool):
+        raise PolicyError(f"overlap is {policy.overlap!r}. Give true or false.")
+    weights = None if policy.weights is None else _shares("weights", policy.weights)
+    places = {name: _shares(name, getattr(policy, name)) for name in ("cache", "hidden")}
+    return dataclasses.replace(policy, weights=weights, **places)
+
+
+def _shares(name: str, given: Sequence[float]) -> Shares:
+    """Shares as they stand in YAML or in a policy, as a tuple."""
+    shares = tuple(given) if isinstance(given, list | tuple) else ()
+    if len(shares) != len(TIERS) or not all(map(_is_share, shares)) or abs(sum(shares) - 1) > ROUNDING:
+        raise PolicyError(
+            f"{name} is {given!r}, but it says which share lies on {', '.join(TIERS)}. Give three numbers from 0 to 1 that add "
+            "up to 1, such as [0.2, 0.8, 0]."
+        )
+    return float(shares[0]), float(shares[1]), float(shares[2])
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
