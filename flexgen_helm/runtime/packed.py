@@ -103,6 +103,12 @@ class PackedRows:
             use_cache=False,
         )
 
+    def load_cache(self, j: int, recording: PackedRecording) -> None:
+        """Nothing: the cache stays on the device."""
+
+    def store_cache(self, j: int, recording: PackedRecording) -> None:
+        """Nothing: the cache stays on the device."""
+
     def replay(self, j: int, recording: PackedRecording) -> None:
         """Run layer j on a row."""
         kwargs = recording.calls[j].kwargs

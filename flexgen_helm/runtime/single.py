@@ -57,6 +57,12 @@ class SingleRows:
         parts = [self._record(segment) for segment in row.segments]
         return JointRecording(parts, row.size) if row.kind == "decode" else parts[0]
 
+    def load_cache(self, j: int, recording: Recording | JointRecording) -> None:
+        """Nothing: the cache stays on the device."""
+
+    def store_cache(self, j: int, recording: Recording | JointRecording) -> None:
+        """Nothing: the cache stays on the device."""
+
     def replay(self, j: int, recording: Recording | JointRecording) -> None:
         """Run layer j on a row."""
         if isinstance(recording, Recording):

@@ -1,17 +1,20 @@
-"""Orders of a sweep's operations."""
+"""Orders of a sweep's operations: what each needs has happened before it, whatever is streamed."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from flexgen_helm.schedule.operations import ORDERS, Operation, Order
+from flexgen_helm.schedule.operations import ORDERS, Operation, Order, sweep_operations
+
+SWEEPS = {"order": st.sampled_from(sorted(ORDERS)), "num_layers": st.integers(1, 6), "num_rows": st.integers(1, 4)}
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_every_square_is_computed_once_and_after_what_it_needs(order: Order) -> None:
-    operations = list(ORDERS[order](4, 3))
-    squares = [(o.j, o.k) for o in operations if o.kind == "compute"]
-    assert sorted(squares) == [(j, k) for j in range(4) for k in range(3)]
+@given(**SWEEPS)
+def test_every_square_is_computed_once_and_after_what_it_needs(order: Order, num_layers: int, num_rows: int) -> None:
+    squares = [(o.j, o.k) for o in sweep_operations(order, num_layers, num_rows) if o.kind == "compute"]
+    assert sorted(squares) == [(j, k) for j in range(num_layers) for k in range(num_rows)]
     for j, k in squares:
         before = squares[: squares.index((j, k))]
         assert j == 0 or (j - 1, k) in before
@@ -20,10 +23,59 @@ def test_every_square_is_computed_once_and_after_what_it_needs(order: Order) -> 
 
 @pytest.mark.parametrize(("order", "loads"), [("zigzag", 4), ("row", 12)])
 def test_columns_load_each_layer_once_and_rows_load_it_once_each(order: Order, loads: int) -> None:
-    operations = list(ORDERS[order](4, 3))
-    assert sum(o.kind == "load_weights" for o in operations) == loads
-    loaded = -1
-    for operation in operations:
-        loaded = operation.j if operation.kind == "load_weights" else loaded
-        assert operation.kind == "load_weights" or operation.j == loaded
+    operations = list(sweep_operations(order, 4, 3, streamed=range(4), num_slots=1))
+    assert sum(o.kind == "release_weights" for o in operations) == loads
     assert operations[0] == Operation("load_weights", 0)
+
+
+@given(**SWEEPS, data=st.data())
+def test_streamed_weights_are_there_when_computed_and_never_more_of_them_than_slots(
+    order: Order, num_layers: int, num_rows: int, data: st.DataObject
+) -> None:
+    streamed = data.draw(st.sets(st.integers(0, num_layers), min_size=1))
+    num_slots = data.draw(st.integers(1, len(streamed)))
+    loaded: list[int] = []
+    for sweep in range(3):
+        operations = list(sweep_operations(order, num_layers, num_rows, streamed=streamed, num_slots=num_slots))
+        loads = 0
+        for operation in operations:
+            if operation.kind == "load_weights":
+                loads += 1
+                if sweep and loads <= num_slots:  # on the device already, since the end of the last sweep
+                    assert operation.j in loaded
+                else:
+                    loaded.append(operation.j)
+            elif operation.kind == "release_weights":
+                loaded.remove(operation.j)
+            assert operation.kind != "compute" or operation.j not in streamed or operation.j in loaded
+            assert len(loaded) <= num_slots
+        releases = [o.j for o in operations if o.kind == "release_weights"]
+        assert set(releases) == streamed
+
+
+@given(**SWEEPS)
+def test_a_row_is_loaded_before_it_is_computed_and_stored_after(order: Order, num_layers: int, num_rows: int) -> None:
+    operations = list(sweep_operations(order, num_layers, num_rows))
+    on_device: set[int] = set()
+    caches: set[tuple[int, int]] = set()
+    for kind, j, k in operations:
+        if kind == "load_hidden":
+            assert k not in on_device
+            on_device.add(k)
+        elif kind == "load_cache":
+            caches.add((j, k))
+        elif kind == "compute":
+            assert k in on_device and (j, k) in caches
+        elif kind == "store_cache":
+            caches.remove((j, k))
+        elif kind == "store_hidden":
+            on_device.remove(k)
+            assert j < num_layers - 1
+    assert not caches and on_device == set(range(num_rows))
+
+
+def test_a_transfer_begins_before_the_computation_that_hides_it() -> None:
+    operations = list(sweep_operations("zigzag", 2, 2, streamed=[0, 1], num_slots=2))
+    assert operations.index(Operation("load_cache", 0, 1)) < operations.index(Operation("compute", 0, 0))
+    assert operations.index(Operation("load_weights", 1)) < operations.index(Operation("compute", 0, 0))
+    assert operations.index(Operation("load_cache", 1, 0)) < operations.index(Operation("compute", 0, 1))

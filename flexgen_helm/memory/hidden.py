@@ -1,0 +1,144 @@
+"""Hidden states of a block's rows between two layers, on the tiers of a policy."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.errors import DiskFull
+from flexgen_helm.memory.link import Link, Transfer
+from flexgen_helm.memory.tiers import interleave
+from flexgen_helm.types import Shares
+
+
+class _Place(Protocol):
+    """Where a row's hidden state rests."""
+
+    def write(self, hidden: Tensor) -> None: ...
+
+    def read(self, device: torch.device) -> Tensor: ...
+
+
+class _Host:
+    """A tensor of its own in RAM."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def write(self, hidden: Tensor) -> None:
+        if self._memory.shape != hidden.shape or self._memory.dtype != hidden.dtype:
+            self._memory = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda)
+        if hidden.is_cuda:
+            hidden.record_stream(torch.cuda.current_stream(hidden.device))
+        self._memory.copy_(hidden, non_blocking=True)
+
+    def read(self, device: torch.device) -> Tensor:
+        return torch.empty_like(self._memory, device=device).copy_(self._memory, non_blocking=True)
+
+
+class _Disk:
+    """A file that has no name any more, so that nothing of it stays."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        self._form = torch.empty(0)
+
+    def write(self, hidden: Tensor) -> None:
+        resting = hidden.cpu().contiguous()
+        self._form = resting.new_empty(1).expand(resting.shape)
+        content = memoryview(resting.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        try:
+            self._file.seek(0)
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            raise DiskFull(
+                f"The hidden states of a row ({resting.nbytes / 2**20:.1f} MiB) could not be written into {self._folder} ({error}). "
+                "Free space there, give another offload_folder, or keep hidden states in memory: hidden=(1, 0, 0) in the policy."
+            ) from error
+
+    def read(self, device: torch.device) -> Tensor:
+        resting = torch.empty(self._form.shape, dtype=self._form.dtype)
+        content = memoryview(resting.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        self._file.seek(0)
+        while content:
+            content = content[self._file.readinto(content) :]  # type: ignore[attr-defined]
+        return resting.to(device)
+
+
+class HiddenStore:
+    """Takes a row's hidden state in when its layer is done and hands it out for the next one."""
+
+    def __init__(self, shares: Shares, *, device: torch.device, copies: bool, folder: Path) -> None:
+        """Nothing is allocated yet.
+
+        Args:
+            shares: Of the rows, on each tier.
+            device: Where the matrices are multiplied.
+            copies: Whether the device has a memory of its own; without, what is on the host is in place.
+            folder: For hidden states on disk.
+        """
+        self._shares, self._device, self._copies, self._folder = shares, device, copies, folder
+        self._places: dict[int, _Place] = {}
+        self._kept: dict[int, Tensor] = {}
+        self._leaving: dict[int, Transfer] = {}
+        self._arriving: dict[int, tuple[Transfer, list[Tensor]]] = {}
+        self._link: Link | None = None
+
+    def begin_sweep(self, num_rows: int) -> None:
+        """Forget the last sweep and decide which rows rest where."""
+        for content in (self._places, self._kept, self._leaving, self._arriving):
+            content.clear()
+        for k, tier in enumerate(interleave([1] * num_rows, self._shares)):
+            if tier == "disk":
+                self._places[k] = _Disk(self._folder)
+            elif tier == "host" and self._copies:
+                self._places[k] = _Host()
+        if self._places and self._link is None:
+            self._link = Link(self._device, "hidden")
+
+    def store(self, k: int, hidden: Tensor) -> Transfer | None:
+        """Take in the hidden state of row k."""
+        if k not in self._places:
+            self._kept[k] = hidden
+            return None
+        assert self._link is not None
+        self._leaving[k] = self._link.submit(partial(self._places[k].write, hidden))
+        return self._leaving[k]
+
+    def load(self, k: int) -> Transfer | None:
+        """Start to bring the hidden state of row k to the device, if it has left."""
+        if k not in self._leaving:
+            return None
+        assert self._link is not None
+        target: list[Tensor] = []
+        transfer = self._link.submit(lambda: target.append(self._places[k].read(self._device)))
+        self._arriving[k] = transfer, target
+        return transfer
+
+    def take(self, k: int) -> Tensor:
+        """Wait for the hidden state of row k.
+
+        Raises:
+            DiskFull: If there was no space to store it.
+        """
+        if k in self._kept:
+            return self._kept.pop(k)
+        transfer, target = self._arriving.pop(k)
+        self._leaving.pop(k).wait()
+        transfer.wait()
+        if target[0].is_cuda:
+            target[0].record_stream(torch.cuda.current_stream(self._device))
+        return target[0]
+
+    def close(self) -> None:
+        """Stop copying and drop everything."""
+        if self._link is not None:
+            self._link.close()
+        self._places.clear()

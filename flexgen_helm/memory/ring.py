@@ -1,0 +1,93 @@
+"""Slabs on disk, read ahead of their use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from flexgen_helm.memory.buffers import allocate
+
+
+class SlabSource(Protocol):
+    """Where slabs are read from."""
+
+    def read(self, j: int, into: Tensor) -> Future[None]:
+        """Start to read slab j into the beginning of a buffer."""
+
+
+@dataclass(eq=False)
+class _Buffer:
+    memory: Tensor
+    j: int = -1
+    reading: Future[None] | None = None
+    taken: bool = False
+
+
+class ReadAhead:
+    """A few buffers that hold the slabs needed next; layers come in a fixed cycle, so the next ones are known."""
+
+    def __init__(self, source: SlabSource, slabs: Sequence[int], *, num_buffers: int, num_bytes: int, pin: bool) -> None:
+        """Allocate the buffers, ``num_bytes`` each; ``slabs`` are the numbers on disk in the order of their use."""
+        self._source, self._slabs = source, list(slabs)
+        self._buffers = [_Buffer(allocate(num_bytes, pin=pin)) for _ in range(num_buffers)]
+
+    def start(self, j: int) -> None:
+        """Read slab j into a buffer, unless one has it already; the buffer is its until `free`."""
+        buffer = self._holder(j)
+        if buffer is None:
+            # The one that is needed last among those that are free.
+            buffer = max((buffer for buffer in self._buffers if not buffer.taken), key=lambda buffer: self._turns(j, buffer.j))
+            if buffer.reading is not None:
+                buffer.reading.exception()  # what nobody waited for must not write into the buffer any more
+            buffer.j, buffer.reading = j, self._source.read(j, buffer.memory)
+        buffer.taken = True
+
+    def start_from(self, j: int) -> None:
+        """Read slab j and those that follow it, into all buffers."""
+        place = self._slabs.index(j)
+        for i in range(len(self._buffers)):
+            self.start(self._slabs[(place + i) % len(self._slabs)])
+
+    def start_behind(self, j: int) -> None:
+        """Read the slabs that follow j into all buffers; that of j is free."""
+        self.start_from(self._slabs[(self._slabs.index(j) + 1) % len(self._slabs)])
+
+    def take(self, j: int) -> Tensor:
+        """Wait for slab j and return its buffer.
+
+        Raises:
+            CorruptFile: If the slab cannot be read or is torn.
+        """
+        self.start(j)
+        buffer = self._holder(j)
+        assert buffer is not None and buffer.reading is not None
+        try:
+            buffer.reading.result()
+        except BaseException:
+            buffer.j, buffer.taken, buffer.reading = -1, False, None
+            raise
+        return buffer.memory
+
+    def free(self, j: int) -> None:
+        """Let another slab have the buffer of slab j."""
+        buffer = self._holder(j)
+        if buffer is not None:
+            buffer.taken = False
+
+    def free_all(self) -> None:
+        """Let other slabs have all buffers."""
+        for buffer in self._buffers:
+            buffer.taken = False
+
+    def _holder(self, j: int) -> _Buffer | None:
+        return next((buffer for buffer in self._buffers if buffer.j == j), None)
+
+    def _turns(self, j: int, other: int) -> int:
+        """How many slabs after j the other one is needed; one that holds nothing is never needed."""
+        if other < 0:
+            return len(self._slabs)
+        return (self._slabs.index(other) - self._slabs.index(j)) % len(self._slabs)
