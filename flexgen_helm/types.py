@@ -14,6 +14,19 @@ TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 """Where the matrices are multiplied (a GPU, or the CPU when there is none), RAM, and files, from fast to slow."""
 Shares = tuple[float, float, float]
 """Of something, on each of TIERS; they add up to 1."""
+Resource = Literal["device", "cpu_attention", "host_to_device", "device_to_host", "disk_read", "disk_write", "scheduler"]
+RESOURCES: tuple[Resource, ...] = (
+    "device",
+    "cpu_attention",
+    "host_to_device",
+    "device_to_host",
+    "disk_read",
+    "disk_write",
+    "scheduler",
+)
+"""What can be busy during a sweep, each beside the others."""
+LINKS: tuple[Resource, ...] = ("host_to_device", "device_to_host", "disk_read", "disk_write")
+"""Resources that move bytes between tiers."""
 
 
 class TokenLogprob(NamedTuple):
@@ -123,6 +136,30 @@ class Policy:
         return self.gpu_batch_size * self.num_gpu_batches
 
 
+@dataclass(frozen=True)
+class SweepStats:
+    """What one sweep did, measured. Its time begins where that of the sweep before it ends."""
+
+    begin: float
+    """Seconds since the run began."""
+    seconds: float
+    prompt_tokens: int
+    """Prompt tokens that went through the layers."""
+    generated_tokens: int
+    """Tokens chosen at the end of the sweep, the first ones of its prompts among them."""
+    bytes_moved: dict[Resource, int] = field(default_factory=dict)
+    """On each resource, by transfers that ended in this sweep; of ``cpu_attention`` the K and V that it read."""
+    weight_bytes_moved: dict[Resource, int] = field(default_factory=dict)
+    """Of them, those of weights."""
+    busy_seconds: dict[Resource, float] = field(default_factory=dict)
+    """Seconds in which a resource did at least one thing."""
+
+    @property
+    def bound_by(self) -> Resource | None:
+        """The resource that was busy longest."""
+        return max(self.busy_seconds, key=self.busy_seconds.__getitem__, default=None)
+
+
 @dataclass
 class RunStats:
     """What one ``Engine.run`` did, measured."""
@@ -137,6 +174,17 @@ class RunStats:
     seconds: float = 0.0
     peak_bytes: int = 0
     """Highest resident memory of this process in bytes (device memory on a GPU) seen during the run."""
+    idle_bytes: int = 0
+    """The same when the run began, the model loaded: what the run itself took is the difference."""
+    tier_peak_bytes: dict[Tier, int] = field(default_factory=dict)
+    """Highest sum of what weights, slots, buffers, K and V held on each tier during the run."""
+    bytes_moved: dict[Resource, int] = field(default_factory=dict)
+    """On each of LINKS, and K and V read by ``cpu_attention``."""
+    busy_seconds: dict[Resource, float] = field(default_factory=dict)
+    """Seconds in which each of RESOURCES did at least one thing."""
+    limit_seconds: float | None = None
+    """The least time in which this machine could have done it, filled by ``Engine.share_of_limit``; None: not known."""
+    per_sweep: list[SweepStats] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
@@ -151,3 +199,5 @@ class EngineInfo:
     """Of K and V, or of whatever state a model keeps in their place."""
     weight_bytes: dict[str, int]
     """Bytes of weights on each tier: device, host, disk."""
+    planned_bytes: dict[str, int] = field(default_factory=dict)
+    """Highest memory on each tier as planned before anything was allocated; empty where nothing was planned."""

@@ -1,0 +1,205 @@
+"""What a run moves, how long each resource is busy, and the most memory that it holds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from flexgen_helm.memory.machine import used_bytes
+from flexgen_helm.types import RESOURCES, Resource, RunStats, SweepStats, Tier
+
+WEIGHTS = "load_weights"
+"""First word of the name of a span that moves weights."""
+ON_STREAM: frozenset[Resource] = frozenset({"device", "host_to_device", "device_to_host"})
+"""What a GPU does after the call that asks for it has returned."""
+_Mark = float | torch.cuda.Event
+_Anchor = tuple[torch.cuda.Event | None, float]
+
+
+class Span(NamedTuple):
+    """Something that a resource did, from begin to end in seconds of the meter's clock."""
+
+    resource: Resource
+    name: str
+    begin: float
+    end: float
+    num_bytes: int = 0
+
+
+class _Running:
+    """A span of which the end may not be known yet; times on a GPU are events after an anchor of known time."""
+
+    def __init__(self, resource: Resource, name: str, num_bytes: int, begin: _Mark, anchor: _Anchor) -> None:
+        self.resource, self.name, self.num_bytes = resource, name, num_bytes
+        self.begin: _Mark = begin
+        self.end: _Mark | None = None
+        self._anchor = anchor
+
+    def times(self) -> tuple[float | None, float | None]:
+        """Begin and end, None where they have not happened."""
+        return self._seconds(self.begin), self._seconds(self.end)
+
+    def _seconds(self, mark: _Mark | None) -> float | None:
+        if not isinstance(mark, torch.cuda.Event):
+            return mark
+        event, seconds = self._anchor
+        assert event is not None
+        return seconds + event.elapsed_time(mark) / 1e3 if mark.query() else None
+
+
+class Meter:
+    """Measures the runs of one engine, sweep by sweep. Every method may be called from any thread."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Nothing is noted before `begin_run` but the memory held."""
+        self.now = clock
+        """The time in seconds, for `add`."""
+        self.spans: list[Span] | None = None
+        """Give a list, and everything that is measured is appended to it; it grows with every operation."""
+        self._device = device
+        self._lock = threading.Lock()
+        self._arenas: dict[tuple[Tier, str], int] = {}
+        self._peaks: dict[Tier, int] = {}
+        self._running: list[_Running] = []
+        self._sweeps: list[SweepStats] | None = None
+        self._begun = self._window = clock()
+        self._anchor: _Anchor = (None, self._begun)
+        self._idle = self._most = 0
+
+    @contextmanager
+    def span(self, resource: Resource, name: str, num_bytes: int = 0) -> Iterator[None]:
+        """Measure what happens inside, at one resource.
+
+        On a GPU, times of the device and of its links are those of events on the current stream: open a span
+        after the stream was told what to wait for, and in the thread and under the stream that does the work.
+
+        Args:
+            resource: What is busy meanwhile.
+            name: Such as "load_weights 3" or "compute 3,1": the operation first.
+            num_bytes: What is moved, or read by attention on the CPU.
+        """
+        span = _Running(resource, name, num_bytes, self._mark(resource), self._anchor)
+        with self._lock:
+            if self._sweeps is not None:
+                self._running.append(span)
+        try:
+            yield
+        finally:
+            span.end = self._mark(resource)
+
+    def add(self, resource: Resource, name: str, begin: float, end: float, num_bytes: int = 0) -> None:
+        """Note what happened elsewhere, between two times of `now`. What lies before the sweep that runs is cut off."""
+        span = _Running(resource, name, num_bytes, begin, self._anchor)
+        span.end = end
+        with self._lock:
+            if self._sweeps is not None:
+                self._running.append(span)
+
+    def hold(self, tier: Tier, arena: str, num_bytes: int) -> None:
+        """Say how much memory an arena, such as "weights" or "slots", holds on a tier from now on; 0 when it is freed."""
+        with self._lock:
+            self._arenas[tier, arena] = num_bytes
+            held = sum(count for (place, _), count in self._arenas.items() if place == tier)
+            self._peaks[tier] = max(self._peaks.get(tier, 0), held)
+
+    def sample(self) -> None:
+        """Look how much memory the process has now; cheap enough for every operation."""
+        self._most = max(self._most, used_bytes(self._device))
+
+    def begin_run(self) -> None:
+        """Forget the run before, but not what is held."""
+        with self._lock:
+            self._running, self._sweeps, self._peaks = [], [], {}
+            for tier, _ in self._arenas:
+                self._peaks[tier] = sum(count for (place, _), count in self._arenas.items() if place == tier)
+            self._set_anchor()
+            self._begun = self._window = self.now()
+            self._idle = self._most = used_bytes(self._device)
+
+    def end_sweep(self, prompt_tokens: int, generated_tokens: int) -> None:
+        """Close the time of a sweep, which began at the end of the one before; what still runs counts until now.
+
+        Args:
+            prompt_tokens: Prompt tokens that went through the layers.
+            generated_tokens: Tokens that were chosen.
+        """
+        with self._lock:
+            if self._sweeps is None:
+                return
+            begin, end = self._window, self.now()
+            done, busy = self._sort(end)
+            seconds = {name: covered_seconds(intervals, begin, end) for name, intervals in busy.items()}
+            moved = _sums(done), _sums(span for span in done if span.name.split(" ", 1)[0] == WEIGHTS)
+            sweep = SweepStats(begin - self._begun, end - begin, prompt_tokens, generated_tokens, *moved, seconds)
+            self._sweeps.append(sweep)
+            if self.spans is not None:
+                self.spans += done
+            self._window = end
+            self._set_anchor()
+
+    def end_run(self, stats: RunStats) -> None:
+        """Put what was measured since `begin_run` into the stats of a run."""
+        with self._lock:
+            stats.per_sweep, self._sweeps, self._running = self._sweeps or [], None, []
+            stats.tier_peak_bytes = dict(self._peaks)
+        stats.peak_bytes, stats.idle_bytes = self._most, self._idle
+        for name in RESOURCES:
+            moved = sum(sweep.bytes_moved.get(name, 0) for sweep in stats.per_sweep)
+            busy = sum(sweep.busy_seconds.get(name, 0.0) for sweep in stats.per_sweep)
+            stats.bytes_moved |= {name: moved} if moved else {}
+            stats.busy_seconds |= {name: busy} if busy else {}
+
+    def _sort(self, now: float) -> tuple[list[Span], dict[Resource, list[tuple[float, float]]]]:
+        """Take out the spans that have ended, and return in which intervals each resource was busy until now."""
+        done: list[Span] = []
+        busy: dict[Resource, list[tuple[float, float]]] = defaultdict(list)
+        running, self._running = self._running, []
+        for span in running:
+            begin, end = span.times()
+            if begin is not None:
+                busy[span.resource].append((begin, now if end is None else end))
+            if begin is None or end is None:
+                self._running.append(span)
+            else:
+                done.append(Span(span.resource, span.name, begin, end, span.num_bytes))
+        return done, busy
+
+    def _mark(self, resource: Resource) -> _Mark:
+        if self._device.type != "cuda" or resource not in ON_STREAM:
+            return self.now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _set_anchor(self) -> None:
+        """Tie the time of the GPU to that of the host; anew for each sweep, since an event's time has 24 bits."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            event.synchronize()
+            self._anchor = (event, self.now())
+
+
+def _sums(spans: Iterable[Span]) -> dict[Resource, int]:
+    sums: dict[Resource, int] = defaultdict(int)
+    for span in spans:
+        if span.num_bytes:
+            sums[span.resource] += span.num_bytes
+    return dict(sums)
+
+
+def covered_seconds(intervals: Iterable[tuple[float, float]], begin: float, end: float) -> float:
+    """Length of the union of intervals, of which what lies outside of [begin, end] does not count."""
+    covered, last = 0.0, begin
+    for since, until in sorted(intervals):
+        since, until = max(since, last), min(until, end)
+        if until > since:
+            covered += until - since
+            last = until
+    return covered

@@ -1,0 +1,177 @@
+"""What the meter says, against spans on a clock of the test's own and unions found by sampling."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen_helm.memory.meter import Meter, covered_seconds
+from flexgen_helm.types import RunStats
+
+CPU = torch.device("cpu")
+INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda pair: (min(pair), max(pair))), max_size=8)
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@settings(max_examples=60)
+@given(intervals=INTERVALS, window=st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted))
+def test_union_is_what_sampling_finds(intervals: list[tuple[int, int]], window: list[int]) -> None:
+    begin, end = window
+    middles = [t + 0.5 for t in range(begin, end)]
+    expected = sum(any(since < t < until for since, until in intervals) for t in middles)
+    assert covered_seconds(intervals, begin, end) == expected
+
+
+def test_sweeps_share_out_what_spans_them() -> None:
+    """A read of four seconds, of which three are in the first sweep, beside computation."""
+    clock = Clock()
+    meter = Meter(CPU, clock)
+    meter.begin_run()
+    read = meter.span("disk_read", "load_weights 0", num_bytes=80)
+    with meter.span("device", "compute 0,0"):
+        clock.seconds += 1
+        read.__enter__()
+    with meter.span("device", "compute 0,1"):
+        clock.seconds += 2
+    clock.seconds += 1
+    meter.end_sweep(prompt_tokens=7, generated_tokens=1)
+    clock.seconds += 1
+    read.__exit__(None, None, None)
+    with meter.span("disk_read", "load_cache 0,0", num_bytes=5):
+        clock.seconds += 2
+    meter.end_sweep(prompt_tokens=0, generated_tokens=3)
+    stats = RunStats()
+    meter.end_run(stats)
+    first, second = stats.per_sweep
+    assert (first.begin, first.seconds, second.begin, second.seconds) == (0, 4, 4, 3)
+    assert (first.prompt_tokens, first.generated_tokens, second.prompt_tokens, second.generated_tokens) == (7, 1, 0, 3)
+    assert first.busy_seconds == {"device": 3, "disk_read": 3}
+    assert second.busy_seconds == {"disk_read": 3}
+    assert first.bytes_moved == first.weight_bytes_moved == {}
+    assert (second.bytes_moved, second.weight_bytes_moved) == ({"disk_read": 85}, {"disk_read": 80})
+    assert (stats.bytes_moved, stats.busy_seconds) == ({"disk_read": 85}, {"device": 3, "disk_read": 6})
+    assert second.bound_by == "disk_read"
+
+
+def test_what_was_done_elsewhere_counts_once_where_it_overlaps() -> None:
+    clock = Clock()
+    meter = Meter(CPU, clock)
+    meter.begin_run()
+    clock.seconds += 10
+    meter.add("disk_read", "load_weights 1", 101, 105, 10)
+    meter.add("disk_read", "load_weights 2", 103, 107, 10)
+    meter.end_sweep(0, 0)
+    stats = RunStats()
+    meter.end_run(stats)
+    assert (stats.busy_seconds, stats.bytes_moved) == ({"disk_read": 6}, {"disk_read": 20})
+
+
+def test_an_error_ends_a_span_and_runs_do_not_mix() -> None:
+    clock = Clock()
+    meter = Meter(CPU, clock)
+    with meter.span("device", "compute 0,0"):  # no run: not kept
+        clock.seconds += 1
+    meter.end_sweep(1, 1)
+    for _ in range(2):
+        meter.begin_run()
+        meter.spans = []
+        with contextlib.suppress(ValueError), meter.span("device", "compute 0,0"):
+            clock.seconds += 2
+            raise ValueError
+        meter.end_sweep(1, 1)
+        stats = RunStats()
+        meter.end_run(stats)
+        assert len(stats.per_sweep) == len(meter.spans) == 1
+        assert stats.busy_seconds == {"device": 2}
+
+
+def test_peaks_are_those_of_sums_and_of_this_run() -> None:
+    meter = Meter(CPU)
+    meter.hold("host", "weights", 100)
+    meter.hold("host", "cache", 50)
+    meter.hold("host", "cache", 0)
+    meter.begin_run()
+    stats = RunStats()
+    meter.hold("host", "hidden", 20)
+    meter.hold("disk", "cache", 5)
+    meter.hold("host", "hidden", 0)
+    ballast = torch.ones(2**24)
+    meter.sample()
+    meter.end_run(stats)
+    assert stats.tier_peak_bytes == {"host": 120, "disk": 5}
+    assert 0.9 * ballast.nbytes < stats.peak_bytes - stats.idle_bytes < 3 * ballast.nbytes
+
+
+def test_threads_lose_nothing() -> None:
+    meter = Meter(CPU)
+    meter.begin_run()
+    meter.spans = []
+    sweeping = threading.Event()
+
+    def work() -> None:
+        for i in range(500):
+            with meter.span("host_to_device", f"load_cache {i},0", num_bytes=1):
+                pass
+
+    def sweep() -> None:
+        while not sweeping.is_set():
+            meter.end_sweep(0, 0)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    sweeper = threading.Thread(target=sweep)
+    for thread in (sweeper, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sweeping.set()
+    sweeper.join()
+    meter.end_sweep(0, 0)
+    stats = RunStats()
+    meter.end_run(stats)
+    assert stats.bytes_moved == {"host_to_device": 2000}
+    assert len(meter.spans) == 2000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_timed_by_its_own_events() -> None:
+    """The calls return long before the products are done, and the copy runs beside them on a stream of its own."""
+    device = torch.device("cuda")
+    x = torch.randn(8192, 8192, device=device)
+    source = torch.empty(2**28, dtype=torch.uint8).pin_memory()
+    target, stream = torch.empty_like(source, device=device), torch.cuda.Stream()
+    x @ x
+    meter = Meter(device)
+    meter.begin_run()
+    meter.spans = []
+    begun = meter.now()
+    with meter.span("device", "compute 0,0"):
+        for _ in range(20):
+            x @ x
+    asked = meter.now() - begun
+    with torch.cuda.stream(stream), meter.span("host_to_device", "load_weights 1", num_bytes=source.nbytes):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    passed = meter.now() - begun
+    meter.end_sweep(0, 0)
+    stats = RunStats()
+    meter.end_run(stats)
+    computed, copied = sorted(meter.spans)
+    assert computed.end - computed.begin > 3 * asked
+    assert 0.8 * passed < stats.busy_seconds["device"] < 1.01 * passed
+    assert begun - 1e-3 < copied.begin < computed.end
+    assert copied.end - copied.begin < passed
