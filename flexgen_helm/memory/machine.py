@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that may still be taken where the matrices are multiplied, in bytes; a memory cgroup's limit counts."""
+class _Files(NamedTuple):
+    """How a version of memory cgroups calls its files, and the reclaimable page cache in its memory.stat."""
+
+    folder: str
+    limit: str
+    used: str
+    reclaimable: str
+
+
+VERSION_1 = _Files("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = _Files("", "memory.max", "memory.current", "inactive_file")
+
+
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Memory that may still be taken where the matrices are multiplied, in bytes; limits of memory cgroups count.
+
+    Args:
+        device: A GPU, or the CPU.
+        root: Where /proc and /sys are.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()}
-    return min(fields["MemAvailable"], _cgroup_free())
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return max(0, min([fields["MemAvailable"], *_cgroups_free(root)]))
 
 
 def used_bytes(device: torch.device) -> int:
@@ -23,12 +44,32 @@ def used_bytes(device: torch.device) -> int:
     return pages * 4096
 
 
-def _cgroup_free() -> int:
-    root = Path("/sys/fs/cgroup")
+def _cgroups_free(root: Path) -> Iterator[int]:
+    """What each cgroup of this process leaves: its own, and all above it, whose limits hold as well.
+
+    A container may see the path that its cgroup has outside of it: of such a path only the mount itself is there.
+    """
     try:
-        relative = Path("/proc/self/cgroup").read_text().strip().rsplit(":", 1)[-1].lstrip("/")
-        limit = (root / relative / "memory.max").read_text().strip()
-        used = int((root / relative / "memory.current").read_text())
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return 1 << 62
-    return 1 << 62 if limit == "max" else int(limit) - used
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        files = VERSION_2 if number == "0" else VERSION_1
+        mount = root / "sys/fs/cgroup" / files.folder
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(mount):
+                yield from _group_free(folder, files)
+
+
+def _group_free(folder: Path, files: _Files) -> Iterator[int]:
+    try:
+        limit, used = ((folder / name).read_text().strip() for name in (files.limit, files.used))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return  # the root of version 2, or a group that is not visible here
+    if limit != "max":
+        yield int(limit) - int(used) + int(stat.get(files.reclaimable, 0))
