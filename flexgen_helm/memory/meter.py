@@ -23,7 +23,7 @@ _Anchor = tuple[torch.cuda.Event | None, float]
 
 
 class Span(NamedTuple):
-    """Something that a resource did, from begin to end in seconds of the meter's clock."""
+    """Something that a resource did, from begin to end in seconds since the run began."""
 
     resource: Resource
     name: str
@@ -61,7 +61,7 @@ class Meter:
         self.now = clock
         """The time in seconds, for `add`."""
         self.spans: list[Span] | None = None
-        """Give a list, and everything that is measured is appended to it; it grows with every operation."""
+        """What the last run did, if this was a list when it began; it grows with every operation."""
         self._device = device
         self._lock = threading.Lock()
         self._arenas: dict[tuple[Tier, str], int] = {}
@@ -116,6 +116,7 @@ class Meter:
         """Forget the run before, but not what is held."""
         with self._lock:
             self._running, self._sweeps, self._peaks = [], [], {}
+            self.spans = None if self.spans is None else []
             for tier, _ in self._arenas:
                 self._peaks[tier] = sum(count for (place, _), count in self._arenas.items() if place == tier)
             self._set_anchor()
@@ -167,7 +168,7 @@ class Meter:
             if begin is None or end is None:
                 self._running.append(span)
             else:
-                done.append(Span(span.resource, span.name, begin, end, span.num_bytes))
+                done.append(Span(span.resource, span.name, begin - self._begun, end - self._begun, span.num_bytes))
         return done, busy
 
     def _mark(self, resource: Resource) -> _Mark:

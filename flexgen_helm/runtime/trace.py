@@ -1,0 +1,92 @@
+"""A run as a timeline, in the trace event format of Chrome, which https://ui.perfetto.dev opens."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.memory.meter import Span
+from flexgen_helm.types import RESOURCES, SweepStats
+
+PROCESS = 1
+ROWS_EACH = 100
+"""Rows of one resource are numbered in its own hundred, which also puts them in order."""
+
+
+def write_trace(path: Path, spans: Sequence[Span], sweeps: Sequence[SweepStats]) -> None:
+    """Write what a run did and when.
+
+    Args:
+        path: Of the file, which is replaced.
+        spans: Of the run.
+        sweeps: Of the run.
+
+    Raises:
+        FlexGenError: If the file cannot be written.
+    """
+    events = _sweep_events(sweeps)
+    for i, resource in enumerate(RESOURCES, start=1):
+        events += _resource_events(resource, ROWS_EACH * i, [span for span in spans if span.resource == resource])
+    try:
+        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    except OSError as error:
+        raise FlexGenError(f"The trace {path} cannot be written ({error}). Give another file.") from None
+
+
+def sweep_lines(sweeps: Sequence[SweepStats]) -> list[str]:
+    """Say of each sweep how long it took, for what, which share of it each resource was busy, and which was busiest."""
+    lines = []
+    for number, sweep in enumerate(sweeps, start=1):
+        shares = [f"{title(name)} {busy / sweep.seconds:.0%}" for name, busy in sweep.busy_seconds.items() if sweep.seconds]
+        bound = f", bound by {title(sweep.bound_by)}" if sweep.bound_by else ""
+        counts = f"{sweep.prompt_tokens:,} prompt tokens, {sweep.generated_tokens:,} generated"
+        lines.append(f"sweep {number}: {sweep.seconds:.3f} s, {counts}; {', '.join(shares)}{bound}")
+    return lines
+
+
+def title(resource: str) -> str:
+    """A resource as it is printed."""
+    return resource.replace("_", " ")
+
+
+def _sweep_events(sweeps: Sequence[SweepStats]) -> list[dict[str, Any]]:
+    events = [*_row_names(0, "sweeps")]
+    for number, sweep in enumerate(sweeps, start=1):
+        busy = {f"{title(name)} busy": round(seconds, 6) for name, seconds in sweep.busy_seconds.items()}
+        tokens = {"prompt tokens": sweep.prompt_tokens, "generated tokens": sweep.generated_tokens}
+        arguments = {"bound by": sweep.bound_by and title(sweep.bound_by), **tokens, **busy}
+        events.append(_event(f"sweep {number}", "sweep", 0, sweep.begin, sweep.begin + sweep.seconds, arguments))
+    return events
+
+
+def _resource_events(resource: str, first_row: int, spans: list[Span]) -> list[dict[str, Any]]:
+    """Spread spans over as many rows as overlap: what stands in one row must not."""
+    events: list[dict[str, Any]] = []
+    free: list[tuple[float, int]] = []
+    num_rows = 0
+    for span in sorted(spans, key=lambda span: span.begin):
+        if free and free[0][0] <= span.begin:
+            _, row = heapq.heappop(free)
+        else:
+            row, num_rows = num_rows, num_rows + 1
+            events += _row_names(first_row + row, title(resource) + (f" ({row + 1})" if row else ""))
+        heapq.heappush(free, (span.end, row))
+        arguments = {"bytes": span.num_bytes} if span.num_bytes else {}
+        events.append(_event(span.name, resource, first_row + row, span.begin, span.end, arguments))
+    return events
+
+
+def _row_names(row: int, name: str) -> Iterable[dict[str, Any]]:
+    for kind, arguments in (("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": row})):
+        yield {"ph": "M", "name": kind, "pid": PROCESS, "tid": row, "args": arguments}
+
+
+def _event(name: str, category: str, row: int, begin: float, end: float, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A complete event; times are microseconds, whole nanoseconds so that what follows in a row does not overlap."""
+    since, until = round(begin * 1e9), round(end * 1e9)
+    times = {"ts": since / 1e3, "dur": (until - since) / 1e3}
+    return {"ph": "X", "name": name, "cat": category, "pid": PROCESS, "tid": row, **times, "args": arguments}

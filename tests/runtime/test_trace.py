@@ -1,0 +1,71 @@
+"""Traces against what the trace event format asks for: complete events that nest in their row, and named rows."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.memory.meter import Span
+from flexgen_helm.runtime.trace import sweep_lines, write_trace
+from flexgen_helm.types import RESOURCES, SweepStats
+
+SWEEPS = [
+    SweepStats(0.0, 2.0, 512, 4, {"disk_read": 10}, {"disk_read": 10}, {"disk_read": 1.5, "device": 0.5}),
+    SweepStats(2.0, 1.0, 0, 4, {}, {}, {"device": 0.25}),
+]
+TIMES = st.floats(0, 3, allow_nan=False)
+SPANS = st.lists(
+    st.builds(lambda resource, a, b: Span(resource, "op 1", min(a, b), max(a, b), 7), st.sampled_from(RESOURCES), TIMES, TIMES),
+    max_size=12,
+)
+
+
+def events_of(path: Path, spans: list[Span]) -> list[dict[str, Any]]:
+    write_trace(path, spans, SWEEPS)
+    trace = json.loads(path.read_text())
+    events: list[dict[str, Any]] = trace["traceEvents"]
+    return events
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(spans=SPANS)
+def test_every_span_stands_in_a_row_of_its_resource_and_none_overlap_there(spans: list[Span], tmp_path: Path) -> None:
+    events = events_of(tmp_path / "trace.json", spans)
+    names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    complete = [event for event in events if event["ph"] == "X"]
+    assert len(complete) == len(spans) + len(SWEEPS)
+    assert all({"ph", "name", "pid", "tid"} <= event.keys() for event in events)
+    for event in complete:
+        assert event["dur"] >= 0
+        assert event["cat"] == "sweep" or names[event["tid"]].startswith(event["cat"].replace("_", " "))
+    for a, b in combinations(complete, 2):
+        if a["tid"] == b["tid"]:
+            first, second = sorted([a, b], key=lambda event: (event["ts"], event["dur"]))
+            assert first["ts"] + first["dur"] <= second["ts"] + 1e-6  # a picosecond, of floats
+
+
+def test_times_are_microseconds_and_sweeps_say_what_bound_them(tmp_path: Path) -> None:
+    events = events_of(tmp_path / "trace.json", [Span("disk_read", "load_weights 3", 0.25, 1.75, 10)])
+    read = next(event for event in events if event["name"] == "load_weights 3")
+    assert (read["ts"], read["dur"], read["args"]) == (250_000, 1_500_000, {"bytes": 10})
+    sweeps = [event for event in events if event.get("cat") == "sweep"]
+    assert [(event["ts"], event["dur"]) for event in sweeps] == [(0, 2e6), (2e6, 1e6)]
+    assert [event["args"]["bound by"] for event in sweeps] == ["disk read", "device"]
+
+
+def test_a_sweep_in_words() -> None:
+    first, second = sweep_lines(SWEEPS)
+    assert first == ("sweep 1: 2.000 s, 512 prompt tokens, 4 generated; disk read 75%, device 25%, bound by disk read")
+    assert second == "sweep 2: 1.000 s, 0 prompt tokens, 4 generated; device 25%, bound by device"
+
+
+def test_a_folder_that_is_not_there_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(FlexGenError, match="cannot be written"):
+        write_trace(tmp_path / "none" / "trace.json", [], SWEEPS)
