@@ -144,7 +144,9 @@ class SweepStats:
     """Seconds since the run began."""
     seconds: float
     prompt_tokens: int
-    """Prompt tokens that went through the layers."""
+    """Tokens that went through the layers in prefill rows."""
+    decode_tokens: int
+    """Tokens that went through the layers in decode rows."""
     generated_tokens: int
     """Tokens chosen at the end of the sweep, the first ones of its prompts among them."""
     bytes_moved: dict[Resource, int] = field(default_factory=dict)

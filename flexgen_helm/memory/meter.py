@@ -123,12 +123,13 @@ class Meter:
             self._begun = self._window = self.now()
             self._idle = self._most = used_bytes(self._device)
 
-    def end_sweep(self, prompt_tokens: int, generated_tokens: int) -> None:
+    def end_sweep(self, prompt_tokens: int, decode_tokens: int, generated_tokens: int) -> None:
         """Close the time of a sweep, which began at the end of the one before; what still runs counts until now.
 
         Args:
-            prompt_tokens: Prompt tokens that went through the layers.
-            generated_tokens: Tokens that were chosen.
+            prompt_tokens: Tokens that went through the layers in prefill rows.
+            decode_tokens: Those in decode rows.
+            generated_tokens: Tokens that were chosen at the end, for all completions.
         """
         with self._lock:
             if self._sweeps is None:
@@ -137,8 +138,8 @@ class Meter:
             done, busy = self._sort(end)
             seconds = {name: covered_seconds(intervals, begin, end) for name, intervals in busy.items()}
             moved = _sums(done), _sums(span for span in done if span.name.split(" ", 1)[0] == WEIGHTS)
-            sweep = SweepStats(begin - self._begun, end - begin, prompt_tokens, generated_tokens, *moved, seconds)
-            self._sweeps.append(sweep)
+            tokens = prompt_tokens, decode_tokens, generated_tokens
+            self._sweeps.append(SweepStats(begin - self._begun, end - begin, *tokens, *moved, seconds))
             if self.spans is not None:
                 self.spans += done
             self._window = end

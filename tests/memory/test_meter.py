@@ -48,12 +48,12 @@ def test_sweeps_share_out_what_spans_them() -> None:
     with meter.span("device", "compute 0,1"):
         clock.seconds += 2
     clock.seconds += 1
-    meter.end_sweep(prompt_tokens=7, generated_tokens=1)
+    meter.end_sweep(prompt_tokens=7, decode_tokens=0, generated_tokens=1)
     clock.seconds += 1
     read.__exit__(None, None, None)
     with meter.span("disk_read", "load_cache 0,0", num_bytes=5):
         clock.seconds += 2
-    meter.end_sweep(prompt_tokens=0, generated_tokens=3)
+    meter.end_sweep(prompt_tokens=0, decode_tokens=3, generated_tokens=3)
     stats = RunStats()
     meter.end_run(stats)
     first, second = stats.per_sweep
@@ -74,7 +74,7 @@ def test_what_was_done_elsewhere_counts_once_where_it_overlaps() -> None:
     clock.seconds += 10
     meter.add("disk_read", "load_weights 1", 101, 105, 10)
     meter.add("disk_read", "load_weights 2", 103, 107, 10)
-    meter.end_sweep(0, 0)
+    meter.end_sweep(0, 0, 0)
     stats = RunStats()
     meter.end_run(stats)
     assert (stats.busy_seconds, stats.bytes_moved) == ({"disk_read": 6}, {"disk_read": 20})
@@ -85,14 +85,14 @@ def test_an_error_ends_a_span_and_runs_do_not_mix() -> None:
     meter = Meter(CPU, clock)
     with meter.span("device", "compute 0,0"):  # no run: not kept
         clock.seconds += 1
-    meter.end_sweep(1, 1)
+    meter.end_sweep(1, 0, 1)
     meter.spans = []
     for _ in range(2):
         meter.begin_run()
         with contextlib.suppress(ValueError), meter.span("device", "compute 0,0"):
             clock.seconds += 2
             raise ValueError
-        meter.end_sweep(1, 1)
+        meter.end_sweep(1, 0, 1)
         stats = RunStats()
         meter.end_run(stats)
         assert len(stats.per_sweep) == len(meter.spans) == 1
@@ -129,7 +129,7 @@ def test_threads_lose_nothing() -> None:
 
     def sweep() -> None:
         while not sweeping.is_set():
-            meter.end_sweep(0, 0)
+            meter.end_sweep(0, 0, 0)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     sweeper = threading.Thread(target=sweep)
@@ -139,7 +139,7 @@ def test_threads_lose_nothing() -> None:
         thread.join()
     sweeping.set()
     sweeper.join()
-    meter.end_sweep(0, 0)
+    meter.end_sweep(0, 0, 0)
     stats = RunStats()
     meter.end_run(stats)
     assert stats.bytes_moved == {"host_to_device": 2000}
@@ -167,7 +167,7 @@ def test_a_gpu_is_timed_by_its_own_events() -> None:
         target.copy_(source, non_blocking=True)
     torch.cuda.synchronize()
     passed = meter.now() - begun
-    meter.end_sweep(0, 0)
+    meter.end_sweep(0, 0, 0)
     stats = RunStats()
     meter.end_run(stats)
     computed, copied = sorted(meter.spans)

@@ -17,8 +17,8 @@ from flexgen_helm.runtime.trace import sweep_lines, write_trace
 from flexgen_helm.types import RESOURCES, SweepStats
 
 SWEEPS = [
-    SweepStats(0.0, 2.0, 512, 4, {"disk_read": 10}, {"disk_read": 10}, {"disk_read": 1.5, "device": 0.5}),
-    SweepStats(2.0, 1.0, 0, 4, {}, {}, {"device": 0.25}),
+    SweepStats(0.0, 2.0, 512, 0, 4, {"disk_read": 10}, {"disk_read": 10}, {"disk_read": 1.5, "device": 0.5}),
+    SweepStats(2.0, 1.0, 0, 4, 4, {}, {}, {"device": 0.25}),
 ]
 TIMES = st.floats(0, 3, allow_nan=False)
 SPANS = st.lists(
