@@ -1,4 +1,4 @@
-"""Where the layers of a model are, and how many of the first hold one of every kind."""
+"""Where the layers of a model are, which of them share weights, and of which kinds they are."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ def layers_path(model: PreTrainedModel) -> str:
     Raises:
         UnsupportedModel: If there is none.
     """
-    text = model.config.get_text_config(decoder=True)
-    depths = {getattr(text, name, None) for name in ("num_hidden_layers", "num_layers", "n_layer")}
+    depths = _depths(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -29,13 +28,38 @@ def layers_path(model: PreTrainedModel) -> str:
     raise UnsupportedModel("it has no list of decoder layers of the length that its config names")
 
 
-def num_layers_of_every_kind(model: PreTrainedModel, layers: list[nn.Module]) -> int:
-    """Return how many of the first layers hold one of every kind, two at least.
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder's layers.
+
+    Raises:
+        UnsupportedModel: If there is no list of them.
+    """
+    return list(model.get_submodule(layers_path(model)).children())
+
+
+def shared_layers(model: PreTrainedModel) -> list[int]:
+    """Return the layers whose weights, or some of them, are tied to others: they cannot be placed on their own.
+
+    Args:
+        model: On any device, with its list of layers in place.
+    """
+    beginning = f"{layers_path(model)}."
+    tied = [key for pair in model.all_tied_weights_keys.items() for key in pair if key.startswith(beginning)]
+    return sorted({int(key.removeprefix(beginning).partition(".")[0]) for key in tied})
+
+
+def layer_kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[int]:
+    """Return for each layer the first one of its kind.
 
     Layers are of one kind if their shapes, their plain settings and what the config says of each layer are the same.
+
+    Args:
+        model: To which they belong.
+        layers: All of them, or those that `FirstLayers` left.
     """
+    depths = _depths(model)
     config = vars(model.config.get_text_config(decoder=True)).values()
-    columns = [column for column in config if isinstance(column, list | tuple) and len(column) == len(layers)]
+    columns = [column for column in config if isinstance(column, list | tuple) and len(column) in depths | {len(layers)}]
     settings = [_plain_settings(layer) for layer in layers]
     keys = {key for found in settings for key in found}
     indices = {key for key in keys if all(key not in found or found[key] == str(j) for j, found in enumerate(settings))}
@@ -47,7 +71,20 @@ def num_layers_of_every_kind(model: PreTrainedModel, layers: list[nn.Module]) ->
         )
         for j, layer in enumerate(layers)
     ]
-    return max(min(2, len(kinds)), max(kinds.index(kind) for kind in kinds) + 1)
+    return [kinds.index(kind) for kind in kinds]
+
+
+def num_layers_of_every_kind(model: PreTrainedModel, layers: list[nn.Module]) -> int:
+    """Return how many of the first layers hold one of every kind, two at least; see `layer_kinds`."""
+    return max(min(2, len(layers)), max(layer_kinds(model, layers)) + 1)
+
+
+def _depths(model: PreTrainedModel) -> set[int]:
+    """How many layers the config says that the decoder has, by whichever name."""
+    text = model.config.get_text_config(decoder=True)
+    return {
+        depth for name in ("num_hidden_layers", "num_layers", "n_layer") if (depth := getattr(text, name, None)) is not None
+    }
 
 
 def _plain_settings(layer: nn.Module) -> dict[tuple[str, str], str]:
