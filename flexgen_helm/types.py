@@ -149,15 +149,15 @@ class SweepStats:
     """Tokens that went through the layers in decode rows."""
     generated_tokens: int
     """Tokens chosen at the end of the sweep, the first ones of its prompts among them."""
-    bytes_moved: dict[Resource, int] = field(default_factory=dict)
+    bytes_moved: dict[str, int] = field(default_factory=dict)
     """On each resource, by transfers that ended in this sweep; of ``cpu_attention`` the K and V that it read."""
-    weight_bytes_moved: dict[Resource, int] = field(default_factory=dict)
+    weight_bytes_moved: dict[str, int] = field(default_factory=dict)
     """Of them, those of weights."""
-    busy_seconds: dict[Resource, float] = field(default_factory=dict)
+    busy_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds in which a resource did at least one thing."""
 
     @property
-    def bound_by(self) -> Resource | None:
+    def bound_by(self) -> str | None:
         """The resource that was busy longest."""
         return max(self.busy_seconds, key=self.busy_seconds.__getitem__, default=None)
 
@@ -178,11 +178,11 @@ class RunStats:
     """Highest resident memory of this process in bytes (device memory on a GPU) seen during the run."""
     idle_bytes: int = 0
     """The same when the run began, the model loaded: what the run itself took is the difference."""
-    tier_peak_bytes: dict[Tier, int] = field(default_factory=dict)
+    tier_peak_bytes: dict[str, int] = field(default_factory=dict)
     """Highest sum of what weights, slots, buffers, K and V held on each tier during the run."""
-    bytes_moved: dict[Resource, int] = field(default_factory=dict)
+    bytes_moved: dict[str, int] = field(default_factory=dict)
     """On each of LINKS, and K and V read by ``cpu_attention``."""
-    busy_seconds: dict[Resource, float] = field(default_factory=dict)
+    busy_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds in which each of RESOURCES did at least one thing."""
     limit_seconds: float | None = None
     """The least time in which this machine could have done it, filled by ``Engine.share_of_limit``; None: not known."""

@@ -65,7 +65,7 @@ class Meter:
         self._device = device
         self._lock = threading.Lock()
         self._arenas: dict[tuple[Tier, str], int] = {}
-        self._peaks: dict[Tier, int] = {}
+        self._peaks: dict[str, int] = {}
         self._running: list[_Running] = []
         self._sweeps: list[SweepStats] | None = None
         self._begun = self._window = clock()
@@ -157,10 +157,10 @@ class Meter:
             stats.bytes_moved |= {name: moved} if moved else {}
             stats.busy_seconds |= {name: busy} if busy else {}
 
-    def _sort(self, now: float) -> tuple[list[Span], dict[Resource, list[tuple[float, float]]]]:
+    def _sort(self, now: float) -> tuple[list[Span], dict[str, list[tuple[float, float]]]]:
         """Take out the spans that have ended, and return in which intervals each resource was busy until now."""
         done: list[Span] = []
-        busy: dict[Resource, list[tuple[float, float]]] = defaultdict(list)
+        busy: dict[str, list[tuple[float, float]]] = defaultdict(list)
         running, self._running = self._running, []
         for span in running:
             begin, end = span.times()
@@ -188,8 +188,8 @@ class Meter:
             self._anchor = (event, self.now())
 
 
-def _sums(spans: Iterable[Span]) -> dict[Resource, int]:
-    sums: dict[Resource, int] = defaultdict(int)
+def _sums(spans: Iterable[Span]) -> dict[str, int]:
+    sums: dict[str, int] = defaultdict(int)
     for span in spans:
         if span.num_bytes:
             sums[span.resource] += span.num_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from flexgen_helm import Engine, Job
-from flexgen_helm.runtime.limit import LayerSizes, Rates, layer_sizes, limit_seconds, measure_rates
-from flexgen_helm.types import RunStats
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.memory.disk_rate import disk_rates
+from flexgen_helm.runtime.limit import LayerSizes, Rates, layer_sizes, limit_seconds, measure_rates, sweep_seconds
+from flexgen_helm.types import LINKS, Policy, RunStats, SweepStats
 from tests.models import save_tiny
 
 SHAPE: dict[str, Any] = {
@@ -45,18 +48,82 @@ def test_a_token_meets_only_its_experts() -> None:
     assert layer_sizes(layers, None) is None
 
 
-def test_the_slower_resource_is_the_limit() -> None:
-    sizes, rates = LayerSizes(num_bytes=1000, active_weights=500), Rates(multiply=1e6, read=1e4)
-    scoring = RunStats(prompt_tokens_computed=900, generated_tokens=100, sweeps=1)
-    decoding = RunStats(generated_tokens=100, sweeps=100)
-    assert limit_seconds(scoring, sizes, rates) == 2 * 1000 * 500 / 1e6
-    assert limit_seconds(decoding, sizes, rates) == 100 * 1000 / 1e4
+def test_the_head_and_what_is_streamed_count_too() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=50, **SHAPE), dtype=torch.bfloat16)
+    head = model.get_output_embeddings()
+    sizes = layer_sizes(model.model.layers, None, head, from_host=7, from_disk=5, copies=True)
+    assert sizes is not None
+    matrices = 3 * (ATTENTION + 3 * 16 * 40)
+    assert (sizes.num_bytes, sizes.head_weights) == (2 * (matrices + 3 * NORMS + 50 * 16), 50 * 16)
+    assert (sizes.from_host, sizes.from_disk, sizes.copies) == (7, 5, True)
 
 
-def test_rates_are_those_of_a_computer() -> None:
-    rates = measure_rates(torch.device("cpu"), torch.float32)
-    assert 1e8 < rates.multiply < 1e15
+def test_a_sweep_takes_as_long_as_its_slowest_resource() -> None:
+    """A prefill and two decode sweeps, each term of the formula by hand: once products are the slowest, once the CPU."""
+    sizes = LayerSizes(1000, 500, head_weights=50, from_host=300, from_disk=200, copies=True)
+    rates = Rates(2e5, 1e5, 1e4, host_to_device=100, device_to_host=50, disk_read=80, disk_write=20, cpu_attention=200)
+    prefill = SweepStats(0, 9, 2000, 0, 4, {"device_to_host": 40, "disk_write": 10}, {}, {})
+    moved, weights = {"cpu_attention": 1800, "disk_read": 550, "host_to_device": 100}, {"disk_read": 400}
+    decode = SweepStats(9, 9, 0, 4, 4, moved, weights, {})
+    assert sweep_seconds(prefill, sizes, rates) == {
+        "products": pytest.approx(2 * 500 * 2000 / 2e5 + 2 * 50 * 4 / 1e5),
+        "read": 1000 / 1e4,
+        "host_to_device": (300 + 200) / 100,
+        "device_to_host": 40 / 50,
+        "disk_read": 200 / 80,
+        "disk_write": 10 / 20,
+        "cpu_attention": 0,
+    }
+    seconds = sweep_seconds(decode, sizes, rates)
+    assert seconds["products"] == pytest.approx(2 * (500 + 50) * 4 / 1e5)
+    assert seconds["disk_read"] == (200 + 150) / 80  # weights once, though they were read twice
+    assert seconds["host_to_device"] == (300 + 200 + 100) / 100
+    stats = RunStats(per_sweep=[prefill, decode, decode])
+    assert limit_seconds(stats, sizes, rates) == pytest.approx(10.004 + 2 * 1800 / 200)
+
+
+def test_without_a_memory_of_its_own_the_device_has_no_link() -> None:
+    sizes, rates = LayerSizes(1000, 500, from_disk=200), Rates(1e5, 1e5, 1e4, disk_read=100)
+    seconds = sweep_seconds(SweepStats(0, 1, 0, 1, 1, {}, {}, {}), sizes, rates)
+    assert (seconds["host_to_device"], seconds["disk_read"], max(seconds, key=seconds.__getitem__)) == (0, 2, "disk_read")
+
+
+@pytest.mark.parametrize(
+    ("tflops", "link", "disk", "behind_link", "behind_disk"),
+    [(30, 12.5, 2, 2_400, 15_000), (140, 25, 6.5, 5_600, 21_538), (220, 25, 6.5, 8_800, 33_846), (550, 52, 13, 10_577, 42_308)],
+    ids=["T4", "RTX 4090", "A100", "H100"],
+)
+def test_weights_are_hidden_from_the_break_even_block_on(
+    tflops: float, link: float, disk: float, behind_link: int, behind_disk: int
+) -> None:
+    """FLOP/s x bytes per weight / (2 x bytes/s) tokens: published table of machines, 16-bit weights of any model."""
+    weights = 30 * 10**9
+    rates = Rates(tflops * 1e12, 1e12, 1e15, host_to_device=link * 1e9, disk_read=disk * 1e9)
+    for tokens, sizes, name in (
+        (behind_link, LayerSizes(2 * weights, weights, from_host=2 * weights), "host_to_device"),
+        (behind_disk, LayerSizes(2 * weights, weights, from_disk=2 * weights), "disk_read"),
+    ):
+        seconds = sweep_seconds(SweepStats(0, 1, tokens, 0, 0, {}, {}, {}), sizes, rates)
+        assert seconds["products"] == pytest.approx(seconds[name], rel=1e-4)
+
+
+def test_only_what_a_run_used_is_measured(tmp_path: Path) -> None:
+    cpu, sizes, policy = torch.device("cpu"), LayerSizes(1000, 500), Policy(16, 1, 64)
+    rates = measure_rates(cpu, torch.float32, sizes=sizes, policy=policy, stats=RunStats(), folder=tmp_path)
+    assert 1e8 < rates.decode < 1e15
+    assert 1e8 < rates.prefill < 1e15
     assert 1e8 < rates.read < 1e13
+    links = ("host_to_device", "device_to_host", "disk_read", "disk_write", "cpu_attention")
+    assert {getattr(rates, link) for link in links} == {math.inf}
+    everything = RunStats(bytes_moved=dict.fromkeys((*LINKS, "cpu_attention"), 1))
+    rates = measure_rates(cpu, torch.float32, sizes=sizes, policy=policy, stats=everything, folder=tmp_path)
+    assert all(1e6 < getattr(rates, link) < 1e13 for link in links)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_space_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FlexGenError, match="could not be measured"):
+        disk_rates(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -1,0 +1,93 @@
+"""What the disk of a folder gives at best: reads and writes past the page cache, beside which a run is judged."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from flexgen_helm.errors import FlexGenError
+
+PIECE = 2**20
+NUM_THREADS = 4
+SECONDS = 0.5
+"""Of reading; a virtual disk's rate moves within minutes, so more would say no more."""
+SCRATCH_PIECES = 128
+
+
+def disk_rates(folder: Path) -> tuple[float, float]:
+    """Measure the disk.
+
+    Reads are of the largest file in the folder, if that is as large as the one that is written.
+
+    Args:
+        folder: On the disk; a file of 128 MiB is written into it and removed.
+
+    Returns:
+        Bytes per second read and written.
+
+    Raises:
+        FlexGenError: If there is no space for the file, or the folder cannot be written to.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="rate_") as scratch:
+            write = _write_rate(Path(scratch.name))
+            files = [path for path in folder.iterdir() if path.is_file()]
+            return _read_rate(max(files, key=lambda path: path.stat().st_size)), write
+    except OSError as error:
+        raise FlexGenError(
+            f"How fast the disk is could not be measured in {folder} ({error}). Free {SCRATCH_PIECES * PIECE / 2**20:.0f} MiB "
+            "there, or give another offload_folder."
+        ) from None
+
+
+def _read_rate(path: Path) -> float:
+    num_pieces = path.stat().st_size // PIECE
+    descriptor = _open_direct(path, os.O_RDONLY)
+    offsets = itertools.count()
+    stop = time.perf_counter() + SECONDS
+
+    def read(buffer: mmap.mmap) -> int:
+        count = 0
+        while time.perf_counter() < stop:
+            count += os.preadv(descriptor, [buffer], next(offsets) % num_pieces * PIECE)
+        return count
+
+    return _rate(descriptor, read)
+
+
+def _write_rate(path: Path) -> float:
+    descriptor = _open_direct(path, os.O_WRONLY)
+    offsets = iter(range(0, SCRATCH_PIECES * PIECE, PIECE))
+
+    def write(buffer: mmap.mmap) -> int:
+        return sum(os.pwritev(descriptor, [buffer], offset) for offset in offsets)
+
+    return _rate(descriptor, write)
+
+
+def _open_direct(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_DIRECT)
+    except OSError:  # a file system without direct access, such as tmpfs
+        return os.open(path, flags)
+
+
+def _rate(descriptor: int, work: Callable[[mmap.mmap], int]) -> float:
+    """Bytes per second of threads that work until nothing is left."""
+    buffers = [mmap.mmap(-1, PIECE) for _ in range(NUM_THREADS)]
+    for buffer in buffers:
+        buffer.write(os.urandom(PIECE))  # in place before the clock starts, and nothing that a disk could compress
+    try:
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            begun = time.perf_counter()
+            num_bytes = sum(pool.map(work, buffers))
+            os.fdatasync(descriptor)
+            return num_bytes / (time.perf_counter() - begun)
+    finally:
+        os.close(descriptor)
