@@ -8,7 +8,7 @@ one that is left out shows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -208,12 +208,13 @@ ENDING = ("llama", "lfm2")
 """Families whose answers often end with an end token, in packed and in single rows."""
 
 
-def save_tiny(family: str, folder: Path) -> Path:
+def save_tiny(family: str, folder: Path, *, num_layers: int | None = None) -> Path:
     """Saves the tiny model of a family, without a tokenizer.
 
     Args:
         family: A key of ``FAMILIES`` or ``SINGLE``, or ``"phi3_longrope"``.
         folder: Where the folder ``family`` is made.
+        num_layers: Of a family of ``FAMILIES``; None: as many as usual, of which there are few.
 
     Returns:
         The model folder. Its end token is one that greedy decoding rarely reaches; those of `ENDING` have several that they
@@ -221,6 +222,9 @@ def save_tiny(family: str, folder: Path) -> Path:
     """
     specs: dict[str, Family | SingleFamily] = {**FAMILIES, **SINGLE, "phi3_longrope": LONGROPE}
     spec = specs[family]
+    if num_layers is not None:
+        assert isinstance(spec, Family)
+        spec = replace(spec, overrides={**spec.overrides, "num_hidden_layers": num_layers})
     torch.manual_seed(17)
     model: Any = AutoModelForCausalLM.from_config(spec.build(), dtype=torch.float32).eval()
     scale_weights(model, spec.factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from flexgen_helm.memory.buffers import allocate
+from flexgen_helm.memory.meter import WEIGHTS, Meter
 
 
 class SlabSource(Protocol):
@@ -30,10 +31,21 @@ class _Buffer:
 class ReadAhead:
     """A few buffers that hold the slabs needed next; layers come in a fixed cycle, so the next ones are known."""
 
-    def __init__(self, source: SlabSource, slabs: Sequence[int], *, num_buffers: int, num_bytes: int, pin: bool) -> None:
-        """Allocate the buffers, ``num_bytes`` each; ``slabs`` are the numbers on disk in the order of their use."""
-        self._source, self._slabs = source, list(slabs)
-        self._buffers = [_Buffer(allocate(num_bytes, pin=pin)) for _ in range(num_buffers)]
+    def __init__(
+        self, source: SlabSource, sizes: Mapping[int, int], *, num_buffers: int, pin: bool, meter: Meter
+    ) -> None:
+        """Allocate the buffers.
+
+        Args:
+            source: Of the slabs.
+            sizes: Bytes of each slab on disk by its number, in the order of their use.
+            num_buffers: Slabs in memory at a time.
+            pin: Whether a GPU copies from the buffers.
+            meter: Is told of what is read.
+        """
+        self._source, self._slabs, self._sizes, self._meter = source, list(sizes), dict(sizes), meter
+        self._buffers = [_Buffer(allocate(max(sizes.values()), pin=pin)) for _ in range(num_buffers)]
+        meter.hold("host", "read ahead", num_buffers * max(sizes.values()))
 
     def start(self, j: int) -> None:
         """Read slab j into a buffer, unless one has it already; the buffer is its until `free`."""
@@ -43,7 +55,7 @@ class ReadAhead:
             buffer = max((buffer for buffer in self._buffers if not buffer.taken), key=lambda buffer: self._turns(j, buffer.j))
             if buffer.reading is not None:
                 buffer.reading.exception()  # what nobody waited for must not write into the buffer any more
-            buffer.j, buffer.reading = j, self._source.read(j, buffer.memory)
+            buffer.j, buffer.reading = j, self._read(j, buffer.memory)
         buffer.taken = True
 
     def start_from(self, j: int) -> None:
@@ -82,6 +94,12 @@ class ReadAhead:
         """Let other slabs have all buffers."""
         for buffer in self._buffers:
             buffer.taken = False
+
+    def _read(self, j: int, into: Tensor) -> Future[None]:
+        meter, begin, size = self._meter, self._meter.now(), self._sizes[j]
+        reading = self._source.read(j, into)
+        reading.add_done_callback(lambda _: meter.add("disk_read", f"{WEIGHTS} {j}", begin, meter.now(), size))
+        return reading
 
     def _holder(self, j: int) -> _Buffer | None:
         return next((buffer for buffer in self._buffers if buffer.j == j), None)

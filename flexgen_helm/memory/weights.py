@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.link import Link, Transfer
+from flexgen_helm.memory.meter import WEIGHTS, Meter
 from flexgen_helm.memory.ring import ReadAhead, SlabSource
 from flexgen_helm.memory.slab import Binding
 
@@ -40,7 +41,14 @@ class WeightStore:
     """
 
     def __init__(
-        self, units: Mapping[int, Unit], *, device: torch.device, num_slots: int, source: SlabSource | None, copies: bool
+        self,
+        units: Mapping[int, Unit],
+        *,
+        device: torch.device,
+        num_slots: int,
+        source: SlabSource | None,
+        copies: bool,
+        meter: Meter,
     ) -> None:
         """Allocate slots.
 
@@ -50,24 +58,28 @@ class WeightStore:
             num_slots: Streamed units on the device at a time.
             source: Of the slabs on disk.
             copies: Whether the device has a memory of its own.
+            meter: Is told of what is moved.
         """
+        self._meter = meter
         self.streamed = frozenset(units)
         """Units that must be loaded before they are used, by layer number."""
         self.num_slots = min(num_slots, len(units))
         self._units = dict(units)
-        pin = device.type == "cuda"
-        on_disk = [j for j, unit in sorted(units.items()) if unit.memory is None]
+        on_disk = {j: unit.binding.layout.num_bytes for j, unit in sorted(units.items()) if unit.memory is None}
         self._disk: ReadAhead | None = None
         if on_disk:
             assert source is not None
-            largest = max(units[j].binding.layout.num_bytes for j in on_disk)
-            self._disk = ReadAhead(source, on_disk, num_buffers=min(num_slots, len(on_disk)), num_bytes=largest, pin=pin)
+            num_buffers = min(num_slots, len(on_disk))
+            self._disk = ReadAhead(source, on_disk, num_buffers=num_buffers, pin=device.type == "cuda", meter=meter)
         self._slots: list[_Slot] = []
         self._link: Link | None = None
         if copies and units:
             largest = max(unit.binding.layout.num_bytes for unit in units.values())
             self._slots = [_Slot(_device_memory(largest, device)) for _ in range(self.num_slots)]
             self._link = Link(device, "weights")
+            meter.hold("device", "slots", largest * self.num_slots)
+        meter.hold("host", "weights", sum(unit.memory.nbytes for unit in units.values() if unit.memory is not None))
+        meter.hold("disk", "weights", sum(on_disk.values()))
 
     def begin(self, j: int) -> None:
         """Start to load unit j, unless it is there or on its way."""
@@ -134,19 +146,22 @@ class WeightStore:
         return next((slot for slot in self._slots if slot.j == j), None)
 
     def _fill(self, target: Tensor, j: int) -> None:
-        """Copy slab j to the device, and let the disk go on with the slab that comes next."""
-        memory = self._units[j].memory
+        """Copy slab j to the device, and let the disk go on with the slabs that come next."""
+        memory, count = self._units[j].memory, self._units[j].binding.layout.num_bytes
         if memory is not None:
-            target[: len(memory)].copy_(memory, non_blocking=True)
+            self._copy(target[:count], memory[:count], j)
             return
         assert self._disk is not None
         self._disk.start_from(j)
-        count = self._units[j].binding.layout.num_bytes
-        target[:count].copy_(self._disk.take(j)[:count], non_blocking=True)
+        self._copy(target[:count], self._disk.take(j)[:count], j)
         if target.is_cuda:
             torch.cuda.current_stream(target.device).synchronize()
         self._disk.free(j)
         self._disk.start_behind(j)
+
+    def _copy(self, target: Tensor, source: Tensor, j: int) -> None:
+        with self._meter.span("host_to_device", f"{WEIGHTS} {j}", len(source)):
+            target.copy_(source, non_blocking=True)
 
 
 def _device_memory(num_bytes: int, device: torch.device) -> Tensor:

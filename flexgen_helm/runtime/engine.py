@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -17,16 +18,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyError
-from flexgen_helm.memory.machine import free_bytes, used_bytes
-from flexgen_helm.runtime.digest import model_digest
-from flexgen_helm.runtime.executor import SerialExecutor
+from flexgen_helm.memory.hidden import HiddenStore
+from flexgen_helm.memory.limits import MaxMemory, parse_max_memory
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.runtime.building import Parts, Placing, build, free_space
+from flexgen_helm.runtime.executor import OverlappedExecutor, SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
-from flexgen_helm.runtime.kinds import Kind, KindChoice, check_model, log_choice, make_rows, validated_kind
+from flexgen_helm.runtime.kinds import CachePlaces, Kind, KindChoice, make_rows, validated_kind
 from flexgen_helm.runtime.limit import layer_sizes, limit_seconds, measure_rates
-from flexgen_helm.runtime.loading import LoadedModel, open_model
+from flexgen_helm.runtime.loading import named_dtype, open_dummy, open_model
+from flexgen_helm.runtime.plan import cache_capacities, left_bytes
 from flexgen_helm.runtime.progress import Progress
-from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, small_policy, validated
+from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, validated
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
 from flexgen_helm.schedule.operations import ORDERS, Order
@@ -36,10 +40,6 @@ logger = logging.getLogger(__name__)
 
 NUMERICS_VERSION = 1
 """Raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
-LARGE_BYTES = 2 * 2**30
-"""Larger checkpoints are checked on their first layers before the rest is read: a refusal takes seconds."""
-CACHE_SHARE = 0.6
-"""Share of the free memory that K and V may take; the rest is for hidden states, logits and the caller."""
 
 
 class Engine:
@@ -49,41 +49,25 @@ class Engine:
     from any thread.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        *,
-        policy: Policy | None = None,
-        order: Order = "zigzag",
-        rows: KindChoice = "auto",
-    ) -> None:
-        """Check a loaded model and make an engine of it; most callers want `from_pretrained`.
-
-        Args:
-            loaded: The model; the engine takes it over.
-            policy: Row and block sizes; None: chosen by the device.
-            order: Order of a sweep's operations. It changes no bit.
-            rows: See `from_pretrained`.
-
-        Raises:
-            UnsupportedModel: If the model would be computed wrongly.
-            PolicyError: If a size of the policy is out of range.
-        """
-        self.policy = validated(policy) if policy is not None else default_policy(loaded.model.device)
+    def __init__(self, parts: Parts, *, order: Order = "zigzag", kv_dtype: torch.dtype | None = None) -> None:
+        """Make an engine of its parts, which it takes over; callers want `from_pretrained`."""
+        loaded = parts.loaded
+        self.policy = parts.policy
+        """With the shares of weights that were realised."""
         self.tokenizer: PreTrainedTokenizerBase | None = loaded.tokenizer
         self.max_length = loaded.max_length
         """Context in tokens: input and new tokens together."""
         self.stats = RunStats()
         """What the last `run` did."""
-        self._loaded = loaded
-        self._device = loaded.model.device
-        self._checked = check_model(loaded, self.policy, rows)
-        log_choice(loaded, self._checked)
-        self.verdict = self._checked.verdict
-        self.rows: Kind = self._checked.kind
+        self.meter = parts.meter
+        """Measures the runs of this engine."""
+        self.verdict = parts.checked.verdict
+        self.rows: Kind = parts.checked.kind
         """Whether many sequences share a row or each has its own."""
+        self._parts, self._loaded, self._checked = parts, loaded, parts.checked
+        self._device = loaded.model.device
         self.numerics: dict[str, str | int] = {
-            "weights": model_digest(loaded.folder),
+            "weights": loaded.digest,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "rows": self.rows,
             "gpu_batch_size": self.policy.gpu_batch_size,
@@ -91,7 +75,9 @@ class Engine:
             "engine": NUMERICS_VERSION,
         }
         """What decides the bits of an answer beside the job itself: what belongs into a cache key."""
-        self._worker = self._start(order)
+        if kv_dtype not in (None, loaded.model.dtype):
+            self.numerics["kv_dtype"] = str(kv_dtype).removeprefix("torch.")
+        self._worker = self._start(order, kv_dtype)
         self._run_lock = threading.RLock()
 
     @classmethod
@@ -102,9 +88,14 @@ class Engine:
         dtype: str = "auto",
         device: str = "auto",
         policy: Policy | None = None,
+        max_memory: MaxMemory | None = None,
+        offload_folder: str | Path | None = None,
+        kv_dtype: str | None = None,
         revision: str | None = None,
         order: Order = "zigzag",
         rows: KindChoice = "auto",
+        dummy_weights: bool = False,
+        copy_host: bool = False,
     ) -> Engine:
         """Load a model.
 
@@ -112,26 +103,36 @@ class Engine:
             name_or_path: A model folder, or a name on the model hub.
             dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-            policy: Row and block sizes; None: chosen by the device.
+            policy: Sizes and places; None: chosen by device and memory.
+            max_memory: Most bytes of "device", "host" and "disk", as numbers or texts such as "15GiB"; what is not named is
+                what is free. On a CPU, device and host are one memory, of which their sum may be used.
+            offload_folder: For weights, cache and hidden states on disk; None: under the cache folder.
+            kv_dtype: In which K and V are kept and met: "float32", "bfloat16" or "float16"; None: in the model's.
             revision: Of a hub name.
             order: Order of a sweep's operations. It changes no bit.
             rows: "packed", "single" (one sequence a row, for models that packed rows cannot serve), or "auto": the
                 first of them that computes the model rightly.
+            dummy_weights: Whether weights are made up, for benchmarks; then a config is enough.
+            copy_host: Whether the device counts as a memory of its own even where it is the CPU: for tests.
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
-            PolicyError: If a size of the policy is out of range.
-            CorruptFile: If its files cannot be read.
+            PolicyError: If a number of the policy is out of range, or its plan does not fit.
+            CorruptFile: If files of the model or of the offload folder cannot be read.
+            DiskFull: If the offload folder has no space for what the policy puts there.
         """
-        if policy is not None:
-            validated(policy)
+        policy = validated(policy) if policy is not None else None
+        placing = Placing(parse_max_memory(max_memory), Path(offload_folder) if offload_folder else None, copy_host)
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
         rows = validated_kind(rows)
-        source = open_model(str(name_or_path), dtype=dtype, device=resolve_device(device), revision=revision)
-        if source.num_bytes() > LARGE_BYTES:
-            check_model(source.first_layers(), small_policy(source.device), rows)
-        return cls(source.load(), policy=policy, order=order, rows=rows)
+        where = resolve_device(device)
+        if dummy_weights:
+            source = open_dummy(str(name_or_path), dtype=dtype, device=where)
+        else:
+            source = open_model(str(name_or_path), dtype=dtype, device=where, revision=revision)
+        parts = build(source, policy or default_policy(where), rows, placing)
+        return cls(parts, order=order, kv_dtype=None if kv_dtype is None else named_dtype("kv_dtype", kv_dtype))
 
     def run(
         self,
@@ -190,7 +191,7 @@ class Engine:
             numerics=dict(self.numerics),
             bits_per_weight=8 * num_bytes / count,
             bits_per_cache_element=8.0 * self._loaded.model.dtype.itemsize,
-            weight_bytes={"device": num_bytes, "host": 0, "disk": 0},
+            weight_bytes={str(tier): count for tier, count in self._parts.plan.weight_bytes.items()},
         )
 
     def share_of_limit(self, stats: RunStats) -> float | None:
@@ -216,17 +217,27 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _start(self, order: Order) -> Worker:
-        rows, self._scheduler = make_rows(
-            self._checked,
-            self.policy,
-            capacity_bytes=int(CACHE_SHARE * free_bytes(self._device)),
-            block_tokens=self.policy.block_tokens or default_block_tokens(self.policy, self._loaded.model),
-            keep_all=order != "zigzag",
+    def _start(self, order: Order, kv_dtype: torch.dtype | None) -> Worker:
+        parts, policy, separate = self._parts, self.policy, self._parts.space.separate
+        left = left_bytes(parts.plan, parts.space, free_space(self._device, parts.folder))
+        places = CachePlaces(
+            cache_capacities(policy.cache, left, separate=separate),
+            device=self._device,
+            separate=separate,
+            kv_dtype=kv_dtype or self._loaded.model.dtype,
+            folder=parts.folder,
+            meter=self.meter,
         )
-        executor = SerialExecutor(rows, head_slice=self.policy.gpu_batch_size, order=order)
+        block_tokens = policy.block_tokens or default_block_tokens(policy, self._loaded.model, left["device"])
+        rows, self._scheduler = make_rows(self._checked, policy, places, block_tokens=block_tokens, keep_all=order != "zigzag")
+        hidden = None
+        if policy.hidden != (1.0, 0.0, 0.0):
+            hidden = HiddenStore(policy.hidden, device=self._device, copies=separate, folder=parts.folder)
+        executor = (OverlappedExecutor if policy.overlap else SerialExecutor)(
+            rows, head_slice=policy.gpu_batch_size, order=order, weights=parts.weights, hidden=hidden, meter=self.meter
+        )
         vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
-        return Worker(self._scheduler, executor, Intake(vocabulary, self._loaded.end_token_ids))
+        return Worker(self._scheduler, executor, Intake(vocabulary, self._loaded.end_token_ids), self.meter)
 
     def _prepare(self, job: Job) -> PreparedJob:
         if not isinstance(job, Job):
@@ -259,7 +270,8 @@ class Engine:
         on_error: Literal["raise", "return"],
         shown: bool | None,
     ) -> None:
-        before, watch = self._worker.snapshot, _Watch(self._device, len(tickets), self._worker.snapshot, shown)
+        self.meter.begin_run()
+        before, watch = self._worker.snapshot, _Watch(self.meter, len(tickets), self._worker.snapshot, shown)
         finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._worker.watch = watch
         for index, ticket in tickets.items():
@@ -273,7 +285,8 @@ class Engine:
                 if on_result is not None:
                     on_result(index, result)
             self.stats = _stats(tickets, results, before, self._worker.snapshot)
-            self.stats.seconds, self.stats.peak_bytes = watch.seconds(), watch.peak_bytes
+            self.stats.seconds = watch.seconds()
+            self.meter.end_run(self.stats)
             logger.info("%s", watch.progress.finish(self.stats))
         except BaseException:
             self._worker.cancel()
@@ -284,15 +297,14 @@ class Engine:
 
 
 class _Watch:
-    """Sees every operation of a run: draws the bar and notes the highest memory in use."""
+    """Sees every operation of a run: draws the bar and notes the memory in use."""
 
-    def __init__(self, device: torch.device, num_jobs: int, since: Snapshot, shown: bool | None) -> None:
-        self._device, self._begin = device, time.perf_counter()
-        self.peak_bytes = used_bytes(device)
+    def __init__(self, meter: Meter, num_jobs: int, since: Snapshot, shown: bool | None) -> None:
+        self._meter, self._begin = meter, time.perf_counter()
         self.progress = Progress(num_jobs, since=since, shown=shown)
 
     def __call__(self, snapshot: Snapshot) -> None:
-        self.peak_bytes = max(self.peak_bytes, used_bytes(self._device))
+        self._meter.sample()
         self.progress.update(snapshot)
 
     def seconds(self) -> float:

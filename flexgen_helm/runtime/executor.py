@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.memory.hidden import HiddenStore
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.weights import WeightStore
 from flexgen_helm.runtime.recorder import Recording
 from flexgen_helm.schedule.operations import Operation, Order, sweep_operations
-from flexgen_helm.schedule.rows import Row, Sweep, Want
+from flexgen_helm.schedule.rows import Row, Sweep, Want, halved
 
-if TYPE_CHECKING:
-    from flexgen_helm.memory.weights import WeightStore
+logger = logging.getLogger(__name__)
+
+SMALLEST_ROW = 16
+REMEDY = "Lower gpu_batch_tokens or gpu_batch_size, or put a smaller share of weights and cache on the device."
 
 LogitsHandler = Callable[[list[Want], Tensor], None]
 """Gets the wants of a slice of the output head and their logits ``[len(wants), vocab]`` in fp32."""
@@ -33,6 +41,10 @@ class Rows(Protocol):
     @property
     def num_layers(self) -> int:
         """Layers that every row goes through."""
+
+    @property
+    def can_be_halved(self) -> bool:
+        """Whether a sweep that was given up may be repeated in smaller rows."""
 
     def reserve(self, sweep: Sweep) -> None:
         """Make room for what a sweep stores."""
@@ -64,6 +76,7 @@ class SerialExecutor:
         order: Order = "zigzag",
         weights: WeightStore | None = None,
         hidden: HiddenStore | None = None,
+        meter: Meter | None = None,
     ) -> None:
         """Take over what computes rows and what holds their parts.
 
@@ -73,10 +86,14 @@ class SerialExecutor:
             order: Of the operations.
             weights: What does not stay on the device; None: everything stays.
             hidden: Where hidden states rest; None: on the device.
+            meter: Is told when the device is busy.
         """
+        self._meter = meter
         self._rows, self._head_slice, self._order = rows, head_slice, order
         self._weights, self._hidden = weights, hidden
         self._streamed = weights.streamed if weights is not None else frozenset()
+        self.num_halvings = 0
+        """How often rows were halved because memory did not suffice."""
 
     @property
     def num_layers(self) -> int:
@@ -92,12 +109,17 @@ class SerialExecutor:
             on_operation: Called after each operation; an exception from it ends the sweep.
         """
         with torch.inference_mode():
-            try:
-                self._run_sweep(_Run(sweep, self._rows, self._hidden), on_logits, on_operation)
-            except BaseException:
-                if self._weights is not None:
-                    self._weights.release_all()
-                raise
+            while True:
+                try:
+                    self._run_sweep(_Run(self._cut(sweep), self._rows, self._hidden), on_logits, on_operation)
+                    return
+                except torch.OutOfMemoryError as error:
+                    message = str(error)  # the error itself would keep the sweep's tensors
+                except BaseException:
+                    self._release_weights()
+                    raise
+                self._release_weights()
+                self._halve_rows(sweep, message)
 
     def close(self) -> None:
         """Stop what runs beside the computation."""
@@ -105,9 +127,38 @@ class SerialExecutor:
             if part is not None:
                 part.close()
 
-    def _run_sweep(
-        self, run: _Run, on_logits: LogitsHandler, on_operation: Callable[[Operation], None] | None
-    ) -> None:
+    def _cut(self, sweep: Sweep) -> Sweep:
+        """The sweep with rows halved as often as memory did not suffice so far."""
+        rows = sweep.rows
+        for _ in range(self.num_halvings):
+            rows = [half for row in rows for half in halved(row)]
+        return replace(sweep, rows=rows)
+
+    def _halve_rows(self, sweep: Sweep, message: str) -> None:
+        """Go on with smaller rows. Nothing of the sweep was answered yet, and what it stored is stored again."""
+        largest = max(row.size for row in sweep.rows) >> self.num_halvings
+        if not self._rows.can_be_halved:
+            raise OutOfSpace(f"A sequence in a row of its own does not fit into the device's memory ({message}). {REMEDY}")
+        self._halved("A row of", largest, message)
+        self.num_halvings += 1
+
+    def _halved(self, what: str, size: int, message: str) -> int:
+        if size // 2 < SMALLEST_ROW:
+            raise OutOfSpace(f"{what} {size} tokens does not fit into the device's memory ({message}). {REMEDY}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning(
+            "%s %s tokens does not fit into the device's memory (%s). From here on there are %s, what was begun is repeated and "
+            "nothing is lost; answers may differ from those of larger rows in the last digits. %s",
+            *(what, size, message, size // 2, REMEDY),
+        )
+        return size // 2
+
+    def _release_weights(self) -> None:
+        if self._weights is not None:
+            self._weights.release_all()
+
+    def _run_sweep(self, run: _Run, on_logits: LogitsHandler, on_operation: Callable[[Operation], None] | None) -> None:
         num_slots = self._weights.num_slots if self._weights is not None else 0
         loaded = -1
         for operation in sweep_operations(
@@ -122,13 +173,17 @@ class SerialExecutor:
                 if loaded != j:
                     self._use_weights(j)
                     loaded = j
-                run.compute(j, k, last=j == self.num_layers - 1)
+                with self._busy(f"compute {j},{k}"):
+                    run.compute(j, k, last=j == self.num_layers - 1)
             else:
                 self._started(run.move(operation))
             if on_operation is not None:
                 on_operation(operation)
         if self.num_layers not in self._streamed:
             self._finish(run, on_logits)
+
+    def _busy(self, name: str) -> AbstractContextManager[None]:
+        return self._meter.span("device", name) if self._meter is not None else nullcontext()
 
     def _move_weights(self, operation: Operation) -> None:
         assert self._weights is not None
@@ -154,15 +209,25 @@ class SerialExecutor:
     def _finish(self, run: _Run, on_logits: LogitsHandler) -> None:
         self._use_weights(self.num_layers)
         wanted = run.wanted()
-        for start in range(0, len(wanted), self._head_slice):
-            slice_ = wanted[start : start + self._head_slice]
-            on_logits([want for want, _ in slice_], self._logits([token for _, token in slice_]))
+        while wanted:
+            slice_, rest = wanted[: self._head_slice], wanted[self._head_slice :]
+            logits = self._logits([token for _, token in slice_])
+            if logits is not None:
+                on_logits([want for want, _ in slice_], logits)
+                wanted = rest
 
-    def _logits(self, tokens: list[Tensor]) -> Tensor:
+    def _logits(self, tokens: list[Tensor]) -> Tensor | None:
+        """Logits of a slice; None if memory does not suffice: slices are halved from here on."""
         hidden = torch.stack(tokens)
         padded = hidden.new_zeros(self._head_slice, *hidden.shape[1:])
         padded[: len(tokens)] = hidden
-        return self._rows.finish(padded)[: len(tokens)].float()
+        try:
+            with self._busy("head"):
+                return self._rows.finish(padded)[: len(tokens)].float()
+        except torch.OutOfMemoryError as error:
+            message = str(error)
+        self._head_slice = self._halved("The output head on", self._head_slice, message)
+        return None
 
 
 class OverlappedExecutor(SerialExecutor):

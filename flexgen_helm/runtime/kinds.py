@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+import torch
 
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
 from flexgen_helm.runtime.checks import Verdict
 from flexgen_helm.runtime.executor import Rows
@@ -21,7 +25,7 @@ from flexgen_helm.runtime.single_check import check_single
 from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.single import SingleScheduler, StateSize
 from flexgen_helm.schedule.work import Scheduler
-from flexgen_helm.types import Policy
+from flexgen_helm.types import TIERS, Policy, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -87,24 +91,44 @@ def log_choice(loaded: LoadedModel, checked: CheckedModel) -> None:
         logger.info("%s: answers may move in the last digits with what shares a sweep on this machine", name)
 
 
+@dataclass(frozen=True)
+class CachePlaces:
+    """Where K and V, or whatever else sequences keep between sweeps, may lie."""
+
+    capacities: Mapping[Tier, int]
+    """Bytes on each tier."""
+    device: torch.device
+    separate: bool
+    """Whether the device has a memory of its own."""
+    kv_dtype: torch.dtype
+    """In which K and V are kept."""
+    folder: Path
+    meter: Meter
+
+
 def make_rows(
-    checked: CheckedModel, policy: Policy, *, capacity_bytes: int, block_tokens: int, keep_all: bool
+    checked: CheckedModel, policy: Policy, places: CachePlaces, *, block_tokens: int, keep_all: bool
 ) -> tuple[Rows, Scheduler]:
     """What computes a model's rows and what plans them.
 
     Args:
         checked: The model.
-        policy: Its sizes.
-        capacity_bytes: Memory for K and V, or for whatever else sequences keep.
+        policy: Its sizes and shares.
+        places: For what sequences keep.
         block_tokens: Prompt tokens in a sweep.
         keep_all: Whether operations come in another order than the column order.
+
+    Raises:
+        PolicyError: If the policy asks for something that rows of this kind cannot do.
+        DiskFull: If there is no space for the cache's share on disk.
     """
     verdict = checked.verdict
     if checked.kind == "single":
         size = StateSize(verdict.cache_bytes_per_sequence, verdict.cache_bytes_per_token)
-        single = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity_bytes, size=size)
+        capacity = sum(places.capacities.values())
+        single = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity, size=size)
         return SingleRows(checked.model), single
     page_bytes = PAGE_TOKENS * verdict.cache_bytes_per_token
-    pool = PagePool(capacity_bytes // page_bytes, page_bytes=page_bytes)
+    pool = PagePool(sum(places.capacities.values()) // page_bytes, page_bytes=page_bytes)
     packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all)
     return PackedRows(checked.model, PagedCache(pool.capacity)), packed

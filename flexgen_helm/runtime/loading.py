@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
-from flexgen_helm.runtime.checkpoint import read_tensors
+from flexgen_helm.runtime.assembly import LayerKeeper, empty_model
 from flexgen_helm.runtime.context import context_of
+from flexgen_helm.runtime.digest import model_digest
+from flexgen_helm.runtime.dummy import make_first_layers, make_model
 from flexgen_helm.runtime.folder import folder_with_weights, folder_without_weights
+from flexgen_helm.runtime.named_configs import NAMES, named_config
 from flexgen_helm.runtime.refusals import read_config, read_json, refuse_config, refuse_files, refuse_weights
 from flexgen_helm.runtime.weights import read_first_layers, read_model
 
@@ -27,8 +31,8 @@ class LoadedModel:
     """A model as the library made it, and what the engine must know about it."""
 
     name: str
-    folder: Path
-    """Where its files are on this machine."""
+    digest: str
+    """Of weights, config and tokenizer."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     max_length: int
@@ -44,33 +48,49 @@ class ModelSource:
     """A model of which the small files were read, and nothing else."""
 
     name: str
-    folder: Path
+    folder: Path | None
+    """Where its files are on this machine; None: its weights are made up."""
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase | None
     dtype: torch.dtype
     device: torch.device
 
-    def num_bytes(self) -> int:
-        """Bytes of its weights on disk."""
-        return sum(tensor.num_bytes for tensor in read_tensors(self.folder).values())
+    def digest(self) -> str:
+        """Return what tells its weights, config and tokenizer from others."""
+        if self.folder is not None:
+            return model_digest(self.folder)
+        return f"dummy-{hashlib.sha256(self.config.to_json_string().encode()).hexdigest()[:16]}"
+
+    def empty(self) -> PreTrainedModel:
+        """Make the model without weights, on the meta device."""
+        return empty_model(self.folder or "", self.config, self.dtype)
 
     def first_layers(self) -> LoadedModel:
-        """Load in float32 as many of its first layers as hold one of every kind.
+        """Load as many of its first layers as hold one of every kind.
 
         Raises:
             UnsupportedModel: If it has no list of layers.
             CorruptFile: If files are missing, torn, or of different models.
         """
-        return self._loaded(read_first_layers(self.name, self.folder, self.config, device=self.device))
+        if self.folder is None:
+            return self._loaded(make_first_layers(self.config, dtype=self.dtype, device=self.device))
+        return self._loaded(read_first_layers(self.name, self.folder, self.config, dtype=self.dtype, device=self.device))
 
-    def load(self) -> LoadedModel:
+    def load(self, keeper: LayerKeeper | None = None) -> LoadedModel:
         """Load all of it.
+
+        Args:
+            keeper: Takes its layers one by one; None: they stay on the device.
 
         Raises:
             CorruptFile: If files are missing, torn, or of different models.
             FlexGenError: If there is no room for it.
         """
-        loaded = self._loaded(read_model(self.name, self.folder, self.config, dtype=self.dtype, device=self.device))
+        if self.folder is None:
+            model = make_model(self.config, dtype=self.dtype, device=self.device, keeper=keeper)
+        else:
+            model = read_model(self.name, self.folder, self.config, dtype=self.dtype, device=self.device, keeper=keeper)
+        loaded = self._loaded(model)
         logger.info("%s: jobs of up to %s tokens (%s)", self.name, loaded.max_length, loaded.length_reason)
         return loaded
 
@@ -78,7 +98,31 @@ class ModelSource:
         max_length, reason = context_of(model, self.config)
         vocab_size = self.config.get_text_config(decoder=True).vocab_size
         end_ids = _end_token_ids(model)
-        return LoadedModel(self.name, self.folder, model, self.tokenizer, max_length, reason, vocab_size, end_ids)
+        return LoadedModel(self.name, self.digest(), model, self.tokenizer, max_length, reason, vocab_size, end_ids)
+
+
+def open_dummy(name_or_path: str, *, dtype: str, device: torch.device) -> ModelSource:
+    """Read or look up a config; its weights will be made up, and jobs must give token ids.
+
+    Args:
+        name_or_path: A folder with a config.json, or one of `flexgen_helm.runtime.named_configs.NAMES`.
+        dtype: As in `open_model`.
+        device: Where the matrices are multiplied.
+
+    Raises:
+        UnsupportedModel: If the model is of a kind that cannot be run.
+        FlexGenError: If there is no such config.
+    """
+    folder = Path(name_or_path)
+    config = named_config(name_or_path)
+    if config is None and not (folder / "config.json").is_file():
+        raise FlexGenError(
+            f"There is no config {name_or_path!r} for dummy weights. Give a folder with a config.json, or one of "
+            f"{', '.join(NAMES)}."
+        )
+    config = config if config is not None else read_config(name_or_path, folder)
+    refuse_config(name_or_path, config)
+    return ModelSource(name_or_path, None, config, None, _dtype(dtype, config, device), device)
 
 
 def open_model(name_or_path: str, *, dtype: str, device: torch.device, revision: str | None = None) -> ModelSource:
@@ -106,13 +150,22 @@ def open_model(name_or_path: str, *, dtype: str, device: torch.device, revision:
     return ModelSource(name, folder, config, tokenizer, _dtype(dtype, config, device), device)
 
 
+def named_dtype(option: str, name: str) -> torch.dtype:
+    """Return the number format that a user named.
+
+    Raises:
+        FlexGenError: If there is no such format.
+    """
+    if name not in DTYPES:
+        raise FlexGenError(f"{option} is {name!r}. Give one of {', '.join(map(repr, DTYPES))}, or leave it out.")
+    return DTYPES[name]
+
+
 def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     if name == "auto":
         own = getattr(config, "dtype", None)
         return own if device.type != "cpu" and isinstance(own, torch.dtype) else torch.float32
-    if name not in DTYPES:
-        raise FlexGenError(f"dtype is {name!r}. Give 'auto' or one of {', '.join(map(repr, DTYPES))}.")
-    return DTYPES[name]
+    return named_dtype("dtype", name)
 
 
 def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:

@@ -84,6 +84,11 @@ class PackedRows:
         """Layers that every row goes through."""
         return len(self.model.layers)
 
+    @property
+    def can_be_halved(self) -> bool:
+        """K and V of a row are stored again at the same places."""
+        return True
+
     def reserve(self, sweep: Sweep) -> None:
         """Make room for the pages of a sweep."""
         self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages)

@@ -49,6 +49,11 @@ class SingleRows:
         """Layers that every row goes through."""
         return len(self.model.layers)
 
+    @property
+    def can_be_halved(self) -> bool:
+        """Caches have grown already."""
+        return False
+
     def reserve(self, sweep: Sweep) -> None:
         """Nothing: caches grow as they are filled."""
 

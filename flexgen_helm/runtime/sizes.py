@@ -9,11 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from flexgen_helm.errors import FlexGenError, PolicyError
-from flexgen_helm.memory.machine import free_bytes
 from flexgen_helm.types import TIERS, Policy, Shares
 
 HIDDEN_SHARE = 0.1
-"""Share of the free memory that a block's hidden states may take."""
+"""Share of the memory left that a block's hidden states may take."""
 HIDDEN_COPIES = 4
 """A token's hidden state, its rotary table and its K and V in one layer, in units of the hidden state."""
 MOST_BLOCK_TOKENS = 16_384
@@ -57,10 +56,10 @@ def _rounded(policy: Policy) -> Policy:
     return dataclasses.replace(policy, **sizes)
 
 
-def default_block_tokens(policy: Policy, model: PreTrainedModel) -> int:
-    """Prompt tokens of a block whose hidden states fit well into memory."""
+def default_block_tokens(policy: Policy, model: PreTrainedModel, num_bytes: int) -> int:
+    """Prompt tokens of a block whose hidden states fit well into so much memory."""
     width: int = model.config.get_text_config(decoder=True).hidden_size * model.dtype.itemsize * HIDDEN_COPIES
-    fitting = int(HIDDEN_SHARE * free_bytes(model.device)) // width
+    fitting = int(HIDDEN_SHARE * num_bytes) // width
     return max(policy.num_gpu_batches * policy.gpu_batch_tokens, min(MOST_BLOCK_TOKENS, fitting))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flexgen_helm.errors import FlexGenError, OutOfSpace
+from flexgen_helm.memory.meter import Meter
 from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
 from flexgen_helm.schedule.operations import Operation
@@ -45,8 +46,8 @@ class _Cancelled(Exception):
 class Worker:
     """Owns scheduler and executor. All computation happens in its thread."""
 
-    def __init__(self, scheduler: Scheduler, executor: SerialExecutor, intake: Intake) -> None:
-        self._scheduler, self._executor, self._intake = scheduler, executor, intake
+    def __init__(self, scheduler: Scheduler, executor: SerialExecutor, intake: Intake, meter: Meter) -> None:
+        self._scheduler, self._executor, self._intake, self._meter = scheduler, executor, intake, meter
         self._arrived: list[Ticket] = []
         self._signal = threading.Condition()
         self._closing = self._cancelling = False
@@ -89,6 +90,7 @@ class Worker:
             self._closing = self._cancelling = True
             self._signal.notify_all()
         self._thread.join()
+        self._executor.close()
 
     def _loop(self) -> None:
         while True:
@@ -109,10 +111,13 @@ class Worker:
 
     def _step(self) -> None:
         self._take_in()
-        sweep = self._scheduler.next_sweep()
+        with self._meter.span("scheduler", "plan"):
+            sweep = self._scheduler.next_sweep()
         self._rows_in_sweep, self._operations, self._left = len(sweep.rows), 0, self._scheduler.tokens_left()
         if sweep.rows:
+            before = self._generated
             self._executor.run(sweep, self._on_logits, self._on_operation)
+            self._meter.end_sweep(sweep.num_prompt_tokens, sweep.num_decode_tokens, self._generated - before)
             self._count(sweep)
         finished = self._scheduler.end_sweep()
         if not sweep.rows and not finished and self._scheduler.has_work():
@@ -181,7 +186,7 @@ class Worker:
 
     def _publish(self) -> None:
         total = self._rows_in_sweep * self._executor.num_layers
-        share = self._operations / total if total else 0.0
+        share = min(1.0, self._operations / total) if total else 0.0
         self.snapshot = Snapshot(self._sweeps, self._prompt_tokens, self._generated, *self._left, share)
         if self.watch is not None:
             self.watch(self.snapshot)

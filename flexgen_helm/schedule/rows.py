@@ -106,17 +106,30 @@ class Sweep:
         """Tokens of prefill rows that are not padding."""
         return sum(row.num_tokens for row in self.rows if row.kind == "prefill")
 
+    @property
+    def num_decode_tokens(self) -> int:
+        """Sequences that take a step."""
+        return sum(row.num_tokens for row in self.rows if row.kind == "decode")
+
 
 def pack_prefill(segments: Iterable[Segment], policy: Policy) -> list[Row]:
     """Cut segments, in order, into prefill rows of ``policy.gpu_batch_tokens`` tokens."""
-    size = policy.gpu_batch_tokens
+    return _pack("prefill", segments, policy.gpu_batch_tokens)
+
+
+def halved(row: Row) -> list[Row]:
+    """Cut a row into rows of half its size; the second half may be all padding, and is left out."""
+    return _pack(row.kind, row.segments, row.size // 2)
+
+
+def _pack(kind: Literal["prefill", "decode"], segments: Iterable[Segment], size: int) -> list[Row]:
     rows: list[Row] = []
     free = 0
     for segment in segments:
         done = 0
         while done < len(segment.tokens):
             if free == 0:
-                rows.append(Row("prefill", size))
+                rows.append(Row(kind, size))
                 free = size
             count = min(free, len(segment.tokens) - done)
             rows[-1].segments.append(_piece(segment, done, count))
@@ -134,5 +147,4 @@ def _piece(segment: Segment, offset: int, count: int) -> Segment:
 
 def pack_decode(segments: list[Segment], policy: Policy) -> list[Row]:
     """Cut one-token segments, in order, into decode rows of ``policy.gpu_batch_size`` sequences."""
-    size = policy.gpu_batch_size
-    return [Row("decode", size, segments[i : i + size]) for i in range(0, len(segments), size)]
+    return _pack("decode", segments, policy.gpu_batch_size)

@@ -23,8 +23,8 @@ NARROW = Policy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=32, block
 class Workbench:
     """Makes each model folder, reference and engine once, and keeps it."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, num_layers: int | None = None) -> None:
+        self._root, self._num_layers = root, num_layers
         self._folders: dict[str, Path] = {}
         self._references: dict[tuple[str, str], Reference] = {}
         self._engines: dict[tuple[str, str, Policy, str, str], Engine] = {}
@@ -32,7 +32,7 @@ class Workbench:
     def folder(self, family: str) -> Path:
         """Returns the folder of a tiny model."""
         if family not in self._folders:
-            self._folders[family] = save_tiny(family, self._root)
+            self._folders[family] = save_tiny(family, self._root, num_layers=self._num_layers)
         return self._folders[family]
 
     def reference(self, family: str, *, dtype: str = "float32") -> Reference:

@@ -1,0 +1,52 @@
+"""How much of each tier may be used: what the user allows, else what is free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from flexgen_helm.errors import PolicyError
+from flexgen_helm.types import TIERS, Tier
+
+UNITS = {
+    "": 1,
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
+}
+"""Factors of the suffixes that accelerate knows: GiB is 2**30 bytes, GB is 10**9."""
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Z]*)\s*")
+
+MaxMemory = Mapping[str, int | str]
+"""Most bytes of each tier, such as ``{"device": "15GiB", "host": "100GiB"}``; what is not named is what is free."""
+
+
+def parse_size(size: int | str) -> int:
+    """Return a number of bytes, from a number or a text such as "15GiB" or "500 MB".
+
+    Raises:
+        PolicyError: If it is neither.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    found = SIZE.fullmatch(str(size).upper())
+    if found is None or found[2] not in UNITS:
+        raise PolicyError(f"{size!r} is no amount of memory. Give bytes as a number, or a text such as '15GiB' or '500MB'.")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def parse_max_memory(given: MaxMemory | None) -> dict[Tier, int]:
+    """Return the bytes that may be used of each tier that is named.
+
+    Raises:
+        PolicyError: If a tier does not exist or an amount cannot be understood.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or set(given) - set(TIERS):
+        raise PolicyError(f"max_memory is {given!r}. Give amounts for some of {', '.join(TIERS)}, such as {{'device': '15GiB'}}.")
+    return {tier: parse_size(given[tier]) for tier in TIERS if tier in given}
+
+
+def gib(num_bytes: float) -> str:
+    """A number of bytes for messages."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,152 @@
+"""From a model source to the parts of an engine: plan, check, load, place."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers import __version__ as library_version
+
+from flexgen_helm.cache import cache_folder
+from flexgen_helm.errors import PolicyError, UnsupportedModel
+from flexgen_helm.memory.limits import gib
+from flexgen_helm.memory.machine import free_bytes
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.weights import WeightStore
+from flexgen_helm.runtime.kinds import ALTERNATIVE, CheckedModel, KindChoice, check_model, log_choice
+from flexgen_helm.runtime.layers import layer_kinds, layers_of
+from flexgen_helm.runtime.loading import LoadedModel, ModelSource
+from flexgen_helm.runtime.offload import Offloader
+from flexgen_helm.runtime.plan import Space, WeightPlan, plan_weights
+from flexgen_helm.runtime.recorder import RecordedModel
+from flexgen_helm.runtime.sizes import small_policy
+from flexgen_helm.types import Policy, Tier
+
+logger = logging.getLogger(__name__)
+
+LARGE_BYTES = 2 * 2**30
+"""Larger models are checked on their first layers before the rest is read: a refusal takes seconds."""
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Placing:
+    """What a user says of memory."""
+
+    limits: Mapping[Tier, int]
+    """Most bytes of the tiers that are named."""
+    folder: Path | None = None
+    """For what is on disk; None: under the cache folder."""
+    copy_host: bool = False
+    """Whether the device counts as a memory of its own even where it is the CPU: for tests of what a GPU needs."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of."""
+
+    loaded: LoadedModel
+    checked: CheckedModel
+    policy: Policy
+    """With the realised shares of weights."""
+    plan: WeightPlan
+    space: Space
+    weights: WeightStore | None
+    """What brings weights to the device; None: all of them stay there."""
+    folder: Path
+    """For what is on disk; it may not exist."""
+    meter: Meter
+
+
+def build(source: ModelSource, policy: Policy, rows: KindChoice, placing: Placing) -> Parts:
+    """Plan, check, load and place a model.
+
+    Raises:
+        UnsupportedModel: If the model would be computed wrongly, or its layers cannot be placed as the policy says.
+        PolicyError: If the plan needs more memory than may be used.
+        CorruptFile: If files are missing or torn.
+        DiskFull: If there is no space for what the plan puts on disk.
+    """
+    whole = _empty(source)
+    folder = placing.folder or cache_folder() / "offload" / f"{source.digest()}-{str(source.dtype).removeprefix('torch.')}"
+    space = measure_space(source.device, placing, folder)
+    plan = plan_weights(whole, policy, space)
+    meter = Meter(source.device)
+    if not plan.streamed:
+        loaded = _load_resident(source, plan, rows)
+        checked, weights = check_model(loaded, policy, rows), None
+    else:
+        logger.info("%s does not stay on the device as a whole: weights %s", source.name, plan.describe())
+        checked, loaded, weights = _load_offloaded(source, whole, plan, policy, rows, folder, meter)
+    log_choice(loaded, checked)
+    placed = Policy(**{**vars(policy), "weights": plan.shares})
+    return Parts(loaded, checked, placed, plan, space, weights, folder, meter)
+
+
+def measure_space(device: torch.device, placing: Placing, folder: Path) -> Space:
+    """Return what may be used of each tier: what is free, and no more than the user allows."""
+    separate = device.type == "cuda" or placing.copy_host
+    limits, free = placing.limits, free_space(device, folder)
+    available = {tier: min(count, limits.get(tier, count)) for tier, count in free.items()}
+    if not separate and {"device", "host"} & limits.keys():
+        ram = limits.get("device", 0) + limits.get("host", 0)
+        available["device"] = available["host"] = min(free["host"], ram)
+    return Space(available, separate)
+
+
+def free_space(device: torch.device, folder: Path) -> dict[Tier, int]:
+    """Bytes of each tier that are free now."""
+    return {"device": free_bytes(device), "host": free_bytes(CPU), "disk": _free_disk(folder)}
+
+
+def _empty(source: ModelSource) -> PreTrainedModel:
+    whole = source.empty()
+    try:
+        layers_of(whole)
+    except UnsupportedModel as error:
+        name = f"{source.name} ({whole.config.model_type})"
+        raise UnsupportedModel(f"{name} cannot be run layer by layer: {error}. {ALTERNATIVE}") from error
+    return whole
+
+
+def _load_resident(source: ModelSource, plan: WeightPlan, rows: KindChoice) -> LoadedModel:
+    size = sum(plan.sizes.values())
+    if size > LARGE_BYTES:
+        check_model(source.first_layers(), small_policy(source.device), rows)
+        logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
+    return source.load()
+
+
+def _load_offloaded(
+    source: ModelSource,
+    whole: PreTrainedModel,
+    plan: WeightPlan,
+    policy: Policy,
+    rows: KindChoice,
+    folder: Path,
+    meter: Meter,
+) -> tuple[CheckedModel, LoadedModel, WeightStore]:
+    """Check the first layers, then load the model layer by layer to where the plan puts them."""
+    first = check_model(source.first_layers(), policy, rows)
+    verdict = first.verdict
+    identity = {"weights": source.digest(), "dtype": str(source.dtype), "transformers": library_version}
+    offloader = Offloader(plan, device=source.device, folder=folder, identity=identity)
+    loaded = source.load(offloader)
+    model = RecordedModel(loaded.model)
+    weights = offloader.store(loaded.model, model.layers, meter)
+    assert weights is not None
+    return CheckedModel(first.kind, model, verdict, first.not_packed), loaded, weights
+
+
+def _free_disk(folder: Path) -> int:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        found = os.statvfs(existing)
+    except OSError as error:
+        raise PolicyError(f"offload_folder {folder} cannot be used ({error}). Give another folder.") from error
+    return found.f_bavail * found.f_frsize

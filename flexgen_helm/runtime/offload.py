@@ -1,0 +1,96 @@
+"""Puts the parts of a model where a plan says, while it is loaded, and makes what brings them to the device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexgen_helm.memory.buffers import allocate
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.slab import Binding, pack
+from flexgen_helm.memory.slab_folder import SlabFolder
+from flexgen_helm.memory.weights import Unit, WeightStore
+from flexgen_helm.runtime.plan import WeightPlan
+
+logger = logging.getLogger(__name__)
+
+
+class Offloader:
+    """Keeps the layers of a model that is being loaded (a `flexgen_helm.runtime.assembly.LayerKeeper`)."""
+
+    def __init__(self, plan: WeightPlan, *, device: torch.device, folder: Path, identity: Mapping[str, str]) -> None:
+        """Open the folder of slabs, and check its space, if the plan puts anything on disk.
+
+        Args:
+            plan: Where each part goes.
+            device: Where the matrices are multiplied.
+            folder: For slabs on disk.
+            identity: Of the weights; slabs of others are never used.
+
+        Raises:
+            CorruptFile: If the folder holds slabs of other weights.
+            DiskFull: If there is no space for those that are missing.
+        """
+        self._plan, self._device = plan, device
+        self._slabs: SlabFolder | None = None
+        self._written: frozenset[int] = frozenset()
+        if plan.on_disk:
+            self._slabs = SlabFolder(folder, identity, {j: plan.layouts[j] for j in plan.on_disk})
+            missing = self._slabs.missing()
+            self._slabs.check_space(missing)
+            self._written = frozenset(plan.on_disk) - set(missing)
+            if missing:
+                logger.info("writing %s of %s slabs into %s", len(missing), len(plan.on_disk), folder)
+        self._host: dict[int, Tensor] = {}
+
+    def has(self, j: int) -> bool:
+        """Whether layer j lies in a slab on disk already."""
+        return j in self._written
+
+    def keep(self, j: int, layer: nn.Module) -> None:
+        """Take a layer's weights to its tier."""
+        layout, tier = self._plan.layouts[j], self._plan.tiers[j]
+        binding = Binding(layer, layout)
+        if j not in self._plan.streamed and self._device.type == "cpu":
+            return  # where they are is where they are used
+        memory = allocate(layout.num_bytes, pin=self._device.type == "cuda" and tier == "host")
+        pack(layer, layout, memory)
+        if tier == "device":
+            binding.bind(memory.to(self._device))
+            return
+        binding.to_meta()
+        if tier == "host":
+            self._host[j] = memory
+        else:
+            assert self._slabs is not None
+            self._slabs.write(j, memory)
+
+    def store(self, model: PreTrainedModel, layers: list[nn.Module], meter: Meter) -> WeightStore | None:
+        """Make what brings streamed parts to the device, once the model is loaded; None if everything stays there."""
+        plan, head = self._plan, len(layers)
+        if not plan.streamed:
+            return None
+        modules = dict(enumerate(layers))
+        output = model.get_output_embeddings()
+        if head in plan.streamed:
+            modules[head] = output
+            if not self.has(head):
+                self.keep(head, output)
+            else:
+                Binding(output, plan.layouts[head]).to_meta()
+        units = {j: Unit(Binding(modules[j], plan.layouts[j]), self._host.get(j)) for j in plan.streamed}
+        return WeightStore(
+            units, device=self._device, num_slots=plan.num_slots, source=self._slabs, copies=plan.separate, meter=meter
+        )
+
+    def close(self) -> None:
+        """Close the folder of slabs."""
+        if self._slabs is not None:
+            with contextlib.suppress(OSError):
+                self._slabs.close()

@@ -1,0 +1,212 @@
+"""Where weights go, decided from sizes before anything is allocated (FlexGen section 4.3: shares; here of whole layers)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from flexgen_helm.errors import PolicyError, UnsupportedModel
+from flexgen_helm.memory.limits import gib
+from flexgen_helm.memory.slab import SlabLayout, layout_of
+from flexgen_helm.memory.tiers import interleave
+from flexgen_helm.runtime.layers import layers_of, shared_layers
+from flexgen_helm.types import TIERS, Policy, Shares, Tier
+
+FITS_SHARE = 0.8
+"""A model fits on the device if it takes at most this share of it; the rest is for K, V, hidden states and logits."""
+FILL_SHARE = 0.6
+"""Share of a tier that weights fill where a model fits on none."""
+CACHE_SHARE = 0.6
+"""Share of what weights leave of a tier that K and V may take; the rest is for hidden states, logits and the caller."""
+EMBEDDINGS = -1
+"""Number of the embedding tables among the parts of a model; its layers have 0 to L - 1 and the output head L."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes that may be used of each tier."""
+
+    available: Mapping[Tier, int]
+    separate: bool
+    """Whether the device has a memory of its own; else device and host are the same RAM, and `available` says it for both."""
+
+    def of(self, tier: Tier) -> int:
+        """Bytes of a tier."""
+        return self.available[tier]
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Where each part of a model rests."""
+
+    layouts: Mapping[int, SlabLayout]
+    """Of the layers, and of the output head where it has weights of its own."""
+    tiers: Mapping[int, Tier]
+    """Of every part."""
+    sizes: Mapping[int, int]
+    """Bytes of every part."""
+    separate: bool
+    prefetch: int
+
+    @property
+    def streamed(self) -> list[int]:
+        """Layers, and the output head, that are loaded whenever their turn comes."""
+        resting = TIERS[1:] if self.separate else TIERS[2:]
+        return [j for j in self.layouts if self.tiers[j] in resting]
+
+    @property
+    def on_disk(self) -> list[int]:
+        """Parts that rest in slab files."""
+        return [j for j in self.layouts if self.tiers[j] == "disk"]
+
+    @property
+    def num_slots(self) -> int:
+        """Streamed parts on the device at a time."""
+        return min(self.prefetch + 1, len(self.streamed))
+
+    @property
+    def weight_bytes(self) -> dict[Tier, int]:
+        """Bytes of weights that rest on each tier."""
+        return {tier: sum(self.sizes[j] for j in self.sizes if self.tiers[j] == tier) for tier in TIERS}
+
+    @property
+    def shares(self) -> Shares:
+        """The realised shares."""
+        total, found = max(1, sum(self.sizes.values())), self.weight_bytes
+        return found["device"] / total, found["host"] / total, found["disk"] / total
+
+    @property
+    def needed_bytes(self) -> dict[Tier, int]:
+        """Bytes of each tier that weights take, slots and read-ahead buffers included."""
+        needed = self.weight_bytes
+        largest = max((self.layouts[j].num_bytes for j in self.streamed), default=0)
+        buffers = min(self.num_slots, len(self.on_disk)) * max((self.layouts[j].num_bytes for j in self.on_disk), default=0)
+        needed["device"] += self.num_slots * largest if self.separate else 0
+        needed["host"] += buffers
+        return needed
+
+    def describe(self) -> str:
+        """Say in a few words where the weights are."""
+        return ", ".join(
+            f"{gib(size)} ({share:.0%}) on the {tier}"
+            for (tier, size), share in zip(self.weight_bytes.items(), self.shares, strict=True)
+            if size
+        )
+
+
+def plan_weights(model: PreTrainedModel, policy: Policy, space: Space) -> WeightPlan:
+    """Place the parts of a model.
+
+    Args:
+        model: On the meta device.
+        policy: Its shares of weights; None: everything on the device if it fits, else device, host and disk are filled in
+            this order.
+        space: What may be used.
+
+    Raises:
+        PolicyError: If the weights do not fit where the policy puts them.
+        UnsupportedModel: If layers share weights, so that they cannot be placed one by one.
+    """
+    layouts, sizes = _parts(model)
+    whole = WeightPlan(layouts, dict.fromkeys(sizes, "device"), sizes, space.separate, policy.prefetch)
+    if policy.weights == (1.0, 0.0, 0.0) or (policy.weights is None and _fits(whole, space)):
+        plan = whole
+    else:
+        shares = policy.weights if policy.weights is not None else _filling_shares(whole, space)
+        plan = dataclasses.replace(whole, tiers=_placed(whole, shares))
+    shared = shared_layers(model) if plan.streamed else []
+    if shared:
+        raise UnsupportedModel(
+            f"{model.name_or_path}: weights of its layers {', '.join(map(str, shared[:5]))} are also those of other layers, so "
+            "that layers cannot be placed one by one. Run it where the whole model fits on the device."
+        )
+    _check(plan, space, policy)
+    return plan
+
+
+def left_bytes(plan: WeightPlan, space: Space, free: Mapping[Tier, int]) -> dict[Tier, int]:
+    """What may be used of each tier beside the weights, which are loaded.
+
+    Args:
+        plan: Of the weights.
+        space: What may be used of each tier.
+        free: What is free of each tier now.
+    """
+    needed = dict(plan.needed_bytes)
+    if not space.separate:
+        needed["device"] = needed["host"] = needed["device"] + needed["host"]
+    return {tier: max(0, min(free[tier], space.available[tier] - needed[tier])) for tier in TIERS}
+
+
+def cache_capacities(shares: Shares, left: Mapping[Tier, int], *, separate: bool) -> dict[Tier, int]:
+    """Bytes of the cache on each tier: as many as fit, in the shares of a policy.
+
+    Args:
+        shares: Of the cache.
+        left: What may be used of each tier; without a device memory of its own, device and host are the same.
+        separate: Whether the device has a memory of its own.
+    """
+    of = dict(zip(TIERS, shares, strict=True))
+    wanted = of if separate else {"host": of["device"] + of["host"], "disk": of["disk"]}
+    total = min(CACHE_SHARE * left[tier] / share for tier, share in wanted.items() if share)  # type: ignore[index]
+    return {tier: int(total * of[tier]) for tier in TIERS}
+
+
+def _parts(model: PreTrainedModel) -> tuple[dict[int, SlabLayout], dict[int, int]]:
+    """Layouts of layers and head, and bytes of all parts; what is small and outside of them counts as embeddings."""
+    layers = layers_of(model)
+    layouts = {j: layout_of(layer) for j, layer in enumerate(layers)}
+    head = model.get_output_embeddings()
+    tied = set(model.all_tied_weights_keys)
+    if head is not None and not any(model.get_parameter_or_buffer(key) is head.weight for key in tied):
+        layouts[len(layers)] = layout_of(head)
+    sizes = {j: layout.num_bytes for j, layout in layouts.items()}
+    total = sum(tensor.nbytes for key, tensor in model.state_dict().items() if key not in tied)
+    sizes[EMBEDDINGS] = max(0, total - sum(sizes.values()))
+    return layouts, sizes
+
+
+def _fits(whole: WeightPlan, space: Space) -> bool:
+    return sum(whole.sizes.values()) <= FITS_SHARE * space.of("device")
+
+
+def _filling_shares(whole: WeightPlan, space: Space) -> Shares:
+    """As much as is sensible on the device, then on the host, and the rest on disk."""
+    total = sum(whole.sizes.values())
+    slots = (whole.prefetch + 1) * max(layout.num_bytes for layout in whole.layouts.values())
+    if not space.separate:
+        device, host = 0.0, min(1.0, max(0.0, FILL_SHARE * space.of("host") - slots) / total)
+    else:
+        device = min(1.0, max(0.0, FILL_SHARE * space.of("device") - slots) / total)
+        host = min(1.0 - device, max(0.0, FILL_SHARE * space.of("host")) / total)
+        if device + host < 1:
+            host = max(0.0, FILL_SHARE * space.of("host") - slots) / total
+    return device, host, max(0.0, 1 - device - host)
+
+
+def _placed(whole: WeightPlan, shares: Shares) -> dict[int, Tier]:
+    """Tiers of all parts in the order in which they are used. Tables of which rows are taken are never on disk."""
+    order = sorted(whole.sizes)
+    tiers = dict(zip(order, interleave([whole.sizes[j] for j in order], shares), strict=True))
+    if not whole.separate:
+        tiers[EMBEDDINGS] = "device" if shares[0] > 0 else "host"
+    elif tiers[EMBEDDINGS] == "disk":
+        tiers[EMBEDDINGS] = "host"
+    return tiers
+
+
+def _check(plan: WeightPlan, space: Space, policy: Policy) -> None:
+    needed = dict(plan.needed_bytes)
+    if not space.separate:
+        needed["host"] += needed.pop("device")
+    for tier, count in needed.items():
+        if count > space.of(tier):
+            raise PolicyError(
+                f"Weights on the {tier} need {gib(count)} with weights={policy.weights} and prefetch={policy.prefetch} (parts: "
+                f"{plan.describe()}), but {gib(space.of(tier))} may be used there. Lower its share, lower prefetch, or raise "
+                "max_memory."
+            )
