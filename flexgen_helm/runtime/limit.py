@@ -199,11 +199,11 @@ def link_rates(device: torch.device) -> tuple[float, float]:
 @functools.cache
 def cpu_attention_rate(dtype: torch.dtype) -> float:
     """Bytes of K and V per second that PyTorch's own attention reads on the CPU, for one query of each sequence."""
-    keys, values = torch.zeros(2, NUM_CACHES, NUM_KV_HEADS, NUM_KEYS, HEAD_DIM, dtype=dtype)
+    keys, values = torch.zeros(2, NUM_CACHES, NUM_KV_HEADS, NUM_KEYS, HEAD_DIM, dtype=dtype).unbind()
     queries = torch.zeros(NUM_CACHES, NUM_KV_HEADS, 1, HEAD_DIM, dtype=dtype)
     with torch.inference_mode():
         calls = _per_second(lambda: scaled_dot_product_attention(queries, keys, values), torch.device("cpu"))
-    return calls * (keys.nbytes + values.nbytes)
+    return calls * 2 * keys.numel() * keys.element_size()
 
 
 def _per_second(work: Callable[[], object], device: torch.device) -> float:
