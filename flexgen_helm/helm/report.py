@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from helm.benchmark.model_deployment_registry import ModelDeployment
@@ -52,13 +52,7 @@ class WorkloadReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report in plain types, for JSON."""
-        return asdict(self) | {"tokens_per_second": self.tokens_per_second, "stats": plain_stats(self.stats)}
-
-
-def plain_stats(stats: RunStats) -> dict[str, Any]:
-    """Return what was measured as a whole, for JSON; of the sweeps, how many of them each resource bound."""
-    bound_by = Counter(sweep.bound_by for sweep in stats.per_sweep if sweep.bound_by)
-    return asdict(replace(stats, per_sweep=[])) | {"per_sweep": {"bound_by": bound_by}}
+        return asdict(self) | {"tokens_per_second": self.tokens_per_second, "stats": self.stats.as_dict()}
 
 
 def run_report(deployment: ModelDeployment, workload: WorkloadReport, sources: Sequence[Source]) -> dict[str, Any]:
@@ -83,6 +77,6 @@ def run_report(deployment: ModelDeployment, workload: WorkloadReport, sources: S
             "resumed": workload.num_resumed,
             "tokens_per_second": workload.tokens_per_second,
             "share_of_limit": workload.share_of_limit,
-            "computed": plain_stats(workload.stats),
+            "computed": workload.stats.as_dict(),
         },
     }
