@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from flexgen_helm.errors import FlexGenError
 
@@ -64,6 +65,8 @@ class Job:
     """Whether to return the log-probability of each prompt token."""
     top_logprobs: int = 0
     """How many most likely candidates to return for each generated token."""
+    ignore_eos: bool = False
+    """Whether to go on behind an end token, as benchmarks do, which need answers of a known length."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,14 @@ class RunStats:
     """Seconds in which each of RESOURCES did at least one thing."""
     limit_seconds: float | None = None
     """The least time in which this machine could have done it, filled by ``Engine.share_of_limit``; None: not known."""
+    least_seconds: dict[str, float] = field(default_factory=dict)
+    """What each resource alone would have needed at least, filled with it; see ``flexgen_helm.runtime.limit``."""
     per_sweep: list[SweepStats] = field(default_factory=list, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything in plain types; of the sweeps, how many of them each resource bound."""
+        bound_by = Counter(sweep.bound_by for sweep in self.per_sweep if sweep.bound_by)
+        return asdict(replace(self, per_sweep=[])) | {"per_sweep": {"bound_by": dict(bound_by)}}
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class WorkloadReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report in plain types, for JSON."""
-        return asdict(self) | {"tokens_per_second": self.tokens_per_second}
+        return asdict(self) | {"tokens_per_second": self.tokens_per_second, "stats": self.stats.as_dict()}
 
 
 def run_report(deployment: ModelDeployment, workload: WorkloadReport, sources: Sequence[Source]) -> dict[str, Any]:
@@ -77,6 +77,6 @@ def run_report(deployment: ModelDeployment, workload: WorkloadReport, sources: S
             "resumed": workload.num_resumed,
             "tokens_per_second": workload.tokens_per_second,
             "share_of_limit": workload.share_of_limit,
-            "computed": asdict(workload.stats),
+            "computed": workload.stats.as_dict(),
         },
     }

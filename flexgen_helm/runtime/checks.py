@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,16 @@ Cuts = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
+class LayerCache:
+    """What one layer adds to the cache, in bytes."""
+
+    per_token: tuple[int, ...]
+    """For each token: in packed rows K and V of each attention call, in single rows all of it as one."""
+    per_sequence: int = 0
+    """For each sequence of any length beside it."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the self-check measured on this machine."""
 
@@ -36,10 +47,26 @@ class Verdict:
     """Against the library's own forward, over all log-probabilities."""
     bit_stable: bool
     """Whether sequences among others gave the bits of sequences alone (level B)."""
-    cache_bytes_per_token: int
-    """What a token adds to the cache, all layers together."""
-    cache_bytes_per_sequence: int = 0
-    """What a sequence of any length keeps beside it."""
+    layers: tuple[LayerCache, ...]
+    """Of the model that was checked, in its dtype."""
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What a token adds to the cache, all layers together."""
+        return sum(sum(layer.per_token) for layer in self.layers)
+
+    @property
+    def cache_bytes_per_sequence(self) -> int:
+        """What a sequence of any length keeps beside it."""
+        return sum(layer.per_sequence for layer in self.layers)
+
+    def of_all_layers(self, kinds: Sequence[int]) -> Verdict:
+        """The verdict on a model of which the first layers were checked.
+
+        Args:
+            kinds: For each layer of the whole model the first one of its kind; see `flexgen_helm.runtime.layers.layer_kinds`.
+        """
+        return dataclasses.replace(self, layers=tuple(self.layers[kind] for kind in kinds))
 
 
 @contextmanager

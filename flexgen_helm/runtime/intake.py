@@ -89,7 +89,8 @@ class Intake:
 
     def _generation(self, prepared: PreparedJob, index: int) -> Generation:
         job, ids = prepared.job, prepared.input_ids
-        builder = CompletionBuilder(self._vocabulary, ids, job=job, end_token_ids=self._end_token_ids)
+        end_ids = frozenset[int]() if job.ignore_eos else self._end_token_ids
+        builder = CompletionBuilder(self._vocabulary, ids, job=job, end_token_ids=end_ids)
         stream = None if prepared.is_greedy else UniformStream(ids, job.seed, index)
         return Generation(max_new_tokens=job.max_new_tokens, job=job, builder=builder, stream=stream)
 
@@ -124,7 +125,7 @@ def _completion_key(prepared: PreparedJob, index: int) -> Hashable:
     """Everything that decides one completion of a given input: greedy ones do not depend on seed, top_p or index."""
     job = prepared.job
     draw = None if prepared.is_greedy else (job.temperature, job.top_p, job.seed or 0, index)
-    return draw, job.max_new_tokens, frozenset(job.stop), job.top_logprobs
+    return draw, job.max_new_tokens, frozenset(job.stop), job.top_logprobs, job.ignore_eos
 
 
 def _prompt_logprobs(work: Work) -> list[float]:

@@ -108,14 +108,21 @@ def layer_sizes(
     return LayerSizes(num_bytes, active, head_weights, from_host, from_disk, copies, widest)
 
 
-def limit_seconds(stats: RunStats, sizes: LayerSizes, rates: Rates) -> float:
-    """The least time in which a run's sweeps could have been computed: of each its slowest resource, one after the other.
+def note_limit(stats: RunStats, sizes: LayerSizes, rates: Rates) -> None:
+    """Fill in the least time in which a run's sweeps could have been computed: of each its slowest resource, in turn.
 
     Weights count once in each sweep however often they were moved, other transfers as they were measured. A token
     takes two operations for each weight that it meets. Scores of attention, K and V that the device reads from its own
     memory, and padding are left out. An estimate: rates move with what else the machine does, and weights that stay in a
     processor's cache are read faster than memory.
     """
+    sweeps = [sweep_seconds(sweep, sizes, rates) for sweep in stats.per_sweep]
+    stats.limit_seconds = sum(max(sweep.values()) for sweep in sweeps)
+    stats.least_seconds = {name: sum(sweep[name] for sweep in sweeps) for name in (sweeps[0] if sweeps else ())}
+
+
+def limit_seconds(stats: RunStats, sizes: LayerSizes, rates: Rates) -> float:
+    """TEMPORARY until the engine calls note_limit."""
     tokens = stats.prompt_tokens_computed, stats.generated_tokens, stats.generated_tokens
     sweeps = stats.per_sweep or [SweepStats(0, stats.seconds, *tokens)]
     return sum(max(sweep_seconds(sweep, sizes, rates).values()) for sweep in sweeps)
@@ -199,11 +206,11 @@ def link_rates(device: torch.device) -> tuple[float, float]:
 @functools.cache
 def cpu_attention_rate(dtype: torch.dtype) -> float:
     """Bytes of K and V per second that PyTorch's own attention reads on the CPU, for one query of each sequence."""
-    keys, values = torch.zeros(2, NUM_CACHES, NUM_KV_HEADS, NUM_KEYS, HEAD_DIM, dtype=dtype)
+    keys, values = torch.zeros(2, NUM_CACHES, NUM_KV_HEADS, NUM_KEYS, HEAD_DIM, dtype=dtype).unbind()
     queries = torch.zeros(NUM_CACHES, NUM_KV_HEADS, 1, HEAD_DIM, dtype=dtype)
     with torch.inference_mode():
         calls = _per_second(lambda: scaled_dot_product_attention(queries, keys, values), torch.device("cpu"))
-    return calls * (keys.nbytes + values.nbytes)
+    return calls * 2 * keys.numel() * keys.element_size()
 
 
 def _per_second(work: Callable[[], object], device: torch.device) -> float:

@@ -11,7 +11,7 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.pages import PAGE_TOKENS, num_pages
 from flexgen_helm.runtime import checks
-from flexgen_helm.runtime.checks import TOLERANCE, Cuts, Tokens, Verdict
+from flexgen_helm.runtime.checks import TOLERANCE, Cuts, LayerCache, Tokens, Verdict
 from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.packed import PackedRows
 from flexgen_helm.runtime.recorder import RecordedModel
@@ -39,7 +39,10 @@ def check_packed(model: RecordedModel, policy: Policy, *, max_length: int) -> Ve
         if exact is not model:
             cache = PagedCache()
             _run(model, policy, _whole(checks.random_sequences(model, CUTS, max_length)[1]), cache=cache)
-        return Verdict(worst, _bit_stable(model, policy, max_length), sum(cache.bytes_per_token.values()))
+        stable = _bit_stable(model, policy, max_length)
+        sizes = sorted(cache.bytes_per_token.items())
+        calls = [tuple(size for key, size in sizes if key.layer == j) for j in range(len(model.layers))]
+        return Verdict(worst, stable, tuple(map(LayerCache, calls)))
 
 
 def _difference(model: RecordedModel, policy: Policy, max_length: int, cache: PagedCache) -> float:

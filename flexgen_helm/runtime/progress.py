@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Never
 
 from tqdm import tqdm
 
-from flexgen_helm.types import FinishReason, Result, RunStats
+from flexgen_helm.types import LINKS, FinishReason, Result, RunStats
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.worker import Snapshot
@@ -193,10 +193,19 @@ class Progress:
 
 
 def summary(stats: RunStats) -> str:
-    """Return one line on what a run did."""
+    """Return one line on what a run did; where something was moved, how fast, and what was held on each tier."""
     tokens = stats.prompt_tokens_computed + stats.generated_tokens
-    return (
-        f"{stats.num_jobs:,} requests in {stats.seconds:.1f} s: {stats.prompt_tokens_asked:,} prompt tokens asked, "
-        f"{stats.prompt_tokens_computed:,} computed, {stats.generated_tokens:,} generated, {stats.sweeps:,} sweeps, "
-        f"{tokens / max(stats.seconds, 1e-9):,.0f} tokens/s, peak memory {stats.peak_bytes / 2**30:.2f} GiB"
-    )
+    parts = [
+        f"{stats.num_jobs:,} requests in {stats.seconds:.1f} s: {stats.prompt_tokens_asked:,} prompt tokens asked",
+        f"{stats.prompt_tokens_computed:,} computed",
+        f"{stats.generated_tokens:,} generated",
+        f"{stats.sweeps:,} sweeps",
+        f"{tokens / max(stats.seconds, 1e-9):,.0f} tokens/s",
+        f"peak memory {stats.peak_bytes / 2**30:.2f} GiB",
+    ]
+    for link in (link for link in LINKS if stats.bytes_moved.get(link)):
+        moved, busy = stats.bytes_moved[link], stats.busy_seconds.get(link, 0.0)
+        parts.append(f"{link.replace('_', ' ')} {moved / 2**30:.2f} GiB at {moved / 1e9 / max(busy, 1e-9):.2f} GB/s")
+    if stats.bytes_moved:
+        parts += [f"at most {count / 2**30:.2f} GiB on {tier}" for tier, count in stats.tier_peak_bytes.items()]
+    return ", ".join(parts)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.runtime import checks
-from flexgen_helm.runtime.checks import TOLERANCE, Cuts, Tokens, Verdict
+from flexgen_helm.runtime.checks import TOLERANCE, Cuts, LayerCache, Tokens, Verdict
 from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.runtime.single import SingleRows, cache_bytes
@@ -34,15 +36,15 @@ def check_single(model: RecordedModel, policy: Policy, *, max_length: int) -> Ve
         with checks.first_layers(exact) as few:
             worst = max(worst, _difference(few, policy, LONG_CUTS, max_length))
         sequences = checks.random_sequences(model, CUTS, max_length)
-        together, states = _in_single_rows(model, policy, sequences, CUTS)
-        alone = [_in_single_rows(model, policy, [tokens], [cut])[0][0] for tokens, cut in zip(sequences, CUTS, strict=True)]
+        together = _in_single_rows(model, policy, sequences, CUTS)
+        alone = [_in_single_rows(model, policy, [tokens], [cut])[0] for tokens, cut in zip(sequences, CUTS, strict=True)]
         stable = all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
-        return Verdict(worst, stable, *_cache_size(sequences, states))
+        return Verdict(worst, stable, _layer_caches(model, sequences[0], sequences[-1]))
 
 
 def _difference(model: RecordedModel, policy: Policy, cuts: Cuts, max_length: int) -> float:
     sequences = checks.random_sequences(model, cuts, max_length)
-    got, _ = _in_single_rows(model, policy, sequences, cuts)
+    got = _in_single_rows(model, policy, sequences, cuts)
     worst = checks.worst_difference(checks.plain_logprobs(model, sequences), got)
     if worst > TOLERANCE:
         raise UnsupportedModel(
@@ -52,10 +54,8 @@ def _difference(model: RecordedModel, policy: Policy, cuts: Cuts, max_length: in
     return worst
 
 
-def _in_single_rows(
-    model: RecordedModel, policy: Policy, sequences: list[Tokens], cuts: Cuts
-) -> tuple[list[Tensor], list[State]]:
-    """Log-probabilities ``[compared, vocab]`` of each sequence, and the state in which it was left."""
+def _in_single_rows(model: RecordedModel, policy: Policy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
+    """Log-probabilities ``[compared, vocab]`` of each sequence."""
     executor = SerialExecutor(SingleRows(model), head_slice=policy.gpu_batch_size)
     states = [State() for _ in sequences]
     ends = checks.cut_points(sequences, cuts)
@@ -67,15 +67,28 @@ def _in_single_rows(
         segments = [_segment(sequences[i], ends[i] + step, ends[i] + step + 1, states[i]) for i in live]
         for i, logprobs in zip(live, checks.sweep_logprobs(executor, Sweep(pack_decode(segments, policy))), strict=True):
             parts[i].append(logprobs)
-    return [torch.cat(found) for found in parts], states
+    return [torch.cat(found) for found in parts]
 
 
 def _segment(tokens: Tokens, start: int, end: int, state: State) -> Segment:
     return Segment(tokens[start:end], start, wants=checks.compared_wants(len(tokens), start, end), state=state)
 
 
-def _cache_size(sequences: list[Tokens], states: list[State]) -> tuple[int, int]:
-    """Bytes for each token and for each sequence, from the longest and the shortest."""
-    (long, most), (short, least) = ((len(sequences[i]), cache_bytes(states[i].content)) for i in (0, len(sequences) - 1))
-    per_token = max(0, -(-(most - least) // max(1, long - short)))
-    return per_token, max(0, least - short * per_token)
+def _layer_caches(model: RecordedModel, long: Tokens, short: Tokens) -> tuple[LayerCache, ...]:
+    """Bytes that each layer keeps for each token and for each sequence, from two prompts."""
+    found = []
+    for most, least in zip(_kept_bytes(model, long), _kept_bytes(model, short), strict=True):
+        per_token = max(0, -(-(most - least) // max(1, len(long) - len(short))))
+        found.append(LayerCache((per_token,), max(0, least - len(short) * per_token)))
+    return tuple(found)
+
+
+def _kept_bytes(model: RecordedModel, tokens: Tokens) -> list[int]:
+    """Bytes that each layer adds to the cache of a prompt."""
+    rows, state = SingleRows(model), State()
+    recording = rows.record(Row("prefill", len(tokens), [_segment(tokens, 0, len(tokens), state)]))
+    sizes = [0]
+    for j in range(rows.num_layers):
+        rows.replay(j, recording)
+        sizes.append(cache_bytes(state.content))
+    return [after - before for before, after in itertools.pairwise(sizes)]

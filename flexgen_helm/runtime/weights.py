@@ -1,5 +1,4 @@
-"""Loading the weights of a model folder, a layer at a time: the whole model, only its first layers, or layer by layer to a
-keeper, so that memory never holds it whole."""
+"""Loading the weights of a model folder: the whole model, its first layers, or layer by layer to a keeper."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from helm.benchmark.scenarios.scenario import (
 from helm.benchmark.window_services.local_window_service import LocalWindowService
 
 from flexgen_helm.errors import FlexGenError, InvalidJob
-from flexgen_helm.types import Completion, EngineInfo, FinishReason, Job, Policy, Result, RunStats
+from flexgen_helm.types import Completion, EngineInfo, FinishReason, Job, Policy, Result, RunStats, SweepStats
 
 REFUSED = "never"
 """A prompt with this word is an invalid job for the fake engine."""
@@ -63,7 +63,17 @@ class FakeEngine:
             if on_result is not None:
                 on_result(position, results[-1])
         asked = sum(len(job.prompt or "") for job in jobs)
-        self.stats = RunStats(len(jobs), prompt_tokens_asked=asked, prompt_tokens_computed=asked // 2, seconds=2.0)
+        moved, busy = {"disk_read": 8}, {"disk_read": 0.5}
+        self.stats = RunStats(
+            len(jobs),
+            prompt_tokens_asked=asked,
+            prompt_tokens_computed=asked // 2,
+            seconds=2.0,
+            tier_peak_bytes={"host": 4, "disk": 8},
+            bytes_moved=moved,
+            busy_seconds=busy,
+            per_sweep=[SweepStats(0.0, 2.0, asked // 2, 0, len(jobs), moved, moved, busy)],
+        )
         return results
 
     def submit(self, job: Job) -> Future[Result]:
@@ -82,7 +92,10 @@ class FakeEngine:
         return EngineInfo(Policy(), dict(self.numerics), 32.0, 32.0, {"device": 4, "host": 0, "disk": 0})
 
     def share_of_limit(self, stats: RunStats) -> float | None:
-        return 0.5 if stats.num_jobs else None
+        if not stats.num_jobs:
+            return None
+        stats.limit_seconds = stats.seconds / 2
+        return 0.5
 
     def close(self) -> None:
         self.closed = True

@@ -191,7 +191,7 @@ def test_report_of_a_run(run_suite: RunSuite, loader: FakeLoader) -> None:
     assert report["deployment"] == "flexgen/test/letters"
     assert report["model"] == "letters"
     assert report["variant"] is None
-    assert report["policy"] == vars(Policy())
+    assert report["policy"] == json.loads(json.dumps(vars(Policy())))
     assert report["numerics"]["weights"] == "letters"
     assert (report["bits_per_weight"], report["bits_per_cache_element"]) == (32.0, 32.0)
     assert set(report["weight_bytes"]) == {"device", "host", "disk"}
@@ -201,6 +201,9 @@ def test_report_of_a_run(run_suite: RunSuite, loader: FakeLoader) -> None:
     assert workload["share_of_limit"] == 0.5
     stats = workload["computed"]
     assert workload["tokens_per_second"] == (stats["prompt_tokens_computed"] + stats["generated_tokens"]) / stats["seconds"]
+    assert (stats["bytes_moved"], stats["busy_seconds"]) == ({"disk_read": 8}, {"disk_read": 0.5})
+    assert (stats["tier_peak_bytes"], stats["limit_seconds"]) == ({"host": 4, "disk": 8}, 1.0)
+    assert stats["per_sweep"] == {"bound_by": {"disk_read": 1}}
 
 
 @pytest.mark.parametrize("flag", ["skip_instances", "cache_instances_only"])

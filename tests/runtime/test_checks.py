@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ from flexgen_helm.attention import row
 from flexgen_helm.attention.kernels import merge_chunks
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.runtime import packed_check
-from flexgen_helm.runtime.layers import layers_path, num_layers_of_every_kind
+from flexgen_helm.runtime.assembly import cut_to_first_layers, empty_model
+from flexgen_helm.runtime.kinds import check_model
+from flexgen_helm.runtime.layers import layer_kinds, layers_of, num_layers_of_every_kind
+from flexgen_helm.runtime.loading import open_model
+from flexgen_helm.runtime.weights import read_first_layers
 from tests.models import save_tiny
+from tests.survey.configs import tiny_config
 
 POLICY = Policy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64)
 
@@ -72,7 +78,36 @@ def test_a_lack_of_memory_is_no_property_of_the_model(tmp_path: Path, monkeypatc
 )
 def test_first_layers_hold_one_of_every_kind(kind: str, changes: dict[str, Any], count: int) -> None:
     config = AutoConfig.for_model(kind, num_hidden_layers=8, **changes)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layers = list(model.get_submodule(layers_path(model)).children())
-    assert num_layers_of_every_kind(model, layers) == count
+    model = empty_model("", config, torch.float32)
+    kinds = layer_kinds(model, layers_of(model))
+    assert num_layers_of_every_kind(model, layers_of(model)) == count
+    assert [kinds[j] for j in sorted(set(kinds))] == sorted(set(kinds))
+    cut_to_first_layers(model)
+    assert len(layers_of(model)) == num_layers_of_every_kind(model, layers_of(model)) == count
+    assert layer_kinds(model, layers_of(model)) == kinds[:count]
+
+
+DEEP: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2, "num_hidden_layers": 6},
+    # K and V of other shapes in the layers of full attention.
+    "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_hidden_layers": 6},
+    "deepseek_v3": {"num_hidden_layers": 5},
+    "jamba": {"num_hidden_layers": 8},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 4, "num_hidden_layers": 8},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", DEEP)
+def test_verdict_on_first_layers_is_that_on_all(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = tiny_config(kind, DEEP[kind])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    source = open_model(str(tmp_path), dtype=str(dtype).removeprefix("torch."), device=torch.device("cpu"))
+    expected = check_model(source.load(), POLICY, "auto")
+    few = read_first_layers("org/model", tmp_path, config, device=torch.device("cpu"), dtype=dtype)
+    found = check_model(replace(source.load(), model=few), POLICY, "auto")
+    whole = empty_model("", config, dtype)
+    verdict = found.verdict.of_all_layers(layer_kinds(whole, layers_of(whole)))
+    assert (found.kind, verdict.layers) == (expected.kind, expected.verdict.layers)
+    assert len(found.verdict.layers) < len(verdict.layers) == len(layers_of(whole))
+    assert verdict.cache_bytes_per_token > 0

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from flexgen_helm import Engine, Job
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.disk_rate import disk_rates
-from flexgen_helm.runtime.limit import LayerSizes, Rates, layer_sizes, limit_seconds, measure_rates, sweep_seconds
+from flexgen_helm.runtime.limit import LayerSizes, Rates, layer_sizes, measure_rates, note_limit, sweep_seconds
 from flexgen_helm.types import LINKS, Policy, RunStats, SweepStats
 from tests.models import save_tiny
 
@@ -79,7 +79,11 @@ def test_a_sweep_takes_as_long_as_its_slowest_resource() -> None:
     assert seconds["disk_read"] == (200 + 150) / 80  # weights once, though they were read twice
     assert seconds["host_to_device"] == (300 + 200 + 100) / 100
     stats = RunStats(per_sweep=[prefill, decode, decode])
-    assert limit_seconds(stats, sizes, rates) == pytest.approx(10.004 + 2 * 1800 / 200)
+    note_limit(stats, sizes, rates)
+    assert stats.limit_seconds == pytest.approx(20.002 + 2 * 1800 / 200)
+    assert stats.least_seconds["cpu_attention"] == 2 * 1800 / 200
+    assert stats.least_seconds["products"] == pytest.approx(20.002 + 2 * 0.044)
+    assert RunStats().limit_seconds is None
 
 
 def test_without_a_memory_of_its_own_the_device_has_no_link() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -164,3 +165,11 @@ def test_summary_says_what_was_saved() -> None:
         "500 tokens/s, peak memory 1.50 GiB"
     )
     assert summary(RunStats()).startswith("0 requests in 0.0 s")
+
+
+def test_summary_says_what_was_moved_how_fast_and_what_was_held() -> None:
+    moved, busy = {"disk_read": 2**31, "cpu_attention": 7}, {"disk_read": 2.0, "device": 3.0}
+    stats = dataclasses.replace(STATS, bytes_moved=moved, busy_seconds=busy, tier_peak_bytes={"host": 3 * 2**30, "disk": 2**30})
+    assert summary(stats) == (
+        f"{summary(STATS)}, disk read 2.00 GiB at 1.07 GB/s, at most 3.00 GiB on host, at most 1.00 GiB on disk"
+    )
