@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,6 +56,8 @@ class Parts:
     """With the realised shares of weights."""
     plan: WeightPlan
     space: Space
+    limits: Mapping[Tier, int]
+    """What the user allows."""
     weights: WeightStore | None
     """What brings weights to the device; None: all of them stay there."""
     folder: Path
@@ -84,8 +86,10 @@ def build(source: ModelSource, policy: Policy, rows: KindChoice, placing: Placin
         logger.info("%s does not stay on the device as a whole: weights %s", source.name, plan.describe())
         checked, loaded, weights = _load_offloaded(source, whole, plan, policy, rows, folder, meter)
     log_choice(loaded, checked)
-    placed = Policy(**{**vars(policy), "weights": plan.shares})
-    return Parts(loaded, checked, placed, plan, space, weights, folder, meter)
+    for tier, count in plan.resident_bytes.items():
+        meter.hold(tier, "resident weights", count)
+    placed = replace(policy, weights=plan.shares)
+    return Parts(loaded, checked, placed, plan, space, placing.limits, weights, folder, meter)
 
 
 def measure_space(device: torch.device, placing: Placing, folder: Path) -> Space:
@@ -133,7 +137,7 @@ def _load_offloaded(
 ) -> tuple[CheckedModel, LoadedModel, WeightStore]:
     """Check the first layers, then load the model layer by layer to where the plan puts them."""
     first = check_model(source.first_layers(), policy, rows)
-    verdict = first.verdict
+    verdict = first.verdict.of_all_layers(layer_kinds(whole, layers_of(whole)))
     identity = {"weights": source.digest(), "dtype": str(source.dtype), "transformers": library_version}
     offloader = Offloader(plan, device=source.device, folder=folder, identity=identity)
     loaded = source.load(offloader)

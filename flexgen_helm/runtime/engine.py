@@ -26,9 +26,9 @@ from flexgen_helm.runtime.executor import OverlappedExecutor, SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
 from flexgen_helm.runtime.kinds import CachePlaces, Kind, KindChoice, make_rows, validated_kind
-from flexgen_helm.runtime.limit import layer_sizes, limit_seconds, measure_rates
+from flexgen_helm.runtime.limit import layer_sizes, measure_rates, note_limit
 from flexgen_helm.runtime.loading import named_dtype, open_dummy, open_model
-from flexgen_helm.runtime.plan import cache_capacities, left_bytes
+from flexgen_helm.runtime.plan import cache_capacities, exceeded, left_bytes
 from flexgen_helm.runtime.progress import Progress
 from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, validated
 from flexgen_helm.runtime.vocabulary import Vocabulary
@@ -57,6 +57,7 @@ class Engine:
         self.tokenizer: PreTrainedTokenizerBase | None = loaded.tokenizer
         self.max_length = loaded.max_length
         """Context in tokens: input and new tokens together."""
+        self.vocab_size = loaded.vocab_size
         self.stats = RunStats()
         """What the last `run` did."""
         self.meter = parts.meter
@@ -191,6 +192,7 @@ class Engine:
             numerics=dict(self.numerics),
             bits_per_weight=8 * num_bytes / count,
             bits_per_cache_element=8.0 * self._loaded.model.dtype.itemsize,
+            planned_bytes={tier: count + self._capacities[tier] for tier, count in self._parts.plan.needed_bytes.items()},
             weight_bytes={str(tier): count for tier, count in self._parts.plan.weight_bytes.items()},
         )
 
@@ -201,11 +203,20 @@ class Engine:
             That time over the run's, or None where nothing was computed or the bound is unknown; see
             `flexgen_helm.runtime.limit`.
         """
-        config = self._loaded.model.config.get_text_config(decoder=True)
-        sizes = layer_sizes(self._checked.model.layers, getattr(config, "num_experts_per_tok", None))
-        if sizes is None or not stats.sweeps:
+        parts, model = self._parts, self._loaded.model
+        sizes = layer_sizes(
+            self._checked.model.layers,
+            getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None),
+            model.get_output_embeddings(),
+            **parts.plan.bytes_per_sweep,
+            copies=parts.space.separate,
+        )
+        if sizes is None or not stats.per_sweep:
             return None
-        return limit_seconds(stats, sizes, measure_rates(self._device, self._loaded.model.dtype)) / stats.seconds
+        folder = parts.folder if parts.folder.exists() else None
+        rates = measure_rates(self._device, model.dtype, sizes=sizes, policy=self.policy, stats=stats, folder=folder)
+        note_limit(stats, sizes, rates)
+        return stats.limit_seconds / stats.seconds if stats.limit_seconds is not None else None
 
     def close(self) -> None:
         """Stop computing. What is in flight is cancelled; memory is freed with the engine itself."""
@@ -220,8 +231,9 @@ class Engine:
     def _start(self, order: Order, kv_dtype: torch.dtype | None) -> Worker:
         parts, policy, separate = self._parts, self.policy, self._parts.space.separate
         left = left_bytes(parts.plan, parts.space, free_space(self._device, parts.folder))
+        self._capacities = cache_capacities(policy.cache, left, separate=separate)
         places = CachePlaces(
-            cache_capacities(policy.cache, left, separate=separate),
+            self._capacities,
             device=self._device,
             separate=separate,
             kv_dtype=kv_dtype or self._loaded.model.dtype,
@@ -287,6 +299,9 @@ class Engine:
             self.stats = _stats(tickets, results, before, self._worker.snapshot)
             self.stats.seconds = watch.seconds()
             self.meter.end_run(self.stats)
+            over = exceeded(self._parts.limits, self.stats, separate=self._parts.space.separate)
+            if over is not None:
+                logger.warning("more memory was used than allowed: %s. Lower block_tokens or num_gpu_batches.", over)
             logger.info("%s", watch.progress.finish(self.stats))
         except BaseException:
             self._worker.cancel()

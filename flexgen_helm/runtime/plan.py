@@ -14,7 +14,7 @@ from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.slab import SlabLayout, layout_of
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.runtime.layers import layers_of, shared_layers
-from flexgen_helm.types import TIERS, Policy, Shares, Tier
+from flexgen_helm.types import TIERS, Policy, RunStats, Shares, Tier
 
 FITS_SHARE = 0.8
 """A model fits on the device if it takes at most this share of it; the rest is for K, V, hidden states and logits."""
@@ -72,6 +72,17 @@ class WeightPlan:
     def weight_bytes(self) -> dict[Tier, int]:
         """Bytes of weights that rest on each tier."""
         return {tier: sum(self.sizes[j] for j in self.sizes if self.tiers[j] == tier) for tier in TIERS}
+
+    @property
+    def resident_bytes(self) -> dict[Tier, int]:
+        """Bytes of weights on each tier that are used where they are."""
+        streamed = set(self.streamed)
+        return {t: sum(self.sizes[j] for j in self.sizes if self.tiers[j] == t and j not in streamed) for t in TIERS[:2]}
+
+    @property
+    def bytes_per_sweep(self) -> dict[str, int]:
+        """Bytes that a sweep in column order brings to the device, ``from_host`` and ``from_disk``."""
+        return {f"from_{tier}": sum(self.sizes[j] for j in self.streamed if self.tiers[j] == tier) for tier in TIERS[1:]}
 
     @property
     def shares(self) -> Shares:
@@ -154,6 +165,26 @@ def cache_capacities(shares: Shares, left: Mapping[Tier, int], *, separate: bool
     wanted = of if separate else {"host": of["device"] + of["host"], "disk": of["disk"]}
     total = min(CACHE_SHARE * left[tier] / share for tier, share in wanted.items() if share)  # type: ignore[index]
     return {tier: int(total * of[tier]) for tier in TIERS}
+
+
+def exceeded(limits: Mapping[Tier, int], stats: RunStats, *, separate: bool) -> str | None:
+    """Say where a run held more than the user allows, by what was measured.
+
+    What the runtime allocates is known by tier; what the computation took beside it is how far the process grew during the
+    run, and counts for the device.
+    """
+    held = {tier: stats.tier_peak_bytes.get(tier, 0) for tier in TIERS}
+    held["device"] += max(0, stats.peak_bytes - stats.idle_bytes)
+    allowed = dict(limits)
+    if not separate and {"device", "host"} & limits.keys():
+        held["host"] += held.pop("device")
+        allowed["host"] = limits.get("host", 0) + allowed.pop("device", 0)
+    found = [
+        f"{gib(held[tier])} on the {tier}, where max_memory allows {gib(allowed[tier])}"
+        for tier in allowed
+        if held[tier] > allowed[tier]
+    ]
+    return "; ".join(found) or None
 
 
 def _parts(model: PreTrainedModel) -> tuple[dict[int, SlabLayout], dict[int, int]]:
