@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexgen_helm.errors import FlexGenError, InvalidJob
+from flexgen_helm.options import parse_max_memory, parse_policy
 from flexgen_helm.types import Job, Result
 
 if TYPE_CHECKING:
@@ -29,8 +32,8 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
         argv: Arguments without the program's name; None: those of the process.
         load_engine: Makes the engine from the parsed arguments.
     """
-    args = _parser(load_engine or _load_engine).parse_args(argv)
     try:
+        args = _parser(load_engine or _load_engine).parse_args(argv)
         status: int = args.run(args)
     except FlexGenError as error:
         message = " ".join(str(error).split())
@@ -52,8 +55,18 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
         "generate", help="continue prompts", description="Continue prompts and print the generated text."
     )
     _add_model_options(generate)
+    _add_placement_options(generate)
     _add_job_options(generate)
-    generate.set_defaults(run=partial(_generate, load_engine=load_engine))
+    generate.set_defaults(run=partial(_generate, load_engine=load_engine), small=True)
+    bench = commands.add_parser(
+        "bench",
+        help="measure throughput",
+        description="Run random prompts of one length through prefill and decoding and print rates, limit and peaks.",
+    )
+    _add_model_options(bench)
+    _add_placement_options(bench)
+    _add_bench_options(bench)
+    bench.set_defaults(run=partial(_bench, load_engine=load_engine), small=False)
     evaluate = commands.add_parser(
         "eval",
         help="evaluate a model with HELM",
@@ -72,6 +85,30 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     rows = ["auto", "packed", "single"]
     group.add_argument("--rows", default="auto", choices=rows, help="many sequences in a row, or one each (%(default)s)")
+
+
+def _add_placement_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("placement").add_argument
+    policy = "sizes and shares, as JSON or such as weights=0.2:0.8:0,prefetch=2 (shares are device:host:disk)"
+    add("--policy", type=parse_policy, metavar="P", help=policy)
+    memory = "most memory of each tier, such as device=15GiB,host=100GiB"
+    add("--max-memory", type=parse_max_memory, metavar="M", help=memory)
+    add("--offload-folder", type=Path, metavar="DIR", help="for what is placed on disk")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--kv-dtype", choices=dtypes, help="of the K/V cache, which is part of the numerics (the model's)")
+    add("--trace", type=Path, metavar="F", help="write a timeline that https://ui.perfetto.dev opens")
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("benchmark").add_argument
+    add("--dummy-weights", action="store_true", help="random weights; --model may be a config's name, such as facebook/opt-30b")
+    add("--prompt-len", type=_positive, default=512, metavar="N", help="tokens of each prompt (%(default)s)")
+    add("--gen-len", type=_positive, default=32, metavar="N", help="tokens generated for each (%(default)s)")
+    add("--num-prompts", type=_positive, metavar="N", help="(gpu_batch_size * num_gpu_batches)")
+    add("--score", action="store_true", help="only read the prompts, as for multiple choice")
+    add("--order", default="zigzag", choices=["zigzag", "row"], help="of the operations (%(default)s)")
+    add("--warm-up", action="store_true", help="run other prompts before")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def _add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +138,7 @@ def _add_suite_options(parser: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     number = int(text) if text.isascii() and text.isdigit() else 0
     if not number:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of instances; give 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give 1 or more")
     return number
 
 
@@ -111,6 +148,19 @@ def _evaluate(args: argparse.Namespace) -> int:
     from flexgen_helm.evaluation.evaluate import evaluate, make_evaluation
 
     return evaluate(make_evaluation(args.model, args.suite, args.out, args.max_eval_instances))
+
+
+def _bench(args: argparse.Namespace, load_engine: EngineLoader) -> int:
+    from flexgen_helm.benchmark import Workload, measure
+
+    begun = time.perf_counter()
+    with load_engine(args) as engine:
+        seconds = time.perf_counter() - begun
+        workload = Workload(args.prompt_len, args.gen_len, args.num_prompts or engine.policy.block_size, args.score)
+        options = {"model": args.model, "load_seconds": seconds, "warm_up": args.warm_up, "trace": args.trace}
+        measured = measure(engine, workload, **options)
+    print(json.dumps(measured.as_dict()) if args.json else "\n".join(measured.lines()))
+    return 0
 
 
 def _generate(args: argparse.Namespace, load_engine: EngineLoader) -> int:
@@ -127,7 +177,9 @@ def _generate(args: argparse.Namespace, load_engine: EngineLoader) -> int:
         )
         for prompt in prompts
     ]
-    with load_engine(args) as engine:
+    from flexgen_helm.runtime.trace import traced
+
+    with load_engine(args) as engine, traced(engine, args.trace):
         results = engine.run(jobs)
     for prompt, result in zip(prompts, results, strict=True):
         if args.json:
@@ -168,11 +220,14 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     from transformers.utils import logging
 
     from flexgen_helm.runtime.engine import Engine
-    from flexgen_helm.runtime.sizes import resolve_device, small_policy
+    from flexgen_helm.runtime.sizes import default_policy, resolve_device, small_policy
 
     logging.disable_progress_bar()
-    policy = small_policy(resolve_device(args.device))
-    return Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows)
+    device = resolve_device(args.device)
+    policy = dataclasses.replace(small_policy(device) if args.small else default_policy(device), **(args.policy or {}))
+    given = {name: getattr(args, name, None) for name in ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights")}
+    options = {name: value for name, value in given.items() if value}
+    return Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,32 @@ def test_rows_reach_the_engine(rows: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert asked["rows"] == rows
 
 
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["bench"]])
+def test_placement_reaches_the_engine(command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def from_pretrained(name_or_path: str, **options: Any) -> FakeEngine:
+        asked.update(options)
+        raise UnsupportedModel("seen enough")
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    policy = ["--policy", "weights=0.2:0.3:0.5,prefetch=3", "--max-memory", "device=15GiB,host=9GiB"]
+    options = [*policy, "--offload-folder", str(tmp_path), "--kv-dtype", "bfloat16"]
+    if command == ["bench"]:
+        options += ["--dummy-weights", "--order", "row"]
+    assert main([*command, "--model", "m", "--device", "cpu", *options]) == 2
+    assert (asked["policy"].weights, asked["policy"].prefetch) == ((0.2, 0.3, 0.5), 3)
+    assert asked["policy"].gpu_batch_size % 16 == 0
+    assert (asked["max_memory"], asked["offload_folder"]) == ({"device": "15GiB", "host": "9GiB"}, tmp_path)
+    assert asked["kv_dtype"] == "bfloat16"
+    assert (asked.get("dummy_weights"), asked.get("order")) == ((True, "row") if command == ["bench"] else (None, None))
+
+
+def test_a_policy_that_cannot_be_read_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--prompt", "x", "--policy", "weights=half") == 2
+    assert capsys.readouterr().err.startswith("flexgen-helm: The policy 'weights=half' cannot be read.")
+
+
 def test_there_are_two_kinds_of_rows(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run("--prompt", "x", "--rows", "both")
@@ -127,7 +153,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == ["flexgen-helm", version("flexgen_helm")]
 
 
-@pytest.mark.parametrize(("command", "option"), [("generate", "--prompt-file"), ("eval", "--suite")])
+@pytest.mark.parametrize(("command", "option"), [("generate", "--prompt-file"), ("eval", "--suite"), ("bench", "--gen-len")])
 def test_help_loads_no_torch(command: str, option: str) -> None:
     code = "import sys\nfrom flexgen_helm.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True)

@@ -4,17 +4,38 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.meter import Span
 from flexgen_helm.types import RESOURCES, SweepStats
 
+if TYPE_CHECKING:
+    from flexgen_helm.runtime.engine import Engine
+
 PROCESS = 1
 ROWS_EACH = 100
 """Rows of one resource are numbered in its own hundred, which also puts them in order."""
+
+
+@contextmanager
+def traced(engine: Engine, path: Path | None) -> Iterator[None]:
+    """Write what an engine's next run does into a file; None: nothing.
+
+    Raises:
+        FlexGenError: Before the run, if the file cannot be written.
+    """
+    if path is None:
+        yield
+        return
+    write_trace(path, [], [])
+    engine.meter.spans = []
+    yield
+    write_trace(path, engine.meter.spans or [], engine.stats.per_sweep)
+    engine.meter.spans = None
 
 
 def write_trace(path: Path, spans: Sequence[Span], sweeps: Sequence[SweepStats]) -> None:

@@ -179,7 +179,7 @@ def test_nothing_but_helm_run_loads_torch(tiny_model: Path, suite: Path, tmp_pat
 def test_the_number_of_instances_is_a_number(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run("--model", "m", "--suite", "quickstart", f"-m={number}")
-    assert "is not a number of instances; give 1 or more" in capsys.readouterr().err
+    assert "is not a number; give 1 or more" in capsys.readouterr().err
 
 
 def test_unknown_suite(tiny_model: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,193 @@
+"""Throughput as FlexGen's paper defines it: a block of prompts of one length, answers of one length, both phases run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexgen_helm.errors import InvalidJob
+from flexgen_helm.memory.limits import gib
+from flexgen_helm.runtime.trace import traced
+from flexgen_helm.types import LINKS, TIERS, EngineInfo, Job, RunStats, SweepStats
+
+if TYPE_CHECKING:
+    from flexgen_helm.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a benchmark asks."""
+
+    prompt_len: int
+    """Tokens of every prompt; the first ones differ, so that nothing is shared."""
+    gen_len: int
+    """Tokens of every answer; end tokens do not end it."""
+    num_prompts: int
+    score: bool = False
+    """Whether prompts are only read, as for multiple choice: an answer has one token then."""
+
+    def jobs(self, vocab_size: int, seed: int) -> list[Job]:
+        """Make the jobs.
+
+        Raises:
+            InvalidJob: If there are more prompts than tokens with which they could begin.
+        """
+        if self.num_prompts > vocab_size:
+            raise InvalidJob(
+                f"{self.num_prompts} prompts cannot all begin differently: the model has {vocab_size} tokens. Ask for fewer."
+            )
+        numbers = random.Random(seed)
+        prompts = [
+            [first, *numbers.choices(range(vocab_size), k=self.prompt_len - 1)]
+            for first in numbers.sample(range(vocab_size), self.num_prompts)
+        ]
+        length = 1 if self.score else self.gen_len
+        return [Job(token_ids=prompt, max_new_tokens=length, ignore_eos=True) for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a benchmark found. Rates are tokens per second, None where there was no such phase."""
+
+    model: str
+    workload: Workload
+    engine: EngineInfo
+    stats: RunStats = field(repr=False)
+    load_seconds: float
+    share_of_limit: float | None
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Time of the sweeps that read prompts; where there are more of them than fit into one, others decode meanwhile."""
+        return sum(sweep.seconds for sweep in self._prefill)
+
+    @property
+    def decode_seconds(self) -> float:
+        """Time of the sweeps in which all that happens is decoding."""
+        return sum(sweep.seconds for sweep in self._decode)
+
+    @property
+    def throughput(self) -> float:
+        """Generated tokens over the time of both phases."""
+        return self.stats.generated_tokens / self.stats.seconds
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Prompt tokens that were really computed."""
+        return _rate(sum(sweep.prompt_tokens for sweep in self._prefill), self.prefill_seconds)
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens generated in sweeps that only decode."""
+        return _rate(sum(sweep.generated_tokens for sweep in self._decode), self.decode_seconds)
+
+    @property
+    def share_of_products(self) -> float | None:
+        """Share of the time that multiplying matrices at full rate would have taken; None where rates are unknown."""
+        least = self.stats.least_seconds.get("products")
+        return None if least is None else least / self.stats.seconds
+
+    @property
+    def gb_per_second(self) -> dict[str, float]:
+        """Of each link, while it was busy."""
+        moved, busy = self.stats.bytes_moved, self.stats.busy_seconds
+        return {link: moved[link] / 1e9 / busy[link] for link in LINKS if moved.get(link) and busy.get(link)}
+
+    @property
+    def _prefill(self) -> list[SweepStats]:
+        return [sweep for sweep in self.stats.per_sweep if sweep.prompt_tokens]
+
+    @property
+    def _decode(self) -> list[SweepStats]:
+        return [sweep for sweep in self.stats.per_sweep if not sweep.prompt_tokens]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything measured and derived, for JSON."""
+        derived = ("throughput", "prefill_seconds", "decode_seconds", "prefill_rate", "decode_rate", "share_of_products")
+        return {
+            "model": self.model,
+            "workload": asdict(self.workload),
+            "load_seconds": self.load_seconds,
+            **{name: getattr(self, name) for name in derived},
+            "latency_seconds": self.stats.seconds,
+            "share_of_limit": self.share_of_limit,
+            "gb_per_second": self.gb_per_second,
+            "engine": asdict(self.engine),
+            "stats": self.stats.as_dict(),
+        }
+
+    def lines(self) -> list[str]:
+        """Return what a person reads."""
+        stats, work = self.stats, self.workload
+        generated = stats.generated_tokens // max(work.num_prompts, 1)
+        taken, read = stats.peak_bytes - stats.idle_bytes, stats.prompt_tokens_computed / stats.seconds
+        return [
+            f"{self.model}: {work.num_prompts} prompts of {work.prompt_len} tokens, {generated} generated for each",
+            f"  throughput      {self.throughput:,.2f} generated token/s, {read:,.1f} prompt token/s",
+            f"  latency         {stats.seconds:.2f} s, after {self.load_seconds:.1f} s of loading",
+            f"  prefill         {_rate_text(self.prefill_rate)} in {self.prefill_seconds:.2f} s",
+            f"  decode          {_rate_text(self.decode_rate)} in {self.decode_seconds:.2f} s",
+            f"  limit           {_share_text(self.share_of_limit)} of what this machine could do at best",
+            f"  products        {_share_text(self.share_of_products)} of the rate of its matrix products",
+            *self._link_lines(),
+            *self._tier_lines(),
+            f"  process         {gib(stats.peak_bytes)} at most, {gib(taken)} more than before the run",
+        ]
+
+    def _link_lines(self) -> Iterator[str]:
+        for link, rate in self.gb_per_second.items():
+            yield f"  {link.replace('_', ' '):<16}{rate:.2f} GB/s, {gib(self.stats.bytes_moved[link])} in all"
+        for resource, count in self.stats.as_dict()["per_sweep"]["bound_by"].items():
+            yield f"  bound by        {resource.replace('_', ' ')} in {count} of {self.stats.sweeps} sweeps"
+
+    def _tier_lines(self) -> Iterator[str]:
+        measured, planned = self.stats.tier_peak_bytes, self.engine.planned_bytes
+        for tier in (tier for tier in TIERS if tier in measured or tier in planned):
+            expected = f", {gib(planned[tier])} planned" if tier in planned else ""
+            yield f"  {tier:<16}{gib(measured.get(tier, 0))} at most{expected}"
+
+
+def measure(
+    engine: Engine,
+    workload: Workload,
+    *,
+    model: str,
+    load_seconds: float = 0.0,
+    warm_up: bool = False,
+    trace: Path | None = None,
+) -> Measurement:
+    """Run a benchmark.
+
+    Args:
+        engine: Of the model.
+        workload: What to ask.
+        model: How it is called in the report.
+        load_seconds: How long it took to make the engine.
+        warm_up: Whether other prompts of the same form are run before, with two new tokens each.
+        trace: File for a timeline.
+
+    Raises:
+        InvalidJob: If the lengths do not fit into the model's context.
+    """
+    if warm_up:
+        others = workload.jobs(engine.vocab_size, seed=1)
+        engine.run([replace(job, max_new_tokens=min(2, job.max_new_tokens)) for job in others])
+    with traced(engine, trace):
+        engine.run(workload.jobs(engine.vocab_size, seed=0))
+    share = engine.share_of_limit(engine.stats)
+    return Measurement(model, workload, engine.describe(), engine.stats, load_seconds, share)
+
+
+def _rate(count: float, seconds: float) -> float | None:
+    return count / seconds if seconds else None
+
+
+def _rate_text(rate: float | None) -> str:
+    return "no tokens" if rate is None else f"{rate:,.1f} token/s"
+
+
+def _share_text(share: float | None) -> str:
+    return "unknown share" if share is None else f"{share:.0%}"

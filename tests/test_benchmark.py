@@ -1,0 +1,111 @@
+"""The benchmark on a tiny model: lengths are those asked for, and its numbers agree with each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgen_helm import Engine, Job, Policy
+from flexgen_helm.benchmark import Measurement, Workload, measure
+from flexgen_helm.cli import main
+from flexgen_helm.errors import InvalidJob
+from flexgen_helm.types import EngineInfo, RunStats, SweepStats
+from tests.models import save_tiny
+
+SIZES = "gpu_batch_size=16,gpu_batch_tokens=64,num_gpu_batches=1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose answers often end with an end token."""
+    return save_tiny("llama", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    with Engine.from_pretrained(str(folder), device="cpu", policy=Policy(16, 1, 64)) as engine:
+        yield engine
+
+
+def test_prompts_share_nothing_and_come_again_with_their_seed() -> None:
+    work = Workload(prompt_len=7, gen_len=3, num_prompts=40)
+    prompts = [list(job.token_ids or ()) for job in work.jobs(50, seed=0)]
+    assert {len(prompt) for prompt in prompts} == {7}
+    assert len({prompt[0] for prompt in prompts}) == 40
+    assert all(0 <= token < 50 for prompt in prompts for token in prompt)
+    assert work.jobs(50, seed=0) == work.jobs(50, seed=0) != work.jobs(50, seed=1)
+    with pytest.raises(InvalidJob, match="cannot all begin differently"):
+        work.jobs(39, seed=0)
+
+
+def test_end_tokens_can_be_ignored_and_change_nothing_before_them(engine: Engine) -> None:
+    jobs = Workload(prompt_len=9, gen_len=12, num_prompts=16).jobs(engine.vocab_size, seed=3)
+    endless = [result.completions[0] for result in engine.run(jobs)]
+    ending = engine.run([Job(token_ids=job.token_ids, max_new_tokens=12) for job in jobs])
+    assert {len(completion.token_ids) for completion in endless} == {12}
+    assert any(len(result.completions[0].token_ids) < 12 for result in ending)
+    for completion, result in zip(endless, ending, strict=True):
+        tokens = result.completions[0].token_ids
+        assert completion.token_ids[: len(tokens)] == tokens
+
+
+@pytest.mark.parametrize("score", [False, True])
+def test_tokens_are_rates_times_seconds(engine: Engine, score: bool, tmp_path: Path) -> None:
+    work = Workload(prompt_len=24, gen_len=5, num_prompts=16, score=score)
+    found = measure(engine, work, model="tiny", warm_up=True, trace=tmp_path / "trace.json")
+    generated = 16 if score else 16 * 5
+    assert found.throughput * found.stats.seconds == pytest.approx(generated)
+    assert found.prefill_rate is not None
+    assert found.prefill_rate * found.prefill_seconds == pytest.approx(16 * 24)
+    decoded = (found.decode_rate or 0) * found.decode_seconds
+    assert decoded == pytest.approx(sum(s.generated_tokens for s in found.stats.per_sweep if not s.prompt_tokens))
+    assert 0 < found.prefill_seconds + found.decode_seconds <= found.stats.seconds
+    assert found.share_of_limit is not None
+    assert 0 < found.share_of_limit < 1
+    assert found.stats.limit_seconds == pytest.approx(found.share_of_limit * found.stats.seconds)
+    sweeps = [
+        event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event.get("cat") == "sweep"
+    ]
+    assert len(sweeps) == found.stats.sweeps == len(found.stats.per_sweep)
+
+
+def test_the_report_of_a_run_from_disk() -> None:
+    """Two sweeps in four seconds: what was moved over its busy time, and what was planned beside what was found."""
+    sweeps = [
+        SweepStats(0, 3, 1024, 0, 2, {"disk_read": 2**30}, {}, {"disk_read": 1.5, "device": 1}),
+        SweepStats(3, 1, 0, 2, 2, {}, {}, {"device": 1}),
+    ]
+    moved, busy = {"disk_read": 2**30}, {"disk_read": 1.5, "device": 2.0}
+    stats = RunStats(2, 1024, 1024, 4, 2, 4.0, 5 * 2**30, 2**30, {"host": 2**30}, moved, busy, 2.0, {"products": 1.0}, sweeps)
+    info = EngineInfo(Policy(), {}, 16, 16, {}, planned_bytes={"host": 2 * 2**30, "disk": 2**30})
+    text = "\n".join(Measurement("m", Workload(512, 2, 2), info, stats, 9.0, 0.5).lines())
+    for line in (
+        "throughput      1.00 generated token/s, 256.0 prompt token/s",
+        "prefill         341.3 token/s in 3.00 s",
+        "decode          2.0 token/s in 1.00 s",
+        "limit           50% of",
+        "products        25% of",
+        "disk read       0.72 GB/s, 1.00 GiB in all",
+        "bound by        device in 1 of 2 sweeps",
+        "host            1.00 GiB at most, 2.00 GiB planned",
+        "disk            0.0 MiB at most, 1.00 GiB planned",
+        "process         5.00 GiB at most, 4.00 GiB more",
+    ):
+        assert line in text
+
+
+def test_the_command_prints_one_object(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--prompt-len", "20", "--gen-len", "4", "--policy", SIZES, "--device", "cpu", "--dtype", "float32"]
+    assert main(["bench", "--model", str(folder), *options, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["workload"] == {"prompt_len": 20, "gen_len": 4, "num_prompts": 16, "score": False}
+    assert found["throughput"] * found["latency_seconds"] == pytest.approx(64)
+    assert found["engine"]["policy"]["gpu_batch_tokens"] == 64
+    assert found["stats"]["prompt_tokens_computed"] == 320
+    assert "per_sweep" in found["stats"]
+    assert main(["bench", "--model", str(folder), *options, "--trace", str(tmp_path / "no" / "trace.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
