@@ -59,8 +59,8 @@ class _Disk:
                 content = content[self._file.write(content) :]
         except OSError as error:
             raise DiskFull(
-                f"The hidden states of a row ({resting.nbytes / 2**20:.1f} MiB) could not be written into {self._folder} ({error}). "
-                "Free space there, give another offload_folder, or keep hidden states in memory: hidden=(1, 0, 0) in the policy."
+                f"The hidden states of a row ({resting.nbytes / 2**20:.1f} MiB) could not be written into {self._folder} "
+                f"({error}). Free space there, give another offload_folder, or set hidden=(1, 0, 0) in the policy."
             ) from error
 
     def read(self, device: torch.device) -> Tensor:

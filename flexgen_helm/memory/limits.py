@@ -43,7 +43,9 @@ def parse_max_memory(given: MaxMemory | None) -> dict[Tier, int]:
     if given is None:
         return {}
     if not isinstance(given, Mapping) or set(given) - set(TIERS):
-        raise PolicyError(f"max_memory is {given!r}. Give amounts for some of {', '.join(TIERS)}, such as {{'device': '15GiB'}}.")
+        raise PolicyError(
+            f"max_memory is {given!r}. Give amounts for some of {', '.join(TIERS)}, such as {{'device': '15GiB'}}."
+        )
     return {tier: parse_size(given[tier]) for tier in TIERS if tier in given}
 
 

@@ -31,9 +31,7 @@ class _Buffer:
 class ReadAhead:
     """A few buffers that hold the slabs needed next; layers come in a fixed cycle, so the next ones are known."""
 
-    def __init__(
-        self, source: SlabSource, sizes: Mapping[int, int], *, num_buffers: int, pin: bool, meter: Meter
-    ) -> None:
+    def __init__(self, source: SlabSource, sizes: Mapping[int, int], *, num_buffers: int, pin: bool, meter: Meter) -> None:
         """Allocate the buffers.
 
         Args:

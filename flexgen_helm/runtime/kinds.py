@@ -25,7 +25,7 @@ from flexgen_helm.runtime.single_check import check_single
 from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.single import SingleScheduler, StateSize
 from flexgen_helm.schedule.work import Scheduler
-from flexgen_helm.types import TIERS, Policy, Tier
+from flexgen_helm.types import Policy, Tier
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from flexgen_helm.errors import PolicyError, UnsupportedModel

@@ -17,9 +17,7 @@ Order = Literal["zigzag", "row"]
 class Operation(NamedTuple):
     """One step of a sweep: ``kind`` on layer ``j``, for row ``k`` (-1 where the step is not about a row)."""
 
-    kind: Literal[
-        "load_weights", "release_weights", "load_cache", "load_hidden", "compute", "store_cache", "store_hidden"
-    ]
+    kind: Literal["load_weights", "release_weights", "load_cache", "load_hidden", "compute", "store_cache", "store_hidden"]
     j: int
     k: int = -1
 

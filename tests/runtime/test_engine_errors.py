@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from flexgen_helm import Engine, Job, Result
 from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob, OutOfSpace
 from flexgen_helm.memory.pages import PAGE_TOKENS
-from flexgen_helm.runtime.engine import CACHE_SHARE
 from flexgen_helm.runtime.intake import Intake, Ticket
+from flexgen_helm.runtime.plan import CACHE_SHARE
+from flexgen_helm.types import TIERS
 from tests.dimensions import MAX_LENGTH, VOCAB_SIZE
 from tests.jobs import MAX_NEW, MAX_PROMPT, fixed_mix
 from tests.runtime.conftest import POLICY, Workbench
@@ -182,7 +183,9 @@ def test_completions_that_never_fit_together_fail_alone(
     verdict, length, new = engine.verdict, 200, 129
     tokens = length + new + PAGE_TOKENS
     memory = 3 * verdict.cache_bytes_per_sequence + 2 * tokens * verdict.cache_bytes_per_token
-    monkeypatch.setattr("flexgen_helm.runtime.engine.free_bytes", lambda device: math.ceil(memory / CACHE_SHARE))
+    monkeypatch.setattr(
+        "flexgen_helm.runtime.engine.left_bytes", lambda *_: dict.fromkeys(TIERS, math.ceil(memory / CACHE_SHARE))
+    )
     jobs = [Job(token_ids=(5,) * length, max_new_tokens=new, temperature=1.0, seed=seed) for seed in range(8)]
     with Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY) as small:
         futures = [small.submit(job) for job in [*jobs, GOOD]]
@@ -217,7 +220,9 @@ def test_jobs_wait_for_memory_and_one_that_never_fits_is_refused(
     expected = engine.run(jobs)
     sweeps = engine.stats.sweeps
     memory = 2 * (verdict.cache_bytes_per_sequence + (MAX_PROMPT + MAX_NEW + PAGE_TOKENS) * verdict.cache_bytes_per_token)
-    monkeypatch.setattr("flexgen_helm.runtime.engine.free_bytes", lambda device: math.ceil(memory / CACHE_SHARE))
+    monkeypatch.setattr(
+        "flexgen_helm.runtime.engine.left_bytes", lambda *_: dict.fromkeys(TIERS, math.ceil(memory / CACHE_SHARE))
+    )
     long = Job(token_ids=(5,) * 300, max_new_tokens=2)
     several = Job(token_ids=(5,) * MAX_PROMPT, max_new_tokens=300, num_completions=5, temperature=1.0)
     with Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY) as small:

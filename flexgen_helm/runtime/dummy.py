@@ -1,2 +1,0 @@
-def make_model(*a,**k): raise NotImplementedError
-make_first_layers=make_model

@@ -1,2 +1,0 @@
-NAMES=()
-def named_config(n): return None
