@@ -27,12 +27,7 @@ BILLIONS = {
     "facebook/opt-66b": 66,
     "facebook/opt-175b": 175,
 }
-    "facebook/opt-2.7b": 2.7,
-    "facebook/opt-13b": 13,
-    "facebook/opt-30b": 30,
-    "facebook/opt-66b": 66,
-    "facebook/opt-175b": 175,
-}
+"""By their names."""
 
 
 @pytest.mark.parametrize("name", CONFIGS)
