@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ class LayerKeeper(Protocol):
         """Whether the weights of layer j need not be read. Asked once for each layer, in their order."""
 
     def keep(self, j: int, layer: nn.Module) -> None:
-        """Take over the tensors of layer j: afterwards they are on the meta device, or views of the keeper's memory.
+        """Take over the tensors of layer j: they may stay, become views of the keeper's memory or go to the meta device.
 
         Args:
             j: The layer, in the order of the decoder; every layer that the keeper does not have comes.
@@ -149,20 +149,22 @@ def put(model: PreTrainedModel, key: str, value: Tensor, *, final: bool = True) 
     setattr(module, name, value)
 
 
-def initialize(model: PreTrainedModel, module: nn.Module, keys: Iterable[str]) -> None:
-    """Give tensors of a module the values with which the library would begin to train.
+def initialize(model: PreTrainedModel, modules: list[nn.Module], keys: Set[str]) -> None:
+    """Give tensors the values with which the library would begin to train, or zeros where it says nothing.
 
     Args:
-        model: To which the module belongs.
-        module: On the CPU, but for these tensors.
+        model: To which they belong.
+        modules: That hold them, outer ones first, and whose other tensors are final.
         keys: Names in the model of tensors on the meta device.
     """
     for key in keys:
-        put(model, key, torch.empty_like(model.get_parameter_or_buffer(key), device=CPU), final=False)
-    owners = [owner for owner in model.modules() if isinstance(owner, PreTrainedModel) and module in set(owner.modules())]
+        put(model, key, torch.zeros_like(model.get_parameter_or_buffer(key), device=CPU), final=False)
+    owners = [owner for owner in model.modules() if isinstance(owner, PreTrainedModel) and modules[0] in set(owner.modules())]
     with torch.no_grad(), guard_torch_init_functions():
-        for part in module.modules():
-            owners[-1]._init_weights(part)
+        for module in reversed(modules):
+            owners[-1]._init_weights(module)
+    for key in keys:
+        model.get_parameter_or_buffer(key)._is_hf_initialized = True
 
 
 def _layers_apart(model: PreTrainedModel) -> dict[str, set[str]]:
@@ -185,7 +187,7 @@ def _complete(model: PreTrainedModel, source: WeightSource, part: str, lacking: 
     if info.missing_keys:
         raise source.lacks(sorted(info.missing_keys))
     if lacking:
-        initialize(model, model.get_submodule(part), lacking)
+        initialize(model, list(model.get_submodule(part).modules()), lacking)
 
 
 def _move(model: PreTrainedModel, keys: Iterable[str], device: torch.device) -> None:
