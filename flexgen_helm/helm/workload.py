@@ -77,7 +77,7 @@ def _arguments(deployment: ModelDeployment, journal: Journal) -> EngineArguments
     arguments, begun = parse_arguments(deployment.client_spec.args), journal.row_sizes(deployment.name)
     if arguments.get("policy") is None and begun is not None:
         hlog(f"{deployment.name} goes on with the row sizes of the journal: {begun}")
-        arguments["policy"] = Policy(**begun)
+        arguments["policy"] = Policy(gpu_batch_size=begun["gpu_batch_size"], gpu_batch_tokens=begun["gpu_batch_tokens"])
     return arguments
 
 

@@ -68,7 +68,7 @@ class _Disk:
         content = memoryview(resting.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         self._file.seek(0)
         while content:
-            content = content[self._file.readinto(content) :]  # type: ignore[attr-defined]
+            content = content[self._file.readinto(content) :]
         return resting.to(device)
 
 

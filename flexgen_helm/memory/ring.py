@@ -74,7 +74,8 @@ class ReadAhead:
         """
         self.start(j)
         buffer = self._holder(j)
-        assert buffer is not None and buffer.reading is not None
+        assert buffer is not None
+        assert buffer.reading is not None
         try:
             buffer.reading.result()
         except BaseException:

@@ -16,7 +16,7 @@ from flexgen_helm.runtime.context import context_of
 from flexgen_helm.runtime.digest import model_digest
 from flexgen_helm.runtime.dummy import make_first_layers, make_model
 from flexgen_helm.runtime.folder import folder_with_weights, folder_without_weights
-from flexgen_helm.runtime.named_configs import NAMES, named_config
+from flexgen_helm.runtime.named_configs import CONFIGS, named_config
 from flexgen_helm.runtime.refusals import read_config, read_json, refuse_config, refuse_files, refuse_weights
 from flexgen_helm.runtime.weights import read_first_layers, read_model
 
@@ -105,7 +105,7 @@ def open_dummy(name_or_path: str, *, dtype: str, device: torch.device) -> ModelS
     """Read or look up a config; its weights will be made up, and jobs must give token ids.
 
     Args:
-        name_or_path: A folder with a config.json, or one of `flexgen_helm.runtime.named_configs.NAMES`.
+        name_or_path: A folder with a config.json, or one of `flexgen_helm.runtime.named_configs.CONFIGS`.
         dtype: As in `open_model`.
         device: Where the matrices are multiplied.
 
@@ -118,7 +118,7 @@ def open_dummy(name_or_path: str, *, dtype: str, device: torch.device) -> ModelS
     if config is None and not (folder / "config.json").is_file():
         raise FlexGenError(
             f"There is no config {name_or_path!r} for dummy weights. Give a folder with a config.json, or one of "
-            f"{', '.join(NAMES)}."
+            f"{', '.join(CONFIGS)}."
         )
     config = config if config is not None else read_config(name_or_path, folder)
     refuse_config(name_or_path, config)

@@ -79,9 +79,12 @@ def validated(policy: Policy) -> Policy:
         raise PolicyError(f"cpu_attention is {policy.cpu_attention!r}, but it is a share. Give a number from 0 to 1.")
     if not isinstance(policy.overlap, bool):
         raise PolicyError(f"overlap is {policy.overlap!r}. Give true or false.")
-    weights = None if policy.weights is None else _shares("weights", policy.weights)
-    places = {name: _shares(name, getattr(policy, name)) for name in ("cache", "hidden")}
-    return dataclasses.replace(policy, weights=weights, **places)
+    return dataclasses.replace(
+        policy,
+        weights=None if policy.weights is None else _shares("weights", policy.weights),
+        cache=_shares("cache", policy.cache),
+        hidden=_shares("hidden", policy.hidden),
+    )
 
 
 def _shares(name: str, given: Sequence[float]) -> Shares:

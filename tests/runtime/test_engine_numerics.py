@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_automatic_dtype_on_a_cpu_is_float32(bench: Workbench, tmp_path: Path) -
         ({"gpu_batch_tokens": 64}, False),
     ],
 )
-def test_numerics_hold_row_sizes_and_no_placement(bench: Workbench, change: dict[str, int], same: bool) -> None:
+def test_numerics_hold_row_sizes_and_no_placement(bench: Workbench, change: dict[str, Any], same: bool) -> None:
     policy: Policy = replace(POLICY, **change)
     changed = bench.engine("qwen2", policy=policy).numerics
     assert (changed == bench.engine("qwen2").numerics) is same

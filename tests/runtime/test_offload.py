@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexgen_helm import Engine, Job, Policy
+from flexgen_helm import Engine, Job, Policy, Result
+from flexgen_helm.schedule.operations import Order
 from flexgen_helm.types import Shares
 from tests.jobs import fixed_mix, random_tokens
 from tests.runtime.conftest import POLICY, Workbench
@@ -31,7 +31,7 @@ def deep(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Workbenc
     return Workbench(tmp_path_factory.mktemp("deep_models"), num_layers=NUM_LAYERS)
 
 
-def run(folder: Path, offload: Path, policy: Policy, jobs: list[Job], order: Literal["zigzag", "row"] = "zigzag") -> list:
+def run(folder: Path, offload: Path, policy: Policy, jobs: list[Job], order: Order = "zigzag") -> list[Result]:
     """Answers of an engine whose device counts as a memory of its own."""
     with Engine.from_pretrained(
         str(folder), device="cpu", policy=policy, order=order, copy_host=True, offload_folder=offload
@@ -66,7 +66,7 @@ POLICIES = st.builds(
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(policy=POLICIES, order=st.sampled_from(["zigzag", "zigzag", "row"]))
 def test_placement_changes_no_bit(
-    deep: Workbench, tmp_path_factory: pytest.TempPathFactory, family: str, policy: Policy, order: Literal["zigzag", "row"]
+    deep: Workbench, tmp_path_factory: pytest.TempPathFactory, family: str, policy: Policy, order: Order
 ) -> None:
     expected = deep.engine(family).run(JOBS)
     assert run(deep.folder(family), tmp_path_factory.mktemp("offload"), policy, JOBS, order) == expected

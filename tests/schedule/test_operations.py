@@ -65,13 +65,15 @@ def test_a_row_is_loaded_before_it_is_computed_and_stored_after(order: Order, nu
         elif kind == "load_cache":
             caches.add((j, k))
         elif kind == "compute":
-            assert k in on_device and (j, k) in caches
+            assert k in on_device
+            assert (j, k) in caches
         elif kind == "store_cache":
             caches.remove((j, k))
         elif kind == "store_hidden":
             on_device.remove(k)
             assert j < num_layers - 1
-    assert not caches and on_device == set(range(num_rows))
+    assert not caches
+    assert on_device == set(range(num_rows))
 
 
 def test_a_transfer_begins_before_the_computation_that_hides_it() -> None:
