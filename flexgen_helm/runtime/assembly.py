@@ -23,6 +23,8 @@ from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.runtime.layers import FirstLayers, layers_path, num_layers_of_every_kind, shared_layers
 
 CPU = torch.device("cpu")
+FEW_TOKENS = 4096
+"""Vocabulary of a model of first layers, in which there are enough tokens to compare."""
 
 
 class LayerKeeper(Protocol):
@@ -81,6 +83,17 @@ def empty_model(folder: Path | str, config: PreTrainedConfig, dtype: torch.dtype
             stack.enter_context(context)
         model: PreTrainedModel = model_class(config)
     return model
+
+
+def with_few_tokens(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a model of the first `FEW_TOKENS` tokens: embeddings and head are often larger than several layers.
+
+    Not every model can be made so: what depends on the vocabulary is not always a row for each token.
+    """
+    few = copy.deepcopy(config)
+    text = few.get_text_config(decoder=True)
+    text.vocab_size, text.pad_token_id = min(text.vocab_size, FEW_TOKENS), None
+    return few
 
 
 def cut_to_first_layers(model: PreTrainedModel) -> None:

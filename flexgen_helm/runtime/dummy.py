@@ -16,7 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.runtime.assembly import LayerKeeper, assemble, cut_to_first_layers, empty_model, initialize, put
+from flexgen_helm.runtime.assembly import (
+    LayerKeeper,
+    assemble,
+    cut_to_first_layers,
+    empty_model,
+    initialize,
+    put,
+    with_few_tokens,
+)
 from flexgen_helm.runtime.checkpoint import layer_of
 
 BLOCK = 1_048_583
@@ -92,9 +100,18 @@ def make_model(
 def make_first_layers(config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Make a model of dummy weights with as many of its first layers as hold one of every kind: those of the whole model.
 
+    Its vocabulary is cut where the model can be made so.
+
     Raises:
         UnsupportedModel: If it has no list of layers.
     """
+    try:
+        return _first_layers(with_few_tokens(config), dtype, device)
+    except Exception:  # see with_few_tokens
+        return _first_layers(config, dtype, device)
+
+
+def _first_layers(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     model = empty_model(NAME, config, dtype)
     cut_to_first_layers(model)
     return assemble(model, DummyWeights(model), device=device)

@@ -21,13 +21,14 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from flexgen_helm.memory.disk_rate import disk_rates
 from flexgen_helm.types import Policy, RunStats, SweepStats
 
-MEASURED_SECONDS = 0.2
+MEASURED_SECONDS = 0.3
+ROUND_SECONDS = 0.005
 LEAST_WIDTH = 1024
 """Of measured products: smaller ones would measure the calls."""
 READ_BYTES = 2**27
 """Larger than the caches of a processor, so that memory is what is measured."""
 NUM_CACHES, NUM_KV_HEADS, NUM_KEYS, HEAD_DIM = 16, 8, 1024, 128
-"""Of measured attention: a decode step of 16 sequences whose K and V are larger than the caches."""
+"""Of measured attention: a decode step of 16 sequences, whose K and V are larger than a processor's caches."""
 
 
 @dataclass(frozen=True)
@@ -205,21 +206,29 @@ def link_rates(device: torch.device) -> tuple[float, float]:
 
 @functools.cache
 def cpu_attention_rate(dtype: torch.dtype) -> float:
-    """Bytes of K and V per second that PyTorch's own attention reads on the CPU, for one query of each sequence."""
+    """Bytes of K and V per second that PyTorch's own attention reads on the CPU, with one query for each K or four."""
     keys, values = torch.zeros(2, NUM_CACHES, NUM_KV_HEADS, NUM_KEYS, HEAD_DIM, dtype=dtype).unbind()
-    queries = torch.zeros(NUM_CACHES, NUM_KV_HEADS, 1, HEAD_DIM, dtype=dtype)
-    with torch.inference_mode():
-        calls = _per_second(lambda: scaled_dot_product_attention(queries, keys, values), torch.device("cpu"))
-    return calls * 2 * keys.numel() * keys.element_size()
+    rates = []
+    for num_queries in (1, 4):
+        queries = torch.zeros(NUM_CACHES, NUM_KV_HEADS, num_queries, HEAD_DIM, dtype=dtype)
+        with torch.inference_mode():
+            attend = functools.partial(scaled_dot_product_attention, queries, keys, values)
+            rates.append(_per_second(attend, torch.device("cpu")))
+    return max(rates) * 2 * keys.numel() * keys.element_size()
 
 
 def _per_second(work: Callable[[], object], device: torch.device) -> float:
-    count, started = -1, time.perf_counter()  # the first call only warms up
-    while count < 1 or time.perf_counter() - started < MEASURED_SECONDS:
-        work()
+    """Calls per second in the best round: what else the machine did meanwhile must not count."""
+    count, fastest, stop = 1, math.inf, time.perf_counter() + MEASURED_SECONDS
+    while time.perf_counter() < stop or fastest == math.inf:
+        begun = time.perf_counter()
+        for _ in range(count):
+            work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        count += 1
-        if count == 0:
-            started = time.perf_counter()
-    return count / (time.perf_counter() - started)
+        seconds = time.perf_counter() - begun
+        if seconds < ROUND_SECONDS:
+            count *= 2  # too short a round would measure the waiting for a GPU; the first ones warm up
+        else:
+            fastest = min(fastest, seconds / count)
+    return 1 / fastest

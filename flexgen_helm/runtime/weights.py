@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +14,10 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.runtime.assembly import LayerKeeper, assemble, cut_to_first_layers, empty_model
+from flexgen_helm.runtime.assembly import LayerKeeper, assemble, cut_to_first_layers, empty_model, with_few_tokens
 from flexgen_helm.runtime.checkpoint import StoredTensor, read_tensors
 from flexgen_helm.runtime.conversion import Checkpoint
 from flexgen_helm.runtime.layers import layers_path
-
-FEW_TOKENS = 4096
-"""Vocabulary of a model of first layers, in which there are enough tokens to compare."""
 
 
 def read_model(
@@ -68,21 +64,19 @@ def read_first_layers(
 ) -> PreTrainedModel:
     """Make the model of a folder with as many of its first layers as hold one of every kind.
 
-    Its vocabulary is cut to the first `FEW_TOKENS` where the model can be made so: embeddings and head are often larger
-    than several layers.
+    Its vocabulary is cut where the model can be made so; see `flexgen_helm.runtime.assembly.with_few_tokens`.
 
     Raises:
         UnsupportedModel: If it has no list of layers.
         CorruptFile: If files are missing, torn or of another model.
     """
     stored = list(read_tensors(folder).values())
-    few = copy.deepcopy(config)
-    text = few.get_text_config(decoder=True)
-    size, text.vocab_size, text.pad_token_id = text.vocab_size, min(text.vocab_size, FEW_TOKENS), None
-    rows = [tensor.first_rows(text.vocab_size) if tensor.shape[:1] == (size,) else tensor for tensor in stored]
+    few = with_few_tokens(config)
+    size, fewer = (each.get_text_config(decoder=True).vocab_size for each in (config, few))
+    rows = [tensor.first_rows(fewer) if tensor.shape[:1] == (size,) else tensor for tensor in stored]
     try:
         return _first_layers(name, folder, few, rows, dtype, device)
-    except Exception:  # not all that depends on the vocabulary is a row for each token
+    except Exception:  # see with_few_tokens
         return _first_layers(name, folder, config, stored, dtype, device)
 
 
