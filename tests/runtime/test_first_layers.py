@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from flexgen_helm import Engine, Job, UnsupportedModel
-from flexgen_helm.runtime import building, weights
+from flexgen_helm.runtime import assembly, building
 from flexgen_helm.runtime.checkpoint import StoredTensor
 from tests.dimensions import VOCAB_SIZE
 from tests.models import FAMILIES, SINGLE, Family, SingleFamily, save_tiny
@@ -36,7 +36,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[StoredTensor]:
 
     monkeypatch.setattr(StoredTensor, "to", to)
     monkeypatch.setattr(building, "LARGE_BYTES", 0)
-    monkeypatch.setattr(weights, "FEW_TOKENS", FEW_TOKENS)
+    monkeypatch.setattr(assembly, "FEW_TOKENS", FEW_TOKENS)
     return tensors
 
 
