@@ -84,10 +84,9 @@ class Meter:
             name: Such as "load_weights 3" or "compute 3,1": the operation first.
             num_bytes: What is moved, or read by attention on the CPU.
         """
-        span = _Running(resource, name, num_bytes, self._mark(resource), self._anchor)
-        with self._lock:
-            if self._sweeps is not None:
-                self._running.append(span)
+        anchor = self._anchor  # first: a begin must not lie before it
+        span = _Running(resource, name, num_bytes, self._mark(resource), anchor)
+        self._note(span)
         try:
             yield
         finally:
@@ -97,9 +96,7 @@ class Meter:
         """Note what happened elsewhere, between two times of `now`. What lies before the sweep that runs is cut off."""
         span = _Running(resource, name, num_bytes, begin, self._anchor)
         span.end = end
-        with self._lock:
-            if self._sweeps is not None:
-                self._running.append(span)
+        self._note(span)
 
     def hold(self, tier: Tier, arena: str, num_bytes: int) -> None:
         """Say how much memory an arena, such as "weights" or "slots", holds on a tier from now on; 0 when it is freed."""
@@ -156,6 +153,11 @@ class Meter:
             busy = sum(sweep.busy_seconds.get(name, 0.0) for sweep in stats.per_sweep)
             stats.bytes_moved |= {name: moved} if moved else {}
             stats.busy_seconds |= {name: busy} if busy else {}
+
+    def _note(self, span: _Running) -> None:
+        with self._lock:
+            if self._sweeps is not None:
+                self._running.append(span)
 
     def _sort(self, now: float) -> tuple[list[Span], dict[str, list[tuple[float, float]]]]:
         """Take out the spans that have ended, and return in which intervals each resource was busy until now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 
 import pytest
@@ -144,6 +145,54 @@ def test_threads_lose_nothing() -> None:
     meter.end_run(stats)
     assert stats.bytes_moved == {"host_to_device": 2000}
     assert len(meter.spans) == 2000
+
+
+def events_behind(clock: Clock, lag: list[float]) -> type:
+    """As much of ``torch.cuda.Event`` as the meter uses, of a GPU that is ``lag[0]`` seconds behind the host."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.happens = math.inf
+
+        def record(self, stream: object) -> None:
+            self.happens = clock() + lag[0]
+
+        def synchronize(self) -> None:
+            clock.seconds = max(clock.seconds, self.happens)
+
+        def query(self) -> bool:
+            return clock() >= self.happens
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end.query()
+            return (end.happens - self.happens) * 1e3  # milliseconds
+
+    return Event
+
+
+def test_what_a_gpu_does_behind_the_host_counts_when_it_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for from 0 to 1, done from 2 to 3, in the middle of which a sweep ends; copies on the host's side are not moved."""
+    clock, lag = Clock(), [0.0]
+    monkeypatch.setattr(torch.cuda, "Event", events_behind(clock, lag))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr("flexgen_helm.memory.meter.used_bytes", lambda device: 0)
+    meter = Meter(torch.device("cuda"), clock)
+    meter.spans = []
+    meter.begin_run()
+    lag[0] = 2
+    with meter.span("device", "compute 0,0"), meter.span("disk_read", "load_weights 1"):
+        clock.seconds += 1
+    clock.seconds += 1.5
+    lag[0] = 0
+    meter.end_sweep(0, 0, 0)
+    assert [span.name for span in meter.spans] == ["load_weights 1"]
+    clock.seconds += 1.5
+    meter.end_sweep(0, 0, 0)
+    stats = RunStats()
+    meter.end_run(stats)
+    assert [sweep.busy_seconds for sweep in stats.per_sweep] == [{"device": 0.5, "disk_read": 1}, {"device": 0.5}]
+    assert (meter.spans[1].begin, meter.spans[1].end) == (2, 3)
 
 
 @pytest.mark.gpu
