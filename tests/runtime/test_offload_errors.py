@@ -1,0 +1,162 @@
+"""What goes wrong on the slow tiers: a clear error or a correct resume, never a wrong answer, a hang or lost work."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexgen_helm import Engine, Policy
+from flexgen_helm.errors import CorruptFile, DiskFull, PolicyError, UnsupportedModel
+from flexgen_helm.types import Shares
+from tests.jobs import fixed_mix
+from tests.runtime.conftest import POLICY, Workbench
+
+JOBS = fixed_mix(31, 8)
+ON_DISK = Policy(gpu_batch_size=16, gpu_batch_tokens=32, block_tokens=96, weights=(0, 0, 1))
+
+
+def load(bench: Workbench, offload: Path, policy: Policy = ON_DISK, **arguments: Any) -> Engine:
+    return Engine.from_pretrained(
+        str(bench.folder("llama")), device="cpu", policy=policy, offload_folder=offload, **arguments
+    )
+
+
+def slabs(offload: Path) -> list[Path]:
+    return sorted(offload.glob("*.slab"))
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Files of this process cannot grow further, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_slabs_are_written_once_and_used_again(bench: Workbench, tmp_path: Path) -> None:
+    with load(bench, tmp_path) as engine:
+        expected = engine.run(JOBS)
+    times = {path: path.stat().st_mtime_ns for path in slabs(tmp_path)}
+    assert len(times) == 3  # two layers and the output head
+    with load(bench, tmp_path) as engine:
+        assert engine.run(JOBS) == expected
+    assert {path: path.stat().st_mtime_ns for path in slabs(tmp_path)} == times
+
+
+def test_a_flipped_byte_is_an_error_that_names_the_file(bench: Workbench, tmp_path: Path) -> None:
+    load(bench, tmp_path).close()
+    torn = slabs(tmp_path)[1]
+    content = bytearray(torn.read_bytes())
+    content[100] ^= 1
+    torn.write_bytes(content)
+    with load(bench, tmp_path) as engine, pytest.raises(CorruptFile, match=torn.name):
+        engine.run(JOBS)
+
+
+def test_a_torn_slab_is_written_again(bench: Workbench, tmp_path: Path) -> None:
+    load(bench, tmp_path).close()
+    torn = slabs(tmp_path)[0]
+    torn.write_bytes(torn.read_bytes()[:-4096])
+    with load(bench, tmp_path) as engine:
+        assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
+
+
+def test_slabs_of_another_model_are_never_used(bench: Workbench, tmp_path: Path) -> None:
+    load(bench, tmp_path).close()
+    with pytest.raises(CorruptFile, match="offload_folder"):
+        Engine.from_pretrained(str(bench.folder("opt")), device="cpu", policy=ON_DISK, offload_folder=tmp_path)
+
+
+def test_a_folder_that_is_removed_while_running(bench: Workbench, tmp_path: Path) -> None:
+    """Open files stay readable; what can no longer be read is an error, and an engine made anew writes the folder again."""
+    folder = tmp_path / "offload"
+    expected = bench.engine("llama").run(JOBS)
+    with load(bench, folder) as engine:
+        shutil.rmtree(folder)
+        try:
+            assert engine.run(JOBS) == expected
+        except CorruptFile as error:
+            assert str(folder) in str(error)
+    with load(bench, folder) as engine:
+        assert engine.run(JOBS) == expected
+
+
+def test_a_full_disk_while_slabs_are_written(bench: Workbench, tmp_path: Path) -> None:
+    with largest_file(8192), pytest.raises(DiskFull, match=str(tmp_path)):
+        load(bench, tmp_path)
+    with load(bench, tmp_path) as engine:
+        assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
+
+
+def test_a_full_disk_while_hidden_states_are_written(bench: Workbench, tmp_path: Path) -> None:
+    policy = Policy(gpu_batch_size=16, gpu_batch_tokens=32, block_tokens=96, hidden=(0, 0, 1))
+    with load(bench, tmp_path, policy) as engine:
+        with largest_file(4096), pytest.raises(DiskFull, match=r"hidden states.*hidden=\(1, 0, 0\)"):
+            engine.run(JOBS)
+        assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_memory": {"device": "10KB", "host": "10KB"}}, "may be used there"),
+        ({"max_memory": {"disk": "10KB"}}, "on the disk need"),
+        ({"max_memory": {"gpu": "1GiB"}}, "device, host, disk"),
+        ({"kv_dtype": "int4"}, "kv_dtype is 'int4'"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_before_anything_is_written(
+    bench: Workbench, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((PolicyError, Exception), match=message):
+        load(bench, tmp_path / "offload", **arguments)
+    assert not slabs(tmp_path / "offload")
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.4, 0.2), (-1, 1, 1), "device", (1, "0", 0)])
+@pytest.mark.parametrize("name", ["weights", "cache", "hidden"])
+def test_shares_that_make_no_sense_are_refused(bench: Workbench, tmp_path: Path, name: str, shares: Any) -> None:
+    with pytest.raises(PolicyError, match=f"{name} is .*add up to 1"):
+        load(bench, tmp_path, Policy(**{name: shares}))
+
+
+def test_layers_that_share_weights_cannot_be_placed_one_by_one(bench: Workbench, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="are also those of other layers"):
+        Engine.from_pretrained(str(bench.folder("zamba2")), device="cpu", policy=ON_DISK, offload_folder=tmp_path)
+
+
+def test_shares_are_reported_and_peaks_compared_with_limits(
+    bench: Workbench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    half: Shares = (0.5, 0.0, 0.5)
+    policy = Policy(gpu_batch_size=16, gpu_batch_tokens=32, weights=half)
+    with caplog.at_level(logging.INFO), load(bench, tmp_path, policy, max_memory={"host": "2GiB"}) as engine:
+        engine.run(JOBS)
+        assert engine.policy.weights != half
+        assert sum(engine.policy.weights or ()) == pytest.approx(1)
+        info = engine.describe()
+        assert info.weight_bytes["disk"] > 0
+        assert engine.stats.tier_peak_bytes["disk"] == info.weight_bytes["disk"]
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert any("on the disk" in record.getMessage() for record in caplog.records)
+        engine._parts.limits["host"] = 1000  # type: ignore[index]
+        engine.run(JOBS)
+    assert "more memory was used than allowed" in caplog.records[-1].getMessage()
+
+
+def test_all_on_the_device_offloads_nothing(bench: Workbench, tmp_path: Path) -> None:
+    with load(bench, tmp_path, POLICY) as engine:
+        assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
+        assert engine.policy.weights == (1, 0, 0)
+        assert not engine.stats.bytes_moved
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,129 @@
+"""Plans of weights: shares that are real to within a layer, limits that hold before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from flexgen_helm import Policy
+from flexgen_helm.errors import PolicyError
+from flexgen_helm.memory.limits import parse_max_memory, parse_size
+from flexgen_helm.memory.tiers import interleave
+from flexgen_helm.runtime.plan import CACHE_SHARE, EMBEDDINGS, Space, cache_capacities, plan_weights
+from flexgen_helm.types import TIERS, Shares
+
+GIB = 2**30
+CONFIG = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=20, num_attention_heads=8, vocab_size=1000)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(CONFIG)
+
+
+def space(gib: float, *, separate: bool = True) -> Space:
+    return Space(dict.fromkeys(TIERS, int(gib * GIB)), separate)
+
+
+THIRDS = st.lists(st.integers(0, 10), min_size=3, max_size=3).filter(any)
+
+
+@given(parts=THIRDS, sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=60))
+def test_shares_are_real_to_within_one_part_everywhere(parts: list[int], sizes: list[int]) -> None:
+    shares: Any = tuple(part / sum(parts) for part in parts)
+    tiers = interleave(sizes, shares)
+    for end in range(1, len(sizes) + 1):
+        for tier, share in zip(TIERS, shares, strict=True):
+            placed = sum(size for size, found in zip(sizes[:end], tiers[:end], strict=True) if found == tier)
+            assert abs(placed - share * sum(sizes[:end])) <= 2 * max(sizes)
+            assert share or not placed
+
+
+def test_realised_shares_are_close_to_those_of_the_policy(model: PreTrainedModel) -> None:
+    plan = plan_weights(model, Policy(weights=(0.2, 0.5, 0.3)), space(10))
+    layer = plan.layouts[0].num_bytes / sum(plan.sizes.values())
+    assert plan.shares == pytest.approx((0.2, 0.5, 0.3), abs=layer)
+    assert sum(plan.weight_bytes.values()) >= sum(p.nbytes for p in model.parameters())
+    assert plan.streamed == [j for j in range(21) if plan.tiers[j] != "device"]
+    assert plan.tiers[EMBEDDINGS] != "disk"
+
+
+def test_without_a_device_memory_only_the_disk_is_streamed(model: PreTrainedModel) -> None:
+    plan = plan_weights(model, Policy(weights=(0.2, 0.5, 0.3)), space(10, separate=False))
+    assert plan.streamed == plan.on_disk == [j for j in range(21) if plan.tiers[j] == "disk"]
+
+
+def test_a_model_that_fits_stays_whole(model: PreTrainedModel) -> None:
+    plan = plan_weights(model, Policy(), space(10))
+    assert plan.shares == (1, 0, 0)
+    assert plan.streamed == []
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_model_that_does_not_fit_fills_device_then_host_then_disk(model: PreTrainedModel, separate: bool) -> None:
+    size = sum(p.nbytes for p in model.parameters())
+    small = Space({"device": size // 4, "host": size // 2, "disk": 100 * GIB}, separate)
+    plan = plan_weights(model, Policy(), small)
+    assert plan.weight_bytes["disk"] > 0
+    needed = plan.needed_bytes
+    if separate:
+        assert size / 8 < needed["device"] <= size / 4
+        assert size / 4 < needed["host"] <= size / 2
+    else:
+        assert size / 4 < needed["device"] + needed["host"] <= size / 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "tier"), [((1, 0, 0), "device"), ((0, 1, 0), "host"), ((0, 0, 1), "disk"), ((0, 0.9, 0.1), "host")]
+)
+def test_what_does_not_fit_is_an_error_with_numbers(model: PreTrainedModel, weights: Shares, tier: str) -> None:
+    size = sum(p.nbytes for p in model.parameters())
+    available = {name: size // 3 if name == tier else 100 * size for name in TIERS}
+    with pytest.raises(PolicyError, match=rf"on the {tier} need \d.*may be used there.*max_memory"):
+        plan_weights(model, Policy(weights=weights), Space(available, True))  # type: ignore[arg-type]
+
+
+def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
+    policy = Policy(weights=(0, 0, 1), prefetch=3)
+    plan = plan_weights(model, policy, space(10))
+    largest = max(layout.num_bytes for layout in plan.layouts.values())
+    assert plan.needed_bytes["device"] == 4 * largest
+    assert plan.needed_bytes["host"] == plan.sizes[EMBEDDINGS] + 4 * largest
+    exact = dataclasses.replace(space(10), available={**plan.needed_bytes})
+    assert plan_weights(model, policy, exact).needed_bytes == plan.needed_bytes
+    for tier in TIERS:
+        short = Space({**plan.needed_bytes, tier: plan.needed_bytes[tier] - 1}, True)
+        with pytest.raises(PolicyError, match=f"on the {tier}"):
+            plan_weights(model, policy, short)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_capacities_keep_shares_and_fit(separate: bool) -> None:
+    left = {"device": 4000, "host": 4000, "disk": 1000}
+    found = cache_capacities((0.5, 0.25, 0.25), left, separate=separate)  # type: ignore[arg-type]
+    assert found["device"] == 2 * found["host"] == 2 * found["disk"]
+    assert found["disk"] == int(CACHE_SHARE * 1000)
+    assert cache_capacities((0.5, 0.5, 0), left, separate=separate) == (  # type: ignore[arg-type]
+        {"device": 2400, "host": 2400, "disk": 0} if separate else {"device": 1200, "host": 1200, "disk": 0}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("15GiB", 15 * 2**30), ("1.5 GB", 1_500_000_000), ("300mib", 300 * 2**20), ("7KB", 7000), (12, 12), ("12", 12)],
+)
+def test_sizes(text: str | int, count: int) -> None:
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("given", [{"gpu": "1GiB"}, {"device": "much"}, {"host": -1}, {"disk": "1XB"}, "15GiB"])
+def test_limits_that_make_no_sense_are_refused(given: Any) -> None:
+    with pytest.raises(PolicyError, match="Give"):
+        parse_max_memory(given)
