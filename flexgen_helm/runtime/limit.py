@@ -122,13 +122,6 @@ def note_limit(stats: RunStats, sizes: LayerSizes, rates: Rates) -> None:
     stats.least_seconds = {name: sum(sweep[name] for sweep in sweeps) for name in (sweeps[0] if sweeps else ())}
 
 
-def limit_seconds(stats: RunStats, sizes: LayerSizes, rates: Rates) -> float:
-    """TEMPORARY until the engine calls note_limit."""
-    tokens = stats.prompt_tokens_computed, stats.generated_tokens, stats.generated_tokens
-    sweeps = stats.per_sweep or [SweepStats(0, stats.seconds, *tokens)]
-    return sum(max(sweep_seconds(sweep, sizes, rates).values()) for sweep in sweeps)
-
-
 def sweep_seconds(sweep: SweepStats, sizes: LayerSizes, rates: Rates) -> dict[str, float]:
     """The least time that each resource needs for a sweep, in seconds, by the name of its rate."""
     from_disk = {"disk_read": sizes.from_disk, "host_to_device": sizes.from_disk * sizes.copies + sizes.from_host}
@@ -142,13 +135,7 @@ def sweep_seconds(sweep: SweepStats, sizes: LayerSizes, rates: Rates) -> dict[st
 
 
 def measure_rates(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    sizes: LayerSizes | None = None,
-    policy: Policy | None = None,
-    stats: RunStats | None = None,
-    folder: Path | None = None,
+    device: torch.device, dtype: torch.dtype, *, sizes: LayerSizes, policy: Policy, stats: RunStats, folder: Path | None
 ) -> Rates:
     """Measure what a run used, each for a fraction of a second, by the threads of this process; all but the disk only once.
 
@@ -163,7 +150,7 @@ def measure_rates(
     Raises:
         FlexGenError: If the disk cannot be measured.
     """
-    sizes, policy, moved = sizes or LayerSizes(0, 0), policy or Policy(), stats.bytes_moved if stats else {}
+    moved = stats.bytes_moved
     rates = {
         "prefill": product_rate(device, dtype, policy.gpu_batch_tokens, sizes.widest),
         "decode": product_rate(device, dtype, policy.gpu_batch_size, sizes.widest),
