@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexgen_helm.errors import DiskFull
+from flexgen_helm.errors import CorruptFile, DiskFull
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.types import Shares
@@ -68,7 +68,10 @@ class _Disk:
         content = memoryview(resting.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         self._file.seek(0)
         while content:
-            content = content[self._file.readinto(content) :]
+            count = self._file.readinto(content)
+            if not count:
+                raise CorruptFile(f"Hidden states in {self._folder} are torn: they were not written as a whole.")
+            content = content[count:]
         return resting.to(device)
 
 

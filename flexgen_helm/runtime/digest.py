@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,7 +51,12 @@ class _Memo:
     def save(self) -> None:
         if not self._new:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as stream:
-            json.dump(self._known, stream, indent=1)
-        os.replace(stream.name, self._file)
+        with contextlib.suppress(OSError):  # only a memo: on a full disk it is made again the next time
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False)  # noqa: SIM115
+            try:
+                with temporary:
+                    json.dump(self._known, temporary, indent=1)
+                os.replace(temporary.name, self._file)
+            except OSError:
+                os.unlink(temporary.name)

@@ -127,13 +127,14 @@ class Engine:
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
         rows = validated_kind(rows)
+        kept_as = None if kv_dtype is None else named_dtype("kv_dtype", kv_dtype)
         where = resolve_device(device)
         if dummy_weights:
             source = open_dummy(str(name_or_path), dtype=dtype, device=where)
         else:
             source = open_model(str(name_or_path), dtype=dtype, device=where, revision=revision)
         parts = build(source, policy or default_policy(where), rows, placing)
-        return cls(parts, order=order, kv_dtype=None if kv_dtype is None else named_dtype("kv_dtype", kv_dtype))
+        return cls(parts, order=order, kv_dtype=kept_as)
 
     def run(
         self,
@@ -305,6 +306,7 @@ class Engine:
             logger.info("%s", watch.progress.finish(self.stats))
         except BaseException:
             self._worker.cancel()
+            self.meter.end_run(RunStats())
             raise
         finally:
             self._worker.watch = None
