@@ -1,29 +1,228 @@
-from concurrent.futures import ThreadPoolExecutor
+"""Slabs on disk: a file for each, and beside it one that says what it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from flexgen_helm.errors import CorruptFile, DiskFull
+from flexgen_helm.memory.direct_io import DirectFile, DiskIO, file_error
+from flexgen_helm.memory.slab import SlabLayout
+
+_TEMPORARY = ".slab-"
 
 
 class SlabFolder:
-    def __init__(self, path, identity, layouts):
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.layouts = layouts
-        self.pool = ThreadPoolExecutor(2)
+    """Slabs of one model in one folder.
 
-    def missing(self):
-        return [j for j in self.layouts]
+    A file has its name only when it is complete and on the disk, and its description comes after it, so that a process may be
+    killed at any moment. Equal identities and layouts give equal bytes, so several processes may use a folder, and even write
+    it, at the same time.
+    """
 
-    def check_space(self, m):
-        pass
+    def __init__(self, path: Path, identity: Mapping[str, str], layouts: Mapping[int, SlabLayout]) -> None:
+        """Open or make the folder.
 
-    def write(self, j, memory):
-        (self.path / f"{j}").write_bytes(memory.numpy().tobytes())
+        Args:
+            path: The folder.
+            identity: What the weights depend on, such as their digest and dtype.
+            layouts: Of the slabs that will be asked for; others that are there stay.
 
-    def read(self, j, into):
-        def work():
-            with open(self.path / f"{j}", "rb") as f:
-                f.readinto(memoryview(into.numpy())[: self.layouts[j].num_bytes])
+        Raises:
+            CorruptFile: If it holds slabs of another identity or of other layouts.
+            DiskFull: If there is no space even for a description.
+            FlexGenError: If it cannot be used.
+        """
+        self.path, self._layouts = path, dict(layouts)
+        self._identity = dict(identity)
+        self._checksums: dict[int, str] = {}
+        self._verified: set[int] = set()
+        with _clear_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path, os.O_RDONLY)
+        self._tidy()
+        try:
+            self._claim()
+            for j in self._layouts:
+                self._describe(j)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._io = DiskIO()
 
-        return self.pool.submit(work)
+    def missing(self) -> list[int]:
+        """Numbers of the slabs that are not there, or not whole."""
+        return [j for j in self._layouts if j not in self._checksums or _size(self._file(j)) != self._layouts[j].num_bytes]
 
-    def close(self):
-        self.pool.shutdown()
+    def check_space(self, missing: Iterable[int]) -> None:
+        """Make sure that slabs can be written.
+
+        Raises:
+            DiskFull: If there is less space than they need.
+        """
+        needed = sum(self._layouts[j].num_bytes for j in missing)
+        status = os.statvfs(self.path)
+        free = status.f_bavail * status.f_frsize
+        if needed > free:
+            raise DiskFull(
+                f"Weights on disk need {needed / 2**30:.2f} GiB more in {self.path}, which has {free / 2**30:.2f} GiB free. "
+                "Free some space, give an offload_folder on another disk, or put a smaller share of the weights on disk."
+            )
+
+    def write(self, j: int, memory: Tensor) -> None:
+        """Write slab j and wait until it is on the disk.
+
+        Args:
+            j: Its number.
+            memory: uint8 ``[at least its layout's num_bytes]`` at a page boundary.
+
+        Raises:
+            DiskFull: If there is no space left; slabs that are complete are kept.
+            FlexGenError: If it cannot be written for another reason.
+        """
+        memory = memory[: self._layouts[j].num_bytes]
+        with self._new_file(self._file(j)) as temporary:
+            file = DirectFile(temporary, os.O_WRONLY)
+            try:
+                writing = self._io.write(file, 0, memory)
+                checksum = _checksum(memory)
+                writing.result()
+                os.fsync(file.descriptor)
+            finally:
+                file.close()
+        self._save(self._description(j), {"layout": self._layouts[j].to_json(), "xxh3_64": checksum})
+        self._checksums[j] = checksum
+        self._verified.discard(j)
+
+    def read(self, j: int, into: Tensor) -> Future[None]:
+        """Start to read slab j.
+
+        Args:
+            j: Its number.
+            into: uint8 ``[at least its layout's num_bytes]`` at a page boundary, not to be touched before the future is done.
+
+        Returns:
+            Done when it is there. It raises CorruptFile if the slab is missing or torn, or, at its first read, is not what was
+            written.
+        """
+        into = into[: self._layouts[j].num_bytes]
+        try:
+            file = DirectFile(self._file(j))
+        except BaseException as error:
+            failed: Future[None] = Future()
+            failed.set_exception(error)
+            return failed
+        reading = self._io.read(file, 0, into, None if j in self._verified else lambda: self._verify(j, into))
+        reading.add_done_callback(lambda _: file.close())
+        return reading
+
+    def close(self) -> None:
+        """Wait for what is being read, drop what is not."""
+        self._io.close()
+        os.close(self._lock)
+
+    def _verify(self, j: int, memory: Tensor) -> None:
+        if _checksum(memory) != self._checksums.get(j):
+            raise CorruptFile(
+                f"{self._file(j)} is not what was written: its checksum differs. Check the disk, delete the file and run the "
+                "command again; it is then written anew."
+            )
+        self._verified.add(j)
+
+    def _tidy(self) -> None:
+        """Remove what killed processes left half written, unless another process is at work; its lock ends with it."""
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in self.path.glob(f"{_TEMPORARY}*"):
+                path.unlink()
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def _claim(self) -> None:
+        """Write whose slabs these are, or see that they are ours; of several processes one is first."""
+        path = self.path / "slabs.json"
+        if not path.exists():
+            self._save(path, self._identity, once=True)
+        found = _load(path)
+        if found != self._identity:
+            holds = ", ".join(f"{key} {value}" for key, value in found.items()) if found else "something unknown"
+            wanted = ", ".join(f"{key} {value}" for key, value in self._identity.items())
+            raise CorruptFile(f"{self.path} holds slabs of {holds}, not of {wanted}. Give another offload_folder or delete it.")
+
+    def _describe(self, j: int) -> None:
+        found = _load(self._description(j))
+        if found is None:
+            return
+        if found.get("layout") != self._layouts[j].to_json():
+            raise CorruptFile(
+                f"{self._file(j)} has other tensors than part {j} of the model. Give another offload_folder or delete this one."
+            )
+        self._checksums[j] = str(found.get("xxh3_64"))
+
+    def _file(self, j: int) -> Path:
+        return self.path / f"unit_{j:05d}.slab"
+
+    def _description(self, j: int) -> Path:
+        return self.path / f"unit_{j:05d}.json"
+
+    def _save(self, path: Path, content: object, *, once: bool = False) -> None:
+        with self._new_file(path, once=once) as temporary, temporary.open("w") as stream:
+            json.dump(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.fsync(self._lock)
+
+    @contextlib.contextmanager
+    def _new_file(self, path: Path, *, once: bool = False) -> Iterator[Path]:
+        """A file to fill, which then replaces the one at the path, or, if ``once``, gives way to it."""
+        with _clear_errors(path):
+            descriptor, name = tempfile.mkstemp(dir=self.path, prefix=_TEMPORARY)
+            os.close(descriptor)
+            try:
+                yield Path(name)
+                if once:
+                    with contextlib.suppress(FileExistsError):
+                        os.link(name, path)
+                else:
+                    os.replace(name, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+
+
+@contextlib.contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise file_error(path, error) from error
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    """What a description says; None if there is none, or if it is torn."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _checksum(memory: Tensor) -> str:
+    return xxhash.xxh3_64_hexdigest(memory.numpy().data)

@@ -1,0 +1,208 @@
+"""Reads and writes of files past the page cache, in pieces, by a few threads."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError
+from flexgen_helm.memory.buffers import PAGE
+
+logger = logging.getLogger(__name__)
+
+PIECE = 2**20
+"""Bytes of a request to the disk."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DirectFile:
+    """An open file. It lies beside the page cache where the file system allows that."""
+
+    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+        """Open it.
+
+        Args:
+            path: The file.
+            flags: Of `os.open`.
+
+        Raises:
+            CorruptFile: If there is no such file.
+            DiskFull: If there is no space for a new one.
+            FlexGenError: If it cannot be opened for another reason.
+        """
+        self.path = path
+        self.is_direct = True
+        try:
+            try:
+                self.descriptor = os.open(path, flags | os.O_DIRECT, 0o666)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.descriptor, self.is_direct = os.open(path, flags, 0o666), False
+                logger.info("%s is on a file system without direct access: it is read through the page cache", path)
+        except OSError as error:
+            raise file_error(path, error) from error
+
+    def close(self) -> None:
+        """Close it, once no request is on its way."""
+        os.close(self.descriptor)
+
+    def read(self, offset: int, into: Tensor) -> None:
+        """Fill memory, in this thread."""
+        view, done = into.numpy().data, 0
+        while done < len(view):
+            count = self._call(os.preadv, [view[done:]], offset + done)
+            done += count
+            if not count or (self.is_direct and count % PAGE):
+                raise CorruptFile(f"{self.path} is torn: it ends after {offset + done} bytes, where more were written.")
+        if not self.is_direct:
+            os.posix_fadvise(self.descriptor, offset, done, os.POSIX_FADV_DONTNEED)
+
+    def write(self, offset: int, memory: Tensor) -> None:
+        """Write memory, in this thread."""
+        view, done = memory.numpy().data, 0
+        while done < len(view):
+            count = self._call(os.pwritev, [view[done:]], offset + done)
+            if count < PAGE:
+                raise file_error(self.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            done += count - count % PAGE  # what is left begins at a page boundary again
+
+    def _call(self, call: Callable[..., int], *arguments: object) -> int:
+        try:
+            return call(self.descriptor, *arguments)
+        except OSError as error:
+            raise file_error(self.path, error) from error
+
+
+@dataclass(eq=False)
+class _Request:
+    """Pieces that are done together."""
+
+    file: DirectFile
+    is_write: bool
+    num_bytes: int
+    then: Callable[[], None] | None = None
+    left: int = 0
+    """Pieces that are not done."""
+    done: Future[None] = field(default_factory=Future)
+    error: BaseException | None = None
+
+
+class DiskIO:
+    """Threads that read and write. Every method may be called from any thread."""
+
+    def __init__(self, num_threads: int = 4) -> None:
+        """Nothing runs before the first request."""
+        self.bytes_read = self.bytes_written = 0
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="flexgen-helm-disk")
+        self._lock = threading.Lock()
+        self._closed = False
+        self._in_flight, self._since, self._busy = 0, 0.0, 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time in which at least one request was on its way."""
+        with self._lock:
+            self._pass_time()
+            return self._busy
+
+    def read(self, file: DirectFile, offset: int, into: Tensor, then: Callable[[], None] | None = None) -> Future[None]:
+        """Start to fill memory from a file.
+
+        Args:
+            file: Is not closed before the future is done.
+            offset: Where to begin, a multiple of PAGE.
+            into: uint8 ``[bytes]``, whole pages at a page boundary, not to be touched before the future is done.
+            then: Called by an I/O thread when all is there.
+
+        Returns:
+            Done when the memory is filled and ``then`` has returned, or when no thread touches it any more after an error:
+            CorruptFile if the file is too short, FlexGenError if it cannot be read, and whatever ``then`` raises.
+        """
+        return self._start(_Request(file, False, into.nbytes, then), offset, into)
+
+    def write(self, file: DirectFile, offset: int, memory: Tensor) -> Future[None]:
+        """Start to write memory to a file; as `read`, but the future raises DiskFull where there is no more space."""
+        return self._start(_Request(file, True, memory.nbytes), offset, memory)
+
+    def close(self) -> None:
+        """Wait for what is being read or written; what has not begun yet fails."""
+        self._closed = True
+        self._pool.shutdown()
+
+    def _start(self, request: _Request, offset: int, memory: Tensor) -> Future[None]:
+        if not memory.nbytes or (memory.data_ptr() | memory.nbytes | offset) % PAGE:
+            raise ValueError(f"{memory.nbytes} bytes at {memory.data_ptr():#x} for offset {offset} are not whole pages")
+        begins = range(0, memory.nbytes, PIECE)
+        request.left = len(begins)
+        request.done.set_running_or_notify_cancel()  # so that nobody can cancel it while threads use the memory
+        with self._lock:
+            self._pass_time()
+            self._in_flight += 1
+        for begin in begins:
+            self._pool.submit(self._run, request, offset + begin, memory[begin : begin + PIECE])
+        return request.done
+
+    def _run(self, request: _Request, offset: int, piece: Tensor) -> None:
+        try:
+            if self._closed:
+                raise FlexGenError(f"{request.file.path} was closed before all of it was read or written.")
+            if request.error is None:
+                transfer = request.file.write if request.is_write else request.file.read
+                transfer(offset, piece)
+        except BaseException as error:
+            request.error = error
+        with self._lock:
+            request.left -= 1
+            is_last = not request.left
+        if is_last:
+            self._finish(request)
+
+    def _finish(self, request: _Request) -> None:
+        try:
+            if request.error is None and request.then is not None:
+                request.then()
+        except BaseException as error:
+            request.error = error
+        with self._lock:
+            self._pass_time()
+            self._in_flight -= 1
+            if request.error is None and request.is_write:
+                self.bytes_written += request.num_bytes
+            elif request.error is None:
+                self.bytes_read += request.num_bytes
+        if request.error is None:
+            request.done.set_result(None)
+        else:
+            request.done.set_exception(request.error)
+
+    def _pass_time(self) -> None:
+        now = time.perf_counter()
+        self._busy += (now - self._since) * (self._in_flight > 0)
+        self._since = now
+
+
+def file_error(path: Path, error: OSError) -> FlexGenError:
+    """Say what became of a file under an offload folder, and what to do."""
+    if error.errno in _FULL:
+        return DiskFull(
+            f"{path} cannot be written: {error.strerror}. Free some space, or give an offload_folder on another disk."
+        )
+    if error.errno == errno.ENOENT:
+        return CorruptFile(
+            f"{path} is not there: was the offload folder removed or moved while it was in use? Run the command again; "
+            "what is missing is written anew."
+        )
+    return FlexGenError(
+        f"{path} cannot be read or written: {error.strerror}. Check the disk and who may use the folder, or give another "
+        "offload_folder."
+    )
