@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.attention.places import RowPages
 from flexgen_helm.attention.row import RowAttention
+from flexgen_helm.errors import DiskFull, PolicyError
 from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.page_tensors import CacheKey
 from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.rows import Row, Segment
+from flexgen_helm.types import RunStats
 from tests.attention.test_row import RULES, Heads, Machine, Options, RowKind, dense, num_shared, random_rows
 
 CPU = torch.device("cpu")
@@ -112,3 +121,95 @@ def test_answers_do_not_depend_on_where_pages_rest(
         assert (expected[i] - plain.layers[0][i])[begin:].abs().max() < 5e-6
         for j in range(NUM_LAYERS):
             assert torch.equal(plain.layers[j][i], tiered.layers[j][i])
+
+
+def tiered(tmp_path: Path, shares: tuple[float, float, float], **cache: object) -> TieredMachine:
+    """Sequences whose pages fill a tier of 60 pages each."""
+    pool = PagePool(60, host=60, disk=60, shares=shares, page_bytes=NUM_LAYERS * 2 * 32 * 2 * 16 * 4)
+    return TieredMachine(Heads(4, 2, 16, 16), Options(), [200, 170, 100], 0, pool, offload_folder=tmp_path, **cache)
+
+
+def test_bytes_on_each_link_are_those_of_the_pages_that_are_read_and_written(tmp_path: Path) -> None:
+    meter = Meter(CPU)
+    machine = tiered(tmp_path, (0.0, 0.5, 0.5), copy_host=True, meter=meter)
+    page = 2 * 32 * 2 * 16 * 4
+    on = {tier: [t for t in machine.tables if machine.pool.capacities.tier_of(t[0]) == tier] for tier in ("host", "disk")}
+    assert sorted(map(len, on["host"] + on["disk"])) == [4, 6, 7]
+    meter.begin_run()
+    machine.sweep([("prefill", 256, [(0, 0, 199)]), ("prefill", 256, [(1, 0, 169), (2, 0, 80)])])
+    machine.sweep([("decode", 16, [(0, 199, 200), (1, 169, 170)])])
+    machine.cache.reserve(kept=0, transient=0)
+    meter.end_sweep(0, 0, 0)
+    stats = RunStats()
+    meter.end_run(stats)
+    machine.cache.close()
+    decoded = {tier: [t for t in on[tier] if t in machine.tables[:2]] for tier in on}
+    bytes_read = {tier: NUM_LAYERS * page * sum(map(len, tables)) for tier, tables in decoded.items()}
+    written = {
+        tier: NUM_LAYERS * page * (sum(min(len(t), 3 if len(t) == 4 else 9) for t in on[tier]) + len(decoded[tier]))
+        for tier in on
+    }
+    assert stats.bytes_moved == {
+        "host_to_device": bytes_read["host"],
+        "disk_read": bytes_read["disk"],
+        "device_to_host": written["host"],
+        "disk_write": written["disk"],
+    }
+
+
+@contextmanager
+def no_larger_files(num_bytes: int) -> Iterator[None]:
+    """Let writes behind this many bytes of a file fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+ROWS: list[tuple[RowKind, int, Pieces]] = [("prefill", 256, [(0, 0, 200)]), ("prefill", 256, [(1, 0, 170)])]
+
+
+def test_a_disk_that_fills_up_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    machine = tiered(tmp_path, (0.0, 0.0, 1.0))
+    with no_larger_files(32768), pytest.raises(DiskFull, match="offload_folder"):
+        machine.sweep(ROWS)
+        machine.cache.reserve(kept=0, transient=0)
+    machine.sweep(ROWS)  # once there is space again
+    machine.sweep([("decode", 16, [(0, 199, 200)])])
+    machine.cache.close()
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull, match=r"needs [\d.]+ GiB in .*, which has [\d.]+ GiB free"):
+        PagedCache(PagePool(0, disk=1 << 30, page_bytes=1 << 20), offload_folder=tmp_path)
+    with pytest.raises(PolicyError, match="offload_folder"):
+        PagedCache(PagePool(0, disk=1))
+
+
+def test_nothing_stays_on_disk(tmp_path: Path) -> None:
+    def open_here() -> list[str]:
+        names = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+        return [name for name in names if name.startswith(str(tmp_path))]
+
+    machine = tiered(tmp_path, (0.0, 0.0, 1.0))
+    machine.sweep(ROWS)
+    assert len(open_here()) == 1
+    assert not list(tmp_path.iterdir())
+    machine.cache.close()
+    assert not open_here()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cache_dtype_stores_k_and_v_in_it_and_answers_in_the_models(tmp_path: Path, dtype: torch.dtype) -> None:
+    machine = tiered(tmp_path, (0.4, 0.3, 0.3), dtype=dtype)
+    machine.sweep(ROWS)
+    assert machine.layers[0][0].dtype == torch.float32
+    assert machine.cache.bytes_per_token == {CacheKey(j, 0): 2 * 2 * 16 * 2 for j in range(NUM_LAYERS)}
+    rounded = tuple(x.to(dtype).float() for x in machine.inputs[1])
+    difference = (machine.layers[0][1] - dense(*rounded, Options(), None)).abs().max()
+    assert 1e-5 < difference < 8 * torch.finfo(dtype).eps  # of the products and of the output, below 4
+    machine.cache.close()
