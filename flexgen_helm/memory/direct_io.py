@@ -194,9 +194,7 @@ class DiskIO:
 def file_error(path: Path, error: OSError) -> FlexGenError:
     """Say what became of a file under an offload folder, and what to do."""
     if error.errno in _FULL:
-        return DiskFull(
-            f"{path} cannot be written: {error.strerror}. Free some space, or give an offload_folder on another disk."
-        )
+        return DiskFull(f"{path} cannot be written: {error.strerror}. Free some space, or give another offload_folder.")
     if error.errno == errno.ENOENT:
         return CorruptFile(
             f"{path} is not there: was the offload folder removed or moved while it was in use? Run the command again; "

@@ -50,7 +50,8 @@ def test_more_memory_than_there_is(num_bytes: int) -> None:
 def test_pinned_memory_copies_beside_the_host_and_is_unpinned_when_it_is_freed() -> None:
     for _ in range(3):  # an address that comes again can be pinned again
         memory = allocate(SIZE + 1, pin=True)
-        assert memory.is_pinned() and len(memory) == SIZE + PAGE
+        assert memory.is_pinned()
+        assert len(memory) == SIZE + PAGE
         memory.random_(0, 256)
         assert torch.equal(memory.to("cuda", non_blocking=True).cpu(), memory)
         del memory
