@@ -175,9 +175,13 @@ ROWS: list[tuple[RowKind, int, Pieces]] = [("prefill", 256, [(0, 0, 200)]), ("pr
 
 def test_a_disk_that_fills_up_is_an_error_and_no_hang(tmp_path: Path) -> None:
     machine = tiered(tmp_path, (0.0, 0.0, 1.0))
-    with no_larger_files(32768), pytest.raises(DiskFull, match="offload_folder"):
+
+    def fill() -> None:
         machine.sweep(ROWS)
         machine.cache.reserve(kept=0, transient=0)
+
+    with no_larger_files(32768), pytest.raises(DiskFull, match="offload_folder"):
+        fill()
     machine.sweep(ROWS)  # once there is space again
     machine.sweep([("decode", 16, [(0, 199, 200)])])
     machine.cache.close()
@@ -209,7 +213,7 @@ def test_a_cache_dtype_stores_k_and_v_in_it_and_answers_in_the_models(tmp_path: 
     machine.sweep(ROWS)
     assert machine.layers[0][0].dtype == torch.float32
     assert machine.cache.bytes_per_token == {CacheKey(j, 0): 2 * 2 * 16 * 2 for j in range(NUM_LAYERS)}
-    rounded = tuple(x.to(dtype).float() for x in machine.inputs[1])
-    difference = (machine.layers[0][1] - dense(*rounded, Options(), None)).abs().max()
+    q, k, v = (x.to(dtype).float() for x in machine.inputs[1])
+    difference = (machine.layers[0][1] - dense(q, k, v, Options(), None)).abs().max()
     assert 1e-5 < difference < 8 * torch.finfo(dtype).eps  # of the products and of the output, below 4
     machine.cache.close()
