@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF
+from flexgen_helm.attention.places import RowPages, segment_table
 from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.memory.cache import Place
 from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.schedule.rows import Row, Segment
 
@@ -62,14 +64,22 @@ def as_index(values: list[int], device: torch.device) -> Index:
     return torch.tensor(values, device=device)
 
 
+class PagePart(NamedTuple):
+    """Those pages of a call that are at one place."""
+
+    place: Place
+    numbers: Tensor
+    """Of the pages among those of the place."""
+    which: Tensor | None
+    """Which of the call's pages they are, four to a chunk; None: all, in order."""
+
+
 @dataclass
 class ChunkCall:
     """One kernel call over B chunks: M queries each, those of several sequences among them, or one query each (single)."""
 
-    pages: Index
-    """Page numbers, four to a chunk."""
+    pages: list[PagePart]
     num_chunks: int
-    kept: bool
     queries: Index
     """Positions in the row: B * M, padded, or B (single)."""
     real: Index
@@ -114,21 +124,22 @@ class _Visit(NamedTuple):
         return range(self.offset + self.first - self.segment.start, self.offset + self.last - self.segment.start)
 
 
-def plan_attention(row: Row, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
+def plan_attention(row: Row, pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
     """Plan a row's attention.
 
     Args:
         row: The row; its padding attends to nothing.
+        pages: Where its pages are.
         rule: Mask of the layers that will use this plan.
         dtype: Of the queries.
         device: Where masks and indices go.
     """
-    return _Planner(row, rule, dtype, device).plan()
+    return _Planner(row, pages, rule, dtype, device).plan()
 
 
 class _Planner:
-    def __init__(self, row: Row, rule: MaskRule, dtype: torch.dtype, device: torch.device) -> None:
-        self.row, self.rule, self.dtype, self.device = row, rule, dtype, device
+    def __init__(self, row: Row, pages: RowPages, rule: MaskRule, dtype: torch.dtype, device: torch.device) -> None:
+        self.row, self.pages, self.rule, self.dtype, self.device = row, pages, rule, dtype, device
         self.calls: list[ChunkCall] = []
         self.met: list[list[tuple[int, int]]] = []
         """For each call, the position in the row and the chunk of each real query."""
@@ -143,7 +154,7 @@ class _Planner:
             else:
                 together.setdefault((visit.segment.kept, visit.chunk, visit.pages), []).append(visit)
         if self.row.kind == "decode":
-            self._single([group[0] for group in together.values() if len(group) == 1] + own)
+            self._singles([group[0] for group in together.values() if len(group) == 1] + own)
             together = {key: group for key, group in together.items() if len(group) > 1}
         else:
             self._own_chunks(own)
@@ -154,10 +165,11 @@ class _Planner:
     def _visits(self) -> Iterator[tuple[_Visit, bool]]:
         offset = 0
         for segment in self.row.segments:
+            table = segment_table(segment)
             for chunk in range((segment.end - 1) // CHUNK_TOKENS + 1):
                 low, high = chunk * CHUNK_TOKENS, (chunk + 1) * CHUNK_TOKENS
-                table = segment.table[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES]
-                pages = tuple(table + table[-1:] * (CHUNK_PAGES - len(table)))
+                found = table[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES]
+                pages = tuple(found + found[-1:] * (CHUNK_PAGES - len(found)))
                 if segment.end > high:
                     yield _Visit(segment, offset, chunk, max(segment.start, high), segment.end, pages), False
                 first, last = max(segment.start, low), min(segment.end, high)
@@ -167,10 +179,10 @@ class _Planner:
 
     def _own_chunks(self, visits: list[_Visit]) -> None:
         """Each sequence's last chunk: as many as possible in one call, padded to one of a few numbers of queries."""
-        buckets: dict[tuple[bool, int], list[list[_Visit]]] = defaultdict(list)
+        buckets: dict[tuple[frozenset[Place], int], list[list[_Visit]]] = defaultdict(list)
         for visit in visits:
             size = next(size for size in OWN_QUERIES if size >= visit.num_queries)
-            buckets[visit.segment.kept, size].append([visit])
+            buckets[self._places(visit), size].append([visit])
         for (_, size), groups in buckets.items():
             self._stacked(groups, size)
 
@@ -197,21 +209,45 @@ class _Planner:
             full = torch.ones(len(queries), CHUNK_TOKENS, dtype=torch.bool, device=self.device)
             full[self._index(real)] = allowed | ~seen[:, None]
             mask = self._additive(full).view(len(groups), 1, size, CHUNK_TOKENS)
-        pages = self._index([page for group in groups for page in group[0].pages])
         indices = (self._index(queries), self._index(real))
-        self.calls.append(ChunkCall(pages, len(groups), first_visit.segment.kept, *indices, False, mask, dead))
+        self.calls.append(ChunkCall(self._parts([group[0] for group in groups]), len(groups), *indices, False, mask, dead))
         self.met.append(met)
 
+    def _singles(self, visits: list[_Visit]) -> None:
+        """Single queries meet a chunk each, all whose pages are at the same place in one call."""
+        by_places: dict[frozenset[Place], list[_Visit]] = defaultdict(list)
+        for visit in visits:
+            by_places[self._places(visit)].append(visit)
+        for group in by_places.values():
+            self._single(group)
+
     def _single(self, visits: list[_Visit]) -> None:
-        """Single queries meet a chunk each, all in one call."""
         allowed = self._allowed([visit.first for visit in visits], [visit.chunk for visit in visits])
         seen = allowed.any(-1)
         visits = [visit for visit, alive in zip(visits, seen.tolist(), strict=True) if alive]
+        if not visits:
+            return
         rows = [visit.row_range[0] for visit in visits]
-        pages = self._index([page for visit in visits for page in visit.pages])
         mask = self._additive(allowed[seen])[:, None, None]
-        self.calls.append(ChunkCall(pages, len(visits), True, self._index(rows), slice(len(rows)), True, mask, None))
+        self.calls.append(ChunkCall(self._parts(visits), len(visits), self._index(rows), slice(len(rows)), True, mask, None))
         self.met.append([(t, visit.chunk) for t, visit in zip(rows, visits, strict=True)])
+
+    def _places(self, visit: _Visit) -> frozenset[Place]:
+        return frozenset(self.pages.place(page, kept=visit.segment.kept) for page in visit.pages)
+
+    def _parts(self, visits: list[_Visit]) -> list[PagePart]:
+        """The pages of all visits' chunks, by their place."""
+        by_place: dict[Place, list[tuple[int, int]]] = defaultdict(list)
+        pages = [(page, visit.segment.kept) for visit in visits for page in visit.pages]
+        for i, (page, kept) in enumerate(pages):
+            place = self.pages.place(page, kept=kept)
+            by_place[place].append((self.pages.index(page, place), i))
+        return [
+            PagePart(place, *torch.tensor(found, device=self.device).T)
+            if len(by_place) > 1
+            else PagePart(place, torch.tensor([index for index, _ in found], device=self.device), None)
+            for place, found in by_place.items()
+        ]
 
     def _allowed(self, positions: list[int], chunks: list[int]) -> Tensor:
         """Which keys of its chunk each query sees: ``[len(positions), 128]``."""

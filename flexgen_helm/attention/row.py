@@ -2,50 +2,76 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, attend_chunk, merge_chunks
-from flexgen_helm.attention.plan import QUERY_PAD, AttentionPlan, ChunkCall, MaskRule, as_index, plan_attention
-from flexgen_helm.memory.cache import CacheKey, PagedCache, PageTensors
+from flexgen_helm.attention.chunks import LocatedPages, attend_call
+from flexgen_helm.attention.kernels import NEG_INF, merge_chunks
+from flexgen_helm.attention.places import RowPages
+from flexgen_helm.attention.plan import AttentionPlan, MaskRule, as_index, plan_attention
+from flexgen_helm.memory.cache import PagedCache, Place
+from flexgen_helm.memory.link import Transfer
+from flexgen_helm.memory.page_tensors import CacheKey, PageTensors
 from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.memory.working_set import Loaded
 from flexgen_helm.schedule.rows import Row, Segment
+
+Locate = Callable[[Place, Tensor], Tensor]
+"""From numbers of pages at a place to where they are in its tensors."""
+_Spot = tuple[Place, int, int]
+"""A token's place, the number of its page there, and where it is in the page."""
 
 
 class _Writes:
-    """Where a row's tokens go among pages of one kind, and which tokens of shared pages are copied beside them."""
+    """Where a row's tokens go, and which tokens of shared pages are copied beside them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._tokens: list[int] = []
-        self._slots: list[int] = []
-        self._copies: dict[int, int] = {}
+    def __init__(self, row: Row, pages: RowPages, device: torch.device) -> None:
+        self._pages, self._device = pages, device
+        new: dict[Place, list[tuple[int, int, int]]] = defaultdict(list)
+        self._copies: dict[_Spot, _Spot] = {}
+        offset = 0
+        for segment in row.segments:
+            self._copy(segment)
+            for i, position in enumerate(range(segment.start, segment.end)):
+                place, page, token = self._spot(segment, segment.table[position // PAGE_TOKENS], position % PAGE_TOKENS)
+                new[place].append((offset + i, page, token))
+            offset += len(segment.tokens)
+        copies: dict[tuple[Place, Place], list[tuple[int, int, int, int]]] = defaultdict(list)
+        for target, source in self._copies.items():
+            copies[source[0], target[0]].append((*source[1:], *target[1:]))
+        self._new = [
+            (place, as_index([t for t, *_ in x], device), self._columns([y[1:] for y in x])) for place, x in new.items()
+        ]
+        self._moves = [(*pair, self._columns(x)) for pair, x in copies.items()]
 
-    def add(self, segment: Segment, offset: int) -> None:
-        """Take in a segment that begins at ``offset`` in the row."""
+    def apply(self, stores: Mapping[Place, PageTensors], locate: Locate, new: tuple[Tensor, Tensor]) -> None:
+        """Write a layer's new K and V ``[T, H_kv, D]``, then copy into the pages that part here."""
+        for place, rows, (pages, tokens) in self._new:
+            pages = locate(place, pages)
+            for target, x in zip(stores[place], new, strict=True):
+                target[pages, :, tokens] = x[rows]
+        for source_place, target_place, (pages, tokens, target_pages, target_tokens) in self._moves:
+            pages, target_pages = locate(source_place, pages), locate(target_place, target_pages)
+            for source, target in zip(stores[source_place], stores[target_place], strict=True):
+                target[target_pages, :, target_tokens] = source[pages, :, tokens]
+
+    def _copy(self, segment: Segment) -> None:
         if segment.copy is not None:
             source, target, count = segment.copy
             for i in range(count):
-                slot = source * PAGE_TOKENS + i
+                spot = self._spot(segment, source, i)
                 # A page copied in this very row is not filled yet: copy from where the token itself is.
-                self._copies[target * PAGE_TOKENS + i] = self._copies.get(slot, slot)
-        for i, position in enumerate(range(segment.start, segment.end)):
-            self._tokens.append(offset + i)
-            self._slots.append(segment.table[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS)
+                self._copies[self._spot(segment, target, i)] = self._copies.get(spot, spot)
 
-    def freeze(self) -> None:
-        """Make index tensors, once for all layers."""
-        self.tokens, self.slots = as_index(self._tokens, self._device), as_index(self._slots, self._device)
-        self.sources, self.targets = (
-            torch.tensor(list(x), device=self._device, dtype=torch.long) for x in (self._copies.values(), self._copies.keys())
-        )
+    def _spot(self, segment: Segment, page: int, token: int) -> _Spot:
+        place = self._pages.place(page, kept=segment.kept)
+        return place, self._pages.index(page, place), token
 
-    def apply(self, pages: Tensor, new: Tensor) -> None:
-        """Write a layer's new K or V ``[T, H_kv, D]``, then copy into the pages that part here."""
-        flat = pages.flatten(0, 1)
-        flat[self.slots] = new[self.tokens]
-        if len(self.sources):
-            flat.index_copy_(0, self.targets, flat.index_select(0, self.sources))
+    def _columns(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        return tuple(torch.tensor(rows, device=self._device).T.contiguous())
 
 
 class RowAttention:
@@ -53,14 +79,25 @@ class RowAttention:
 
     def __init__(self, row: Row, cache: PagedCache, device: torch.device) -> None:
         self._row, self._cache, self._device = row, cache, device
+        self._pages = RowPages(row, cache)
+        self._writes = _Writes(row, self._pages, device)
         self._plans: dict[int, AttentionPlan] = {}
-        self._writes: dict[bool, _Writes] = {}
-        offset = 0
-        for segment in row.segments:
-            self._writes.setdefault(segment.kept, _Writes(device)).add(segment, offset)
-            offset += len(segment.tokens)
-        for writes in self._writes.values():
-            writes.freeze()
+        self._loaded: dict[int, Loaded] = {}
+        """By layer, what was brought for this row."""
+
+    def load(self, j: int) -> Transfer | None:
+        """Start to bring the pages of layer j that are not where attention reads them."""
+        if not self._pages.staged.pages:
+            return None
+        if j not in self._loaded:
+            self._loaded[j] = self._cache.working.load(j, self._pages.staged)
+        return self._loaded[j].arriving
+
+    def store(self, j: int) -> Transfer | None:
+        """Start to write back what layer j wrote into them; nothing happens before they were loaded."""
+        if self._loaded.pop(j, None) is None:
+            return None
+        return self._cache.working.release(j, self._pages.staged)
 
     def attend(
         self,
@@ -85,11 +122,10 @@ class RowAttention:
         Returns:
             ``[T, H, Dv]`` in the dtype of the values.
         """
-        q, k, v = qkv
-        stores = {kept: self._cache.tensors(key, k, v, kept=kept) for kept in self._writes}
-        for kept, writes in self._writes.items():
-            writes.apply(stores[kept].k, k)
-            writes.apply(stores[kept].v, v)
+        q, k, v = (self._cache.cast(x) for x in qkv)
+        stores = self._cache.tensors(key, k, v, self._pages.places)
+        locate = self._locate(key.layer)
+        self._writes.apply(stores, locate, (k, v))
         plan = self._plan(rule, q)
         shape = (plan.num_ranks, *q.shape[:2])
         outputs = torch.empty(*shape, v.shape[-1], dtype=torch.float32, device=q.device)
@@ -97,38 +133,25 @@ class RowAttention:
         outputs.flatten(0, 1)[plan.absent] = 0.0
         lse[0, plan.idle] = 0.0
         for call in plan.calls:
-            run = _single if call.single else _stacked
-            part = run(call, q, stores[call.kept], scale, softcap)
+            pages = [LocatedPages(stores[x.place], locate(x.place, x.numbers), x.which) for x in call.pages]
+            part = attend_call(call, q, pages, scale=scale, softcap=softcap)
             if call.dead is not None:
                 part.output.masked_fill_(call.dead[:, None, None], 0.0)
                 part.lse.masked_fill_(call.dead[:, None], NEG_INF)
             outputs.flatten(0, 1)[call.outputs] = part.output.float()
             lse.flatten(0, 1)[call.outputs] = part.lse
-        return merge_chunks(outputs, lse, sinks).to(v.dtype)
+        return merge_chunks(outputs, lse, sinks).to(qkv[2].dtype)
+
+    def _locate(self, j: int) -> Locate:
+        """Wait for the pages of layer j that had to be brought; returns where all pages are."""
+        if not self._pages.staged.pages:
+            return lambda place, index: index
+        self.load(j)
+        slots = self._loaded[j].slots
+        self._cache.working.wait(self._loaded[j])
+        return lambda place, index: slots[index] if place == "staged" else index
 
     def _plan(self, rule: MaskRule, q: Tensor) -> AttentionPlan:
         if id(rule) not in self._plans:
-            self._plans[id(rule)] = plan_attention(self._row, rule, dtype=q.dtype, device=self._device)
+            self._plans[id(rule)] = plan_attention(self._row, self._pages, rule, dtype=q.dtype, device=self._device)
         return self._plans[id(rule)]
-
-
-def _gather(pages: Tensor, call: ChunkCall) -> Tensor:
-    """Pages of a call as ``[B, H_kv, L, D]``."""
-    return pages[call.pages].view(call.num_chunks, -1, *pages.shape[2:]).transpose(1, 2)
-
-
-def _stacked(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
-    """Many queries over each chunk; returns ``[queries, H, Dv]`` and ``[queries, H]``."""
-    picked = q[call.queries].unflatten(0, (call.num_chunks, -1)).transpose(1, 2)
-    output, lse = attend_chunk(picked, _gather(store.k, call), _gather(store.v, call), call.mask, scale=scale, softcap=softcap)
-    return ChunkOutput(output.flatten(0, 1)[call.real], lse.flatten(0, 1)[call.real])
-
-
-def _single(call: ChunkCall, q: Tensor, store: PageTensors, scale: float, softcap: float | None) -> ChunkOutput:
-    """One query over each chunk: the query heads of a K/V head are the rows of one product."""
-    b, h, kv = call.num_chunks, q.shape[1], store.k.shape[2]
-    groups = h // kv
-    padded = q.new_zeros(b, kv, -(-groups // QUERY_PAD) * QUERY_PAD, q.shape[2])
-    padded[:, :, :groups] = q[call.queries].reshape(b, kv, groups, -1)
-    output, lse = attend_chunk(padded, _gather(store.k, call), _gather(store.v, call), call.mask, scale=scale, softcap=softcap)
-    return ChunkOutput(output[:, :groups].transpose(1, 2).reshape(b, h, -1), lse[:, :groups].transpose(1, 2).reshape(b, h))

@@ -1,73 +1,129 @@
 """K and V of every page: one tensor pair per (layer, attention call) where they are kept, one shared pair where they are not.
 
 Work that generates at most one token needs K and V only inside the layer being computed, since a block is traversed column
-by column: its pages are *transient*, and every layer writes over the last one's.
+by column: its pages are *transient*, and every layer writes over the last one's. Kept pages that rest where attention cannot
+read them are *staged*: brought into the working set for the rows that touch them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.errors import PolicyError
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.page_file import DiskPages
+from flexgen_helm.memory.page_tensors import CacheKey, GrowingPages, HostPages, PageShape, PageTensors
+from flexgen_helm.memory.pages import PagePool
+from flexgen_helm.memory.working_set import OffloadedPages, WorkingSet
+from flexgen_helm.types import Tier
 
-
-class CacheKey(NamedTuple):
-    """An attention call: some layers attend more than once."""
-
-    layer: int
-    call: int
-
-
-class PageTensors(NamedTuple):
-    """K ``[pages, 32, num_kv_heads, head_dim]`` and V (its own head size) of one attention call."""
-
-    k: Tensor
-    v: Tensor
-
-
-GROWTH = 1.5
-"""Kept storage that is too small is made larger by at least this factor, since growing copies what is stored."""
+Place = Literal["transient", "device", "host", "staged"]
+"""Where attention finds a page: with the layer's transient ones, kept on the device, on the host, or in the working set."""
 
 
 class PagedCache:
-    """Storage behind the page numbers of a scheduler. Grows with the highest page in use."""
+    """Storage behind the page numbers of a scheduler. Grows with the highest page in use of each tier."""
 
-    def __init__(self, capacity: int | None = None) -> None:
-        """Nothing is allocated yet; kept pages will never be more than ``capacity``."""
-        self._capacity = capacity
-        self._kept: dict[CacheKey, PageTensors] = {}
-        self._transient: dict[tuple[int, torch.Size, torch.Size], PageTensors] = {}
-        self._pages = {True: 0, False: 0}
+    def __init__(
+        self,
+        pool: PagePool | None = None,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        copy_host: bool = False,
+        offload_folder: Path | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        """Little is allocated yet.
+
+        Args:
+            pool: Says how many pages each tier has; None: a device without bound.
+            device: Where attention is computed, if there are pages elsewhere; None: the CPU.
+            dtype: In which K and V are stored; None: as they come.
+            copy_host: Whether host pages are staged on a CPU too, as on a GPU.
+            offload_folder: Where the file of pages on disk goes; it is removed at `close`.
+            meter: Is told of what is moved and held.
+
+        Raises:
+            PolicyError: If there are pages on disk and no folder for them.
+            DiskFull: If the folder has no room for them.
+        """
+        device = torch.device("cpu") if device is None else device
+        meter = Meter(device) if meter is None else meter
+        self._dtype, self._meter = dtype, meter
+        self._capacities = None if pool is None else pool.capacities
+        self._kept = GrowingPages(None if pool is None else pool.capacities.device)
+        self._transient = GrowingPages(None)
+        self._host = HostPages(0 if pool is None else pool.capacities.host)
+        self.host_in_place = device.type == "cpu" and not copy_host
+        """Whether attention reads host pages where they are."""
+        stores: dict[Tier, OffloadedPages] = {}
+        if pool is not None and pool.capacities.host and not self.host_in_place:
+            stores["host"] = self._host
+        if pool is not None and pool.capacities.disk:
+            if offload_folder is None:
+                raise PolicyError(
+                    "A part of the K/V cache belongs on disk, but no offload_folder was given. Name one, or give cache shares "
+                    "without disk."
+                )
+            stores["disk"] = DiskPages(offload_folder, pool.capacities.disk, page_bytes=pool.page_bytes)
+        self._working = WorkingSet(stores, pool.capacities, device, meter) if pool is not None and stores else None
         self.bytes_per_token: dict[CacheKey, int] = {}
         """Bytes of K and V of one token in each attention call, known once a row went through all layers."""
 
-    def reserve(self, *, kept: int, transient: int) -> None:
-        """Make room for pages numbered below these; tensors follow at their next use."""
-        if kept > self._pages[True]:
-            grown = max(kept, int(GROWTH * self._pages[True]))
-            self._pages[True] = grown if self._capacity is None else min(grown, self._capacity)
-        self._pages[False] = max(self._pages[False], transient)
+    def place(self, page: int) -> Place:
+        """Where attention finds a kept page."""
+        tier = "device" if self._capacities is None else self._capacities.tier_of(page)
+        return "staged" if tier == "disk" or (tier == "host" and not self.host_in_place) else tier
 
-    def tensors(self, key: CacheKey, k: Tensor, v: Tensor, *, kept: bool) -> PageTensors:
-        """Storage of one attention call, for tokens whose K and V look like ``k`` and ``v`` ``[tokens, heads, dim]``."""
-        self.bytes_per_token[key] = (k[0].numel() + v[0].numel()) * k.element_size()
-        if kept:
-            self._kept[key] = _grown(self._kept.get(key), self._pages[True], k, v)
-            return self._kept[key]
-        shape = (key.call, k.shape[1:], v.shape[1:])
-        self._transient[shape] = _grown(self._transient.get(shape), self._pages[False], k, v)
-        return self._transient[shape]
+    def index(self, page: int) -> int:
+        """Where a kept page is among those of its tier."""
+        return page if self._capacities is None else page - self._capacities.first(self._capacities.tier_of(page))
 
+    @property
+    def working(self) -> WorkingSet:
+        """The pages that were brought from elsewhere."""
+        assert self._working is not None, "no tier of this cache is staged"
+        return self._working
 
-def _grown(old: PageTensors | None, pages: int, k: Tensor, v: Tensor) -> PageTensors:
-    if old is not None and old.k.shape[0] >= pages:
-        return old
-    # Zeros: what is masked is multiplied by 0, which must not meet a NaN of uninitialised memory.
-    new = PageTensors(*(torch.zeros(pages, PAGE_TOKENS, *x.shape[1:], dtype=x.dtype, device=x.device) for x in (k, v)))
-    if old is not None:
-        for source, target in zip(old, new, strict=True):
-            target[: source.shape[0]] = source
-    return new
+    def reserve(self, *, kept: int, transient: int, host: int = 0, staged: int = 0) -> None:
+        """Make room for so many pages of each kind; tensors follow at their next use.
+
+        Raises:
+            DiskFull: Or whatever else pages met on their way to where they rest, if nobody heard of it.
+        """
+        self._kept.reserve(kept)
+        self._transient.reserve(transient)
+        self._host.reserve(host)
+        if self._working is not None:
+            self._working.reserve(staged)
+
+    def cast(self, x: Tensor) -> Tensor:
+        """A tensor in the dtype of the cache."""
+        return x if self._dtype is None else x.to(self._dtype)
+
+    def tensors(self, key: CacheKey, k: Tensor, v: Tensor, places: Iterable[Place]) -> dict[Place, PageTensors]:
+        """Storage of one attention call at some places, for K and V like ``k`` and ``v`` ``[T, heads, dim]``."""
+        shape = PageShape.of(k, v)
+        self.bytes_per_token[key] = shape.num_bytes_per_token
+        if self._working is not None:
+            self._working.register(key, shape)
+        found: dict[Place, PageTensors] = {}
+        for place in places:
+            if place == "transient":
+                found[place] = self._transient.tensors(CacheKey(-1, key.call), shape)
+            elif place == "staged":
+                found[place] = self.working.tensors(key, shape)
+            else:
+                found[place] = (self._kept if place == "device" else self._host).tensors(key, shape)
+        return found
+
+    def close(self) -> None:
+        """Stop what runs beside the computation and remove what is on disk."""
+        if self._working is not None:
+            self._working.close()

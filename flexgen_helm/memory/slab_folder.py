@@ -71,7 +71,8 @@ class SlabFolder:
             DiskFull: If there is less space than they need.
         """
         needed = sum(self._layouts[j].num_bytes for j in missing)
-        status = os.statvfs(self.path)
+        with _clear_errors(self.path):
+            status = os.statvfs(self.path)
         free = status.f_bavail * status.f_frsize
         if needed > free:
             raise DiskFull(
@@ -180,7 +181,8 @@ class SlabFolder:
             json.dump(content, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.fsync(self._lock)
+        with _clear_errors(path):
+            os.fsync(self._lock)
 
     @contextlib.contextmanager
     def _new_file(self, path: Path, *, once: bool = False) -> Iterator[Path]:

@@ -131,4 +131,4 @@ def make_rows(
     page_bytes = PAGE_TOKENS * verdict.cache_bytes_per_token
     pool = PagePool(sum(places.capacities.values()) // page_bytes, page_bytes=page_bytes)
     packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all)
-    return PackedRows(checked.model, PagedCache(pool.capacity)), packed
+    return PackedRows(checked.model, PagedCache(pool)), packed

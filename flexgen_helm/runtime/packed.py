@@ -14,10 +14,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import causal_mask_function
 
+from flexgen_helm.attention.places import RowPages
 from flexgen_helm.attention.plan import MaskRule
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.memory.cache import CacheKey, PagedCache
+from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.memory.link import Transfer
+from flexgen_helm.memory.page_tensors import CacheKey
 from flexgen_helm.runtime.experts import EXPERTS_NAME, sliced_experts
 from flexgen_helm.runtime.recorder import Implementations, RecordedModel, Recording
 from flexgen_helm.schedule.rows import Row, Sweep
@@ -90,8 +93,10 @@ class PackedRows:
         return True
 
     def reserve(self, sweep: Sweep) -> None:
-        """Make room for the pages of a sweep."""
-        self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages)
+        """Make room for the pages of a sweep: two rows' worth of those that must be brought to the device."""
+        staged = 2 * max((len(RowPages(row, self._cache).staged.pages) for row in sweep.rows), default=0)
+        host, _ = sweep.num_offloaded_pages
+        self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages, host=host, staged=staged)
 
     def record(self, row: Row) -> PackedRecording:
         """Note how the layers would be called for a row."""
@@ -108,11 +113,13 @@ class PackedRows:
             use_cache=False,
         )
 
-    def load_cache(self, j: int, recording: PackedRecording) -> None:
-        """Nothing: the cache stays on the device."""
+    def load_cache(self, j: int, recording: PackedRecording) -> Transfer | None:
+        """Start to bring the pages of layer j that attention cannot read where they are; the layer waits for them."""
+        return recording.attention.load(j)
 
-    def store_cache(self, j: int, recording: PackedRecording) -> None:
-        """Nothing: the cache stays on the device."""
+    def store_cache(self, j: int, recording: PackedRecording) -> Transfer | None:
+        """Start to write back what layer j changed in such pages; must follow every replay."""
+        return recording.attention.store(j)
 
     def replay(self, j: int, recording: PackedRecording) -> None:
         """Run layer j on a row."""
@@ -128,6 +135,10 @@ class PackedRows:
                 f"layer {j} ({type(self.model.layers[j]).__name__}) does its attention, or what it has instead, beside the "
                 "library's attention interface"
             )
+
+    def close(self) -> None:
+        """Remove what the cache holds on disk."""
+        self._cache.close()
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[P, ...]`` of the last layer to logits ``[P, vocab]``."""

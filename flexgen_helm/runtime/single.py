@@ -7,28 +7,42 @@ and replayed, so that each layer's weights are touched once for all rows of a bl
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from flexgen_helm.errors import PolicyError
+from flexgen_helm.memory.link import Transfer
+from flexgen_helm.memory.state_store import OwnedState, StateStore
 from flexgen_helm.runtime.lockstep import run_in_lockstep
 from flexgen_helm.runtime.recorder import RecordedModel, Recording
 from flexgen_helm.schedule.rows import Row, Segment, State, Sweep
+from flexgen_helm.types import Shares
 
 CACHE_PARAMETERS = ("past_key_values", "cache_params")
 """What forwards of the library call their cache."""
+
+
+@dataclass(kw_only=True)
+class SingleRecording(Recording):
+    """A recorded row of one sequence."""
+
+    state: State
+    arriving: dict[int, Transfer | None] = field(default_factory=dict)
+    """By layer, what was started to bring its cache."""
 
 
 @dataclass
 class JointRecording:
     """Decoding sequences side by side: a recording for each, of one token."""
 
-    parts: list[Recording]
+    parts: list[SingleRecording]
     size: int
     """Tokens with which the weights meet; what is missing is padding."""
+    arriving: dict[int, Transfer | None] = field(default_factory=dict)
 
     @property
     def tokens(self) -> Tensor:
@@ -39,9 +53,14 @@ class JointRecording:
 class SingleRows:
     """Computes rows of one sequence each. Sequences that decode are computed side by side."""
 
-    def __init__(self, model: RecordedModel) -> None:
-        """Leave the model as the library made it, but for the order in which its layers are called."""
-        self.model = model
+    def __init__(self, model: RecordedModel, store: StateStore | None = None) -> None:
+        """Leave the model as the library made it, but for the order in which its layers are called.
+
+        Args:
+            model: The model.
+            store: Moves caches that rest on the host; None: all stay on the device.
+        """
+        self.model, self._store = model, store
         model.use(model.own)
 
     @property
@@ -55,37 +74,53 @@ class SingleRows:
         return False
 
     def reserve(self, sweep: Sweep) -> None:
-        """Nothing: caches grow as they are filled."""
+        """Caches grow as they are filled; those that begin as copies need what the last sweep stored."""
+        if self._store is not None:
+            self._store.settle()
 
-    def record(self, row: Row) -> Recording | JointRecording:
+    def record(self, row: Row) -> SingleRecording | JointRecording:
         """Note how the layers would be called for a row; caches are filled when they are."""
         parts = [self._record(segment) for segment in row.segments]
         return JointRecording(parts, row.size) if row.kind == "decode" else parts[0]
 
-    def load_cache(self, j: int, recording: Recording | JointRecording) -> None:
-        """Nothing: the cache stays on the device."""
+    def load_cache(self, j: int, recording: SingleRecording | JointRecording) -> Transfer | None:
+        """Start to bring what layer j keeps for a row's sequences to the device; the layer waits for it."""
+        if self._store is None:
+            return None
+        if j not in recording.arriving:
+            recording.arriving[j] = self._store.load(j, _states(j, recording))
+        return recording.arriving[j]
 
-    def store_cache(self, j: int, recording: Recording | JointRecording) -> None:
-        """Nothing: the cache stays on the device."""
+    def store_cache(self, j: int, recording: SingleRecording | JointRecording) -> Transfer | None:
+        """Start to bring it back to where it rests; must follow every replay."""
+        return None if self._store is None else self._store.store(j, _states(j, recording))
 
-    def replay(self, j: int, recording: Recording | JointRecording) -> None:
+    def replay(self, j: int, recording: SingleRecording | JointRecording) -> None:
         """Run layer j on a row."""
+        arriving = self.load_cache(j, recording)
+        if arriving is not None:
+            arriving.wait()
         if isinstance(recording, Recording):
             self.model.replay(j, recording)
             return
         calls = [partial(self.model.replay, j, part) for part in recording.parts]
         run_in_lockstep(self.model.layers[j], calls, size=recording.size)
 
+    def close(self) -> None:
+        """Stop moving caches."""
+        if self._store is not None:
+            self._store.close()
+
     def finish(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[P, ...]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
         return self.model.finish(hidden)
 
-    def _record(self, segment: Segment) -> Recording:
+    def _record(self, segment: Segment) -> SingleRecording:
         assert segment.state is not None
         ids = torch.tensor([segment.tokens], device=self.model.device)
         cache = self._cache(segment.state)
         return self.model.record(
-            Recording(),
+            SingleRecording(state=segment.state),
             input_ids=ids,
             position_ids=torch.arange(segment.start, segment.end, device=ids.device)[None],
             use_cache=True,
@@ -100,6 +135,30 @@ class SingleRows:
             state.origin = None
         assert isinstance(state.content, DynamicCache)
         return state.content
+
+
+def _states(j: int, recording: SingleRecording | JointRecording) -> list[OwnedState]:
+    """What layer j keeps for each sequence of a row."""
+    states = [part.state for part in (recording.parts if isinstance(recording, JointRecording) else [recording])]
+    caches = [(state, state.content) for state in states]
+    return [
+        OwnedState(state, cache.layers[j])
+        for state, cache in caches
+        if isinstance(cache, DynamicCache) and j < len(cache.layers)
+    ]
+
+
+def check_cache_shares(shares: Shares) -> None:
+    """See to it that caches of single rows are where they can be.
+
+    Raises:
+        PolicyError: If a share of them belongs on disk.
+    """
+    if shares[2] > 0:
+        raise PolicyError(
+            f"The model runs in single rows, whose caches are the library's own and live in memory, but {shares[2]:.0%} of the "
+            "cache belongs on disk. Give cache shares of device and host only, such as (0, 1, 0)."
+        )
 
 
 def cache_bytes(cache: object) -> int:

@@ -33,9 +33,11 @@ def traced(engine: Engine, path: Path | None) -> Iterator[None]:
         return
     write_trace(path, [], [])
     engine.meter.spans = []
-    yield
-    write_trace(path, engine.meter.spans or [], engine.stats.per_sweep)
-    engine.meter.spans = None
+    try:
+        yield
+        write_trace(path, engine.meter.spans, engine.stats.per_sweep)
+    finally:
+        engine.meter.spans = None
 
 
 def write_trace(path: Path, spans: Sequence[Span], sweeps: Sequence[SweepStats]) -> None:

@@ -87,7 +87,8 @@ class PackedScheduler:
         for work in self._scoring_block(budget, alone=not decode and not prefill):
             self._schedule(work, prefill, None)
         rows = pack_prefill(prefill, self._policy) + pack_decode(decode, self._policy)
-        return Sweep(rows, self._pool.high_water, self._placement.num_transient)
+        device, *offloaded = self._pool.high_water
+        return Sweep(rows, device, self._placement.num_transient, (offloaded[0], offloaded[1]))
 
     def end_sweep(self) -> list[Work]:
         """Account for a sweep that was computed and whose wants were answered; returns the work that is now complete."""

@@ -98,8 +98,10 @@ class Sweep:
 
     rows: list[Row]
     num_kept_pages: int = 0
-    """Storage that must be there, as one more than the highest page number in use."""
+    """Storage that must be there on the device, as one more than the highest page number in use."""
     num_transient_pages: int = 0
+    num_offloaded_pages: tuple[int, int] = (0, 0)
+    """Storage that must be there on the host and on disk."""
 
     @property
     def num_prompt_tokens(self) -> int:

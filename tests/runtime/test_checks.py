@@ -74,6 +74,8 @@ def test_a_lack_of_memory_is_no_property_of_the_model(tmp_path: Path, monkeypatc
         ("gemma2", {"layer_types": ["sliding_attention"] * 3 + ["full_attention"] * 5}, 4),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 0] * 2, "layer_types": ["full_attention"] * 8}, 4),
         ("gpt2", {}, 2),
+        # What the model reads from its config while it runs, so that no layer shows it.
+        ("llama", {"of_each_layer": [0, 0, 0, 1] * 2}, 4),
     ],
 )
 def test_first_layers_hold_one_of_every_kind(kind: str, changes: dict[str, Any], count: int) -> None:

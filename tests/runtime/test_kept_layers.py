@@ -95,6 +95,16 @@ def test_only_weights_of_layers_are_left_out(bench: Workbench) -> None:
     assert model.get_buffer("transformer.h.1.attn.embed_positions").abs().sum() > 0
 
 
+def test_what_is_kept_stays_where_the_keeper_has_it(bench: Workbench) -> None:
+    """The meta device stands for a GPU: all else is moved to it, buffers of layers that no file holds, too."""
+    config = AutoConfig.from_pretrained(bench.folder("gptj"))
+    model = read_model(
+        "org/model", bench.folder("gptj"), config, dtype=torch.float32, device=torch.device("meta"), keeper=Binder()
+    )
+    here = {name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.device == CPU}
+    assert here == {name for name, _ in model.named_parameters() if name.startswith("transformer.h.")}
+
+
 def test_composite_model_equals_from_pretrained(tmp_path: Path) -> None:
     torch.manual_seed(5)
     AutoModelForImageTextToText.from_config(COMPOSITE["gemma3"].build()).save_pretrained(tmp_path)

@@ -87,7 +87,7 @@ def test_a_sweep_takes_as_long_as_its_slowest_resource() -> None:
 
 
 def test_without_a_memory_of_its_own_the_device_has_no_link() -> None:
-    sizes, rates = LayerSizes(1000, 500, from_disk=200), Rates(1e5, 1e5, 1e4, disk_read=100)
+    sizes, rates = LayerSizes(1000, 500, from_disk=200), Rates(1e5, 1e5, 1e4, host_to_device=1, disk_read=100)
     seconds = sweep_seconds(SweepStats(0, 1, 0, 1, 1, {}, {}, {}), sizes, rates)
     assert (seconds["host_to_device"], seconds["disk_read"], max(seconds, key=seconds.__getitem__)) == (0, 2, "disk_read")
 

@@ -1,0 +1,76 @@
+"""Buffers between host and device, used in turn so that one is filled while another travels."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, wait
+
+import torch
+
+from flexgen_helm.memory.buffers import allocate
+
+NUM_BUFFERS = 3
+
+
+class StagingBuffer:
+    """Host memory, pinned where there is a GPU, and there a twin on the device."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.host = allocate(num_bytes, pin=on_gpu)
+        self.twin = torch.empty_like(self.host, device=device) if on_gpu else self.host
+        self.futures: list[Future[None]] = []
+        """What still reads or fills the host side."""
+        self._event = torch.cuda.Event() if on_gpu else None
+
+    def to_device(self, num_bytes: int) -> None:
+        """Copy the beginning to the twin."""
+        if self._event is not None:
+            self.twin[:num_bytes].copy_(self.host[:num_bytes], non_blocking=True)
+            self._event.record()
+
+    def to_host(self, num_bytes: int) -> None:
+        """Copy the beginning of the twin to the host; `finish` says when it is there."""
+        if self._event is not None:
+            self.host[:num_bytes].copy_(self.twin[:num_bytes], non_blocking=True)
+            self._event.record()
+
+    def finish(self) -> None:
+        """Wait until nothing is on its way in the buffer; raises what went wrong."""
+        futures, self.futures = self.futures, []
+        wait(futures)
+        for future in futures:
+            future.result()
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class StagingRing:
+    """A few buffers of the same size, in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing is allocated yet."""
+        self._device = device
+        self._buffers: list[StagingBuffer] = []
+        self._turn = 0
+
+    def next(self, num_bytes: int) -> StagingBuffer:
+        """The buffer that was used longest ago, with room for so many bytes, once nothing is on its way in it."""
+        if not self._buffers or len(self._buffers[0].host) < num_bytes:
+            self.finish()
+            self._buffers = []  # before the new ones are there
+            self._buffers = [StagingBuffer(num_bytes, self._device) for _ in range(NUM_BUFFERS)]
+        self._turn = (self._turn + 1) % NUM_BUFFERS
+        buffer = self._buffers[self._turn]
+        buffer.finish()
+        return buffer
+
+    def finish(self) -> None:
+        """Wait for all buffers."""
+        for buffer in self._buffers:
+            buffer.finish()
+
+    def abandon(self) -> None:
+        """Wait for all buffers after a failure, whatever becomes of them."""
+        for buffer in self._buffers:
+            wait(buffer.futures)
+            buffer.futures = []

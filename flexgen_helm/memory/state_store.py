@@ -1,0 +1,102 @@
+"""Caches of the library's own, one for each sequence, of which some rest on the host between two calls of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.memory.link import Link, Transfer
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.types import Resource
+
+
+class OwnedState(NamedTuple):
+    """What one layer keeps for one sequence: an object whose attributes, and lists and dictionaries of them, hold tensors."""
+
+    owner: Hashable
+    """The sequence."""
+    content: object
+
+
+class _Spot(NamedTuple):
+    """Where a tensor is kept."""
+
+    holder: Any
+    key: Any
+
+
+class StateStore:
+    """Moves states as a whole: to the device before a layer is called, to the host after it."""
+
+    def __init__(self, device: torch.device, *, share: float, meter: Meter | None = None) -> None:
+        """Nothing is moved yet.
+
+        Args:
+            device: Where layers are computed.
+            share: Of the sequences, evenly, whose states rest on the host.
+            meter: Is told of what is moved.
+        """
+        self._device, self._share = device, share
+        self._meter = Meter(device) if meter is None else meter
+        self._link = Link(device, "cache")
+        self._rests: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+        """Whether a sequence's states rest on the host."""
+        self._seen = self._placed = 0
+        self._last: Transfer | None = None
+
+    def load(self, j: int, states: Sequence[OwnedState]) -> Transfer | None:
+        """Start to bring what layer j keeps for some sequences to the device."""
+        moved = [state.content for state in states if self._on_host(state.owner)]
+        return self._submit("host_to_device", f"load_cache {j}", moved, self._device)
+
+    def store(self, j: int, states: Sequence[OwnedState]) -> Transfer | None:
+        """Start to bring it back to the host."""
+        moved = [state.content for state in states if self._on_host(state.owner)]
+        return self._submit("device_to_host", f"store_cache {j}", moved, torch.device("cpu"))
+
+    def settle(self) -> None:
+        """Wait for all that was started; raises what went wrong."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.wait()
+
+    def close(self) -> None:
+        """Stop moving."""
+        self._link.close()
+
+    def _on_host(self, owner: Hashable) -> bool:
+        if owner not in self._rests:
+            self._seen += 1
+            self._rests[owner] = self._placed < self._share * self._seen
+            self._placed += self._rests[owner]
+        return self._rests[owner]
+
+    def _submit(self, resource: Resource, name: str, moved: list[object], target: torch.device) -> Transfer | None:
+        if not moved:
+            return None
+
+        computing = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+
+        def move() -> None:
+            spots = [spot for content in moved for spot in _spots(content)]
+            with self._meter.span(resource, name, sum(spot.holder[spot.key].nbytes for spot in spots)):
+                for holder, key in spots:
+                    holder[key] = holder[key].to(target, copy=True)
+                    if computing is not None and holder[key].is_cuda:
+                        holder[key].record_stream(computing)  # it is freed there
+
+        self._last = self._link.submit(move)
+        return self._last
+
+
+def _spots(content: object) -> Iterator[_Spot]:
+    holder = content if isinstance(content, dict | list) else getattr(content, "__dict__", {})
+    for key, value in holder.items() if isinstance(holder, dict) else enumerate(holder):
+        if isinstance(value, Tensor):
+            yield _Spot(holder, key)
+        elif isinstance(value, dict | list):
+            yield from _spots(value)

@@ -1,0 +1,57 @@
+"""Memory for direct I/O and pinned copies, against what the kernel says of it."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexgen_helm.errors import OutOfSpace
+from flexgen_helm.memory.buffers import PAGE, allocate, padded
+
+SIZE = 64 * 2**20
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(("num_bytes", "expected"), [(0, PAGE), (1, PAGE), (PAGE, PAGE), (PAGE + 1, 2 * PAGE)])
+def test_memory_is_whole_pages_at_a_page_boundary(num_bytes: int, expected: int) -> None:
+    memory = allocate(num_bytes)
+    assert (memory.dtype, memory.shape, memory.data_ptr() % PAGE) == (torch.uint8, (expected,), 0)
+    assert padded(num_bytes) == (expected if num_bytes else 0)
+    memory.fill_(7)
+
+
+def test_memory_is_there_before_its_first_use_and_freed_with_its_last_view() -> None:
+    gc.collect()
+    before = resident_bytes()
+    memory = allocate(SIZE)
+    assert resident_bytes() - before > 0.9 * SIZE
+    view = memory[PAGE : 2 * PAGE].view(torch.bfloat16)
+    del memory
+    assert resident_bytes() - before > 0.9 * SIZE
+    del view
+    assert resident_bytes() - before < 0.1 * SIZE
+
+
+@pytest.mark.parametrize("num_bytes", [2**50, 2**63])
+def test_more_memory_than_there_is(num_bytes: int) -> None:
+    with pytest.raises(OutOfSpace, match=f"{num_bytes / 2**30:.2f} GiB of memory could not be taken"):
+        allocate(num_bytes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_memory_copies_beside_the_host_and_is_unpinned_when_it_is_freed() -> None:
+    for _ in range(3):  # an address that comes again can be pinned again
+        memory = allocate(SIZE + 1, pin=True)
+        assert memory.is_pinned()
+        assert len(memory) == SIZE + PAGE
+        memory.random_(0, 256)
+        assert torch.equal(memory.to("cuda", non_blocking=True).cpu(), memory)
+        del memory

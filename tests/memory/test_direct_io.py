@@ -1,0 +1,195 @@
+"""Reads and writes past the page cache, against plain ones of Python."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError
+from flexgen_helm.memory.buffers import PAGE, allocate
+from flexgen_helm.memory.direct_io import PIECE, DirectFile, DiskIO
+
+SIZE = 2 * PIECE + 3 * PAGE
+"""Three pieces, the last of them short."""
+
+
+@pytest.fixture
+def io() -> Iterator[DiskIO]:
+    io = DiskIO()
+    yield io
+    io.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that has no direct access says so when a file is opened."""
+    plain = os.open
+
+    def refusing(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return plain(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_ranges_come_and_go_as_they_are(
+    io: DiskIO, path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not direct:
+        refuse_direct(monkeypatch)
+    caplog.set_level(logging.INFO)
+    expected = bytearray(path.read_bytes())
+    file = DirectFile(path, os.O_RDWR)
+    if direct and not file.is_direct:
+        pytest.skip("the temporary folder's file system has no direct access")
+    assert ("without direct access" in caplog.text) == (not file.is_direct) == (not direct)
+    whole, part = allocate(SIZE), allocate(2 * PAGE)
+    io.read(file, 0, whole).result()
+    assert whole.numpy().tobytes() == expected
+    part.random_(0, 256)
+    io.write(file, PIECE - PAGE, part).result()
+    expected[PIECE - PAGE : PIECE + PAGE] = part.numpy().tobytes()
+    io.read(file, PAGE, whole[: SIZE - PAGE]).result()
+    assert whole[: SIZE - PAGE].numpy().tobytes() == expected[PAGE:]
+    assert path.read_bytes() == expected
+    assert (io.bytes_read, io.bytes_written) == (2 * SIZE - PAGE, 2 * PAGE)
+    file.close()
+
+
+def test_direct_reads_leave_the_page_cache_alone(io: DiskIO, path: Path) -> None:
+    """Whatever the file system, a read file is not cached after it; `fincore` of util-linux says how much is."""
+    file = DirectFile(path, os.O_RDWR)
+    os.fsync(file.descriptor)
+    os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    io.read(file, 0, allocate(SIZE)).result()
+    found = subprocess.run(["fincore", "--bytes", "--noheadings", "--output", "RES", path], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("fincore does not work here")
+    assert int(found.stdout) == 0
+    file.close()
+
+
+def test_a_request_is_done_when_all_its_pieces_and_what_follows_are(io: DiskIO, path: Path) -> None:
+    file, into = DirectFile(path), allocate(SIZE)
+    seen: list[bytes] = []
+    threads: list[str] = []
+
+    def then() -> None:
+        seen.append(into.numpy().tobytes())
+        threads.append(threading.current_thread().name)
+
+    io.read(file, 0, into, then).result()
+    assert seen == [path.read_bytes()]
+    assert threads[0].startswith("flexgen-helm-disk")
+    with pytest.raises(ZeroDivisionError):
+        io.read(file, 0, into, lambda: print(1 / 0)).result()
+    assert not io.read(file, 0, into).cancel()
+    io.close()
+    file.close()
+
+
+@pytest.mark.parametrize("size", [PIECE + 2 * PAGE, PIECE + 2 * PAGE + 7, 0])
+@pytest.mark.parametrize("direct", [True, False])
+def test_torn_file(io: DiskIO, path: Path, size: int, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not direct:
+        refuse_direct(monkeypatch)
+    os.truncate(path, size)
+    file = DirectFile(path)
+    with pytest.raises(CorruptFile, match=r"data is torn: it ends after \d+ bytes"):
+        io.read(file, 0, allocate(SIZE)).result(timeout=10)
+    io.read(file, 0, allocate(PAGE)).result(timeout=10) if size else None
+    file.close()
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(CorruptFile, match="not there: was the offload folder removed"):
+        DirectFile(tmp_path / "nowhere")
+    with pytest.raises(FlexGenError, match=f"{tmp_path} cannot be read or written: Is a directory"):
+        DirectFile(tmp_path, os.O_RDWR)
+
+
+def test_pieces_that_fail_surface_and_later_requests_work(io: DiskIO, path: Path) -> None:
+    read_only, memory = DirectFile(path), allocate(SIZE)
+    with pytest.raises(FlexGenError, match="data cannot be read or written: Bad file descriptor"):
+        io.write(read_only, 0, memory).result(timeout=10)
+    io.read(read_only, 0, memory).result(timeout=10)
+    assert memory.numpy().tobytes() == path.read_bytes()
+    read_only.close()
+
+
+def test_only_whole_pages(io: DiskIO, path: Path) -> None:
+    file, memory = DirectFile(path), allocate(SIZE)
+    for offset, into in [(7, memory), (0, memory[7:]), (0, memory[:7]), (0, memory[:0])]:
+        with pytest.raises(ValueError, match="not whole pages"):
+            io.read(file, offset, into)
+    file.close()
+
+
+def test_close_leaves_nobody_waiting(path: Path) -> None:
+    io, file, memory = DiskIO(num_threads=1), DirectFile(path), allocate(SIZE)
+    begun, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        go.wait(10)
+
+    first = io.read(file, 0, memory, hold)
+    second = io.read(file, 0, allocate(SIZE))
+    begun.wait(10)
+    closing = threading.Thread(target=io.close)
+    closing.start()
+    while not io._closed:
+        time.sleep(0.001)
+    go.set()
+    first.result(timeout=10)
+    with pytest.raises(FlexGenError, match="was closed before"):
+        second.result(timeout=10)
+    closing.join()
+    file.close()
+
+
+def test_busy_time_is_that_with_a_request_on_its_way(io: DiskIO, path: Path) -> None:
+    file = DirectFile(path)
+    time.sleep(0.1)
+    requests = [io.read(file, 0, allocate(SIZE), lambda: time.sleep(0.2)) for _ in range(3)]
+    for request in requests:
+        request.result()
+    assert 0.2 <= (busy := io.busy_seconds) < 0.6  # side by side, not one after the other
+    time.sleep(0.1)
+    assert io.busy_seconds == busy
+    file.close()
+
+
+@pytest.mark.parametrize(("direct", "limit"), [(True, PIECE + PAGE), (False, PIECE + PAGE), (False, PIECE + PAGE + 100)])
+def test_full_disk(io: DiskIO, path: Path, direct: bool, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file size limit stands for a disk that is full, also one within a page, of which a part is written."""
+    if not direct:
+        refuse_direct(monkeypatch)
+    file = DirectFile(path, os.O_RDWR | os.O_TRUNC)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(DiskFull, match=r"data cannot be written: .* another offload_folder"):
+            io.write(file, 0, allocate(SIZE)).result(timeout=10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    io.write(file, 0, allocate(SIZE)).result(timeout=10)
+    assert path.stat().st_size == SIZE
+    file.close()
