@@ -231,6 +231,8 @@ class Engine:
 
     def _start(self, order: Order, kv_dtype: torch.dtype | None) -> Worker:
         parts, policy, separate = self._parts, self.policy, self._parts.space.separate
+        if policy.cache[2] or policy.hidden[2]:
+            parts.folder.mkdir(parents=True, exist_ok=True)
         left = left_bytes(parts.plan, parts.space, free_space(self._device, parts.folder))
         self._capacities = cache_capacities(policy.cache, left, separate=separate)
         places = CachePlaces(

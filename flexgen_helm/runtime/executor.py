@@ -64,6 +64,9 @@ class Rows(Protocol):
     def finish(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[P, ...]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
 
+    def close(self) -> None:
+        """Give back what the cache holds beside memory."""
+
 
 class SerialExecutor:
     """Computes sweeps, one operation after the other."""
@@ -123,7 +126,7 @@ class SerialExecutor:
 
     def close(self) -> None:
         """Stop what runs beside the computation."""
-        for part in (self._weights, self._hidden):
+        for part in (self._weights, self._hidden, self._rows):
             if part is not None:
                 part.close()
 

@@ -14,18 +14,19 @@ from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
+from flexgen_helm.memory.state_store import StateStore
 from flexgen_helm.runtime.checks import Verdict
 from flexgen_helm.runtime.executor import Rows
 from flexgen_helm.runtime.loading import LoadedModel
 from flexgen_helm.runtime.packed import PackedRows
 from flexgen_helm.runtime.packed_check import check_packed
 from flexgen_helm.runtime.recorder import RecordedModel
-from flexgen_helm.runtime.single import SingleRows
+from flexgen_helm.runtime.single import SingleRows, check_cache_shares
 from flexgen_helm.runtime.single_check import check_single
 from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.single import SingleScheduler, StateSize
 from flexgen_helm.schedule.work import Scheduler
-from flexgen_helm.types import Policy, Tier
+from flexgen_helm.types import TIERS, Policy, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -122,13 +123,24 @@ def make_rows(
         PolicyError: If the policy asks for something that rows of this kind cannot do.
         DiskFull: If there is no space for the cache's share on disk.
     """
-    verdict = checked.verdict
+    verdict, separate = checked.verdict, places.separate
     if checked.kind == "single":
+        check_cache_shares(policy.cache)
+        store = StateStore(places.device, share=policy.cache[1], meter=places.meter) if separate and policy.cache[1] else None
         size = StateSize(verdict.cache_bytes_per_sequence, verdict.cache_bytes_per_token)
         capacity = sum(places.capacities.values())
         single = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity, size=size)
-        return SingleRows(checked.model), single
-    page_bytes = PAGE_TOKENS * verdict.cache_bytes_per_token
-    pool = PagePool(sum(places.capacities.values()) // page_bytes, page_bytes=page_bytes)
+        return SingleRows(checked.model, store), single
+    page_bytes = PAGE_TOKENS * verdict.cache_bytes_per_token * places.kv_dtype.itemsize // checked.model.model.dtype.itemsize
+    device, host, disk = (places.capacities[tier] // page_bytes for tier in TIERS)
+    pool = PagePool(device, host=host, disk=disk, shares=policy.cache, page_bytes=page_bytes)
+    cache = PagedCache(
+        pool,
+        device=places.device,
+        dtype=places.kv_dtype,
+        copy_host=separate,
+        offload_folder=places.folder,
+        meter=places.meter,
+    )
     packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all)
-    return PackedRows(checked.model, PagedCache(pool)), packed
+    return PackedRows(checked.model, cache), packed

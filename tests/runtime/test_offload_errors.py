@@ -23,9 +23,7 @@ ON_DISK = Policy(gpu_batch_size=16, gpu_batch_tokens=32, block_tokens=96, weight
 
 
 def load(bench: Workbench, offload: Path, policy: Policy = ON_DISK, **arguments: Any) -> Engine:
-    return Engine.from_pretrained(
-        str(bench.folder("llama")), device="cpu", policy=policy, offload_folder=offload, **arguments
-    )
+    return Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=policy, offload_folder=offload, **arguments)
 
 
 def slabs(offload: Path) -> list[Path]:
