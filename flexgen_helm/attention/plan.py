@@ -9,24 +9,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF
-from flexgen_helm.attention.places import RowPages, segment_table
+from flexgen_helm.attention.places import CHUNK_PAGES, CHUNK_TOKENS, RowPages, segment_table
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.memory.cache import Place
-from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.schedule.rows import Row, Segment
 
-CHUNK_TOKENS = 128
 QUERY_PAD = 16
 OWN_QUERIES = (16, 32, 64, 96, 128)
 """Numbers of queries to which those of a sequence's last chunk are padded."""
-CHUNK_PAGES = CHUNK_TOKENS // PAGE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class PagePart(NamedTuple):
     """Which of the call's pages they are, four to a chunk; None: all, in order."""
 
 
-@dataclass
+@dataclass(eq=False)
 class ChunkCall:
     """One kernel call over B chunks: M queries each, those of several sequences among them, or one query each (single)."""
 
@@ -92,12 +89,26 @@ class ChunkCall:
     outputs: Index = field(default_factory=lambda: slice(0))
     """Where the outputs go: row t of rank r is at r * T + t."""
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether all its pages are on the host."""
+        return all(part.place == "host" for part in self.pages)
+
+    def moved_to(self, device: torch.device) -> ChunkCall:
+        """The same call, computed elsewhere; its answers are put where they belong as before."""
+        queries, real = (x if isinstance(x, slice) else x.to(device) for x in (self.queries, self.real))
+        mask = None if self.mask is None else self.mask.to(device)
+        pages = [part._replace(numbers=part.numbers.to(device)) for part in self.pages]
+        return replace(self, pages=pages, queries=queries, real=real, mask=mask)
+
 
 @dataclass
 class AttentionPlan:
     """All calls of a row. A query's r-th chunk, in order of position, has rank r."""
 
     calls: list[ChunkCall]
+    host_calls: list[ChunkCall]
+    """Those that are computed on the CPU, beside the others."""
     num_ranks: int
     idle: Tensor
     """Positions in the row that attend to nothing: padding."""
@@ -274,7 +285,10 @@ class _Planner:
         idle = torch.tensor([t for t, found in enumerate(chunks) if not found], dtype=torch.long, device=self.device)
         num_ranks = max(1, *map(len, chunks))
         absent = [rank * self.row.size + t for t, found in enumerate(chunks) for rank in range(len(found), num_ranks)]
-        return AttentionPlan(self.calls, num_ranks, idle, torch.tensor(absent, dtype=torch.long, device=self.device))
+        away = [call for call in self.calls if self.pages.host_attends and call.is_on_host]
+        here = [call for call in self.calls if call not in away]
+        away = [call.moved_to(torch.device("cpu")) for call in away]
+        return AttentionPlan(here, away, num_ranks, idle, torch.tensor(absent, dtype=torch.long, device=self.device))
 
 
 def _padded(rows: list[int], count: int, row_size: int) -> tuple[list[int], int]:

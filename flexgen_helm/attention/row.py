@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
 from flexgen_helm.attention.chunks import LocatedPages, attend_call
-from flexgen_helm.attention.kernels import NEG_INF, merge_chunks
+from flexgen_helm.attention.host import HostAttention
+from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, merge_chunks
 from flexgen_helm.attention.places import RowPages
-from flexgen_helm.attention.plan import AttentionPlan, MaskRule, as_index, plan_attention
+from flexgen_helm.attention.plan import AttentionPlan, ChunkCall, MaskRule, as_index, plan_attention
 from flexgen_helm.memory.cache import PagedCache, Place
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.page_tensors import CacheKey, PageTensors
@@ -19,6 +21,7 @@ from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.memory.working_set import Loaded
 from flexgen_helm.schedule.rows import Row, Segment
 
+HOST = torch.device("cpu")
 Locate = Callable[[Place, Tensor], Tensor]
 """From numbers of pages at a place to where they are in its tensors."""
 _Spot = tuple[Place, int, int]
@@ -43,20 +46,23 @@ class _Writes:
         for target, source in self._copies.items():
             copies[source[0], target[0]].append((*source[1:], *target[1:]))
         self._new = [
-            (place, as_index([t for t, *_ in x], device), self._columns([y[1:] for y in x])) for place, x in new.items()
+            (place, as_index([t for t, *_ in x], device), self._columns(place, [y[1:] for y in x])) for place, x in new.items()
         ]
-        self._moves = [(*pair, self._columns(x)) for pair, x in copies.items()]
+        self._moves = [
+            (pair, self._columns(pair[0], [y[:2] for y in x]), self._columns(pair[1], [y[2:] for y in x]))
+            for pair, x in copies.items()
+        ]
 
     def apply(self, stores: Mapping[Place, PageTensors], locate: Locate, new: tuple[Tensor, Tensor]) -> None:
         """Write a layer's new K and V ``[T, H_kv, D]``, then copy into the pages that part here."""
         for place, rows, (pages, tokens) in self._new:
             pages = locate(place, pages)
             for target, x in zip(stores[place], new, strict=True):
-                target[pages, :, tokens] = x[rows]
-        for source_place, target_place, (pages, tokens, target_pages, target_tokens) in self._moves:
-            pages, target_pages = locate(source_place, pages), locate(target_place, target_pages)
+                target[pages, :, tokens] = x[rows].to(target.device)
+        for (source_place, target_place), (source_pages, source_tokens), (pages, tokens) in self._moves:
+            source_pages, pages = locate(source_place, source_pages), locate(target_place, pages)
             for source, target in zip(stores[source_place], stores[target_place], strict=True):
-                target[target_pages, :, target_tokens] = source[pages, :, tokens]
+                target[pages, :, tokens] = source[source_pages, :, source_tokens].to(target.device)
 
     def _copy(self, segment: Segment) -> None:
         if segment.copy is not None:
@@ -70,16 +76,25 @@ class _Writes:
         place = self._pages.place(page, kept=segment.kept)
         return place, self._pages.index(page, place), token
 
-    def _columns(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-        return tuple(torch.tensor(rows, device=self._device).T.contiguous())
+    def _columns(self, place: Place, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        pages, tokens = torch.tensor(rows, device=HOST if place == "host" else self._device).T.contiguous()
+        return pages, tokens
 
 
 class RowAttention:
     """The attention of one row, layer after layer. Its plan is made once for each mask rule."""
 
-    def __init__(self, row: Row, cache: PagedCache, device: torch.device) -> None:
-        self._row, self._cache, self._device = row, cache, device
-        self._pages = RowPages(row, cache)
+    def __init__(self, row: Row, cache: PagedCache, device: torch.device, host: HostAttention | None = None) -> None:
+        """Plan nothing yet.
+
+        Args:
+            row: The row.
+            cache: Where K and V are.
+            device: Where attention is computed.
+            host: Computes it on the CPU for chunks of keys that are on the host as a whole; None: they are brought.
+        """
+        self._row, self._cache, self._device, self._host = row, cache, device, host
+        self._pages = RowPages(row, cache, host_attends=host is not None)
         self._writes = _Writes(row, self._pages, device)
         self._plans: dict[int, AttentionPlan] = {}
         self._loaded: dict[int, Loaded] = {}
@@ -132,15 +147,37 @@ class RowAttention:
         lse = torch.full(shape, NEG_INF, dtype=torch.float32, device=q.device)
         outputs.flatten(0, 1)[plan.absent] = 0.0
         lse[0, plan.idle] = 0.0
+
+        def keep(call: ChunkCall, part: ChunkOutput) -> None:
+            output, part_lse = part.output.to(q.device), part.lse.to(q.device)
+            if call.dead is not None:
+                output.masked_fill_(call.dead[:, None, None], 0.0)
+                part_lse.masked_fill_(call.dead[:, None], NEG_INF)
+            outputs.flatten(0, 1)[call.outputs] = output.float()
+            lse.flatten(0, 1)[call.outputs] = part_lse
+
+        beside = self._begin_on_host(f"compute {key.layer}", plan, q, stores, scale=scale, softcap=softcap)
         for call in plan.calls:
             pages = [LocatedPages(stores[x.place], locate(x.place, x.numbers), x.which) for x in call.pages]
-            part = attend_call(call, q, pages, scale=scale, softcap=softcap)
-            if call.dead is not None:
-                part.output.masked_fill_(call.dead[:, None, None], 0.0)
-                part.lse.masked_fill_(call.dead[:, None], NEG_INF)
-            outputs.flatten(0, 1)[call.outputs] = part.output.float()
-            lse.flatten(0, 1)[call.outputs] = part.lse
+            keep(call, attend_call(call, q, pages, scale=scale, softcap=softcap))
+        for call, future in zip(plan.host_calls, beside, strict=True):
+            keep(call, future.result())
         return merge_chunks(outputs, lse, sinks).to(qkv[2].dtype)
+
+    def _begin_on_host(
+        self,
+        name: str,
+        plan: AttentionPlan,
+        q: Tensor,
+        stores: Mapping[Place, PageTensors],
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> list[Future[ChunkOutput]]:
+        if not plan.host_calls:
+            return []
+        assert self._host is not None
+        return self._host.begin(name, plan.host_calls, q, stores["host"], scale=scale, softcap=softcap)
 
     def _locate(self, j: int) -> Locate:
         """Wait for the pages of layer j that had to be brought; returns where all pages are."""

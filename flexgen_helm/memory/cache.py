@@ -55,7 +55,7 @@ class PagedCache:
         """
         device = torch.device("cpu") if device is None else device
         meter = Meter(device) if meter is None else meter
-        self._dtype, self._meter = dtype, meter
+        self._dtype, self.meter = dtype, meter
         self._capacities = None if pool is None else pool.capacities
         self._kept = GrowingPages(None if pool is None else pool.capacities.device)
         self._transient = GrowingPages(None)
@@ -76,9 +76,13 @@ class PagedCache:
         self.bytes_per_token: dict[CacheKey, int] = {}
         """Bytes of K and V of one token in each attention call, known once a row went through all layers."""
 
+    def tier_of(self, page: int) -> Tier:
+        """Where a kept page rests."""
+        return "device" if self._capacities is None else self._capacities.tier_of(page)
+
     def place(self, page: int) -> Place:
         """Where attention finds a kept page."""
-        tier = "device" if self._capacities is None else self._capacities.tier_of(page)
+        tier = self.tier_of(page)
         return "staged" if tier == "disk" or (tier == "host" and not self.host_in_place) else tier
 
     def index(self, page: int) -> int:

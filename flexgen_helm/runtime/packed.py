@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import causal_mask_function
 
+from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.places import RowPages
 from flexgen_helm.attention.plan import MaskRule
 from flexgen_helm.attention.row import RowAttention
@@ -69,8 +70,14 @@ class _CacheProbe:
 class PackedRows:
     """Computes rows of a fixed size in which many sequences lie side by side."""
 
-    def __init__(self, model: RecordedModel, cache: PagedCache) -> None:
+    def __init__(self, model: RecordedModel, cache: PagedCache, *, cpu_attention: float = 0.0) -> None:
         """Make the model call our attention.
+
+        Args:
+            model: The model.
+            cache: Where K and V are.
+            cpu_attention: Share of the decode rows that attend on the CPU to what is on the host, where the device has a
+                memory of its own.
 
         Raises:
             UnsupportedModel: If it takes no positions.
@@ -78,6 +85,10 @@ class PackedRows:
         if not model.takes("position_ids"):
             raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
         self.model, self._cache = model, cache
+        self._cpu_share = 0.0 if cache.host_in_place else cpu_attention
+        self._host = HostAttention(cache.meter)
+        self._on_host: set[int] = set()
+        """Rows of the sweep, by identity, that attend on the CPU too."""
         self._running: PackedRecording | None = None
         self._key = CacheKey(0, 0)
         model.use(Implementations(self._register(), EXPERTS_NAME))
@@ -94,7 +105,11 @@ class PackedRows:
 
     def reserve(self, sweep: Sweep) -> None:
         """Make room for the pages of a sweep: two rows' worth of those that must be brought to the device."""
-        staged = 2 * max((len(RowPages(row, self._cache).staged.pages) for row in sweep.rows), default=0)
+        decode = [id(row) for row in sweep.rows if row.kind == "decode"]
+        share = self._cpu_share
+        self._on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
+        pages = [RowPages(row, self._cache, host_attends=id(row) in self._on_host) for row in sweep.rows]
+        staged = 2 * max((len(found.staged.pages) for found in pages), default=0)
         host, _ = sweep.num_offloaded_pages
         self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages, host=host, staged=staged)
 
@@ -104,7 +119,9 @@ class PackedRows:
         tokens = [token for segment in row.segments for token in segment.tokens] + [PADDING_TOKEN] * padding
         places = [position for segment in row.segments for position in range(segment.start, segment.end)] + [0] * padding
         ids, positions = torch.tensor([tokens, places], device=self.model.device)
-        recording = PackedRecording(positions=positions, attention=RowAttention(row, self._cache, self.model.device))
+        host = self._host if id(row) in self._on_host else None
+        attention = RowAttention(row, self._cache, self.model.device, host)
+        recording = PackedRecording(positions=positions, attention=attention)
         return self.model.record(
             recording,
             input_ids=ids[None],
@@ -137,7 +154,8 @@ class PackedRows:
             )
 
     def close(self) -> None:
-        """Remove what the cache holds on disk."""
+        """Remove what the cache holds on disk, and end what runs beside the computation."""
+        self._host.close()
         self._cache.close()
 
     def finish(self, hidden: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.places import RowPages
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.errors import DiskFull, PolicyError
@@ -43,15 +44,20 @@ class TieredMachine(Machine):
         first = pool.allocate(num_pages(0, lengths[0]))
         self.tables = [first] + [first[:shared] + pool.allocate(num_pages(0, n) - shared) for n in lengths[1:]]
         self.pool = pool
+        self.host: HostAttention | None = None
+        """Attends on the CPU to what is on the host, for decode rows."""
         self.layers = [[output.clone() for output in self.outputs] for _ in range(NUM_LAYERS)]
 
+    @torch.inference_mode()
     def sweep(self, rows: list[tuple[RowKind, int, Pieces]], *, ahead: bool = True) -> None:
         """Run rows through all layers, column by column."""
         made = [self._row(*row) for row in rows]
-        staged = 2 * max(len(RowPages(row, self.cache).staged.pages) for row in made)
+        host = [self.host if row.kind == "decode" and not self.cache.host_in_place else None for row in made]
+        pages = [RowPages(row, self.cache, host_attends=h is not None) for row, h in zip(made, host, strict=True)]
+        staged = 2 * max(len(found.staged.pages) for found in pages)
         high = self.pool.high_water
         self.cache.reserve(kept=high.device, host=high.host, transient=0, staged=staged)
-        attentions = [RowAttention(row, self.cache, CPU) for row in made]
+        attentions = [RowAttention(row, self.cache, CPU, h) for row, h in zip(made, host, strict=True)]
         squares = [(j, k) for j in range(NUM_LAYERS) for k in range(len(rows))]
         for square, following in zip(squares, [*squares[1:], None], strict=True):
             if ahead and following is not None:
@@ -217,3 +223,32 @@ def test_a_cache_dtype_stores_k_and_v_in_it_and_answers_in_the_models(tmp_path: 
     difference = (machine.layers[0][1] - dense(q, k, v, Options(), None)).abs().max()
     assert 1e-5 < difference < 8 * torch.finfo(dtype).eps  # of the products and of the output, below 4
     machine.cache.close()
+
+
+@pytest.mark.parametrize("shares", [(0.0, 1.0, 0.0), (0.5, 0.5, 0.0), (0.2, 0.4, 0.4)], ids=str)
+@pytest.mark.parametrize("rule", ["causal", "sliding"])
+def test_attention_on_the_host_has_the_bits_of_attention_on_the_device(
+    tmp_path: Path, shares: tuple[float, float, float], rule: str
+) -> None:
+    """A prefix on one tier and continuations on others, so that some chunks lie on the host only in part."""
+    heads, options, lengths, prefix = Heads(6, 2, 16, 16), Options(rule, sinks=True), [330, 280, 300, 170], 160
+    plain = TieredMachine(heads, options, lengths, prefix, PagePool(60))
+    pool = PagePool(60, host=60, disk=60, shares=shares)
+    tiered = TieredMachine(heads, options, lengths, prefix, pool, copy_host=True, offload_folder=tmp_path)
+    meter = Meter(CPU)
+    tiered.host = HostAttention(meter)
+    begins = [0] + [160] * 3
+    meter.begin_run()
+    for machine in (plain, tiered):
+        machine.sweep([("prefill", 384, [(i, a, n - 5)]) for i, (a, n) in enumerate(zip(begins, lengths, strict=True))])
+        for step in range(5, 0, -1):
+            machine.sweep([("decode", 16, [(i, n - step, n - step + 1) for i, n in enumerate(lengths)])])
+    meter.end_sweep(0, 0, 0)
+    stats = RunStats()
+    meter.end_run(stats)
+    tiered.host.close()
+    tiered.cache.close()
+    assert stats.bytes_moved["cpu_attention"] > 0
+    for j in range(NUM_LAYERS):
+        for i, begin in enumerate(begins):
+            assert torch.equal(plain.layers[j][i][begin:], tiered.layers[j][i][begin:])

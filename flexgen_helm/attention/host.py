@@ -1,0 +1,51 @@
+"""Attention on the CPU where a part of the cache lives, beside what the device computes (FlexGen section 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.attention.chunks import LocatedPages, attend_call
+from flexgen_helm.attention.kernels import ChunkOutput
+from flexgen_helm.attention.plan import ChunkCall
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.page_tensors import PageTensors
+
+
+class HostAttention:
+    """A thread whose kernels use all cores."""
+
+    def __init__(self, meter: Meter) -> None:
+        """Nothing runs before the first call."""
+        self._meter = meter
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="flexgen-helm-attention")
+
+    def begin(
+        self, name: str, calls: Sequence[ChunkCall], q: Tensor, store: PageTensors, *, scale: float, softcap: float | None
+    ) -> list[Future[ChunkOutput]]:
+        """Start what the chunks of some calls say to queries ``[T, H, D]``, see `attend_call`.
+
+        Args:
+            name: Of the spans in the meter.
+            calls: All pages of which are on the host.
+            q: The queries, where the other calls are computed.
+            store: K and V on the host.
+            scale: Factor of the scores.
+            softcap: See `attend_chunk`.
+        """
+        queries = q.cpu()
+
+        def attend(call: ChunkCall) -> ChunkOutput:
+            pages = LocatedPages(store, call.pages[0].numbers, None)
+            num_bytes = len(pages.numbers) * sum(x[0].nbytes for x in store)
+            with torch.inference_mode(), self._meter.span("cpu_attention", name, num_bytes):
+                return attend_call(call, queries, [pages], scale=scale, softcap=softcap)
+
+        return [self._pool.submit(attend, call) for call in calls]
+
+    def close(self) -> None:
+        """Wait for what runs."""
+        self._pool.shutdown()
