@@ -143,4 +143,4 @@ def make_rows(
         meter=places.meter,
     )
     packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all)
-    return PackedRows(checked.model, cache), packed
+    return PackedRows(checked.model, cache, cpu_attention=policy.cpu_attention), packed

@@ -76,15 +76,13 @@ def test_slabs_of_another_model_are_never_used(bench: Workbench, tmp_path: Path)
 
 
 def test_a_folder_that_is_removed_while_running(bench: Workbench, tmp_path: Path) -> None:
-    """Open files stay readable; what can no longer be read is an error, and an engine made anew writes the folder again."""
+    """An error, not a wrong answer; an engine made anew writes the folder again."""
     folder = tmp_path / "offload"
     expected = bench.engine("llama").run(JOBS)
     with load(bench, folder) as engine:
         shutil.rmtree(folder)
-        try:
-            assert engine.run(JOBS) == expected
-        except CorruptFile as error:
-            assert str(folder) in str(error)
+        with pytest.raises(FlexGenError, match=str(folder)):
+            engine.run(JOBS)
     with load(bench, folder) as engine:
         assert engine.run(JOBS) == expected
 
@@ -158,6 +156,6 @@ def test_shares_are_reported_and_peaks_compared_with_limits(
 def test_all_on_the_device_offloads_nothing(bench: Workbench, tmp_path: Path) -> None:
     with load(bench, tmp_path, POLICY) as engine:
         assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
-        assert engine.policy.weights == (1, 0, 0)
+        assert engine.policy.weights == (1.0, 0.0, 0.0)
         assert not engine.stats.bytes_moved
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,8 @@ CONFIG = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(CONFIG)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIG)
+    return model
 
 
 def space(gib: float, *, separate: bool = True) -> Space:
@@ -62,7 +63,7 @@ def test_without_a_device_memory_only_the_disk_is_streamed(model: PreTrainedMode
 
 def test_a_model_that_fits_stays_whole(model: PreTrainedModel) -> None:
     plan = plan_weights(model, Policy(), space(10))
-    assert plan.shares == (1, 0, 0)
+    assert plan.shares == (1.0, 0.0, 0.0)
     assert plan.streamed == []
 
 
@@ -87,7 +88,7 @@ def test_what_does_not_fit_is_an_error_with_numbers(model: PreTrainedModel, weig
     size = sum(p.nbytes for p in model.parameters())
     available = {name: size // 3 if name == tier else 100 * size for name in TIERS}
     with pytest.raises(PolicyError, match=rf"on the {tier} need \d.*may be used there.*max_memory"):
-        plan_weights(model, Policy(weights=weights), Space(available, True))  # type: ignore[arg-type]
+        plan_weights(model, Policy(weights=weights), Space(available, True))
 
 
 def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
