@@ -32,7 +32,7 @@ class DirectFile:
 
         Args:
             path: The file.
-            flags: Of `os.open`.
+            flags: As for `os.open`.
 
         Raises:
             CorruptFile: If there is no such file.
@@ -48,7 +48,6 @@ class DirectFile:
                 if error.errno != errno.EINVAL:
                     raise
                 self.descriptor, self.is_direct = os.open(path, flags, 0o666), False
-                logger.info("%s is on a file system without direct access: it is read through the page cache", path)
         except OSError as error:
             raise file_error(path, error) from error
 
@@ -62,7 +61,7 @@ class DirectFile:
         while done < len(view):
             count = self._call(os.preadv, [view[done:]], offset + done)
             done += count
-            if not count or (self.is_direct and count % PAGE):
+            if not count or count % PAGE:
                 raise CorruptFile(f"{self.path} is torn: it ends after {offset + done} bytes, where more were written.")
         if not self.is_direct:
             os.posix_fadvise(self.descriptor, offset, done, os.POSIX_FADV_DONTNEED)
@@ -72,9 +71,9 @@ class DirectFile:
         view, done = memory.numpy().data, 0
         while done < len(view):
             count = self._call(os.pwritev, [view[done:]], offset + done)
-            if count < PAGE:
+            if not count:
                 raise file_error(self.path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-            done += count - count % PAGE  # what is left begins at a page boundary again
+            done += count
 
     def _call(self, call: Callable[..., int], *arguments: object) -> int:
         try:
@@ -105,7 +104,7 @@ class DiskIO:
         self.bytes_read = self.bytes_written = 0
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="flexgen-helm-disk")
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._has_warned = False
         self._in_flight, self._since, self._busy = 0, 0.0, 0.0
 
     @property
@@ -142,6 +141,9 @@ class DiskIO:
     def _start(self, request: _Request, offset: int, memory: Tensor) -> Future[None]:
         if not memory.nbytes or (memory.data_ptr() | memory.nbytes | offset) % PAGE:
             raise ValueError(f"{memory.nbytes} bytes at {memory.data_ptr():#x} for offset {offset} are not whole pages")
+        if not request.file.is_direct and not self._has_warned:
+            self._has_warned = True
+            logger.info("%s is on a file system without direct access: it goes through the page cache", request.file.path)
         begins = range(0, memory.nbytes, PIECE)
         request.left = len(begins)
         request.done.set_running_or_notify_cancel()  # so that nobody can cancel it while threads use the memory

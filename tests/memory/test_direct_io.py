@@ -59,7 +59,7 @@ def test_ranges_come_and_go_as_they_are(
     file = DirectFile(path, os.O_RDWR)
     if direct and not file.is_direct:
         pytest.skip("the temporary folder's file system has no direct access")
-    assert ("without direct access" in caplog.text) == (not file.is_direct) == (not direct)
+    assert file.is_direct == direct
     whole, part = allocate(SIZE), allocate(2 * PAGE)
     io.read(file, 0, whole).result()
     assert whole.numpy().tobytes() == expected
@@ -69,12 +69,16 @@ def test_ranges_come_and_go_as_they_are(
     io.read(file, PAGE, whole[: SIZE - PAGE]).result()
     assert whole[: SIZE - PAGE].numpy().tobytes() == expected[PAGE:]
     assert path.read_bytes() == expected
+    assert caplog.text.count("without direct access") == (not direct)
     assert (io.bytes_read, io.bytes_written) == (2 * SIZE - PAGE, 2 * PAGE)
     file.close()
 
 
-def test_direct_reads_leave_the_page_cache_alone(io: DiskIO, path: Path) -> None:
-    """Whatever the file system, a read file is not cached after it; `fincore` of util-linux says how much is."""
+@pytest.mark.parametrize("direct", [True, False])
+def test_reads_leave_nothing_in_the_page_cache(io: DiskIO, path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fincore` of util-linux says how much is there."""
+    if not direct:
+        refuse_direct(monkeypatch)
     file = DirectFile(path, os.O_RDWR)
     os.fsync(file.descriptor)
     os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -144,9 +144,9 @@ def size_limit(num_bytes: int) -> Iterator[None]:
 def test_size_limit_while_converting(tmp_path: Path) -> None:
     with size_limit(NUM_BYTES[3] - PAGE), pytest.raises(DiskFull, match=r"cannot be written: .* Free some space"):
         convert(tmp_path)
+    assert not list(tmp_path.glob(".slab-*"))
     with opened(tmp_path) as folder:
         assert folder.missing() == [3, 4]
-    assert not list(tmp_path.glob(".slab-*"))
     convert(tmp_path)
     check(tmp_path)
 
@@ -166,10 +166,10 @@ def test_disk_full_while_converting(small_disk: Path) -> None:
         folder.check_space(folder.missing())
     with pytest.raises(DiskFull, match="cannot be written: No space left on device"):
         convert(small_disk)
+    assert not list(small_disk.glob(".slab-*"))
     with opened(small_disk) as folder:
         assert folder.missing() == [3, 4]
         folder.check_space([4])
-    assert not list(small_disk.glob(".slab-*"))
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     convert(small_disk)
     check(small_disk)
@@ -200,6 +200,14 @@ def test_flipped_byte(tmp_path: Path) -> None:
     path.unlink()
     convert(tmp_path)
     check(tmp_path)
+
+
+def test_checksums_are_verified_once(tmp_path: Path) -> None:
+    convert(tmp_path)
+    with opened(tmp_path) as folder:
+        before = read(folder, 3)
+        flip(tmp_path / "unit_00003.slab", 5)
+        assert read(folder, 3)[:6] == before[:5] + bytes([before[5] ^ 1])
 
 
 @pytest.mark.parametrize("size", [0, 7, NUM_BYTES[3] - PAGE])
