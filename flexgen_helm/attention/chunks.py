@@ -13,8 +13,10 @@ from flexgen_helm.attention.plan import QUERY_PAD, ChunkCall
 from flexgen_helm.memory.page_tensors import PageTensors
 from flexgen_helm.memory.pages import PAGE_TOKENS
 
-GATHERED_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""K and V that are gathered at a time, per thread; on a CPU they stay in its cache (runs/LOG.md)."""
+GATHERED_BYTES = 256 << 20
+"""K and V that are gathered at a time."""
+GATHERED_BYTES_PER_THREAD = 1 << 20
+"""The same on a CPU, in whose cache they stay (runs/LOG.md)."""
 
 
 class LocatedPages(NamedTuple):
@@ -73,8 +75,8 @@ class _Gather:
 
     def __init__(self, call: ChunkCall, pages: list[LocatedPages]) -> None:
         self._pages, self._num_kv = pages, pages[0].tensors.k.shape[1]
-        device = pages[0].tensors.k.device.type
-        at_once = GATHERED_BYTES[device] * (torch.get_num_threads() if device == "cpu" else 1)
+        on_cpu = pages[0].tensors.k.device.type == "cpu"
+        at_once = GATHERED_BYTES_PER_THREAD * torch.get_num_threads() if on_cpu else GATHERED_BYTES
         chunk_bytes = sum(x[0].nbytes for x in pages[0].tensors) * CHUNK_PAGES
         self.size = max(1, at_once // chunk_bytes) if len(pages) == 1 else call.num_chunks
         """Chunks in a group. Those whose pages are at several places are few: one group."""

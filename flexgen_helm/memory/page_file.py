@@ -41,6 +41,7 @@ class DiskPages:
         path = folder / f"kv_{os.getpid()}_{secrets.token_hex(4)}.pages"
         self._file = DirectFile(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         path.unlink()  # so that nothing stays, whatever ends the process
+        self._file.path = folder  # which errors can name
         self._io, self._capacity = DiskIO(), capacity
         self._begins: dict[CacheKey, int] = {}
         self._end = 0

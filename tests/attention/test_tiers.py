@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.places import RowPages
@@ -40,6 +41,7 @@ class TieredMachine(Machine):
     ) -> None:
         super().__init__(heads, options, lengths, prefix)
         self.cache = PagedCache(pool, **cache)  # type: ignore[arg-type]
+        self.device = torch.device(str(cache.get("device", "cpu")))
         shared = num_shared(lengths, prefix)
         first = pool.allocate(num_pages(0, lengths[0]))
         self.tables = [first] + [first[:shared] + pool.allocate(num_pages(0, n) - shared) for n in lengths[1:]]
@@ -57,7 +59,7 @@ class TieredMachine(Machine):
         staged = 2 * max(len(found.staged.pages) for found in pages)
         high = self.pool.high_water
         self.cache.reserve(kept=high.device, host=high.host, transient=0, staged=staged)
-        attentions = [RowAttention(row, self.cache, CPU, h) for row, h in zip(made, host, strict=True)]
+        attentions = [RowAttention(row, self.cache, self.device, h) for row, h in zip(made, host, strict=True)]
         squares = [(j, k) for j in range(NUM_LAYERS) for k in range(len(rows))]
         for square, following in zip(squares, [*squares[1:], None], strict=True):
             if ahead and following is not None:
@@ -72,13 +74,17 @@ class TieredMachine(Machine):
     def _attend(self, j: int, k: int, attentions: list[RowAttention], rows: list[tuple[RowKind, int, Pieces]]) -> None:
         _, size, pieces = rows[k]
         parts = [torch.cat([self.inputs[i][x][a:b] for i, a, b in pieces]) for x in range(3)]
-        q, key, v = (torch.cat([part, torch.zeros(size - len(part), *part.shape[1:])]) for part in parts)
+        padded = [torch.cat([part, torch.zeros(size - len(part), *part.shape[1:])]) for part in parts]
+        q, key, v = (part.to(self.device) for part in padded)
         rule, scale = RULES[self.options.rule], self.heads.dim**-0.5
-        out = attentions[k].attend(CacheKey(j, 0), (q * (j + 1), key, v), rule, scale=scale, softcap=None, sinks=self.sinks)
+        out = attentions[k].attend(CacheKey(j, 0), (q * (j + 1), key, v), rule, scale=scale, softcap=None, sinks=self._sinks())
         offset = 0
         for i, a, b in pieces:
             self.layers[j][i][a:b] = out[offset : offset + b - a]
             offset += b - a
+
+    def _sinks(self) -> Tensor | None:
+        return None if self.sinks is None else self.sinks.to(self.device)
 
 
 SHARES = st.lists(st.integers(0, 3), min_size=3, max_size=3).filter(any).map(lambda x: tuple(n / sum(x) for n in x))
@@ -186,7 +192,7 @@ def test_a_disk_that_fills_up_is_an_error_and_no_hang(tmp_path: Path) -> None:
         machine.sweep(ROWS)
         machine.cache.reserve(kept=0, transient=0)
 
-    with no_larger_files(32768), pytest.raises(DiskFull, match="offload_folder"):
+    with no_larger_files(32768), pytest.raises(DiskFull, match=rf"{tmp_path} cannot be written.*offload_folder"):
         fill()
     machine.sweep(ROWS)  # once there is space again
     machine.sweep([("decode", 16, [(0, 199, 200)])])
@@ -252,3 +258,26 @@ def test_attention_on_the_host_has_the_bits_of_attention_on_the_device(
     for j in range(NUM_LAYERS):
         for i, begin in enumerate(begins):
             assert torch.equal(plain.layers[j][i][begin:], tiered.layers[j][i][begin:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine")
+@pytest.mark.parametrize("cpu_attention", [False, True])
+def test_tiers_beside_a_gpu(tmp_path: Path, cpu_attention: bool) -> None:
+    """Pages that are brought change no bit; attention on the CPU rounds differently."""
+    cuda = torch.device("cuda")
+    heads, options, lengths = Heads(6, 2, 16, 16), Options(sinks=True), [330, 280, 300, 170]
+    plain = TieredMachine(heads, options, lengths, 160, PagePool(60), device=cuda)
+    pool = PagePool(60, host=60, disk=60, shares=(0.2, 0.4, 0.4))
+    tiered = TieredMachine(heads, options, lengths, 160, pool, device=cuda, offload_folder=tmp_path)
+    tiered.host = HostAttention(Meter(cuda)) if cpu_attention else None
+    begins = [0] + [160] * 3
+    for machine in (plain, tiered):
+        machine.sweep([("prefill", 384, [(i, a, n - 5)]) for i, (a, n) in enumerate(zip(begins, lengths, strict=True))])
+        for step in range(5, 0, -1):
+            machine.sweep([("decode", 16, [(i, n - step, n - step + 1) for i, n in enumerate(lengths)])])
+    tiered.cache.close()
+    for expected, found in zip(plain.layers, tiered.layers, strict=True):
+        for i, begin in enumerate(begins):
+            difference = (expected[i] - found[i])[begin:].abs().max()
+            assert difference <= (1e-5 if cpu_attention else 0.0)
