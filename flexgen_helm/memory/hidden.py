@@ -12,12 +12,17 @@ from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile, DiskFull
 from flexgen_helm.memory.link import Link, Transfer
+from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.tiers import interleave
-from flexgen_helm.types import Shares
+from flexgen_helm.types import Resource, Shares, Tier
 
 
 class _Place(Protocol):
-    """Where a row's hidden state rests."""
+    """Where a row's hidden state rests, and what is busy on the way."""
+
+    tier: Tier
+    writes: Resource
+    reads: Resource
 
     def write(self, hidden: Tensor) -> None: ...
 
@@ -26,6 +31,10 @@ class _Place(Protocol):
 
 class _Host:
     """A tensor of its own in RAM."""
+
+    tier: Tier = "host"
+    writes: Resource = "device_to_host"
+    reads: Resource = "host_to_device"
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
@@ -43,6 +52,10 @@ class _Host:
 
 class _Disk:
     """A file that has no name any more, so that nothing of it stays."""
+
+    tier: Tier = "disk"
+    writes: Resource = "disk_write"
+    reads: Resource = "disk_read"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -78,7 +91,7 @@ class _Disk:
 class HiddenStore:
     """Takes a row's hidden state in when its layer is done and hands it out for the next one."""
 
-    def __init__(self, shares: Shares, *, device: torch.device, copies: bool, folder: Path) -> None:
+    def __init__(self, shares: Shares, *, device: torch.device, copies: bool, folder: Path, meter: Meter) -> None:
         """Nothing is allocated yet.
 
         Args:
@@ -86,17 +99,20 @@ class HiddenStore:
             device: Where the matrices are multiplied.
             copies: Whether the device has a memory of its own; without, what is on the host is in place.
             folder: For hidden states on disk.
+            meter: Is told of what is moved.
         """
+        self._meter = meter
         self._shares, self._device, self._copies, self._folder = shares, device, copies, folder
         self._places: dict[int, _Place] = {}
         self._kept: dict[int, Tensor] = {}
+        self._sizes: dict[int, int] = {}
         self._leaving: dict[int, Transfer] = {}
         self._arriving: dict[int, tuple[Transfer, list[Tensor]]] = {}
         self._link: Link | None = None
 
     def begin_sweep(self, num_rows: int) -> None:
         """Forget the last sweep and decide which rows rest where."""
-        for content in (self._places, self._kept, self._leaving, self._arriving):
+        for content in (self._places, self._kept, self._sizes, self._leaving, self._arriving):
             content.clear()
         for k, tier in enumerate(interleave([1] * num_rows, self._shares)):
             if tier == "disk":
@@ -112,7 +128,11 @@ class HiddenStore:
             self._kept[k] = hidden
             return None
         assert self._link is not None
-        self._leaving[k] = self._link.submit(partial(self._places[k].write, hidden))
+        self._sizes[k] = hidden.nbytes
+        tier = self._places[k].tier
+        held = sum(size for row, size in self._sizes.items() if self._places[row].tier == tier)
+        self._meter.hold(tier, "hidden", held)
+        self._leaving[k] = self._link.submit(partial(self._write, self._places[k], k, hidden))
         return self._leaving[k]
 
     def load(self, k: int) -> Transfer | None:
@@ -121,7 +141,7 @@ class HiddenStore:
             return None
         assert self._link is not None
         target: list[Tensor] = []
-        transfer = self._link.submit(lambda: target.append(self._places[k].read(self._device)))
+        transfer = self._link.submit(partial(self._read, self._places[k], k, target))
         self._arriving[k] = transfer, target
         return transfer
 
@@ -139,6 +159,14 @@ class HiddenStore:
         if target[0].is_cuda:
             target[0].record_stream(torch.cuda.current_stream(self._device))
         return target[0]
+
+    def _write(self, place: _Place, k: int, hidden: Tensor) -> None:
+        with self._meter.span(place.writes, f"store_hidden {k}", hidden.nbytes):
+            place.write(hidden)
+
+    def _read(self, place: _Place, k: int, target: list[Tensor]) -> None:
+        with self._meter.span(place.reads, f"load_hidden {k}", self._sizes.get(k, 0)):
+            target.append(place.read(self._device))
 
     def close(self) -> None:
         """Stop copying and drop everything."""

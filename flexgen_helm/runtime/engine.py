@@ -247,7 +247,7 @@ class Engine:
         rows, self._scheduler = make_rows(self._checked, policy, places, block_tokens=block_tokens, keep_all=order != "zigzag")
         hidden = None
         if policy.hidden != (1.0, 0.0, 0.0):
-            hidden = HiddenStore(policy.hidden, device=self._device, copies=separate, folder=parts.folder)
+            hidden = HiddenStore(policy.hidden, device=self._device, copies=separate, folder=parts.folder, meter=self.meter)
         executor = (OverlappedExecutor if policy.overlap else SerialExecutor)(
             rows, head_slice=policy.gpu_batch_size, order=order, weights=parts.weights, hidden=hidden, meter=self.meter
         )
