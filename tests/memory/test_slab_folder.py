@@ -18,12 +18,19 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError
+from flexgen_helm.memory import direct_io
 from flexgen_helm.memory.buffers import PAGE, allocate
 from flexgen_helm.memory.slab import SlabLayout, SlabTensor
 from flexgen_helm.memory.slab_folder import SlabFolder
 
 IDENTITY = {"weights": "0123456789abcdef", "dtype": "bfloat16"}
-NUM_BYTES = {0: PAGE, 3: (1 << 20) + PAGE, 4: 5 * PAGE}
+NUM_BYTES = {0: PAGE, 3: 33 * PAGE, 4: 5 * PAGE}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of them make a slab."""
+    monkeypatch.setattr(direct_io, "PIECE", 16 * PAGE)
 
 
 def layout(num_bytes: int) -> SlabLayout:
@@ -155,7 +162,7 @@ def test_size_limit_while_converting(tmp_path: Path) -> None:
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "small"
     path.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", path], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", path], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here")
     yield path
     subprocess.run(["umount", path], check=True)
