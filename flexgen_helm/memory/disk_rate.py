@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from flexgen_helm.errors import FlexGenError
+import numpy as np
 
-PIECE = 2**20
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.memory.buffers import allocate
+
+PIECE = 2**22
 NUM_THREADS = 4
+BUFFERS = 8
+"""Pieces of memory for each thread, as in buffers of `flexgen_helm.memory.buffers`: together larger than a processor's cache,
+since what is read for use goes to memory."""
 SECONDS = 0.5
 """Of reading; a virtual disk's rate moves within minutes, so more would say no more."""
-SCRATCH_PIECES = 128
+SCRATCH_PIECES = 32
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:
@@ -47,14 +52,16 @@ def disk_rates(folder: Path) -> tuple[float, float]:
 
 
 def _read_rate(path: Path) -> float:
-    num_pieces = path.stat().st_size // PIECE
+    num_pieces = max(1, path.stat().st_size // PIECE)
     descriptor = _open_direct(path, os.O_RDONLY)
     offsets = itertools.count()
     stop = time.perf_counter() + SECONDS
 
-    def read(buffer: mmap.mmap) -> int:
+    def read(buffers: Sequence[memoryview]) -> int:
         count = 0
-        while time.perf_counter() < stop:
+        for buffer in itertools.cycle(buffers):
+            if time.perf_counter() >= stop:
+                break
             count += os.preadv(descriptor, [buffer], next(offsets) % num_pieces * PIECE)
         return count
 
@@ -65,8 +72,8 @@ def _write_rate(path: Path) -> float:
     descriptor = _open_direct(path, os.O_WRONLY)
     offsets = iter(range(0, SCRATCH_PIECES * PIECE, PIECE))
 
-    def write(buffer: mmap.mmap) -> int:
-        return sum(os.pwritev(descriptor, [buffer], offset) for offset in offsets)
+    def write(buffers: Sequence[memoryview]) -> int:
+        return sum(os.pwritev(descriptor, [buffers[0]], offset) for offset in offsets)
 
     return _rate(descriptor, write)
 
@@ -78,15 +85,15 @@ def _open_direct(path: Path, flags: int) -> int:
         return os.open(path, flags)
 
 
-def _rate(descriptor: int, work: Callable[[mmap.mmap], int]) -> float:
+def _rate(descriptor: int, work: Callable[[Sequence[memoryview]], int]) -> float:
     """Bytes per second of threads that work until nothing is left."""
-    buffers = [mmap.mmap(-1, PIECE) for _ in range(NUM_THREADS)]
-    for buffer in buffers:
-        buffer.write(os.urandom(PIECE))  # in place before the clock starts, and nothing that a disk could compress
+    memory = allocate(NUM_THREADS * BUFFERS * PIECE).numpy()
+    memory[:] = np.random.default_rng(0).integers(0, 256, len(memory), np.uint8)  # nothing that a disk could compress
+    pieces = [memoryview(memory[begin : begin + PIECE]) for begin in range(0, len(memory), PIECE)]  # type: ignore[arg-type]
     try:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             begun = time.perf_counter()
-            num_bytes = sum(pool.map(work, buffers))
+            num_bytes = sum(pool.map(work, [pieces[i::NUM_THREADS] for i in range(NUM_THREADS)]))
             os.fdatasync(descriptor)
             return num_bytes / (time.perf_counter() - begun)
     finally:
