@@ -146,7 +146,9 @@ class Measurement:
     def _tier_lines(self) -> Iterator[str]:
         measured, planned = self.stats.tier_peak_bytes, self.engine.planned_bytes
         for tier in (tier for tier in TIERS if tier in measured or tier in planned):
+            room = self.engine.cache_bytes.get(tier, 0)
             expected = f", {gib(planned[tier])} planned" if tier in planned else ""
+            expected += f" and room for {gib(room)} of K and V" if room else ""
             yield f"  {tier:<16}{gib(measured.get(tier, 0))} at most{expected}"
 
 

@@ -212,4 +212,6 @@ class EngineInfo:
     weight_bytes: dict[str, int]
     """Bytes of weights on each tier: device, host, disk."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
-    """Highest memory on each tier as planned before anything was allocated; empty where nothing was planned."""
+    """Memory of weights, slots and buffers on each tier as planned before anything was allocated."""
+    cache_bytes: dict[str, int] = field(default_factory=dict)
+    """Room for K and V on each tier, taken as it is needed."""

@@ -193,7 +193,8 @@ class Engine:
             numerics=dict(self.numerics),
             bits_per_weight=8 * num_bytes / count,
             bits_per_cache_element=8.0 * self._loaded.model.dtype.itemsize,
-            planned_bytes={tier: count + self._capacities[tier] for tier, count in self._parts.plan.needed_bytes.items()},
+            planned_bytes={**self._parts.plan.needed_bytes},
+            cache_bytes={**self._capacities},
             weight_bytes={str(tier): count for tier, count in self._parts.plan.weight_bytes.items()},
         )
 
