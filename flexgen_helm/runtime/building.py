@@ -141,7 +141,7 @@ def _load_offloaded(
     identity = {"weights": source.digest(), "dtype": str(source.dtype), "transformers": library_version}
     offloader = Offloader(plan, device=source.device, folder=folder, identity=identity)
     loaded = source.load(offloader)
-    model = RecordedModel(loaded.model)
+    model = RecordedModel(loaded.model, device=source.device)
     weights = offloader.store(loaded.model, model.layers, meter)
     assert weights is not None
     return CheckedModel(first.kind, model, verdict, first.not_packed), loaded, weights

@@ -66,7 +66,7 @@ class Engine:
         self.rows: Kind = parts.checked.kind
         """Whether many sequences share a row or each has its own."""
         self._parts, self._loaded, self._checked = parts, loaded, parts.checked
-        self._device = loaded.model.device
+        self._device = parts.checked.model.device
         self.numerics: dict[str, str | int] = {
             "weights": loaded.digest,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -193,8 +193,8 @@ class Engine:
             numerics=dict(self.numerics),
             bits_per_weight=8 * num_bytes / count,
             bits_per_cache_element=8.0 * self._loaded.model.dtype.itemsize,
-            planned_bytes={**self._parts.plan.needed_bytes},
-            cache_bytes={**self._capacities},
+            planned_bytes={str(tier): count for tier, count in self._parts.plan.needed_bytes.items()},
+            cache_bytes={str(tier): count for tier, count in self._capacities.items()},
             weight_bytes={str(tier): count for tier, count in self._parts.plan.weight_bytes.items()},
         )
 

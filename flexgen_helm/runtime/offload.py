@@ -16,7 +16,8 @@ from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.slab import Binding, pack
 from flexgen_helm.memory.slab_folder import SlabFolder
 from flexgen_helm.memory.weights import Unit, WeightStore
-from flexgen_helm.runtime.plan import WeightPlan
+from flexgen_helm.runtime.embeddings import keep_on_host
+from flexgen_helm.runtime.plan import EMBEDDINGS, WeightPlan
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Offloader:
         plan, head = self._plan, len(layers)
         if not plan.streamed:
             return None
+        if plan.separate and plan.tiers[EMBEDDINGS] == "host":
+            keep_on_host(model, self._device)
         modules = dict(enumerate(layers))
         output = model.get_output_embeddings()
         if head in plan.streamed:

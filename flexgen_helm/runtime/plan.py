@@ -48,6 +48,7 @@ class WeightPlan:
     """Of every part."""
     sizes: Mapping[int, int]
     """Bytes of every part."""
+    num_layers: int
     separate: bool
     prefetch: int
 
@@ -122,7 +123,8 @@ def plan_weights(model: PreTrainedModel, policy: Policy, space: Space) -> Weight
         UnsupportedModel: If layers share weights, so that they cannot be placed one by one.
     """
     layouts, sizes = _parts(model)
-    whole = WeightPlan(layouts, dict.fromkeys(sizes, "device"), sizes, space.separate, policy.prefetch)
+    tiers = dict.fromkeys(sizes, TIERS[0])
+    whole = WeightPlan(layouts, tiers, sizes, len(layers_of(model)), space.separate, policy.prefetch)
     if policy.weights == (1.0, 0.0, 0.0) or (policy.weights is None and _fits(whole, space)):
         plan = whole
     else:
@@ -224,8 +226,10 @@ def _placed(whole: WeightPlan, shares: Shares) -> dict[int, Tier]:
     tiers = dict(zip(order, interleave([whole.sizes[j] for j in order], shares), strict=True))
     if not whole.separate:
         tiers[EMBEDDINGS] = "device" if shares[0] > 0 else "host"
-    elif tiers[EMBEDDINGS] == "disk":
-        tiers[EMBEDDINGS] = "host"
+    elif len(order) - 1 > whole.num_layers:
+        tiers[EMBEDDINGS] = "host" if tiers[EMBEDDINGS] == "disk" else tiers[EMBEDDINGS]
+    else:  # the table is the head's matrix as well
+        tiers[EMBEDDINGS] = "device"
     return tiers
 
 

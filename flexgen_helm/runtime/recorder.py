@@ -106,17 +106,22 @@ class _StandIn(nn.Module):
 class RecordedModel:
     """A causal language model whose layers are called one at a time. One thread at a time may use it."""
 
-    def __init__(self, model: PreTrainedModel, *, own: Implementations | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, own: Implementations | None = None, device: torch.device | None = None
+    ) -> None:
         """Find the layers and put stand-ins in their place.
 
         Args:
             model: Taken over; see `plain`.
             own: What the library chose for the model, where that has been changed since.
+            device: Where the matrices are multiplied; None: where the model's first parameter is.
 
         Raises:
             UnsupportedModel: If there is no list of decoder layers.
         """
         self.model = model
+        self.device: torch.device = model.device if device is None else device
+        """Where the matrices are multiplied."""
         config = model.config
         chosen = Implementations(config._attn_implementation or "eager", config._experts_implementation or "eager")
         self.own: Implementations = chosen if own is None else own
@@ -131,11 +136,6 @@ class RecordedModel:
         self._final: Tensor | None = None
         self._returns_tuple = False
         self.use(self.own)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the matrices are multiplied."""
-        return self.model.device
 
     def takes(self, name: str) -> bool:
         """Whether the model's forward has a parameter of this name."""

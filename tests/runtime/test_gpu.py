@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,29 @@ def test_a_gpu_gives_the_answers_of_the_reference(family: str, tmp_path: Path) -
         agreement.add(job, result, reference)
     assert not agreement.failures, agreement.failures
     assert alone == together
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mistral", "mixtral"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_placement_changes_no_bit_on_a_gpu(family: str, overlap: bool, tmp_path: Path) -> None:
+    """Streams, events, pinned memory and slots; attention on the CPU is level C there and left out."""
+    folder, jobs = str(save_tiny(family, tmp_path, num_layers=5)), fixed_mix(31, 24)
+    with Engine.from_pretrained(folder, device="cuda", policy=POLICY) as engine:
+        expected = engine.run(jobs)
+    thirds = (0.2, 0.4, 0.4)
+    policy = replace(POLICY, weights=thirds, cache=thirds, hidden=thirds, cpu_attention=0, overlap=overlap)
+    with Engine.from_pretrained(folder, device="cuda", policy=policy, offload_folder=tmp_path / "offload") as engine:
+        assert engine.run(jobs) == expected
+        assert engine.run(jobs) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_attention_on_the_cpu_beside_a_gpu_stays_within_level_c(family: str, tmp_path: Path) -> None:
+    folder, jobs, agreement = save_tiny(family, tmp_path), fixed_mix(31, 24), Agreement()
+    policy = replace(POLICY, weights=(0, 1, 0), cache=(0, 1, 0), cpu_attention=1)
+    with Engine.from_pretrained(str(folder), dtype="float32", device="cuda", policy=policy) as engine:
+        results = engine.run(jobs)
+    reference = Reference(folder)
+    for job, result in zip(jobs, results, strict=True):
+        agreement.add(job, result, reference)
+    assert not agreement.failures, agreement.failures
