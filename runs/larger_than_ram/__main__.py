@@ -1,0 +1,137 @@
+"""A model twice as large as the memory, from disk: the engine against Accelerate's disk offload under the same limit.
+
+generation: prompts of random tokens, 8 new tokens each. Accelerate answers 1, 4, 16, 64, ... of them at a time until its
+throughput falls or the memory ends; its best batch is compared.
+shared_prefix: 5-shot MMLU as HELM asks it, one new token each, against Accelerate in the same way.
+helm: a few instances through ``helm-run``, with the same policy in a deployment.
+
+The model is a random Llama, made once under $FLEXGEN_HELM_CACHE; the memory limit is a cgroup's, so root is needed (exit
+status 3 without). What is cached of the model is dropped first, since a cgroup is not charged for pages that are there
+already. Loading, and the engine's slabs, which are written at its first load, are printed and not counted.
+Cost on two cores of a server CPU: about 20 minutes, 9 GiB of disk.
+
+Command: ``python -m flexgen_helm.runs.larger_than_ram --model-size 4GiB --memory 2GiB --json result.json``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.memory.limits import parse_size
+from flexgen_helm.runs.cpu_benchmark.prompts import helm_prompts
+from flexgen_helm.runs.larger_than_ram.contenders import Work, as_dict, compare, run_accelerate, run_engine
+from flexgen_helm.runs.larger_than_ram.helm_part import run_helm
+from flexgen_helm.runs.larger_than_ram.report import render
+from flexgen_helm.runs.memory_limit.cgroup import NotPermitted, memory_group
+from flexgen_helm.runs.memory_limit.model import Shape, random_model, random_prompts
+from flexgen_helm.runs.memory_limit.process import NOT_PERMITTED, Limits
+
+PARTS = ("generation", "shared_prefix", "helm")
+ENTRY = "mmlu:subject=us_foreign_policy,method=multiple_choice_joint"
+BATCH_SIZES = (1, 4, 16, 64, 256)
+ACCELERATE_SHARE = 0.25
+"""Of the limit, for weights that Accelerate keeps in memory: with half of it a batch of 4 is slower, with 0.7 of it one of 16
+is killed (4 GiB of weights, 2 GiB of memory)."""
+
+
+def engine_arguments(options: argparse.Namespace, model: Path) -> dict[str, Any]:
+    """Keywords of ``Engine.from_pretrained``: a few prompts enter in each sweep, so that all sweeps compute while they read."""
+    policy = {"gpu_batch_size": 16, "gpu_batch_tokens": 256, "block_tokens": options.block_tokens}
+    slabs = model.with_name(f"{model.name}-slabs")
+    return {"device": "cpu", "dtype": options.dtype, "policy": policy, "offload_folder": str(slabs)}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m flexgen_helm.runs.larger_than_ram",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model-size", type=parse_size, default="4GiB", metavar="SIZE", help="of the weights")
+    parser.add_argument("--memory", type=parse_size, default="2GiB", metavar="SIZE", help="limit of every process")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--prompts", type=int, default=64, metavar="N", help="of the generation part")
+    parser.add_argument("--prompt-len", type=int, default=128, metavar="TOKENS", help="of the generation part")
+    parser.add_argument("--new-tokens", type=int, default=8, metavar="N", help="of the generation part")
+    parser.add_argument("--block-tokens", type=int, default=256, metavar="TOKENS", help="that enter in a sweep of the engine")
+    parser.add_argument("--instances", type=int, default=64, metavar="N", help="of the shared-prefix part")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    return parser.parse_args(arguments)
+
+
+def run_parts(options: argparse.Namespace, model: Path, scratch: Path) -> None:
+    """Run the parts one after the other, and print and write down each as it ends."""
+    arguments = engine_arguments(options, model)
+    slabs = Path(arguments["offload_folder"])
+    limits = Limits(options.memory, options.threads, (model, slabs))
+    results: dict[str, Any] = {}
+    for part in options.parts:
+        if part == "helm":
+            lines = run_helm(ENTRY, model, arguments, limits, scratch / "helm", instances=8)
+            results[part] = lines
+        else:
+            work = make_work(part, options, model)
+            theirs = run_accelerate(
+                work,
+                model,
+                options.dtype,
+                limits,
+                scratch,
+                batch_sizes=BATCH_SIZES,
+                memory_bytes=int(ACCELERATE_SHARE * options.memory),
+            )
+            ours = run_engine(work, model, arguments, limits, scratch)
+            agreement = compare(theirs.best.tokens, ours.answers.tokens, ours.answers.gaps)
+            lines = render(work, theirs, ours, agreement)
+            results[part] = as_dict(theirs, ours, agreement)
+        print("\n".join(lines), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def make_work(part: str, options: argparse.Namespace, model: Path) -> Work:
+    """Make the prompts of a part."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if part == "generation":
+        prompts = random_prompts(options.prompts, options.prompt_len, len(tokenizer))
+        return Work(f"{options.prompt_len} random tokens", prompts, options.new_tokens)
+    texts = helm_prompts(ENTRY, model, options.instances)
+    return Work("5-shot MMLU", [tokenizer.encode(text, add_special_tokens=False) for text in texts], 1)
+
+
+def main() -> int:
+    """Run the command and return its exit status."""
+    options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cgroup is removed
+    try:
+        with memory_group(options.memory):
+            pass  # whether it is permitted, before a model is made
+        model = random_model(Shape(options.model_size, options.dtype))
+        with tempfile.TemporaryDirectory() as scratch:
+            run_parts(options, model, Path(scratch))
+    except NotPermitted as error:
+        print(error, file=sys.stderr)
+        return int(NOT_PERMITTED)
+    except FlexGenError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

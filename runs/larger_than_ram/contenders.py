@@ -1,0 +1,155 @@
+"""Both sides under the same limit, and how their answers compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flexgen_helm.errors import OutOfSpace
+from flexgen_helm.memory.limits import gib
+from flexgen_helm.runs.larger_than_ram import accelerate_side
+from flexgen_helm.runs.memory_limit import engine_side
+from flexgen_helm.runs.memory_limit.process import Limits, Measured, run_task
+
+TIE = 2e-4
+"""Nats between the two best tokens below which float32 cannot tell them apart (docs/architecture.md, level C)."""
+
+Prompts = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both sides are asked."""
+
+    title: str
+    prompts: Prompts
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """Accelerate's side."""
+
+    measured: Measured
+    answers: accelerate_side.Answers
+    best: accelerate_side.Batch
+
+
+@dataclass(frozen=True)
+class Ours:
+    """The engine's side."""
+
+    measured: Measured
+    answers: engine_side.Answers
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many answers of the same prompts are the same."""
+
+    equal: int
+    ties: int
+    """Answers whose first difference is a tie: the engine's two best tokens were closer than `TIE`."""
+    other: int
+    """Answers that differ for another reason."""
+    smallest_gap: float
+    """Between the engine's two best tokens where it chose one of those compared, in nats."""
+
+    @property
+    def compared(self) -> int:
+        """How many answers."""
+        return self.equal + self.ties + self.other
+
+
+def run_accelerate(
+    work: Work, model: Path, dtype: str, limits: Limits, scratch: Path, *, batch_sizes: Sequence[int], memory_bytes: int
+) -> Theirs:
+    """Let Accelerate answer batches of growing size.
+
+    Raises:
+        OutOfSpace: If not even the first one fits into the memory.
+    """
+    sizes = [size for size in batch_sizes if size <= len(work.prompts)]
+    offload = str(scratch / "accelerate")
+    task = accelerate_side.Task(str(model), dtype, offload, memory_bytes, sizes, work.prompts, work.new_tokens, limits.threads)
+    measured, path = run_task(accelerate_side.__name__, task, limits, scratch, "accelerate")
+    answers = accelerate_side.read_answers(path)
+    if answers.best is None:
+        raise OutOfSpace(
+            f"Accelerate ran out of memory before it had answered one batch. Raise --memory. Its log:\n{measured.log_end}"
+        )
+    return Theirs(measured, answers, answers.best)
+
+
+def run_engine(work: Work, model: Path | str, arguments: dict[str, Any], limits: Limits, scratch: Path) -> Ours:
+    """Let the engine answer all prompts.
+
+    Raises:
+        OutOfSpace: If the kernel killed it.
+    """
+    task = engine_side.Task(str(model), arguments, work.prompts, work.new_tokens, limits.threads)
+    measured, path = run_task(engine_side.__name__, task, limits, scratch, "engine")
+    if measured.ended.out_of_memory:
+        raise OutOfSpace(
+            f"The engine needed more than {gib(limits.memory_bytes or 0)} and was killed. Raise --memory. "
+            f"Its log:\n{measured.log_end}"
+        )
+    return Ours(measured, engine_side.read_answers(path))
+
+
+def compare(theirs: Prompts, ours: Prompts, gaps: Sequence[Sequence[float]]) -> Agreement:
+    """Compare the new tokens of the same prompts.
+
+    Args:
+        theirs: Of the first prompts.
+        ours: Of all prompts.
+        gaps: Between our two best tokens, for each of ours.
+    """
+    equal = ties = other = 0
+    smallest = float("inf")
+    for their, our, gap in zip(theirs, ours, gaps, strict=False):
+        differing = [i for i, (x, y) in enumerate(zip(their, our, strict=True)) if x != y]
+        seen = gap[: differing[0] + 1] if differing else gap
+        smallest = min([smallest, *seen])
+        if not differing:
+            equal += 1
+        elif gap[differing[0]] < TIE:
+            ties += 1
+        else:
+            other += 1
+    return Agreement(equal, ties, other, smallest)
+
+
+def as_dict(theirs: Theirs, ours: Ours, agreement: Agreement) -> dict[str, Any]:
+    """Everything measured, in plain types, without the answers themselves."""
+    return {
+        "accelerate": {
+            "batches": [{"batch": b.size, "seconds": b.seconds} for b in theirs.answers.batches],
+            "out_of_memory_at": theirs.answers.trying,
+            "best_batch": theirs.best.size,
+            "prompts_per_second": theirs.best.rate,
+            "load_s": theirs.answers.load_s,
+            "placed": theirs.answers.placed,
+            **_disk(theirs.measured),
+        },
+        "engine": {
+            "prompts": len(ours.answers.tokens),
+            "seconds": ours.answers.seconds,
+            "prompts_per_second": ours.answers.rate,
+            "load_s": ours.answers.load_s,
+            "weight_bytes": ours.answers.weight_bytes,
+            "stats": ours.answers.stats,
+            "sweeps": [asdict(sweep) for sweep in ours.answers.sweeps],
+            "disk_read_rate_decoding": ours.answers.disk_rate(decoding=True),
+            "disk_read_rate": ours.answers.disk_rate(decoding=False),
+            **_disk(ours.measured),
+        },
+        "agreement": asdict(agreement),
+        "ratio": ours.answers.rate / theirs.best.rate,
+    }
+
+
+def _disk(measured: Measured) -> dict[str, float]:
+    return {"direct_read_before": measured.disk_before, "direct_read_after": measured.disk_after}

@@ -1,0 +1,1 @@
+"""Processes with less memory than their model needs: what the measurements under a memory limit share."""
