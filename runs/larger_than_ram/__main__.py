@@ -36,7 +36,9 @@ from flexgen_helm.runs.memory_limit.cgroup import NotPermitted, memory_group
 from flexgen_helm.runs.memory_limit.model import Shape, random_model, random_prompts
 from flexgen_helm.runs.memory_limit.process import NOT_PERMITTED, Limits
 
-PARTS = ("generation", "shared_prefix", "helm")
+BLOCK_TOKENS = {"generation": 256, "shared_prefix": 8192, "helm": 8192}
+"""Of each part: prompts that are answered with many tokens enter a few at a time, so that every sweep computes while it reads;
+those that share a prefix enter together, so that it is computed once."""
 ENTRY = "mmlu:subject=us_foreign_policy,method=multiple_choice_joint"
 BATCH_SIZES = (1, 4, 16, 64, 256)
 ACCELERATE_SHARE = 0.25
@@ -44,10 +46,9 @@ ACCELERATE_SHARE = 0.25
 is killed (4 GiB of weights, 2 GiB of memory)."""
 
 
-def engine_arguments(options: argparse.Namespace, model: Path) -> dict[str, Any]:
-    """Keywords of ``Engine.from_pretrained``: a few prompts enter in each sweep, so that all sweeps compute while they read."""
-    policy = {"gpu_batch_size": 16, "gpu_batch_tokens": 256, "block_tokens": options.block_tokens}
-    slabs = model.with_name(f"{model.name}-slabs")
+def engine_arguments(part: str, options: argparse.Namespace, slabs: Path) -> dict[str, Any]:
+    """Keywords of ``Engine.from_pretrained``."""
+    policy = {"gpu_batch_size": 16, "gpu_batch_tokens": 256, "block_tokens": BLOCK_TOKENS[part]}
     return {"device": "cpu", "dtype": options.dtype, "policy": policy, "offload_folder": str(slabs)}
 
 
@@ -64,11 +65,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", type=parse_size, default="2GiB", metavar="SIZE", help="limit of every process")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(BLOCK_TOKENS), default=list(BLOCK_TOKENS))
     parser.add_argument("--prompts", type=int, default=64, metavar="N", help="of the generation part")
     parser.add_argument("--prompt-len", type=int, default=128, metavar="TOKENS", help="of the generation part")
     parser.add_argument("--new-tokens", type=int, default=8, metavar="N", help="of the generation part")
-    parser.add_argument("--block-tokens", type=int, default=256, metavar="TOKENS", help="that enter in a sweep of the engine")
     parser.add_argument("--instances", type=int, default=64, metavar="N", help="of the shared-prefix part")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     return parser.parse_args(arguments)
@@ -76,11 +76,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run_parts(options: argparse.Namespace, model: Path, scratch: Path) -> None:
     """Run the parts one after the other, and print and write down each as it ends."""
-    arguments = engine_arguments(options, model)
-    slabs = Path(arguments["offload_folder"])
+    slabs = model.with_name(f"{model.name}-slabs")
     limits = Limits(options.memory, options.threads, (model, slabs))
     results: dict[str, Any] = {}
     for part in options.parts:
+        arguments = engine_arguments(part, options, slabs)
         if part == "helm":
             lines = run_helm(ENTRY, model, arguments, limits, scratch / "helm", instances=8)
             results[part] = lines

@@ -80,7 +80,7 @@ def answer(task: Task, result: Path) -> None:
     begun = time.perf_counter()
     model = load(task)
     answers.load_s = time.perf_counter() - begun
-    places = [str(place) for place in model.hf_device_map.values()]
+    places = [str(place) for place in getattr(model, "hf_device_map", {"": "cpu"}).values()]  # nothing where all of it fits
     answers.placed = {place: places.count(place) for place in sorted(set(places))}
     for size in task.batch_sizes:
         answers.trying = size

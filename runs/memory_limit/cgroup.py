@@ -110,9 +110,7 @@ def _make_folder() -> tuple[Path, _Version]:
     for parent, version in _parents():
         folder = parent / f"{PREFIX}{os.getpid()}"
         try:
-            for old in parent.glob(f"{PREFIX}*"):
-                if not (old / "cgroup.procs").read_text():
-                    old.rmdir()
+            _remove_old(parent)
             folder.mkdir()
         except OSError as error:
             reason = str(error)
@@ -125,6 +123,14 @@ def _make_folder() -> tuple[Path, _Version]:
         f"The memory of a process cannot be limited here: {reason}. Run as root, in a container with --privileged and its own "
         "cgroup, or with `systemd-run --user --scope -p Delegate=yes`."
     )
+
+
+def _remove_old(parent: Path) -> None:
+    for old in parent.glob(f"{PREFIX}*"):
+        owner = int(old.name.removeprefix(PREFIX))
+        if owner == os.getpid() or not Path(f"/proc/{owner}").exists():
+            with suppress(OSError):  # something still runs in it
+                old.rmdir()
 
 
 def _parents() -> Iterator[tuple[Path, _Version]]:
