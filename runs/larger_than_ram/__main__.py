@@ -36,11 +36,15 @@ from flexgen_helm.runs.memory_limit.cgroup import NotPermitted, memory_group
 from flexgen_helm.runs.memory_limit.model import Shape, random_model, random_prompts
 from flexgen_helm.runs.memory_limit.process import NOT_PERMITTED, Limits
 
-BLOCK_TOKENS = {"generation": 256, "shared_prefix": 8192, "helm": 8192}
-"""Of each part: prompts that are answered with many tokens enter a few at a time, so that every sweep computes while it reads;
-those that share a prefix enter together, so that it is computed once."""
+POLICIES: dict[str, dict[str, Any]] = {
+    "generation": {"weights": (0, 0, 1), "block_tokens": 256},
+    "shared_prefix": {"block_tokens": 8192},
+    "helm": {"block_tokens": 8192},
+}
+"""Of each part. Memory holds more of the cache where answers are long, and prompts enter a few at a time, so that every sweep
+computes while it reads. Prompts that share a prefix enter together, so that it is computed once."""
 ENTRY = "mmlu:subject=us_foreign_policy,method=multiple_choice_joint"
-BATCH_SIZES = (1, 4, 16, 64, 256)
+BATCH_SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 ACCELERATE_SHARE = 0.25
 """Of the limit, for weights that Accelerate keeps in memory: with half of it a batch of 4 is slower, with 0.7 of it one of 16
 is killed (4 GiB of weights, 2 GiB of memory)."""
@@ -48,7 +52,7 @@ is killed (4 GiB of weights, 2 GiB of memory)."""
 
 def engine_arguments(part: str, options: argparse.Namespace, slabs: Path) -> dict[str, Any]:
     """Keywords of ``Engine.from_pretrained``."""
-    policy = {"gpu_batch_size": 16, "gpu_batch_tokens": 256, "block_tokens": BLOCK_TOKENS[part]}
+    policy = {"gpu_batch_size": 16, "gpu_batch_tokens": 256, **POLICIES[part]}
     return {"device": "cpu", "dtype": options.dtype, "policy": policy, "offload_folder": str(slabs)}
 
 
@@ -65,7 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", type=parse_size, default="2GiB", metavar="SIZE", help="limit of every process")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
-    parser.add_argument("--parts", nargs="+", choices=list(BLOCK_TOKENS), default=list(BLOCK_TOKENS))
+    parser.add_argument("--parts", nargs="+", choices=list(POLICIES), default=list(POLICIES))
     parser.add_argument("--prompts", type=int, default=64, metavar="N", help="of the generation part")
     parser.add_argument("--prompt-len", type=int, default=128, metavar="TOKENS", help="of the generation part")
     parser.add_argument("--new-tokens", type=int, default=8, metavar="N", help="of the generation part")
@@ -96,7 +100,7 @@ def run_parts(options: argparse.Namespace, model: Path, scratch: Path) -> None:
                 memory_bytes=int(ACCELERATE_SHARE * options.memory),
             )
             ours = run_engine(work, model, arguments, limits, scratch)
-            agreement = compare(theirs.best.tokens, ours.answers.tokens, ours.answers.gaps)
+            agreement = compare(theirs.best[1].tokens, ours.answers.tokens, ours.answers.gaps)
             lines = render(work, theirs, ours, agreement)
             results[part] = as_dict(theirs, ours, agreement)
         print("\n".join(lines), flush=True)

@@ -1,4 +1,4 @@
-"""Accelerate's side, a process of its own: ``generate`` with a part of the model in memory and the rest on disk.
+"""Accelerate's side, a process of its own for each batch: ``generate`` with a part of the model in memory, the rest on disk.
 
 ``python -m flexgen_helm.runs.larger_than_ram.accelerate_side task.json result.json``
 """
@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,27 @@ class Task:
     offload_folder: str
     memory_bytes: int
     """Accelerate's ``max_memory`` for weights that stay."""
-    batch_sizes: list[int]
-    """Tried in this order, each on as many prompts, until throughput falls."""
     prompts: list[list[int]]
+    """One batch."""
     new_tokens: int
     threads: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """One call of ``generate``."""
+    """What one call of ``generate`` took and gave."""
 
-    size: int
+    load_s: float
+    placed: dict[str, int]
+    """Modules by where Accelerate put them."""
     seconds: float
     tokens: list[list[int]]
     """New tokens of each sequence."""
+
+    @property
+    def size(self) -> int:
+        """How many sequences."""
+        return len(self.tokens)
 
     @property
     def rate(self) -> float:
@@ -48,51 +54,16 @@ class Batch:
         return self.size / self.seconds
 
 
-@dataclass
-class Answers:
-    """What the process has done so far: it may be killed at any moment."""
-
-    load_s: float = 0.0
-    placed: dict[str, int] = field(default_factory=dict)
-    """Modules by where Accelerate put them."""
-    batches: list[Batch] = field(default_factory=list)
-    trying: int | None = None
-    """Batch size of the call that was begun last and has not ended."""
-
-    @property
-    def best(self) -> Batch | None:
-        """The batch of the highest throughput."""
-        return max(self.batches, key=lambda batch: batch.rate, default=None)
-
-
-def read_answers(path: Path) -> Answers:
-    """Read what a process left behind; nothing if it did not come so far."""
-    if not path.exists():
-        return Answers()
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return Answers(**{**found, "batches": [Batch(**batch) for batch in found["batches"]]})
-
-
-def answer(task: Task, result: Path) -> None:
-    """Load the model and try batch sizes, writing down each step before and after it."""
+def answer(task: Task) -> Batch:
+    """Load the model and answer the batch."""
     torch.set_num_threads(task.threads)
-    answers = Answers()
     begun = time.perf_counter()
     model = load(task)
-    answers.load_s = time.perf_counter() - begun
+    loaded = time.perf_counter()
+    tokens = generate(model, task.prompts, task.new_tokens)
     places = [str(place) for place in getattr(model, "hf_device_map", {"": "cpu"}).values()]  # nothing where all of it fits
-    answers.placed = {place: places.count(place) for place in sorted(set(places))}
-    for size in task.batch_sizes:
-        answers.trying = size
-        _write(answers, result)
-        begun = time.perf_counter()
-        tokens = generate(model, task.prompts[:size], task.new_tokens)
-        best = answers.best
-        answers.batches.append(Batch(size, time.perf_counter() - begun, tokens))
-        answers.trying = None
-        _write(answers, result)
-        if best is not None and answers.batches[-1].rate < best.rate:
-            break
+    placed = {place: places.count(place) for place in sorted(set(places))}
+    return Batch(loaded - begun, placed, time.perf_counter() - loaded, tokens)
 
 
 def load(task: Task) -> Any:
@@ -120,11 +91,6 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> l
     return new
 
 
-def _write(answers: Answers, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(answers)), encoding="utf-8")
-    temporary.replace(path)
-
-
 if __name__ == "__main__":
-    answer(Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), Path(sys.argv[2]))
+    batch = answer(Task(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    Path(sys.argv[2]).write_text(json.dumps(asdict(batch)), encoding="utf-8")

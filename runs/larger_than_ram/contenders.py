@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.memory.limits import gib
 from flexgen_helm.runs.larger_than_ram import accelerate_side
+from flexgen_helm.runs.larger_than_ram.accelerate_side import Batch
 from flexgen_helm.runs.memory_limit import engine_side
 from flexgen_helm.runs.memory_limit.process import Limits, Measured, run_task
 
@@ -32,9 +34,15 @@ class Work:
 class Theirs:
     """Accelerate's side."""
 
-    measured: Measured
-    answers: accelerate_side.Answers
-    best: accelerate_side.Batch
+    batches: list[tuple[Measured, Batch]]
+    """By size, up to the first whose throughput is lower than that of the one before."""
+    out_of_memory_at: int | None
+    """The size of the batch for which the kernel killed it."""
+
+    @property
+    def best(self) -> tuple[Measured, Batch]:
+        """The batch of the highest throughput."""
+        return max(self.batches, key=lambda one: one[1].rate)
 
 
 @dataclass(frozen=True)
@@ -71,16 +79,26 @@ def run_accelerate(
     Raises:
         OutOfSpace: If not even the first one fits into the memory.
     """
-    sizes = [size for size in batch_sizes if size <= len(work.prompts)]
-    offload = str(scratch / "accelerate")
-    task = accelerate_side.Task(str(model), dtype, offload, memory_bytes, sizes, work.prompts, work.new_tokens, limits.threads)
-    measured, path = run_task(accelerate_side.__name__, task, limits, scratch, "accelerate")
-    answers = accelerate_side.read_answers(path)
-    if answers.best is None:
-        raise OutOfSpace(
-            f"Accelerate ran out of memory before it had answered one batch. Raise --memory. Its log:\n{measured.log_end}"
+    batches: list[tuple[Measured, Batch]] = []
+    for size in [size for size in batch_sizes if size <= len(work.prompts)]:
+        task = accelerate_side.Task(
+            folder=str(model),
+            dtype=dtype,
+            offload_folder=str(scratch / "accelerate"),
+            memory_bytes=memory_bytes,
+            prompts=work.prompts[:size],
+            new_tokens=work.new_tokens,
+            threads=limits.threads,
         )
-    return Theirs(measured, answers, answers.best)
+        measured, path = run_task(accelerate_side.__name__, task, limits, scratch, "accelerate")
+        if measured.ended.out_of_memory:
+            if batches:
+                return Theirs(batches, size)
+            raise OutOfSpace(f"Accelerate ran out of memory at its first batch. Raise --memory. Its log:\n{measured.log_end}")
+        batches.append((measured, Batch(**json.loads(path.read_text(encoding="utf-8")))))
+        if len(batches) > 1 and batches[-1][1].rate < batches[-2][1].rate:
+            break
+    return Theirs(batches, None)
 
 
 def run_engine(work: Work, model: Path | str, arguments: dict[str, Any], limits: Limits, scratch: Path) -> Ours:
@@ -126,13 +144,13 @@ def as_dict(theirs: Theirs, ours: Ours, agreement: Agreement) -> dict[str, Any]:
     """Everything measured, in plain types, without the answers themselves."""
     return {
         "accelerate": {
-            "batches": [{"batch": b.size, "seconds": b.seconds} for b in theirs.answers.batches],
-            "out_of_memory_at": theirs.answers.trying,
-            "best_batch": theirs.best.size,
-            "prompts_per_second": theirs.best.rate,
-            "load_s": theirs.answers.load_s,
-            "placed": theirs.answers.placed,
-            **_disk(theirs.measured),
+            "batches": [
+                {**asdict(replace(batch, tokens=[])), "batch": batch.size, **_disk(measured)}
+                for measured, batch in theirs.batches
+            ],
+            "out_of_memory_at": theirs.out_of_memory_at,
+            "best_batch": theirs.best[1].size,
+            "prompts_per_second": theirs.best[1].rate,
         },
         "engine": {
             "prompts": len(ours.answers.tokens),
@@ -147,7 +165,7 @@ def as_dict(theirs: Theirs, ours: Ours, agreement: Agreement) -> dict[str, Any]:
             **_disk(ours.measured),
         },
         "agreement": asdict(agreement),
-        "ratio": ours.answers.rate / theirs.best.rate,
+        "ratio": ours.answers.rate / theirs.best[1].rate,
     }
 
 

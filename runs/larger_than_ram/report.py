@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from flexgen_helm.memory.limits import gib
 from flexgen_helm.runs.larger_than_ram.contenders import Agreement, Ours, Theirs, Work
+from flexgen_helm.runs.memory_limit.process import Measured
 
 
 def render(work: Work, theirs: Theirs, ours: Ours, agreement: Agreement) -> list[str]:
     """Make the lines of one part."""
-    them, us, stats = theirs.answers, ours.answers, ours.answers.stats
+    (measured, best), us, stats = theirs.best, ours.answers, ours.answers.stats
     rows = [
-        ("sequences at a time", str(theirs.best.size), f"{len(us.tokens)} as one workload"),
-        ("seconds", f"{theirs.best.seconds:.1f}", f"{us.seconds:.1f}"),
-        ("new tokens per second", *(f"{rate * work.new_tokens:.2f}" for rate in (theirs.best.rate, us.rate))),
-        (
-            "direct reads, GB/s, before / after",
-            *(_rates(side.measured.disk_before, side.measured.disk_after) for side in (theirs, ours)),
-        ),
-        ("loading, s (not counted)", f"{them.load_s:.1f}", f"{us.load_s:.1f}"),
+        ("sequences at a time", str(best.size), f"{len(us.tokens)} as one workload"),
+        ("seconds", f"{best.seconds:.1f}", f"{us.seconds:.1f}"),
+        ("new tokens per second", *(f"{rate * work.new_tokens:.2f}" for rate in (best.rate, us.rate))),
+        ("direct reads, GB/s, before / after", _direct(measured), _direct(ours.measured)),
+        ("loading, s (not counted)", f"{best.load_s:.1f}", f"{us.load_s:.1f}"),
         (
             "weights in memory",
-            f"{them.placed.get('cpu', 0)} of {sum(them.placed.values())} modules",
+            f"{best.placed.get('cpu', 0)} of {sum(best.placed.values())} modules",
             _resident(us.weight_bytes),
         ),
     ]
@@ -36,12 +34,12 @@ def render(work: Work, theirs: Theirs, ours: Ours, agreement: Agreement) -> list
         f"peak of resident memory {gib(stats['peak_bytes'])}",
         f"  answers: {agreement.equal} of {agreement.compared} equal, {agreement.ties} differ at a tie, {agreement.other} "
         f"elsewhere; smallest gap between two best tokens {agreement.smallest_gap:.1e}",
-        f"  ratio: {us.rate / theirs.best.rate:.2f} times Accelerate",
+        f"  ratio: {us.rate / best.rate:.2f} times Accelerate",
     ]
 
 
-def _rates(*rates: float) -> str:
-    return " / ".join(f"{rate / 1e9:.2f}" for rate in rates)
+def _direct(measured: Measured) -> str:
+    return f"{measured.disk_before / 1e9:.2f} / {measured.disk_after / 1e9:.2f}"
 
 
 def _resident(weight_bytes: dict[str, int]) -> str:
@@ -49,5 +47,5 @@ def _resident(weight_bytes: dict[str, int]) -> str:
 
 
 def _batches(theirs: Theirs) -> str:
-    tried = [f"{batch.size}: {batch.seconds:.1f}" for batch in theirs.answers.batches]
-    return ", ".join([*tried, f"{theirs.answers.trying}: out of memory"] if theirs.answers.trying else tried)
+    tried = [f"{batch.size}: {batch.seconds:.1f}" for _, batch in theirs.batches]
+    return ", ".join([*tried, f"{theirs.out_of_memory_at}: out of memory"] if theirs.out_of_memory_at else tried)

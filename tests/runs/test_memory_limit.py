@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_helm import Engine, Job
-from flexgen_helm.errors import FlexGenError
-from flexgen_helm.runs.larger_than_ram import accelerate_side
-from flexgen_helm.runs.larger_than_ram.contenders import Ours, Theirs, Work, compare
+from flexgen_helm.errors import FlexGenError, OutOfSpace
+from flexgen_helm.runs.larger_than_ram import accelerate_side, contenders
+from flexgen_helm.runs.larger_than_ram.contenders import Ours, Theirs, Work, compare, run_accelerate
 from flexgen_helm.runs.larger_than_ram.report import render
 from flexgen_helm.runs.memory_limit import engine_side, process
 from flexgen_helm.runs.memory_limit.cgroup import Ended, NotPermitted, memory_group
@@ -140,25 +142,23 @@ def test_random_model_is_one_of_transformers(model: Path) -> None:
 def test_sides_answer_alike(model: Path, tmp_path: Path, on_disk: bool) -> None:
     pytest.importorskip("accelerate", reason="needs accelerate, which comes with the extra `bench`")
     prompts = [prompt[: 5 + i] for i, prompt in enumerate(random_prompts(5, 12, 250))]
-    task = accelerate_side.Task(
-        folder=str(model),
-        dtype="float32",
-        offload_folder=str(tmp_path / "offload"),
-        memory_bytes=200_000 if on_disk else MIB,
-        batch_sizes=[1, 4],
-        prompts=prompts,
-        new_tokens=3,
-        threads=1,
+    theirs = accelerate_side.answer(
+        accelerate_side.Task(
+            folder=str(model),
+            dtype="float32",
+            offload_folder=str(tmp_path / "offload"),
+            memory_bytes=200_000 if on_disk else MIB,
+            prompts=prompts[:4],
+            new_tokens=3,
+            threads=1,
+        )
     )
-    accelerate_side.answer(task, tmp_path / "result.json")
-    theirs = accelerate_side.read_answers(tmp_path / "result.json")
     assert ("disk" in theirs.placed) == on_disk
-    assert theirs.trying is None
     policy = {"gpu_batch_size": 16, "gpu_batch_tokens": 16, "weights": [0, 0, 1]}
     arguments = {"device": "cpu", "policy": policy, "offload_folder": str(tmp_path / "slabs")}
     ours = engine_side.answer(engine_side.Task(str(model), arguments, prompts, 3, 1))
-    agreement = compare(theirs.batches[-1].tokens, ours.tokens, ours.gaps)
-    assert agreement.compared == theirs.batches[-1].size
+    agreement = compare(theirs.tokens, ours.tokens, ours.gaps)
+    assert agreement.compared == theirs.size == 4
     assert agreement.other == 0
     assert ours.weight_bytes["disk"] > 0
     assert ours.disk_read_bytes >= 2 * ours.weight_bytes["disk"]
@@ -183,21 +183,47 @@ def test_first_difference_decides_whether_it_is_a_tie() -> None:
     assert found.smallest_gap == 1e-5  # behind a difference prompts are others
 
 
-def theirs_of(batches: list[accelerate_side.Batch], trying: int | None) -> Theirs:
-    answers = accelerate_side.Answers(2.0, {"cpu": 2, "disk": 6}, batches, trying)
-    assert answers.best is not None
-    return Theirs(Measured(Ended(-9, 60.0, True), 1e9, 1.2e9, ""), answers, answers.best)
+def batch_of(size: int, seconds: float) -> accelerate_side.Batch:
+    return accelerate_side.Batch(2.0, {"cpu": 2, "disk": 6}, seconds, [[1]] * size)
 
 
-def test_best_batch_is_compared_and_memory_end_is_shown() -> None:
-    batches = [accelerate_side.Batch(1, 10.0, [[1]]), accelerate_side.Batch(4, 20.0, [[1]] * 4)]
-    theirs = theirs_of(batches, 16)
+def test_accelerate_tries_batches_until_throughput_falls_or_memory_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds: dict[int, float | None] = {1: 10.0, 4: 20.0, 8: 41.0, 16: None}
+    result = tmp_path / "result"
+
+    def run_task(module: str, task: accelerate_side.Task, *_: object) -> tuple[Measured, Path]:
+        taken = seconds[len(task.prompts)]
+        if taken is not None:
+            result.write_text(json.dumps(asdict(batch_of(len(task.prompts), taken))))
+        return Measured(Ended(0, 1.0, taken is None), 1e9, 1e9, ""), result
+
+    def run() -> Theirs:
+        work = Work("part", [[1]] * 20, 1)
+        limits = Limits(LIMIT, 1, (tmp_path,))
+        return run_accelerate(work, tmp_path, "float32", limits, tmp_path, batch_sizes=[1, 4, 8, 16, 32], memory_bytes=1)
+
+    monkeypatch.setattr(contenders, "run_task", run_task)
+    fallen = run()
+    assert (len(fallen.batches), fallen.best[1].size, fallen.out_of_memory_at) == (3, 4, None)
+    seconds[8] = 30.0
+    ended = run()
+    assert (len(ended.batches), ended.best[1].size, ended.out_of_memory_at) == (3, 8, 16)
+    seconds[1] = None
+    with pytest.raises(OutOfSpace, match="Raise --memory"):
+        run()
+
+
+def test_report_compares_with_the_best_batch() -> None:
+    measured = Measured(Ended(0, 60.0), 1e9, 1.2e9, "")
+    theirs = Theirs([(measured, batch_of(1, 10.0)), (measured, batch_of(4, 20.0))], 16)
     sweeps = [engine_side.Sweep(4.0, 64, 0, 4 * 10**9, "device"), engine_side.Sweep(2.0, 0, 8, 2 * 10**9, "disk_read")]
     stats = {"sweeps": 2, "prompt_tokens_computed": 64, "prompt_tokens_asked": 80, "peak_bytes": 2**30}
     tokens = [[1]] * 8
     answers = engine_side.Answers(3.0, 20.0, tokens, [[0.1]] * 8, {"device": 1, "host": 0, "disk": 3}, stats, sweeps)
     ours = Ours(Measured(Ended(0, 30.0), 1e9, 1e9, ""), answers)
-    text = "\n".join(render(Work("part", tokens, 1), theirs, ours, compare(theirs.best.tokens, tokens, answers.gaps)))
+    text = "\n".join(render(Work("part", tokens, 1), theirs, ours, compare(theirs.best[1].tokens, tokens, answers.gaps)))
     assert "ratio: 2.00 times Accelerate" in text  # 8 in 20 s against 4 in 20 s
     assert "1: 10.0, 4: 20.0, 16: out of memory" in text
     assert "1.00 GB/s, 100% of direct reads" in text  # of the sweep that only decodes
