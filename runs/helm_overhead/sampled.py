@@ -72,7 +72,7 @@ TIMED: dict[str, tuple[str, ...]] = {
         "flexgen_helm.schedule.packed:PackedScheduler.tokens_left",
     ),
     "recording": ("flexgen_helm.runtime.packed:PackedRows.reserve", "flexgen_helm.runtime.packed:PackedRows.record"),
-    "layers": ("flexgen_helm.runtime.executor:SerialExecutor._run",),
+    "layers": ("flexgen_helm.runtime.executor:_Run.compute",),
     "logits": ("flexgen_helm.runtime.executor:SerialExecutor._logits", "flexgen_helm.runtime.worker:Worker._on_logits"),
 }
 """Methods that the engine's thread calls, none within another, as ``module:class.method``."""
