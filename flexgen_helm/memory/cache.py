@@ -73,6 +73,7 @@ class PagedCache:
                 )
             stores["disk"] = DiskPages(offload_folder, pool.capacities.disk, page_bytes=pool.page_bytes)
         self._working = WorkingSet(stores, pool.capacities, device, meter) if pool is not None and stores else None
+        self._held = (0, 0)
         self.bytes_per_token: dict[CacheKey, int] = {}
         """Bytes of K and V of one token in each attention call, known once a row went through all layers."""
 
@@ -125,7 +126,15 @@ class PagedCache:
                 found[place] = self.working.tensors(key, shape)
             else:
                 found[place] = (self._kept if place == "device" else self._host).tensors(key, shape)
+        self._measure()
         return found
+
+    def _measure(self) -> None:
+        held = self._kept.num_bytes + self._transient.num_bytes, self._host.num_bytes
+        if held != self._held:
+            self._held = held
+            self.meter.hold("device", "cache", held[0])
+            self.meter.hold("host", "cache", held[1])
 
     def close(self) -> None:
         """Stop what runs beside the computation and remove what is on disk."""

@@ -52,8 +52,10 @@ class DirectFile:
             raise file_error(path, error) from error
 
     def close(self) -> None:
-        """Close it, once no request is on its way."""
-        os.close(self.descriptor)
+        """Close it, once no request is on its way; may be called twice."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def read(self, offset: int, into: Tensor) -> None:
         """Fill memory, in this thread."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile, DiskFull
+from flexgen_helm.memory.direct_io import file_error
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.tiers import interleave
@@ -59,7 +60,10 @@ class _Disk:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise file_error(folder, error) from error
         self._form = torch.empty(0)
 
     def write(self, hidden: Tensor) -> None:

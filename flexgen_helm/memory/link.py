@@ -27,14 +27,14 @@ class Arrived:
 class Started:
     """What a thread does, and on a GPU what the stream of its copies does after that."""
 
-    def __init__(self, future: Future[torch.cuda.Event | None]) -> None:
-        self._future = future
+    def __init__(self, future: Future[torch.cuda.Event | None], device: torch.device) -> None:
+        self._future, self._device = future, device
 
     def wait(self) -> None:
         """Wait for the thread; the GPU waits for itself."""
         event = self._future.result()
         if event is not None:
-            torch.cuda.current_stream().wait_event(event)
+            torch.cuda.current_stream(self._device).wait_event(event)
 
 
 class Link:
@@ -52,7 +52,7 @@ class Link:
         if self._stream is not None:
             before = torch.cuda.Event()
             before.record(torch.cuda.current_stream(self._device))
-        return Started(self._pool.submit(self._run, work, before))
+        return Started(self._pool.submit(self._run, work, before), self._device)
 
     def close(self) -> None:
         """Wait for what runs, drop what does not."""
@@ -66,7 +66,11 @@ class Link:
             with torch.cuda.stream(self._stream):
                 assert before is not None
                 self._stream.wait_event(before)
-                work()
+                try:
+                    work()
+                except BaseException:
+                    self._stream.synchronize()  # what was begun must not go on in memory that others get
+                    raise
                 after = torch.cuda.Event()
                 after.record(self._stream)
                 return after

@@ -76,6 +76,8 @@ class GrowingPages:
             device: Where they are; None: where attention is computed.
         """
         self._capacity, self._device = capacity, device
+        self.num_bytes = 0
+        """That all tensors take."""
         self._pages = 0
         self._tensors: dict[tuple[CacheKey, PageShape], PageTensors] = {}
 
@@ -95,6 +97,7 @@ class GrowingPages:
             for source, target in zip(old, new, strict=True):
                 target[: len(source)] = source
         self._tensors[key, shape] = new
+        self.num_bytes = sum(x.nbytes for tensors in self._tensors.values() for x in tensors)
         return new
 
 

@@ -19,6 +19,9 @@ class SlabSource(Protocol):
     def read(self, j: int, into: Tensor) -> Future[None]:
         """Start to read slab j into the beginning of a buffer."""
 
+    def close(self) -> None:
+        """Stop reading; may be called twice."""
+
 
 @dataclass(eq=False)
 class _Buffer:
@@ -93,6 +96,11 @@ class ReadAhead:
         """Let other slabs have all buffers."""
         for buffer in self._buffers:
             buffer.taken = False
+
+    def forget_all(self) -> None:
+        """Free all buffers and read again what was in them."""
+        for buffer in self._buffers:
+            buffer.j, buffer.taken = -1, False
 
     def _read(self, j: int, into: Tensor) -> Future[None]:
         meter, begin, size = self._meter, self._meter.now(), self._sizes[j]

@@ -130,7 +130,9 @@ class SlabFolder:
     def close(self) -> None:
         """Wait for what is being read, drop what is not."""
         self._io.close()
-        os.close(self._lock)
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
     def _verify(self, j: int, memory: Tensor) -> None:
         if _checksum(memory) != self._checksums.get(j):

@@ -60,7 +60,7 @@ class WeightStore:
             copies: Whether the device has a memory of its own.
             meter: Is told of what is moved.
         """
-        self._meter = meter
+        self._meter, self._source = meter, source
         self.streamed = frozenset(units)
         """Units that must be loaded before they are used, by layer number."""
         self.num_slots = min(num_slots, len(units))
@@ -116,14 +116,16 @@ class WeightStore:
     def release_all(self) -> None:
         """Let other units have all places: the sweep was given up."""
         for slot in self._slots:
-            slot.taken = False
+            slot.j, slot.taken = -1, False
         if self._link is None and self._disk is not None:
-            self._disk.free_all()
+            self._disk.forget_all()
 
     def close(self) -> None:
-        """Stop loading."""
+        """Stop loading, and close the source of slabs."""
         if self._link is not None:
             self._link.close()
+        if self._source is not None:
+            self._source.close()
 
     def _memory(self, j: int) -> Tensor:
         self.begin(j)
@@ -152,6 +154,7 @@ class WeightStore:
             self._copy(target[:count], memory[:count], j)
             return
         assert self._disk is not None
+        self._disk.free_all()  # what was read ahead may be for a sweep that was given up, or in another order
         self._disk.start_from(j)
         self._copy(target[:count], self._disk.take(j)[:count], j)
         if target.is_cuda:

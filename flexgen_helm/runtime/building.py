@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers import __version__ as library_version
 
 from flexgen_helm.cache import cache_folder
-from flexgen_helm.errors import PolicyError, UnsupportedModel
+from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
 from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.machine import free_bytes
 from flexgen_helm.memory.meter import Meter
@@ -79,7 +79,7 @@ def build(source: ModelSource, policy: Policy, rows: KindChoice, placing: Placin
     space = measure_space(source.device, placing, folder)
     plan = plan_weights(whole, policy, space)
     meter = Meter(source.device)
-    if not plan.streamed:
+    if plan.is_resident:
         loaded = _load_resident(source, plan, rows)
         checked, weights = check_model(loaded, policy, rows), None
     else:
@@ -96,6 +96,7 @@ def measure_space(device: torch.device, placing: Placing, folder: Path) -> Space
     """Return what may be used of each tier: what is free, and no more than the user allows."""
     separate = device.type == "cuda" or placing.copy_host
     limits, free = placing.limits, free_space(device, folder)
+    free["disk"] += sum(path.stat().st_blocks * 512 for path in folder.glob("*.slab"))  # what is written needs no more space
     available = {tier: min(count, limits.get(tier, count)) for tier, count in free.items()}
     if not separate and {"device", "host"} & limits.keys():
         ram = limits.get("device", 0) + limits.get("host", 0)
@@ -106,6 +107,18 @@ def measure_space(device: torch.device, placing: Placing, folder: Path) -> Space
 def free_space(device: torch.device, folder: Path) -> dict[Tier, int]:
     """Bytes of each tier that are free now."""
     return {"device": free_bytes(device), "host": free_bytes(CPU), "disk": _free_disk(folder)}
+
+
+def make_folder(folder: Path) -> None:
+    """Make the offload folder.
+
+    Raises:
+        FlexGenError: If it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlexGenError(f"offload_folder {folder} cannot be made ({error}). Give another folder.") from error
 
 
 def _empty(source: ModelSource) -> PreTrainedModel:
@@ -134,16 +147,19 @@ def _load_offloaded(
     rows: KindChoice,
     folder: Path,
     meter: Meter,
-) -> tuple[CheckedModel, LoadedModel, WeightStore]:
+) -> tuple[CheckedModel, LoadedModel, WeightStore | None]:
     """Check the first layers, then load the model layer by layer to where the plan puts them."""
     first = check_model(source.first_layers(), policy, rows)
     verdict = first.verdict.of_all_layers(layer_kinds(whole, layers_of(whole)))
     identity = {"weights": source.digest(), "dtype": str(source.dtype), "transformers": library_version}
     offloader = Offloader(plan, device=source.device, folder=folder, identity=identity)
-    loaded = source.load(offloader)
-    model = RecordedModel(loaded.model, device=source.device)
-    weights = offloader.store(loaded.model, model.layers, meter)
-    assert weights is not None
+    try:
+        loaded = source.load(offloader)
+        model = RecordedModel(loaded.model, device=source.device)
+        weights = offloader.store(loaded.model, model.layers, meter)
+    except BaseException:
+        offloader.close()
+        raise
     return CheckedModel(first.kind, model, verdict, first.not_packed), loaded, weights
 
 

@@ -21,7 +21,7 @@ from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyErro
 from flexgen_helm.memory.hidden import HiddenStore
 from flexgen_helm.memory.limits import MaxMemory, parse_max_memory
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.runtime.building import Parts, Placing, build, free_space
+from flexgen_helm.runtime.building import Parts, Placing, build, free_space, make_folder
 from flexgen_helm.runtime.executor import OverlappedExecutor, SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
@@ -78,7 +78,12 @@ class Engine:
         """What decides the bits of an answer beside the job itself: what belongs into a cache key."""
         if kv_dtype not in (None, loaded.model.dtype):
             self.numerics["kv_dtype"] = str(kv_dtype).removeprefix("torch.")
-        self._worker = self._start(order, kv_dtype)
+        try:
+            self._worker = self._start(order, kv_dtype)
+        except BaseException:
+            if parts.weights is not None:
+                parts.weights.close()
+            raise
         self._run_lock = threading.RLock()
 
     @classmethod
@@ -233,7 +238,7 @@ class Engine:
     def _start(self, order: Order, kv_dtype: torch.dtype | None) -> Worker:
         parts, policy, separate = self._parts, self.policy, self._parts.space.separate
         if policy.cache[2] or policy.hidden[2]:
-            parts.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(parts.folder)
         left = left_bytes(parts.plan, parts.space, free_space(self._device, parts.folder))
         self._capacities = cache_capacities(policy.cache, left, separate=separate)
         places = CachePlaces(
@@ -303,7 +308,8 @@ class Engine:
             self.stats = _stats(tickets, results, before, self._worker.snapshot)
             self.stats.seconds = watch.seconds()
             self.meter.end_run(self.stats)
-            over = exceeded(self._parts.limits, self.stats, separate=self._parts.space.separate)
+            parts = self._parts
+            over = exceeded(parts.limits, self.stats, parts.plan.needed_bytes, separate=parts.space.separate)
             if over is not None:
                 logger.warning("more memory was used than allowed: %s. Lower block_tokens or num_gpu_batches.", over)
             logger.info("%s", watch.progress.finish(self.stats))

@@ -216,15 +216,24 @@ class SerialExecutor:
             slice_, rest = wanted[: self._head_slice], wanted[self._head_slice :]
             logits = self._logits([token for _, token in slice_])
             if logits is not None:
-                on_logits([want for want, _ in slice_], logits)
+                self._answer([want for want, _ in slice_], logits, on_logits)
                 wanted = rest
+
+    def _answer(self, wants: list[Want], logits: Tensor, on_logits: LogitsHandler) -> None:
+        """Hand logits out. What is answered must not be answered again, so that this is never repeated."""
+        try:
+            on_logits(wants, logits)
+        except torch.OutOfMemoryError as error:
+            raise OutOfSpace(
+                f"Choosing {len(wants)} tokens does not fit into the device's memory ({error}). {REMEDY}"
+            ) from error
 
     def _logits(self, tokens: list[Tensor]) -> Tensor | None:
         """Logits of a slice; None if memory does not suffice: slices are halved from here on."""
-        hidden = torch.stack(tokens)
-        padded = hidden.new_zeros(self._head_slice, *hidden.shape[1:])
-        padded[: len(tokens)] = hidden
         try:
+            hidden = torch.stack(tokens)
+            padded = hidden.new_zeros(self._head_slice, *hidden.shape[1:])
+            padded[: len(tokens)] = hidden
             with self._busy("head"):
                 return self._rows.finish(padded)[: len(tokens)].float()
         except torch.OutOfMemoryError as error:

@@ -75,10 +75,10 @@ class Offloader:
     def store(self, model: PreTrainedModel, layers: list[nn.Module], meter: Meter) -> WeightStore | None:
         """Make what brings streamed parts to the device, once the model is loaded; None if everything stays there."""
         plan, head = self._plan, len(layers)
-        if not plan.streamed:
-            return None
         if plan.separate and plan.tiers[EMBEDDINGS] == "host":
             keep_on_host(model, self._device)
+        if not plan.streamed:
+            return None
         modules = dict(enumerate(layers))
         output = model.get_output_embeddings()
         if head in plan.streamed:

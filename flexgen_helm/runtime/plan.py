@@ -59,6 +59,11 @@ class WeightPlan:
         return [j for j in self.layouts if self.tiers[j] in resting]
 
     @property
+    def is_resident(self) -> bool:
+        """Whether all weights stay where they are used."""
+        return not self.streamed and (not self.separate or self.tiers[EMBEDDINGS] == "device")
+
+    @property
     def on_disk(self) -> list[int]:
         """Parts that rest in slab files."""
         return [j for j in self.layouts if self.tiers[j] == "disk"]
@@ -168,14 +173,21 @@ def cache_capacities(shares: Shares, left: Mapping[Tier, int], *, separate: bool
     return {tier: int(total * of[tier]) for tier in TIERS}
 
 
-def exceeded(limits: Mapping[Tier, int], stats: RunStats, *, separate: bool) -> str | None:
+def exceeded(limits: Mapping[Tier, int], stats: RunStats, needed: Mapping[Tier, int], *, separate: bool) -> str | None:
     """Say where a run held more than the user allows, by what was measured.
 
-    What the runtime allocates is known by tier; what the computation took beside it is how far the process grew during the
-    run, and counts for the device.
+    What the runtime allocates is known by tier. What the computation took beside it counts for the device: how far the process
+    grew during the run, less what of the growth was the runtime's.
+
+    Args:
+        limits: What the user allows.
+        stats: Of the run.
+        needed: Bytes of each tier that were held before the run: weights, slots and buffers.
+        separate: Whether the device has a memory of its own.
     """
     held = {tier: stats.tier_peak_bytes.get(tier, 0) for tier in TIERS}
-    held["device"] += max(0, stats.peak_bytes - stats.idle_bytes)
+    grown = sum(max(0, held[tier] - needed[tier]) for tier in (TIERS[:1] if separate else TIERS[:2]))
+    held["device"] += max(0, stats.peak_bytes - stats.idle_bytes - grown)
     allowed = dict(limits)
     if not separate and {"device", "host"} & limits.keys():
         held["host"] += held.pop("device")

@@ -14,6 +14,8 @@ import pytest
 
 from flexgen_helm import Engine, Policy
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, PolicyError, UnsupportedModel
+from flexgen_helm.runtime.packed import PackedRows
+from flexgen_helm.schedule.operations import Order
 from flexgen_helm.types import Shares
 from tests.jobs import fixed_mix
 from tests.runtime.conftest import POLICY, Workbench
@@ -159,3 +161,37 @@ def test_all_on_the_device_offloads_nothing(bench: Workbench, tmp_path: Path) ->
         assert engine.policy.weights == (1.0, 0.0, 0.0)
         assert not engine.stats.bytes_moved
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("order", ["zigzag", "row"])
+def test_a_sweep_that_was_given_up_leaves_slots_and_buffers_usable(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Order
+) -> None:
+    expected = bench.engine("llama").run(JOBS)
+    with load(bench, tmp_path, order=order, copy_host=True) as engine:
+        replay = PackedRows.replay
+        for failing in (0, 1):
+            with monkeypatch.context() as patch:
+
+                def broken(rows: PackedRows, j: int, recording: Any, failing: int = failing) -> None:
+                    if j == failing:
+                        raise RuntimeError("given up")
+                    replay(rows, j, recording)
+
+                patch.setattr(PackedRows, "replay", broken)
+                with pytest.raises(RuntimeError, match="given up"):
+                    engine.run(JOBS)
+            assert engine.run(JOBS) == expected
+        engine.close()  # a second time at the end of the block
+
+
+def test_slabs_that_are_there_need_no_space(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(bench, tmp_path).close()
+    monkeypatch.setattr("flexgen_helm.runtime.building._free_disk", lambda folder: 0)
+    with load(bench, tmp_path) as engine:
+        assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
+
+
+def test_an_offload_folder_that_cannot_be_made(bench: Workbench) -> None:
+    with pytest.raises(FlexGenError, match="offload_folder /proc/none cannot be made"):
+        load(bench, Path("/proc/none"), Policy(cache=(0, 0, 1)))

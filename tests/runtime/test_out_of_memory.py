@@ -12,6 +12,7 @@ import torch
 
 from flexgen_helm import Engine
 from flexgen_helm.errors import OutOfSpace
+from flexgen_helm.runtime.intake import answer
 from flexgen_helm.runtime.packed import PackedRows
 from flexgen_helm.runtime.single import SingleRows
 from tests.jobs import fixed_mix
@@ -56,6 +57,23 @@ def test_rows_are_halved_and_answers_stay(
         agreement.add(job, result, bench.reference("llama"))
     assert agreement.tokens > 30
     assert not agreement.failures, agreement.failures
+
+
+def test_answers_are_never_given_twice(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that ends behind the first slice of the output head."""
+    with Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=POLICY) as engine:
+        expected, slices = engine.run(JOBS), iter(range(99))
+
+        def give(wants: Any, logits: Any) -> None:
+            if next(slices) == 2:
+                raise torch.OutOfMemoryError("no memory for log-probabilities")
+            answer(wants, logits)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("flexgen_helm.runtime.worker.answer", give)
+            with pytest.raises(OutOfSpace, match="no memory for log-probabilities"):
+                engine.run(JOBS)
+        assert engine.run(JOBS) == expected
 
 
 @pytest.mark.parametrize(("rows", "kind"), [("packed", PackedRows), ("single", SingleRows)])
