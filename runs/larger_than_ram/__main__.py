@@ -1,6 +1,6 @@
 """A model twice as large as the memory, from disk: the engine against Accelerate's disk offload under the same limit.
 
-generation: prompts of random tokens, 8 new tokens each. Accelerate answers 1, 4, 16, 64, ... of them at a time until its
+generation: prompts of random tokens, 8 new tokens each. Accelerate answers 1, 2, 4, 8, ... of them at a time until its
 throughput falls or the memory ends; its best batch is compared.
 shared_prefix: 5-shot MMLU as HELM asks it, one new token each, against Accelerate in the same way.
 helm: a few instances through ``helm-run``, with the same policy in a deployment.
@@ -44,10 +44,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 """Of each part. Memory holds more of the cache where answers are long, and prompts enter a few at a time, so that every sweep
 computes while it reads. Prompts that share a prefix enter together, so that it is computed once."""
 ENTRY = "mmlu:subject=us_foreign_policy,method=multiple_choice_joint"
-BATCH_SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
-ACCELERATE_SHARE = 0.25
-"""Of the limit, for weights that Accelerate keeps in memory: with half of it a batch of 4 is slower, with 0.7 of it one of 16
-is killed (4 GiB of weights, 2 GiB of memory)."""
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def engine_arguments(part: str, options: argparse.Namespace, slabs: Path) -> dict[str, Any]:
@@ -73,6 +70,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=64, metavar="N", help="of the generation part")
     parser.add_argument("--prompt-len", type=int, default=128, metavar="TOKENS", help="of the generation part")
     parser.add_argument("--new-tokens", type=int, default=8, metavar="N", help="of the generation part")
+    parser.add_argument(
+        "--accelerate-memory",
+        type=parse_size,
+        default="16MiB",
+        metavar="SIZE",
+        help="for weights that Accelerate keeps in memory; what it does not keep is left for larger batches",
+    )
     parser.add_argument("--instances", type=int, default=64, metavar="N", help="of the shared-prefix part")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     return parser.parse_args(arguments)
@@ -97,7 +101,7 @@ def run_parts(options: argparse.Namespace, model: Path, scratch: Path) -> None:
                 limits,
                 scratch,
                 batch_sizes=BATCH_SIZES,
-                memory_bytes=int(ACCELERATE_SHARE * options.memory),
+                memory_bytes=options.accelerate_memory,
             )
             ours = run_engine(work, model, arguments, limits, scratch)
             agreement = compare(theirs.best[1].tokens, ours.answers.tokens, ours.answers.gaps)
