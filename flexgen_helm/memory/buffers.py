@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import weakref
 
@@ -43,14 +44,15 @@ def allocate(num_bytes: int, *, pin: bool = False) -> Tensor:
         ) from error
     with contextlib.suppress(OSError):  # a kernel without huge pages; with them direct reads take half of the CPU's time
         pages.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    owner = (ctypes.c_ubyte * size).from_buffer(pages)  # dies before the pages do, which unpinning needs
+    memory = torch.frombuffer(owner, dtype=torch.uint8)
     memory[::PAGE] = 0
     if pin:
-        _pin(memory, pages)
+        _pin(memory, owner)
     return memory
 
 
-def _pin(memory: Tensor, pages: mmap.mmap) -> None:
+def _pin(memory: Tensor, owner: ctypes.Array[ctypes.c_ubyte]) -> None:
     runtime = torch.cuda.cudart()
     status = runtime.cudaHostRegister(memory.data_ptr(), len(memory), 0)
     if int(status) != 0:
@@ -58,4 +60,4 @@ def _pin(memory: Tensor, pages: mmap.mmap) -> None:
             f"{len(memory) / 2**30:.2f} GiB could not be pinned (CUDA status {int(status)}). Raise the limit of locked memory "
             "(ulimit -l), or put a smaller share on the host."
         )
-    weakref.finalize(pages, runtime.cudaHostUnregister, memory.data_ptr())
+    weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
