@@ -50,7 +50,7 @@ class StateStore:
 
     def load(self, j: int, states: Sequence[OwnedState]) -> Transfer | None:
         """Start to bring what layer j keeps for some sequences to the device."""
-        moved = [state.content for state in states if self._on_host(state.owner)]
+        moved = [state.content for state in states if self._on_host(state.owner) or self._is_elsewhere(state.content)]
         return self._submit("host_to_device", f"load_cache {j}", moved, self._device)
 
     def store(self, j: int, states: Sequence[OwnedState]) -> Transfer | None:
@@ -67,6 +67,10 @@ class StateStore:
     def close(self) -> None:
         """Stop moving."""
         self._link.close()
+
+    def _is_elsewhere(self, content: object) -> bool:
+        """Whether a state is not on the device though it shall stay there: copies of one that rests on the host begin there."""
+        return any(holder[key].device.type != self._device.type for holder, key in _spots(content))
 
     def _on_host(self, owner: Hashable) -> bool:
         if owner not in self._rests:
