@@ -63,7 +63,7 @@ class DirectFile:
         while done < len(view):
             count = self._call(os.preadv, [view[done:]], offset + done)
             done += count
-            if not count or count % PAGE:
+            if not count:
                 raise CorruptFile(f"{self.path} is torn: it ends after {offset + done} bytes, where more were written.")
         if not self.is_direct:
             os.posix_fadvise(self.descriptor, offset, done, os.POSIX_FADV_DONTNEED)

@@ -90,6 +90,19 @@ def test_reads_leave_nothing_in_the_page_cache(io: DiskIO, path: Path, direct: b
     file.close()
 
 
+def test_the_system_may_move_less_than_it_was_asked_for(io: DiskIO, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("preadv", "pwritev"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda fd, views, at, call=call: call(fd, [views[0][: 256 * PAGE]], at))
+    file, memory = DirectFile(path, os.O_RDWR), allocate(SIZE)
+    io.read(file, 0, memory).result(timeout=10)
+    assert memory.numpy().tobytes() == path.read_bytes()
+    memory.random_(0, 256)
+    io.write(file, 0, memory).result(timeout=10)
+    assert memory.numpy().tobytes() == path.read_bytes()
+    file.close()
+
+
 def test_a_request_is_done_when_all_its_pieces_and_what_follows_are(io: DiskIO, path: Path) -> None:
     file, into = DirectFile(path), allocate(SIZE)
     seen: list[bytes] = []
