@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import threading
@@ -79,9 +80,21 @@ class DirectFile:
 
     def _call(self, call: Callable[..., int], *arguments: object) -> int:
         try:
-            return call(self.descriptor, *arguments)
+            try:
+                return call(self.descriptor, *arguments)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._leave_direct()
+                return call(self.descriptor, *arguments)
         except OSError as error:
             raise file_error(self.path, error) from error
+
+    def _leave_direct(self) -> None:
+        """Some file systems refuse direct access only here; and all do so right before a size limit within a page."""
+        flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self.is_direct = False
 
 
 @dataclass(eq=False)
@@ -143,9 +156,6 @@ class DiskIO:
     def _start(self, request: _Request, offset: int, memory: Tensor) -> Future[None]:
         if not memory.nbytes or (memory.data_ptr() | memory.nbytes | offset) % PAGE:
             raise ValueError(f"{memory.nbytes} bytes at {memory.data_ptr():#x} for offset {offset} are not whole pages")
-        if not request.file.is_direct and not self._has_warned:
-            self._has_warned = True
-            logger.info("%s is on a file system without direct access: it goes through the page cache", request.file.path)
         begins = range(0, memory.nbytes, PIECE)
         request.left = len(begins)
         request.done.set_running_or_notify_cancel()  # so that nobody can cancel it while threads use the memory
@@ -177,6 +187,9 @@ class DiskIO:
                 request.then()
         except BaseException as error:
             request.error = error
+        if request.error is None and not request.file.is_direct and not self._has_warned:
+            self._has_warned = True
+            logger.info("%s has no direct access here: it goes through the page cache", request.file.path)
         with self._lock:
             self._pass_time()
             self._in_flight -= 1
