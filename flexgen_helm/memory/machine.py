@@ -10,16 +10,17 @@ import torch
 
 
 class _Files(NamedTuple):
-    """How a version of memory cgroups calls its files, and the reclaimable page cache in its memory.stat."""
+    """How a version of memory cgroups calls its files, and what the page cache is called in its memory.stat."""
 
     folder: str
     limit: str
     used: str
-    reclaimable: str
+    prefix: str
+    mapped: str
 
 
-VERSION_1 = _Files("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-VERSION_2 = _Files("", "memory.max", "memory.current", "inactive_file")
+VERSION_1 = _Files("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_", "mapped_file")
+VERSION_2 = _Files("", "memory.max", "memory.current", "", "file_mapped")
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
@@ -72,4 +73,8 @@ def _group_free(folder: Path, files: _Files) -> Iterator[int]:
     except OSError:
         return  # the root of version 2, or a group that is not visible here
     if limit != "max":
-        yield int(limit) - int(used) + int(stat.get(files.reclaimable, 0))
+        inactive, active, mapped = (
+            int(stat.get(files.prefix + name, 0)) for name in ("inactive_file", "active_file", files.mapped)
+        )
+        # What is mapped may be the program itself, which would be read again and again.
+        yield int(limit) - int(used) + max(inactive, inactive + active - mapped)

@@ -132,13 +132,13 @@ def assemble(
             filled = source.fill(part)
             missing -= filled
             _move(model, filled, device)
-            _return_freed_memory()
+            return_freed_memory()
     for j, part in enumerate(layers):
         assert keeper is not None
         if not keeper.has(j):
             _complete(model, source, part, layers[part] - source.fill(part))
             keeper.keep(j, model.get_submodule(part))
-            _return_freed_memory()
+            return_freed_memory()
         for tensor in model.get_submodule(part).state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True  # Else the library makes it anew.
         missing -= layers[part]
@@ -223,7 +223,7 @@ def _to_device(model: PreTrainedModel, layers: list[str], device: torch.device) 
         put(model, key, buffer.to(device))
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Hand back what the C library keeps of freed tensors up to 32 MiB: without this, a layer more after a few layers."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Mapping
@@ -18,19 +19,23 @@ from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.machine import free_bytes
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.weights import WeightStore
-from flexgen_helm.runtime.kinds import ALTERNATIVE, CheckedModel, KindChoice, check_model, log_choice
+from flexgen_helm.runtime.assembly import return_freed_memory
+from flexgen_helm.runtime.checks import Verdict
+from flexgen_helm.runtime.kinds import ALTERNATIVE, CheckedModel, Kind, KindChoice, check_model, log_choice
 from flexgen_helm.runtime.layers import layer_kinds, layers_of
 from flexgen_helm.runtime.loading import LoadedModel, ModelSource
 from flexgen_helm.runtime.offload import Offloader
 from flexgen_helm.runtime.plan import Space, WeightPlan, plan_weights
 from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.runtime.sizes import small_policy
-from flexgen_helm.types import Policy, Tier
+from flexgen_helm.types import TIERS, Policy, Tier
 
 logger = logging.getLogger(__name__)
 
 LARGE_BYTES = 2 * 2**30
 """Larger models are checked on their first layers before the rest is read: a refusal takes seconds."""
+PROCESS_BYTES = 128 * 2**20
+"""Of threads, of the workspaces of libraries, and of what allocators do not give back."""
 CPU = torch.device("cpu")
 
 
@@ -105,8 +110,9 @@ def measure_space(device: torch.device, placing: Placing, folder: Path) -> Space
 
 
 def free_space(device: torch.device, folder: Path) -> dict[Tier, int]:
-    """Bytes of each tier that are free now."""
-    return {"device": free_bytes(device), "host": free_bytes(CPU), "disk": _free_disk(folder)}
+    """Bytes of each tier that are free now, without what any process takes as it goes on."""
+    free: dict[Tier, int] = {"device": free_bytes(device), "host": free_bytes(CPU), "disk": _free_disk(folder)}
+    return free | {tier: max(0, free[tier] - PROCESS_BYTES) for tier in TIERS[:2]}
 
 
 def make_folder(folder: Path) -> None:
@@ -134,7 +140,7 @@ def _empty(source: ModelSource) -> PreTrainedModel:
 def _load_resident(source: ModelSource, plan: WeightPlan, rows: KindChoice) -> LoadedModel:
     size = sum(plan.sizes.values())
     if size > LARGE_BYTES:
-        check_model(source.first_layers(), small_policy(source.device), rows)
+        _check_first_layers(source, small_policy(source.device), rows)
         logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
     return source.load()
 
@@ -149,8 +155,8 @@ def _load_offloaded(
     meter: Meter,
 ) -> tuple[CheckedModel, LoadedModel, WeightStore | None]:
     """Check the first layers, then load the model layer by layer to where the plan puts them."""
-    first = check_model(source.first_layers(), policy, rows)
-    verdict = first.verdict.of_all_layers(layer_kinds(whole, layers_of(whole)))
+    kind, few, not_packed = _check_first_layers(source, policy, rows)
+    verdict = few.of_all_layers(layer_kinds(whole, layers_of(whole)))
     identity = {"weights": source.digest(), "dtype": str(source.dtype), "transformers": library_version}
     offloader = Offloader(plan, device=source.device, folder=folder, identity=identity)
     try:
@@ -160,7 +166,17 @@ def _load_offloaded(
     except BaseException:
         offloader.close()
         raise
-    return CheckedModel(first.kind, model, verdict, first.not_packed), loaded, weights
+    return CheckedModel(kind, model, verdict, not_packed), loaded, weights
+
+
+def _check_first_layers(source: ModelSource, policy: Policy, rows: KindChoice) -> tuple[Kind, Verdict, str | None]:
+    """What `check_model` says of the first layers, of which nothing stays in memory."""
+    checked = check_model(source.first_layers(), policy, rows)
+    found = checked.kind, checked.verdict, checked.not_packed
+    del checked
+    gc.collect()
+    return_freed_memory()
+    return found
 
 
 def _free_disk(folder: Path) -> int:

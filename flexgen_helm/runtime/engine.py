@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyError
 from flexgen_helm.memory.hidden import HiddenStore
-from flexgen_helm.memory.limits import MaxMemory, parse_max_memory
+from flexgen_helm.memory.limits import MaxMemory, gib, parse_max_memory
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.runtime.building import Parts, Placing, build, free_space, make_folder
 from flexgen_helm.runtime.executor import OverlappedExecutor, SerialExecutor
@@ -278,9 +278,8 @@ class Engine:
         needed = self._scheduler.bytes_needed(len(prepared.input_ids), [job.max_new_tokens] * completions)
         if needed > capacity:
             raise OutOfSpace(
-                f"What the job keeps between sweeps (K and V) needs {needed / 2**30:.2f} GiB, but there are "
-                f"{capacity / 2**30:.2f} GiB for all jobs. Shorten the prompt, ask for fewer or shorter completions, or free "
-                "memory."
+                f"What the job keeps between sweeps (K and V) needs {gib(needed)}, but there are {gib(capacity)} for all jobs. "
+                "Shorten the prompt, ask for fewer or shorter completions, or free memory."
             )
 
     def _run(

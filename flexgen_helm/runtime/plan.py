@@ -13,14 +13,20 @@ from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.slab import SlabLayout, layout_of
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.runtime.layers import layers_of, shared_layers
+from flexgen_helm.runtime.working_memory import cache_bytes_per_token, checking_bytes, working_bytes
 from flexgen_helm.types import TIERS, Policy, RunStats, Shares, Tier
 
 FITS_SHARE = 0.8
 """A model fits on the device if it takes at most this share of it; the rest is for K, V, hidden states and logits."""
-FILL_SHARE = 0.6
-"""Share of a tier that weights fill where a model fits on none."""
-CACHE_SHARE = 0.6
-"""Share of what weights leave of a tier that K and V may take; the rest is for hidden states, logits and the caller."""
+CACHE_SHARE = 0.8
+"""Share of what is left of a tier that K and V may take; the rest is for larger blocks and the caller."""
+MOST_OF_A_TIER = 0.9
+"""Share of a tier that is left to the cache, before weights, where sequences can fill it: each sweep reads the weights once for
+all of them, so that memory is worth more for another sequence than for another layer."""
+SEQUENCE_TOKENS = 512
+"""Of the sequences for which weights leave room."""
+LOADED_AT_ONCE = 2
+"""Times the largest part: as it is read, and as it is kept."""
 EMBEDDINGS = -1
 """Number of the embedding tables among the parts of a model; its layers have 0 to L - 1 and the output head L."""
 
@@ -51,6 +57,10 @@ class WeightPlan:
     num_layers: int
     separate: bool
     prefetch: int
+    working_bytes: int
+    """That computing takes on the device."""
+    checking_bytes: int
+    """That the self-check takes before anything else is loaded."""
 
     @property
     def streamed(self) -> list[int]:
@@ -105,6 +115,20 @@ class WeightPlan:
         needed["host"] += buffers
         return needed
 
+    @property
+    def peak_bytes(self) -> dict[Tier, int]:
+        """Bytes of each tier that are needed at some time, with the smallest cache; device and host as one if they are."""
+        peak, resting = dict(self.needed_bytes), self.weight_bytes
+        peak["device"] += self.working_bytes
+        loading = LOADED_AT_ONCE * max(self.sizes.values())
+        if self.separate:
+            peak["device"] = max(peak["device"], self.checking_bytes)
+            peak["host"] = max(peak["host"], resting["host"] + loading)
+        else:
+            ram = peak.pop("device") + peak["host"]
+            peak["host"] = max(ram, resting["device"] + resting["host"] + loading, self.checking_bytes)
+        return peak
+
     def describe(self) -> str:
         """Say in a few words where the weights are."""
         return ", ".join(
@@ -129,11 +153,21 @@ def plan_weights(model: PreTrainedModel, policy: Policy, space: Space) -> Weight
     """
     layouts, sizes = _parts(model)
     tiers = dict.fromkeys(sizes, TIERS[0])
-    whole = WeightPlan(layouts, tiers, sizes, len(layers_of(model)), space.separate, policy.prefetch)
+    whole = WeightPlan(
+        layouts,
+        tiers,
+        sizes,
+        len(layers_of(model)),
+        space.separate,
+        policy.prefetch,
+        working_bytes(model, policy),
+        checking_bytes(model, policy),
+    )
     if policy.weights == (1.0, 0.0, 0.0) or (policy.weights is None and _fits(whole, space)):
         plan = whole
     else:
-        shares = policy.weights if policy.weights is not None else _filling_shares(whole, space)
+        cache = policy.block_size * SEQUENCE_TOKENS * cache_bytes_per_token(model)
+        shares = policy.weights if policy.weights is not None else _filling_shares(whole, space, policy.cache, cache)
         plan = dataclasses.replace(whole, tiers=_placed(whole, shares))
     shared = shared_layers(model) if plan.streamed else []
     if shared:
@@ -146,17 +180,18 @@ def plan_weights(model: PreTrainedModel, policy: Policy, space: Space) -> Weight
 
 
 def left_bytes(plan: WeightPlan, space: Space, free: Mapping[Tier, int]) -> dict[Tier, int]:
-    """What may be used of each tier beside the weights, which are loaded.
+    """What may be used of each tier beside the weights, which are loaded, and the least that computing takes.
 
     Args:
         plan: Of the weights.
         space: What may be used of each tier.
         free: What is free of each tier now.
     """
-    needed = dict(plan.needed_bytes)
+    needed, working = dict(plan.needed_bytes), {"device": plan.working_bytes, "host": 0, "disk": 0}
     if not space.separate:
         needed["device"] = needed["host"] = needed["device"] + needed["host"]
-    return {tier: max(0, min(free[tier], space.available[tier] - needed[tier])) for tier in TIERS}
+        working["host"] = working["device"]
+    return {tier: max(0, min(free[tier], space.available[tier] - needed[tier]) - working[tier]) for tier in TIERS}
 
 
 def cache_capacities(shares: Shares, left: Mapping[Tier, int], *, separate: bool) -> dict[Tier, int]:
@@ -215,20 +250,28 @@ def _parts(model: PreTrainedModel) -> tuple[dict[int, SlabLayout], dict[int, int
 
 
 def _fits(whole: WeightPlan, space: Space) -> bool:
-    return sum(whole.sizes.values()) <= FITS_SHARE * space.of("device")
+    roomy = sum(whole.sizes.values()) <= FITS_SHARE * space.of("device")
+    return roomy and all(space.of(tier) >= count for tier, count in whole.peak_bytes.items())
 
 
-def _filling_shares(whole: WeightPlan, space: Space) -> Shares:
-    """As much as is sensible on the device, then on the host, and the rest on disk."""
+def _filling_shares(whole: WeightPlan, space: Space, cache: Shares, cache_bytes: int) -> Shares:
+    """What a full cache leaves of the device, then of the host, and the rest on disk."""
     total = sum(whole.sizes.values())
     slots = (whole.prefetch + 1) * max(layout.num_bytes for layout in whole.layouts.values())
+    largest = max(whole.sizes.values())  # shares are real to within a part
+
+    def room(tier: Tier, taken: int, cache_share: float) -> float:
+        usable = max(0, space.of(tier) - taken - largest)
+        return min(1.0, (usable - min(cache_share * cache_bytes, MOST_OF_A_TIER * usable)) / total)
+
     if not space.separate:
-        device, host = 0.0, min(1.0, max(0.0, FILL_SHARE * space.of("host") - slots) / total)
+        device, host = 0.0, room("host", slots + whole.working_bytes, cache[0] + cache[1])
     else:
-        device = min(1.0, max(0.0, FILL_SHARE * space.of("device") - slots) / total)
-        host = min(1.0 - device, max(0.0, FILL_SHARE * space.of("host")) / total)
+        device = room("device", slots + whole.working_bytes, cache[0])
+        loading = LOADED_AT_ONCE * largest
+        host = min(1.0 - device, room("host", loading, cache[1]))
         if device + host < 1:
-            host = max(0.0, FILL_SHARE * space.of("host") - slots) / total
+            host = min(1.0 - device, room("host", max(loading, slots), cache[1]))
     return device, host, max(0.0, 1 - device - host)
 
 
@@ -246,13 +289,14 @@ def _placed(whole: WeightPlan, shares: Shares) -> dict[int, Tier]:
 
 
 def _check(plan: WeightPlan, space: Space, policy: Policy) -> None:
-    needed = dict(plan.needed_bytes)
-    if not space.separate:
-        needed["host"] += needed.pop("device")
-    for tier, count in needed.items():
+    for tier, count in plan.peak_bytes.items():
         if count > space.of(tier):
+            work = (
+                f"; computing with gpu_batch_tokens={policy.gpu_batch_tokens} takes about {gib(plan.working_bytes)}, and the "
+                f"self-check at load about {gib(plan.checking_bytes)}"
+            )
             raise PolicyError(
                 f"Weights on the {tier} need {gib(count)} with weights={policy.weights} and prefetch={policy.prefetch} (parts: "
-                f"{plan.describe()}), but {gib(space.of(tier))} may be used there. Lower its share, lower prefetch, or raise "
-                "max_memory."
+                f"{plan.describe()}{'' if tier == 'disk' else work}), but {gib(space.of(tier))} may be used there. Lower its "
+                "share, lower prefetch or gpu_batch_tokens, or raise max_memory."
             )

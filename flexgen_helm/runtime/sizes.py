@@ -9,12 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from flexgen_helm.errors import FlexGenError, PolicyError
+from flexgen_helm.runtime.working_memory import block_bytes, least_block_tokens
 from flexgen_helm.types import TIERS, Policy, Shares
 
 HIDDEN_SHARE = 0.1
-"""Share of the memory left that a block's hidden states may take."""
-HIDDEN_COPIES = 4
-"""A token's hidden state, its rotary table and its K and V in one layer, in units of the hidden state."""
+"""Share of the memory left that a block's hidden states may take beyond those of the smallest block."""
 MOST_BLOCK_TOKENS = 16_384
 """Larger blocks gain nothing where weights stay, and finish their first job later."""
 ROUNDING = 1e-6
@@ -58,9 +57,8 @@ def _rounded(policy: Policy) -> Policy:
 
 def default_block_tokens(policy: Policy, model: PreTrainedModel, num_bytes: int) -> int:
     """Prompt tokens of a block whose hidden states fit well into so much memory."""
-    width: int = model.config.get_text_config(decoder=True).hidden_size * model.dtype.itemsize * HIDDEN_COPIES
-    fitting = int(HIDDEN_SHARE * num_bytes) // width
-    return max(policy.num_gpu_batches * policy.gpu_batch_tokens, min(MOST_BLOCK_TOKENS, fitting))
+    fitting = int(HIDDEN_SHARE * num_bytes) // block_bytes(model, 1)
+    return max(least_block_tokens(policy), min(MOST_BLOCK_TOKENS, fitting))
 
 
 def validated(policy: Policy) -> Policy:

@@ -27,18 +27,21 @@ def machine(root: Path, *, available: int, cgroup: str | None) -> Path:
     return root
 
 
-def group_1(folder: Path, limit: int, used: int, inactive: int = 0) -> None:
+def group_1(folder: Path, limit: int, used: int, *, inactive: int = 0, active: int = 0, mapped: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
     (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"cache 1\ninactive_file 1\ntotal_cache 2\ntotal_inactive_file {inactive}\n")
+    (folder / "memory.stat").write_text(
+        f"cache 1\ninactive_file 1\nactive_file 1\nmapped_file 1\ntotal_cache 2\n"
+        f"total_inactive_file {inactive}\ntotal_active_file {active}\ntotal_mapped_file {mapped}\n"
+    )
 
 
-def group_2(folder: Path, limit: int | str, used: int, inactive: int = 0) -> None:
+def group_2(folder: Path, limit: int | str, used: int, *, inactive: int = 0, active: int = 0, mapped: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.max").write_text(f"{limit}\n")
     (folder / "memory.current").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {inactive}\n")
+    (folder / "memory.stat").write_text(f"anon 1\nfile_mapped {mapped}\ninactive_file {inactive}\nactive_file {active}\n")
 
 
 @pytest.mark.parametrize("cgroup", [None, "0::/\n", ONE.format("/gone")])
@@ -53,6 +56,8 @@ def test_version_1_counts_every_ancestor_and_what_can_be_reclaimed(tmp_path: Pat
     group_1(mount / "jobs", UNLIMITED, 5 * GIB)
     group_1(mount / "jobs/run", 2 * GIB, GIB, inactive=GIB // 4)
     assert free_bytes(CPU, root) == GIB + GIB // 4
+    group_1(mount / "jobs/run", 2 * GIB, GIB, inactive=GIB // 4, active=GIB // 2, mapped=GIB // 4)
+    assert free_bytes(CPU, root) == GIB + GIB // 2
     group_1(mount / "jobs", 6 * GIB, 5 * GIB + GIB // 2)
     assert free_bytes(CPU, root) == GIB // 2
     group_1(mount / "jobs", 6 * GIB, 6 * GIB + 4096)
@@ -66,6 +71,9 @@ def test_version_2_counts_every_ancestor_and_what_can_be_reclaimed(tmp_path: Pat
     group_2(mount / "jobs", 4 * GIB, 3 * GIB, inactive=GIB)
     group_2(mount / "jobs/run", "max", 2 * GIB)
     assert free_bytes(CPU, root) == 2 * GIB
+    group_2(mount / "jobs", 4 * GIB, 3 * GIB, inactive=GIB // 8, active=GIB // 2, mapped=GIB)
+    assert free_bytes(CPU, root) == GIB + GIB // 8
+    group_2(mount / "jobs", 4 * GIB, 2 * GIB)
     group_2(mount / "jobs/run", 2 * GIB, GIB)
     assert free_bytes(CPU, root) == GIB
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -163,6 +164,30 @@ def test_sides_answer_alike(model: Path, tmp_path: Path, on_disk: bool) -> None:
     assert ours.weight_bytes["disk"] > 0
     assert ours.disk_read_bytes >= 2 * ours.weight_bytes["disk"]
     assert ours.disk_rate(decoding=True) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("permitted")
+def test_under_any_limit_the_engine_answers_or_says_why(tmp_path: Path) -> None:
+    """What the plan leaves out, the kernel takes with SIGKILL: from no room for anything to room for the whole model."""
+    shape = Shape(300 * MIB, hidden_size=768, intermediate_size=2048, head_dim=64, vocab_size=2000, max_length=1024)
+    write_random_weights(shape.config(), tmp_path)
+    arguments = {"device": "cpu", "dtype": "float32", "offload_folder": str(tmp_path / "slabs"), "policy": {}}
+    given, result, log = tmp_path / "task", tmp_path / "result", tmp_path / "log"
+    given.write_text(json.dumps(asdict(engine_side.Task(str(tmp_path), arguments, random_prompts(12, 600, 2000), 4, 1))))
+    outcomes = []
+    for limit in range(500, 1300, 150):
+        result.unlink(missing_ok=True)
+        with memory_group(limit * MIB) as group:
+            command = [sys.executable, "-m", engine_side.__name__, str(given), str(result)]
+            ended = group.run(command, log, {"OMP_NUM_THREADS": "1"})
+        assert not ended.out_of_memory, f"killed under {limit} MiB"
+        if ended.status:
+            assert re.search(r"(PolicyError|OutOfSpace): .*\d MiB.*(Lower|Shorten)", log.read_text().splitlines()[-1])
+        weights = engine_side.read_answers(result).weight_bytes if result.exists() else {}
+        outcomes.append(next((tier for tier, count in weights.items() if count), "none"))
+    assert outcomes == sorted(outcomes, key=["none", "host", "device"].index)
+    assert set(outcomes) == {"none", "host", "device"}
 
 
 def test_engine_tells_the_gap_between_its_two_best_tokens(model: Path, tmp_path: Path) -> None:

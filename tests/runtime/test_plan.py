@@ -68,17 +68,43 @@ def test_a_model_that_fits_stays_whole(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("separate", [True, False])
-def test_a_model_that_does_not_fit_fills_device_then_host_then_disk(model: PreTrainedModel, separate: bool) -> None:
+def test_without_a_cache_weights_fill_the_device_then_the_host_then_the_disk(model: PreTrainedModel, separate: bool) -> None:
     size = sum(p.nbytes for p in model.parameters())
-    small = Space({"device": size // 4, "host": size // 2, "disk": 100 * GIB}, separate)
-    plan = plan_weights(model, Policy(), small)
+    small = Space({"device": size // 2, "host": size // 2, "disk": 100 * GIB}, separate)
+    plan = plan_weights(model, Policy(cache=(0, 0, 1)), small)
     assert plan.weight_bytes["disk"] > 0
-    needed = plan.needed_bytes
-    if separate:
-        assert size / 8 < needed["device"] <= size / 4
-        assert size / 4 < needed["host"] <= size / 2
-    else:
-        assert size / 4 < needed["device"] + needed["host"] <= size / 2
+    for tier, peak in plan.peak_bytes.items():
+        assert size / 4 < peak <= small.of(tier)
+
+
+def test_a_full_cache_comes_before_weights(model: PreTrainedModel) -> None:
+    """One more sequence saves a share of all sweeps, one more layer only of what is read in each."""
+    size = sum(p.nbytes for p in model.parameters())
+    small = Space({"device": size // 2, "host": size // 2, "disk": 100 * GIB}, False)
+    plan = plan_weights(model, Policy(), small)
+    left = small.of("host") - plan.peak_bytes["host"]
+    assert plan.weight_bytes["host"] < left
+    few = plan_weights(model, Policy(gpu_batch_size=1, num_gpu_batches=1), small)
+    assert few.weight_bytes["host"] > size / 8
+
+
+@given(
+    sizes=st.tuples(st.integers(0, 500), st.integers(0, 500)),
+    separate=st.booleans(),
+    prefetch=st.integers(1, 3),
+    cache=st.sampled_from([(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.2, 0.5, 0.3)]),
+)
+def test_automatic_shares_fit_wherever_the_disk_alone_does(
+    model: PreTrainedModel, sizes: tuple[int, int], separate: bool, prefetch: int, cache: Shares
+) -> None:
+    small = Space({"device": sizes[0] * 2**20, "host": sizes[1] * 2**20, "disk": 100 * GIB}, separate)
+    policy = Policy(prefetch=prefetch, cache=cache)
+    try:
+        plan_weights(model, dataclasses.replace(policy, weights=(0.0, 0.0, 1.0)), small)
+    except PolicyError:
+        return
+    plan = plan_weights(model, policy, small)
+    assert all(count <= small.of(tier) for tier, count in plan.peak_bytes.items())
 
 
 @pytest.mark.parametrize(
@@ -97,12 +123,14 @@ def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
     largest = max(layout.num_bytes for layout in plan.layouts.values())
     assert plan.needed_bytes["device"] == 4 * largest
     assert plan.needed_bytes["host"] == plan.sizes[EMBEDDINGS] + 4 * largest
-    exact = dataclasses.replace(space(10), available={**plan.needed_bytes})
+    peak = plan.peak_bytes
+    assert peak["device"] == 4 * largest + plan.working_bytes
+    assert peak["host"] == plan.needed_bytes["host"]
+    exact = Space(peak, True)
     assert plan_weights(model, policy, exact).needed_bytes == plan.needed_bytes
     for tier in TIERS:
-        short = Space({**plan.needed_bytes, tier: plan.needed_bytes[tier] - 1}, True)
         with pytest.raises(PolicyError, match=f"on the {tier}"):
-            plan_weights(model, policy, short)
+            plan_weights(model, policy, Space({**peak, tier: peak[tier] - 1}, True))
 
 
 @pytest.mark.parametrize("separate", [True, False])
@@ -111,8 +139,11 @@ def test_capacities_keep_shares_and_fit(separate: bool) -> None:
     found = cache_capacities((0.5, 0.25, 0.25), left, separate=separate)  # type: ignore[arg-type]
     assert found["device"] == 2 * found["host"] == 2 * found["disk"]
     assert found["disk"] == int(CACHE_SHARE * 1000)
-    assert cache_capacities((0.5, 0.5, 0), left, separate=separate) == (  # type: ignore[arg-type]
-        {"device": 2400, "host": 2400, "disk": 0} if separate else {"device": 1200, "host": 1200, "disk": 0}
+    assert (
+        cache_capacities((0.5, 0.5, 0), left, separate=separate)
+        == (  # type: ignore[arg-type]
+            dict.fromkeys(TIERS[:2], int(CACHE_SHARE * (4000 if separate else 2000))) | {"disk": 0}
+        )
     )
 
 
