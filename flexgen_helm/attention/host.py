@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from greenlet import getcurrent
 from torch import Tensor
 
 from flexgen_helm.attention.chunks import LocatedPages, attend_call
@@ -13,6 +14,13 @@ from flexgen_helm.attention.kernels import ChunkOutput
 from flexgen_helm.attention.plan import ChunkCall
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.page_tensors import PageTensors
+
+
+def rest() -> None:
+    """Let whoever runs this call, as a greenlet, go on with something else; returns when there is nothing else to do."""
+    runner = getcurrent().parent
+    if runner is not None:
+        runner.switch()
 
 
 class HostAttention:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.attention.chunks import LocatedPages, attend_call
-from flexgen_helm.attention.host import HostAttention
+from flexgen_helm.attention.host import HostAttention, rest
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, merge_chunks
 from flexgen_helm.attention.places import RowPages
 from flexgen_helm.attention.plan import AttentionPlan, ChunkCall, MaskRule, as_index, plan_attention
@@ -160,6 +160,8 @@ class RowAttention:
         for call in plan.calls:
             pages = [LocatedPages(stores[x.place], locate(x.place, x.numbers), x.which) for x in call.pages]
             keep(call, attend_call(call, q, pages, scale=scale, softcap=softcap))
+        if beside:
+            rest()
         for call, future in zip(plan.host_calls, beside, strict=True):
             keep(call, future.result())
         return merge_chunks(outputs, lse, sinks).to(qkv[2].dtype)

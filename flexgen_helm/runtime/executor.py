@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from flexgen_helm.memory.hidden import HiddenStore
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.weights import WeightStore
 from flexgen_helm.runtime.recorder import Recording
+from flexgen_helm.runtime.resting import RestingCalls
 from flexgen_helm.schedule.operations import Operation, Order, sweep_operations
 from flexgen_helm.schedule.rows import Row, Sweep, Want, halved
 
@@ -119,9 +121,9 @@ class SerialExecutor:
                 except torch.OutOfMemoryError as error:
                     message = str(error)  # the error itself would keep the sweep's tensors
                 except BaseException:
-                    self._release_weights()
+                    self._give_up()
                     raise
-                self._release_weights()
+                self._give_up()
                 self._halve_rows(sweep, message)
 
     def close(self) -> None:
@@ -157,33 +159,44 @@ class SerialExecutor:
         )
         return size // 2
 
-    def _release_weights(self) -> None:
+    def _give_up(self) -> None:
+        """Leave everything as it is between sweeps."""
         if self._weights is not None:
             self._weights.release_all()
 
     def _run_sweep(self, run: _Run, on_logits: LogitsHandler, on_operation: Callable[[Operation], None] | None) -> None:
         num_slots = self._weights.num_slots if self._weights is not None else 0
-        loaded = -1
         for operation in sweep_operations(
             self._order, self.num_layers, len(run.recordings), streamed=self._streamed, num_slots=num_slots
         ):
-            kind, j, k = operation
-            if j == self.num_layers and kind == "release_weights":
+            if operation == ("release_weights", self.num_layers, -1):
                 self._finish(run, on_logits)
-            if kind in ("load_weights", "release_weights"):
-                self._move_weights(operation)
-            elif kind == "compute":
-                if loaded != j:
-                    self._use_weights(j)
-                    loaded = j
-                with self._busy(f"compute {j},{k}"):
-                    run.compute(j, k, last=j == self.num_layers - 1)
-            else:
-                self._started(run.move(operation))
+            self._perform(run, operation)
             if on_operation is not None:
                 on_operation(operation)
         if self.num_layers not in self._streamed:
             self._finish(run, on_logits)
+
+    def _perform(self, run: _Run, operation: Operation) -> None:
+        kind, j, k = operation
+        if kind in ("load_weights", "release_weights"):
+            self._move_weights(operation)
+        elif kind == "compute":
+            if run.layer != j:
+                self._use_weights(j)
+                run.layer = j
+            self._compute(run, j, k)
+        else:
+            self._move(run, operation)
+
+    def _compute(self, run: _Run, j: int, k: int) -> None:
+        with self._busy(f"compute {j},{k}"):
+            run.compute(j, k, last=j == self.num_layers - 1)
+
+    def _move(self, run: _Run, operation: Operation) -> None:
+        transfer = run.move(operation)
+        if transfer is not None:
+            transfer.wait()
 
     def _busy(self, name: str) -> AbstractContextManager[None]:
         return self._meter.span("device", name) if self._meter is not None else nullcontext()
@@ -204,10 +217,6 @@ class SerialExecutor:
     def _weights_started(self, j: int) -> None:
         assert self._weights is not None
         self._weights.finish(j)
-
-    def _started(self, transfer: Waitable | None) -> None:
-        if transfer is not None:
-            transfer.wait()
 
     def _finish(self, run: _Run, on_logits: LogitsHandler) -> None:
         self._use_weights(self.num_layers)
@@ -243,13 +252,40 @@ class SerialExecutor:
 
 
 class OverlappedExecutor(SerialExecutor):
-    """Goes on while transfers run: they are waited for where what they bring is needed."""
+    """Goes on while transfers run and while the CPU attends: they are waited for where what they bring is needed."""
+
+    def __init__(self, rows: Rows, **options: Any) -> None:
+        """See `SerialExecutor`."""
+        super().__init__(rows, **options)
+        self._resting = RestingCalls()
+
+    def _perform(self, run: _Run, operation: Operation) -> None:
+        kind, j, k = operation
+        if kind in ("store_cache", "store_hidden") and self._resting.defer(k, partial(super()._perform, run, operation)):
+            return
+        if kind == "release_weights" or (kind == "compute" and j != run.layer):
+            self._resting.end()
+        elif kind in ("load_cache", "load_hidden"):
+            self._resting.end(k)
+        super()._perform(run, operation)
+
+    def _compute(self, run: _Run, j: int, k: int) -> None:
+        call = partial(run.compute, j, k, last=j == self.num_layers - 1)
+        self._resting.run(k, call, partial(self._busy, f"compute {j},{k}"))
+
+    def _finish(self, run: _Run, on_logits: LogitsHandler) -> None:
+        self._resting.end()
+        super()._finish(run, on_logits)
+
+    def _give_up(self) -> None:
+        self._resting.drop()
+        super()._give_up()
 
     def _weights_started(self, j: int) -> None:
         pass
 
-    def _started(self, transfer: Waitable | None) -> None:
-        pass
+    def _move(self, run: _Run, operation: Operation) -> None:
+        run.move(operation)
 
 
 class _Run:
@@ -262,6 +298,8 @@ class _Run:
         rows.reserve(sweep)
         self._wants = [list(row.wants()) for row in sweep.rows]
         self._final: dict[int, Tensor] = {}
+        self.layer = -1
+        """Whose weights are in use."""
         self.recordings: list[Any] = []
         for k, row in enumerate(sweep.rows):
             self.recordings.append(rows.record(row))

@@ -104,12 +104,12 @@ class PackedRows:
         return True
 
     def reserve(self, sweep: Sweep) -> None:
-        """Make room for the pages of a sweep: two rows' worth of those that must be brought to the device."""
+        """Make room for a sweep's pages: of those that are brought, for the row that computes, the next, and one that rests."""
         decode = [id(row) for row in sweep.rows if row.kind == "decode"]
         share = self._cpu_share
         self._on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
         pages = [RowPages(row, self._cache, host_attends=id(row) in self._on_host) for row in sweep.rows]
-        staged = 2 * max((len(found.staged.pages) for found in pages), default=0)
+        staged = (3 if self._on_host else 2) * max((len(found.staged.pages) for found in pages), default=0)
         host, _ = sweep.num_offloaded_pages
         self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages, host=host, staged=staged)
 
@@ -199,10 +199,12 @@ class PackedRows:
         if len(sizes) != 1:
             raise UnsupportedModel(f"its attention is called with {key.shape[2]} keys for {query.shape[2]} queries")
         current = self._key
-        self._key = current._replace(call=current.call + 1)
         qkv = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return recording.attention.attend(current, qkv, attention_mask, scale=scale, softcap=softcap, sinks=s_aux)[None]
+        output = recording.attention.attend(current, qkv, attention_mask, scale=scale, softcap=softcap, sinks=s_aux)[None]
+        # While this call rested, that of another row ran.
+        self._running, self._key = recording, current._replace(call=current.call + 1)
+        return output
 
 
 def _mask_rule(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> MaskRule:

@@ -34,7 +34,7 @@ def deep(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Workbenc
 def run(folder: Path, offload: Path, policy: Policy, jobs: list[Job], order: Order = "zigzag") -> list[Result]:
     """Answers of an engine whose device counts as a memory of its own."""
     with Engine.from_pretrained(
-        str(folder), device="cpu", policy=policy, order=order, copy_host=True, offload_folder=offload
+        str(folder), device="cpu", policy=policy, order=order, copy_host=True, offload_folder=offload, rows="packed"
     ) as engine:
         return engine.run(jobs)
 

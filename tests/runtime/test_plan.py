@@ -16,7 +16,7 @@ from flexgen_helm.errors import PolicyError
 from flexgen_helm.memory.limits import parse_max_memory, parse_size
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.runtime.plan import CACHE_SHARE, EMBEDDINGS, Space, cache_capacities, plan_weights
-from flexgen_helm.types import TIERS, Shares
+from flexgen_helm.types import TIERS, Shares, Tier
 
 GIB = 2**30
 CONFIG = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=20, num_attention_heads=8, vocab_size=1000)
@@ -135,16 +135,12 @@ def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("separate", [True, False])
 def test_capacities_keep_shares_and_fit(separate: bool) -> None:
-    left = {"device": 4000, "host": 4000, "disk": 1000}
-    found = cache_capacities((0.5, 0.25, 0.25), left, separate=separate)  # type: ignore[arg-type]
+    left: dict[Tier, int] = {"device": 4000, "host": 4000, "disk": 1000}
+    found = cache_capacities((0.5, 0.25, 0.25), left, separate=separate)
     assert found["device"] == 2 * found["host"] == 2 * found["disk"]
     assert found["disk"] == int(CACHE_SHARE * 1000)
-    assert (
-        cache_capacities((0.5, 0.5, 0), left, separate=separate)
-        == (  # type: ignore[arg-type]
-            dict.fromkeys(TIERS[:2], int(CACHE_SHARE * (4000 if separate else 2000))) | {"disk": 0}
-        )
-    )
+    halves = int(CACHE_SHARE * (4000 if separate else 2000))
+    assert cache_capacities((0.5, 0.5, 0), left, separate=separate) == {"device": halves, "host": halves, "disk": 0}
 
 
 @pytest.mark.parametrize(
