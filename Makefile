@@ -4,8 +4,9 @@ SHELL := /bin/bash
 PROBE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '$(PROBE)' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
-# One thread: several OpenMP threads on busy cores are slower than one, and tests are small.
+# Two processes of one thread: several OpenMP threads on busy cores are slower than one, and tests are small.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := pytest -q --numprocesses 2 --dist loadfile
 
 .PHONY: help env lint test test-all demo clean
 
@@ -22,10 +23,10 @@ lint: env  ## Check style and types.
 	@$(BIN)/mypy --cache-dir $(BIN)/../mypy_cache
 
 test: lint  ## Check style and types, and run the tests but the slow ones.
-	@$(TEST_ENV) $(BIN)/pytest -q -m "not slow"
+	@$(TEST_ENV) $(BIN)/$(PYTEST) -m "not slow"
 
 test-all: lint  ## Run all tests.
-	@$(TEST_ENV) $(BIN)/pytest -q
+	@$(TEST_ENV) $(BIN)/$(PYTEST)
 
 demo: env  ## Evaluate a real model on real questions with HELM and print the scores.
 	@$(BIN)/python -m flexgen_helm.runs.quickstart

@@ -16,7 +16,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("helm", "dev")
+EXTRAS = ("helm", "bench", "dev")
 
 
 def read_requirements() -> list[str]:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 PIECE = 4 * 2**20
 """Bytes of a request to the disk. With a quarter of it the threads lose a tenth of the disk's rate to one another."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DirectFile:
@@ -210,7 +210,7 @@ class DiskIO:
 
 def file_error(path: Path, error: OSError) -> FlexGenError:
     """Say what became of a file under an offload folder, and what to do."""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return DiskFull(f"{path} cannot be written: {error.strerror}. Free some space, or give another offload_folder.")
     if error.errno == errno.ENOENT:
         return CorruptFile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile, DiskFull
-from flexgen_helm.memory.direct_io import file_error
+from flexgen_helm.memory.direct_io import FULL, file_error
+from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.tiers import interleave
-from flexgen_helm.types import Resource, Shares, Tier
+from flexgen_helm.types import TIERS, Resource, Shares, Tier
 
 
 class _Place(Protocol):
@@ -51,45 +53,75 @@ class _Host:
         return torch.empty_like(self._memory, device=device).copy_(self._memory, non_blocking=True)
 
 
+class _File:
+    """One file for the rows of a sweep. It has no name, so that nothing of it stays."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.end = folder, 0
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise file_error(folder, error) from error
+
+    def take(self, num_bytes: int) -> int:
+        """Where the next bytes go."""
+        self.end += num_bytes
+        return self.end - num_bytes
+
+    def write(self, offset: int, content: memoryview) -> None:
+        while content:
+            count = os.pwrite(self._file.fileno(), content, offset)
+            content, offset = content[count:], offset + count
+
+    def read(self, offset: int, content: memoryview) -> None:
+        while content:
+            count = os.preadv(self._file.fileno(), [content], offset)
+            if not count:
+                raise CorruptFile(f"Hidden states in {self.folder} are torn: they were not written as a whole.")
+            content, offset = content[count:], offset + count
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class _Disk:
-    """A file that has no name any more, so that nothing of it stays."""
+    """A part of the file."""
 
     tier: Tier = "disk"
     writes: Resource = "disk_write"
     reads: Resource = "disk_read"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        try:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise file_error(folder, error) from error
+    def __init__(self, file: _File) -> None:
+        self._file, self._offset = file, -1
         self._form = torch.empty(0)
 
     def write(self, hidden: Tensor) -> None:
         resting = hidden.cpu().contiguous()
+        if self._offset < 0:  # a row's hidden state keeps its size
+            self._offset = self._file.take(resting.nbytes)
         self._form = resting.new_empty(1).expand(resting.shape)
-        content = memoryview(resting.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
-            self._file.seek(0)
-            while content:
-                content = content[self._file.write(content) :]
+            self._file.write(self._offset, _bytes_of(resting))
         except OSError as error:
+            if error.errno not in FULL:
+                raise file_error(self._file.folder, error) from error
             raise DiskFull(
-                f"The hidden states of a row ({resting.nbytes / 2**20:.1f} MiB) could not be written into {self._folder} "
-                f"({error}). Free space there, give another offload_folder, or set hidden=(1, 0, 0) in the policy."
+                f"The hidden states of a row ({gib(resting.nbytes)}, behind {gib(self._offset)} of other rows) could not be "
+                f"written into {self._file.folder} ({error}). Free space there, give another offload_folder, or set "
+                "hidden=(1, 0, 0) in the policy."
             ) from error
 
     def read(self, device: torch.device) -> Tensor:
         resting = torch.empty(self._form.shape, dtype=self._form.dtype)
-        content = memoryview(resting.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        self._file.seek(0)
-        while content:
-            count = self._file.readinto(content)
-            if not count:
-                raise CorruptFile(f"Hidden states in {self._folder} are torn: they were not written as a whole.")
-            content = content[count:]
+        try:
+            self._file.read(self._offset, _bytes_of(resting))
+        except OSError as error:
+            raise file_error(self._file.folder, error) from error
         return resting.to(device)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 class HiddenStore:
@@ -110,17 +142,23 @@ class HiddenStore:
         self._places: dict[int, _Place] = {}
         self._kept: dict[int, Tensor] = {}
         self._sizes: dict[int, int] = {}
+        self._held = dict.fromkeys(TIERS, 0)
         self._leaving: dict[int, Transfer] = {}
         self._arriving: dict[int, tuple[Transfer, list[Tensor]]] = {}
         self._link: Link | None = None
+        self._file: _File | None = None
 
     def begin_sweep(self, num_rows: int) -> None:
         """Forget the last sweep and decide which rows rest where."""
         for content in (self._places, self._kept, self._sizes, self._leaving, self._arriving):
             content.clear()
+        self._held = dict.fromkeys(TIERS, 0)
+        if self._file is not None:
+            self._file.end = 0
         for k, tier in enumerate(interleave([1] * num_rows, self._shares)):
             if tier == "disk":
-                self._places[k] = _Disk(self._folder)
+                self._file = self._file or _File(self._folder)
+                self._places[k] = _Disk(self._file)
             elif tier == "host" and self._copies:
                 self._places[k] = _Host()
         if self._places and self._link is None:
@@ -132,10 +170,11 @@ class HiddenStore:
             self._kept[k] = hidden
             return None
         assert self._link is not None
-        self._sizes[k] = hidden.nbytes
         tier = self._places[k].tier
-        held = sum(size for row, size in self._sizes.items() if self._places[row].tier == tier)
-        self._meter.hold(tier, "hidden", held)
+        if k not in self._sizes:
+            self._sizes[k] = hidden.nbytes
+            self._held[tier] += hidden.nbytes
+            self._meter.hold(tier, "hidden", self._held[tier])
         self._leaving[k] = self._link.submit(partial(self._write, self._places[k], k, hidden))
         return self._leaving[k]
 
@@ -176,4 +215,6 @@ class HiddenStore:
         """Stop copying and drop everything."""
         if self._link is not None:
             self._link.close()
+        if self._file is not None:
+            self._file.close()
         self._places.clear()

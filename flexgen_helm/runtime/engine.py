@@ -258,7 +258,8 @@ class Engine:
             rows, head_slice=policy.gpu_batch_size, order=order, weights=parts.weights, hidden=hidden, meter=self.meter
         )
         vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
-        return Worker(self._scheduler, executor, Intake(vocabulary, self._loaded.end_token_ids), self.meter)
+        intake = Intake(vocabulary, self._loaded.end_token_ids)
+        return Worker(self._scheduler, executor, intake, self.meter, self._device)
 
     def _prepare(self, job: Job) -> PreparedJob:
         if not isinstance(job, Job):

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flexgen_helm.errors import FlexGenError, OutOfSpace
@@ -46,8 +47,11 @@ class _Cancelled(Exception):
 class Worker:
     """Owns scheduler and executor. All computation happens in its thread."""
 
-    def __init__(self, scheduler: Scheduler, executor: SerialExecutor, intake: Intake, meter: Meter) -> None:
+    def __init__(
+        self, scheduler: Scheduler, executor: SerialExecutor, intake: Intake, meter: Meter, device: torch.device
+    ) -> None:
         self._scheduler, self._executor, self._intake, self._meter = scheduler, executor, intake, meter
+        self._device = device
         self._arrived: list[Ticket] = []
         self._signal = threading.Condition()
         self._closing = self._cancelling = False
@@ -93,6 +97,8 @@ class Worker:
         self._executor.close()
 
     def _loop(self) -> None:
+        if self._device.index is not None and self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread; libraries' kernels are launched on the current one
         while True:
             with self._signal:
                 idle = not self._scheduler.has_work()
