@@ -147,7 +147,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=8, metavar="N")
     parser.add_argument("--vocab-size", type=int, default=Shape.vocab_size, metavar="N", help="of which prompts are made")
     parser.add_argument("--batch", type=int, default=16, metavar="SEQUENCES", help="gpu_batch_size")
-    parser.add_argument("--batch-tokens", type=int, default=128, metavar="TOKENS", help="gpu_batch_tokens and block_tokens")
+    parser.add_argument("--batch-tokens", type=int, default=256, metavar="TOKENS", help="gpu_batch_tokens and block_tokens")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     options = parser.parse_args(arguments)
     if options.memory is None and options.device == "cpu":
