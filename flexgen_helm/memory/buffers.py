@@ -1,4 +1,4 @@
-"""Memory at page boundaries that is there before its first use, as direct reads and copies to a GPU need it."""
+"""Memory at page boundaries: there before its first use, as direct reads and copies to a GPU need it, or with its use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import OutOfSpace
+from flexgen_helm.memory.limits import gib
 
 PAGE = 4096
 """Direct I/O wants addresses, offsets and lengths in multiples of this many bytes."""
@@ -35,21 +36,36 @@ def allocate(num_bytes: int, *, pin: bool = False) -> Tensor:
     Raises:
         OutOfSpace: If there is not so much memory.
     """
-    size = padded(max(num_bytes, 1))
-    try:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, ValueError, OverflowError) as error:
-        raise OutOfSpace(
-            f"{size / 2**30:.2f} GiB of memory could not be taken ({error}). Put a smaller share on the host, or free memory."
-        ) from error
+    pages = _mapped(num_bytes)
     with contextlib.suppress(OSError):  # a kernel without huge pages; with them direct reads take half of the CPU's time
         pages.madvise(mmap.MADV_HUGEPAGE)
-    owner = (ctypes.c_ubyte * size).from_buffer(pages)  # dies before the pages do, which unpinning needs
+    owner = (ctypes.c_ubyte * len(pages)).from_buffer(pages)  # dies before the pages do, which unpinning needs
     memory = torch.frombuffer(owner, dtype=torch.uint8)
     memory[::PAGE] = 0
     if pin:
         _pin(memory, owner)
     return memory
+
+
+def lazy_zeros(num_bytes: int) -> Tensor:
+    """Return zeros, of which each page takes memory from its first use on; all are given back with the last tensor.
+
+    What the C library allocates up to 32 MiB it may keep: caches that grow layer by layer took twice their size.
+
+    Raises:
+        OutOfSpace: If there are not so many addresses.
+    """
+    return torch.frombuffer(_mapped(num_bytes), dtype=torch.uint8)[:num_bytes]
+
+
+def _mapped(num_bytes: int) -> mmap.mmap:
+    size = padded(max(num_bytes, 1))
+    try:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError) as error:
+        raise OutOfSpace(
+            f"{gib(size)} of memory could not be taken ({error}). Put a smaller share on the host, or free memory."
+        ) from error
 
 
 def _pin(memory: Tensor, owner: ctypes.Array[ctypes.c_ubyte]) -> None:

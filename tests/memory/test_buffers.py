@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from flexgen_helm.errors import OutOfSpace
-from flexgen_helm.memory.buffers import PAGE, allocate, padded
+from flexgen_helm.memory.buffers import PAGE, allocate, lazy_zeros, padded
+from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
 
 SIZE = 64 * 2**20
 
@@ -37,6 +40,35 @@ def test_memory_is_there_before_its_first_use_and_freed_with_its_last_view() -> 
     assert resident_bytes() - before > 0.9 * SIZE
     del view
     assert resident_bytes() - before < 0.1 * SIZE
+
+
+def test_lazy_zeros_take_memory_where_they_are_used_and_give_it_back() -> None:
+    gc.collect()
+    before = resident_bytes()
+    memory = lazy_zeros(SIZE).view(2, -1)
+    assert resident_bytes() - before < 0.1 * SIZE
+    memory[1] += 3
+    assert 0.4 * SIZE < resident_bytes() - before < 0.6 * SIZE
+    assert int(memory[0].max()) == 0
+    del memory
+    assert resident_bytes() - before < 0.1 * SIZE
+
+
+def test_kept_pages_are_never_copied_in_ram() -> None:
+    """The C library keeps tensors up to 32 MiB that are freed: caches that grew layer by layer took twice their size."""
+    capacity, num_layers = 512, 20
+    cache = PagedCache(PagePool(capacity))
+    k = torch.zeros(1, 8, 64)
+    page_bytes = 2 * k.nbytes * PAGE_TOKENS
+    gc.collect()
+    before, peak = resident_bytes(), 0
+    for pages in range(0, capacity + 1, 64):
+        cache.reserve(kept=pages, transient=0)
+        for j in range(num_layers):
+            for x in cache.tensors(CacheKey(j, 0), k, k, ["device"])["device"]:
+                x[max(0, pages - 64) : pages] = 1.0
+        peak = max(peak, resident_bytes() - before)
+    assert peak == pytest.approx(capacity * num_layers * page_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize("num_bytes", [2**50, 2**63])
