@@ -85,11 +85,12 @@ def build(source: ModelSource, policy: Policy, rows: KindChoice, placing: Placin
     plan = plan_weights(whole, policy, space)
     meter = Meter(source.device)
     if plan.is_resident:
-        loaded = _load_resident(source, plan, rows)
+        loaded = _load_resident(source, plan, space, rows)
         checked, weights = check_model(loaded, policy, rows), None
     else:
         logger.info("%s does not stay on the device as a whole: weights %s", source.name, plan.describe())
-        checked, loaded, weights = _load_offloaded(source, whole, plan, policy, rows, folder, meter)
+        few = _check_first_layers(source, plan, space, policy, rows)
+        checked, loaded, weights = _load_offloaded(source, whole, plan, few, folder, meter)
     log_choice(loaded, checked)
     for tier, count in plan.resident_bytes.items():
         meter.hold(tier, "resident weights", count)
@@ -137,10 +138,10 @@ def _empty(source: ModelSource) -> PreTrainedModel:
     return whole
 
 
-def _load_resident(source: ModelSource, plan: WeightPlan, rows: KindChoice) -> LoadedModel:
+def _load_resident(source: ModelSource, plan: WeightPlan, space: Space, rows: KindChoice) -> LoadedModel:
     size = sum(plan.sizes.values())
     if size > LARGE_BYTES:
-        _check_first_layers(source, small_policy(source.device), rows)
+        _check_first_layers(source, plan, space, small_policy(source.device), rows)
         logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
     return source.load()
 
@@ -149,14 +150,13 @@ def _load_offloaded(
     source: ModelSource,
     whole: PreTrainedModel,
     plan: WeightPlan,
-    policy: Policy,
-    rows: KindChoice,
+    few: tuple[Kind, Verdict, str | None],
     folder: Path,
     meter: Meter,
 ) -> tuple[CheckedModel, LoadedModel, WeightStore | None]:
-    """Check the first layers, then load the model layer by layer to where the plan puts them."""
-    kind, few, not_packed = _check_first_layers(source, policy, rows)
-    verdict = few.of_all_layers(layer_kinds(whole, layers_of(whole)))
+    """Load a model of which the first layers were checked, layer by layer, to where the plan puts them."""
+    kind, verdict, not_packed = few
+    verdict = verdict.of_all_layers(layer_kinds(whole, layers_of(whole)))
     identity = {"weights": source.digest(), "dtype": str(source.dtype), "transformers": library_version}
     offloader = Offloader(plan, device=source.device, folder=folder, identity=identity)
     try:
@@ -169,8 +169,13 @@ def _load_offloaded(
     return CheckedModel(kind, model, verdict, not_packed), loaded, weights
 
 
-def _check_first_layers(source: ModelSource, policy: Policy, rows: KindChoice) -> tuple[Kind, Verdict, str | None]:
+def _check_first_layers(
+    source: ModelSource, plan: WeightPlan, space: Space, policy: Policy, rows: KindChoice
+) -> tuple[Kind, Verdict, str | None]:
     """What `check_model` says of the first layers, of which nothing stays in memory."""
+    if space.separate and plan.checking_bytes > space.of("device"):
+        logger.info("%s: the first layers are checked on the CPU, since the device has no room for their copy", source.name)
+        source, policy = replace(source, device=CPU), small_policy(CPU)
     checked = check_model(source.first_layers(), policy, rows)
     found = checked.kind, checked.verdict, checked.not_packed
     del checked

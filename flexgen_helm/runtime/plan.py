@@ -60,7 +60,7 @@ class WeightPlan:
     working_bytes: int
     """That computing takes on the device."""
     checking_bytes: int
-    """That the self-check takes before anything else is loaded."""
+    """That the self-check takes before anything else is loaded, on the device if it has room for it, else on the host."""
 
     @property
     def streamed(self) -> list[int]:
@@ -122,7 +122,6 @@ class WeightPlan:
         peak["device"] += self.working_bytes
         loading = LOADED_AT_ONCE * max(self.sizes.values())
         if self.separate:
-            peak["device"] = max(peak["device"], self.checking_bytes)
             peak["host"] = max(peak["host"], resting["host"] + loading)
         else:
             ram = peak.pop("device") + peak["host"]

@@ -155,6 +155,18 @@ def test_shares_are_reported_and_peaks_compared_with_limits(
     assert "more memory was used than allowed" in warnings[0]
 
 
+def test_layers_too_large_for_the_device_are_checked_on_the_cpu(
+    bench: Workbench, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of a 16-bit model needs three times its layers: more than where they are computed one at a time."""
+    monkeypatch.setattr("flexgen_helm.runtime.plan.checking_bytes", lambda *_: 2**60)
+    with caplog.at_level(logging.INFO), load(bench, tmp_path, copy_host=True) as engine:
+        assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
+    assert any("checked on the CPU" in record.getMessage() for record in caplog.records)
+    with pytest.raises(PolicyError, match=r"self-check at load about 1073741824.00 GiB.*may be used there"):
+        load(bench, tmp_path)
+
+
 def test_all_on_the_device_offloads_nothing(bench: Workbench, tmp_path: Path) -> None:
     with load(bench, tmp_path, POLICY) as engine:
         assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
