@@ -173,7 +173,7 @@ def _check_first_layers(
     source: ModelSource, plan: WeightPlan, space: Space, policy: Policy, rows: KindChoice
 ) -> tuple[Kind, Verdict, str | None]:
     """What `check_model` says of the first layers, of which nothing stays in memory."""
-    if space.separate and plan.checking_bytes > space.of("device"):
+    if space.separate and plan.first_layers_bytes + plan.checking_bytes > space.of("device"):
         logger.info("%s: the first layers are checked on the CPU, since the device has no room for their copy", source.name)
         source, policy = replace(source, device=CPU), small_policy(CPU)
     checked = check_model(source.first_layers(), policy, rows)

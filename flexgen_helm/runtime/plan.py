@@ -13,7 +13,7 @@ from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.slab import SlabLayout, layout_of
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.runtime.layers import layers_of, shared_layers
-from flexgen_helm.runtime.working_memory import cache_bytes_per_token, checking_bytes, working_bytes
+from flexgen_helm.runtime.working_memory import cache_bytes_per_token, checking_bytes, first_layers_bytes, working_bytes
 from flexgen_helm.types import TIERS, Policy, RunStats, Shares, Tier
 
 FITS_SHARE = 0.8
@@ -60,7 +60,9 @@ class WeightPlan:
     working_bytes: int
     """That computing takes on the device."""
     checking_bytes: int
-    """That the self-check takes before anything else is loaded, on the device if it has room for it, else on the host."""
+    """That the self-check takes beside the layers that it checks."""
+    first_layers_bytes: int
+    """Of the layers that are checked before anything else is loaded, where not all stay on the device."""
 
     @property
     def streamed(self) -> list[int]:
@@ -121,11 +123,14 @@ class WeightPlan:
         peak, resting = dict(self.needed_bytes), self.weight_bytes
         peak["device"] += self.working_bytes
         loading = LOADED_AT_ONCE * max(self.sizes.values())
+        checked = sum(self.sizes.values()) if self.is_resident else self.first_layers_bytes
         if self.separate:
+            if self.is_resident:
+                peak["device"] = max(peak["device"], checked + self.checking_bytes)
             peak["host"] = max(peak["host"], resting["host"] + loading)
         else:
             ram = peak.pop("device") + peak["host"]
-            peak["host"] = max(ram, resting["device"] + resting["host"] + loading, self.checking_bytes)
+            peak["host"] = max(ram, resting["device"] + resting["host"] + loading, checked + self.checking_bytes)
         return peak
 
     def describe(self) -> str:
@@ -161,6 +166,7 @@ def plan_weights(model: PreTrainedModel, policy: Policy, space: Space) -> Weight
         policy.prefetch,
         working_bytes(model, policy),
         checking_bytes(model, policy),
+        first_layers_bytes(model),
     )
     if policy.weights == (1.0, 0.0, 0.0) or (policy.weights is None and _fits(whole, space)):
         plan = whole
@@ -292,7 +298,7 @@ def _check(plan: WeightPlan, space: Space, policy: Policy) -> None:
         if count > space.of(tier):
             work = (
                 f"; computing with gpu_batch_tokens={policy.gpu_batch_tokens} takes about {gib(plan.working_bytes)}, and the "
-                f"self-check at load about {gib(plan.checking_bytes)}"
+                f"self-check at load about {gib(plan.checking_bytes)} beside {gib(plan.first_layers_bytes)} of first layers"
             )
             raise PolicyError(
                 f"Weights on the {tier} need {gib(count)} with weights={policy.weights} and prefetch={policy.prefetch} (parts: "

@@ -48,14 +48,18 @@ def block_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     return num_tokens * _vocab_and_hidden(model)[1] * model.dtype.itemsize * HIDDEN_COPIES
 
 
-def checking_bytes(model: PreTrainedModel, policy: Policy) -> int:
-    """Most bytes that the self-check of the first layers takes, those layers included; 16-bit models are checked in fp32."""
+def first_layers_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model of as many of the first layers as hold one of every kind."""
     layers = layers_of(model)
     vocab, hidden = _vocab_and_hidden(model)
     weights = sum(p.nbytes for layer in layers[: num_layers_of_every_kind(model, layers)] for p in layer.parameters())
-    weights += 2 * min(FEW_TOKENS, vocab) * hidden * model.dtype.itemsize
-    copies = 1 if model.dtype == torch.float32 else 1 + FP32 // model.dtype.itemsize
-    return weights * copies + working_bytes(model, policy)
+    return weights + 2 * min(FEW_TOKENS, vocab) * hidden * model.dtype.itemsize
+
+
+def checking_bytes(model: PreTrainedModel, policy: Policy) -> int:
+    """Most bytes that the self-check takes beside the model; of one in 16 bits the first layers are copied in fp32."""
+    copies = 0 if model.dtype == torch.float32 else FP32 // model.dtype.itemsize
+    return copies * first_layers_bytes(model) + working_bytes(model, policy)
 
 
 def cache_bytes_per_token(model: PreTrainedModel) -> int:
