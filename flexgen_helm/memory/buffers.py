@@ -15,8 +15,6 @@ from flexgen_helm.memory.limits import gib
 
 PAGE = 4096
 """Direct I/O wants addresses, offsets and lengths in multiples of this many bytes."""
-MAP_NORESERVE = 0x4000
-"""Of Linux; Python does not name it. Without it, what is mapped and unused counts when a process forks, which then fails."""
 
 
 def padded(num_bytes: int) -> int:
@@ -55,15 +53,15 @@ def lazy_zeros(num_bytes: int) -> Tensor:
     What the C library allocates up to 32 MiB it may keep: caches that grow layer by layer took twice their size.
 
     Raises:
-        OutOfSpace: If there are not so many addresses.
+        OutOfSpace: If there is not so much memory.
     """
-    return torch.frombuffer(_mapped(num_bytes, MAP_NORESERVE), dtype=torch.uint8)[:num_bytes]
+    return torch.frombuffer(_mapped(num_bytes), dtype=torch.uint8)[:num_bytes]
 
 
-def _mapped(num_bytes: int, flags: int = 0) -> mmap.mmap:
+def _mapped(num_bytes: int) -> mmap.mmap:
     size = padded(max(num_bytes, 1))
     try:
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags)
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
         raise OutOfSpace(
             f"{gib(size)} of memory could not be taken ({error}). Put a smaller share on the host, or free memory."

@@ -57,7 +57,7 @@ class PagedCache:
         meter = Meter(device) if meter is None else meter
         self._dtype, self.meter = dtype, meter
         self._capacities = None if pool is None else pool.capacities
-        self._kept = GrowingPages(None) if pool is None else GrowingPages(pool.capacities.device, device=device)
+        self._kept = GrowingPages(None if pool is None else pool.capacities.device)
         self._transient = GrowingPages(None)
         self._host = HostPages(0 if pool is None else pool.capacities.host)
         self.host_in_place = device.type == "cpu" and not copy_host

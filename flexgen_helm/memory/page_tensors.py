@@ -69,10 +69,7 @@ class PageShape(NamedTuple):
 
 
 class GrowingPages:
-    """Tensors of one kind of pages, which grow with the highest number in use.
-
-    In RAM, where unused pages take nothing, tensors have their final size from the beginning.
-    """
+    """Tensors of one kind of pages, which grow with the highest number in use."""
 
     def __init__(self, capacity: int | None, *, device: torch.device | None = None) -> None:
         """Nothing is allocated yet.
@@ -82,36 +79,29 @@ class GrowingPages:
             device: Where they are; None: where attention is computed.
         """
         self._capacity, self._device = capacity, device
-        self._final = capacity is not None and device is not None and device.type == "cpu"
-        """Whether tensors have their final size from the beginning."""
         self.num_bytes = 0
-        """That the pages in use take, in all tensors."""
+        """That all tensors take when their pages are in use."""
         self._pages = 0
         self._tensors: dict[tuple[CacheKey, PageShape], PageTensors] = {}
 
     def reserve(self, pages: int) -> None:
         """Make room for pages numbered below this; tensors follow at their next use."""
         if pages > self._pages:
-            grown = pages if self._final else max(pages, int(GROWTH * self._pages))
+            grown = max(pages, int(GROWTH * self._pages))
             self._pages = grown if self._capacity is None else min(grown, self._capacity)
-            self._measure()
 
     def tensors(self, key: CacheKey, shape: PageShape) -> PageTensors:
         """Storage of one attention call."""
         old = self._tensors.get((key, shape))
         if old is not None and len(old.k) >= self._pages:
             return old
-        pages = self._capacity if self._final and self._capacity is not None else self._pages
-        new = shape.allocate(pages, self._device or shape.device)
+        new = shape.allocate(self._pages, self._device or shape.device)
         if old is not None:
             for source, target in zip(old, new, strict=True):
                 target[: len(source)] = source
         self._tensors[key, shape] = new
-        self._measure()
+        self.num_bytes = sum(x.nbytes for tensors in self._tensors.values() for x in tensors)
         return new
-
-    def _measure(self) -> None:
-        self.num_bytes = self._pages * sum(sum(shape.num_bytes) for _, shape in self._tensors)
 
 
 class HostPages(GrowingPages):

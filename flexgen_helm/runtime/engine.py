@@ -33,6 +33,7 @@ from flexgen_helm.runtime.progress import Progress
 from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, validated
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
+from flexgen_helm.runtime.working_memory import setting
 from flexgen_helm.schedule.operations import ORDERS, Order
 from flexgen_helm.types import EngineInfo, Job, Policy, Result, RunStats
 
@@ -213,7 +214,7 @@ class Engine:
         parts, model = self._parts, self._loaded.model
         sizes = layer_sizes(
             self._checked.model.layers,
-            getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None),
+            setting(model, "num_experts_per_tok"),
             model.get_output_embeddings(),
             **parts.plan.bytes_per_sweep,
             copies=parts.space.separate,

@@ -20,9 +20,9 @@ FITS_SHARE = 0.8
 """A model fits on the device if it takes at most this share of it; the rest is for K, V, hidden states and logits."""
 CACHE_SHARE = 0.8
 """Share of what is left of a tier that K and V may take; the rest is for larger blocks and the caller."""
-MOST_OF_A_TIER = 0.9
-"""Share of a tier that is left to the cache, before weights, where sequences can fill it: each sweep reads the weights once for
-all of them, so that memory is worth more for another sequence than for another layer."""
+FILL_SHARE = 0.9
+"""Share of a tier that is filled where a model fits on none, and of this what the cache may have before weights: each sweep
+reads the weights once for all sequences, so that memory is worth more for another sequence than for another layer."""
 SEQUENCE_TOKENS = 512
 """Of the sequences for which weights leave room."""
 LOADED_AT_ONCE = 2
@@ -266,8 +266,8 @@ def _filling_shares(whole: WeightPlan, space: Space, cache: Shares, cache_bytes:
     largest = max(whole.sizes.values())  # shares are real to within a part
 
     def room(tier: Tier, taken: int, cache_share: float) -> float:
-        usable = max(0, space.of(tier) - taken - largest)
-        return min(1.0, (usable - min(cache_share * cache_bytes, MOST_OF_A_TIER * usable)) / total)
+        usable = max(0, FILL_SHARE * space.of(tier) - taken - largest)
+        return min(1.0, (usable - min(cache_share * cache_bytes, FILL_SHARE * usable)) / total)
 
     if not space.separate:
         device, host = 0.0, room("host", slots + whole.working_bytes, cache[0] + cache[1])

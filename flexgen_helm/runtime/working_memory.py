@@ -30,8 +30,8 @@ def working_bytes(model: PreTrainedModel, policy: Policy) -> int:
         policy: Its sizes of rows.
     """
     vocab, hidden = _vocab_and_hidden(model)
-    width = max(_outputs(layer, _setting(model, "num_experts_per_tok")) for layer in layers_of(model))
-    context = min(CONTEXT, _setting(model, "max_position_embeddings") or CONTEXT)
+    width = max(_outputs(layer, setting(model, "num_experts_per_tok")) for layer in layers_of(model))
+    context = min(CONTEXT, setting(model, "max_position_embeddings") or CONTEXT)
     heads, head_dim = _heads(model)
     row = width + 2 * hidden + -(-context // CHUNK_TOKENS) * heads * head_dim
     head = policy.gpu_batch_size * vocab * LOGITS_COPIES
@@ -65,7 +65,7 @@ def checking_bytes(model: PreTrainedModel, policy: Policy) -> int:
 def cache_bytes_per_token(model: PreTrainedModel) -> int:
     """About what K and V of a token take in all layers."""
     heads, head_dim = _heads(model)
-    return 2 * len(layers_of(model)) * (_setting(model, "num_key_value_heads") or heads) * head_dim * model.dtype.itemsize
+    return 2 * len(layers_of(model)) * (setting(model, "num_key_value_heads") or heads) * head_dim * model.dtype.itemsize
 
 
 def _outputs(layer: nn.Module, num_experts: int | None) -> int:
@@ -82,11 +82,11 @@ def _vocab_and_hidden(model: PreTrainedModel) -> tuple[int, int]:
 
 def _heads(model: PreTrainedModel) -> tuple[int, int]:
     """Number and size of the attention heads; without any, as if there were one."""
-    heads = _setting(model, "num_attention_heads") or 1
-    return heads, _setting(model, "head_dim") or _vocab_and_hidden(model)[1] // heads
+    heads = setting(model, "num_attention_heads") or 1
+    return heads, setting(model, "head_dim") or _vocab_and_hidden(model)[1] // heads
 
 
-def _setting(model: PreTrainedModel, name: str) -> int | None:
+def setting(model: PreTrainedModel, name: str) -> int | None:
     """A number that the config names, if it names one for all layers."""
     try:
         found = getattr(model.config.get_text_config(decoder=True), name, None)

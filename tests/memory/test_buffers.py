@@ -54,23 +54,13 @@ def test_lazy_zeros_take_memory_where_they_are_used_and_give_it_back() -> None:
     assert resident_bytes() - before < 0.1 * SIZE
 
 
-def test_a_process_with_more_lazy_zeros_than_memory_can_fork() -> None:
-    """As with several engines in one process, each of which may use all that is free."""
-    total = os.sysconf("SC_PHYS_PAGES") * PAGE
-    held = [lazy_zeros(total // 2) for _ in range(4)]
-    child = os.fork()
-    if not child:
-        os._exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert len(held) == 4
-
-
-def test_kept_pages_are_never_copied_in_ram() -> None:
+def test_kept_pages_that_grow_leave_nothing_behind() -> None:
     """The C library keeps tensors up to 32 MiB that are freed: caches that grew layer by layer took twice their size."""
     capacity, num_layers = 512, 20
     cache = PagedCache(PagePool(capacity))
     k = torch.zeros(1, 8, 64)
     page_bytes = 2 * k.nbytes * PAGE_TOKENS
+    torch.ones(31 * 2**20, dtype=torch.uint8)  # freed: from now on such sizes come from the heap
     gc.collect()
     before, peak = resident_bytes(), 0
     for pages in range(0, capacity + 1, 64):

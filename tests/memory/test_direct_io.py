@@ -64,20 +64,25 @@ def refuse_direct_requests(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, name, refusing(getattr(os, name)))
 
 
+def assert_reads_and_writes(io: DiskIO, path: Path) -> None:
+    """A whole file comes, and other content goes."""
+    file, memory = DirectFile(path, os.O_RDWR), allocate(SIZE)
+    io.read(file, 0, memory).result(timeout=10)
+    assert memory.numpy().tobytes() == path.read_bytes()
+    memory.random_(0, 256)
+    io.write(file, 0, memory).result(timeout=10)
+    assert memory.numpy().tobytes() == path.read_bytes()
+    file.close()
+
+
 def test_requests_that_are_refused_go_through_the_page_cache(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     refuse_direct_requests(monkeypatch)
     caplog.set_level(logging.INFO)
-    io, memory = DiskIO(), allocate(SIZE)
+    io = DiskIO()
     for _ in range(2):
-        file = DirectFile(path, os.O_RDWR)
-        io.read(file, 0, memory).result(timeout=10)
-        assert memory.numpy().tobytes() == path.read_bytes()
-        memory.random_(0, 256)
-        io.write(file, 0, memory).result(timeout=10)
-        assert memory.numpy().tobytes() == path.read_bytes()
-        file.close()
+        assert_reads_and_writes(io, path)
     assert caplog.text.count("no direct access") == 1
     io.close()
 
@@ -128,13 +133,7 @@ def test_the_system_may_move_less_than_it_was_asked_for(io: DiskIO, path: Path, 
     for name in ("preadv", "pwritev"):
         call = getattr(os, name)
         monkeypatch.setattr(os, name, lambda fd, views, at, call=call: call(fd, [views[0][: 256 * PAGE]], at))
-    file, memory = DirectFile(path, os.O_RDWR), allocate(SIZE)
-    io.read(file, 0, memory).result(timeout=10)
-    assert memory.numpy().tobytes() == path.read_bytes()
-    memory.random_(0, 256)
-    io.write(file, 0, memory).result(timeout=10)
-    assert memory.numpy().tobytes() == path.read_bytes()
-    file.close()
+    assert_reads_and_writes(io, path)
 
 
 def test_a_request_is_done_when_all_its_pieces_and_what_follows_are(io: DiskIO, path: Path) -> None:
