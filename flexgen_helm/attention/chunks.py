@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ class LocatedPages(NamedTuple):
     numbers: Tensor
     """Where they are in the tensors."""
     which: Tensor | None
+
+
+Kernel = Callable[[ChunkCall, Tensor, list[LocatedPages]], ChunkOutput]
+"""`attend_call` with a layer's scale and softcap."""
 
 
 def attend_call(call: ChunkCall, q: Tensor, pages: list[LocatedPages], *, scale: float, softcap: float | None) -> ChunkOutput:

@@ -9,7 +9,7 @@ import torch
 from greenlet import getcurrent
 from torch import Tensor
 
-from flexgen_helm.attention.chunks import LocatedPages, attend_call
+from flexgen_helm.attention.chunks import Kernel, LocatedPages
 from flexgen_helm.attention.kernels import ChunkOutput
 from flexgen_helm.attention.plan import ChunkCall
 from flexgen_helm.memory.meter import Meter
@@ -32,25 +32,23 @@ class HostAttention:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="flexgen-helm-attention")
 
     def begin(
-        self, name: str, calls: Sequence[ChunkCall], q: Tensor, store: PageTensors, *, scale: float, softcap: float | None
+        self, name: str, calls: Sequence[ChunkCall], queries: Tensor, store: PageTensors, kernel: Kernel
     ) -> list[Future[ChunkOutput]]:
-        """Start what the chunks of some calls say to queries ``[T, H, D]``, see `attend_call`.
+        """Start what the chunks of some calls say to queries ``[T, H, D]`` on the CPU.
 
         Args:
             name: Of the spans in the meter.
             calls: All pages of which are on the host.
-            q: The queries, where the other calls are computed.
+            queries: The queries.
             store: K and V on the host.
-            scale: Factor of the scores.
-            softcap: See `attend_chunk`.
+            kernel: Computes a call.
         """
-        queries = q.cpu()
 
         def attend(call: ChunkCall) -> ChunkOutput:
             pages = LocatedPages(store, call.pages[0].numbers, None)
             num_bytes = len(pages.numbers) * sum(x[0].nbytes for x in store)
             with torch.inference_mode(), self._meter.span("cpu_attention", name, num_bytes):
-                return attend_call(call, queries, [pages], scale=scale, softcap=softcap)
+                return kernel(call, queries, [pages])
 
         return [self._pool.submit(attend, call) for call in calls]
 

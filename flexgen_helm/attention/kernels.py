@@ -62,28 +62,49 @@ def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     return ChunkOutput(output.view(b, h, m, -1).transpose(1, 2), lse.transpose(1, 2))
 
 
-def merge_chunks(outputs: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """Merge the chunks of every query in increasing order of position, in fp32.
+class Merged(NamedTuple):
+    """What all chunks so far say to T queries: ``total [T, H, Dv] / den [T, H]``, weighted relative to ``top [T, H]``; fp32."""
+
+    top: Tensor
+    den: Tensor
+    total: Tensor
+
+
+def merge_chunks(before: Merged | None, outputs: Tensor, lse: Tensor) -> Merged:
+    """Merge some chunks of every query, in increasing order of position, with those before them.
 
     Args:
-        outputs: ``[R, T, H, Dv]`` fp32: what each of the T queries got from its r-th chunk, zeros where there is none.
-            Overwritten.
-        lse: ``[R, T, H]`` fp32, -inf where there is none.
-        sinks: ``[H]`` logits of an attention sink (GPT-OSS), or None.
-
-    Returns:
-        ``[T, H, Dv]`` fp32.
+        before: Of earlier positions; overwritten. None: there are none.
+        outputs: ``[R, T, H, Dv]`` fp32: what each of the T queries got from each of R chunks, zeros where it met none.
+        lse: ``[R, T, H]`` fp32, -inf where it met none.
     """
     top = lse.amax(0)
-    weights = torch.exp(lse - top)
-    den, total = weights[0], outputs[0]
-    if len(outputs) > 1:
+    if before is not None:
+        top = torch.maximum(before.top, top)
+    shift = top.masked_fill(top == NEG_INF, 0.0)
+    weights = torch.exp(lse - shift)
+    if before is None:
+        den, total = weights[0], outputs[0] * weights[0].unsqueeze(-1)
+        outputs, weights = outputs[1:], weights[1:]
+    else:
+        rescale = torch.exp(before.top - shift)
+        den, total = before.den * rescale, before.total.mul_(rescale.unsqueeze(-1))
+    for part, weight in zip(outputs, weights, strict=True):
         # Whether a kernel fuses product and sum depends on the place in the head at most, never on the neighbours.
-        total.mul_(den.unsqueeze(-1))
-        for part, weight in zip(outputs[1:], weights[1:], strict=True):
-            total.addcmul_(part, weight.unsqueeze(-1))
-            den = den + weight
-        total /= den.unsqueeze(-1)
+        total.addcmul_(part, weight.unsqueeze(-1))
+        den = den + weight
+    return Merged(top, den, total)
+
+
+def normalised(merged: Merged, sinks: Tensor | None) -> Tensor:
+    """The answers ``[T, H, Dv]`` in fp32, zeros for queries that met no chunk.
+
+    Args:
+        merged: All chunks; overwritten.
+        sinks: ``[H]`` logits of an attention sink (GPT-OSS), or None.
+    """
+    den = merged.den.masked_fill(merged.den == 0, 1.0)
+    total = merged.total.div_(den.unsqueeze(-1))
     if sinks is not None:
-        total *= (1 / (1 + torch.exp(sinks.float() - top) / den)).unsqueeze(-1)
+        total *= (1 / (1 + torch.exp(sinks.float() - merged.top) / den)).unsqueeze(-1)
     return total

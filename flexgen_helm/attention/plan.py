@@ -21,6 +21,8 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.memory.cache import Place
 from flexgen_helm.schedule.rows import Row, Segment
 
+WINDOW_CHUNKS = 4
+"""Chunks of keys whose outputs are held until they are merged; chunks of other windows never meet in one call."""
 QUERY_PAD = 16
 OWN_QUERIES = (16, 32, 64, 96, 128)
 """Numbers of queries to which those of a sequence's last chunk are padded."""
@@ -87,7 +89,7 @@ class ChunkCall:
     dead: Tensor | None
     """Bool for each real query: those to which the mask shows nothing of this chunk."""
     outputs: Index = field(default_factory=lambda: slice(0))
-    """Where the outputs go: row t of rank r is at r * T + t."""
+    """Where the outputs go: row t of the window's r-th chunk is at r * T + t."""
 
     @property
     def is_on_host(self) -> bool:
@@ -103,17 +105,15 @@ class ChunkCall:
 
 
 @dataclass
-class AttentionPlan:
-    """All calls of a row. A query's r-th chunk, in order of position, has rank r."""
+class Window:
+    """All calls of a row over a few consecutive chunks."""
 
     calls: list[ChunkCall]
     host_calls: list[ChunkCall]
     """Those that are computed on the CPU, beside the others."""
-    num_ranks: int
-    idle: Tensor
-    """Positions in the row that attend to nothing: padding."""
+    num_chunks: int
     absent: Tensor
-    """Where no call writes, see `ChunkCall.outputs`: queries that meet fewer chunks than others."""
+    """Where no call writes, see `ChunkCall.outputs`: queries that do not meet every chunk."""
 
 
 class _Visit(NamedTuple):
@@ -135,8 +135,8 @@ class _Visit(NamedTuple):
         return range(self.offset + self.first - self.segment.start, self.offset + self.last - self.segment.start)
 
 
-def plan_attention(row: Row, pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
-    """Plan a row's attention.
+def plan_attention(row: Row, pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> list[Window]:
+    """Plan a row's attention, in windows in order of position, of which there is at least one.
 
     Args:
         row: The row; its padding attends to nothing.
@@ -155,11 +155,19 @@ class _Planner:
         self.met: list[list[tuple[int, int]]] = []
         """For each call, the position in the row and the chunk of each real query."""
 
-    def plan(self) -> AttentionPlan:
-        """Sort the row's visits into as few kernel calls as possible."""
+    def plan(self) -> list[Window]:
+        """Sort the visits of each window into as few kernel calls as possible."""
+        by_window: dict[int, list[tuple[_Visit, bool]]] = defaultdict(list)
+        for visit, is_own in self._visits():
+            by_window[visit.chunk // WINDOW_CHUNKS].append((visit, is_own))
+        windows = [self._window(by_window[i]) for i in sorted(by_window)]
+        return [window for window in windows if window.calls or window.host_calls] or windows[:1]
+
+    def _window(self, visits: list[tuple[_Visit, bool]]) -> Window:
+        self.calls, self.met = [], []
         together: dict[tuple[bool, int, tuple[int, ...]], list[_Visit]] = {}
         own: list[_Visit] = []
-        for visit, is_own in self._visits():
+        for visit, is_own in visits:
             if is_own:
                 own.append(visit)
             else:
@@ -171,7 +179,7 @@ class _Planner:
             self._own_chunks(own)
         for group in together.values():
             self._stacked([group], -(-sum(visit.num_queries for visit in group) // QUERY_PAD) * QUERY_PAD)
-        return self._ranked()
+        return self._placed()
 
     def _visits(self) -> Iterator[tuple[_Visit, bool]]:
         offset = 0
@@ -273,22 +281,17 @@ class _Planner:
     def _additive(self, allowed: Tensor) -> Tensor:
         return torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, NEG_INF)
 
-    def _ranked(self) -> AttentionPlan:
-        """Number the chunks of each query in order of position."""
-        chunks: list[list[int]] = [[] for _ in range(self.row.size)]
-        for met in self.met:
-            for t, chunk in met:
-                chunks[t].append(chunk)
-        ranks = [{chunk: rank for rank, chunk in enumerate(sorted(found))} for found in chunks]
+    def _placed(self) -> Window:
+        """Give every call its places among the window's outputs."""
+        num_chunks = max((chunk % WINDOW_CHUNKS + 1 for met in self.met for _, chunk in met), default=1)
+        absent = torch.ones(num_chunks * self.row.size, dtype=torch.bool, device=self.device)
         for call, met in zip(self.calls, self.met, strict=True):
-            call.outputs = self._index([ranks[t][chunk] * self.row.size + t for t, chunk in met])
-        idle = torch.tensor([t for t, found in enumerate(chunks) if not found], dtype=torch.long, device=self.device)
-        num_ranks = max(1, *map(len, chunks))
-        absent = [rank * self.row.size + t for t, found in enumerate(chunks) for rank in range(len(found), num_ranks)]
+            call.outputs = self._index([chunk % WINDOW_CHUNKS * self.row.size + t for t, chunk in met])
+            absent[call.outputs] = False
         away = [call for call in self.calls if self.pages.host_attends and call.is_on_host]
         here = [call for call in self.calls if call not in away]
         away = [call.moved_to(torch.device("cpu")) for call in away]
-        return AttentionPlan(here, away, num_ranks, idle, torch.tensor(absent, dtype=torch.long, device=self.device))
+        return Window(here, away, num_chunks, absent.nonzero()[:, 0])
 
 
 def _padded(rows: list[int], count: int, row_size: int) -> tuple[list[int], int]:

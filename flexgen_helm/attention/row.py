@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from flexgen_helm.attention.chunks import LocatedPages, attend_call
+from flexgen_helm.attention.chunks import Kernel, LocatedPages, attend_call
 from flexgen_helm.attention.host import HostAttention, rest
-from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, merge_chunks
+from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.places import RowPages
-from flexgen_helm.attention.plan import AttentionPlan, ChunkCall, MaskRule, as_index, plan_attention
+from flexgen_helm.attention.plan import ChunkCall, MaskRule, Window, as_index, plan_attention
 from flexgen_helm.memory.cache import PagedCache, Place
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.page_tensors import CacheKey, PageTensors
@@ -81,6 +82,25 @@ class _Writes:
         return pages, tokens
 
 
+class _Outputs:
+    """What a row's T queries got from the chunks of a window: ``[R, T, H, Dv]`` and log-sum-exps ``[R, T, H]``, fp32."""
+
+    def __init__(self, window: Window, q: Tensor, value_dim: int) -> None:
+        shape = (window.num_chunks, *q.shape[:2])
+        self.outputs = torch.empty(*shape, value_dim, dtype=torch.float32, device=q.device)
+        self.lse = torch.full(shape, NEG_INF, dtype=torch.float32, device=q.device)
+        self.outputs.flatten(0, 1)[window.absent] = 0.0
+
+    def keep(self, call: ChunkCall, part: ChunkOutput) -> None:
+        """Put the answers to a call in their places."""
+        output, lse = part.output.to(self.lse.device), part.lse.to(self.lse.device)
+        if call.dead is not None:
+            output.masked_fill_(call.dead[:, None, None], 0.0)
+            lse.masked_fill_(call.dead[:, None], NEG_INF)
+        self.outputs.flatten(0, 1)[call.outputs] = output.float()
+        self.lse.flatten(0, 1)[call.outputs] = lse
+
+
 class RowAttention:
     """The attention of one row, layer after layer. Its plan is made once for each mask rule."""
 
@@ -96,7 +116,7 @@ class RowAttention:
         self._row, self._cache, self._device, self._host = row, cache, device, host
         self._pages = RowPages(row, cache, host_attends=host is not None)
         self._writes = _Writes(row, self._pages, device)
-        self._plans: dict[int, AttentionPlan] = {}
+        self._plans: dict[int, list[Window]] = {}
         self._loaded: dict[int, Loaded] = {}
         """By layer, what was brought for this row."""
 
@@ -141,45 +161,32 @@ class RowAttention:
         stores = self._cache.tensors(key, k, v, self._pages.places)
         locate = self._locate(key.layer)
         self._writes.apply(stores, locate, (k, v))
-        plan = self._plan(rule, q)
-        shape = (plan.num_ranks, *q.shape[:2])
-        outputs = torch.empty(*shape, v.shape[-1], dtype=torch.float32, device=q.device)
-        lse = torch.full(shape, NEG_INF, dtype=torch.float32, device=q.device)
-        outputs.flatten(0, 1)[plan.absent] = 0.0
-        lse[0, plan.idle] = 0.0
-
-        def keep(call: ChunkCall, part: ChunkOutput) -> None:
-            output, part_lse = part.output.to(q.device), part.lse.to(q.device)
-            if call.dead is not None:
-                output.masked_fill_(call.dead[:, None, None], 0.0)
-                part_lse.masked_fill_(call.dead[:, None], NEG_INF)
-            outputs.flatten(0, 1)[call.outputs] = output.float()
-            lse.flatten(0, 1)[call.outputs] = part_lse
-
-        beside = self._begin_on_host(f"compute {key.layer}", plan, q, stores, scale=scale, softcap=softcap)
-        for call in plan.calls:
-            pages = [LocatedPages(stores[x.place], locate(x.place, x.numbers), x.which) for x in call.pages]
-            keep(call, attend_call(call, q, pages, scale=scale, softcap=softcap))
-        if beside:
-            rest()
-        for call, future in zip(plan.host_calls, beside, strict=True):
-            keep(call, future.result())
-        return merge_chunks(outputs, lse, sinks).to(qkv[2].dtype)
+        windows = self._plan(rule, q)
+        kernel = partial(attend_call, scale=scale, softcap=softcap)
+        beside = self._begin_on_host(f"compute {key.layer}", windows, q, stores, kernel)
+        merged: Merged | None = None
+        for window, futures in zip(windows, beside, strict=True):
+            outputs = _Outputs(window, q, v.shape[-1])
+            for call in window.calls:
+                pages = [LocatedPages(stores[x.place], locate(x.place, x.numbers), x.which) for x in call.pages]
+                outputs.keep(call, kernel(call, q, pages))
+            if any(not future.done() for future in futures):
+                rest()
+            for call, future in zip(window.host_calls, futures, strict=True):
+                outputs.keep(call, future.result())
+            merged = merge_chunks(merged, outputs.outputs, outputs.lse)
+        assert merged is not None
+        return normalised(merged, sinks).to(qkv[2].dtype)
 
     def _begin_on_host(
-        self,
-        name: str,
-        plan: AttentionPlan,
-        q: Tensor,
-        stores: Mapping[Place, PageTensors],
-        *,
-        scale: float,
-        softcap: float | None,
-    ) -> list[Future[ChunkOutput]]:
-        if not plan.host_calls:
-            return []
+        self, name: str, windows: list[Window], q: Tensor, stores: Mapping[Place, PageTensors], kernel: Kernel
+    ) -> list[list[Future[ChunkOutput]]]:
+        """Start what is computed on the CPU; for each window the answers to its calls there."""
+        if not any(window.host_calls for window in windows):
+            return [[] for _ in windows]
         assert self._host is not None
-        return self._host.begin(name, plan.host_calls, q, stores["host"], scale=scale, softcap=softcap)
+        queries = q.cpu()
+        return [self._host.begin(name, window.host_calls, queries, stores["host"], kernel) for window in windows]
 
     def _locate(self, j: int) -> Locate:
         """Wait for the pages of layer j that had to be brought; returns where all pages are."""
@@ -190,7 +197,7 @@ class RowAttention:
         self._cache.working.wait(self._loaded[j])
         return lambda place, index: slots[index] if place == "staged" else index
 
-    def _plan(self, rule: MaskRule, q: Tensor) -> AttentionPlan:
+    def _plan(self, rule: MaskRule, q: Tensor) -> list[Window]:
         if id(rule) not in self._plans:
             self._plans[id(rule)] = plan_attention(self._row, self._pages, rule, dtype=q.dtype, device=self._device)
         return self._plans[id(rule)]

@@ -55,12 +55,23 @@ class PageShape(NamedTuple):
         """Bytes of one token's K and V."""
         return sum(self.num_bytes) // PAGE_TOKENS
 
-    def allocate(self, pages: int, device: torch.device) -> PageTensors:
-        """Tensors of zeros: what is masked is multiplied by 0, which must not meet a NaN of uninitialised memory."""
-        if device.type == "cpu":
-            return self.view(*(lazy_zeros(pages * size).view(pages, size) for size in self.num_bytes))
-        sizes = ((pages, heads, PAGE_TOKENS, dim) for heads, dim in (self.k, self.v))
-        return PageTensors(*(torch.zeros(size, dtype=self.dtype, device=device) for size in sizes))
+    def allocate(self, pages: int, device: torch.device, old: list[Tensor] | None = None) -> PageTensors:
+        """Tensors of zeros: what is masked is multiplied by 0, which must not meet a NaN of uninitialised memory.
+
+        Args:
+            pages: How many.
+            device: Where.
+            old: K and V that the first pages hold. They leave the list as they are copied, so that never both are there twice.
+        """
+        new = []
+        for heads, dim in (self.k, self.v):
+            num_bytes = pages * heads * PAGE_TOKENS * dim * self.dtype.itemsize
+            zeros = lazy_zeros(num_bytes) if device.type == "cpu" else torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+            new.append(zeros.view(self.dtype).view(pages, heads, PAGE_TOKENS, dim))
+            if old:
+                new[-1][: len(old[0])] = old[0]
+                del old[0]
+        return PageTensors(*new)
 
     def view(self, k: Tensor, v: Tensor) -> PageTensors:
         """Bytes ``[pages, bytes]`` of K and of V, one page a row, as what they mean."""
@@ -92,13 +103,11 @@ class GrowingPages:
 
     def tensors(self, key: CacheKey, shape: PageShape) -> PageTensors:
         """Storage of one attention call."""
-        old = self._tensors.get((key, shape))
-        if old is not None and len(old.k) >= self._pages:
-            return old
-        new = shape.allocate(self._pages, self._device or shape.device)
-        if old is not None:
-            for source, target in zip(old, new, strict=True):
-                target[: len(source)] = source
+        found = self._tensors.get((key, shape))
+        if found is not None and len(found.k) >= self._pages:
+            return found
+        del found
+        new = shape.allocate(self._pages, self._device or shape.device, list(self._tensors.pop((key, shape), ())))
         self._tensors[key, shape] = new
         self.num_bytes = sum(x.nbytes for tensors in self._tensors.values() for x in tensors)
         return new

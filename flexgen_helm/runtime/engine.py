@@ -28,6 +28,7 @@ from flexgen_helm.runtime.jobs import PreparedJob, prepare
 from flexgen_helm.runtime.kinds import CachePlaces, Kind, KindChoice, make_rows, validated_kind
 from flexgen_helm.runtime.limit import layer_sizes, measure_rates, note_limit
 from flexgen_helm.runtime.loading import named_dtype, open_dummy, open_model
+from flexgen_helm.runtime.packed import rows_at_once
 from flexgen_helm.runtime.plan import cache_capacities, exceeded, left_bytes
 from flexgen_helm.runtime.progress import Progress
 from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, validated
@@ -39,7 +40,7 @@ from flexgen_helm.types import EngineInfo, Job, Policy, Result, RunStats
 
 logger = logging.getLogger(__name__)
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
 
 
@@ -241,7 +242,13 @@ class Engine:
         if policy.cache[2] or policy.hidden[2]:
             make_folder(parts.folder)
         left = left_bytes(parts.plan, parts.space, free_space(self._device, parts.folder))
-        self._capacities = cache_capacities(policy.cache, left, separate=separate)
+        self._capacities = cache_capacities(
+            policy.cache,
+            left,
+            separate=separate,
+            num_layers=parts.plan.num_layers,
+            rows_at_once=rows_at_once(rests=separate and policy.cpu_attention > 0),
+        )
         places = CachePlaces(
             self._capacities,
             device=self._device,

@@ -104,12 +104,12 @@ class PackedRows:
         return True
 
     def reserve(self, sweep: Sweep) -> None:
-        """Make room for a sweep's pages: of those that are brought, for the row that computes, the next, and one that rests."""
+        """Make room for a sweep's pages."""
         decode = [id(row) for row in sweep.rows if row.kind == "decode"]
         share = self._cpu_share
         self._on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
         pages = [RowPages(row, self._cache, host_attends=id(row) in self._on_host) for row in sweep.rows]
-        staged = (3 if self._on_host else 2) * max((len(found.staged.pages) for found in pages), default=0)
+        staged = rows_at_once(rests=bool(self._on_host)) * max((len(found.staged.pages) for found in pages), default=0)
         host, _ = sweep.num_offloaded_pages
         self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages, host=host, staged=staged)
 
@@ -205,6 +205,11 @@ class PackedRows:
         # While this call rested, that of another row ran.
         self._running, self._key = recording, current._replace(call=current.call + 1)
         return output
+
+
+def rows_at_once(*, rests: bool) -> int:
+    """Rows whose pages are brought at a time: the one that computes, the next, and one that rests while the CPU attends."""
+    return 3 if rests else 2
 
 
 def _mask_rule(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> MaskRule:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ from flexgen_helm.schedule.rows import Segment, Sweep, pack_prefill
 from flexgen_helm.types import Policy
 
 FAR_POSITION = 16_384
-FAR_ROW = 64
-"""Of a larger row every token would take memory for all chunks of keys up to the far position."""
 CUTS: Cuts = ((21, 11), (13, 12))
 """Packed in one row, continued in the next, in the other order."""
 LONG_CUTS: Cuts = ((300, 187), (29, 7))
@@ -106,7 +103,6 @@ def _run(
 def _beside_far_neighbour(model: RecordedModel, policy: Policy, tokens: Tokens, max_length: int, cache: PagedCache) -> Tensor:
     """A short sequence beside one near the end of the context, whose page table is one page over and over."""
     near = _whole(tokens)[0]
-    small = replace(policy, gpu_batch_tokens=min(policy.gpu_batch_tokens, FAR_ROW))
     start = min(max_length, FAR_POSITION) - 3
     far = Segment(tokens[:3], start, [len(near.table)] * (start // PAGE_TOKENS + 2))
-    return _run(model, small, [far, near], cache=cache)[0]
+    return _run(model, policy, [far, near], cache=cache)[0]

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from flexgen_helm.errors import PolicyError, UnsupportedModel
 from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.slab import SlabLayout, layout_of
+from flexgen_helm.memory.staging import NUM_BUFFERS
 from flexgen_helm.memory.tiers import interleave
+from flexgen_helm.memory.working_set import TRANSFER_BYTES
 from flexgen_helm.runtime.layers import layers_of, shared_layers
 from flexgen_helm.runtime.working_memory import cache_bytes_per_token, checking_bytes, first_layers_bytes, working_bytes
 from flexgen_helm.types import TIERS, Policy, RunStats, Shares, Tier
@@ -199,17 +201,28 @@ def left_bytes(plan: WeightPlan, space: Space, free: Mapping[Tier, int]) -> dict
     return {tier: max(0, min(free[tier], space.available[tier] - needed[tier]) - working[tier]) for tier in TIERS}
 
 
-def cache_capacities(shares: Shares, left: Mapping[Tier, int], *, separate: bool) -> dict[Tier, int]:
-    """Bytes of the cache on each tier: as many as fit, in the shares of a policy.
+def cache_capacities(
+    shares: Shares, left: Mapping[Tier, int], *, separate: bool, num_layers: int, rows_at_once: int
+) -> dict[Tier, int]:
+    """Bytes of the cache on each tier: as many as fit, in the shares of a policy, with the room through which they pass.
 
     Args:
         shares: Of the cache.
         left: What may be used of each tier; without a device memory of its own, device and host are the same.
         separate: Whether the device has a memory of its own.
+        num_layers: Their pages are brought one layer at a time; they grow K of a layer, then V, and so on.
+        rows_at_once: Rows whose pages are there at a time; one may have all pages of a layer.
     """
-    of = dict(zip(TIERS, shares, strict=True))
-    wanted = of if separate else {"host": of["device"] + of["host"], "disk": of["disk"]}
-    total = min(CACHE_SHARE * left[tier] / share for tier, share in wanted.items() if share)  # type: ignore[index]
+    of: dict[Tier, float] = dict(zip(TIERS, shares, strict=True))
+    wanted, ram = dict(of), TIERS[0]
+    if not separate:
+        ram = "host"
+        wanted["host"] += wanted.pop("device")
+    brought = sum(share for tier, share in wanted.items() if tier != ram)
+    wanted[ram] += (wanted[ram] / 2 + rows_at_once * brought) / num_layers
+    buffers = NUM_BUFFERS * TRANSFER_BYTES if brought else 0
+    room = {tier: CACHE_SHARE * (left[tier] - (tier == "host" and buffers)) for tier in wanted}
+    total = max(0.0, min(room[tier] / share for tier, share in wanted.items() if share))
     return {tier: int(total * of[tier]) for tier in TIERS}
 
 

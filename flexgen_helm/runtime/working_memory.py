@@ -6,15 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexgen_helm.attention.places import CHUNK_TOKENS
+from flexgen_helm.attention.plan import WINDOW_CHUNKS
 from flexgen_helm.runtime.assembly import FEW_TOKENS
 from flexgen_helm.runtime.layers import layers_of, num_layers_of_every_kind
 from flexgen_helm.types import Policy
 
 HIDDEN_COPIES = 4
 """A token's hidden state, its rotary table and its K and V in one layer, in units of the hidden state."""
-CONTEXT = 2048
-"""Tokens that a query meets, at most, in the estimate: what it got from each chunk of them is kept until they are merged."""
 LOGITS_COPIES = 3
 """Logits in fp32, their log-probabilities, and what is sorted or summed of them."""
 FP32 = torch.float32.itemsize
@@ -31,9 +29,8 @@ def working_bytes(model: PreTrainedModel, policy: Policy) -> int:
     """
     vocab, hidden = _vocab_and_hidden(model)
     width = max(_outputs(layer, setting(model, "num_experts_per_tok")) for layer in layers_of(model))
-    context = min(CONTEXT, setting(model, "max_position_embeddings") or CONTEXT)
     heads, head_dim = _heads(model)
-    row = width + 2 * hidden + -(-context // CHUNK_TOKENS) * heads * head_dim
+    row = width + 2 * hidden + (WINDOW_CHUNKS + 1) * heads * head_dim
     head = policy.gpu_batch_size * vocab * LOGITS_COPIES
     return (policy.gpu_batch_tokens * row + head) * FP32 + block_bytes(model, least_block_tokens(policy))
 

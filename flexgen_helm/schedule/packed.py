@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.placement import Placement
@@ -19,13 +19,23 @@ CUT_FROM = 0.75
 class PackedScheduler:
     """Plans sweeps in the order of the prefix tree. See `Scheduler` for what its methods promise."""
 
-    def __init__(self, policy: Policy, *, block_tokens: int, pool: PagePool, keep_all: bool = False) -> None:
-        """`keep_all` keeps K and V of scoring work for every layer, as orders other than the column order need."""
+    def __init__(
+        self, policy: Policy, *, block_tokens: int, pool: PagePool, keep_all: bool = False, patience: float = 0.0
+    ) -> None:
+        """Plan nothing yet.
+
+        Args:
+            policy: Sizes of rows and block.
+            block_tokens: Prompt tokens of a sweep.
+            pool: Pages that may be kept.
+            keep_all: Whether K and V of scoring work are kept for every layer, as orders other than the column order need.
+            patience: How many sweeps that only decode cost as much as a row of prompts does, see `_worthwhile`.
+        """
         self._policy = policy
         self._block_tokens = block_tokens
         self._pool = pool
         self._placement = Placement(pool)
-        self._keep_all = keep_all
+        self._keep_all, self._patience = keep_all, patience
         self._waiting: deque[Work] = deque()
         self._filling: list[Work] = []
         self._decoding: list[tuple[Work, Fork]] = []
@@ -34,6 +44,8 @@ class PackedScheduler:
         self._swept: list[Work] = []
         self._ends: dict[Node, Work] = {}
         self._prompt_tokens_left = 0
+        self._idle_share = 0.0
+        """Of the slots, by prompts that wait for their row to fill, summed over sweeps."""
 
     @property
     def capacity_bytes(self) -> int:
@@ -79,12 +91,13 @@ class PackedScheduler:
         self._in_sweep, self._swept, self._placement.num_transient = [], [], 0
         decode = [_decode_segment(work, fork) for work, fork in self._decoding]
         prefill: list[Segment] = []
-        budget = self._block_tokens
-        for work in self._generating_candidates():
-            budget -= self._schedule(work, prefill, budget)
-            if budget <= 0:
+        tokens = self._worthwhile(self._take_prompts())
+        used = 0
+        for work in self._filling:
+            if used == tokens:
                 break
-        for work in self._scoring_block(budget, alone=not decode and not prefill):
+            used += self._schedule(work, prefill, tokens - used)
+        for work in self._scoring_block(self._block_tokens - used, alone=not decode and not prefill):
             self._schedule(work, prefill, None)
         rows = pack_prefill(prefill, self._policy) + pack_decode(decode, self._policy)
         device, *offloaded = self._pool.high_water
@@ -131,12 +144,41 @@ class PackedScheduler:
 
     # Generating work -------------------------------------------------------------------------------------------------
 
-    def _generating_candidates(self) -> Iterable[Work]:
-        yield from list(self._filling)
-        while self._waiting and self._admit(self._waiting[0]):
+    def _take_prompts(self) -> int:
+        """Admit prompts as long as the block has room for them; returns the tokens that are missing of those admitted."""
+        nodes: set[Node] = set()
+
+        def missing(work: Work) -> int:
+            new = [node for node in work.node.path() if node not in nodes]
+            nodes.update(new)
+            return sum(len(node.tokens) - (node.pages.scheduled if node.pages is not None else 0) for node in new)
+
+        tokens = sum(map(missing, self._filling))
+        while tokens < self._block_tokens and self._waiting and self._admit(self._waiting[0]):
             work = self._waiting.popleft()
             self._filling.append(work)
-            yield work
+            tokens += missing(work)
+        return tokens
+
+    def _worthwhile(self, tokens: int) -> int:
+        """How many of the missing prompt tokens are computed in this sweep.
+
+        A row costs the same however few tokens are in it. While more prompts wait for memory, those that do not fill a row wait
+        for what finished sequences make room for, until their idle slots have cost as much as the padding would: never more
+        than twice as bad as what turns out best.
+        """
+        if tokens >= self._block_tokens:
+            return self._block_tokens
+        rest = tokens % self._policy.gpu_batch_tokens
+        if not (rest and self._waiting and self._decoding) or self._scoring:
+            self._idle_share = 0.0
+            return tokens
+        idle = rest / tokens * sum(len(work.forks) for work in self._filling)
+        self._idle_share += idle / (idle + len(self._decoding))
+        if self._idle_share < self._patience * (1 - rest / self._policy.gpu_batch_tokens):
+            return tokens - rest
+        self._idle_share = 0.0
+        return tokens
 
     def _admit(self, work: Work) -> bool:
         """Reserve slots and pages for a prompt and all its completions, so that nothing is ever pre-empted."""

@@ -37,7 +37,13 @@ from flexgen_helm.runs.memory_limit.model import Shape, random_model, random_pro
 from flexgen_helm.runs.memory_limit.process import NOT_PERMITTED, Limits
 
 POLICIES: dict[str, dict[str, Any]] = {
-    "generation": {"weights": (0, 0, 1), "block_tokens": 512, "gpu_batch_tokens": 512},
+    "generation": {
+        "weights": (0, 0, 1),
+        "cache": (0.5, 0, 0.5),
+        "block_tokens": 512,
+        "gpu_batch_tokens": 512,
+        "gpu_batch_size": 32,
+    },
     "shared_prefix": {"block_tokens": 8192},
     "helm": {"block_tokens": 8192},
 }

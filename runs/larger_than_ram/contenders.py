@@ -18,6 +18,9 @@ from flexgen_helm.runs.memory_limit.process import Limits, Measured, run_task
 TIE = 2e-4
 """Nats between the two best tokens below which float32 cannot tell them apart (docs/architecture.md, level C)."""
 
+ATTEMPTS = 3
+"""At a batch of Accelerate's: close to the limit the kernel kills it one time and not another."""
+
 Prompts = list[list[int]]
 
 
@@ -90,8 +93,11 @@ def run_accelerate(
             new_tokens=work.new_tokens,
             threads=limits.threads,
         )
-        measured, path = run_task(accelerate_side.__name__, task, limits, scratch, "accelerate")
-        if measured.ended.out_of_memory:
+        for _ in range(ATTEMPTS):
+            measured, path = run_task(accelerate_side.__name__, task, limits, scratch, "accelerate")
+            if not measured.ended.out_of_memory:
+                break
+        else:
             if batches:
                 return Theirs(batches, size)
             raise OutOfSpace(f"Accelerate ran out of memory at its first batch. Raise --memory. Its log:\n{measured.log_end}")

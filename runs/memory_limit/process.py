@@ -75,9 +75,13 @@ def run_limited(command: Sequence[str], limits: Limits, log: Path) -> Measured:
 
 
 def run_task(module: str, task: Any, limits: Limits, scratch: Path, name: str) -> tuple[Measured, Path]:
-    """Give a module its task, a dataclass, as a file; returns what was measured and where the result is, if there is one."""
+    """Give a module its task, a dataclass, as a file; returns what was measured and where the result is, if there is one.
+
+    A process without a limit imports it first: who reads a page of a library for the first time is charged for it.
+    """
     given, result = scratch / f"{name}.task.json", scratch / f"{name}.result.json"
     given.write_text(json.dumps(asdict(task)), encoding="utf-8")
     result.unlink(missing_ok=True)
+    run_free([sys.executable, "-c", f"import {module}"], scratch / f"{name}.log", {})
     command = [sys.executable, "-m", module, str(given), str(result)]
     return run_limited(command, limits, scratch / f"{name}.log"), result

@@ -237,7 +237,7 @@ def test_attention_on_the_host_has_the_bits_of_attention_on_the_device(
     tmp_path: Path, shares: tuple[float, float, float], rule: str
 ) -> None:
     """A prefix on one tier and continuations on others, so that some chunks lie on the host only in part."""
-    heads, options, lengths, prefix = Heads(6, 2, 16, 16), Options(rule, sinks=True), [330, 280, 300, 170], 160
+    heads, options, lengths, prefix = Heads(6, 2, 16, 16), Options(rule, sinks=True), [600, 280, 300, 170], 160
     plain = TieredMachine(heads, options, lengths, prefix, PagePool(60))
     pool = PagePool(60, host=60, disk=60, shares=shares)
     tiered = TieredMachine(heads, options, lengths, prefix, pool, copy_host=True, offload_folder=tmp_path)
@@ -246,7 +246,7 @@ def test_attention_on_the_host_has_the_bits_of_attention_on_the_device(
     begins = [0] + [160] * 3
     meter.begin_run()
     for machine in (plain, tiered):
-        machine.sweep([("prefill", 384, [(i, a, n - 5)]) for i, (a, n) in enumerate(zip(begins, lengths, strict=True))])
+        machine.sweep([("prefill", 1024, [(i, a, n - 5)]) for i, (a, n) in enumerate(zip(begins, lengths, strict=True))])
         for step in range(5, 0, -1):
             machine.sweep([("decode", 16, [(i, n - step, n - step + 1) for i, n in enumerate(lengths)])])
     meter.end_sweep(0, 0, 0)
@@ -273,7 +273,7 @@ def test_tiers_beside_a_gpu(tmp_path: Path, cpu_attention: bool) -> None:
     tiered.host = HostAttention(Meter(cuda)) if cpu_attention else None
     begins = [0] + [160] * 3
     for machine in (plain, tiered):
-        machine.sweep([("prefill", 384, [(i, a, n - 5)]) for i, (a, n) in enumerate(zip(begins, lengths, strict=True))])
+        machine.sweep([("prefill", 1024, [(i, a, n - 5)]) for i, (a, n) in enumerate(zip(begins, lengths, strict=True))])
         for step in range(5, 0, -1):
             machine.sweep([("decode", 16, [(i, n - step, n - step + 1) for i, n in enumerate(lengths)])])
     tiered.cache.close()

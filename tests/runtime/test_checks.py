@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexgen_helm import Engine, Policy, UnsupportedModel
 from flexgen_helm.attention import row
-from flexgen_helm.attention.kernels import merge_chunks
+from flexgen_helm.attention.kernels import Merged, merge_chunks
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.runtime import packed_check
 from flexgen_helm.runtime.assembly import cut_to_first_layers, empty_model
@@ -37,8 +37,9 @@ def neighbours_leak(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     """Attention that moves with the number of chunks that its row attends to."""
     share: float = request.param
 
-    def leaking(outputs: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
-        return merge_chunks(outputs, lse, sinks) * (1 + share * lse.isfinite().sum())
+    def leaking(before: Merged | None, outputs: Tensor, lse: Tensor) -> Merged:
+        merged = merge_chunks(before, outputs, lse)
+        return merged._replace(total=merged.total * (1 + share * lse.isfinite().sum()))
 
     monkeypatch.setattr(row, "merge_chunks", leaking)
 

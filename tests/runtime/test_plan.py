@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from flexgen_helm import Policy
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.memory.limits import parse_max_memory, parse_size
+from flexgen_helm.memory.staging import NUM_BUFFERS
 from flexgen_helm.memory.tiers import interleave
+from flexgen_helm.memory.working_set import TRANSFER_BYTES
 from flexgen_helm.runtime.plan import CACHE_SHARE, EMBEDDINGS, Space, cache_capacities, plan_weights
 from flexgen_helm.types import TIERS, Shares, Tier
 
@@ -133,14 +135,33 @@ def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
             plan_weights(model, policy, Space({**peak, tier: peak[tier] - 1}, True))
 
 
-@pytest.mark.parametrize("separate", [True, False])
-def test_capacities_keep_shares_and_fit(separate: bool) -> None:
-    left: dict[Tier, int] = {"device": 4000, "host": 4000, "disk": 1000}
-    found = cache_capacities((0.5, 0.25, 0.25), left, separate=separate)
-    assert found["device"] == 2 * found["host"] == 2 * found["disk"]
-    assert found["disk"] == int(CACHE_SHARE * 1000)
-    halves = int(CACHE_SHARE * (4000 if separate else 2000))
-    assert cache_capacities((0.5, 0.5, 0), left, separate=separate) == {"device": halves, "host": halves, "disk": 0}
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(
+    st.sampled_from([(1, 0, 0), (0.5, 0.5, 0), (0, 1, 0), (0.5, 0.25, 0.25), (0, 0.25, 0.75), (0, 0, 1)]),
+    st.tuples(*[st.integers(30, 1000)] * 3),
+    st.booleans(),
+    st.integers(1, 50),
+    st.integers(2, 3),
+)
+def test_capacities_keep_shares_and_fit(
+    shares: Shares, left: tuple[int, int, int], separate: bool, num_layers: int, rows_at_once: int
+) -> None:
+    mib: dict[Tier, int] = dict(zip(TIERS, (count << 20 for count in left), strict=True))
+    if not separate:
+        mib["device"] = mib["host"]
+    found = cache_capacities(shares, mib, separate=separate, num_layers=num_layers, rows_at_once=rows_at_once)
+    total = sum(found.values())
+    assert [found[tier] for tier in TIERS] == pytest.approx([share * total for share in shares], abs=len(TIERS))
+    ram: Tier = "device" if separate else "host"
+    held: dict[Tier, float] = {tier: found[tier] for tier in TIERS}
+    if not separate:
+        held["host"] += held.pop("device")
+    brought = total - held[ram]
+    held[ram] += (held[ram] / 2 + rows_at_once * brought) / num_layers  # one layer's K grows, rows have all pages of a layer
+    held["host"] += NUM_BUFFERS * TRANSFER_BYTES if brought else 0
+    for tier, count in held.items():
+        assert not total or count <= mib[tier] + len(TIERS)
+    assert not total or any(held[tier] >= CACHE_SHARE * mib[tier] - 100 for tier in held)
 
 
 @pytest.mark.parametrize(

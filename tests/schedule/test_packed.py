@@ -53,13 +53,14 @@ def pages_alone(work: Work) -> int:
 
 
 @settings(derandomize=True, max_examples=300, deadline=None, phases=(Phase.explicit, Phase.generate))
-@given(SPECS, POLICIES, st.integers(0, 40), st.booleans(), st.integers(1, 10))
+@given(SPECS, POLICIES, st.integers(0, 40), st.booleans(), st.integers(1, 10), st.sampled_from([0.0, 3.0]))
 def test_every_answer_comes_from_the_right_prefix(
-    specs: list[Spec], policy: Policy, spare: int, keep_all: bool, first: int
+    specs: list[Spec], policy: Policy, spare: int, keep_all: bool, first: int, patience: float
 ) -> None:
     machine = PagedMachine(policy, specs)
     pool = PagePool(max(pages_alone(work) for work in machine.works) + spare)
-    scheduler = PackedScheduler(policy, block_tokens=policy.block_tokens or 1, pool=pool, keep_all=keep_all)
+    tokens = policy.block_tokens or 1
+    scheduler = PackedScheduler(policy, block_tokens=tokens, pool=pool, keep_all=keep_all, patience=patience)
     assert_answers(scheduler, machine, specs, first=first)
     assert pool.num_used == 0
 
@@ -72,7 +73,7 @@ def test_work_that_others_have_computed_before_its_turn_is_not_lost() -> None:
         Spec((1, 2, 2), True, ()),
         Spec((1,), False, ((7, 11), (2, 15), (21, 10), (5, 1))),
     ]
-    test(specs, Policy(2, 1, 47, 194), 14, False, 1)
+    test(specs, Policy(2, 1, 47, 194), 14, False, 1, 0.0)
 
 
 @settings(derandomize=True, max_examples=50, deadline=None)
@@ -88,6 +89,36 @@ def test_a_large_block_computes_each_prefix_once(specs: list[Spec]) -> None:
     needed = [spec for spec in specs if spec.score or spec.limits]
     assert machine.computed_tokens >= len({spec.tokens[: i + 1] for spec in needed for i in range(len(spec.tokens) - 1)})
     assert machine.computed_tokens <= len({spec.tokens[: i + 1] for spec in specs for i in range(len(spec.tokens))})
+
+
+def prompt_tokens_by_sweep(new_tokens: int, patience: float) -> list[int]:
+    """Of eight prompts of 32 tokens, two to a row, where memory holds five."""
+    policy = Policy(16, 1, 64, 64)
+    specs = [Spec((i + 2,) * 32, False, ((new_tokens, new_tokens),)) for i in range(8)]
+    machine = PagedMachine(policy, specs)
+    pool = PagePool(5 * pages_alone(machine.works[0]))
+    scheduler = PackedScheduler(policy, block_tokens=64, pool=pool, patience=patience)
+    scheduler.add(machine.works)
+    found = []
+    while scheduler.has_work():
+        sweep = scheduler.next_sweep()
+        found.append(sum(row.num_tokens for row in sweep.rows if row.kind == "prefill"))
+        machine.run(sweep)
+        scheduler.end_sweep()
+    return found
+
+
+def test_a_prompt_waits_for_a_full_row_while_that_is_cheaper() -> None:
+    eager, patient = prompt_tokens_by_sweep(8, 0.0), prompt_tokens_by_sweep(8, 3.0)
+    assert eager[:4] == [64, 64, 32, 0]
+    assert patient[:9] == [64, 64, 0, 0, 0, 0, 0, 0, 64]
+    assert [tokens for tokens in patient if tokens] == [64] * 4
+    assert sum(tokens > 0 for tokens in eager) == 5
+
+
+def test_a_prompt_does_not_wait_for_a_full_row_for_ever() -> None:
+    """One of five slots is idle, and half a row of padding costs one and a half sweeps: eight fifths are more."""
+    assert prompt_tokens_by_sweep(100, 3.0)[:10] == [64, 64, *[0] * 7, 32]
 
 
 def test_abandoned_work_leaves_no_page_behind() -> None:
