@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen_helm.memory.allocator import map_large_tensors
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import WEIGHTS, Meter
@@ -65,6 +66,8 @@ class WeightStore:
         """Units that must be loaded before they are used, by layer number."""
         self.num_slots = min(num_slots, len(units))
         self._units = dict(units)
+        if device.type == "cpu":
+            map_large_tensors(True)
         on_disk = {j: unit.binding.layout.num_bytes for j, unit in sorted(units.items()) if unit.memory is None}
         self._disk: ReadAhead | None = None
         if on_disk:
@@ -122,6 +125,7 @@ class WeightStore:
 
     def close(self) -> None:
         """Stop loading, and close the source of slabs."""
+        map_large_tensors(False)
         if self._link is not None:
             self._link.close()
         if self._source is not None:

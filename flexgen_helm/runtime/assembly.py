@@ -6,7 +6,6 @@ So a model is never whole in memory: what is kept of a layer is the keeper's bus
 from __future__ import annotations
 
 import copy
-import ctypes
 from collections.abc import Iterable, Set
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
+from flexgen_helm.memory.allocator import return_freed_memory
 from flexgen_helm.runtime.layers import FirstLayers, layers_path, num_layers_of_every_kind, shared_layers
 
 CPU = torch.device("cpu")
@@ -221,10 +221,3 @@ def _to_device(model: PreTrainedModel, layers: list[str], device: torch.device) 
     model.set_submodule(path, stack)
     for key, buffer in model.named_non_persistent_buffers():
         put(model, key, buffer.to(device))
-
-
-def return_freed_memory() -> None:
-    """Hand back what the C library keeps of freed tensors up to 32 MiB: without this, a layer more after a few layers."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

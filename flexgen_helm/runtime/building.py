@@ -15,11 +15,11 @@ from transformers import __version__ as library_version
 
 from flexgen_helm.cache import cache_folder
 from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
+from flexgen_helm.memory.allocator import return_freed_memory
 from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.machine import free_bytes
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.weights import WeightStore
-from flexgen_helm.runtime.assembly import return_freed_memory
 from flexgen_helm.runtime.checks import Verdict
 from flexgen_helm.runtime.kinds import ALTERNATIVE, CheckedModel, Kind, KindChoice, check_model, log_choice
 from flexgen_helm.runtime.layers import layer_kinds, layers_of
