@@ -21,7 +21,7 @@ from flexgen_helm.types import TIERS, Policy, RunStats, Shares, Tier
 FITS_SHARE = 0.8
 """A model fits on the device if it takes at most this share of it; the rest is for K, V, hidden states and logits."""
 CACHE_SHARE = 0.95
-"""Share of what is left of a tier that K and V may take; the rest is for larger blocks and the caller."""
+"""Share of what is left of a tier that K and V may take; the rest is for what no estimate knows."""
 FILL_SHARE = 0.9
 """Share of a tier that is filled where a model fits on none, and of this what the cache may have before weights: each sweep
 reads the weights once for all sequences, so that memory is worth more for another sequence than for another layer."""

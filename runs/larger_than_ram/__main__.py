@@ -83,6 +83,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="SIZE",
         help="for weights that Accelerate keeps in memory; what it does not keep is left for larger batches",
     )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help="sequences that Accelerate answers at a time"
+    )
     parser.add_argument("--instances", type=int, default=64, metavar="N", help="of the shared-prefix part")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
     return parser.parse_args(arguments)
@@ -106,7 +109,7 @@ def run_parts(options: argparse.Namespace, model: Path, scratch: Path) -> None:
                 options.dtype,
                 limits,
                 scratch,
-                batch_sizes=BATCH_SIZES,
+                batch_sizes=options.batches,
                 memory_bytes=options.accelerate_memory,
             )
             ours = run_engine(work, model, arguments, limits, scratch)
