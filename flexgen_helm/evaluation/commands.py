@@ -58,6 +58,8 @@ def summarize_command(evaluation: Evaluation) -> list[str]:
         *(("--schema-path", str(schema)) if schema else ("--auto-generate-schema",)),
         # A schema lists what is shown, not all that HELM measures.
         *("--schema-validation", "off"),
+        # In several threads, templates meet a race of CPython 3.11 (python/cpython#106905), a SystemError now and then.
+        *("--num-threads", "1"),
     ]
 
 
