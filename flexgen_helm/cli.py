@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import sys
@@ -57,7 +56,7 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     _add_model_options(generate)
     _add_placement_options(generate)
     _add_job_options(generate)
-    generate.set_defaults(run=partial(_generate, load_engine=load_engine), small=True)
+    generate.set_defaults(run=partial(_generate, load_engine=load_engine), few_requests=True)
     bench = commands.add_parser(
         "bench",
         help="measure throughput",
@@ -66,7 +65,7 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     _add_model_options(bench)
     _add_placement_options(bench)
     _add_bench_options(bench)
-    bench.set_defaults(run=partial(_bench, load_engine=load_engine), small=False)
+    bench.set_defaults(run=partial(_bench, load_engine=load_engine), few_requests=False)
     evaluate = commands.add_parser(
         "eval",
         help="evaluate a model with HELM",
@@ -220,11 +219,10 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     from transformers.utils import logging
 
     from flexgen_helm.runtime.engine import Engine
-    from flexgen_helm.runtime.sizes import default_policy, resolve_device, small_policy
+    from flexgen_helm.runtime.sizes import resolve_device, resolved
 
     logging.disable_progress_bar()
-    device = resolve_device(args.device)
-    policy = dataclasses.replace(small_policy(device) if args.small else default_policy(device), **(args.policy or {}))
+    policy = resolved(args.policy, resolve_device(args.device), few_requests=args.few_requests)
     given = {name: getattr(args, name, None) for name in ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights")}
     options = {name: value for name, value in given.items() if value}
     return Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)

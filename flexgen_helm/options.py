@@ -12,11 +12,11 @@ from flexgen_helm.types import Policy
 POLICY_FORM = "Give JSON, or name=value pairs such as `gpu_batch_size=64,weights=0.2:0.8:0,overlap=false`."
 
 
-def parse_policy(text: str) -> dict[str, Any]:
-    """Return the fields of a policy that are named; what they may be is left to the engine.
+def parse_policy(text: str) -> Policy:
+    """Return the policy that a text names.
 
     Raises:
-        PolicyError: If the text cannot be read or names a field that does not exist.
+        PolicyError: If the text cannot be read, names a field that does not exist, or gives a field a value out of its range.
     """
     try:
         fields = json.loads(text) if text.lstrip().startswith("{") else dict(_pair(part) for part in text.split(","))
@@ -26,7 +26,7 @@ def parse_policy(text: str) -> dict[str, Any]:
     for name in fields:
         if name not in known:
             raise PolicyError(f"A policy has no {name!r}. Its fields are {', '.join(known)}.")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return Policy(**fields)
 
 
 def parse_max_memory(text: str) -> dict[str, str]:

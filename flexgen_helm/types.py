@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from flexgen_helm.errors import FlexGenError
+from flexgen_helm.errors import FlexGenError, PolicyError
 
 FinishReason = Literal["length", "stop", "endoftext"]
 Tier = Literal["device", "host", "disk"]
@@ -15,6 +15,8 @@ TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 """Where the matrices are multiplied (a GPU, or the CPU when there is none), RAM, and files, from fast to slow."""
 Shares = tuple[float, float, float]
 """Of something, on each of TIERS; they add up to 1."""
+ROUNDING = 1e-6
+"""How far shares may be from adding up to 1."""
 Resource = Literal["device", "cpu_attention", "host_to_device", "device_to_host", "disk_read", "disk_write", "scheduler"]
 RESOURCES: tuple[Resource, ...] = (
     "device",
@@ -102,6 +104,10 @@ class Result:
     """With ``on_error="return"``: why this job could not be served."""
 
 
+OPTIONAL_COUNTS = ("gpu_batch_size", "gpu_batch_tokens", "block_tokens")
+"""Fields of a policy that may be None: the engine chooses them."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """Sizes and places of the computation (FlexGen sections 3 and 4; docs/architecture.md).
@@ -109,14 +115,17 @@ class Policy:
     ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics: a decode row always has ``gpu_batch_size``
     sequences and a prefill row always ``gpu_batch_tokens`` tokens, what is missing being padding. The others change no bit,
     except that on a GPU attention on the CPU rounds differently.
+
+    Raises:
+        PolicyError: A field is out of its range.
     """
 
-    gpu_batch_size: int = 64
-    """Sequences in a decode row, and positions in a slice of the output head."""
+    gpu_batch_size: int | None = None
+    """Sequences in a decode row, and positions in a slice of the output head; None: chosen by device (docs/offloading.md)."""
     num_gpu_batches: int = 4
     """Decode rows in a block: a block decodes gpu_batch_size * num_gpu_batches sequences at once."""
-    gpu_batch_tokens: int = 256
-    """Tokens in a prefill row."""
+    gpu_batch_tokens: int | None = None
+    """Tokens in a prefill row; None: chosen by device."""
     block_tokens: int | None = None
     """Prompt tokens whose hidden states are alive in one sweep; None: chosen by the engine from the memory at hand."""
     weights: Shares | None = None
@@ -133,10 +142,48 @@ class Policy:
     overlap: bool = True
     """Whether transfers run beside the computation."""
 
+    def __post_init__(self) -> None:
+        for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens", "block_tokens", "prefetch"):
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL_COUNTS:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PolicyError(f"{name} must be an integer of at least 1, not {value!r}.")
+        if not _is_share(self.cpu_attention):
+            raise PolicyError(f"cpu_attention must be a number from 0 to 1, not {self.cpu_attention!r}.")
+        if not isinstance(self.overlap, bool):
+            raise PolicyError(f"overlap must be true or false, not {self.overlap!r}.")
+        for name in ("weights", "cache", "hidden"):
+            given = getattr(self, name)
+            if given is not None or name != "weights":
+                object.__setattr__(self, name, _shares(name, given))  # a list, as YAML and JSON have it, becomes a tuple
+
+
+@dataclass(frozen=True)
+class ResolvedPolicy(Policy):
+    """A policy whose row sizes are decided."""
+
+    gpu_batch_size: int = field(kw_only=True)
+    gpu_batch_tokens: int = field(kw_only=True)
+
     @property
     def block_size(self) -> int:
         """Number of sequences that decode in one sweep."""
         return self.gpu_batch_size * self.num_gpu_batches
+
+
+def _shares(name: str, given: object) -> Shares:
+    shares = tuple(given) if isinstance(given, list | tuple) else ()
+    if len(shares) != len(TIERS) or not all(map(_is_share, shares)) or abs(sum(shares) - 1) > ROUNDING:
+        raise PolicyError(
+            f"{name} must be three shares, for {', '.join(TIERS)}: numbers from 0 to 1 that add up to 1, such as "
+            f"[0.2, 0.8, 0], not {given!r}."
+        )
+    return float(shares[0]), float(shares[1]), float(shares[2])
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 @dataclass(frozen=True)
@@ -203,7 +250,7 @@ class RunStats:
 class EngineInfo:
     """What an engine holds and by what its answers are decided."""
 
-    policy: Policy
+    policy: ResolvedPolicy
     numerics: dict[str, str | int]
     """What decides the bits of an answer beside the job itself, the digest of the weights among it."""
     bits_per_weight: float

@@ -13,7 +13,7 @@ from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.benchmark import Measurement, Workload, measure
 from flexgen_helm.cli import main
 from flexgen_helm.errors import InvalidJob
-from flexgen_helm.types import EngineInfo, RunStats, SweepStats
+from flexgen_helm.types import EngineInfo, ResolvedPolicy, RunStats, SweepStats
 from tests.models import save_tiny
 
 SIZES = "gpu_batch_size=16,gpu_batch_tokens=64,num_gpu_batches=1"
@@ -81,7 +81,8 @@ def test_the_report_of_a_run_from_disk() -> None:
     ]
     moved, busy = {"disk_read": 2**30}, {"disk_read": 1.5, "device": 2.0}
     stats = RunStats(2, 1024, 1024, 4, 2, 4.0, 5 * 2**30, 2**30, {"host": 2**30}, moved, busy, 2.0, {"products": 1.0}, sweeps)
-    info = EngineInfo(Policy(), {}, 16, 16, {}, planned_bytes={"host": 2 * 2**30, "disk": 2**30})
+    policy = ResolvedPolicy(gpu_batch_size=64, gpu_batch_tokens=512)
+    info = EngineInfo(policy, {}, 16, 16, {}, planned_bytes={"host": 2 * 2**30, "disk": 2**30})
     text = "\n".join(Measurement("m", Workload(512, 2, 2), info, stats, 9.0, 0.5).lines())
     for line in (
         "throughput      1.00 generated token/s, 256.0 prompt token/s",

@@ -6,6 +6,7 @@ import pytest
 
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.options import parse_max_memory, parse_policy
+from flexgen_helm.types import Policy
 
 
 @pytest.mark.parametrize(
@@ -16,13 +17,7 @@ from flexgen_helm.options import parse_max_memory, parse_policy
     ],
 )
 def test_both_forms_of_a_policy(text: str) -> None:
-    assert parse_policy(text) == {
-        "gpu_batch_size": 64,
-        "weights": (0.2, 0.8, 0.0),
-        "cpu_attention": 0.5,
-        "overlap": False,
-        "block_tokens": None,
-    }
+    assert parse_policy(text) == Policy(gpu_batch_size=64, weights=(0.2, 0.8, 0.0), cpu_attention=0.5, overlap=False)
 
 
 @pytest.mark.parametrize("text", ["", "64", "weights", "weights=0.2:x:0", "gpu_batch_size=6=4", '{"weights": ', "overlap=no"])

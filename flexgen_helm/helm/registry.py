@@ -22,7 +22,7 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
 
     Args:
         arguments: Keywords of ``Engine.from_pretrained``.
-        few_requests: Whether rows are small if ``arguments`` name no policy, because what is missing in a row is
+        few_requests: Whether rows are small unless the policy names their sizes, because what is missing in a row is
             computed as padding.
 
     Raises:
@@ -30,11 +30,12 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
         FlexGenError: The engine cannot be made; see ``Engine.from_pretrained``.
     """
     from flexgen_helm.runtime.engine import Engine
-    from flexgen_helm.runtime.sizes import resolve_device, small_policy
+    from flexgen_helm.runtime.sizes import resolve_device, resolved
 
     check_keywords("client_spec.args", arguments, list(inspect.signature(Engine.from_pretrained).parameters))
-    if few_requests and arguments.get("policy") is None:
-        arguments = {**arguments, "policy": small_policy(resolve_device(arguments.get("device", "auto")))}
+    if few_requests:
+        device = resolve_device(arguments.get("device", "auto"))
+        arguments = {**arguments, "policy": resolved(arguments.get("policy"), device, few_requests=True)}
     with _messages_in_helms_log():
         return Engine.from_pretrained(**arguments)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from helm.benchmark.model_deployment_registry import ModelDeployment
@@ -75,9 +75,11 @@ def serve(
 def _arguments(deployment: ModelDeployment, journal: Journal) -> EngineArguments:
     """Return the deployment's arguments; what is resumed is resumed with the row sizes with which it began."""
     arguments, begun = parse_arguments(deployment.client_spec.args), journal.row_sizes(deployment.name)
-    if arguments.get("policy") is None and begun is not None:
-        hlog(f"{deployment.name} goes on with the row sizes of the journal: {begun}")
-        arguments["policy"] = Policy(gpu_batch_size=begun["gpu_batch_size"], gpu_batch_tokens=begun["gpu_batch_tokens"])
+    policy = arguments.get("policy") or Policy()
+    left_open = {name: size for name, size in (begun or {}).items() if getattr(policy, name) is None}
+    if left_open:
+        hlog(f"{deployment.name} continues with the row sizes of the journal: {left_open}")
+        arguments["policy"] = replace(policy, **left_open)
     return arguments
 
 

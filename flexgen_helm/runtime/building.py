@@ -27,8 +27,8 @@ from flexgen_helm.runtime.loading import LoadedModel, ModelSource
 from flexgen_helm.runtime.offload import Offloader
 from flexgen_helm.runtime.plan import Space, WeightPlan, plan_weights
 from flexgen_helm.runtime.recorder import RecordedModel
-from flexgen_helm.runtime.sizes import small_policy
-from flexgen_helm.types import TIERS, Policy, Tier
+from flexgen_helm.runtime.sizes import resolved
+from flexgen_helm.types import TIERS, ResolvedPolicy, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Parts:
 
     loaded: LoadedModel
     checked: CheckedModel
-    policy: Policy
+    policy: ResolvedPolicy
     """With the realised shares of weights."""
     plan: WeightPlan
     space: Space
@@ -70,7 +70,7 @@ class Parts:
     meter: Meter
 
 
-def build(source: ModelSource, policy: Policy, rows: KindChoice, placing: Placing) -> Parts:
+def build(source: ModelSource, policy: ResolvedPolicy, rows: KindChoice, placing: Placing) -> Parts:
     """Plan, check, load and place a model.
 
     Raises:
@@ -141,7 +141,7 @@ def _empty(source: ModelSource) -> PreTrainedModel:
 def _load_resident(source: ModelSource, plan: WeightPlan, space: Space, rows: KindChoice) -> LoadedModel:
     size = sum(plan.sizes.values())
     if size > LARGE_BYTES:
-        _check_first_layers(source, plan, space, small_policy(source.device), rows)
+        _check_first_layers(source, plan, space, resolved(None, source.device, few_requests=True), rows)
         logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
     return source.load()
 
@@ -170,12 +170,12 @@ def _load_offloaded(
 
 
 def _check_first_layers(
-    source: ModelSource, plan: WeightPlan, space: Space, policy: Policy, rows: KindChoice
+    source: ModelSource, plan: WeightPlan, space: Space, policy: ResolvedPolicy, rows: KindChoice
 ) -> tuple[Kind, Verdict, str | None]:
     """What `check_model` says of the first layers, of which nothing stays in memory."""
     if space.separate and plan.first_layers_bytes + plan.checking_bytes > space.of("device"):
         logger.info("%s: the first layers are checked on the CPU, since the device has no room for their copy", source.name)
-        source, policy = replace(source, device=CPU), small_policy(CPU)
+        source, policy = replace(source, device=CPU), resolved(None, CPU, few_requests=True)
     checked = check_model(source.first_layers(), policy, rows)
     found = checked.kind, checked.verdict, checked.not_packed
     del checked

@@ -31,7 +31,7 @@ from flexgen_helm.runtime.loading import named_dtype, open_dummy, open_model
 from flexgen_helm.runtime.packed import rows_at_once
 from flexgen_helm.runtime.plan import cache_capacities, exceeded, left_bytes
 from flexgen_helm.runtime.progress import Progress
-from flexgen_helm.runtime.sizes import default_block_tokens, default_policy, resolve_device, validated
+from flexgen_helm.runtime.sizes import default_block_tokens, resolve_device, resolved
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
 from flexgen_helm.runtime.working_memory import setting
@@ -111,7 +111,7 @@ class Engine:
             name_or_path: A model folder, or a name on the model hub.
             dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-            policy: Sizes and places; None: chosen by device and memory.
+            policy: Sizes and places. What it leaves open is chosen by device and memory.
             max_memory: Most bytes of "device", "host" and "disk", as numbers or texts such as "15GiB"; what is not named is
                 what is free. On a CPU, device and host are one memory, of which their sum may be used.
             offload_folder: For weights, cache and hidden states on disk; None: under the cache folder.
@@ -129,7 +129,6 @@ class Engine:
             CorruptFile: If files of the model or of the offload folder cannot be read.
             DiskFull: If the offload folder has no space for what the policy puts there.
         """
-        policy = validated(policy) if policy is not None else None
         placing = Placing(parse_max_memory(max_memory), Path(offload_folder) if offload_folder else None, copy_host)
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
@@ -140,7 +139,7 @@ class Engine:
             source = open_dummy(str(name_or_path), dtype=dtype, device=where)
         else:
             source = open_model(str(name_or_path), dtype=dtype, device=where, revision=revision)
-        parts = build(source, policy or default_policy(where), rows, placing)
+        parts = build(source, resolved(policy, where), rows, placing)
         return cls(parts, order=order, kv_dtype=kept_as)
 
     def run(

@@ -26,7 +26,7 @@ from flexgen_helm.runtime.single_check import check_single
 from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.single import SingleScheduler, StateSize
 from flexgen_helm.schedule.work import Scheduler
-from flexgen_helm.types import TIERS, Policy, Tier
+from flexgen_helm.types import TIERS, ResolvedPolicy, Tier
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def validated_kind(rows: str) -> KindChoice:
     return rows  # type: ignore[return-value]
 
 
-def check_model(loaded: LoadedModel, policy: Policy, rows: KindChoice) -> CheckedModel:
+def check_model(loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice) -> CheckedModel:
     """Check a model in the kind of rows that was asked for; with "auto" in packed ones, then in single ones.
 
     Raises:
@@ -110,7 +110,7 @@ class CachePlaces:
 
 
 def make_rows(
-    checked: CheckedModel, policy: Policy, places: CachePlaces, *, block_tokens: int, keep_all: bool
+    checked: CheckedModel, policy: ResolvedPolicy, places: CachePlaces, *, block_tokens: int, keep_all: bool
 ) -> tuple[Rows, Scheduler]:
     """What computes a model's rows and what plans them.
 

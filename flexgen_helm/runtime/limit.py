@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from flexgen_helm.memory.disk_rate import disk_rates
-from flexgen_helm.types import Policy, RunStats, SweepStats
+from flexgen_helm.types import ResolvedPolicy, RunStats, SweepStats
 
 MEASURED_SECONDS = 0.3
 ROUND_SECONDS = 0.005
@@ -135,7 +135,7 @@ def sweep_seconds(sweep: SweepStats, sizes: LayerSizes, rates: Rates) -> dict[st
 
 
 def measure_rates(
-    device: torch.device, dtype: torch.dtype, *, sizes: LayerSizes, policy: Policy, stats: RunStats, folder: Path | None
+    device: torch.device, dtype: torch.dtype, *, sizes: LayerSizes, policy: ResolvedPolicy, stats: RunStats, folder: Path | None
 ) -> Rates:
     """Measure what a run used, each for a fraction of a second, by the threads of this process; all but the disk only once.
 

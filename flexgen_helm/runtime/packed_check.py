@@ -16,7 +16,7 @@ from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.packed import PackedRows
 from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.schedule.rows import Segment, Sweep, pack_prefill
-from flexgen_helm.types import Policy
+from flexgen_helm.types import ResolvedPolicy
 
 FAR_POSITION = 16_384
 CUTS: Cuts = ((21, 11), (13, 12))
@@ -24,7 +24,7 @@ CUTS: Cuts = ((21, 11), (13, 12))
 LONG_CUTS: Cuts = ((300, 187), (29, 7))
 
 
-def check_packed(model: RecordedModel, policy: Policy, *, max_length: int) -> Verdict:
+def check_packed(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
     """Compare packed and continued sequences with the library's own forward.
 
     16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
@@ -45,7 +45,7 @@ def check_packed(model: RecordedModel, policy: Policy, *, max_length: int) -> Ve
         return Verdict(worst, stable, tuple(map(LayerCache, calls)))
 
 
-def _difference(model: RecordedModel, policy: Policy, max_length: int, cache: PagedCache) -> float:
+def _difference(model: RecordedModel, policy: ResolvedPolicy, max_length: int, cache: PagedCache) -> float:
     sequences = checks.random_sequences(model, CUTS, max_length)
     expected = checks.plain_logprobs(model, sequences)
     worst = checks.worst_difference(expected, _packed(model, policy, sequences, CUTS))
@@ -60,7 +60,7 @@ def _difference(model: RecordedModel, policy: Policy, max_length: int, cache: Pa
     return max(worst, moved)
 
 
-def _bit_stable(model: RecordedModel, policy: Policy, max_length: int) -> bool:
+def _bit_stable(model: RecordedModel, policy: ResolvedPolicy, max_length: int) -> bool:
     """Level B over several chunks of keys, on the first layers: neither neighbours nor cuts change a bit."""
     with checks.first_layers(model) as few:
         sequences = checks.random_sequences(few, LONG_CUTS, max_length)
@@ -69,7 +69,7 @@ def _bit_stable(model: RecordedModel, policy: Policy, max_length: int) -> bool:
     return all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
 
 
-def _packed(model: RecordedModel, policy: Policy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
+def _packed(model: RecordedModel, policy: ResolvedPolicy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
     """Log-probabilities ``[compared, vocab]`` of each sequence, both packed into rows, cut, and continued in later rows."""
     a, b = checks.cut_points(sequences, cuts)
     first = _segments(sequences, [(0, 0, a), (1, 0, b)])
@@ -91,7 +91,11 @@ def _whole(tokens: Tokens) -> list[Segment]:
 
 
 def _run(
-    model: RecordedModel, policy: Policy, first: list[Segment], second: Sequence[Segment] = (), cache: PagedCache | None = None
+    model: RecordedModel,
+    policy: ResolvedPolicy,
+    first: list[Segment],
+    second: Sequence[Segment] = (),
+    cache: PagedCache | None = None,
 ) -> list[Tensor]:
     """Run segments in one sweep, the second ones in rows of their own; log-probabilities of each segment, in order."""
     rows = pack_prefill(first, policy) + pack_prefill(second, policy)
@@ -100,7 +104,9 @@ def _run(
     return checks.sweep_logprobs(SerialExecutor(packed, head_slice=policy.gpu_batch_size), Sweep(rows, num_kept))
 
 
-def _beside_far_neighbour(model: RecordedModel, policy: Policy, tokens: Tokens, max_length: int, cache: PagedCache) -> Tensor:
+def _beside_far_neighbour(
+    model: RecordedModel, policy: ResolvedPolicy, tokens: Tokens, max_length: int, cache: PagedCache
+) -> Tensor:
     """A short sequence beside one near the end of the context, whose page table is one page over and over."""
     near = _whole(tokens)[0]
     start = min(max_length, FAR_POSITION) - 3

@@ -16,7 +16,7 @@ from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.memory.working_set import TRANSFER_BYTES
 from flexgen_helm.runtime.layers import layers_of, shared_layers
 from flexgen_helm.runtime.working_memory import cache_bytes_per_token, checking_bytes, first_layers_bytes, working_bytes
-from flexgen_helm.types import TIERS, Policy, RunStats, Shares, Tier
+from flexgen_helm.types import TIERS, ResolvedPolicy, RunStats, Shares, Tier
 
 FITS_SHARE = 0.8
 """A model fits on the device if it takes at most this share of it; the rest is for K, V, hidden states and logits."""
@@ -144,7 +144,7 @@ class WeightPlan:
         )
 
 
-def plan_weights(model: PreTrainedModel, policy: Policy, space: Space) -> WeightPlan:
+def plan_weights(model: PreTrainedModel, policy: ResolvedPolicy, space: Space) -> WeightPlan:
     """Place the parts of a model.
 
     Args:
@@ -306,7 +306,7 @@ def _placed(whole: WeightPlan, shares: Shares) -> dict[int, Tier]:
     return tiers
 
 
-def _check(plan: WeightPlan, space: Space, policy: Policy) -> None:
+def _check(plan: WeightPlan, space: Space, policy: ResolvedPolicy) -> None:
     for tier, count in plan.peak_bytes.items():
         if count > space.of(tier):
             work = (

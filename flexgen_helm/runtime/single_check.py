@@ -14,7 +14,7 @@ from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.runtime.single import SingleRows, cache_bytes
 from flexgen_helm.schedule.rows import Row, Segment, State, Sweep, pack_decode
-from flexgen_helm.types import Policy
+from flexgen_helm.types import ResolvedPolicy
 
 CUTS: Cuts = ((21, 16), (13, 8), (6, 1))
 """Longer behind the cut than a short convolution; and a prompt of one token, which some models take for a step of decoding."""
@@ -22,7 +22,7 @@ LONG_CUTS: Cuts = ((300, 295), (29, 24))
 """Over the chunks in which state space models scan, on the first layers only."""
 
 
-def check_single(model: RecordedModel, policy: Policy, *, max_length: int) -> Verdict:
+def check_single(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
     """Compare prompts and their continuations, several in one sweep, with the library's own forward.
 
     16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
@@ -42,7 +42,7 @@ def check_single(model: RecordedModel, policy: Policy, *, max_length: int) -> Ve
         return Verdict(worst, stable, _layer_caches(model, sequences[0], sequences[-1]))
 
 
-def _difference(model: RecordedModel, policy: Policy, cuts: Cuts, max_length: int) -> float:
+def _difference(model: RecordedModel, policy: ResolvedPolicy, cuts: Cuts, max_length: int) -> float:
     sequences = checks.random_sequences(model, cuts, max_length)
     got = _in_single_rows(model, policy, sequences, cuts)
     worst = checks.worst_difference(checks.plain_logprobs(model, sequences), got)
@@ -54,7 +54,7 @@ def _difference(model: RecordedModel, policy: Policy, cuts: Cuts, max_length: in
     return worst
 
 
-def _in_single_rows(model: RecordedModel, policy: Policy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
+def _in_single_rows(model: RecordedModel, policy: ResolvedPolicy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
     """Log-probabilities ``[compared, vocab]`` of each sequence."""
     executor = SerialExecutor(SingleRows(model), head_slice=policy.gpu_batch_size)
     states = [State() for _ in sequences]

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from flexgen_helm.attention.plan import WINDOW_CHUNKS
 from flexgen_helm.runtime.assembly import FEW_TOKENS
 from flexgen_helm.runtime.layers import layers_of, num_layers_of_every_kind
-from flexgen_helm.types import Policy
+from flexgen_helm.types import ResolvedPolicy
 
 HIDDEN_COPIES = 4
 """A token's hidden state, its rotary table and its K and V in one layer, in units of the hidden state."""
@@ -18,7 +18,7 @@ LOGITS_COPIES = 3
 FP32 = torch.float32.itemsize
 
 
-def working_bytes(model: PreTrainedModel, policy: Policy) -> int:
+def working_bytes(model: PreTrainedModel, policy: ResolvedPolicy) -> int:
     """Most bytes that computing takes beside weights and cache: activations of a row, the smallest block, a slice of the head.
 
     An estimate: as if the outputs of all matrices of a layer were there at once.
@@ -35,7 +35,7 @@ def working_bytes(model: PreTrainedModel, policy: Policy) -> int:
     return (policy.gpu_batch_tokens * row + head) * FP32 + block_bytes(model, least_block_tokens(policy))
 
 
-def least_block_tokens(policy: Policy) -> int:
+def least_block_tokens(policy: ResolvedPolicy) -> int:
     """Prompt tokens of the smallest block that is planned."""
     return policy.block_tokens or policy.num_gpu_batches * policy.gpu_batch_tokens
 
@@ -53,7 +53,7 @@ def first_layers_bytes(model: PreTrainedModel) -> int:
     return weights + 2 * min(FEW_TOKENS, vocab) * hidden * model.dtype.itemsize
 
 
-def checking_bytes(model: PreTrainedModel, policy: Policy) -> int:
+def checking_bytes(model: PreTrainedModel, policy: ResolvedPolicy) -> int:
     """Most bytes that the self-check takes beside the model; of one in 16 bits the first layers are copied in fp32."""
     copies = 0 if model.dtype == torch.float32 else FP32 // model.dtype.itemsize
     return copies * first_layers_bytes(model) + working_bytes(model, policy)

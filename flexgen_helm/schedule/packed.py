@@ -10,7 +10,7 @@ from flexgen_helm.schedule.placement import Placement
 from flexgen_helm.schedule.rows import Fork, Segment, Sweep, Want, pack_decode, pack_prefill
 from flexgen_helm.schedule.tree import Node, build_tree, common_prefix_length
 from flexgen_helm.schedule.work import Work, decode_position
-from flexgen_helm.types import Policy
+from flexgen_helm.types import ResolvedPolicy
 
 CUT_FROM = 0.75
 """A block of scoring work is cut where neighbours share least, in the last quarter of its tokens."""
@@ -20,7 +20,7 @@ class PackedScheduler:
     """Plans sweeps in the order of the prefix tree. See `Scheduler` for what its methods promise."""
 
     def __init__(
-        self, policy: Policy, *, block_tokens: int, pool: PagePool, keep_all: bool = False, patience: float = 0.0
+        self, policy: ResolvedPolicy, *, block_tokens: int, pool: PagePool, keep_all: bool = False, patience: float = 0.0
     ) -> None:
         """Plan nothing yet.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from flexgen_helm.schedule.tree import Node
-from flexgen_helm.types import Policy
+from flexgen_helm.types import ResolvedPolicy
 
 
 @dataclass(eq=False)
@@ -114,7 +114,7 @@ class Sweep:
         return sum(row.num_tokens for row in self.rows if row.kind == "decode")
 
 
-def pack_prefill(segments: Iterable[Segment], policy: Policy) -> list[Row]:
+def pack_prefill(segments: Iterable[Segment], policy: ResolvedPolicy) -> list[Row]:
     """Cut segments, in order, into prefill rows of ``policy.gpu_batch_tokens`` tokens."""
     return _pack("prefill", segments, policy.gpu_batch_tokens)
 
@@ -147,6 +147,6 @@ def _piece(segment: Segment, offset: int, count: int) -> Segment:
     return Segment(segment.tokens[offset : offset + count], segment.start + offset, segment.table, segment.kept, copy, wants)
 
 
-def pack_decode(segments: list[Segment], policy: Policy) -> list[Row]:
+def pack_decode(segments: list[Segment], policy: ResolvedPolicy) -> list[Row]:
     """Cut one-token segments, in order, into decode rows of ``policy.gpu_batch_size`` sequences."""
     return _pack("decode", segments, policy.gpu_batch_size)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flexgen_helm.schedule.rows import Fork, Row, Segment, State, Sweep, Want, pack_decode
 from flexgen_helm.schedule.tree import Node
 from flexgen_helm.schedule.work import Work, decode_position
-from flexgen_helm.types import Policy
+from flexgen_helm.types import ResolvedPolicy
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StateSize:
 class SingleScheduler:
     """Plans sweeps in the order of arrival. See `Scheduler` for what its methods promise."""
 
-    def __init__(self, policy: Policy, *, block_tokens: int, capacity_bytes: int, size: StateSize) -> None:
+    def __init__(self, policy: ResolvedPolicy, *, block_tokens: int, capacity_bytes: int, size: StateSize) -> None:
         self._policy = policy
         self._block_tokens = block_tokens
         self._capacity, self._free, self._size = capacity_bytes, capacity_bytes, size

@@ -24,10 +24,11 @@ from helm.benchmark.scenarios.scenario import (
 from helm.benchmark.window_services.local_window_service import LocalWindowService
 
 from flexgen_helm.errors import FlexGenError, InvalidJob
-from flexgen_helm.types import Completion, EngineInfo, FinishReason, Job, Policy, Result, RunStats, SweepStats
+from flexgen_helm.types import Completion, EngineInfo, FinishReason, Job, ResolvedPolicy, Result, RunStats, SweepStats
 
 REFUSED = "never"
 """A prompt with this word is an invalid job for the fake engine."""
+POLICY = ResolvedPolicy(gpu_batch_size=64, gpu_batch_tokens=512)
 OUTPUTS = ("yes", "no", "maybe")
 
 
@@ -89,7 +90,7 @@ class FakeEngine:
         return future
 
     def describe(self) -> EngineInfo:
-        return EngineInfo(Policy(), dict(self.numerics), 32.0, 32.0, {"device": 4, "host": 0, "disk": 0})
+        return EngineInfo(POLICY, dict(self.numerics), 32.0, 32.0, {"device": 4, "host": 0, "disk": 0})
 
     def share_of_limit(self, stats: RunStats) -> float | None:
         if not stats.num_jobs:

@@ -19,9 +19,9 @@ from flexgen_helm.errors import DiskFull, FlexGenError
 from flexgen_helm.helm import pausing, registry
 from flexgen_helm.helm.journal import FOLDER
 from flexgen_helm.helm.report import RUN_FILE, WORKLOAD_FILE
-from flexgen_helm.types import EngineInfo, Policy, Result
+from flexgen_helm.types import EngineInfo, Policy, ResolvedPolicy, Result
 from tests.helm.conftest import RunSuite
-from tests.helm.fakes import FakeEngine, FakeLoader, run_spec
+from tests.helm.fakes import POLICY, FakeEngine, FakeLoader, run_spec
 from tests.helm.files import FILES, completed, read, timeless
 
 NO_CACHE = {"sqlite_cache_backend_config": None}
@@ -130,7 +130,10 @@ def test_files_of_a_run_appear_only_when_all_are_there(
 
 
 def test_a_resumed_run_keeps_its_row_sizes(run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, other = Policy(gpu_batch_size=48, gpu_batch_tokens=96), Policy(gpu_batch_size=16, gpu_batch_tokens=32)
+    begun, other = (
+        ResolvedPolicy(gpu_batch_size=48, gpu_batch_tokens=96),
+        ResolvedPolicy(gpu_batch_size=16, gpu_batch_tokens=32),
+    )
     with monkeypatch.context() as patch:
         for policy, specs in ((begun, SPECS), (other, SPECS[:2])):
             info = EngineInfo(policy, {}, 32.0, 32.0, {})
@@ -140,7 +143,7 @@ def test_a_resumed_run_keeps_its_row_sizes(run_suite: RunSuite, loader: FakeLoad
         registry.ENGINES.close()
         loader.engines.clear()
     run_suite(SPECS, execution=NO_CACHE)
-    assert [engine.arguments.get("policy") for engine in loader.engines] == [begun]
+    assert [engine.arguments.get("policy") for engine in loader.engines] == [Policy(gpu_batch_size=48, gpu_batch_tokens=96)]
 
 
 def test_answers_are_kept_while_a_run_has_failed(run_suite: RunSuite, loader: FakeLoader) -> None:
@@ -191,7 +194,7 @@ def test_report_of_a_run(run_suite: RunSuite, loader: FakeLoader) -> None:
     assert report["deployment"] == "flexgen/test/letters"
     assert report["model"] == "letters"
     assert report["variant"] is None
-    assert report["policy"] == json.loads(json.dumps(vars(Policy())))
+    assert report["policy"] == json.loads(json.dumps(vars(POLICY)))
     assert report["numerics"]["weights"] == "letters"
     assert (report["bits_per_weight"], report["bits_per_cache_element"]) == (32.0, 32.0)
     assert set(report["weight_bytes"]) == {"device", "host", "disk"}

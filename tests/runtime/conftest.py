@@ -11,12 +11,13 @@ import torch
 
 from flexgen_helm import Engine, Policy
 from flexgen_helm.runtime.kinds import KindChoice
+from flexgen_helm.types import ResolvedPolicy
 from tests.models import save_tiny
 from tests.reference import Reference
 
-POLICY = Policy(gpu_batch_size=16, num_gpu_batches=4, gpu_batch_tokens=32, block_tokens=4096)
+POLICY = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=4, gpu_batch_tokens=32, block_tokens=4096)
 """Row sizes are multiples of 16, so that one thread computes every token alike; everything fits in one block."""
-NARROW = Policy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=32, block_tokens=96)
+NARROW = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=32, block_tokens=96)
 """The same row sizes with a block so small that jobs must wait for each other."""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexgen_helm import Engine, Policy, UnsupportedModel
+from flexgen_helm import Engine, UnsupportedModel
 from flexgen_helm.attention import row
 from flexgen_helm.attention.kernels import Merged, merge_chunks
 from flexgen_helm.errors import OutOfSpace
@@ -21,10 +21,11 @@ from flexgen_helm.runtime.kinds import check_model
 from flexgen_helm.runtime.layers import layer_kinds, layers_of, num_layers_of_every_kind
 from flexgen_helm.runtime.loading import open_model
 from flexgen_helm.runtime.weights import read_first_layers
+from flexgen_helm.types import ResolvedPolicy
 from tests.models import save_tiny
 from tests.survey.configs import tiny_config
 
-POLICY = Policy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64)
+POLICY = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64)
 
 
 def load(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from flexgen_helm import Engine, Job
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.disk_rate import disk_rates
 from flexgen_helm.runtime.limit import LayerSizes, Rates, layer_sizes, measure_rates, note_limit, sweep_seconds
-from flexgen_helm.types import LINKS, Policy, RunStats, SweepStats
+from flexgen_helm.types import LINKS, ResolvedPolicy, RunStats, SweepStats
 from tests.models import save_tiny
 
 SHAPE: dict[str, Any] = {
@@ -112,7 +112,8 @@ def test_weights_are_hidden_from_the_break_even_block_on(
 
 
 def test_only_what_a_run_used_is_measured(tmp_path: Path) -> None:
-    cpu, sizes, policy = torch.device("cpu"), LayerSizes(1000, 500), Policy(16, 1, 64)
+    cpu, sizes = torch.device("cpu"), LayerSizes(1000, 500)
+    policy = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64)
     rates = measure_rates(cpu, torch.float32, sizes=sizes, policy=policy, stats=RunStats(), folder=tmp_path)
     assert 1e8 < rates.decode < 1e15
     assert 1e8 < rates.prefill < 1e15

@@ -125,7 +125,7 @@ def test_what_cannot_be_honoured_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.4, 0.2), (-1, 1, 1), "device", (1, "0", 0)])
 @pytest.mark.parametrize("name", ["weights", "cache", "hidden"])
 def test_shares_that_make_no_sense_are_refused(bench: Workbench, tmp_path: Path, name: str, shares: Any) -> None:
-    with pytest.raises(PolicyError, match=f"{name} is .*add up to 1"):
+    with pytest.raises(PolicyError, match=f"{name} must be .*add up to 1"):
         load(bench, tmp_path, Policy(**{name: shares}))
 
 

@@ -11,14 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from flexgen_helm import Policy
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.memory.limits import parse_max_memory, parse_size
 from flexgen_helm.memory.staging import NUM_BUFFERS
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.memory.working_set import TRANSFER_BYTES
 from flexgen_helm.runtime.plan import CACHE_SHARE, EMBEDDINGS, Space, cache_capacities, plan_weights
-from flexgen_helm.types import TIERS, Shares, Tier
+from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier
 
 GIB = 2**30
 CONFIG = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=20, num_attention_heads=8, vocab_size=1000)
@@ -29,6 +28,10 @@ def model() -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIG)
     return model
+
+
+def policy(**fields: Any) -> ResolvedPolicy:
+    return ResolvedPolicy(**{"gpu_batch_size": 64, "gpu_batch_tokens": 256, **fields})
 
 
 def space(gib: float, *, separate: bool = True) -> Space:
@@ -50,7 +53,7 @@ def test_shares_are_real_to_within_one_part_everywhere(parts: list[int], sizes: 
 
 
 def test_realised_shares_are_close_to_those_of_the_policy(model: PreTrainedModel) -> None:
-    plan = plan_weights(model, Policy(weights=(0.2, 0.5, 0.3)), space(10))
+    plan = plan_weights(model, policy(weights=(0.2, 0.5, 0.3)), space(10))
     layer = plan.layouts[0].num_bytes / sum(plan.sizes.values())
     assert plan.shares == pytest.approx((0.2, 0.5, 0.3), abs=layer)
     assert sum(plan.weight_bytes.values()) >= sum(p.nbytes for p in model.parameters())
@@ -59,12 +62,12 @@ def test_realised_shares_are_close_to_those_of_the_policy(model: PreTrainedModel
 
 
 def test_without_a_device_memory_only_the_disk_is_streamed(model: PreTrainedModel) -> None:
-    plan = plan_weights(model, Policy(weights=(0.2, 0.5, 0.3)), space(10, separate=False))
+    plan = plan_weights(model, policy(weights=(0.2, 0.5, 0.3)), space(10, separate=False))
     assert plan.streamed == plan.on_disk == [j for j in range(21) if plan.tiers[j] == "disk"]
 
 
 def test_a_model_that_fits_stays_whole(model: PreTrainedModel) -> None:
-    plan = plan_weights(model, Policy(), space(10))
+    plan = plan_weights(model, policy(), space(10))
     assert plan.shares == (1.0, 0.0, 0.0)
     assert plan.streamed == []
 
@@ -73,7 +76,7 @@ def test_a_model_that_fits_stays_whole(model: PreTrainedModel) -> None:
 def test_without_a_cache_weights_fill_the_device_then_the_host_then_the_disk(model: PreTrainedModel, separate: bool) -> None:
     size = sum(p.nbytes for p in model.parameters())
     small = Space({"device": size // 2, "host": size // 2, "disk": 100 * GIB}, separate)
-    plan = plan_weights(model, Policy(cache=(0, 0, 1)), small)
+    plan = plan_weights(model, policy(cache=(0, 0, 1)), small)
     assert plan.weight_bytes["disk"] > 0
     for tier, peak in plan.peak_bytes.items():
         assert size / 4 < peak <= small.of(tier)
@@ -83,10 +86,10 @@ def test_a_full_cache_comes_before_weights(model: PreTrainedModel) -> None:
     """One more sequence saves a share of all sweeps, one more layer only of what is read in each."""
     size = sum(p.nbytes for p in model.parameters())
     small = Space({"device": size // 2, "host": size // 2, "disk": 100 * GIB}, False)
-    plan = plan_weights(model, Policy(), small)
+    plan = plan_weights(model, policy(), small)
     left = small.of("host") - plan.peak_bytes["host"]
     assert plan.weight_bytes["host"] < left
-    few = plan_weights(model, Policy(gpu_batch_size=1, num_gpu_batches=1), small)
+    few = plan_weights(model, policy(gpu_batch_size=1, num_gpu_batches=1), small)
     assert few.weight_bytes["host"] > size / 8
 
 
@@ -100,12 +103,12 @@ def test_automatic_shares_fit_wherever_the_disk_alone_does(
     model: PreTrainedModel, sizes: tuple[int, int], separate: bool, prefetch: int, cache: Shares
 ) -> None:
     small = Space({"device": sizes[0] * 2**20, "host": sizes[1] * 2**20, "disk": 100 * GIB}, separate)
-    policy = Policy(prefetch=prefetch, cache=cache)
+    chosen = policy(prefetch=prefetch, cache=cache)
     try:
-        plan_weights(model, dataclasses.replace(policy, weights=(0.0, 0.0, 1.0)), small)
+        plan_weights(model, dataclasses.replace(chosen, weights=(0.0, 0.0, 1.0)), small)
     except PolicyError:
         return
-    plan = plan_weights(model, policy, small)
+    plan = plan_weights(model, chosen, small)
     assert all(count <= small.of(tier) for tier, count in plan.peak_bytes.items())
 
 
@@ -116,12 +119,12 @@ def test_what_does_not_fit_is_an_error_with_numbers(model: PreTrainedModel, weig
     size = sum(p.nbytes for p in model.parameters())
     available = {name: size // 3 if name == tier else 100 * size for name in TIERS}
     with pytest.raises(PolicyError, match=rf"on the {tier} need \d.*may be used there.*max_memory"):
-        plan_weights(model, Policy(weights=weights), Space(available, True))
+        plan_weights(model, policy(weights=weights), Space(available, True))
 
 
 def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
-    policy = Policy(weights=(0, 0, 1), prefetch=3)
-    plan = plan_weights(model, policy, space(10))
+    chosen = policy(weights=(0, 0, 1), prefetch=3)
+    plan = plan_weights(model, chosen, space(10))
     largest = max(layout.num_bytes for layout in plan.layouts.values())
     assert plan.needed_bytes["device"] == 4 * largest
     assert plan.needed_bytes["host"] == plan.sizes[EMBEDDINGS] + 4 * largest
@@ -129,10 +132,10 @@ def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
     assert peak["device"] == 4 * largest + plan.working_bytes
     assert peak["host"] == plan.needed_bytes["host"]
     exact = Space(peak, True)
-    assert plan_weights(model, policy, exact).needed_bytes == plan.needed_bytes
+    assert plan_weights(model, chosen, exact).needed_bytes == plan.needed_bytes
     for tier in TIERS:
         with pytest.raises(PolicyError, match=f"on the {tier}"):
-            plan_weights(model, policy, Space({**peak, tier: peak[tier] - 1}, True))
+            plan_weights(model, chosen, Space({**peak, tier: peak[tier] - 1}, True))
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)

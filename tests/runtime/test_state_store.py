@@ -17,11 +17,11 @@ from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.runtime.single import SingleRows, cache_bytes, check_cache_shares
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.rows import Fork, Row, Segment, State, Sweep, Want, pack_decode
-from flexgen_helm.types import Policy, RunStats
+from flexgen_helm.types import ResolvedPolicy, RunStats
 from tests.models import save_tiny
 
 CPU = torch.device("cpu")
-POLICY = Policy(gpu_batch_size=16)
+POLICY = ResolvedPolicy(gpu_batch_size=16, gpu_batch_tokens=256)
 PROMPTS = [tuple(range(5, 28)), tuple(range(40, 49)), tuple(range(3, 8))]
 STEPS = [(9, 11, 60), (30, 31, 32), (70, 2, 9)]
 

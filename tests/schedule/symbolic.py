@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flexgen_helm.schedule.rows import Fork, Segment, Sweep
 from flexgen_helm.schedule.work import Scheduler, Work
-from flexgen_helm.types import Policy
+from flexgen_helm.types import ResolvedPolicy
 
 Prefix = tuple[int, ...]
 
@@ -37,13 +37,19 @@ TOKENS = st.builds(
 LIMITS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=3).map(tuple)
 SPEC = st.builds(Spec, TOKENS, st.booleans(), LIMITS).filter(lambda spec: spec.score or spec.limits)
 SPECS = st.lists(SPEC, min_size=1, max_size=10, unique_by=lambda spec: spec.tokens)
-POLICIES = st.builds(Policy, st.integers(1, 5), st.integers(1, 3), st.integers(1, 50), st.integers(1, 200))
+POLICIES = st.builds(
+    ResolvedPolicy,
+    gpu_batch_size=st.integers(1, 5),
+    num_gpu_batches=st.integers(1, 3),
+    gpu_batch_tokens=st.integers(1, 50),
+    block_tokens=st.integers(1, 200),
+)
 
 
 class Machine:
     """Stands for the executor. Completions emit, and scores are, a function of the prefix that they follow."""
 
-    def __init__(self, policy: Policy, specs: list[Spec]) -> None:
+    def __init__(self, policy: ResolvedPolicy, specs: list[Spec]) -> None:
         self.policy = policy
         self.ends: dict[Fork, tuple[Prefix, int]] = {}
         self.works: list[Work] = []

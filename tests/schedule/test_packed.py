@@ -9,14 +9,14 @@ from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
 from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.rows import Fork, Segment, Sweep
 from flexgen_helm.schedule.work import Work
-from flexgen_helm.types import Policy
+from flexgen_helm.types import ResolvedPolicy
 from tests.schedule.symbolic import POLICIES, SPECS, Machine, Prefix, Spec, assert_answers
 
 
 class PagedMachine(Machine):
     """Slots hold the prefix that their token closes."""
 
-    def __init__(self, policy: Policy, specs: list[Spec]) -> None:
+    def __init__(self, policy: ResolvedPolicy, specs: list[Spec]) -> None:
         super().__init__(policy, specs)
         self.slots: dict[tuple[bool, int], Prefix] = {}
 
@@ -55,7 +55,7 @@ def pages_alone(work: Work) -> int:
 @settings(derandomize=True, max_examples=300, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(SPECS, POLICIES, st.integers(0, 40), st.booleans(), st.integers(1, 10), st.sampled_from([0.0, 3.0]))
 def test_every_answer_comes_from_the_right_prefix(
-    specs: list[Spec], policy: Policy, spare: int, keep_all: bool, first: int, patience: float
+    specs: list[Spec], policy: ResolvedPolicy, spare: int, keep_all: bool, first: int, patience: float
 ) -> None:
     machine = PagedMachine(policy, specs)
     pool = PagePool(max(pages_alone(work) for work in machine.works) + spare)
@@ -73,13 +73,13 @@ def test_work_that_others_have_computed_before_its_turn_is_not_lost() -> None:
         Spec((1, 2, 2), True, ()),
         Spec((1,), False, ((7, 11), (2, 15), (21, 10), (5, 1))),
     ]
-    test(specs, Policy(2, 1, 47, 194), 14, False, 1, 0.0)
+    test(specs, ResolvedPolicy(gpu_batch_size=2, num_gpu_batches=1, gpu_batch_tokens=47, block_tokens=194), 14, False, 1, 0.0)
 
 
 @settings(derandomize=True, max_examples=50, deadline=None)
 @given(SPECS)
 def test_a_large_block_computes_each_prefix_once(specs: list[Spec]) -> None:
-    policy = Policy(64, 4, 16, 10_000)
+    policy = ResolvedPolicy(gpu_batch_size=64, num_gpu_batches=4, gpu_batch_tokens=16, block_tokens=10_000)
     machine = PagedMachine(policy, specs)
     scheduler = PackedScheduler(policy, block_tokens=10_000, pool=PagePool(10_000))
     scheduler.add(machine.works)
@@ -93,7 +93,7 @@ def test_a_large_block_computes_each_prefix_once(specs: list[Spec]) -> None:
 
 def prompt_tokens_by_sweep(new_tokens: int, patience: float) -> list[int]:
     """Of eight prompts of 32 tokens, two to a row, where memory holds five."""
-    policy = Policy(16, 1, 64, 64)
+    policy = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64, block_tokens=64)
     specs = [Spec((i + 2,) * 32, False, ((new_tokens, new_tokens),)) for i in range(8)]
     machine = PagedMachine(policy, specs)
     pool = PagePool(5 * pages_alone(machine.works[0]))
@@ -122,7 +122,7 @@ def test_a_prompt_does_not_wait_for_a_full_row_for_ever() -> None:
 
 
 def test_abandoned_work_leaves_no_page_behind() -> None:
-    policy = Policy(2, 1, 8, 8)
+    policy = ResolvedPolicy(gpu_batch_size=2, num_gpu_batches=1, gpu_batch_tokens=8, block_tokens=8)
     pool = PagePool(100)
     scheduler = PackedScheduler(policy, block_tokens=8, pool=pool)
     works = [Work((*range(40), i), i % 2 == 0, [Fork(20)]) for i in range(4)]

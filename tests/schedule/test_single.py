@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from flexgen_helm.schedule.rows import Fork, Segment, State, Sweep
 from flexgen_helm.schedule.single import SingleScheduler, StateSize
 from flexgen_helm.schedule.work import Work
-from flexgen_helm.types import Policy
+from flexgen_helm.types import ResolvedPolicy
 from tests.schedule.symbolic import POLICIES, SPECS, Machine, Spec, assert_answers
 
 
 class StateMachine(Machine):
     """States hold the tokens that they were computed from. Like the runtime, all rows begin before any is computed."""
 
-    def __init__(self, policy: Policy, specs: list[Spec], size: StateSize, block_tokens: int) -> None:
+    def __init__(self, policy: ResolvedPolicy, specs: list[Spec], size: StateSize, block_tokens: int) -> None:
         super().__init__(policy, specs)
         self.size, self.block_tokens = size, block_tokens
         self.most_bytes = 0
@@ -54,7 +54,7 @@ class StateMachine(Machine):
 @settings(derandomize=True, max_examples=300, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(SPECS, POLICIES, st.builds(StateSize, st.integers(0, 50), st.integers(0, 3)), st.integers(0, 300), st.integers(1, 10))
 def test_every_answer_comes_from_the_right_prefix(
-    specs: list[Spec], policy: Policy, size: StateSize, spare: int, first: int
+    specs: list[Spec], policy: ResolvedPolicy, size: StateSize, spare: int, first: int
 ) -> None:
     block_tokens = policy.block_tokens or 1
     machine = StateMachine(policy, specs, size, block_tokens)
@@ -67,7 +67,7 @@ def test_every_answer_comes_from_the_right_prefix(
 
 
 def test_a_block_decodes_as_many_sequences_as_it_has_slots() -> None:
-    policy = Policy(gpu_batch_size=3, num_gpu_batches=2, gpu_batch_tokens=8)
+    policy = ResolvedPolicy(gpu_batch_size=3, num_gpu_batches=2, gpu_batch_tokens=8)
     specs = [Spec((i,), False, ((5, 5),)) for i in range(20)]
     machine = StateMachine(policy, specs, StateSize(1, 1), 100)
     scheduler = SingleScheduler(policy, block_tokens=100, capacity_bytes=10_000, size=StateSize(1, 1))
@@ -83,12 +83,14 @@ def test_a_block_decodes_as_many_sequences_as_it_has_slots() -> None:
 
 @pytest.mark.parametrize(("limits", "needed"), [([], 24), ([1], 24), ([5], 32), ([5, 5, 1], 88)])
 def test_each_completion_needs_a_state_of_its_own(limits: list[int], needed: int) -> None:
-    scheduler = SingleScheduler(Policy(), block_tokens=10, capacity_bytes=99, size=StateSize(4, 2))
+    scheduler = SingleScheduler(
+        ResolvedPolicy(gpu_batch_size=64, gpu_batch_tokens=256), block_tokens=10, capacity_bytes=99, size=StateSize(4, 2)
+    )
     assert scheduler.bytes_needed(10, limits) == needed
 
 
 def test_abandoned_work_frees_its_memory() -> None:
-    policy, size = Policy(2, 1, 8), StateSize(0, 1)
+    policy, size = ResolvedPolicy(gpu_batch_size=2, num_gpu_batches=1, gpu_batch_tokens=8), StateSize(0, 1)
     works = [Work((*range(40), i), i % 2 == 0, [Fork(20)]) for i in range(4)]
     machine = StateMachine(policy, [], size, 1000)
     machine.ends = {fork: (work.tokens, 20) for work in works for fork in work.forks}
