@@ -1,5 +1,11 @@
 """Errors that a user can cause. Every message says what is wrong, why, and what to do."""
 
+import errno
+from collections.abc import Mapping
+
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of an `OSError`: a disk, a quota or a file size limit is exhausted."""
+
 
 class FlexGenError(Exception):
     """Base of all errors raised on purpose by this package."""
@@ -11,6 +17,25 @@ class UnsupportedModel(FlexGenError):
 
 class InvalidJob(FlexGenError):
     """A job that cannot be served: empty prompt, longer than the context, a field out of range."""
+
+    def __init__(self, message: str, **values: object) -> None:
+        """Say what is wrong.
+
+        Args:
+            message: With ``values``, a format string, in which ``{max_new_tokens}`` and other names of `JOB_WORDS` stand for
+                the words of whoever reads it.
+            values: What the other fields of the format string stand for.
+        """
+        self._format, self._values = message, values
+        super().__init__(self.in_words(JOB_WORDS))
+
+    def in_words(self, words: Mapping[str, str]) -> str:
+        """Return the message with other words for the fields of a job."""
+        return self._format.format(**{**JOB_WORDS, **words}, **self._values) if self._values else self._format
+
+
+JOB_WORDS = {name: name for name in ("max_new_tokens", "top_logprobs", "num_completions", "seed")} | {"jobs": "jobs"}
+"""What messages call the fields of a job."""
 
 
 class PolicyError(FlexGenError):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flexgen_helm.errors import DiskFull, FlexGenError
+from flexgen_helm.errors import DISK_FULL_ERRNOS, DiskFull, FlexGenError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A file size limit is an I/O error to SQLite.
 _SQLITE_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 RESUME = "Finished answers are kept; the same command goes on where this one stopped."
@@ -18,7 +16,7 @@ RESUME = "Finished answers are kept; the same command goes on where this one sto
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is that a disk, quota or file size limit is exhausted."""
     while error is not None:
-        if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in _FULL):
+        if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS):
             return True
         if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_FULL:
             return True

@@ -63,12 +63,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 """What HELM declares. It does not check what a run entry or a scenario has put there."""
 
-_HELM_WORDS = {
-    "max_new_tokens": "max_tokens",
-    "top_logprobs": "top_k_per_token",
-    "jobs with different seeds": "requests with different `random`",
-}
-"""What the engine's messages call by other words than a request."""
+_HELM_WORDS = {"max_new_tokens": "max_tokens", "top_logprobs": "top_k_per_token", "seed": "`random`", "jobs": "requests"}
+"""What HELM calls the fields of a job that messages name."""
 
 Refusal = tuple[Callable[[Request], bool], str]
 
@@ -222,16 +218,13 @@ def failure(error: Exception) -> RequestResult:
     HELM repeats a failed request for 150 seconds unless it is told that the failure is permanent, which it is: the
     same request meets the same model again.
     """
-    message = f"{type(error).__name__}: {error}"
-    if isinstance(error, InvalidJob):
-        for engine, helm in _HELM_WORDS.items():
-            message = message.replace(engine, helm)
+    message = error.in_words(_HELM_WORDS) if isinstance(error, InvalidJob) else str(error)
     return RequestResult(
         success=False,
         cached=False,
         completions=[],
         embedding=[],
-        error=message,
+        error=f"{type(error).__name__}: {message}",
         error_flags=ErrorFlags(is_retriable=False, is_fatal=True),
     )
 

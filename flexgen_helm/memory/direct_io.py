@@ -7,7 +7,6 @@ import fcntl
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,14 +14,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError
+from flexgen_helm.errors import DISK_FULL_ERRNOS, CorruptFile, DiskFull, FlexGenError
 from flexgen_helm.memory.buffers import PAGE
 
 logger = logging.getLogger(__name__)
 
 PIECE = 4 * 2**20
 """Bytes of a request to the disk. With a quarter of it the threads lose a tenth of the disk's rate to one another."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DirectFile:
@@ -103,7 +101,6 @@ class _Request:
 
     file: DirectFile
     is_write: bool
-    num_bytes: int
     then: Callable[[], None] | None = None
     left: int = 0
     """Pieces that are not done."""
@@ -116,18 +113,9 @@ class DiskIO:
 
     def __init__(self, num_threads: int = 4) -> None:
         """Nothing runs before the first request."""
-        self.bytes_read = self.bytes_written = 0
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="flexgen-helm-disk")
         self._lock = threading.Lock()
         self._closed = self._has_warned = False
-        self._in_flight, self._since, self._busy = 0, 0.0, 0.0
-
-    @property
-    def busy_seconds(self) -> float:
-        """Time in which at least one request was on its way."""
-        with self._lock:
-            self._pass_time()
-            return self._busy
 
     def read(self, file: DirectFile, offset: int, into: Tensor, then: Callable[[], None] | None = None) -> Future[None]:
         """Start to fill memory from a file.
@@ -142,11 +130,11 @@ class DiskIO:
             Done when the memory is filled and ``then`` has returned, or when no thread touches it any more after an error:
             CorruptFile if the file is too short, FlexGenError if it cannot be read, and whatever ``then`` raises.
         """
-        return self._start(_Request(file, False, into.nbytes, then), offset, into)
+        return self._start(_Request(file, False, then), offset, into)
 
     def write(self, file: DirectFile, offset: int, memory: Tensor) -> Future[None]:
         """Start to write memory to a file; as `read`, but the future raises DiskFull where there is no more space."""
-        return self._start(_Request(file, True, memory.nbytes), offset, memory)
+        return self._start(_Request(file, True), offset, memory)
 
     def close(self) -> None:
         """Wait for what is being read or written; what has not begun yet fails."""
@@ -159,9 +147,6 @@ class DiskIO:
         begins = range(0, memory.nbytes, PIECE)
         request.left = len(begins)
         request.done.set_running_or_notify_cancel()  # so that nobody can cancel it while threads use the memory
-        with self._lock:
-            self._pass_time()
-            self._in_flight += 1
         for begin in begins:
             self._pool.submit(self._run, request, offset + begin, memory[begin : begin + PIECE])
         return request.done
@@ -190,27 +175,15 @@ class DiskIO:
         if request.error is None and not request.file.is_direct and not self._has_warned:
             self._has_warned = True
             logger.info("%s has no direct access here: it goes through the page cache", request.file.path)
-        with self._lock:
-            self._pass_time()
-            self._in_flight -= 1
-            if request.error is None and request.is_write:
-                self.bytes_written += request.num_bytes
-            elif request.error is None:
-                self.bytes_read += request.num_bytes
         if request.error is None:
             request.done.set_result(None)
         else:
             request.done.set_exception(request.error)
 
-    def _pass_time(self) -> None:
-        now = time.perf_counter()
-        self._busy += (now - self._since) * (self._in_flight > 0)
-        self._since = now
-
 
 def file_error(path: Path, error: OSError) -> FlexGenError:
     """Say what became of a file under an offload folder, and what to do."""
-    if error.errno in FULL:
+    if error.errno in DISK_FULL_ERRNOS:
         return DiskFull(f"{path} cannot be written: {error.strerror}. Free some space, or give another offload_folder.")
     if error.errno == errno.ENOENT:
         return CorruptFile(

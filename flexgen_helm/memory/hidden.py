@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexgen_helm.errors import CorruptFile, DiskFull
-from flexgen_helm.memory.direct_io import FULL, file_error
+from flexgen_helm.errors import DISK_FULL_ERRNOS, CorruptFile, DiskFull
+from flexgen_helm.memory.direct_io import file_error
 from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Meter
@@ -103,7 +103,7 @@ class _Disk:
         try:
             self._file.write(self._offset, _bytes_of(resting))
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL_ERRNOS:
                 raise file_error(self._file.folder, error) from error
             raise DiskFull(
                 f"The hidden states of a row ({gib(resting.nbytes)}, behind {gib(self._offset)} of other rows) could not be "

@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 
 class Transfer(Protocol):
@@ -15,13 +14,6 @@ class Transfer(Protocol):
 
     def wait(self) -> None:
         """Let the computation that follows see what arrives; raises what went wrong on the way."""
-
-
-class Arrived:
-    """A transfer that has happened."""
-
-    def wait(self) -> None:
-        """Nothing."""
 
 
 class Started:
@@ -74,8 +66,3 @@ class Link:
                 after = torch.cuda.Event()
                 after.record(self._stream)
                 return after
-
-
-def copy_between(target: Tensor, source: Tensor) -> None:
-    """Copy; beside the computation where one side is pinned and the other on a GPU."""
-    target.copy_(source, non_blocking=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from flexgen_helm.errors import DiskFull
 from flexgen_helm.memory.buffers import padded
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO
+from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.page_tensors import CacheKey, PageShape, PageTensors
 
 
@@ -31,11 +33,10 @@ class DiskPages:
             DiskFull: If the folder has less room than that.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        status = os.statvfs(folder)
-        free, needed = status.f_bavail * status.f_frsize, capacity * page_bytes
+        free, needed = shutil.disk_usage(folder).free, capacity * page_bytes
         if needed > free:
             raise DiskFull(
-                f"The K/V cache needs {needed / 2**30:.2f} GiB in {folder}, which has {free / 2**30:.2f} GiB free. Free space, "
+                f"The K/V cache needs {gib(needed)} in {folder}, which has {gib(free)} free. Free space, "
                 "name another offload_folder, or give the disk a smaller share of the cache."
             )
         path = folder / f"kv_{os.getpid()}_{secrets.token_hex(4)}.pages"

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile, DiskFull
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO, file_error
+from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.slab import SlabLayout
 
 _TEMPORARY = ".slab-"
@@ -72,11 +74,10 @@ class SlabFolder:
         """
         needed = sum(self._layouts[j].num_bytes for j in missing)
         with _clear_errors(self.path):
-            status = os.statvfs(self.path)
-        free = status.f_bavail * status.f_frsize
+            free = shutil.disk_usage(self.path).free
         if needed > free:
             raise DiskFull(
-                f"Weights on disk need {needed / 2**30:.2f} GiB more in {self.path}, which has {free / 2**30:.2f} GiB free. "
+                f"Weights on disk need {gib(needed)} more in {self.path}, which has {gib(free)} free. "
                 "Free some space, give an offload_folder on another disk, or put a smaller share of the weights on disk."
             )
 

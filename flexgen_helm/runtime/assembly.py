@@ -18,9 +18,9 @@ from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from flexgen_helm.errors import FlexGenError, UnsupportedModel
+from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.allocator import return_freed_memory
-from flexgen_helm.runtime.layers import FirstLayers, layers_path, num_layers_of_every_kind, shared_layers
+from flexgen_helm.runtime.layers import FirstLayers, layers_path, num_layers_of_every_kind, refuse_shared_layers
 
 CPU = torch.device("cpu")
 FEW_TOKENS = 4096
@@ -182,12 +182,7 @@ def initialize(model: PreTrainedModel, modules: list[nn.Module], keys: Set[str])
 
 def _layers_apart(model: PreTrainedModel) -> dict[str, set[str]]:
     """The names of the layers, and of the tensors of each."""
-    shared = shared_layers(model)
-    if shared:
-        raise UnsupportedModel(
-            f"{model.name_or_path}: weights of its layers {', '.join(map(str, shared[:5]))} are also those of other layers, so "
-            "that its layers cannot be placed one by one. Run it where the whole model fits into memory."
-        )
+    refuse_shared_layers(model)
     path = layers_path(model)
     layers = model.get_submodule(path).named_children()
     return {f"{path}.{j}": {f"{path}.{j}.{name}" for name in layer.state_dict()} for j, layer in layers}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,7 +187,6 @@ def _check_first_layers(
 def _free_disk(folder: Path) -> int:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        found = os.statvfs(existing)
+        return shutil.disk_usage(existing).free
     except OSError as error:
         raise PolicyError(f"offload_folder {folder} cannot be used ({error}). Give another folder.") from error
-    return found.f_bavail * found.f_frsize

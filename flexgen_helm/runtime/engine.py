@@ -78,10 +78,11 @@ class Engine:
             "engine": NUMERICS_VERSION,
         }
         """What decides the bits of an answer beside the job itself: what belongs into a cache key."""
-        if kv_dtype not in (None, loaded.model.dtype):
+        self._kv_dtype = loaded.model.dtype if kv_dtype is None else kv_dtype
+        if self._kv_dtype != loaded.model.dtype:
             self.numerics["kv_dtype"] = str(kv_dtype).removeprefix("torch.")
         try:
-            self._worker = self._start(order, kv_dtype)
+            self._worker = self._start(order)
         except BaseException:
             if parts.weights is not None:
                 parts.weights.close()
@@ -164,8 +165,10 @@ class Engine:
             InvalidJob: A job that cannot be served, with ``on_error="raise"``.
             OutOfSpace: A job whose K and V can never fit.
         """
+        if isinstance(jobs, Job):
+            raise FlexGenError("run takes a list of jobs, but got one job. Write engine.run([job]).")
         if on_error not in ("raise", "return"):
-            raise FlexGenError(f"on_error is {on_error!r}. Give 'raise' or 'return'.")
+            raise FlexGenError(f"on_error must be 'raise' or 'return', not {on_error!r}.")
         results: list[Result | None] = [None] * len(jobs)
         tickets: dict[int, Ticket] = {}
         for index, job in enumerate(jobs):
@@ -198,7 +201,7 @@ class Engine:
             policy=self.policy,
             numerics=dict(self.numerics),
             bits_per_weight=8 * num_bytes / count,
-            bits_per_cache_element=8.0 * self._loaded.model.dtype.itemsize,
+            bits_per_cache_element=8.0 * self._kv_dtype.itemsize,
             planned_bytes={str(tier): count for tier, count in self._parts.plan.needed_bytes.items()},
             cache_bytes={str(tier): count for tier, count in self._capacities.items()},
             weight_bytes={str(tier): count for tier, count in self._parts.plan.weight_bytes.items()},
@@ -236,7 +239,7 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _start(self, order: Order, kv_dtype: torch.dtype | None) -> Worker:
+    def _start(self, order: Order) -> Worker:
         parts, policy, separate = self._parts, self.policy, self._parts.space.separate
         if policy.cache[2] or policy.hidden[2]:
             make_folder(parts.folder)
@@ -252,7 +255,7 @@ class Engine:
             self._capacities,
             device=self._device,
             separate=separate,
-            kv_dtype=kv_dtype or self._loaded.model.dtype,
+            kv_dtype=self._kv_dtype,
             folder=parts.folder,
             meter=self.meter,
         )
@@ -271,12 +274,13 @@ class Engine:
     def _prepare(self, job: Job) -> PreparedJob:
         if not isinstance(job, Job):
             raise InvalidJob(f"A job is of type {type(job).__name__}. Give flexgen_helm.Job(prompt=...) or Job(token_ids=...).")
-        try:
-            prepared = prepare(job, tokenizer=self.tokenizer, max_length=self.max_length, vocab_size=self._loaded.vocab_size)
-        except InvalidJob as error:
-            if "context" in str(error):
-                raise InvalidJob(f"{error} ({self.max_length} is {self._loaded.length_reason}.)") from None
-            raise
+        prepared = prepare(
+            job,
+            tokenizer=self.tokenizer,
+            max_length=self.max_length,
+            vocab_size=self.vocab_size,
+            length_reason=self._loaded.length_reason,
+        )
         self._check_space(prepared)
         return prepared
 

@@ -43,7 +43,14 @@ class PreparedJob:
         return self.job.temperature <= GREEDY_TEMPERATURE
 
 
-def prepare(job: Job, *, tokenizer: PreTrainedTokenizerBase | None, max_length: int, vocab_size: int) -> PreparedJob:
+def prepare(
+    job: Job,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+    vocab_size: int,
+    length_reason: str = "the model's own limit",
+) -> PreparedJob:
     """Check ``job`` and tokenise its prompt.
 
     A prompt is tokenised without added special tokens. The input gets a BOS token where the tokenizer itself would
@@ -55,6 +62,7 @@ def prepare(job: Job, *, tokenizer: PreTrainedTokenizerBase | None, max_length: 
         tokenizer: The model's, None if it has none.
         max_length: Context of the model in tokens: input and new tokens together.
         vocab_size: Number of token ids that the model knows.
+        length_reason: Why the context ends there, for messages.
 
     Raises:
         InvalidJob: What is wrong, why, and what to do.
@@ -65,8 +73,13 @@ def prepare(job: Job, *, tokenizer: PreTrainedTokenizerBase | None, max_length: 
     needed = len(prompt_ids) + job.max_new_tokens
     if needed > max_length:
         raise InvalidJob(
-            f"The prompt has {len(prompt_ids)} tokens and max_new_tokens is {job.max_new_tokens}, together {needed}, "
-            f"but the model's context holds {max_length}. Shorten the prompt or lower max_new_tokens."
+            "The prompt has {length} tokens and {max_new_tokens} is {new}, together {needed}, but the model's context holds "
+            "{context} tokens ({reason}). Shorten the prompt or lower {max_new_tokens}.",
+            length=len(prompt_ids),
+            new=job.max_new_tokens,
+            needed=needed,
+            context=max_length,
+            reason=length_reason,
         )
     added: tuple[int, ...] = ()
     if job.prompt is not None and tokenizer is not None and needed < max_length:
@@ -80,26 +93,25 @@ def _check_limits(job: Job, vocab_size: int) -> None:
     _check_int("num_completions", job.num_completions, at_least=1)
     if job.num_completions > MAX_COMPLETIONS:
         raise InvalidJob(
-            f"num_completions is {job.num_completions}, but a job has at most {MAX_COMPLETIONS}. Give several jobs with "
-            "different seeds."
+            "{num_completions} is {count}, but at most {limit} are allowed. Give several {jobs} that differ in {seed}.",
+            count=job.num_completions,
+            limit=MAX_COMPLETIONS,
         )
     _check_int("top_logprobs", job.top_logprobs, at_least=0)
     if job.top_logprobs > vocab_size:
         raise InvalidJob(
-            f"top_logprobs is {job.top_logprobs}, but the model has {vocab_size} tokens. Ask for that many at most."
+            "{top_logprobs} is {count}, but the model has {vocab_size} tokens. Ask for that many at most.",
+            count=job.top_logprobs,
+            vocab_size=vocab_size,
         )
     if job.seed is not None and not _is_int(job.seed):
-        raise InvalidJob(f"seed is {job.seed!r}, but only integers name a sequence of random numbers. Give one, or None.")
+        raise InvalidJob(f"seed must be an integer or None, not {job.seed!r}.")
     if not _is_number(job.temperature) or not 0 <= job.temperature < math.inf:
         raise InvalidJob(
-            f"temperature is {job.temperature!r}, which no probabilities can be scaled by. Give a finite number: 0 for "
-            "the most likely token, or above."
+            f"temperature must be a finite number of at least 0, not {job.temperature!r}; 0 takes the most likely token."
         )
     if not _is_number(job.top_p) or not 0 < job.top_p <= 1:
-        raise InvalidJob(
-            f"top_p is {job.top_p!r}, but it is a share of the probability. Give a number above 0 and at most 1, which "
-            "is no limit."
-        )
+        raise InvalidJob(f"top_p must be above 0 and at most 1, not {job.top_p!r}; 1 is no limit.")
     if job.max_new_tokens == 0 and not job.score_prompt:
         raise InvalidJob(
             "max_new_tokens is 0 and score_prompt is False, so nothing is asked. Give max_new_tokens of at least 1, or "
@@ -191,7 +203,9 @@ def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _check_int(name: str, value: object, *, at_least: int) -> None:
     if not _is_int(value) or value < at_least:  # type: ignore[operator]
-        raise InvalidJob(f"{name} is {value!r}, but it counts something. Give an integer of at least {at_least}.")
+        raise InvalidJob(
+            f"{{{name}}} must be an integer of at least {{at_least}}, not {{value!r}}.", at_least=at_least, value=value
+        )
 
 
 def _is_int(value: object) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from flexgen_helm.errors import FlexGenError, UnsupportedModel
+from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
 from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
@@ -128,6 +128,8 @@ def make_rows(
     verdict, separate = checked.verdict, places.separate
     if checked.kind == "single":
         check_cache_shares(policy.cache)
+        if places.kv_dtype != checked.model.model.dtype:
+            raise PolicyError("kv_dtype cannot be set in single rows: the model's own cache has its dtype. Leave it out.")
         store = StateStore(places.device, share=policy.cache[1], meter=places.meter) if separate and policy.cache[1] else None
         size = StateSize(verdict.cache_bytes_per_sequence, verdict.cache_bytes_per_token)
         capacity = sum(places.capacities.values())

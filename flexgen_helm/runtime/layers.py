@@ -48,6 +48,20 @@ def shared_layers(model: PreTrainedModel) -> list[int]:
     return sorted({int(key.removeprefix(beginning).partition(".")[0]) for key in tied})
 
 
+def refuse_shared_layers(model: PreTrainedModel) -> None:
+    """Refuse to place layers one by one where they share weights.
+
+    Raises:
+        UnsupportedModel: If they do.
+    """
+    shared = shared_layers(model)
+    if shared:
+        raise UnsupportedModel(
+            f"{model.name_or_path}: layers {', '.join(map(str, shared[:5]))} share weights with other layers, so layers cannot "
+            "be placed one by one. Run it where the whole model fits on the device."
+        )
+
+
 def layer_kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[int]:
     """Return for each layer the first one of its kind.
 

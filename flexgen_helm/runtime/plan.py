@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from flexgen_helm.errors import PolicyError, UnsupportedModel
+from flexgen_helm.errors import PolicyError
 from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.slab import SlabLayout, layout_of
 from flexgen_helm.memory.staging import NUM_BUFFERS
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.memory.working_set import TRANSFER_BYTES
-from flexgen_helm.runtime.layers import layers_of, shared_layers
+from flexgen_helm.runtime.layers import layers_of, refuse_shared_layers
 from flexgen_helm.runtime.working_memory import cache_bytes_per_token, checking_bytes, first_layers_bytes, working_bytes
 from flexgen_helm.types import TIERS, ResolvedPolicy, RunStats, Shares, Tier
 
@@ -176,12 +176,8 @@ def plan_weights(model: PreTrainedModel, policy: ResolvedPolicy, space: Space) -
         cache = policy.block_size * SEQUENCE_TOKENS * cache_bytes_per_token(model)
         shares = policy.weights if policy.weights is not None else _filling_shares(whole, space, policy.cache, cache)
         plan = dataclasses.replace(whole, tiers=_placed(whole, shares))
-    shared = shared_layers(model) if plan.streamed else []
-    if shared:
-        raise UnsupportedModel(
-            f"{model.name_or_path}: weights of its layers {', '.join(map(str, shared[:5]))} are also those of other layers, so "
-            "that layers cannot be placed one by one. Run it where the whole model fits on the device."
-        )
+    if plan.streamed:
+        refuse_shared_layers(model)
     _check(plan, space, policy)
     return plan
 

@@ -49,18 +49,6 @@ class UniformStream:
         return (int.from_bytes(digest.digest(), "little") >> 11) * 2.0**-53
 
 
-def uniform(prompt_token_ids: Sequence[int], seed: int | None, completion: int, step: int) -> float:
-    """Return the random number in [0, 1) of one generated token, a function of exactly these arguments.
-
-    Args:
-        prompt_token_ids: Token ids of the prompt.
-        seed: Any integer; None is 0.
-        completion: Index of the completion among those of its job.
-        step: Index of the generated token.
-    """
-    return UniformStream(prompt_token_ids, seed, completion).at(step)
-
-
 def greedy(logits: Tensor) -> list[int]:
     """Return the most likely token of each row, the lowest id on ties.
 

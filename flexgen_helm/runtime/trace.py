@@ -60,17 +60,6 @@ def write_trace(path: Path, spans: Sequence[Span], sweeps: Sequence[SweepStats])
         raise FlexGenError(f"The trace {path} cannot be written ({error}). Give another file.") from None
 
 
-def sweep_lines(sweeps: Sequence[SweepStats]) -> list[str]:
-    """Say of each sweep how long it took, for what, which share of it each resource was busy, and which was busiest."""
-    lines = []
-    for number, sweep in enumerate(sweeps, start=1):
-        shares = [f"{title(name)} {busy / sweep.seconds:.0%}" for name, busy in sweep.busy_seconds.items() if sweep.seconds]
-        bound = f", bound by {title(sweep.bound_by)}" if sweep.bound_by else ""
-        counts = f"{sweep.prompt_tokens:,} prompt tokens, {sweep.generated_tokens:,} generated"
-        lines.append(f"sweep {number}: {sweep.seconds:.3f} s, {counts}; {', '.join(shares)}{bound}")
-    return lines
-
-
 def title(resource: str) -> str:
     """A resource as it is printed."""
     return resource.replace("_", " ")

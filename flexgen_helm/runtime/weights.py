@@ -13,11 +13,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from flexgen_helm.errors import FlexGenError
 from flexgen_helm.runtime.assembly import LayerKeeper, assemble, cut_to_first_layers, empty_model, with_few_tokens
 from flexgen_helm.runtime.checkpoint import StoredTensor, read_tensors
 from flexgen_helm.runtime.conversion import Checkpoint
-from flexgen_helm.runtime.layers import layers_path
 
 
 def read_model(
@@ -48,11 +46,9 @@ def read_model(
     Raises:
         CorruptFile: If files are missing, torn or of another model.
         UnsupportedModel: With a keeper, if layers share weights.
-        FlexGenError: If the model is larger than what is free on the GPU.
     """
     stored = read_tensors(folder).values()
     model = empty_model(folder, config, dtype)
-    _check_room(name, model, device, kept="" if keeper is None else f"{layers_path(model)}.")
     with _one_bar(Checkpoint(name, folder, model, stored, dtype=dtype)) as source:
         assemble(model, source, device=device, keeper=keeper)
     model.generation_config = _generation_config(folder)
@@ -92,21 +88,6 @@ def _first_layers(
     cut_to_first_layers(model)
     with _one_bar(Checkpoint(name, folder, model, stored, dtype=dtype, partly=True)) as source:
         return assemble(model, source, device=device)
-
-
-def _check_room(name: str, model: PreTrainedModel, device: torch.device, *, kept: str) -> None:
-    """``kept`` is how the names of tensors begin that a keeper takes, or empty."""
-    if device.type != "cuda":
-        return
-    tied = model.all_tied_weights_keys
-    here = {key: tensor for key, tensor in model.state_dict().items() if not (kept and key.startswith(kept))}
-    needed = sum(tensor.nbytes for key, tensor in here.items() if key not in tied)
-    free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
-        raise FlexGenError(
-            f"{name} needs {needed / 2**30:.1f} GiB on {device}, where {free / 2**30:.1f} GiB are free. Use device='cpu'; "
-            "weights on several tiers are not supported yet."
-        )
 
 
 def _generation_config(folder: Path) -> GenerationConfig:

@@ -106,7 +106,9 @@ class PackedScheduler:
     def end_sweep(self) -> list[Work]:
         """Account for a sweep that was computed and whose wants were answered; returns the work that is now complete."""
         scoring = [work for work in self._swept if not work.generating]
-        assert all(self._finish_scoring(work) for work in scoring), "a scored prompt was left without an answer"
+        for work in scoring:
+            answered = self._finish_scoring(work)
+            assert answered, "a scored prompt was left without an answer"
         finished = list(dict.fromkeys(scoring))
         for node in self._in_sweep:
             if node.users == 0:

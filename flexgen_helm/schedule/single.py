@@ -86,7 +86,6 @@ class SingleScheduler:
                 if fork.done:
                     fork.state = None
         for work in finished:
-            work.done = True
             self._free += self._reserved.pop(work)
         return finished
 

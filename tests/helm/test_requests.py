@@ -120,9 +120,9 @@ def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], named:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_tokens": -1}, "max_tokens is -1, but"),
+        ({"max_tokens": -1}, "max_tokens must be .*not -1"),
         ({"top_k_per_token": 10**6}, "top_k_per_token is 1000000, but"),
-        ({"num_completions": 5000}, "num_completions is 5000, .* several requests with different `random`"),
+        ({"num_completions": 5000}, "num_completions is 5000, .* several requests that differ in `random`"),
     ],
 )
 def test_what_the_engine_refuses_has_the_names_of_helm(fields: dict[str, Any], message: str) -> None:
@@ -197,3 +197,10 @@ def test_cache_key_holds_numerics_and_all_that_changes_an_answer() -> None:
     keys.append(cache_key(base, to_job(base), {**numerics, "gpu_batch_size": 16}))
     assert all(keys[i] != keys[j] for i in range(len(keys)) for j in range(i))
     assert cache_key(base, to_job(base), dict(numerics)) == keys[0]
+
+
+def test_a_message_has_helms_words_for_fields_and_leaves_everything_else() -> None:
+    told = failure(InvalidJob("{max_new_tokens} is {count} in {folder}", count=7, folder="/data/top_logprobs/max_new_tokens"))
+    assert told.error == "InvalidJob: max_tokens is 7 in /data/top_logprobs/max_new_tokens"
+    plain = failure(InvalidJob("The folder /data/{max_new_tokens}/top_logprobs has no tokenizer"))
+    assert plain.error == "InvalidJob: The folder /data/{max_new_tokens}/top_logprobs has no tokenizer"

@@ -109,7 +109,6 @@ def test_ranges_come_and_go_as_they_are(
     assert whole[: SIZE - PAGE].numpy().tobytes() == expected[PAGE:]
     assert path.read_bytes() == expected
     assert caplog.text.count("no direct access") == (not direct)
-    assert (io.bytes_read, io.bytes_written) == (2 * SIZE - PAGE, 2 * PAGE)
     file.close()
 
 
@@ -212,18 +211,6 @@ def test_close_leaves_nobody_waiting(path: Path) -> None:
     with pytest.raises(FlexGenError, match="was closed before"):
         second.result(timeout=10)
     closing.join()
-    file.close()
-
-
-def test_busy_time_is_that_with_a_request_on_its_way(io: DiskIO, path: Path) -> None:
-    file = DirectFile(path)
-    time.sleep(0.1)
-    requests = [io.read(file, 0, allocate(SIZE), lambda: time.sleep(0.2)) for _ in range(3)]
-    for request in requests:
-        request.result()
-    assert 0.2 <= (busy := io.busy_seconds) < 0.6  # side by side, not one after the other
-    time.sleep(0.1)
-    assert io.busy_seconds == busy
     file.close()
 
 

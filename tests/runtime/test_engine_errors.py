@@ -266,3 +266,17 @@ def test_missing_shard(bench: Workbench, tmp_path: Path) -> None:
 def test_no_such_model(tmp_path: Path) -> None:
     with pytest.raises(FlexGenError, match="missing"):
         Engine.from_pretrained(str(tmp_path / "missing"), device="cpu")
+
+
+def test_one_job_without_a_list(bench: Workbench) -> None:
+    with pytest.raises(FlexGenError, match=r"engine\.run\(\[job\]\)"):
+        bench.engine("llama").run(Job(token_ids=[1, 2]))  # type: ignore[arg-type]
+
+
+def test_only_a_length_is_explained_by_the_context(bench: Workbench) -> None:
+    engine = bench.engine("llama")
+    with pytest.raises(InvalidJob, match=r"context holds \d+ tokens \(its config's max_position_embeddings\)"):
+        engine.run([Job(token_ids=[1, 2], max_new_tokens=10**6)])
+    with pytest.raises(InvalidJob) as caught:
+        engine.run([Job(token_ids=[1, 2], stop=("context",))])
+    assert "max_position_embeddings" not in str(caught.value)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexgen_helm import Engine, Job, Policy
+from flexgen_helm.errors import PolicyError
 from tests.dimensions import VOCAB_SIZE
 from tests.jobs import fixed_mix, random_tokens
 from tests.runtime.conftest import NARROW, POLICY, Workbench
@@ -96,3 +97,17 @@ def test_numerics_hold_row_sizes_and_no_placement(bench: Workbench, change: dict
 def test_numerics_tell_weights_and_dtypes_apart(bench: Workbench) -> None:
     engines = [bench.engine("qwen2"), bench.engine("qwen2", dtype="bfloat16"), bench.engine("qwen3")]
     assert len({tuple(sorted(engine.numerics.items())) for engine in engines}) == 3
+
+
+def test_the_dtype_of_the_cache_is_described(bench: Workbench) -> None:
+    folder = str(bench.folder("qwen2"))
+    with Engine.from_pretrained(folder, dtype="float32", device="cpu", policy=POLICY, kv_dtype="bfloat16") as engine:
+        info = engine.describe()
+    assert (info.bits_per_weight, info.bits_per_cache_element) == (32, 16)
+    assert info.numerics["kv_dtype"] == "bfloat16"
+
+
+def test_single_rows_have_no_dtype_of_their_own_for_the_cache(bench: Workbench) -> None:
+    folder = str(bench.folder("qwen2"))
+    with pytest.raises(PolicyError, match="kv_dtype cannot be set in single rows"):
+        Engine.from_pretrained(folder, dtype="float32", device="cpu", policy=POLICY, rows="single", kv_dtype="bfloat16")

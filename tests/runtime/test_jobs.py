@@ -42,19 +42,19 @@ INVALID = {
     "token id behind the last": (Job(token_ids=[3, len(PLAIN)]), f"token id {len(PLAIN)}.*0 to {len(PLAIN) - 1}"),
     "prompt behind the context": (Job(token_ids=[5] * 65, max_new_tokens=1), "65 tokens.*context holds 64"),
     "new tokens behind the context": (Job(token_ids=[5] * 60, max_new_tokens=5), "together 65.*context holds 64"),
-    "negative max_new_tokens": (Job(prompt="a", max_new_tokens=-1), "max_new_tokens is -1"),
-    "max_new_tokens of another type": (Job(prompt="a", max_new_tokens=1.5), "max_new_tokens is 1.5"),  # type: ignore[arg-type]
-    "max_new_tokens is a bool": (Job(prompt="a", max_new_tokens=True), "max_new_tokens is True"),
+    "negative max_new_tokens": (Job(prompt="a", max_new_tokens=-1), "max_new_tokens must be .*not -1"),
+    "max_new_tokens of another type": (Job(prompt="a", max_new_tokens=1.5), "max_new_tokens must be .*not 1.5"),  # type: ignore[arg-type]
+    "max_new_tokens is a bool": (Job(prompt="a", max_new_tokens=True), "max_new_tokens must be .*not True"),
     "more completions than can be counted": (Job(prompt="a", num_completions=10**9), "num_completions is 1000000000"),
-    "no completion": (Job(prompt="a", num_completions=0), "num_completions is 0"),
-    "temperature NaN": (Job(prompt="a", temperature=math.nan), "temperature is nan"),
-    "temperature infinite": (Job(prompt="a", temperature=math.inf), "temperature is inf"),
-    "temperature negative": (Job(prompt="a", temperature=-0.5), "temperature is -0.5"),
-    "temperature None": (Job(prompt="a", temperature=None), "temperature is None"),  # type: ignore[arg-type]
-    "top_p zero": (Job(prompt="a", top_p=0.0), "top_p is 0.0"),
-    "top_p above one": (Job(prompt="a", top_p=1.01), "top_p is 1.01"),
-    "top_p NaN": (Job(prompt="a", top_p=math.nan), "top_p is nan"),
-    "negative top_logprobs": (Job(prompt="a", top_logprobs=-1), "top_logprobs is -1"),
+    "no completion": (Job(prompt="a", num_completions=0), "num_completions must be .*not 0"),
+    "temperature NaN": (Job(prompt="a", temperature=math.nan), "temperature must be .*not nan"),
+    "temperature infinite": (Job(prompt="a", temperature=math.inf), "temperature must be .*not inf"),
+    "temperature negative": (Job(prompt="a", temperature=-0.5), "temperature must be .*not -0.5"),
+    "temperature None": (Job(prompt="a", temperature=None), "temperature must be .*not None"),  # type: ignore[arg-type]
+    "top_p zero": (Job(prompt="a", top_p=0.0), "top_p must be .*not 0.0"),
+    "top_p above one": (Job(prompt="a", top_p=1.01), "top_p must be .*not 1.01"),
+    "top_p NaN": (Job(prompt="a", top_p=math.nan), "top_p must be .*not nan"),
+    "negative top_logprobs": (Job(prompt="a", top_logprobs=-1), "top_logprobs must be .*not -1"),
     "more top_logprobs than tokens": (
         Job(prompt="a", top_logprobs=10_000),
         f"top_logprobs is 10000.*{len(PLAIN)} tokens",
@@ -63,7 +63,7 @@ INVALID = {
     "stop is empty": (Job(prompt="a", stop=("a", "")), "none of them empty"),
     "stop holds None": (Job(prompt="a", stop=(None,)), "must be a tuple of strings"),  # type: ignore[arg-type]
     "stop is None": (Job(prompt="a", stop=None), "stop is None"),  # type: ignore[arg-type]
-    "seed is text": (Job(prompt="a", seed="1"), "seed is '1'"),  # type: ignore[arg-type]
+    "seed is text": (Job(prompt="a", seed="1"), "seed must be .*not '1'"),  # type: ignore[arg-type]
     "nothing asked": (Job(prompt="a", max_new_tokens=0), "nothing is asked"),
     "half a surrogate pair": (Job(prompt="ab\ud800"), "position 2"),
 }

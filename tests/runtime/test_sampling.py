@@ -9,7 +9,7 @@ from scipy import stats
 from transformers import TopPLogitsWarper
 
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.runtime.sampling import UniformStream, choose, greedy, top_candidates, uniform
+from flexgen_helm.runtime.sampling import UniformStream, choose, greedy, top_candidates
 
 EXAMPLES = settings(derandomize=True, max_examples=50, deadline=None)
 
@@ -22,7 +22,7 @@ def _logits(size: int, seed: int) -> torch.Tensor:
 
 
 def test_uniform_is_uniform() -> None:
-    numbers = [uniform([5, 7], 3, completion, step) for completion in range(20) for step in range(500)]
+    numbers = [UniformStream([5, 7], 3, completion).at(step) for completion in range(20) for step in range(500)]
     assert min(numbers) >= 0
     assert max(numbers) < 1
     assert stats.kstest(numbers, "uniform").pvalue > 0.01
@@ -44,14 +44,14 @@ def test_uniform_depends_on_each_argument() -> None:
         ([1, 2], 0, 0, 1),
         ([1, 2], 256, 0, 0),
     ]
-    assert len({uniform(*each) for each in arguments}) == len(arguments)
+    assert len({UniformStream(*each[:-1]).at(each[-1]) for each in arguments}) == len(arguments)
 
 
 @EXAMPLES
 @given(small_ids, st.none() | st.integers(), st.integers(0, 9), st.integers(0, 4000))
 def test_uniform_is_a_function(ids: list[int], seed: int | None, completion: int, step: int) -> None:
-    number = uniform(ids, seed, completion, step)
-    assert number == uniform(tuple(ids), seed or 0, completion, step)
+    number = UniformStream(ids, seed, completion).at(step)
+    assert number == UniformStream(tuple(ids), seed or 0, completion).at(step)
     stream = UniformStream(ids, seed, completion)
     stream.at(step + 1)
     assert number == stream.at(step)
@@ -80,7 +80,7 @@ def test_samples_follow_the_distribution(temperature: float, top_p: float) -> No
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores[None])[0]
     expected = torch.softmax(scores, dim=-1).numpy()
-    draws = [choose(logits, temperature=temperature, top_p=top_p, u=uniform([1], 0, 0, step)) for step in range(5000)]
+    draws = [choose(logits, temperature=temperature, top_p=top_p, u=UniformStream([1], 0, 0).at(step)) for step in range(5000)]
     observed = np.bincount(draws, minlength=len(expected))
     assert observed[expected == 0].sum() == 0
     # Chi-square needs a few expected counts in each bin: rare tokens share one.
@@ -127,7 +127,7 @@ def test_rounding_of_logits_does_not_reorder(seed: int, step: int) -> None:
     """Two tokens that are equal but for noise must not swap their places in the distribution."""
     logits = _logits(50, seed)
     logits[20] = logits[30] = logits.max() + 1
-    u = uniform([seed], 0, 0, step)
+    u = UniformStream([seed], 0, 0).at(step)
     noisy = logits.clone()
     noisy[20] += 1e-6
     noisy[30] -= 1e-6

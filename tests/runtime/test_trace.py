@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.meter import Span
-from flexgen_helm.runtime.trace import sweep_lines, write_trace
+from flexgen_helm.runtime.trace import write_trace
 from flexgen_helm.types import RESOURCES, SweepStats
 
 SWEEPS = [
@@ -58,12 +58,6 @@ def test_times_are_microseconds_and_sweeps_say_what_bound_them(tmp_path: Path) -
     sweeps = [event for event in events if event.get("cat") == "sweep"]
     assert [(event["ts"], event["dur"]) for event in sweeps] == [(0, 2e6), (2e6, 1e6)]
     assert [event["args"]["bound by"] for event in sweeps] == ["disk read", "device"]
-
-
-def test_a_sweep_in_words() -> None:
-    first, second = sweep_lines(SWEEPS)
-    assert first == ("sweep 1: 2.000 s, 512 prompt tokens, 4 generated; disk read 75%, device 25%, bound by disk read")
-    assert second == "sweep 2: 1.000 s, 0 prompt tokens, 4 generated; device 25%, bound by device"
 
 
 def test_a_folder_that_is_not_there_is_the_users_error(tmp_path: Path) -> None:
