@@ -11,7 +11,6 @@ Command: ``python -m flexgen_helm.runs.cpu_benchmark --threads 1 --repeats 3 --j
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -28,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from flexgen_helm import Engine
 from flexgen_helm.assets import smollm2_folder
+from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.cpu_benchmark.contenders import (
     Peer,
     copy_without_end_tokens,
@@ -146,13 +146,7 @@ def _join(values: list[float], digits: int = 1) -> str:
 
 def main() -> None:
     """Run the command."""
-    summary, _, cost = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m flexgen_helm.runs.cpu_benchmark",
-        description=summary,
-        epilog=cost,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("cpu_benchmark", __doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both sides")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side; the median counts")
     parser.add_argument("--part", choices=sorted(PARTS), help="only this part")

@@ -14,7 +14,6 @@ Command: ``python -m flexgen_helm.runs.helm_cpu_benchmark --threads 2 --json res
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.cpu_benchmark.contenders import copy_without_end_tokens
 from flexgen_helm.runs.helm_cpu_benchmark.answers import count_tokens, loading_seconds, read_answers
 from flexgen_helm.runs.helm_cpu_benchmark.contenders import OURS, THEIRS, run
@@ -66,13 +66,7 @@ def measure(entry: Entry, model_folder: Path, scratch: Path, *, instances: int, 
 
 def main() -> int:
     """Run the command and return its exit status."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m flexgen_helm.runs.helm_cpu_benchmark",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("helm_cpu_benchmark", __doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both sides")
     parser.add_argument("--entries", nargs="+", choices=sorted(ENTRIES), default=list(ENTRIES), help="only these")
     parser.add_argument("-m", "--max-eval-instances", type=int, metavar="N", help="of each entry, in place of its own number")

@@ -10,7 +10,6 @@ Command: ``python -m flexgen_helm.runs.helm_overhead --json result.json``
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.helm_overhead.commands import RUNNER, Finished, helm_run
 from flexgen_helm.runs.helm_overhead.null_model import save_null_model
 from flexgen_helm.runs.helm_overhead.questions import LEAST_REQUESTS, suite_entries
@@ -118,13 +118,7 @@ def table(measured: list[Measured]) -> list[str]:
 
 def main() -> int:
     """Run the command and return its exit status."""
-    summary, _, cost = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m flexgen_helm.runs.helm_overhead",
-        description=summary,
-        epilog=cost,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("helm_overhead", __doc__)
     parser.add_argument("--requests", type=int, nargs="+", default=[1250, 2500, 5000, 10000], metavar="N", help="sizes")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="a model folder (default: SmolLM2-135M-Instruct)")

@@ -10,7 +10,6 @@ Command: ``python -m flexgen_helm.runs.hybrid_benchmark --threads 1 --json resul
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, Lfm2Config
 from transformers.utils.logging import disable_progress_bar
 
 from flexgen_helm import Engine
+from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.cpu_benchmark.contenders import Peer, engine_continuations
 
 Answers = list[list[int]]
@@ -88,13 +88,7 @@ def measure(folder: Path, new_tokens: int) -> dict[str, float | int]:
 
 def main() -> None:
     """Run the command."""
-    summary, _, cost = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m flexgen_helm.runs.hybrid_benchmark",
-        description=summary,
-        epilog=cost,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("hybrid_benchmark", __doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both sides")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="of each request (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")

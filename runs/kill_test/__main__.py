@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flexgen_helm.assets import smollm2_folder
+from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.kill_test.files import read_suite
 from flexgen_helm.runs.kill_test.suite import Command
 
@@ -39,7 +39,7 @@ class Tally:
 
 def main() -> int:
     """Run the command and return its exit status: 0 where nothing was lost, computed twice or different."""
-    parser = argparse.ArgumentParser(prog="python -m flexgen_helm.runs.kill_test", description=__doc__)
+    parser = make_parser("kill_test", __doc__)
     parser.add_argument("--kills", type=int, default=100, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder (default: SmolLM2-135M-Instruct)")

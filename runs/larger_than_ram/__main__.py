@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.limits import parse_size
+from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.cpu_benchmark.prompts import helm_prompts
 from flexgen_helm.runs.larger_than_ram.contenders import Work, as_dict, compare, run_accelerate, run_engine
 from flexgen_helm.runs.larger_than_ram.helm_part import run_helm
@@ -61,13 +62,7 @@ def engine_arguments(part: str, options: argparse.Namespace, slabs: Path) -> dic
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m flexgen_helm.runs.larger_than_ram",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("larger_than_ram", __doc__)
     parser.add_argument("--model-size", type=parse_size, default="4GiB", metavar="SIZE", help="of the weights")
     parser.add_argument("--memory", type=parse_size, default="2GiB", metavar="SIZE", help="limit of every process")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")

@@ -25,6 +25,7 @@ import torch
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.limits import gib, parse_size
+from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.larger_than_ram.contenders import Ours, Work, run_engine
 from flexgen_helm.runs.memory_limit.cgroup import NotPermitted
 from flexgen_helm.runs.memory_limit.model import Shape, random_model, random_prompts
@@ -128,13 +129,7 @@ def render(line: Line, first: Line) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    summary, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m flexgen_helm.runs.offload_ablation",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("offload_ablation", __doc__)
     parser.add_argument("--model", metavar="NAME", help="a config's name, for made-up weights (default: a random Llama)")
     parser.add_argument("--model-size", type=parse_size, default="4GiB", metavar="SIZE", help="of the random Llama")
     parser.add_argument("--memory", type=parse_size, metavar="SIZE", help="limit of every process (default: 2GiB on a CPU)")
