@@ -131,34 +131,36 @@ class Result:
 
 @dataclass(frozen=True)
 class Policy:
-    """Sizes and places of the computation (FlexGen sections 3 and 4; docs/architecture.md).
+    """Sizes and places of the computation (FlexGen sections 3 and 4; docs/offloading.md has a table of the defaults).
 
-    ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics: a decode row always has ``gpu_batch_size``
-    sequences and a prefill row always ``gpu_batch_tokens`` tokens, what is missing being padding. The others change no bit,
-    except that on a GPU attention on the CPU rounds differently.
+    ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics. The others change no bit of an answer, with one
+    exception: on a GPU, attention computed on the CPU rounds differently.
+
+    Attributes:
+        gpu_batch_size: Sequences in a decode row, always so many: missing ones are padding. Also the positions in a slice of
+            the output head.
+        num_gpu_batches: Decode rows in a block. A block decodes ``gpu_batch_size * num_gpu_batches`` sequences at once.
+        gpu_batch_tokens: Tokens in a prefill row, always so many: missing ones are padding.
+        block_tokens: Prompt tokens computed in one sweep. None: chosen from the memory that is free.
+        weights: Shares of the weights on device, host and disk, in whole layers. None: everything on the device if it fits;
+            else the device is filled, then the host, and the remaining layers are on disk.
+        cache: Shares of the K/V cache on device, host and disk.
+        hidden: Shares of the rows whose hidden states are stored on device, host and disk between two layers.
+        cpu_attention: Share of the decode rows whose attention to the host's part of the cache is computed on the CPU.
+        prefetch: Layers that are loaded ahead. ``prefetch + 1`` layers are on the device in addition to those that stay there.
+        overlap: Whether transfers and computation overlap.
     """
 
     gpu_batch_size: int = 64
-    """Sequences in a decode row, and positions in a slice of the output head."""
     num_gpu_batches: int = 4
-    """Decode rows in a block: a block decodes gpu_batch_size * num_gpu_batches sequences at once."""
     gpu_batch_tokens: int = 256
-    """Tokens in a prefill row."""
     block_tokens: int | None = None
-    """Prompt tokens whose hidden states are alive in one sweep; None: chosen by the engine from the memory at hand."""
     weights: Shares | None = None
-    """Shares of the weights on device, host and disk, in whole layers; None: everything on the device if it fits, else as
-    much as fits there, then on the host, then on disk."""
     cache: Shares = (1.0, 0.0, 0.0)
-    """Shares of the K/V cache on device, host and disk."""
     hidden: Shares = (1.0, 0.0, 0.0)
-    """Shares of a block's rows whose hidden states rest on device, host and disk between two layers."""
     cpu_attention: float = 1.0
-    """Share of the decode rows whose attention to the host's part of the cache is computed on the CPU, where the cache is."""
     prefetch: int = 1
-    """How many layers ahead weights are loaded: prefetch + 1 layers lie on the device beside those that stay there."""
     overlap: bool = True
-    """Whether transfers run beside the computation."""
 
     @property
     def block_size(self) -> int:
