@@ -86,12 +86,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated continuation. All lists are as long as ``token_ids``.
+    r"""One generated continuation. All lists are as long as ``token_ids``.
 
     Attributes:
         text: Decoded text, cut before the stop string and without the end token.
         token_ids: Every token up to the one in which the stop string begins, the end token included.
-        token_texts: Text of each token. A token that holds part of a character is written as ``bytes:\\xe2\\x80``, a special
+        token_texts: Text of each token. A token that holds part of a character is written as ``bytes:\xe2\x80``, a special
             token as its literal text.
         logprobs: Natural logarithm of each token's probability under the model, whatever ``temperature`` and ``top_p`` are.
         top_logprobs: The ``Job.top_logprobs`` most likely candidates at each step, best first.

@@ -107,8 +107,8 @@ def _check_limits(job: Job, vocab_size: int) -> None:
         )
     if job.max_new_tokens == 0 and job.top_logprobs:
         raise InvalidJob(
-            f"top_logprobs is {job.top_logprobs} and max_new_tokens is 0, but candidates are returned for generated tokens only. "
-            "Set top_logprobs=0, or max_new_tokens=1 for the candidates of the token after the prompt."
+            f"top_logprobs is {job.top_logprobs} and max_new_tokens is 0, but only generated tokens have candidates. Set"
+            " top_logprobs=0, or max_new_tokens=1 for the candidates of the token after the prompt."
         )
     if job.messages is not None and job.score_prompt:
         raise InvalidJob(
