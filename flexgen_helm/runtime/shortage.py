@@ -31,9 +31,9 @@ def describe_shortage(plan: WeightPlan, least: Mapping[Tier, int], space: Space,
     if any(count > space.of(tier) for tier, count in least.items()):
         sizes = f"gpu_batch_tokens={policy.gpu_batch_tokens} and gpu_batch_size={policy.gpu_batch_size}"
         return (
-            f"The least that this model runs in is {_amounts(least, space)}, but {_allowed(least, space)}. Of it, computing with "
-            f"{sizes} takes about {gib(plan.working_bytes)}, and the self-check at load about {gib(plan.checking_bytes)} in "
-            "addition to the layers that it checks. Allow more memory, or lower gpu_batch_tokens or gpu_batch_size."
+            f"The least that this model runs in is {_amounts(least, space)}, but {_allowed(least, space)}. Of it, computing "
+            f"with {sizes} takes about {gib(plan.working_bytes)}, and the self-check at load about {gib(plan.checking_bytes)} "
+            "in addition to the layers that it checks. Allow more memory, or lower gpu_batch_tokens or gpu_batch_size."
         )
     short = {tier: count for tier, count in plan.peak_bytes.items() if count > space.of(tier)}
     asked = {"weights": policy.weights, "cache": policy.cache, "prefetch": policy.prefetch}

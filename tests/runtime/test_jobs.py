@@ -69,7 +69,7 @@ INVALID = {
     "nothing asked": (Job(prompt="a", max_new_tokens=0), "nothing is asked"),
     "candidates of prompt tokens": (
         Job(prompt="a", score_prompt=True, top_logprobs=2),
-        "top_logprobs is 2 and max_new_tokens is 0.*generated tokens only.*max_new_tokens=1",
+        "top_logprobs is 2 and max_new_tokens is 0.*only generated tokens have.*max_new_tokens=1",
     ),
     "half a surrogate pair": (Job(prompt="ab\ud800"), "position 2"),
 }

@@ -91,6 +91,7 @@ def test_a_full_cache_comes_before_weights(model: PreTrainedModel) -> None:
     assert few.weight_bytes["host"] > size / 8
 
 
+@settings(deadline=None)
 @given(
     sizes=st.tuples(st.integers(0, 500), st.integers(0, 500)),
     separate=st.booleans(),
