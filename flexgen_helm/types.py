@@ -30,10 +30,16 @@ RESOURCES: tuple[Resource, ...] = (
 """What can be busy during a sweep, each beside the others."""
 LINKS: tuple[Resource, ...] = ("host_to_device", "device_to_host", "disk_read", "disk_write")
 """Resources that move bytes between tiers."""
+DEFAULT_NEW_TOKENS = 16
 
 
 class TokenLogprob(NamedTuple):
-    """One candidate token and its log-probability under the unwarped model."""
+    """One candidate token.
+
+    Attributes:
+        token_id: Its number in the vocabulary.
+        logprob: Natural logarithm of its probability under the model, whatever ``temperature`` and ``top_p`` are.
+    """
 
     token_id: int
     logprob: float
@@ -43,65 +49,88 @@ class TokenLogprob(NamedTuple):
 class Job:
     """One request to the model: a prompt, limits, and which log-probabilities it needs.
 
-    Give one of ``prompt``, ``token_ids`` and ``messages``. A prompt is tokenised without added special tokens; the input,
-    never the result, gets a BOS token where the tokenizer itself would add one. ``token_ids`` are taken as they are.
+    Give one of ``prompt``, ``token_ids`` and ``messages``.
+
+    Attributes:
+        prompt: Text. It is tokenised without special tokens. Where the tokenizer itself would add a BOS token, the model's
+            input gets one and the result does not show it.
+        token_ids: The prompt as token ids, taken as they are.
+        messages: A conversation: ``role`` (system, user or assistant) and ``content`` of each turn. The model's own chat
+            template formats it and adds its special tokens. A chat template is applied to nothing else.
+        max_new_tokens: Most generated tokens of each completion. None: 0 with ``score_prompt``, else 16.
+        temperature: 0 to 0.001: the most likely token. Above: samples of the model's distribution at this temperature.
+        top_p: Nucleus sampling: the smallest set of tokens whose probability reaches this value, above 0 and at most 1.
+        num_completions: Completions of the prompt. Greedy ones are equal.
+        seed: Seed of the samples. None is 0. Equal jobs with equal seeds give equal answers.
+        stop: Strings of any length. The text ends before the first one that appears.
+        score_prompt: Whether to return the log-probability of each prompt token.
+        top_logprobs: Number of most likely candidates to return for each generated token. Prompt tokens have none.
+        ignore_eos: Whether to continue after an end token. Benchmarks do, because they need answers of a known length.
     """
 
     prompt: str | None = None
     token_ids: Sequence[int] | None = None
     messages: Sequence[Mapping[str, str]] | None = None
-    """A conversation, as ``role`` (system, user, assistant) and ``content`` of each turn. The model's own chat template writes
-    it, special tokens included; it is applied to nothing else."""
-    max_new_tokens: int = 16
-    """At most this many generated tokens for each completion; 0 scores the prompt only."""
+    max_new_tokens: int = None  # type: ignore[assignment]  # a number once the job is made
     temperature: float = 0.0
-    """Greedy at 1e-3 and below, otherwise the model's own log-softmax at this temperature."""
     top_p: float = 1.0
-    """Nucleus sampling: the smallest set of tokens whose probability reaches this value, in (0, 1]."""
     num_completions: int = 1
     seed: int | None = None
-    """Seed of the samples; None is 0. Equal jobs with equal seeds give equal answers."""
     stop: tuple[str, ...] = ()
-    """Strings of any length; the text ends before the first that appears."""
     score_prompt: bool = False
-    """Whether to return the log-probability of each prompt token."""
     top_logprobs: int = 0
-    """How many most likely candidates to return for each generated token."""
     ignore_eos: bool = False
-    """Whether to go on behind an end token, as benchmarks do, which need answers of a known length."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is None:
+            object.__setattr__(  # type: ignore[unreachable]
+                self, "max_new_tokens", 0 if self.score_prompt else DEFAULT_NEW_TOKENS
+            )
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated continuation. All lists are as long as ``token_ids``."""
+    r"""One generated continuation. All lists are as long as ``token_ids``.
+
+    Attributes:
+        text: Decoded text, cut before the stop string and without the end token.
+        token_ids: Every token up to the one in which the stop string begins, the end token included.
+        token_texts: Text of each token. A token that holds part of a character is written as ``bytes:\xe2\x80``, a special
+            token as its literal text.
+        logprobs: Natural logarithm of each token's probability under the model, whatever ``temperature`` and ``top_p`` are.
+        top_logprobs: The ``Job.top_logprobs`` most likely candidates at each step, best first.
+        finish_reason: "length" (``max_new_tokens`` reached), "stop" (a stop string) or "endoftext" (an end token).
+        num_text_tokens: Number of tokens that contribute to ``text``: not the end token, and not a token at whose start a
+            stop string begins.
+    """
 
     text: str
-    """Decoded text, cut before the stop string and without the end token."""
     token_ids: list[int]
-    """Every token up to the one in which the stop begins, the end token included."""
     token_texts: list[str]
     logprobs: list[float]
-    """Natural logarithm of each token's probability under the unwarped model."""
     top_logprobs: list[list[TokenLogprob]]
-    """The ``Job.top_logprobs`` most likely candidates at each step, best first."""
     finish_reason: FinishReason
     num_text_tokens: int
-    """How many tokens have a part in ``text``: without an end token, and without one at whose start a stop string begins."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The answer to one job."""
+    """The answer to one job.
+
+    Attributes:
+        completions: ``Job.num_completions`` of them, none with ``max_new_tokens=0``.
+        prompt_token_ids: The prompt's own tokens, without a BOS token that was added to the input.
+        prompt_token_texts: Text of each prompt token, as in ``Completion.token_texts``. Empty without ``Job.score_prompt``.
+        prompt_logprobs: With ``Job.score_prompt``: natural logarithm of the probability of each prompt token, 0.0 for a first
+            token that has nothing before it. Else None.
+        error: With ``on_error="return"``: why this job could not be served. Then all else is empty.
+    """
 
     completions: list[Completion] = field(default_factory=list)
     prompt_token_ids: list[int] = field(default_factory=list)
-    """The prompt's own tokens, without a BOS token that was added to the input."""
     prompt_token_texts: list[str] = field(default_factory=list)
-    """Text of each prompt token, filled when ``Job.score_prompt``."""
     prompt_logprobs: list[float] | None = None
-    """With ``Job.score_prompt``: as long as the prompt, 0.0 where a token has no context."""
     error: FlexGenError | None = None
-    """With ``on_error="return"``: why this job could not be served."""
 
 
 OPTIONAL_COUNTS = ("gpu_batch_size", "gpu_batch_tokens", "block_tokens")
@@ -110,37 +139,39 @@ OPTIONAL_COUNTS = ("gpu_batch_size", "gpu_batch_tokens", "block_tokens")
 
 @dataclass(frozen=True)
 class Policy:
-    """Sizes and places of the computation (FlexGen sections 3 and 4; docs/architecture.md).
+    """Sizes and places of the computation (FlexGen sections 3 and 4; docs/offloading.md has a table of the defaults).
 
-    ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics: a decode row always has ``gpu_batch_size``
-    sequences and a prefill row always ``gpu_batch_tokens`` tokens, what is missing being padding. The others change no bit,
-    except that on a GPU attention on the CPU rounds differently.
+    ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics. The others change no bit of an answer, with one
+    exception: on a GPU, attention computed on the CPU rounds differently.
+
+    Attributes:
+        gpu_batch_size: Sequences in a decode row, always so many: missing ones are padding. Also the positions in a slice of
+            the output head. None: chosen by device, never by what else the policy names.
+        num_gpu_batches: Decode rows in a block. A block decodes ``gpu_batch_size * num_gpu_batches`` sequences at once.
+        gpu_batch_tokens: Tokens in a prefill row, always so many: missing ones are padding. None: chosen by device.
+        block_tokens: Prompt tokens computed in one sweep. None: chosen from the memory that is free.
+        weights: Shares of the weights on device, host and disk, in whole layers. None: everything on the device if it fits;
+            else the device is filled, then the host, and the remaining layers are on disk.
+        cache: Shares of the K/V cache on device, host and disk.
+        hidden: Shares of the rows whose hidden states are stored on device, host and disk between two layers.
+        cpu_attention: Share of the decode rows whose attention to the host's part of the cache is computed on the CPU.
+        prefetch: Layers that are loaded ahead. ``prefetch + 1`` layers are on the device in addition to those that stay there.
+        overlap: Whether transfers and computation overlap.
 
     Raises:
         PolicyError: A field is out of its range.
     """
 
     gpu_batch_size: int | None = None
-    """Sequences in a decode row, and positions in a slice of the output head; None: chosen by device (docs/offloading.md)."""
     num_gpu_batches: int = 4
-    """Decode rows in a block: a block decodes gpu_batch_size * num_gpu_batches sequences at once."""
     gpu_batch_tokens: int | None = None
-    """Tokens in a prefill row; None: chosen by device."""
     block_tokens: int | None = None
-    """Prompt tokens whose hidden states are alive in one sweep; None: chosen by the engine from the memory at hand."""
     weights: Shares | None = None
-    """Shares of the weights on device, host and disk, in whole layers; None: everything on the device if it fits, else as
-    much as fits there, then on the host, then on disk."""
     cache: Shares = (1.0, 0.0, 0.0)
-    """Shares of the K/V cache on device, host and disk."""
     hidden: Shares = (1.0, 0.0, 0.0)
-    """Shares of a block's rows whose hidden states rest on device, host and disk between two layers."""
     cpu_attention: float = 1.0
-    """Share of the decode rows whose attention to the host's part of the cache is computed on the CPU, where the cache is."""
     prefetch: int = 1
-    """How many layers ahead weights are loaded: prefetch + 1 layers lie on the device beside those that stay there."""
     overlap: bool = True
-    """Whether transfers run beside the computation."""
 
     def __post_init__(self) -> None:
         for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens", "block_tokens", "prefetch"):

@@ -50,7 +50,7 @@ def build_mix(seed: int, prefix_lengths: list[int], shapes: list[Shape]) -> list
                 token_ids=tokens,
                 max_new_tokens=shape.max_new_tokens,
                 score_prompt=shape.score_prompt or shape.max_new_tokens == 0,
-                top_logprobs=10,
+                top_logprobs=10 if shape.max_new_tokens else 0,
             )
         )
     return jobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -23,13 +24,19 @@ from flexgen_helm.helm.requests import (
     to_request_result,
     to_response,
 )
+from flexgen_helm.helm.written import check_deployment
 
 
 class FlexGenClient(CachingClient):
     """Client of a flexgen deployment; ``client_spec.args`` are the keywords of ``Engine.from_pretrained``, verbatim."""
 
-    def __init__(self, cache_config: CacheConfig, **engine_arguments: Any) -> None:
-        """Args: cache_config: Injected by HELM. engine_arguments: Keywords of ``Engine.from_pretrained``.
+    def __init__(self, cache_config: CacheConfig, lock_file_path: str | None = None, **engine_arguments: Any) -> None:
+        """Make the client of a deployment.
+
+        Args:
+            cache_config: Injected by HELM.
+            lock_file_path: Injected by HELM. It lies in ``cache`` below ``--local-path``, which HELM says nowhere else.
+            engine_arguments: Keywords of ``Engine.from_pretrained``.
 
         Raises:
             DeploymentError: The arguments do not describe an engine.
@@ -37,6 +44,7 @@ class FlexGenClient(CachingClient):
         super().__init__(cache_config)
         self._arguments = parse_arguments(engine_arguments)
         self._cache_config = cache_config
+        self._local_path = None if lock_file_path is None else os.path.dirname(os.path.dirname(lock_file_path))
 
     def make_request(self, request: Request) -> RequestResult:
         """Serve one request; safe to call from many threads, whose requests share sweeps.
@@ -54,6 +62,7 @@ class FlexGenClient(CachingClient):
         return to_request_result(response, cached=cached)
 
     def _respond(self, request: Request) -> tuple[Response, bool]:
+        check_deployment(request.model_deployment, self._local_path)
         job = to_job(request)
         with ENGINES.lease(self._arguments, few_requests=True, on_load=_recommend_runner) as engine:
             key, cache = request_to_key(cache_key(request, job, engine.numerics)), ENGINES.caches.get(self._cache_config)

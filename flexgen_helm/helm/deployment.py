@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from helm.benchmark.model_deployment_registry import ModelDeployment
@@ -20,6 +21,20 @@ GRAMMAR = f"`{PREFIX}/<organization>/<model>` for a name on the hub or `{PREFIX}
 
 EngineArguments = dict[str, Any]
 """Keywords of ``Engine.from_pretrained``."""
+
+DEPLOYMENT, ARGUMENTS, POLICY = "the deployment", "client_spec.args", "client_spec.args.policy"
+KEYS: dict[str, tuple[str, ...]] = {
+    DEPLOYMENT: tuple(field.name for field in dataclasses.fields(ModelDeployment)),
+    "client_spec": ("class_name", "args"),
+    ARGUMENTS: (
+        *("name_or_path", "dtype", "device", "policy", "max_memory", "offload_folder", "kv_dtype", "revision", "order"),
+        *("rows", "dummy_weights", "copy_host"),
+    ),
+    POLICY: tuple(field.name for field in dataclasses.fields(Policy)),
+    "window_service_spec": ("class_name", "args"),
+}
+"""The keys of each part of a flexgen deployment in ``model_deployments.yaml``. Engine.from_pretrained is not asked for its
+keywords, because that would import torch."""
 
 
 class DeploymentError(FlexGenError):
@@ -49,16 +64,15 @@ def split_name(name: str) -> tuple[str, str | None]:
 def parse_arguments(arguments: Mapping[str, Any]) -> EngineArguments:
     """Check ``client_spec.args`` of a deployment and build the objects that YAML cannot hold.
 
-    Which keywords exist is left to ``Engine.from_pretrained``; see ``check_keywords``.
-
     Raises:
-        DeploymentError: ``name_or_path`` is missing, or the policy has a field that does not exist.
+        DeploymentError: ``name_or_path`` is missing, or a keyword or a field of the policy does not exist.
     """
     if not isinstance(arguments.get("name_or_path"), str):
         raise DeploymentError(
             "client_spec.args of a flexgen deployment has no `name_or_path`, so it is unknown which model to load. "
             "Set it to a hub name or to the path of a model folder."
         )
+    check_keys(ARGUMENTS, arguments)
     parsed = dict(arguments)
     policy = parsed.get("policy")
     if isinstance(policy, Mapping):
@@ -67,20 +81,31 @@ def parse_arguments(arguments: Mapping[str, Any]) -> EngineArguments:
 
 
 def _parse_policy(fields: Mapping[str, Any]) -> Policy:
-    known = [field.name for field in dataclasses.fields(Policy)]
-    check_keywords("policy", fields, known)
+    check_keys(POLICY, fields)
     return Policy(**fields)
 
 
-def check_keywords(what: str, given: Mapping[str, Any], known: list[str]) -> None:
-    """Compare keywords with those that exist.
+def check_keys(place: str, given: Iterable[object]) -> None:
+    """Compare the keys at one place of a deployment with those that exist.
+
+    Args:
+        place: One of ``KEYS``.
+        given: The keys that are there.
 
     Raises:
-        DeploymentError: One does not exist; the message lists those that do.
+        DeploymentError: One does not exist; the message suggests the most similar one and lists those that exist.
     """
-    unknown = sorted(set(given) - set(known))
+    unknown = sorted({str(key) for key in given} - set(KEYS[place]))
     if unknown:
-        raise DeploymentError(
-            f"{what} of a flexgen deployment has no keyword {', '.join(f'`{name}`' for name in unknown)}. "
-            f"Nothing is silently ignored: remove it, or use one of {', '.join(f'`{name}`' for name in known)}."
-        )
+        known = ", ".join(f"`{key}`" for key in KEYS[place])
+        words = " ".join(f"{place} has no key `{key}`.{_suggestion(place, key)}" for key in unknown)
+        raise DeploymentError(f"{words} Correct or remove it. The keys of {place} are {known}.")
+
+
+def _suggestion(place: str, key: str) -> str:
+    """The most similar key there is, at the same place if there is one."""
+    for other in (place, *(other for other in KEYS if other != place)):
+        found = difflib.get_close_matches(key, KEYS[other], n=1)
+        if found:
+            return f" Did you mean `{found[0]}`{'' if other == place else f' of {other}'}?"
+    return ""

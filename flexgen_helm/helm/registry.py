@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.helm.cache import ResponseCaches
-from flexgen_helm.helm.deployment import EngineArguments, check_keywords
+from flexgen_helm.helm.deployment import EngineArguments
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
@@ -26,13 +25,11 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
             computed as padding.
 
     Raises:
-        DeploymentError: An argument is not a keyword of ``Engine.from_pretrained``.
         FlexGenError: The engine cannot be made; see ``Engine.from_pretrained``.
     """
     from flexgen_helm.runtime.engine import Engine
     from flexgen_helm.runtime.sizes import resolve_device, resolved
 
-    check_keywords("client_spec.args", arguments, list(inspect.signature(Engine.from_pretrained).parameters))
     if few_requests:
         device = resolve_device(arguments.get("device", "auto"))
         arguments = {**arguments, "policy": resolved(arguments.get("policy"), device, few_requests=True)}

@@ -29,6 +29,7 @@ from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.report import WORKLOAD_FILE, WorkloadReport, run_report
 from flexgen_helm.helm.requests import to_job
 from flexgen_helm.helm.workload import Served, serve
+from flexgen_helm.helm.written import check_deployment
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class FlexGenRunner(Runner):
                 for run_spec in tqdm(run_specs, desc="Adapting", disable=None):
                     run = PausableRun(self, run_spec, self._collects, journal.unfinished)
                     if not self._skips(run_spec):
-                        self._attempt(f"Adapting {run_spec.name}", [run], failed, run.start)
+                        self._attempt(f"Adapting {run_spec.name}", [run], failed, partial(self._start, run))
                     if run.paused:
                         paused.append(run)
                 self._serve_all(paused, failed, journal)
@@ -70,6 +71,11 @@ class FlexGenRunner(Runner):
         if failed:
             names = ", ".join(f'"{run_spec.name}"' for run_spec in run_specs if run_spec.name in failed)
             raise RunnerError(f"Failed runs: [{names}]")
+
+    def _start(self, run: PausableRun) -> None:
+        """Adapt a run, if its deployment is written as it should be."""
+        check_deployment(run.run_spec.adapter_spec.model_deployment, self.executor.execution_spec.local_path)
+        run.start()
 
     def _skips(self, run_spec: RunSpec) -> bool:
         """As HELM does with --skip-completed-runs."""

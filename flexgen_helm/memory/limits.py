@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -49,6 +50,13 @@ def parse_max_memory(given: MaxMemory | None) -> dict[Tier, int]:
     return {tier: parse_size(given[tier]) for tier in TIERS if tier in given}
 
 
-def gib(num_bytes: float) -> str:
-    """A number of bytes for messages."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
+def gib(num_bytes: float, *, up: bool = False) -> str:
+    """A number of bytes for messages.
+
+    Args:
+        num_bytes: The number.
+        up: Whether to round up: who allows what a message asks for must not be refused again.
+    """
+    power, digits = (3, 2) if num_bytes >= 2**30 / 10 else (2, 1) if num_bytes >= 2**20 / 10 else (1, 1)
+    shown = num_bytes / 1024**power * 10**digits
+    return f"{(math.ceil(shown) if up else shown) / 10**digits:.{digits}f} {'KMG'[power - 1]}iB"

@@ -107,7 +107,7 @@ def measure_space(device: torch.device, placing: Placing, folder: Path) -> Space
     if not separate and {"device", "host"} & limits.keys():
         ram = limits.get("device", 0) + limits.get("host", 0)
         available["device"] = available["host"] = min(free["host"], ram)
-    return Space(available, separate)
+    return Space(available, separate, limits)
 
 
 def free_space(device: torch.device, folder: Path) -> dict[Tier, int]:

@@ -290,8 +290,8 @@ class Engine:
         needed = self._scheduler.bytes_needed(len(prepared.input_ids), [job.max_new_tokens] * completions)
         if needed > capacity:
             raise OutOfSpace(
-                f"What the job keeps between sweeps (K and V) needs {gib(needed)}, but there are {gib(capacity)} for all jobs. "
-                "Shorten the prompt, ask for fewer or shorter completions, or free memory."
+                f"The K/V cache of the job needs {gib(needed, up=True)}, but there are {gib(capacity)} for all jobs. Shorten "
+                "the prompt, ask for fewer or shorter completions, or allow more memory (max_memory)."
             )
 
     def _run(

@@ -117,6 +117,11 @@ def _check_limits(job: Job, vocab_size: int) -> None:
             "max_new_tokens is 0 and score_prompt is False, so nothing is asked. Give max_new_tokens of at least 1, or "
             "score_prompt=True for the prompt's log-probabilities."
         )
+    if job.max_new_tokens == 0 and job.top_logprobs:
+        raise InvalidJob(
+            f"top_logprobs is {job.top_logprobs} and max_new_tokens is 0, but only generated tokens have candidates. Set"
+            " top_logprobs=0, or max_new_tokens=1 for the candidates of the token after the prompt."
+        )
     if job.messages is not None and job.score_prompt:
         raise InvalidJob(
             "score_prompt is set for messages, whose tokens are in part the chat template's. Give the text to score as prompt."

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.memory.limits import gib
+from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.memory.slab import SlabLayout, layout_of
 from flexgen_helm.memory.staging import NUM_BUFFERS
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.memory.working_set import TRANSFER_BYTES
 from flexgen_helm.runtime.layers import layers_of, refuse_shared_layers
+from flexgen_helm.runtime.packed import rows_at_once
+from flexgen_helm.runtime.shortage import describe_shortage, pool_name
 from flexgen_helm.runtime.working_memory import cache_bytes_per_token, checking_bytes, first_layers_bytes, working_bytes
 from flexgen_helm.types import TIERS, ResolvedPolicy, RunStats, Shares, Tier
 
@@ -40,6 +44,13 @@ class Space:
     available: Mapping[Tier, int]
     separate: bool
     """Whether the device has a memory of its own; else device and host are the same RAM, and `available` says it for both."""
+    limits: Mapping[Tier, int] = field(default_factory=dict)
+    """What the user allows, of the tiers that are named."""
+
+    def limited(self, tier: Tier) -> bool:
+        """Whether it is the user who limits a tier, and not what is free."""
+        named = [tier] if self.separate or tier == "disk" else [tier for tier in TIERS[:2] if tier in self.limits]
+        return any(t in self.limits for t in named) and sum(self.limits[t] for t in named) <= self.available[tier]
 
     def of(self, tier: Tier) -> int:
         """Bytes of a tier."""
@@ -65,6 +76,8 @@ class WeightPlan:
     """That the self-check takes beside the layers that it checks."""
     first_layers_bytes: int
     """Of the layers that are checked before anything else is loaded, where not all stay on the device."""
+    cache_room: Mapping[Tier, int]
+    """Of each tier for K and V of one sequence, the least cache with which jobs are answered."""
 
     @property
     def streamed(self) -> list[int]:
@@ -124,6 +137,8 @@ class WeightPlan:
         """Bytes of each tier that are needed at some time, with the smallest cache; device and host as one if they are."""
         peak, resting = dict(self.needed_bytes), self.weight_bytes
         peak["device"] += self.working_bytes
+        for tier, count in self.cache_room.items():
+            peak[tier] += count
         loading = LOADED_AT_ONCE * max(self.sizes.values())
         checked = sum(self.sizes.values()) if self.is_resident else self.first_layers_bytes
         if self.separate:
@@ -169,17 +184,31 @@ def plan_weights(model: PreTrainedModel, policy: ResolvedPolicy, space: Space) -
         working_bytes(model, policy),
         checking_bytes(model, policy),
         first_layers_bytes(model),
+        _cache_room(model, policy, separate=space.separate),
     )
+    on_disk = dataclasses.replace(whole, tiers=_placed(whole, (0.0, 0.0, 1.0)))
     if policy.weights == (1.0, 0.0, 0.0) or (policy.weights is None and _fits(whole, space)):
         plan = whole
+    elif policy.weights is not None:
+        plan = dataclasses.replace(whole, tiers=_placed(whole, policy.weights))
     else:
         cache = policy.block_size * SEQUENCE_TOKENS * cache_bytes_per_token(model)
-        shares = policy.weights if policy.weights is not None else _filling_shares(whole, space, policy.cache, cache)
-        plan = dataclasses.replace(whole, tiers=_placed(whole, shares))
+        filled = dataclasses.replace(whole, tiers=_placed(whole, _filling_shares(whole, space, policy.cache, cache)))
+        plan = next((each for each in (filled, on_disk, whole) if _has_room(each, space)), filled)
     if plan.streamed:
         refuse_shared_layers(model)
-    _check(plan, space, policy)
+    if not _has_room(plan, space):
+        least = least_memory(whole, dataclasses.replace(on_disk, prefetch=1))
+        raise PolicyError(describe_shortage(plan, least, space, policy))
     return plan
+
+
+def least_memory(*plans: WeightPlan) -> dict[Tier, int]:
+    """Bytes of device and host that the plan needs which needs least of both."""
+    needs: list[dict[Tier, int]] = [
+        {tier: count for tier, count in plan.peak_bytes.items() if tier != "disk"} for plan in plans
+    ]
+    return min(needs, key=lambda need: sum(need.values()))
 
 
 def left_bytes(plan: WeightPlan, space: Space, free: Mapping[Tier, int]) -> dict[Tier, int]:
@@ -209,17 +238,35 @@ def cache_capacities(
         num_layers: Their pages are brought one layer at a time; they grow K of a layer, then V, and so on.
         rows_at_once: Rows whose pages are there at a time; one may have all pages of a layer.
     """
-    of: dict[Tier, float] = dict(zip(TIERS, shares, strict=True))
-    wanted, ram = dict(of), TIERS[0]
+    wanted, buffers = _cache_shares(shares, separate=separate, num_layers=num_layers, rows_at_once=rows_at_once)
+    room = {tier: CACHE_SHARE * (left[tier] - (tier == "host" and buffers)) for tier in wanted}
+    total = max(0.0, min(room[tier] / share for tier, share in wanted.items() if share))
+    return {tier: int(total * share) for tier, share in zip(TIERS, shares, strict=True)}
+
+
+def _cache_shares(shares: Shares, *, separate: bool, num_layers: int, rows_at_once: int) -> tuple[dict[Tier, float], int]:
+    """What a byte of the cache takes of each tier, and the buffers on the host through which it passes."""
+    wanted: dict[Tier, float] = dict(zip(TIERS, shares, strict=True))
+    ram = TIERS[0]
     if not separate:
         ram = "host"
         wanted["host"] += wanted.pop("device")
     brought = sum(share for tier, share in wanted.items() if tier != ram)
     wanted[ram] += (wanted[ram] / 2 + rows_at_once * brought) / num_layers
-    buffers = NUM_BUFFERS * TRANSFER_BYTES if brought else 0
-    room = {tier: CACHE_SHARE * (left[tier] - (tier == "host" and buffers)) for tier in wanted}
-    total = max(0.0, min(room[tier] / share for tier, share in wanted.items() if share))
-    return {tier: int(total * of[tier]) for tier in TIERS}
+    return wanted, NUM_BUFFERS * TRANSFER_BYTES if brought else 0
+
+
+def _cache_room(model: PreTrainedModel, policy: ResolvedPolicy, *, separate: bool) -> dict[Tier, int]:
+    """What must be left of each tier for `cache_capacities` to hold one sequence; on each tier a page may be cut."""
+    wanted, buffers = _cache_shares(
+        policy.cache,
+        separate=separate,
+        num_layers=len(layers_of(model)),
+        rows_at_once=rows_at_once(rests=separate and policy.cpu_attention > 0),
+    )
+    rounding = PAGE_TOKENS * sum(share > 0 for share in policy.cache)
+    sequence = (SEQUENCE_TOKENS + rounding) * cache_bytes_per_token(model)
+    return {tier: math.ceil(share * sequence / CACHE_SHARE) + (tier == "host" and buffers) for tier, share in wanted.items()}
 
 
 def exceeded(limits: Mapping[Tier, int], stats: RunStats, needed: Mapping[Tier, int], *, separate: bool) -> str | None:
@@ -242,7 +289,7 @@ def exceeded(limits: Mapping[Tier, int], stats: RunStats, needed: Mapping[Tier, 
         held["host"] += held.pop("device")
         allowed["host"] = limits.get("host", 0) + allowed.pop("device", 0)
     found = [
-        f"{gib(held[tier])} on the {tier}, where max_memory allows {gib(allowed[tier])}"
+        f"{gib(held[tier])} of {pool_name(tier, separate=separate)}, where max_memory allows {gib(allowed[tier])}"
         for tier in allowed
         if held[tier] > allowed[tier]
     ]
@@ -264,8 +311,11 @@ def _parts(model: PreTrainedModel) -> tuple[dict[int, SlabLayout], dict[int, int
 
 
 def _fits(whole: WeightPlan, space: Space) -> bool:
-    roomy = sum(whole.sizes.values()) <= FITS_SHARE * space.of("device")
-    return roomy and all(space.of(tier) >= count for tier, count in whole.peak_bytes.items())
+    return sum(whole.sizes.values()) <= FITS_SHARE * space.of("device") and _has_room(whole, space)
+
+
+def _has_room(plan: WeightPlan, space: Space) -> bool:
+    return all(count <= space.of(tier) for tier, count in plan.peak_bytes.items())
 
 
 def _filling_shares(whole: WeightPlan, space: Space, cache: Shares, cache_bytes: int) -> Shares:
@@ -276,7 +326,9 @@ def _filling_shares(whole: WeightPlan, space: Space, cache: Shares, cache_bytes:
 
     def room(tier: Tier, taken: int, cache_share: float) -> float:
         usable = max(0, FILL_SHARE * space.of(tier) - taken - largest)
-        return min(1.0, (usable - min(cache_share * cache_bytes, FILL_SHARE * usable)) / total)
+        filled = usable - min(cache_share * cache_bytes, FILL_SHARE * usable)
+        most = space.of(tier) - taken - largest - whole.cache_room[tier]
+        return max(0.0, min(total, filled, most)) / total
 
     if not space.separate:
         device, host = 0.0, room("host", slots + whole.working_bytes, cache[0] + cache[1])
@@ -300,17 +352,3 @@ def _placed(whole: WeightPlan, shares: Shares) -> dict[int, Tier]:
     else:  # the table is the head's matrix as well
         tiers[EMBEDDINGS] = "device"
     return tiers
-
-
-def _check(plan: WeightPlan, space: Space, policy: ResolvedPolicy) -> None:
-    for tier, count in plan.peak_bytes.items():
-        if count > space.of(tier):
-            work = (
-                f"; computing with gpu_batch_tokens={policy.gpu_batch_tokens} takes about {gib(plan.working_bytes)}, and the "
-                f"self-check at load about {gib(plan.checking_bytes)} beside {gib(plan.first_layers_bytes)} of first layers"
-            )
-            raise PolicyError(
-                f"Weights on the {tier} need {gib(count)} with weights={policy.weights} and prefetch={policy.prefetch} (parts: "
-                f"{plan.describe()}{'' if tier == 'disk' else work}), but {gib(space.of(tier))} may be used there. Lower its "
-                "share, lower prefetch or gpu_batch_tokens, or raise max_memory."
-            )

@@ -62,7 +62,7 @@ def engine_arguments(part: str, options: argparse.Namespace, slabs: Path) -> dic
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("larger_than_ram", __doc__)
+    parser: argparse.ArgumentParser = make_parser("larger_than_ram", __doc__)
     parser.add_argument("--model-size", type=parse_size, default="4GiB", metavar="SIZE", help="of the weights")
     parser.add_argument("--memory", type=parse_size, default="2GiB", metavar="SIZE", help="limit of every process")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides")

@@ -129,7 +129,7 @@ def render(line: Line, first: Line) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("offload_ablation", __doc__)
+    parser: argparse.ArgumentParser = make_parser("offload_ablation", __doc__)
     parser.add_argument("--model", metavar="NAME", help="a config's name, for made-up weights (default: a random Llama)")
     parser.add_argument("--model-size", type=parse_size, default="4GiB", metavar="SIZE", help="of the random Llama")
     parser.add_argument("--memory", type=parse_size, metavar="SIZE", help="limit of every process (default: 2GiB on a CPU)")

@@ -180,9 +180,8 @@ def test_arguments_that_name_no_model_or_no_such_policy_are_refused() -> None:
 
 
 def test_unknown_keyword_of_from_pretrained_is_refused(client: AutoClient) -> None:
-    result = client.make_request(request(deployment="flexgen/test/misspelt"))
-    assert "`dytpe`" in (result.error or "")
-    assert "`dtype`" in (result.error or "")
+    with pytest.raises(DeploymentError, match=r"client_spec.args has no key `dytpe`. Did you mean `dtype`\?"):
+        client.make_request(request(deployment="flexgen/test/misspelt"))
 
 
 def test_what_the_engine_says_while_it_loads_is_in_helms_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,10 @@ def test_context_ends_where_rotary_embeddings_change(tmp_path: Path, kind: str) 
 def test_jobs_within_the_original_length_are_served_and_longer_ones_named(tmp_path: Path, kind: str) -> None:
     folder = save(GROWING[kind], tmp_path)
     lengths = [(1, 5), (9, 8), (LIMIT - 5, 5), (LIMIT, 0)]
-    jobs = [Job(token_ids=random_tokens(n, n), max_new_tokens=new, score_prompt=True, top_logprobs=10) for n, new in lengths]
+    jobs = [
+        Job(token_ids=random_tokens(n, n), max_new_tokens=new, score_prompt=True, top_logprobs=10 if new else 0)
+        for n, new in lengths
+    ]
     agreement, reference = Agreement(), Reference(folder)
     with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY) as engine:
         for job, result in zip(jobs, engine.run(jobs), strict=True):

@@ -49,7 +49,7 @@ def test_longrope_is_served_up_to_its_original_length(bench: Workbench) -> None:
     engine, agreement = bench.engine("phi3_longrope"), Agreement()
     lengths = [(1, 5), (9, 8), (LONGROPE_LENGTH - 5, 5), (LONGROPE_LENGTH, 0)]
     jobs = [
-        Job(token_ids=random_tokens(length, length), max_new_tokens=new, score_prompt=True, top_logprobs=10)
+        Job(token_ids=random_tokens(length, length), max_new_tokens=new, score_prompt=True, top_logprobs=10 if new else 0)
         for length, new in lengths
     ]
     for job, result in zip(jobs, engine.run(jobs), strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexgen_helm import Engine, Job
-from flexgen_helm.runtime.sampling import uniform
+from flexgen_helm.runtime.sampling import UniformStream
 from tests.jobs import fixed_mix, random_tokens
 from tests.reference import TOKEN_TOLERANCE, Reference, largest
 from tests.runtime.conftest import Workbench
@@ -73,7 +73,7 @@ def test_samples_are_those_of_one_sequence_at_a_time(
             tokens: list[int] = []
             for step in range(job.max_new_tokens):
                 cdf = warped(reference.log_probs(PROMPT + tokens)[-1], temperature, top_p).cumsum(0)
-                tokens.append(int((cdf <= uniform(PROMPT, seed, number, step)).sum()))
+                tokens.append(int((cdf <= UniformStream(PROMPT, seed, number).at(step)).sum()))
             assert completion.token_ids == tokens
 
 

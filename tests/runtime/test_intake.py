@@ -19,8 +19,8 @@ GREEDY = replace(SAMPLED, temperature=0.0)
 
 def merged(*jobs: Job) -> tuple[int, list[Ticket]]:
     """Number of pieces of work, and the tickets."""
-    limits = {"max_length": 100, "vocab_size": len(TOKENIZER)}
-    tickets = [Ticket(prepare(job, tokenizer=TOKENIZER, **limits)) for job in jobs]
+    size = len(TOKENIZER)
+    tickets = [Ticket(prepare(job, tokenizer=TOKENIZER, max_length=100, vocab_size=size)) for job in jobs]
     return len(Intake(Vocabulary(TOKENIZER), frozenset()).merge(tickets)), tickets
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flexgen_helm.errors import InvalidJob
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
-from flexgen_helm.types import Job
+from flexgen_helm.types import Completion, Job, Policy, Result, TokenLogprob
 from tests.runtime import tiny_tokenizers
 
 PLAIN = tiny_tokenizers.byte_level()
@@ -65,6 +67,10 @@ INVALID = {
     "stop is None": (Job(prompt="a", stop=None), "stop is None"),  # type: ignore[arg-type]
     "seed is text": (Job(prompt="a", seed="1"), "seed must be .*not '1'"),  # type: ignore[arg-type]
     "nothing asked": (Job(prompt="a", max_new_tokens=0), "nothing is asked"),
+    "candidates of prompt tokens": (
+        Job(prompt="a", score_prompt=True, top_logprobs=2),
+        "top_logprobs is 2 and max_new_tokens is 0.*only generated tokens have.*max_new_tokens=1",
+    ),
     "half a surrogate pair": (Job(prompt="ab\ud800"), "position 2"),
 }
 
@@ -93,6 +99,20 @@ def test_limits_that_just_fit_are_valid() -> None:
 def test_a_tokenizer_of_another_model_is_noticed() -> None:
     with pytest.raises(InvalidJob, match="The tokenizer gave token id"):
         prepare(Job(prompt="hello"), tokenizer=PLAIN, max_length=CONTEXT, vocab_size=10)
+
+
+def test_scoring_alone_generates_nothing() -> None:
+    assert Job(prompt="a").max_new_tokens == 16
+    assert Job(prompt="a", score_prompt=True).max_new_tokens == 0
+    assert Job(prompt="a", score_prompt=True, max_new_tokens=3).max_new_tokens == 3
+    assert prepared(Job(token_ids=[5] * CONTEXT, score_prompt=True)).job.max_new_tokens == 0
+
+
+@pytest.mark.parametrize("cls", [Completion, Job, Policy, Result, TokenLogprob])
+def test_help_explains_every_field(cls: Any) -> None:
+    names = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else cls._fields
+    for name in names:
+        assert re.search(rf"^ +{name}: \S.{{10}}", cls.__doc__, flags=re.MULTILINE), name
 
 
 def test_numpy_numbers_are_numbers() -> None:

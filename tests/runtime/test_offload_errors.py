@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -12,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from flexgen_helm import Engine, Policy
+from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, PolicyError, UnsupportedModel
 from flexgen_helm.runtime.packed import PackedRows
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.types import Shares
-from tests.jobs import fixed_mix
+from tests.jobs import fixed_mix, random_tokens
 from tests.runtime.conftest import POLICY, Workbench
 
 JOBS = fixed_mix(31, 8)
@@ -108,8 +109,8 @@ def test_a_full_disk_while_hidden_states_are_written(bench: Workbench, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_memory": {"device": "10KB", "host": "10KB"}}, "may be used there"),
-        ({"max_memory": {"disk": "10KB"}}, "on the disk need"),
+        ({"max_memory": {"device": "10KB", "host": "10KB"}}, r"The least .* 1.0 MiB of memory, but max_memory allows 19.5 KiB"),
+        ({"max_memory": {"disk": "10KB"}}, "needs 0.4 MiB of disk space, but max_memory allows 9.8 KiB"),
         ({"max_memory": {"gpu": "1GiB"}}, "device, host, disk"),
         ({"kv_dtype": "int4"}, "kv_dtype is 'int4'"),
     ],
@@ -120,6 +121,22 @@ def test_what_cannot_be_honoured_is_refused_before_anything_is_written(
     with pytest.raises(FlexGenError, match=message):
         load(bench, tmp_path / "offload", **arguments)
     assert not slabs(tmp_path / "offload")
+
+
+def test_with_the_least_memory_that_a_refusal_names_the_model_loads_and_answers(bench: Workbench, tmp_path: Path) -> None:
+    policy = Policy(gpu_batch_size=16, gpu_batch_tokens=32)
+    with pytest.raises(PolicyError, match="The least") as refused:
+        load(bench, tmp_path, policy, max_memory={"host": "100KiB"})
+    found = re.search(r"runs in is ([\d.]+) MiB of memory", str(refused.value))
+    assert found is not None
+    least = float(found[1])
+    with pytest.raises(PolicyError, match=f"is {least} MiB of memory, but max_memory allows {least - 0.1:.1f} MiB"):
+        load(bench, tmp_path, policy, max_memory={"host": f"{least - 0.1:.1f}MiB"})
+    assert not slabs(tmp_path)
+    long = Job(token_ids=random_tokens(7, 500), max_new_tokens=12)
+    with load(bench, tmp_path, policy, max_memory={"host": f"{least}MiB"}) as engine:
+        assert engine.describe().weight_bytes["disk"] > 0
+        assert engine.run([long, *JOBS]) == bench.engine("llama").run([long, *JOBS])
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.4, 0.2), (-1, 1, 1), "device", (1, "0", 0)])
@@ -163,7 +180,7 @@ def test_layers_too_large_for_the_device_are_checked_on_the_cpu(
     with caplog.at_level(logging.INFO), load(bench, tmp_path, copy_host=True) as engine:
         assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
     assert any("checked on the CPU" in record.getMessage() for record in caplog.records)
-    with pytest.raises(PolicyError, match=r"self-check at load about 1073741824.00 GiB.*may be used there"):
+    with pytest.raises(PolicyError, match=r"are free.*self-check at load about 1073741824.00 GiB"):
         load(bench, tmp_path)
 
 
@@ -204,6 +221,7 @@ def test_slabs_that_are_there_need_no_space(bench: Workbench, tmp_path: Path, mo
         assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
 
 
-def test_an_offload_folder_that_cannot_be_made(bench: Workbench) -> None:
-    with pytest.raises(FlexGenError, match="offload_folder /proc/none cannot be made"):
-        load(bench, Path("/proc/none"), Policy(cache=(0, 0, 1)))
+def test_an_offload_folder_that_cannot_be_made(bench: Workbench, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FlexGenError, match=r"offload_folder .*/file/none cannot be made"):
+        load(bench, tmp_path / "file" / "none", Policy(cache=(0, 0, 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -93,6 +94,7 @@ def test_a_full_cache_comes_before_weights(model: PreTrainedModel) -> None:
     assert few.weight_bytes["host"] > size / 8
 
 
+@settings(deadline=None)
 @given(
     sizes=st.tuples(st.integers(0, 500), st.integers(0, 500)),
     separate=st.booleans(),
@@ -118,8 +120,57 @@ def test_automatic_shares_fit_wherever_the_disk_alone_does(
 def test_what_does_not_fit_is_an_error_with_numbers(model: PreTrainedModel, weights: Shares, tier: str) -> None:
     size = sum(p.nbytes for p in model.parameters())
     available = {name: size // 3 if name == tier else 100 * size for name in TIERS}
-    with pytest.raises(PolicyError, match=rf"on the {tier} need \d.*may be used there.*max_memory"):
+    pool = "disk space" if tier == "disk" else f"{tier} memory"
+    asked = re.escape(f"weights={tuple(map(float, weights))}")
+    with pytest.raises(PolicyError, match=rf"{asked} needs 0.3\d GiB of {pool}, but 0.11 GiB are free.*Weights: \d") as refused:
         plan_weights(model, policy(weights=weights), Space(available, True))
+    assert "prefetch" not in str(refused.value)
+    assert "cache" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"host": 20}, "max_memory allows 20.0 MiB"),
+        ({"device": 15, "host": 5}, "max_memory allows 20.0 MiB"),
+        ({"disk": 5}, "20.0 MiB are free"),
+        ({"host": 30}, "20.0 MiB are free"),
+        ({}, "20.0 MiB are free"),
+    ],
+)
+def test_on_a_cpu_there_is_one_memory_and_the_message_says_who_limits_it(
+    model: PreTrainedModel, limits: dict[Tier, int], words: str
+) -> None:
+    small = Space({"device": 20 << 20, "host": 20 << 20, "disk": 100 * GIB}, False, {t: n << 20 for t, n in limits.items()})
+    with pytest.raises(PolicyError, match=rf"The least that this model runs in is .* of memory, but {words}\. ") as refused:
+        plan_weights(model, policy(), small)
+    assert not re.search("device|host|weights=", str(refused.value))
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"weights": (1, 0, 0)}, {"prefetch": 3, "cache": (0.2, 0.5, 0.3)}])
+def test_what_is_called_the_least_is_enough_and_no_byte_less(
+    model: PreTrainedModel, fields: dict[str, Any], separate: bool
+) -> None:
+    plain = policy(**{**fields, "weights": None, "prefetch": 1})
+    least: dict[Tier, int] = {"device": 0, "host": 0, **least_of(model, plain, separate)}
+    enough = Space({**least, "disk": 100 * GIB}, separate)
+    if not separate:
+        enough = Space({**enough.available, "device": least["host"]}, False)
+    plan_weights(model, plain, enough)
+    for tier in TIERS[:2] if separate else TIERS[1:2]:
+        less = Space({**enough.available, tier: least[tier] - 1}, separate)
+        with pytest.raises(PolicyError, match="The least that this model runs in"):
+            plan_weights(model, policy(**fields), less)
+
+
+def least_of(model: PreTrainedModel, policy: ResolvedPolicy, separate: bool) -> dict[Tier, int]:
+    """Returns the least memory that a placement of whole layers needs, of all placements that are tried."""
+    found = []
+    for parts in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.5, 0.5), (0.5, 0.0, 0.5)):
+        peak = plan_weights(model, dataclasses.replace(policy, weights=parts), space(100, separate=separate)).peak_bytes
+        found.append({tier: peak[tier] for tier in TIERS[:2] if tier in peak})
+    return min(found, key=lambda peak: sum(peak.values()))
 
 
 def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
@@ -129,12 +180,12 @@ def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
     assert plan.needed_bytes["device"] == 4 * largest
     assert plan.needed_bytes["host"] == plan.sizes[EMBEDDINGS] + 4 * largest
     peak = plan.peak_bytes
-    assert peak["device"] == 4 * largest + plan.working_bytes
+    assert peak["device"] == 4 * largest + plan.working_bytes + plan.cache_room["device"]
     assert peak["host"] == plan.needed_bytes["host"]
     exact = Space(peak, True)
     assert plan_weights(model, chosen, exact).needed_bytes == plan.needed_bytes
     for tier in TIERS:
-        with pytest.raises(PolicyError, match=f"on the {tier}"):
+        with pytest.raises(PolicyError, match=f"of {tier}"):
             plan_weights(model, chosen, Space({**peak, tier: peak[tier] - 1}, True))
 
 

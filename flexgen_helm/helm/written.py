@@ -1,0 +1,52 @@
+"""What a user has written of a deployment, checked before anything is loaded. HELM drops the keys that it does not know."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import yaml
+from helm.benchmark.config_registry import MODEL_DEPLOYMENTS_FILE
+from helm.benchmark.model_deployment_registry import get_model_deployment
+
+from flexgen_helm.helm.deployment import DEPLOYMENT, DeploymentError, check_keys, is_flexgen, parse_arguments
+
+
+def check_deployment(name: str, local_path: str | None) -> None:
+    """Check all keys of a flexgen deployment; others are left alone.
+
+    Args:
+        name: Of the deployment.
+        local_path: Folder that may hold ``model_deployments.yaml``: ``--local-path`` of helm-run.
+
+    Raises:
+        DeploymentError: A key does not exist, or ``name_or_path`` is missing.
+    """
+    deployment = get_model_deployment(name)
+    if not is_flexgen(deployment):
+        return
+    file = Path(local_path or "") / MODEL_DEPLOYMENTS_FILE
+    try:
+        for written in _written(file) if local_path is not None else ():
+            if written.get("name") == name:
+                _check_written(written)
+        parse_arguments(deployment.client_spec.args)
+    except DeploymentError as error:
+        raise DeploymentError(f"Deployment `{name}`: {error}") from None
+
+
+def _check_written(written: dict[str, Any]) -> None:
+    check_keys(DEPLOYMENT, written)
+    for part in ("client_spec", "window_service_spec"):
+        if isinstance(written.get(part), dict):
+            check_keys(part, written[part])
+
+
+@functools.cache
+def _written(file: Path) -> tuple[dict[str, Any], ...]:
+    """Deployments as they stand in a file that HELM has read when the command began."""
+    if not file.is_file():
+        return ()
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return tuple(content["model_deployments"])
