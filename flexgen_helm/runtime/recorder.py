@@ -21,7 +21,6 @@ from transformers.utils import logging as transformers_logging
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.runtime.layers import FirstLayers, layers_path
 
-
 Place = int | str
 """Of an argument of a layer: its position behind the hidden state, or its keyword."""
 
