@@ -8,10 +8,10 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := pytest -q --numprocesses 2 --dist loadfile
 
-.PHONY: help env lint test test-all demo clean
+.PHONY: help env lint test test-all test-versions demo clean
 
 help:  ## List the targets.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 env:  ## Build the environment if it is missing, and point it at this checkout.
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 with venv found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
@@ -27,6 +27,9 @@ test: lint  ## Check style and types, and run the tests but the slow ones.
 
 test-all: lint  ## Run all tests.
 	@$(TEST_ENV) $(BIN)/$(PYTEST)
+
+test-versions: env  ## Run what depends on transformers with its lowest version allowed, or with VERSIONS="5.20.0 5.22.2".
+	@$(TEST_ENV) $(BIN)/python .ci/test_versions.py $(VERSIONS)
 
 demo: env  ## Evaluate a real model on real questions with HELM and print the scores.
 	@$(BIN)/python -m flexgen_helm.runs.quickstart

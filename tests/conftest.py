@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
+
+
+def pytest_report_header() -> str:
+    return f"transformers {transformers.__version__} ({Path(transformers.__file__).parent})"
+
+
+def pytest_configure() -> None:
+    """Stops a run that was meant for another version of transformers (``make test-versions``)."""
+    wanted = os.environ.get("FLEXGEN_HELM_TRANSFORMERS")
+    if wanted and Version(wanted) != Version(transformers.__version__):
+        raise pytest.UsageError(f"transformers {wanted} is to be tested, but {transformers.__version__} is imported")
 
 
 @pytest.fixture(scope="session")

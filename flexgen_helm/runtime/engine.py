@@ -32,6 +32,7 @@ from flexgen_helm.runtime.packed import rows_at_once
 from flexgen_helm.runtime.plan import cache_capacities, exceeded, left_bytes
 from flexgen_helm.runtime.progress import Progress
 from flexgen_helm.runtime.sizes import default_block_tokens, resolve_device, resolved
+from flexgen_helm.runtime.versions import warn_if_untested
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
 from flexgen_helm.runtime.working_memory import setting
@@ -136,6 +137,7 @@ class Engine:
         rows = validated_kind(rows)
         kept_as = None if kv_dtype is None else named_dtype("kv_dtype", kv_dtype)
         where = resolve_device(device)
+        warn_if_untested()
         if dummy_weights:
             source = open_dummy(str(name_or_path), dtype=dtype, device=where)
         else:

@@ -22,11 +22,11 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.runtime.cache_argument import cache_places
 from flexgen_helm.runtime.experts import EXPERTS_NAME, sliced_experts
 from flexgen_helm.runtime.recorder import Implementations, RecordedModel, Recording
 from flexgen_helm.schedule.rows import Row, Sweep
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 HARMLESS_ARGUMENTS = frozenset(
     (
         *("dropout", "sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache", "is_causal"),
@@ -92,6 +92,7 @@ class PackedRows:
         self._running: PackedRecording | None = None
         self._key = CacheKey(0, 0)
         model.use(Implementations(self._register(), EXPERTS_NAME))
+        self._cache_places = cache_places(model)
 
     @property
     def num_layers(self) -> int:
@@ -122,13 +123,17 @@ class PackedRows:
         host = self._host if id(row) in self._on_host else None
         attention = RowAttention(row, self._cache, self.model.device, host)
         recording = PackedRecording(positions=positions, attention=attention)
-        return self.model.record(
+        self.model.record(
             recording,
             input_ids=ids[None],
             position_ids=positions[None],
             attention_mask=torch.ones_like(ids)[None],
             use_cache=False,
         )
+        probe = _CacheProbe(positions)
+        calls = zip(recording.calls, self._cache_places, strict=True)
+        recording.calls = [call.with_value(places, probe) for call, places in calls]
+        return recording
 
     def load_cache(self, j: int, recording: PackedRecording) -> Transfer | None:
         """Start to bring the pages of layer j that attention cannot read where they are; the layer waits for them."""
@@ -140,11 +145,9 @@ class PackedRows:
 
     def replay(self, j: int, recording: PackedRecording) -> None:
         """Run layer j on a row."""
-        kwargs = recording.calls[j].kwargs
-        absent = [name for name in CACHE_ARGUMENTS if name in kwargs and kwargs[name] is None]
         self._running, self._key = recording, CacheKey(j, 0)
         try:
-            self.model.replay(j, recording, **dict.fromkeys(absent, _CacheProbe(recording.positions)))
+            self.model.replay(j, recording)
         finally:
             self._running = None
         if self._key.call == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +21,9 @@ from transformers.utils import logging as transformers_logging
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.runtime.layers import FirstLayers, layers_path
 
+Place = int | str
+"""Of an argument of a layer: its position behind the hidden state, or its keyword."""
+
 
 class LayerCall(NamedTuple):
     """How the model called a layer, apart from the hidden state."""
@@ -29,6 +32,15 @@ class LayerCall(NamedTuple):
     """Whether the hidden state came as ``hidden_states=``."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def items(self) -> list[tuple[Place, Any]]:
+        """Return every argument with its place."""
+        return [*enumerate(self.args), *self.kwargs.items()]
+
+    def with_value(self, places: Collection[Place], value: Any) -> LayerCall:
+        """Return the same call with a value at those of the places that it has."""
+        args = tuple(value if place in places else own for place, own in enumerate(self.args))
+        return self._replace(args=args, kwargs={name: value if name in places else own for name, own in self.kwargs.items()})
 
 
 class Implementations(NamedTuple):
@@ -163,13 +175,12 @@ class RecordedModel:
             raise UnsupportedModel(f"its forward visits {len(recording.calls)} of {len(self.layers)} layers, in one pass")
         return recording
 
-    def replay(self, j: int, recording: Recording, **replaced: Any) -> None:
-        """Run layer j on a row; `Recording.hidden` becomes its output. ``replaced`` goes over the recorded keywords."""
+    def replay(self, j: int, recording: Recording) -> None:
+        """Run layer j on a row; `Recording.hidden` becomes its output."""
         named, args, kwargs = recording.calls[j]
         hidden, rest = recording.hidden, recording.rest
         args = tuple(rest[value.place - 1] if isinstance(value, _Rest) else value for value in args)
         kwargs = {name: rest[value.place - 1] if isinstance(value, _Rest) else value for name, value in kwargs.items()}
-        kwargs.update(replaced)
         output = self.layers[j](*args, hidden_states=hidden, **kwargs) if named else self.layers[j](hidden, *args, **kwargs)
         self._returns_tuple = isinstance(output, tuple | list)
         recording.hidden, *others = output if self._returns_tuple else (output,)

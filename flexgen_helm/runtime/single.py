@@ -17,13 +17,11 @@ from transformers import DynamicCache
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.state_store import OwnedState, StateStore
+from flexgen_helm.runtime.cache_argument import cache_parameter
 from flexgen_helm.runtime.lockstep import run_in_lockstep
 from flexgen_helm.runtime.recorder import RecordedModel, Recording
 from flexgen_helm.schedule.rows import Row, Segment, State, Sweep
 from flexgen_helm.types import Shares
-
-CACHE_PARAMETERS = ("past_key_values", "cache_params")
-"""What forwards of the library call their cache."""
 
 
 @dataclass(kw_only=True)
@@ -59,9 +57,13 @@ class SingleRows:
         Args:
             model: The model.
             store: Moves caches that rest on the host; None: all stay on the device.
+
+        Raises:
+            UnsupportedModel: If it takes no cache.
         """
         self.model, self._store = model, store
         model.use(model.own)
+        self._cache_parameter = cache_parameter(model)
 
     @property
     def num_layers(self) -> int:
@@ -124,7 +126,7 @@ class SingleRows:
             input_ids=ids,
             position_ids=torch.arange(segment.start, segment.end, device=ids.device)[None],
             use_cache=True,
-            **dict.fromkeys(CACHE_PARAMETERS, cache),
+            **{self._cache_parameter: cache},
         )
 
     def _cache(self, state: State) -> DynamicCache:
