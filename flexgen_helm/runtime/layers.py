@@ -8,6 +8,11 @@ from transformers import PreTrainedModel
 from flexgen_helm.errors import UnsupportedModel
 
 
+KEEPS_KV_FOR_OTHERS, READS_OTHERS_KV = "store_full_length_kv", "is_kv_shared_layer"
+"""Settings of Gemma 4's attention. From transformers 5.24 on the last layer of each type keeps K and V for others even if no
+layer reads those of others; then the setting makes no kind, or a check of the first layers would need all of them."""
+
+
 class FirstLayers(nn.ModuleList):
     """The first layers of a model in place of them all; its config still names the others."""
 
@@ -75,6 +80,8 @@ def layer_kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[int]:
     config = vars(model.config.get_text_config(decoder=True)).values()
     columns = [column for column in config if isinstance(column, list | tuple) and len(column) in depths | {len(layers)}]
     settings = [_plain_settings(layer) for layer in layers]
+    if not any(found[key] == str(True) for found in settings for key in found if key[1] == READS_OTHERS_KV):
+        settings = [{key: value for key, value in found.items() if key[1] != KEEPS_KV_FOR_OTHERS} for found in settings]
     keys = {key for found in settings for key in found}
     indices = {key for key in keys if all(key not in found or found[key] == str(j) for j, found in enumerate(settings))}
     kinds = [
