@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 
 from flexgen_helm.errors import UnsupportedModel
 
-
 KEEPS_KV_FOR_OTHERS, READS_OTHERS_KV = "store_full_length_kv", "is_kv_shared_layer"
 """Settings of Gemma 4's attention. From transformers 5.24 on the last layer of each type keeps K and V for others even if no
 layer reads those of others; then the setting makes no kind, or a check of the first layers would need all of them."""
