@@ -191,15 +191,23 @@ def _generate(args: argparse.Namespace, load_engine: EngineLoader) -> int:
 def _prompts(args: argparse.Namespace) -> list[str]:
     prompts: list[str] = list(args.prompt)
     if args.prompt_file is not None:
-        try:
-            prompts.append(sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidJob(
-                f"The prompt file {args.prompt_file} cannot be read ({error}). Give a file of UTF-8 text."
-            ) from None
+        prompts.append(_read_prompt(args.prompt_file))
     if not prompts:
         raise InvalidJob("There is nothing to continue. Give --prompt TEXT or --prompt-file F.")
     return prompts
+
+
+def _read_prompt(file: str) -> str:
+    """Return the text of a file or of standard input as its bytes are, but for a byte-order mark at the beginning."""
+    source = "standard input" if file == "-" else f"the prompt file {file}"
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        text = content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidJob(f"The prompt in {source} cannot be read ({error}). Give UTF-8 text.") from None
+    if not text:
+        raise InvalidJob(f"There is nothing to continue: {source} is empty. Give UTF-8 text.")
+    return text
 
 
 def _print_texts(prompt: str, result: Result, *, headed: bool) -> None:

@@ -1,4 +1,7 @@
-"""HELM entry point: makes deployments of names that begin with ``flexgen/``. Imports neither torch nor transformers."""
+"""HELM entry point: makes deployments of names that begin with ``flexgen/``.
+
+Neither torch nor transformers is imported with it: only where a deployment is made.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from helm.benchmark.tokenizer_config_registry import (
     tokenizer_config_generator,
 )
 
+from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.helm.deployment import (
     CLIENT,
     GRAMMAR,
@@ -36,13 +40,35 @@ from flexgen_helm.helm.deployment import (
     is_flexgen,
     split_name,
 )
-from flexgen_helm.helm.model_files import read_limits
+from flexgen_helm.helm.model_files import find_model, read_limits
 from flexgen_helm.scenarios import run_specs, summarization  # noqa: F401  registers the run entries
 
 
 @model_deployment_generator(PREFIX)
 def make_model_deployment(name: str) -> ModelDeployment:
     """Make and register the deployment of a name, so that HELM asks only once.
+
+    Args:
+        name: ``flexgen/<organization>/<model>`` or ``flexgen//<absolute path>``.
+
+    Raises:
+        DeploymentError: The name does not follow the grammar or there is no such model.
+        CorruptFile: A file of the model is torn.
+    """
+    name_or_path = find(name)
+    deployment = ModelDeployment(
+        name=name,
+        client_spec=ClientSpec(CLIENT, args={"name_or_path": name_or_path}),
+        max_sequence_length=_window(name_or_path),
+    )
+    deployment = complete(deployment)
+    _register_metadata(deployment)
+    register_model_deployment(deployment)
+    return deployment
+
+
+def find(name: str) -> str:
+    """Return the hub name or path of a deployment's model; loads neither torch nor transformers.
 
     Args:
         name: ``flexgen/<organization>/<model>`` or ``flexgen//<absolute path>``.
@@ -61,15 +87,16 @@ def make_model_deployment(name: str) -> ModelDeployment:
             f"`{name}`: variants such as `@{variant}` are not supported, so it is unknown what to change in the model. "
             f"Write {GRAMMAR}, or a deployment in model_deployments.yaml whose args hold what you want to vary."
         )
-    deployment = ModelDeployment(
-        name=name,
-        client_spec=ClientSpec(CLIENT, args={"name_or_path": name_or_path}),
-        max_sequence_length=read_limits(name_or_path).window,
-    )
-    deployment = complete(deployment)
-    _register_metadata(deployment)
-    register_model_deployment(deployment)
-    return deployment
+    find_model(name_or_path)
+    return name_or_path
+
+
+def _window(name_or_path: str) -> int | None:
+    try:
+        return read_limits(name_or_path).window
+    except UnsupportedModel:
+        # Each run entry of this model asks again and fails with the reason; those of other models run.
+        return None
 
 
 @tokenizer_config_generator(PREFIX)

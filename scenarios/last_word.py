@@ -16,6 +16,7 @@ from helm.benchmark.metrics.metric_name import MetricName
 from helm.benchmark.metrics.metric_service import MetricService
 from helm.benchmark.metrics.reference_metric import ReferenceMetric
 from helm.benchmark.metrics.statistic import Stat
+from helm.benchmark.window_services.window_service import WindowService
 from helm.benchmark.window_services.window_service_factory import WindowServiceFactory
 from helm.common.request import GeneratedOutput
 
@@ -82,7 +83,8 @@ class LastWordPerplexity(ReferenceMetric):
         """Return the log-probability of one reference and HELM's statistics of its request.
 
         Raises:
-            ScenarioError: The passage has been cut to the model's context, and its last word with it.
+            ScenarioError: The passage has been cut to the model's context, and its last word with it; or the tokenizer does not
+                tell the word from the passage.
         """
         (state,) = reference_request_states
         if state.prompt_truncated:
@@ -90,10 +92,9 @@ class LastWordPerplexity(ReferenceMetric):
                 f"Instance {state.instance.id} is longer than the context of {adapter_spec.model_deployment}, so its last word "
                 "cannot be scored. Choose a model with a longer context or shorter passages."
             )
-        # Word and passage together, less the passage: some tokenizers begin every text with a token of its own.
         window = WindowServiceFactory.get_window_service(adapter_spec.model_deployment, metric_service)
-        num_tokens = window.get_num_tokens(state.request.prompt) - window.get_num_tokens(state.instance.input.text)
-        logprob = sum(token.logprob for token in _completion(state).tokens[-max(num_tokens, 1) :])
+        num_tokens = _num_word_tokens(window, state)
+        logprob = sum(token.logprob for token in _completion(state).tokens[-num_tokens:])
         return [
             Stat(MetricName(LOGPROB)).add(logprob),
             *compute_request_state_metrics(EfficiencyMetric(), adapter_spec, state, metric_service),
@@ -119,6 +120,24 @@ class LastWordPerplexity(ReferenceMetric):
             ),
             *get_request_state_metrics_metadata(EfficiencyMetric()),
         ]
+
+
+def _num_word_tokens(window: WindowService, state: RequestState) -> int:
+    """Return how many tokens of the prompt are the word's: those behind all tokens of the passage.
+
+    Raises:
+        ScenarioError: The prompt does not begin with the tokens of the passage, or none follows.
+    """
+    passage = window.encode(state.instance.input.text).token_values
+    prompt = window.encode(state.request.prompt).token_values
+    if prompt[: len(passage)] != passage or len(prompt) == len(passage):
+        (reference,) = state.instance.references
+        raise ScenarioError(
+            f"The last word of instance {state.instance.id} ({reference.output.text!r}) cannot be scored: the tokenizer of "
+            f"{state.request.model_deployment} joins it with the end of the passage, {state.instance.input.text[-20:]!r}, so no "
+            "token begins where the word does. Correct or remove the passage, or choose a model with another tokenizer."
+        )
+    return len(prompt) - len(passage)
 
 
 def _completion(state: RequestState) -> GeneratedOutput:

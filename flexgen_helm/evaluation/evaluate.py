@@ -17,7 +17,7 @@ from flexgen_helm.evaluation.preparation import prepare
 from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
 from flexgen_helm.evaluation.suites import find_suite
 from flexgen_helm.evaluation.table import render_scores, render_work
-from flexgen_helm.plugin import make_model_deployment
+from flexgen_helm.plugin import find
 
 MODULES = {"helm-run": "helm.benchmark.run", "helm-summarize": "helm.benchmark.presentation.summarize"}
 
@@ -46,9 +46,8 @@ def make_evaluation(model: str, suite: str, output_path: Path, max_eval_instance
             f"There is no model `{model}`: it is neither an existing folder nor the name `<organization>/<model>` of a model "
             "on the hub. Correct the path."
         )
-    # Just what helm-run does with the name, so that it refuses nothing later.
-    deployment = make_model_deployment(name)
-    return Evaluation(deployment.name, find_suite(suite), output_path.expanduser(), max_eval_instances)
+    find(name)
+    return Evaluation(name, find_suite(suite), output_path.expanduser(), max_eval_instances)
 
 
 def evaluate(evaluation: Evaluation) -> int:

@@ -1,4 +1,4 @@
-"""What HELM must know of a model before it is loaded, read from its small files without torch or transformers."""
+"""What HELM must know of a model before its weights are loaded: transformers' config, model and tokenizer are asked for it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from flexgen_helm.context import CONTEXT_NAMES, DEFAULT_CONTEXT
 from flexgen_helm.helm.deployment import GRAMMAR, DeploymentError
-
-FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """Context window and special tokens of a model."""
+    """Context window and special tokens of a model, as the engine has them."""
 
     context: int
     """Tokens that the model can attend to: special tokens, prompt and completion."""
-    special_tokens: int
-    """How many special tokens the tokenizer adds to a prompt. HELM counts prompts without them."""
+    prefix: tuple[str, ...]
+    """Special tokens that the tokenizer puts before a prompt. HELM counts prompts without them."""
     bos_token: str
     """Empty if there is none."""
     eos_token: str
@@ -30,17 +26,23 @@ class ModelLimits:
     @property
     def window(self) -> int:
         """Tokens that HELM may fill with prompt and completion."""
-        return self.context - self.special_tokens
+        return self.context - len(self.prefix)
 
     @property
     def prefix_token(self) -> str:
-        """What language modelling puts before a document: the end token separates documents where there is no BOS token."""
-        return self.bos_token or self.eos_token
+        """What HELM puts before a document: the tokenizer's own token or, if it has none, BOS or the end token.
+
+        HELM can leave out one token of the scores, not several. So it puts nothing there where the tokenizer has several;
+        the engine puts them before the prompt.
+        """
+        return "" if len(self.prefix) > 1 else "".join(self.prefix) or self.bos_token or self.eos_token
 
 
 @cache
 def read_limits(name_or_path: str, revision: str | None = None) -> ModelLimits:
-    """Read a local folder, or a hub model through the hub's own cache; once, because HELM asks at every request.
+    """Ask config, model and tokenizer, as the engine loads them; once, because HELM asks at every request.
+
+    Loads transformers and torch, but no weights.
 
     Args:
         name_or_path: Path of a model folder, or hub name.
@@ -48,43 +50,57 @@ def read_limits(name_or_path: str, revision: str | None = None) -> ModelLimits:
 
     Raises:
         DeploymentError: The folder or hub model does not exist.
+        UnsupportedModel: The engine refuses the model.
+        CorruptFile: A file is torn.
     """
-    folder = _folder(name_or_path, revision)
-    if not (folder / "config.json").is_file():
-        raise _missing(name_or_path, "there is no config.json")
-    config = _read(folder / "config.json")
-    tokenizer = _read(folder / "tokenizer_config.json")
-    special = _read(folder / "special_tokens_map.json")
+    find_model(name_or_path, revision)
+    from flexgen_helm.runtime.context import context_of
+    from flexgen_helm.runtime.jobs import added_prefix
+    from flexgen_helm.runtime.loading import open_without_weights
+
+    source = open_without_weights(name_or_path, revision=revision)
+    context, _ = context_of(source.empty(), source.config)
+    tokenizer = source.tokenizer
+    if tokenizer is None:
+        return ModelLimits(context, (), "", "")
     return ModelLimits(
-        context=_context(config),
-        special_tokens=_num_special_tokens(tokenizer, folder / "tokenizer.json"),
-        bos_token=_token(tokenizer.get("bos_token") or special.get("bos_token")),
-        eos_token=_token(tokenizer.get("eos_token") or special.get("eos_token")),
+        context=context,
+        prefix=tuple(tokenizer.convert_ids_to_tokens(list(added_prefix(tokenizer)))),
+        bos_token=tokenizer.bos_token or "",
+        eos_token=tokenizer.eos_token or "",
     )
 
 
+def find_model(name_or_path: str, revision: str | None = None) -> None:
+    """Check that a model exists, by its config.json alone. Loads neither transformers nor torch.
+
+    Args:
+        name_or_path: Path of a model folder, or hub name.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        DeploymentError: The folder or hub model does not exist, or its config.json is torn.
+    """
+    path = _folder(name_or_path, revision) / "config.json"
+    if not path.is_file():
+        raise _missing(name_or_path, "there is no config.json")
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeploymentError(f"`{path}` is not valid JSON ({error}). Download or save the model again.") from error
+
+
 def _folder(name_or_path: str, revision: str | None) -> Path:
-    """Return the folder with the model's small files, fetched from the hub where the name is not a folder's."""
+    """Return the folder with config.json, fetched from the hub where the name is not a folder's."""
     folder = Path(name_or_path)
     if folder.is_absolute() or folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"]))
     except Exception as error:
         raise _missing(name_or_path, f"the hub says `{str(error).strip().splitlines()[0]}`") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the parsed content of a file, nothing if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DeploymentError(f"`{path}` is not valid JSON ({error}). Download or save the model again.") from error
-    return content
 
 
 def _missing(name_or_path: str, reason: str) -> DeploymentError:
@@ -92,37 +108,3 @@ def _missing(name_or_path: str, reason: str) -> DeploymentError:
         f"No model was found at `{name_or_path}`: {reason}. "
         f"Name a folder written by `save_pretrained` or a model on the hub: {GRAMMAR}."
     )
-
-
-def _context(config: dict[str, Any]) -> int:
-    text = config.get("text_config") or {}
-    found = [section[name] for section in (text, config) for name in CONTEXT_NAMES if isinstance(section.get(name), int)]
-    return min([int((found or [DEFAULT_CONTEXT])[0]), *_original_lengths(text), *_original_lengths(config)])
-
-
-def _original_lengths(config: dict[str, Any]) -> list[int]:
-    """Return the length up to which rotary embeddings stay the same, where they change with the longest sequence."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    sections = [rope, *(section for section in rope.values() if isinstance(section, dict))]
-    kinds = {str(section.get("rope_type") or section.get("type")) for section in sections}
-    if not any(kind == "longrope" or "dynamic" in kind for kind in kinds):
-        return []
-    lengths = [section.get("original_max_position_embeddings") for section in (*sections, config)]
-    return [length for length in lengths if isinstance(length, int)]
-
-
-def _num_special_tokens(tokenizer_config: dict[str, Any], tokenizer_file: Path) -> int:
-    """Count special tokens; where files disagree the larger number, because one token too few costs nothing."""
-    claimed = int(bool(tokenizer_config.get("add_bos_token")))
-    if not tokenizer_file.is_file():
-        # A sentencepiece tokenizer, whose classes add a BOS token unless told otherwise.
-        return max(claimed, int(tokenizer_config.get("add_bos_token") is None and "bos_token" in tokenizer_config))
-    from tokenizers import Tokenizer
-
-    return max(claimed, Tokenizer.from_file(str(tokenizer_file)).num_special_tokens_to_add(is_pair=False))
-
-
-def _token(token: str | dict[str, Any] | None) -> str:
-    if isinstance(token, dict):
-        return str(token["content"])
-    return token or ""

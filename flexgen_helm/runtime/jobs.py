@@ -28,9 +28,9 @@ class PreparedJob:
     job: Job
     """As it was given, ``stop`` as a tuple."""
     input_ids: tuple[int, ...]
-    """What the model sees, with a BOS token where one was added."""
+    """What the model sees, with the tokens that the tokenizer puts before a text."""
     num_added: int
-    """Tokens at the start of ``input_ids`` that are not the prompt's: 1 where BOS was added, else 0."""
+    """Tokens at the start of ``input_ids`` that are not the prompt's, such as BOS."""
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -53,9 +53,9 @@ def prepare(
 ) -> PreparedJob:
     """Check ``job`` and tokenise its prompt.
 
-    A prompt is tokenised without added special tokens. The input gets a BOS token where the tokenizer itself would
-    add one, the prompt does not begin with it and the context has room for it. ``token_ids`` are taken as they are, and
-    ``messages`` as the model's chat template writes them.
+    A prompt is tokenised without added special tokens. The input gets the tokens that the tokenizer itself puts before a
+    text, unless the prompt begins with them or the context has no room for all of them. ``token_ids`` are taken as they
+    are, and ``messages`` as the model's chat template writes them.
 
     Args:
         job: What the user asked.
@@ -81,10 +81,10 @@ def prepare(
             context=max_length,
             reason=length_reason,
         )
-    added: tuple[int, ...] = ()
-    if job.prompt is not None and tokenizer is not None and needed < max_length:
-        bos = _added_bos(tokenizer)
-        added = () if bos is None or prompt_ids[0] == bos else (bos,)
+    added = added_prefix(tokenizer) if job.prompt is not None and tokenizer is not None else ()
+    if prompt_ids[: len(added)] == added or needed + len(added) > max_length:
+        added = ()
+    _check_known(added, vocab_size, "The tokenizer")
     return PreparedJob(job, added + prompt_ids, len(added))
 
 
@@ -151,14 +151,17 @@ def _prompt_ids(job: Job, tokenizer: PreTrainedTokenizerBase | None, vocab_size:
             "Give exactly one."
         )
     token_ids = _checked_token_ids(job.token_ids) if job.token_ids is not None else _tokenised(job, tokenizer)
+    _check_known(token_ids, vocab_size, "The tokenizer" if job.token_ids is None else "token_ids")
+    return token_ids
+
+
+def _check_known(token_ids: Sequence[int], vocab_size: int, source: str) -> None:
     wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
     if wrong is not None:
-        source = "The tokenizer" if job.token_ids is None else "token_ids"
         raise InvalidJob(
             f"{source} gave token id {wrong}, but the model knows only the ids 0 to {vocab_size - 1}. "
             "Use the tokenizer that belongs to the model."
         )
-    return token_ids
 
 
 def _checked_token_ids(token_ids: Sequence[int]) -> tuple[int, ...]:
@@ -197,13 +200,14 @@ def _tokenised(job: Job, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int
 
 
 @functools.lru_cache(maxsize=1)  # A tokenizer is not asked again for every job; the last one alone is kept alive.
-def _added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the BOS token if the tokenizer puts one before a text, else None."""
-    bos = tokenizer.bos_token_id
-    if not isinstance(bos, int):
-        return None
-    starts = [tokenizer.encode("x", add_special_tokens=added, verbose=False)[:1] for added in (True, False)]
-    return bos if starts[0] == [bos] != starts[1] else None
+def added_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens that a tokenizer puts before a text: BOS, ``</s>`` in XGLM, ``[gMASK]<sop>`` in GLM, often none.
+
+    What it puts behind a text, such as the ``[SEP]`` of BERT, is left out everywhere: it ends a text, and a prompt goes on.
+    """
+    alone, whole = (tokenizer.encode("x", add_special_tokens=added, verbose=False) for added in (False, True))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)
+    return tuple(whole[: next(starts, 0)])
 
 
 def _check_int(name: str, value: object, *, at_least: int) -> None:

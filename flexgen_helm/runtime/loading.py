@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
-from flexgen_helm.runtime.assembly import LayerKeeper, empty_model
+from flexgen_helm.runtime.assembly import CPU, LayerKeeper, empty_model
 from flexgen_helm.runtime.context import context_of
 from flexgen_helm.runtime.digest import model_digest
 from flexgen_helm.runtime.dummy import make_first_layers, make_model
@@ -97,7 +98,7 @@ class ModelSource:
     def _loaded(self, model: PreTrainedModel) -> LoadedModel:
         max_length, reason = context_of(model, self.config)
         vocab_size = self.config.get_text_config(decoder=True).vocab_size
-        end_ids = _end_token_ids(model)
+        end_ids = _end_token_ids(model, self.tokenizer)
         return LoadedModel(self.name, self.digest(), model, self.tokenizer, max_length, reason, vocab_size, end_ids)
 
 
@@ -139,15 +140,23 @@ def open_model(name_or_path: str, *, dtype: str, device: torch.device, revision:
         CorruptFile: If files are missing or torn.
         FlexGenError: If there is no such model.
     """
-    name = name_or_path
-    folder = folder_without_weights(name, revision)
-    refuse_files(name, folder)
-    config = read_config(name, folder)
-    refuse_config(name, config)
-    tokenizer = _read_tokenizer(name, folder)
-    folder = folder_with_weights(name, revision, folder)
-    refuse_weights(name, folder)
-    return ModelSource(name, folder, config, tokenizer, _dtype(dtype, config, device), device)
+    source = open_without_weights(name_or_path, dtype=dtype, device=device, revision=revision)
+    assert source.folder is not None
+    folder = folder_with_weights(source.name, revision, source.folder)
+    refuse_weights(source.name, folder)
+    return dataclasses.replace(source, folder=folder)
+
+
+def open_without_weights(
+    name_or_path: str, *, dtype: str = "float32", device: torch.device = CPU, revision: str | None = None
+) -> ModelSource:
+    """Read config and tokenizer of a model whose weights are not asked for. Arguments and errors are those of `open_model`."""
+    folder = folder_without_weights(name_or_path, revision)
+    refuse_files(name_or_path, folder)
+    config = read_config(name_or_path, folder)
+    refuse_config(name_or_path, config)
+    tokenizer = _read_tokenizer(name_or_path, folder)
+    return ModelSource(name_or_path, folder, config, tokenizer, _dtype(dtype, config, device), device)
 
 
 def named_dtype(option: str, name: str) -> torch.dtype:
@@ -191,7 +200,20 @@ def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def _end_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = own if own is not None else model.config.get_text_config(decoder=True).eos_token_id
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Return every token that ends a text: generation config, tokenizer and config each name those that the others lack."""
+    ends = _token_ids(getattr(model.generation_config, "eos_token_id", None))
+    ends |= _token_ids(getattr(tokenizer, "eos_token_id", None))
+    configured = {
+        token_id
+        for config in (model.config, model.config.get_text_config(decoder=True))
+        for token_id in _token_ids(getattr(config, "eos_token_id", None))
+    }
+    if ends and tokenizer is not None:
+        # A config that names none has the number of its class, which may be an ordinary word of this vocabulary.
+        configured &= {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return frozenset(ends | configured)
+
+
+def _token_ids(value: int | list[int] | None) -> set[int]:
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
