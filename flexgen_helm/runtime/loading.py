@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
+from flexgen_helm.errors import FlexGenError
 from flexgen_helm.runtime.assembly import LayerKeeper, empty_model
 from flexgen_helm.runtime.context import context_of
 from flexgen_helm.runtime.digest import model_digest
 from flexgen_helm.runtime.dummy import make_first_layers, make_model
 from flexgen_helm.runtime.folder import folder_with_weights, folder_without_weights
 from flexgen_helm.runtime.named_configs import CONFIGS, named_config
-from flexgen_helm.runtime.refusals import read_config, read_json, refuse_config, refuse_files, refuse_weights
+from flexgen_helm.runtime.refusals import read_config, refuse_config, refuse_files, refuse_weights
+from flexgen_helm.runtime.tokenizer_files import read_tokenizer
 from flexgen_helm.runtime.weights import read_first_layers, read_model
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def open_model(name_or_path: str, *, dtype: str, device: torch.device, revision:
     refuse_files(name, folder)
     config = read_config(name, folder)
     refuse_config(name, config)
-    tokenizer = _read_tokenizer(name, folder)
+    tokenizer = read_tokenizer(name, folder)
     folder = folder_with_weights(name, revision, folder)
     refuse_weights(name, folder)
     return ModelSource(name, folder, config, tokenizer, _dtype(dtype, config, device), device)
@@ -166,29 +166,6 @@ def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.d
         own = getattr(config, "dtype", None)
         return own if device.type != "cpu" and isinstance(own, torch.dtype) else torch.float32
     return named_dtype("dtype", name)
-
-
-def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:
-    if not any((folder / file).exists() for file in TOKENIZER_FILES):
-        logger.info("%s has no tokenizer: jobs must give token_ids", name)
-        return None
-    settings = folder / "tokenizer_config.json"
-    brings_code = settings.exists() and "auto_map" in read_json(settings)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:
-        if brings_code:
-            raise UnsupportedModel(
-                f"{name}: its tokenizer brings its own code (trust_remote_code), which is never run, and cannot be read "
-                f"without it ({type(error).__name__}: {error}). Put a tokenizer.json into the folder, or remove "
-                "tokenizer_config.json and give token_ids."
-            ) from error
-        raise CorruptFile(f"The tokenizer in {folder} could not be read ({type(error).__name__}: {error}).") from error
-    if brings_code:
-        logger.info("%s: its tokenizer's own code is not run; transformers' %s is used", name, type(tokenizer).__name__)
-    return tokenizer
 
 
 def _end_token_ids(model: PreTrainedModel) -> frozenset[int]:
