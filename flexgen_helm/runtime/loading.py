@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from flexgen_helm.runtime.context import context_of
 from flexgen_helm.runtime.digest import model_digest
 from flexgen_helm.runtime.dummy import make_first_layers, make_model
 from flexgen_helm.runtime.folder import folder_with_weights, folder_without_weights
+from flexgen_helm.runtime.generation import read_generation_config, warn_of_unapplied_fields
 from flexgen_helm.runtime.named_configs import CONFIGS, named_config
 from flexgen_helm.runtime.refusals import read_config, refuse_config, refuse_files, refuse_weights
 from flexgen_helm.runtime.tokenizer_files import read_tokenizer
@@ -91,6 +92,7 @@ class ModelSource:
         else:
             model = read_model(self.name, self.folder, self.config, dtype=self.dtype, device=self.device, keeper=keeper)
         loaded = self._loaded(model)
+        warn_of_unapplied_fields(self.name, model)
         logger.info("%s: jobs of up to %s tokens (%s)", self.name, loaded.max_length, loaded.length_reason)
         return loaded
 
@@ -144,10 +146,12 @@ def open_model(name_or_path: str, *, dtype: str, device: torch.device, revision:
     refuse_files(name, folder)
     config = read_config(name, folder)
     refuse_config(name, config)
-    tokenizer = read_tokenizer(name, folder)
+    read_generation_config(name, folder)
+    source = ModelSource(name, folder, config, read_tokenizer(name, folder), _dtype(dtype, config, device), device)
+    source.empty()  # What transformers cannot make is refused before its weights are fetched.
     folder = folder_with_weights(name, revision, folder)
     refuse_weights(name, folder)
-    return ModelSource(name, folder, config, tokenizer, _dtype(dtype, config, device), device)
+    return replace(source, folder=folder)
 
 
 def named_dtype(option: str, name: str) -> torch.dtype:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.runtime.assembly import LayerKeeper, assemble, cut_to_first_layers, empty_model, with_few_tokens
 from flexgen_helm.runtime.checkpoint import StoredTensor, read_tensors
 from flexgen_helm.runtime.conversion import Checkpoint
+from flexgen_helm.runtime.generation import read_generation_config
 from flexgen_helm.runtime.layers import layers_path
 
 
@@ -55,7 +56,7 @@ def read_model(
     _check_room(name, model, device, kept="" if keeper is None else f"{layers_path(model)}.")
     with _one_bar(Checkpoint(name, folder, model, stored, dtype=dtype)) as source:
         assemble(model, source, device=device, keeper=keeper)
-    model.generation_config = _generation_config(folder)
+    model.generation_config = read_generation_config(name, folder)
     return model
 
 
@@ -106,15 +107,6 @@ def _check_room(name: str, model: PreTrainedModel, device: torch.device, *, kept
         raise FlexGenError(
             f"{name} needs {needed / 2**30:.1f} GiB on {device}, where {free / 2**30:.1f} GiB are free. Use device='cpu'; "
             "weights on several tiers are not supported yet."
-        )
-
-
-def _generation_config(folder: Path) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", local_files_only=True, _from_model_config=True
         )
 
 
