@@ -50,7 +50,7 @@ def read_limits(name_or_path: str, revision: str | None = None) -> ModelLimits:
         DeploymentError: The folder or hub model does not exist.
     """
     folder = _folder(name_or_path, revision)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise _missing(name_or_path, "there is no config.json")
     config = _read(folder / "config.json")
     tokenizer = _read(folder / "tokenizer_config.json")
@@ -77,13 +77,15 @@ def _folder(name_or_path: str, revision: str | None) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the parsed content of a file, nothing if there is no such file."""
-    if not path.is_file():
+    """Return the parsed content of a file, nothing if there is no such file. A link to nowhere is no missing file."""
+    if not path.is_symlink() and not path.exists():
         return {}
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DeploymentError(f"`{path}` is not valid JSON ({error}). Download or save the model again.") from error
+    if not isinstance(content, dict):
+        raise DeploymentError(f"`{path}` holds no JSON object. Download or save the model again.")
     return content
 
 
@@ -119,7 +121,11 @@ def _num_special_tokens(tokenizer_config: dict[str, Any], tokenizer_file: Path) 
         return max(claimed, int(tokenizer_config.get("add_bos_token") is None and "bos_token" in tokenizer_config))
     from tokenizers import Tokenizer
 
-    return max(claimed, Tokenizer.from_file(str(tokenizer_file)).num_special_tokens_to_add(is_pair=False))
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise DeploymentError(f"`{tokenizer_file}` cannot be read ({error}). Download or save the model again.") from error
+    return max(claimed, tokenizer.num_special_tokens_to_add(is_pair=False))
 
 
 def _token(token: str | dict[str, Any] | None) -> str:
