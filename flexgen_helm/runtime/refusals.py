@@ -27,6 +27,8 @@ CAUSAL_ANYWAY = ("gpt_neox", "gpt_neox_japanese", "trocr")
 """Types that are decoders whatever `is_decoder` says."""
 LANGUAGE_MAPPINGS = ("CAUSAL_LM", "MASKED_LM", "PRETRAINING", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
 """Tasks of transformers whose checkpoints have a head that predicts tokens."""
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+"""Fields that count something, whatever a type calls them."""
 OWN_ATTENTION = ("eager", "sdpa")
 """Attention that every installation has."""
 
@@ -77,7 +79,7 @@ def read_config(name: str, folder: Path) -> PreTrainedConfig:
     """
     fields = read_json(folder / "config.json")
     kind = fields.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if fields.get("auto_map"):
             raise UnsupportedModel(
                 f"{name} ({kind}) brings its own modelling code (trust_remote_code), which is never run, and transformers "
@@ -120,6 +122,7 @@ def refuse_config(name: str, config: PreTrainedConfig) -> None:
         )
     _refuse_encoder(name, config)
     _refuse_other_task(name, config)
+    _refuse_sizes(name, config)
     for part in (config, config.get_text_config(decoder=True)):
         for field in ("quantization_config", "compression_config"):
             quantised = getattr(part, field, None)
@@ -181,9 +184,21 @@ def _leave_out_foreign_attention(name: str, config: PreTrainedConfig) -> None:
             part._attn_implementation = None
 
 
+def _refuse_sizes(name: str, config: PreTrainedConfig) -> None:
+    text = config.get_text_config(decoder=True)
+    for field in SIZES:
+        size = getattr(text, field, None)
+        if type(size) is int and size < 1:
+            raise UnsupportedModel(
+                f"{name} ({config.model_type}): {field} of its config.json is {size}, but a model has at least 1. Correct the "
+                "file, or fetch it again."
+            )
+
+
 def _refuse_other_task(name: str, config: PreTrainedConfig) -> None:
     """Refuse weights of another task. Names that transformers does not know, or none, are left to the check of the weights."""
-    named = [each for each in config.architectures or [] if isinstance(each, str)]
+    entry = config.architectures or []
+    named = [entry] if isinstance(entry, str) else [each for each in entry if isinstance(each, str)]
     language = {task for mapping in LANGUAGE_MAPPINGS for task in _tasks(f"MODEL_FOR_{mapping}_MAPPING_NAMES")}
     others = {task for mapping in vars(modeling_auto) for task in _tasks(mapping)} - language
     if named and all(_task(each) in others or "Reward" in each for each in named):
