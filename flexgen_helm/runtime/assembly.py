@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from flexgen_helm.errors import FlexGenError
+from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.memory.allocator import return_freed_memory
 from flexgen_helm.runtime.layers import FirstLayers, layers_path, num_layers_of_every_kind, refuse_shared_layers
 
@@ -69,6 +70,9 @@ def empty_model(folder: Path | str, config: PreTrainedConfig, dtype: torch.dtype
         folder: What the model shall be called.
         config: Of the model.
         dtype: Of its weights; some modules keep float32.
+
+    Raises:
+        UnsupportedModel: If transformers cannot make it.
     """
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if model_class.config_class == config.sub_configs.get("text_config"):
@@ -78,10 +82,13 @@ def empty_model(folder: Path | str, config: PreTrainedConfig, dtype: torch.dtype
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         if part is not None:
             part.dtype = dtype
-    with ExitStack() as stack:
-        for context in model_class.get_init_context(dtype, False, False, False):
-            stack.enter_context(context)
-        model: PreTrainedModel = model_class(config)
+    try:
+        with ExitStack() as stack:
+            for context in model_class.get_init_context(dtype, False, False, False):
+                stack.enter_context(context)
+            model: PreTrainedModel = model_class(config)
+    except Exception as error:  # of transformers, which checks few fields before it computes with them
+        raise UnsupportedModel(_not_made(str(folder), config, error)) from error
     return model
 
 
@@ -178,6 +185,33 @@ def initialize(model: PreTrainedModel, modules: list[nn.Module], keys: Set[str])
             owners[-1]._init_weights(module)
     for key in keys:
         model.get_parameter_or_buffer(key)._is_hf_initialized = True
+
+
+def _not_made(name: str, config: PreTrainedConfig, error: Exception) -> str:
+    """What a user can do about a configuration of which transformers makes no model."""
+    text = config.get_text_config(decoder=True)
+    pad, size = (getattr(text, field, None) for field in ("pad_token_id", "vocab_size"))
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, AssertionError) and isinstance(pad, int) and isinstance(size, int) and not 0 <= pad < size:
+        reason = f"pad_token_id is {pad}, but the model has the tokens 0 to {size - 1}"
+    elif isinstance(error, KeyError):
+        reason = f"{_named_value(config.to_dict(), error.args[0]) or repr(error.args[0])} is not known to it"
+    remedy = "Install the package that is named" if isinstance(error, ImportError) else "Correct its config.json"
+    return (
+        f"{name} ({config.model_type}): transformers {transformers.__version__} cannot make the model from its config.json "
+        f"({reason}). {remedy}, or upgrade transformers if the checkpoint is newer."
+    )
+
+
+def _named_value(fields: dict[str, Any], value: object) -> str | None:
+    """Return the field that has a value, and the value."""
+    for name, found in fields.items():
+        if found == value:
+            return f"{name}={value!r}"
+        inner = _named_value(found, value) if isinstance(found, dict) else None
+        if inner:
+            return inner
+    return None
 
 
 def _layers_apart(model: PreTrainedModel) -> dict[str, set[str]]:

@@ -25,6 +25,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from flexgen_helm.errors import CorruptFile
 from flexgen_helm.runtime.checkpoint import StoredTensor, group_by_layer
+from flexgen_helm.runtime.wrapped_names import renaming_advice, shorter_names
 
 
 class Checkpoint:
@@ -99,20 +100,47 @@ class Checkpoint:
 
     def lacks(self, names: list[str]) -> CorruptFile:
         """The error for tensors that no file holds."""
+        why = (
+            self._written_by_wrapper(names)
+            or self._without_head(names)
+            or f"Fetch {self._folder} again, or give the config that belongs to its weights."
+        )
         return CorruptFile(
             f"The weights of {self._name} lack {len(names)} tensors of its config: {', '.join(names[:5])}"
-            f"{', ...' if len(names) > 5 else ''}. Fetch {self._folder} again."
+            f"{', ...' if len(names) > 5 else ''}. {why}"
         )
+
+    def _written_by_wrapper(self, lacking: list[str]) -> str | None:
+        """What to do if the files have the lacking tensors under names that are longer."""
+        for name, target in self._targets.items():
+            if target not in self._empty:
+                for found in shorter_names(name):
+                    if self._target(found.short)[0] in lacking:
+                        return renaming_advice(self._folder, self._targets, name, found)
+        return None
+
+    def _without_head(self, lacking: list[str]) -> str | None:
+        head = self._model.get_output_embeddings()
+        if {self._model.get_submodule(name.rpartition(".")[0]) for name in lacking} != {head}:
+            return None
+        named = ", ".join(map(str, self._model.config.architectures or ["no architectures"]))
+        return (
+            f"That is the head, which predicts tokens (config.json names {named}). Give a checkpoint of the causal language "
+            f"model, or fetch {self._folder} again if its files once held the head."
+        )
+
+    def _target(self, name: str) -> tuple[str, str | None]:
+        """Return the name in the model of a tensor of the files, and the pattern of the conversion that makes it, if any."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        key, pattern = rename_source_key(name, renamings, converters, self._model.base_model_prefix, self._empty)
+        return (name, None) if key not in self._empty and name in self._empty else (key, pattern)
 
     def _checked_targets(self, tensors: list[StoredTensor]) -> dict[str, str]:
         """Return the name in the model of each tensor; its shape is checked where no conversion changes it."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        prefix, targets = self._model.base_model_prefix, dict[str, str]()
+        targets = dict[str, str]()
         for tensor in tensors:
-            key, pattern = rename_source_key(tensor.name, renamings, converters, prefix, self._empty)
-            if key not in self._empty and tensor.name in self._empty:
-                key, pattern = tensor.name, None
+            key, pattern = self._target(tensor.name)
             expected = self._empty.get(key)
             if pattern is None and expected is not None and expected.shape != tensor.shape:
                 raise CorruptFile(

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
+from flexgen_helm.errors import FlexGenError
 from flexgen_helm.runtime.assembly import CPU, LayerKeeper, empty_model
 from flexgen_helm.runtime.context import context_of
 from flexgen_helm.runtime.digest import model_digest
 from flexgen_helm.runtime.dummy import make_first_layers, make_model
 from flexgen_helm.runtime.folder import folder_with_weights, folder_without_weights
+from flexgen_helm.runtime.generation import read_generation_config, warn_of_unapplied_fields
 from flexgen_helm.runtime.named_configs import CONFIGS, named_config
-from flexgen_helm.runtime.refusals import read_config, read_json, refuse_config, refuse_files, refuse_weights
+from flexgen_helm.runtime.refusals import read_config, refuse_config, refuse_files, refuse_weights
+from flexgen_helm.runtime.tokenizer_files import read_tokenizer
 from flexgen_helm.runtime.weights import read_first_layers, read_model
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class ModelSource:
         else:
             model = read_model(self.name, self.folder, self.config, dtype=self.dtype, device=self.device, keeper=keeper)
         loaded = self._loaded(model)
+        warn_of_unapplied_fields(self.name, model)
         logger.info("%s: jobs of up to %s tokens (%s)", self.name, loaded.max_length, loaded.length_reason)
         return loaded
 
@@ -142,21 +143,23 @@ def open_model(name_or_path: str, *, dtype: str, device: torch.device, revision:
     """
     source = open_without_weights(name_or_path, dtype=dtype, device=device, revision=revision)
     assert source.folder is not None
+    source.empty()  # What transformers cannot make is refused before its weights are fetched.
     folder = folder_with_weights(source.name, revision, source.folder)
     refuse_weights(source.name, folder)
-    return dataclasses.replace(source, folder=folder)
+    return replace(source, folder=folder)
 
 
 def open_without_weights(
     name_or_path: str, *, dtype: str = "float32", device: torch.device = CPU, revision: str | None = None
 ) -> ModelSource:
     """Read config and tokenizer of a model whose weights are not asked for. Arguments and errors are those of `open_model`."""
-    folder = folder_without_weights(name_or_path, revision)
-    refuse_files(name_or_path, folder)
-    config = read_config(name_or_path, folder)
-    refuse_config(name_or_path, config)
-    tokenizer = _read_tokenizer(name_or_path, folder)
-    return ModelSource(name_or_path, folder, config, tokenizer, _dtype(dtype, config, device), device)
+    name = name_or_path
+    folder = folder_without_weights(name, revision)
+    refuse_files(name, folder)
+    config = read_config(name, folder)
+    refuse_config(name, config)
+    read_generation_config(name, folder)
+    return ModelSource(name, folder, config, read_tokenizer(name, folder), _dtype(dtype, config, device), device)
 
 
 def named_dtype(option: str, name: str) -> torch.dtype:
@@ -175,29 +178,6 @@ def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.d
         own = getattr(config, "dtype", None)
         return own if device.type != "cpu" and isinstance(own, torch.dtype) else torch.float32
     return named_dtype("dtype", name)
-
-
-def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:
-    if not any((folder / file).exists() for file in TOKENIZER_FILES):
-        logger.info("%s has no tokenizer: jobs must give token_ids", name)
-        return None
-    settings = folder / "tokenizer_config.json"
-    brings_code = settings.exists() and "auto_map" in read_json(settings)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:
-        if brings_code:
-            raise UnsupportedModel(
-                f"{name}: its tokenizer brings its own code (trust_remote_code), which is never run, and cannot be read "
-                f"without it ({type(error).__name__}: {error}). Put a tokenizer.json into the folder, or remove "
-                "tokenizer_config.json and give token_ids."
-            ) from error
-        raise CorruptFile(f"The tokenizer in {folder} could not be read ({type(error).__name__}: {error}).") from error
-    if brings_code:
-        logger.info("%s: its tokenizer's own code is not run; transformers' %s is used", name, type(tokenizer).__name__)
-    return tokenizer
 
 
 def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
@@ -23,6 +25,12 @@ DEQUANTISE = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
 """Methods that transformers itself can undo, with its configuration."""
 CAUSAL_ANYWAY = ("gpt_neox", "gpt_neox_japanese", "trocr")
 """Types that are decoders whatever `is_decoder` says."""
+LANGUAGE_MAPPINGS = ("CAUSAL_LM", "MASKED_LM", "PRETRAINING", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+"""Tasks of transformers whose checkpoints have a head that predicts tokens."""
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+"""Fields that count something, whatever a type calls them."""
+OWN_ATTENTION = ("eager", "sdpa")
+"""Attention that every installation has."""
 
 
 def refuse_files(name: str, folder: Path) -> None:
@@ -36,16 +44,16 @@ def refuse_files(name: str, folder: Path) -> None:
         UnsupportedModel: An adapter, a checkpoint quantised by an older tool, GGUF files alone.
         FlexGenError: If there is no config.json.
     """
-    if (folder / "adapter_config.json").exists():
+    if present(folder / "adapter_config.json"):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "the model that it was trained on"
         raise UnsupportedModel(
             f"{name} holds a LoRA or other PEFT adapter of {base}, not a whole model. Merge the two and give the result: "
             f"PeftModel.from_pretrained(base_model, {name!r}).merge_and_unload().save_pretrained(folder)."
         )
     for file, method in QUANTISED_BY.items():
-        if (folder / file).exists():
+        if present(folder / file):
             raise UnsupportedModel(_quantised(name, method, f"it has a {file}"))
-    if not (folder / "config.json").exists():
+    if not present(folder / "config.json"):
         _refuse_gguf(name, folder)
         raise FlexGenError(f"{folder} has no config.json, so it is no model folder. Give the folder that holds it.")
 
@@ -71,7 +79,7 @@ def read_config(name: str, folder: Path) -> PreTrainedConfig:
     """
     fields = read_json(folder / "config.json")
     kind = fields.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if fields.get("auto_map"):
             raise UnsupportedModel(
                 f"{name} ({kind}) brings its own modelling code (trust_remote_code), which is never run, and transformers "
@@ -91,6 +99,7 @@ def read_config(name: str, folder: Path) -> PreTrainedConfig:
             f"{name} ({kind}): transformers {transformers.__version__} cannot read its config.json "
             f"({type(error).__name__}: {error}). Correct the file, or upgrade transformers if the type has changed since."
         ) from error
+    _leave_out_foreign_attention(name, config)
     return config
 
 
@@ -112,6 +121,8 @@ def refuse_config(name: str, config: PreTrainedConfig) -> None:
             "model that AutoModelForCausalLM loads."
         )
     _refuse_encoder(name, config)
+    _refuse_other_task(name, config)
+    _refuse_sizes(name, config)
     for part in (config, config.get_text_config(decoder=True)):
         for field in ("quantization_config", "compression_config"):
             quantised = getattr(part, field, None)
@@ -144,6 +155,11 @@ def refuse_weights(name: str, folder: Path) -> None:
     )
 
 
+def present(path: Path) -> bool:
+    """Whether a folder lists a file, readable or not: a link to a file that was not fetched counts."""
+    return path.is_symlink() or path.exists()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file that holds an object.
 
@@ -157,6 +173,52 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CorruptFile(f"{path} holds no JSON object. Fetch that file again.")
     return content
+
+
+def _leave_out_foreign_attention(name: str, config: PreTrainedConfig) -> None:
+    """Reset attention that needs another package or code from the hub: this engine computes attention itself."""
+    for part in (config, *(getattr(config, field) for field in config.sub_configs)):
+        asked = getattr(part, "_attn_implementation", None)
+        if asked not in (None, *OWN_ATTENTION):
+            logger.info("%s: config.json asks for the attention %r, which is not used", name, asked)
+            part._attn_implementation = None
+
+
+def _refuse_sizes(name: str, config: PreTrainedConfig) -> None:
+    text = config.get_text_config(decoder=True)
+    for field in SIZES:
+        size = getattr(text, field, None)
+        if type(size) is int and size < 1:
+            raise UnsupportedModel(
+                f"{name} ({config.model_type}): {field} of its config.json is {size}, but a model has at least 1. Correct the "
+                "file, or fetch it again."
+            )
+
+
+def _refuse_other_task(name: str, config: PreTrainedConfig) -> None:
+    """Refuse weights of another task. Names that transformers does not know, or none, are left to the check of the weights."""
+    entry = config.architectures or []
+    named = [entry] if isinstance(entry, str) else [each for each in entry if isinstance(each, str)]
+    language = {task for mapping in LANGUAGE_MAPPINGS for task in _tasks(f"MODEL_FOR_{mapping}_MAPPING_NAMES")}
+    others = {task for mapping in vars(modeling_auto) for task in _tasks(mapping)} - language
+    if named and all(_task(each) in others or "Reward" in each for each in named):
+        raise UnsupportedModel(
+            f"{name} ({config.model_type}) is a {named[0]} (architectures in its config.json), not a causal language model: it "
+            "has no trained head that predicts tokens. Give the language model that it was made from, or correct architectures "
+            "if the entry is wrong."
+        )
+
+
+def _tasks(mapping: str) -> set[str]:
+    """What the classes of one of transformers' tables are for, such as SequenceClassification."""
+    if not (mapping.startswith("MODEL_FOR_") and mapping.endswith("_MAPPING_NAMES")):
+        return set()
+    entries = vars(modeling_auto).get(mapping, {}).values()
+    return {_task(each) for entry in entries for each in ([entry] if isinstance(entry, str) else entry)} - {""}
+
+
+def _task(architecture: str) -> str:
+    return re.split("For(?=[A-Z])", architecture)[-1] if re.search("For(?=[A-Z])", architecture) else ""
 
 
 def _refuse_encoder(name: str, config: PreTrainedConfig) -> None:

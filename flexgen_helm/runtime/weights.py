@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flexgen_helm.runtime.assembly import LayerKeeper, assemble, cut_to_first_layers, empty_model, with_few_tokens
 from flexgen_helm.runtime.checkpoint import StoredTensor, read_tensors
 from flexgen_helm.runtime.conversion import Checkpoint
+from flexgen_helm.runtime.generation import read_generation_config
 
 
 def read_model(
@@ -51,7 +52,7 @@ def read_model(
     model = empty_model(folder, config, dtype)
     with _one_bar(Checkpoint(name, folder, model, stored, dtype=dtype)) as source:
         assemble(model, source, device=device, keeper=keeper)
-    model.generation_config = _generation_config(folder)
+    model.generation_config = read_generation_config(name, folder)
     return model
 
 
@@ -88,15 +89,6 @@ def _first_layers(
     cut_to_first_layers(model)
     with _one_bar(Checkpoint(name, folder, model, stored, dtype=dtype, partly=True)) as source:
         return assemble(model, source, device=device)
-
-
-def _generation_config(folder: Path) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", local_files_only=True, _from_model_config=True
-        )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,60 @@ def test_missing_tensor_is_named(bench: Workbench, tmp_path: Path, family: str, 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CorruptFile, match=rf"org/model lack 1 tensors.* {lost}"):
         read(folder)
+
+
+def rename(folder: Path, change: Callable[[str], str]) -> None:
+    """Changes the names of all tensors, in files and index."""
+    for file in folder.glob("*.safetensors"):
+        save_file({change(name): tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    for file in folder.glob("*.index.json"):
+        index = json.loads(file.read_text())
+        index["weight_map"] = {change(name): shard for name, shard in index["weight_map"].items()}
+        file.write_text(json.dumps(index))
+
+
+WRAPPED: dict[str, tuple[str, Callable[[str], str], tuple[str, ...]]] = {
+    "DataParallel": ("mistral", "module.{}".format, ("'module.'", "DistributedDataParallel")),
+    "compiled": ("mixtral", "_orig_mod.{}".format, ("'_orig_mod.'", "torch.compile")),
+    "both": ("llama", "module._orig_mod.{}".format, ("'module._orig_mod.'", "DistributedDataParallel", "torch.compile")),
+    "PEFT": ("llama", "base_model.model.{}".format, ("'base_model.model.'", "PEFT")),
+    "compiled layers": ("llama", lambda name: name.replace(".mlp.", ".mlp._orig_mod."), ("'_orig_mod.'", "torch.compile")),
+    "unknown": ("qwen2", "agent.policy.{}".format, ("'agent.policy.'",)),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_names_of_a_wrapper_are_told_with_the_line_that_renames(bench: Workbench, tmp_path: Path, kind: str) -> None:
+    family, change, words = WRAPPED[kind]
+    folder = Path(shutil.copytree(bench.folder(family), tmp_path / "model"))
+    rename(folder, change)
+    with pytest.raises(CorruptFile) as caught:
+        read(folder)
+    message = str(caught.value)
+    for word in ("org/model", *words):
+        assert word in message
+    line = re.search(r"AutoModelForCausalLM\..*\)", message)
+    assert line is not None
+    eval(line[0], {"AutoModelForCausalLM": AutoModelForCausalLM, "new_folder": tmp_path / "new"})
+    assert_same(read(tmp_path / "new"), AutoModelForCausalLM.from_pretrained(bench.folder(family)))
+
+
+def test_adapter_beside_the_weights_is_to_be_merged(bench: Workbench, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bench.folder("llama"), tmp_path / "model"))
+    rename(folder, lambda name: f"base_model.model.{name}".replace("q_proj.", "q_proj.base_layer."))
+    tensors = load_file(folder / "model.safetensors")
+    adapter = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(2, 64)}
+    save_file(tensors | adapter, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptFile, match=r"PEFT.*merge_and_unload\(\)") as caught:
+        read(folder)
+    assert "key_mapping" not in str(caught.value)
+
+
+def test_base_model_whose_head_is_missing_is_told_so(bench: Workbench, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(bench.folder("llama"))
+    model.base_model.save_pretrained(tmp_path)
+    with pytest.raises(CorruptFile, match=r"lack 1 tensors.*lm_head\.weight\. That is the head.*LlamaModel.*Give a checkpoint"):
+        read(tmp_path)
 
 
 def test_empty_checkpoint_is_not_made_up(bench: Workbench, tmp_path: Path) -> None:

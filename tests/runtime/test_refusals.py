@@ -22,7 +22,11 @@ from transformers import (
     PreTrainedConfig,
     T5Config,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
 from flexgen_helm.runtime.loading import LoadedModel, open_model
@@ -75,6 +79,10 @@ def with_file(name: str, content: Any = None) -> Change:
     return change
 
 
+def with_file_of(name: str, content: bytes) -> Change:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
 def only(name: str) -> Change:
     """Leaves a weight file of another format where the safetensors file was."""
 
@@ -108,6 +116,21 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "XLM": (with_config(CONFIG_MAPPING["xlm"]()), ("xlm", "causal is false", "causal language model")),
     "XLNet": (with_config(CONFIG_MAPPING["xlnet"]()), ("xlnet", "any order", "causal language model")),
     "image classifier": (with_config(CONFIG_MAPPING["vit"]()), ("vit", "not among", "AutoModelForCausalLM")),
+    "classifier": (
+        with_fields(architectures=["LlamaForSequenceClassification"]),
+        ("LlamaForSequenceClassification", "no trained head", "Give the language model"),
+    ),
+    "classifier, as text": (
+        with_fields(architectures="LlamaForTokenClassification"),
+        ("LlamaForTokenClassification", "Give the"),
+    ),
+    "question answering": (with_fields(architectures=["LlamaForQuestionAnswering"]), ("LlamaForQuestionAnswering", "Give the")),
+    "multiple choice": (with_fields(architectures=["OwnForMultipleChoice"]), ("OwnForMultipleChoice", "Give the")),
+    "reward model": (with_fields(architectures=["OwnForRewardModel"]), ("OwnForRewardModel", "no trained head", "Give the")),
+    "tied classifier": (
+        with_fields(architectures=["LlamaForSequenceClassification"], tie_word_embeddings=True),
+        ("LlamaForSequenceClassification", "no trained head"),
+    ),
     "GPTQ": (quantised(quant_method="gptq", bits=4), ("already quantised", "gptq, 4 bits", "16-bit")),
     "AWQ": (quantised(quant_method="awq", w_bit=4), ("already quantised", "awq, 4 bits", "16-bit")),
     "bitsandbytes": (quantised(load_in_4bit=True), ("already quantised", "bitsandbytes", "16-bit")),
@@ -143,6 +166,11 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
         ),
         ("tokenizer", "trust_remote_code", "tokenizer.json"),
     ),
+    "unknown activation": (with_fields(hidden_act="newact"), ("hidden_act='newact'", "cannot make", "Correct")),
+    "generation config": (
+        with_file("generation_config.json", {"early_stopping": "sometimes"}),
+        ("early_stopping", "Correct the field"),
+    ),
     "pickle": (only("pytorch_model.bin"), ("pytorch_model.bin", "run code", r"save_pretrained\(new_folder\)")),
     "pickled shards": (only("pytorch_model-00001-of-00002.bin"), ("pytorch_model-00001-of-00002.bin", "save_pretrained")),
     "raw PyTorch": (only("consolidated.00.pth"), ("consolidated.00.pth", "run code", "save_pretrained")),
@@ -156,6 +184,12 @@ BROKEN: dict[str, tuple[Change, type[FlexGenError], tuple[str, ...]]] = {
     "torn config": (with_file("config.json"), CorruptFile, ("config.json", "JSON", "Fetch that file again")),
     "config that is a list": (with_file("config.json", [1]), CorruptFile, ("config.json", "object", "Fetch that file again")),
     "torn adapter config": (with_file("adapter_config.json"), CorruptFile, ("adapter_config.json", "Fetch that file again")),
+    "torn generation config": (with_file("generation_config.json"), CorruptFile, ("generation_config.json", "Fetch that file")),
+    "SentencePiece alone": (
+        with_file_of("tokenizer.model", b"\n\x0e\n\x05<unk>"),
+        FlexGenError,
+        ("tokenizer.model", "sentencepiece", "pip install sentencepiece protobuf"),
+    ),
     "no weights": (without("model.safetensors"), CorruptFile, ("no .safetensors files", "Fetch it again")),
 }
 
@@ -228,6 +262,33 @@ def test_library_code_runs_where_a_known_type_brings_its_own(
         loaded = load(folder)
     assert type(loaded.model).__module__.startswith("transformers.")
     assert sum("its own modelling code is not run" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "named", [None, [], ["LlamaModel"], ["OwnLlamaForCausalLM"], ["RoFormerModel"], ["LlamaForRewardModel", "LlamaForCausalLM"]]
+)
+def test_other_names_are_left_to_the_weights(named: list[str] | None) -> None:
+    refuse_config("org/model", LlamaConfig(**SMALL, architectures=named))
+
+
+def test_no_name_of_a_language_model_is_taken_for_another_task() -> None:
+    names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    for each in names:
+        refuse_config("org/model", LlamaConfig(**SMALL, architectures=[each] if isinstance(each, str) else list(each)))
+
+
+def test_every_classifier_of_transformers_is_another_task() -> None:
+    for name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        if name.endswith("ForSequenceClassification"):
+            with pytest.raises(UnsupportedModel, match=name):
+                refuse_config("org/model", LlamaConfig(**SMALL, architectures=[name]))
+
+
+def test_advice_for_the_file_of_tiktoken_is_tiktoken(folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    message = refusal(folder, CorruptFile)
+    assert "tiktoken" in message
+    assert "sentencepiece" not in message
 
 
 def decoder_config(kind: str) -> PreTrainedConfig:
