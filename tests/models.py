@@ -183,7 +183,7 @@ SINGLE: dict[str, SingleFamily] = {
     family.kind: family
     for family in (
         SingleFamily("falcon", OWN_ATTENTION, {"new_decoder_architecture": True, "num_kv_heads": 2}),
-        SingleFamily("gptj", OWN_ATTENTION),
+        SingleFamily("gpt_neo", OWN_ATTENTION),
         SingleFamily("granitemoehybrid", OWN_ATTENTION),
         SingleFamily("bloom", NO_POSITIONS),
         SingleFamily("mpt", NO_POSITIONS),

@@ -16,7 +16,7 @@ from tests.runtime.test_loading import CPU, everything, ties
 
 FEW_TOKENS = 100
 SPECS: dict[str, Family | SingleFamily] = {**FAMILIES, **SINGLE}
-FAST = ["llama", "opt", "gpt2", "gptj", "gpt_oss", "deepseek_v3", "falcon_h1", "jamba", "qwen3_next"]
+FAST = ["llama", "opt", "gpt2", "gpt_neo", "gpt_oss", "deepseek_v3", "falcon_h1", "jamba", "qwen3_next"]
 ALL = [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in SPECS if family not in FAST)]
 
 
