@@ -134,8 +134,8 @@ def _num_word_tokens(window: WindowService, state: RequestState) -> int:
         (reference,) = state.instance.references
         raise ScenarioError(
             f"The last word of instance {state.instance.id} ({reference.output.text!r}) cannot be scored: the tokenizer of "
-            f"{state.request.model_deployment} joins it with the end of the passage, {state.instance.input.text[-20:]!r}, so no "
-            "token begins where the word does. Correct or remove the passage, or choose a model with another tokenizer."
+            f"{state.request.model_deployment} joins it with the end of the passage ({state.instance.input.text[-20:]!r}), so "
+            "no token begins where the word does. Correct or remove the passage, or choose a model with another tokenizer."
         )
     return len(prompt) - len(passage)
 

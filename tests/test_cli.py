@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -84,6 +86,57 @@ def test_prompt_file_is_one_prompt(tmp_path: Path) -> None:
     file.write_text("two\nlines\n", encoding="utf-8")
     run("--prompt", "first", "--prompt-file", str(file), engine=engine)
     assert [job.prompt for job in engine.jobs] == ["first", "two\nlines\n"]
+
+
+CONTENTS = {
+    b"one line": "one line",
+    b"two\nlines\n": "two\nlines\n",
+    b"Windows\r\nlines\r\n": "Windows\r\nlines\r\n",
+    b"old\rMac\r": "old\rMac\r",
+    b"\xef\xbb\xbfmark": "mark",
+    b"\xef\xbb\xbf\xef\xbb\xbftwo marks": "\ufefftwo marks",
+    b"inside\xef\xbb\xbf": "inside\ufeff",
+    "naïve 日本\x00\x85\u2028".encode(): "naïve 日本\x00\x85\u2028",
+    b" \n": " \n",
+}
+REFUSED = {
+    b"": "is empty",
+    b"\xef\xbb\xbf": "is empty",
+    b"caf\xe9": "cannot be read.*0xe9",
+    b"\xff\xfea\0": "cannot be read.*0xff",
+}
+
+
+def give(content: bytes, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Puts bytes into a file or on standard input; returns the argument that names them."""
+    if source == "file":
+        (tmp_path / "prompt").write_bytes(content)
+        return str(tmp_path / "prompt")
+    # What Python makes of line ends and of the locale's encoding must not matter.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="latin-1", newline=None))
+    return "-"
+
+
+@pytest.mark.parametrize("source", ["file", "standard input"])
+@pytest.mark.parametrize("content", CONTENTS)
+def test_the_same_bytes_are_the_same_prompt(
+    content: bytes, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine()
+    assert run("--prompt-file", give(content, source, tmp_path, monkeypatch), engine=engine) == 0
+    assert [job.prompt for job in engine.jobs] == [CONTENTS[content]]
+
+
+@pytest.mark.parametrize("source", ["file", "standard input"])
+@pytest.mark.parametrize("content", REFUSED)
+def test_bytes_that_are_no_prompt_are_refused(
+    content: bytes, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = FakeEngine()
+    assert run("--prompt-file", give(content, source, tmp_path, monkeypatch), engine=engine) == 2
+    assert not engine.jobs
+    message = capsys.readouterr().err
+    assert re.search(rf"(standard input|/prompt) {REFUSED[content]}.* Give UTF-8 text\.\n$", message)
 
 
 def test_errors_are_one_line_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:

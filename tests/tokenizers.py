@@ -16,19 +16,22 @@ PAIRS = ["".join(pair) for pair in product(ascii_lowercase, repeat=2)][: VOCAB_S
 BOS = 1
 
 
-def save_pair_tokenizer(folder: Path, *, adds_bos: bool) -> None:
+def save_pair_tokenizer(folder: Path, *, adds_bos: bool = False, template: str | None = None) -> None:
     """Saves a tokenizer whose tokens are pairs of letters: ``"aaab"`` is the tokens ``aa`` and ``ab``.
 
     Args:
         folder: A model folder.
         adds_bos: Whether it puts ``<s>`` before a text by itself.
+        template: What else it puts around a text, such as ``"</s> <s> $A"``.
     """
     vocab = {token: number for number, token in enumerate([*SPECIAL, *PAIRS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
+    template = "<s> $A" if adds_bos else template
+    if template:
+        special = [(token, vocab[token]) for token in SPECIAL]
+        tokenizer.post_processor = processors.TemplateProcessing(template.strip(), special_tokens=special)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.save_pretrained(folder)
 

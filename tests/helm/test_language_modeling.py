@@ -26,7 +26,7 @@ from tests.models import save_tiny
 from tests.reference import PROMPT_TOLERANCE, Reference
 from tests.runtime.tiny_tokenizers import byte_level, metaspace_bpe
 from tests.text_models import save_llama
-from tests.tokenizers import PAIRS, save_pair_tokenizer
+from tests.tokenizers import PAIRS, SPECIAL, save_pair_tokenizer
 
 pytestmark = pytest.mark.usefixtures("close_engine")
 CONTEXT = 40
@@ -72,31 +72,31 @@ def perplexity_spec(folder: Path, documents: list[str]) -> RunSpec:
     )
 
 
-def save_model(folder: Path, *, adds_bos: bool, special: dict[str, str]) -> Path:
+def save_model(folder: Path, *, added: str, special: dict[str, str]) -> Path:
     """Saves a tiny Llama with a context of 40 tokens, a tokenizer of letter pairs and what its configuration names special."""
     model = save_tiny("llama", folder)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
-    save_pair_tokenizer(model, adds_bos=adds_bos)
+    save_pair_tokenizer(model, template=f"{added} $A")
     (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
     return model
 
 
-def expected_logprobs(folder: Path, ids: list[int], prefix: list[int], bos: list[int]) -> list[float]:
+def expected_logprobs(folder: Path, ids: list[int], prefix: list[int], added: list[int]) -> list[float]:
     """The definition: every token once, behind as many tokens as the context holds besides those to predict.
 
     Args:
         folder: Of the model.
         ids: The document's tokens.
-        prefix: What the document begins with.
-        bos: What the tokenizer puts before every text.
+        prefix: What HELM puts before the document.
+        added: What the tokenizer puts before every text.
     """
-    reference, room = Reference(folder), CONTEXT - len(bos)
-    first = room - len(prefix)
-    logprobs = reference.score(prefix + ids[:first])[len(prefix) :]
+    reference, room = Reference(folder), CONTEXT - len(added)
+    first, before = room - len(prefix), prefix or added
+    logprobs = reference.score(before + ids[:first])[len(before) :]
     while len(logprobs) < len(ids):
         end = min(len(logprobs) + room - 1, len(ids))
-        logprobs += reference.score(bos + ids[end - room : end])[len(logprobs) - end :]
+        logprobs += reference.score(added + ids[end - room : end])[len(logprobs) - end :]
     return logprobs
 
 
@@ -108,27 +108,30 @@ def metrics(suite: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("adds_bos", "special", "prefix", "runner"),
+    ("added", "special", "prefix", "runner"),
     [
-        (True, {"bos_token": "<s>", "eos_token": "</s>"}, [1], FlexGenRunner),
-        (True, {"bos_token": "<s>", "eos_token": "</s>"}, [1], Runner),
-        (False, {"bos_token": "<s>", "eos_token": "</s>"}, [1], FlexGenRunner),
-        (False, {"eos_token": "</s>"}, [2], FlexGenRunner),
+        ("<s>", {"bos_token": "<s>", "eos_token": "</s>"}, [1], FlexGenRunner),
+        ("<s>", {"bos_token": "<s>", "eos_token": "</s>"}, [1], Runner),
+        ("", {"bos_token": "<s>", "eos_token": "</s>"}, [1], FlexGenRunner),
+        ("", {"eos_token": "</s>"}, [2], FlexGenRunner),
         # The first token of a document has no context and counts as certain: HELM's rule without a prefix token.
-        (False, {}, [], FlexGenRunner),
+        ("", {}, [], FlexGenRunner),
+        # As in XGLM, and as in GLM.
+        ("</s>", {"bos_token": "<s>", "eos_token": "</s>"}, [2], FlexGenRunner),
+        ("</s> <s>", {"eos_token": "</s>"}, [], FlexGenRunner),
     ],
 )
 def test_every_token_of_a_document_is_predicted_once(
-    adds_bos: bool, special: dict[str, str], prefix: list[int], runner: type[Runner], run_suite: RunSuite, tmp_path: Path
+    added: str, special: dict[str, str], prefix: list[int], runner: type[Runner], run_suite: RunSuite, tmp_path: Path
 ) -> None:
-    folder = save_model(tmp_path, adds_bos=adds_bos, special=special)
+    folder = save_model(tmp_path, added=added, special=special)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     # Shorter than a window, all lengths around one and two full ones, and many windows.
     documents = [LETTERS[: 2 * tokens] for tokens in (1, 2, 37, 38, 39, 40, 41, 76, 77, 78, 79, 80, 150)]
     stats = metrics(run_suite([perplexity_spec(folder, documents)], runner))
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in documents]
-    bos = [1] if adds_bos else []
-    logprobs = [expected_logprobs(folder, document, prefix, bos) for document in ids]
+    before = [SPECIAL.index(token) for token in added.split()]
+    logprobs = [expected_logprobs(folder, document, prefix, before) for document in ids]
     num_tokens, total = sum(map(len, ids)), sum(map(sum, logprobs))
     assert [len(scored) for scored in logprobs] == [len(document) for document in ids]
     tolerance = PROMPT_TOLERANCE * num_tokens
@@ -143,7 +146,7 @@ def test_every_token_of_a_document_is_predicted_once(
 def test_no_window_has_two_bos_tokens_or_is_longer_than_the_context(
     adds_bos: bool, run_suite: RunSuite, tmp_path: Path
 ) -> None:
-    folder = save_model(tmp_path, adds_bos=adds_bos, special={"bos_token": "<s>"})
+    folder = save_model(tmp_path, added="<s>" if adds_bos else "", special={"bos_token": "<s>"})
     suite = run_suite([perplexity_spec(folder, [LETTERS])], execution={"dry_run": True})
     prompts = [state["request"]["prompt"] for state in read(suite, "documents", "scenario_state.json")["request_states"]]
     assert [prompt.startswith("<s>") for prompt in prompts] == [True, *[False] * (len(prompts) - 1)]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
+from tokenizers import processors
+from transformers import PreTrainedTokenizerBase, XGLMTokenizer
 
 from flexgen_helm.errors import InvalidJob
 from flexgen_helm.runtime.jobs import PreparedJob, prepare
@@ -166,6 +167,58 @@ def test_a_tokenizer_is_asked_once_for_its_bos_and_another_for_its_own(monkeypat
     assert [prepared(job, tokenizer).num_added for job in jobs] == [1, 1, 1]
     assert asked == ["one", "x", "x", "two", "three"]
     assert [prepared(jobs[0], other).num_added for other in (PLAIN, tokenizer, PLAIN)] == [0, 1, 0]
+
+
+def surrounded(template: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that puts tokens around every text."""
+    tokenizer: Any = tiny_tokenizers.byte_level()
+    special = [(token, number) for number, token in enumerate(tiny_tokenizers.SPECIAL)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+    return tokenizer  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("prefix", ["<|im_end|> <s>", "</s>", "<s> <s> </s>"])
+def test_any_prefix_is_added_as_the_tokenizer_adds_it(prefix: str) -> None:
+    tokenizer = surrounded(f"{prefix} $A")
+    result = prepared(Job(prompt="The fox"), tokenizer)
+    assert list(result.input_ids) == tokenizer("The fox")["input_ids"]
+    assert list(result.prompt_ids) == tokenizer("The fox", add_special_tokens=False)["input_ids"]
+    assert result.num_added == len(prefix.split())
+    # All of it must be there, else all of it is added.
+    begun = prepared(Job(prompt=prefix.replace(" ", "") + "The fox"), tokenizer)
+    assert (begun.input_ids, begun.num_added) == (result.input_ids, 0)
+    partly = prepared(Job(prompt=prefix.split()[-1] + "The fox"), tokenizer)
+    assert partly.num_added == (len(prefix.split()) if " " in prefix else 0)
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_left_out() -> None:
+    """A text that has ended is not what a prompt is; the tokens before it are added all the same."""
+    tokenizer = surrounded("<s> $A </s>")
+    assert tokenizer("The fox")["input_ids"][-1] == 2
+    result = prepared(Job(prompt="The fox"), tokenizer)
+    assert list(result.input_ids) == tokenizer("The fox")["input_ids"][:-1]
+    assert prepared(Job(prompt="The fox"), surrounded("$A </s>")).input_ids == result.prompt_ids
+
+
+def test_a_prefix_is_added_whole_or_not_at_all() -> None:
+    tokenizer = surrounded("<|im_end|> <s> $A")
+    ids = tokenizer("The fox", add_special_tokens=False)["input_ids"]
+    job, room = Job(prompt="The fox", max_new_tokens=3), {"tokenizer": tokenizer, "vocab_size": len(tokenizer)}
+    added = [prepare(job, max_length=len(ids) + 3 + left, **room).num_added for left in range(3)]  # type: ignore[arg-type]
+    assert added == [0, 0, 2]
+
+
+def test_a_prefix_that_the_model_does_not_know_is_named() -> None:
+    with pytest.raises(InvalidJob, match="The tokenizer gave token id 3, but"):
+        prepare(Job(prompt="<s>"), tokenizer=surrounded("<|im_end|> $A"), max_length=CONTEXT, vocab_size=3)
+
+
+def test_the_prefix_of_a_class_of_transformers_is_found() -> None:
+    vocab = [*((token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")), *((piece, -1.0) for piece in ("\u2581", "a", "b"))]
+    tokenizer = XGLMTokenizer(vocab=vocab)
+    result = prepared(Job(prompt="a b"), tokenizer)
+    assert list(result.input_ids) == tokenizer("a b")["input_ids"]
+    assert (result.input_ids[0], result.num_added) == (tokenizer.eos_token_id, 1)
 
 
 def test_token_ids_are_taken_as_they_are() -> None:
