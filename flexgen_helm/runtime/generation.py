@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import InfNanRemoveLogitsProcessor, LogitNormalization
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import InfNanRemoveLogitsProcessor, LogitNormalization
 
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.runtime.refusals import present, read_json
@@ -52,8 +52,8 @@ def read_generation_config(name: str, folder: Path) -> GenerationConfig:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not all(end is None or type(end) is int for end in ends):
         raise UnsupportedModel(
-            f"{name}: eos_token_id of its {FILE if own else 'config.json'} is {config.eos_token_id!r}, but it is a token id or a "
-            "list of token ids. Correct the file."
+            f"{name}: eos_token_id of its {FILE if own else 'config.json'} is {config.eos_token_id!r}, which is neither a token "
+            "id nor a list of token ids. Correct the file."
         )
     return config
 
@@ -76,7 +76,7 @@ def unapplied_fields(model: PreTrainedModel) -> dict[str, Any]:
 
     transformers itself is asked: a field counts if its processors, its criteria to stop or its mode of decoding change with it.
     """
-    config = model.generation_config
+    config: GenerationConfig | None = model.generation_config
     if config is None:
         return {}
     plain = _decoding(model, {})
@@ -88,7 +88,7 @@ def unapplied_fields(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _decoding(model: PreTrainedModel, fields: dict[str, Any]) -> list[str]:
+def _decoding(model: Any, fields: dict[str, Any]) -> list[str]:
     """Return what `generate` would do to logits and sequences with these fields, or how it would fail."""
     any_tokens = torch.ones(1, 1, dtype=torch.long)
     config = GenerationConfig(**GenerationConfig._get_default_generation_params())

@@ -197,7 +197,7 @@ def _refuse_sizes(name: str, config: PreTrainedConfig) -> None:
 
 def _refuse_other_task(name: str, config: PreTrainedConfig) -> None:
     """Refuse weights of another task. Names that transformers does not know, or none, are left to the check of the weights."""
-    entry = config.architectures or []
+    entry: Any = config.architectures or []
     named = [entry] if isinstance(entry, str) else [each for each in entry if isinstance(each, str)]
     language = {task for mapping in LANGUAGE_MAPPINGS for task in _tasks(f"MODEL_FOR_{mapping}_MAPPING_NAMES")}
     others = {task for mapping in vars(modeling_auto) for task in _tasks(mapping)} - language

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder. Where a class of transformers would replace what tokenizer.json says, the file is followed."""
+"""The tokenizer of a model folder: as its tokenizer.json says, also where a class of transformers would replace that."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
 from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
 from flexgen_helm.runtime.refusals import present, read_json

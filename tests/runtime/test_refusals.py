@@ -120,10 +120,7 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
         with_fields(architectures=["LlamaForSequenceClassification"]),
         ("LlamaForSequenceClassification", "no trained head", "Give the language model"),
     ),
-    "classifier, as text": (
-        with_fields(architectures="LlamaForTokenClassification"),
-        ("LlamaForTokenClassification", "Give the"),
-    ),
+    "classifier, as text": (with_fields(architectures="LlamaForTokenClassification"), ("ForTokenClassification", "Give the")),
     "question answering": (with_fields(architectures=["LlamaForQuestionAnswering"]), ("LlamaForQuestionAnswering", "Give the")),
     "multiple choice": (with_fields(architectures=["OwnForMultipleChoice"]), ("OwnForMultipleChoice", "Give the")),
     "reward model": (with_fields(architectures=["OwnForRewardModel"]), ("OwnForRewardModel", "no trained head", "Give the")),
