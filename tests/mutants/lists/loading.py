@@ -1,0 +1,156 @@
+"""Digest, self-check, refusals and context limits: what must be refused or told apart."""
+
+from tests.mutants.mutant import Mutant
+
+DIGEST = "tests/runtime/test_digest.py"
+LIMITS = "tests/runtime/test_self_check_limits.py"
+REFUSALS = "tests/runtime/test_refusals.py::test_refusal_names_model_reason_and_alternative"
+PACKED_REFUSALS = "tests/runtime/test_engine_refusals.py::test_packed_rows_refuse_by_name_and_reason"
+CONTEXT = "tests/runtime/test_context.py"
+
+MUTANTS = (
+    Mutant(
+        name="digest-without-tokenizer",
+        file="flexgen_helm/runtime/digest.py",
+        old="for path in names:",
+        new='for path in (path for path in names if not path.name.startswith("tokenizer")):',
+        tests=(DIGEST,),
+        why="a replaced tokenizer gets stale answers from the cache",
+    ),
+    Mutant(
+        name="digest-without-names",
+        file="flexgen_helm/runtime/digest.py",
+        old="{path.name}:{memo.digest(path)}",
+        new="{memo.digest(path)}",
+        tests=(DIGEST,),
+        why="files that change places are taken for the same model",
+    ),
+    Mutant(
+        name="digest-of-a-replaced-file",
+        file="flexgen_helm/runtime/digest.py",
+        old=":{status.st_ctime_ns}:{status.st_ino}",
+        new="",
+        tests=(DIGEST,),
+        why="weights that were replaced with their times kept are taken for the old ones",
+    ),
+    Mutant(
+        name="self-check-tolerance",
+        file="flexgen_helm/runtime/checks.py",
+        old="TOLERANCE = 1e-3",
+        new="TOLERANCE = 1e-1",
+        tests=(LIMITS,),
+        why="a model that is computed wrongly is loaded",
+    ),
+    Mutant(
+        name="self-check-tolerance-too-strict",
+        file="flexgen_helm/runtime/checks.py",
+        old="TOLERANCE = 1e-3",
+        new="TOLERANCE = 1e-5",
+        tests=(LIMITS,),
+        why="a model that rounds a little differently is refused",
+    ),
+    Mutant(
+        name="self-check-nan-passes",
+        file="flexgen_helm/runtime/checks.py",
+        old="nan_to_num(torch.inf)",
+        new="nan_to_num(0.0)",
+        tests=(LIMITS,),
+        why="a model that answers NaN is loaded",
+    ),
+    Mutant(
+        name="self-check-bits-not-compared",
+        file="flexgen_helm/runtime/packed_check.py",
+        old="return all(torch.equal(a, b)",
+        new="return all(torch.allclose(a, b)",
+        tests=("tests/runtime/test_checks.py::test_a_last_bit_that_moves_is_noticed",),
+        why="answers that move with their neighbours are said to be stable",
+    ),
+    Mutant(
+        name="self-check-single-rows-alone",
+        file="flexgen_helm/runtime/single_check.py",
+        old="if worst > TOLERANCE:",
+        new="if worst > 1e9:",
+        tests=("tests/runtime/test_self_check_limits.py::test_single_rows_that_differ_are_refused",),
+        why="a model that single rows compute wrongly is loaded",
+    ),
+    Mutant(
+        name="self-check-far-neighbour",
+        file="flexgen_helm/runtime/packed_check.py",
+        old="if moved > TOLERANCE:",
+        new="if moved > 1e9:",
+        tests=(PACKED_REFUSALS,),
+        why="a model whose positions follow the longest sequence of a row is loaded",
+    ),
+    Mutant(
+        name="packed-unknown-arguments",
+        file="flexgen_helm/runtime/packed.py",
+        old="if unknown:",
+        new="if len(unknown) > 9:",
+        tests=(PACKED_REFUSALS,),
+        why="what a model asks of its attention is ignored",
+    ),
+    Mutant(
+        name="packed-attention-elsewhere",
+        file="flexgen_helm/runtime/packed.py",
+        old="if self._key.call == 0:",
+        new="if self._key.call < 0:",
+        tests=(PACKED_REFUSALS,),
+        why="a layer that attends in its own way sees its neighbours",
+    ),
+    Mutant(
+        name="refusal-encoder-decoder",
+        file="flexgen_helm/runtime/refusals.py",
+        old="if config.is_encoder_decoder:",
+        new="if config.is_encoder_decoder is None:",
+        tests=(REFUSALS,),
+        why="half of an encoder-decoder is evaluated",
+    ),
+    Mutant(
+        name="refusal-quantised",
+        file="flexgen_helm/runtime/refusals.py",
+        old="            if quantised:",
+        new="            if quantised == 1:",
+        tests=(REFUSALS,),
+        why="packed integers are read as weights",
+    ),
+    Mutant(
+        name="refusal-encoder",
+        file="flexgen_helm/runtime/refusals.py",
+        old="    _refuse_encoder(name, config)\n",
+        new="",
+        tests=("tests/runtime/test_refusals.py::test_encoders_are_refused_and_decoders_of_the_same_kind_are_not",),
+        why="log-probabilities come from a model that has seen the answer",
+    ),
+    Mutant(
+        name="context-of-a-padded-table",
+        file="flexgen_helm/runtime/context.py",
+        old="limit, reason = limit - padding,",
+        new="limit, reason = limit,",
+        tests=(CONTEXT,),
+        why="the longest prompts read behind a table of positions",
+    ),
+    Mutant(
+        name="context-of-growing-ropes",
+        file="flexgen_helm/runtime/context.py",
+        old="growing is not None and growing[0] <= limit",
+        new="growing is not None and growing[0] < 1",
+        tests=(CONTEXT,),
+        why="answers depend on the longest prompt in a row",
+    ),
+    Mutant(
+        name="checkpoint-torn-file",
+        file="flexgen_helm/runtime/checkpoint.py",
+        old="if size != expected:",
+        new="if size > expected:",
+        tests=("tests/runtime/test_engine_errors.py::test_torn_weights",),
+        why="a torn download is noticed after minutes, or not",
+    ),
+    Mutant(
+        name="checkpoint-wrong-place",
+        file="flexgen_helm/runtime/checkpoint.py",
+        old="stream.seek(self.start)",
+        new="stream.seek(self.start - self.dtype.itemsize)",
+        tests=("tests/runtime/test_checkpoint.py::test_tensors_are_read_as_the_format_s_own_library_reads_them",),
+        why="weights are shifted by an element",
+    ),
+)
