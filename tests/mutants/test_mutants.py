@@ -29,7 +29,7 @@ def test_mutant_fits_the_code(mutant: Mutant) -> None:
     [
         ("return 2", "return 3", "occurs 0 times"),
         ("a", "b", "occurs 2 times"),
-        ("return 1", "return (1)", "means the same"),
+        ("return 1", "return 1", "is what is there already"),
         ("return 1", "return )", "no Python"),
     ],
 )

@@ -57,7 +57,8 @@ class Copy:
 
     def run(self, tests: tuple[str, ...]) -> Outcome:
         """Run tests as the copy stands, until the first one fails."""
-        options = ("-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider", "-m", "not slow", f"--timeout={TEST_SECONDS}")
+        plugins = ("-p", "no:cacheprovider", "-p", "tests.mutants.quick_hypothesis")
+        options = ("-x", "-q", "-rfE", "--tb=line", "-m", "not slow", f"--timeout={TEST_SECONDS}", *plugins)
         begin = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, *tests],

@@ -121,6 +121,17 @@ def test_nucleus_ties_go_to_the_lower_id() -> None:
     assert drawn == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("size", [2, 4, 16, 32])
+def test_a_nucleus_that_reaches_top_p_exactly_ends_there(size: int) -> None:
+    """Probabilities of 1 / size are exact here, and so are their sums."""
+    logits = torch.zeros(size)
+    for count in range(1, size):
+        top_p = count / size
+        drawn = {choose(logits, temperature=1.0, top_p=top_p, u=(i + 0.5) / size) for i in range(size)}
+        assert drawn == set(range(count))
+        assert TopPLogitsWarper(top_p)(None, logits.double()[None])[0].isfinite().sum() == count
+
+
 @EXAMPLES
 @given(st.integers(0, 1000), st.integers(0, 1000))
 def test_rounding_of_logits_does_not_reorder(seed: int, step: int) -> None:

@@ -54,9 +54,7 @@ def test_a_difference_above_the_tolerance_is_refused(rows: Kind, folder: Path, m
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_a_difference_below_the_tolerance_is_loaded_and_told(
-    rows: Kind, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_difference_below_the_tolerance_is_loaded_and_told(rows: Kind, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leak(monkeypatch, ROWS[rows], lambda logits: moved(logits, SMALL))
     assert worst_difference(folder, rows) == pytest.approx(SMALL, rel=0.1)
 

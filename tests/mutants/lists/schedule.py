@@ -10,8 +10,8 @@ MUTANTS = (
     Mutant(
         name="tree-prefix-one-token-short",
         file="flexgen_helm/schedule/tree.py",
-        old="return low if a[low] != b[low] else high",
-        new="return low",
+        old="if a[low:middle] == b[low:middle]:",
+        new="if a[low + 1 : middle] == b[low + 1 : middle] and low:",
         tests=(TREE,),
         why="a shared token is computed twice",
     ),
