@@ -216,12 +216,24 @@ def test_close_leaves_nobody_waiting(path: Path) -> None:
 
 
 def test_busy_time_is_that_with_a_request_on_its_way(io: DiskIO, path: Path) -> None:
-    file = DirectFile(path)
+    file, together, go = DirectFile(path), threading.Barrier(4), threading.Event()
+
+    def hold() -> None:
+        together.wait(30)
+        go.wait(30)
+
     time.sleep(0.1)
-    requests = [io.read(file, 0, allocate(SIZE), lambda: time.sleep(0.2)) for _ in range(3)]
+    begin = time.perf_counter()
+    requests = [io.read(file, 0, allocate(SIZE), hold) for _ in range(3)]
+    together.wait(30)
+    all_begun = time.perf_counter()
+    time.sleep(0.2)
+    held = time.perf_counter() - all_begun
+    go.set()
     for request in requests:
-        request.result()
-    assert 0.2 <= (busy := io.busy_seconds) < 0.6  # side by side, not one after the other
+        request.result(timeout=30)
+    # Side by side, not one after the other; and not before the first.
+    assert held <= (busy := io.busy_seconds) <= time.perf_counter() - begin
     time.sleep(0.1)
     assert io.busy_seconds == busy
     file.close()
