@@ -32,9 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="flexgen_helm_mutants_") as folder:
         copies = [Copy(ROOT, Path(folder, str(number))) for number in range(options.jobs)]
-        if options.baseline and not _unmutated_tests_pass(copies[0], chosen):
-            return 2
-        outcomes = list(_report(chosen, copies))
+        try:
+            if options.baseline and not _unmutated_tests_pass(copies[0], chosen):
+                return 2
+            outcomes = list(_report(chosen, copies))
+        finally:
+            for copy in copies:
+                copy.close()
     return _summary(outcomes)
 
 

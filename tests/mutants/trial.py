@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,31 +56,45 @@ class Copy:
         own = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         self._environment = {**os.environ, **own, "TOKENIZERS_PARALLELISM": "false"}
         self._check_imports()
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.mutants.server"],
+            cwd=folder,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def run(self, tests: tuple[str, ...]) -> Outcome:
         """Run tests as the copy stands, until the first one fails."""
         plugins = ("-p", "no:cacheprovider", "-p", "tests.mutants.quick_hypothesis")
         options = ("-x", "-q", "-rfE", "--tb=line", "-m", "not slow", f"--timeout={TEST_SECONDS}", *plugins)
         begin = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, *tests],
-            cwd=self.folder,
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        output = self.folder / "output.txt"
+        process = int(self._ask(json.dumps([str(output), [*options, *tests]])))
+        alarm = threading.Timer(TRIAL_SECONDS, _end, (process,))
+        alarm.start()
         try:
-            output, _ = process.communicate(timeout=TRIAL_SECONDS)
-        except subprocess.TimeoutExpired:
-            _end(process)
-            return Outcome("killed", time.monotonic() - begin, f"no end within {TRIAL_SECONDS} s")
-        except BaseException:
-            _end(process)
-            raise
-        return _outcome(process.returncode, time.monotonic() - begin, output)
+            status = int(self._answer())
+        finally:
+            alarm.cancel()
+            _end(process)  # and whatever it has left running
+        return _outcome(status, time.monotonic() - begin, output.read_text(errors="replace"))
+
+    def close(self) -> None:
+        """Stop running tests."""
+        self._server.terminate()
+        self._server.wait()
+
+    def _ask(self, request: str) -> str:
+        assert self._server.stdin is not None
+        self._server.stdin.write(f"{request}\n")
+        self._server.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline()
 
     def try_mutant(self, mutant: Mutant) -> Outcome:
         """Run a mutant's tests against it.
@@ -113,11 +129,10 @@ def _outcome(status: int, seconds: float, output: str) -> Outcome:
     if status == 1 and failed:
         return Outcome("killed", seconds, failed[0])
     if status < 0:
-        return Outcome("killed", seconds, f"signal {-status}")
+        return Outcome("killed", seconds, f"ended by signal {-status}, or no end within {TRIAL_SECONDS} s")
     return Outcome("error", seconds, f"pytest ended with status {status}:\n{output[-2000:]}")
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        os.killpg(process, signal.SIGKILL)

@@ -92,8 +92,8 @@ MUTANTS = (
         file="flexgen_helm/runtime/packed.py",
         old="query.shape[-1] ** -0.5 if scaling is None else scaling",
         new="query.shape[-1] ** -0.5",
-        tests=("tests/runtime/test_exactness.py::test_level_c[gemma2]",),
-        why="models with a scale of their own attend too sharply or too softly",
+        tests=("tests/runtime/test_first_layers.py::test_no_family_is_lost[granite]",),
+        why="models with a scale of their own cannot share rows, and are several times slower",
     ),
     Mutant(
         name="attention-every-mask-is-causal",

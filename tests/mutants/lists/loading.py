@@ -86,7 +86,7 @@ MUTANTS = (
         file="flexgen_helm/runtime/single_check.py",
         old="if worst > TOLERANCE:",
         new="if worst > 1e9:",
-        tests=("tests/runtime/test_self_check_limits.py::test_single_rows_that_differ_are_refused",),
+        tests=(f"{LIMITS}::test_a_difference_above_the_tolerance_is_refused",),
         why="a model that single rows compute wrongly is loaded",
     ),
     Mutant(
@@ -94,7 +94,7 @@ MUTANTS = (
         file="flexgen_helm/runtime/packed_check.py",
         old="if moved > TOLERANCE:",
         new="if moved > 1e9:",
-        tests=(PACKED_REFUSALS,),
+        tests=(f"{LIMITS}::test_a_leak_from_a_far_neighbour_alone_is_refused",),
         why="a model whose positions follow the longest sequence of a row is loaded",
     ),
     Mutant(
