@@ -73,6 +73,14 @@ def test_greedy_takes_the_lowest_id_on_ties() -> None:
     assert greedy(logits) == [333, 333, 333]
 
 
+def test_the_most_likely_token_is_taken_at_small_temperatures_however_close_the_next_one_is() -> None:
+    """HELM writes 1e-4, or 1e-7 in some scenarios, where it means 0."""
+    logits = torch.tensor([1.0, 1.00001, 1.0])
+    for temperature in (0.0, 1e-7, 1e-4, 1e-3):
+        assert {choose(logits, temperature=temperature, top_p=1.0, u=step / 10) for step in range(10)} == {1}
+    assert {choose(logits, temperature=1.1e-3, top_p=1.0, u=step / 10) for step in range(10)} == {0, 1, 2}
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.3, 1.0), (2.5, 1.0), (1.0, 0.9), (2.0, 0.7)])
 def test_samples_follow_the_distribution(temperature: float, top_p: float) -> None:
     logits = _logits(40, seed=1)

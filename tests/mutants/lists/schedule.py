@@ -124,7 +124,7 @@ MUTANTS = (
         file="flexgen_helm/schedule/packed.py",
         old="taken + len(work.forks) > self._policy.block_size",
         new="taken > self._policy.block_size",
-        tests=("tests/runtime/test_engine_sharing.py::test_decoding_stays_within_the_slots_of_a_block",),
+        tests=(PACKED,),
         why="more sequences decode than memory was planned for",
     ),
     Mutant(
@@ -148,7 +148,7 @@ MUTANTS = (
         file="flexgen_helm/runtime/single.py",
         old="copy.deepcopy(origin) if origin is not None",
         new="copy.copy(origin) if origin is not None",
-        tests=("tests/runtime/test_exactness.py::test_level_c_in_single_rows[falcon]",),
+        tests=("tests/runtime/test_engine_sampling.py",),
         why="completions of one prompt write into one cache",
     ),
     Mutant(
