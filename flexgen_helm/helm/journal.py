@@ -25,7 +25,8 @@ from flexgen_helm.helm.requests import Response
 FOLDER = "flexgen_journal"
 """In the suite's folder, while a command is unfinished."""
 SYNC_SECONDS = 1.0
-"""A record survives the death of the process at once. For a power failure, files are synchronised at most this often."""
+"""A record survives the death of the process at once. For a power failure, the file is synchronised at most this often while
+records come, and at the end."""
 KEY_START = b'{"key": "'
 
 
@@ -63,7 +64,7 @@ class Journal:
         self._found: dict[str, tuple[Path, int]] = {}
         """Where the record of an answer begins, by the digest of its key."""
         self._row_sizes: dict[str, dict[str, int]] = {}
-        self._synced = time.monotonic()
+        self._synced, self._unsynced = time.monotonic(), False
         with clear_disk_errors(str(self._path)):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = _open_locked(self._path)
@@ -77,7 +78,10 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        try:
+            self._sync()
+        finally:
+            self._file.close()
 
     def lookup(self, key: str) -> Response | None:
         """Return the answer that an earlier process has computed, if any.
@@ -104,8 +108,7 @@ class Journal:
             return  # equal requests are computed once and answered one by one
         self._found[digest] = self._path, self._write({"key": digest, "response": response})
         if time.monotonic() - self._synced > SYNC_SECONDS:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+            self._sync()
 
     def row_sizes(self, deployment: str) -> dict[str, int] | None:
         """Return the row sizes, which are numerics, with which this command served a deployment before."""
@@ -120,6 +123,7 @@ class Journal:
     def discard(self) -> None:
         """Delete what is no longer needed when all runs are complete: this journal, and others of no further run."""
         self._path.unlink(missing_ok=True)
+        self._unsynced = False
         for path in self._path.parent.glob("*.jsonl"):
             runs = next((json.loads(line.text)["runs"] for line in _read(path) if line.text.startswith(b'{"runs"')), None)
             with path.open("rb") as file:
@@ -159,7 +163,15 @@ class Journal:
         with clear_disk_errors(str(self._path)):
             while line:
                 line = line[self._file.write(line) :]
+        self._unsynced = True
         return offset
+
+    def _sync(self) -> None:
+        """Wait until what is new is on the disk."""
+        if self._unsynced:
+            with clear_disk_errors(str(self._path)):
+                os.fsync(self._file.fileno())
+            self._synced, self._unsynced = time.monotonic(), False
 
 
 def _open_locked(path: Path) -> FileIO:

@@ -10,9 +10,10 @@ import tempfile
 from pathlib import Path
 
 from flexgen_helm.cache import cache_folder
+from flexgen_helm.runtime.folder import SMALL_FILES
 
-SUFFIXES = {".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken"}
-"""Weights, configs, chat templates and the vocabularies of tokenizers."""
+FILES = ("*.safetensors", *SMALL_FILES, "additional_chat_templates/*.jinja")
+"""What decides answers, by patterns of names in the folder."""
 
 
 def model_digest(folder: Path) -> str:
@@ -22,10 +23,10 @@ def model_digest(folder: Path) -> str:
     betrays a file that was replaced by one of the same size and modification time.
     """
     memo = _Memo(cache_folder() / "digests.json")
-    names = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    paths = sorted({path for pattern in FILES for path in folder.glob(pattern)})
     total = hashlib.sha256()
-    for path in names:
-        total.update(f"{path.name}:{memo.digest(path)}\n".encode())
+    for path in paths:
+        total.update(f"{path.relative_to(folder)}:{memo.digest(path)}\n".encode())
     memo.save()
     return total.hexdigest()[:16]
 

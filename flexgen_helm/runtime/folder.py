@@ -9,7 +9,11 @@ from flexgen_helm.errors import FlexGenError
 from flexgen_helm.runtime.checkpoint import INDEX_FILE, SINGLE_FILE, read_index
 from flexgen_helm.runtime.refusals import refuse_file
 
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+SMALL_FILES = (
+    *("*.json", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer"),
+    "*.jinja",
+)
+"""Configs, chat templates, and the vocabularies of transformers' tokenizers."""
 
 
 def folder_without_weights(name: str, revision: str | None) -> Path:

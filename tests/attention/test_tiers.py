@@ -77,7 +77,8 @@ class TieredMachine(Machine):
         padded = [torch.cat([part, torch.zeros(size - len(part), *part.shape[1:])]) for part in parts]
         q, key, v = (part.to(self.device) for part in padded)
         rule, scale = RULES[self.options.rule], self.heads.dim**-0.5
-        out = attentions[k].attend(CacheKey(j, 0), (q * (j + 1), key, v), rule, scale=scale, softcap=None, sinks=self._sinks())
+        qkv = (q * (j + 1), key + j, v - j)  # no two layers keep the same
+        out = attentions[k].attend(CacheKey(j, 0), qkv, rule, scale=scale, softcap=None, sinks=self._sinks())
         offset = 0
         for i, a, b in pieces:
             self.layers[j][i][a:b] = out[offset : offset + b - a]

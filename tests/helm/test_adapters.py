@@ -155,7 +155,7 @@ def test_completions_that_fill_the_context_are_refused_at_once(
     begin = time.monotonic()
     with caplog.at_level("INFO", logger="helm"), pytest.raises(RunnerError, match="questions"):
         run_suite([run_spec(LONG[name].adapter_spec, folder)], runner)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
     assert "The run asks for completions of 4096 tokens" in caplog.text
     assert "have room for 2047" in caplog.text
     assert loader.attempts == 0

@@ -73,7 +73,7 @@ def test_invalid_request_fails_at_once_and_leaves_the_engine_alone(client: AutoC
     begin = time.monotonic()
     refused = client.make_request(request(f"{REFUSED} mind"))
     unsupported = client.make_request(request(presence_penalty=1.0))
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60  # HELM repeats for 150 seconds
     assert not refused.success
     assert "refuses this prompt" in (refused.error or "")
     assert "presence_penalty" in (unsupported.error or "")
@@ -88,7 +88,7 @@ def test_unexpected_error_is_not_repeated(client: AutoClient, loader: FakeLoader
     monkeypatch.setattr(FakeEngine, "submit", fail)
     begin = time.monotonic()
     result = client.make_request(request())
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60  # HELM repeats for 150 seconds
     assert result.error == "RuntimeError: out of memory"
     assert ENGINES.borrowers == 0
 

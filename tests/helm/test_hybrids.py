@@ -115,4 +115,4 @@ def test_a_kind_of_rows_that_cannot_be_is_refused_at_once(rows: str, message: st
     begin = time.monotonic()
     result = ask(AutoClient({}, str(tmp_path), BlackHoleCacheBackendConfig()), deployment)
     assert message in (result.error or "")
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60  # HELM repeats for 150 seconds

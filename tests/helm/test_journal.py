@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import multiprocessing
 import os
 import resource
@@ -134,6 +136,68 @@ def test_kill_keeps_what_was_appended(tmp_path: Path) -> None:
     assert process.exitcode == -signal.SIGKILL
     with Journal(tmp_path, RUNS) as journal:
         assert all(same(journal.lookup(f"key {number}"), response(number)) for number in range(5))
+
+
+class Clock:
+    """Time that passes when it is told to, and how often files were synchronised."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.syncs: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def fsync(self, descriptor: int) -> None:
+        self.syncs.append(self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr("flexgen_helm.helm.journal.time", fake)
+    monkeypatch.setattr("flexgen_helm.helm.journal.os.fsync", fake.fsync)
+    return fake
+
+
+@pytest.mark.parametrize("pause", [0.01, 0.3, 0.7, 1.5, 60.0])
+def test_records_are_synchronised_at_most_once_a_second_and_at_the_end(pause: float, clock: Clock, tmp_path: Path) -> None:
+    with Journal(tmp_path, RUNS) as journal:
+        clock.syncs.clear()
+        for number in range(100):
+            clock.now += pause
+            journal.append(f"key {number}", response(number))
+        appended, during = clock.now, list(clock.syncs)
+    assert all(after - before >= 1 for before, after in itertools.pairwise([100.0, *during]))
+    # None waits for longer than a second and a pause while others come, and none is left when the command ends.
+    assert all(after - before <= 1 + 2 * pause for before, after in itertools.pairwise([100.0, *during, appended]))
+    assert clock.syncs[-1] == appended
+
+
+def test_what_needs_no_synchronising_gets_none(clock: Clock, tmp_path: Path) -> None:
+    with Journal(tmp_path, RUNS) as journal:
+        journal.append("key", response(0))
+    clock.syncs.clear()
+    with Journal(tmp_path, RUNS) as journal:
+        clock.now += 10
+        journal.append("key", response(0))  # is there already
+    with Journal(tmp_path, RUNS) as journal:
+        journal.append("other key", response(1))
+        journal.discard()
+    assert clock.syncs == []
+
+
+def test_a_disk_that_fails_to_synchronise_is_one_clear_error(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("flexgen_helm.helm.journal.os.fsync", fail)
+    journal = Journal(tmp_path, RUNS)
+    journal.append("key", response(0))
+    with pytest.raises(FlexGenError, match=r"cannot be read or written: .*Input/output error"), journal:
+        pass
 
 
 def test_full_disk_is_one_clear_error_and_keeps_the_rest(tmp_path: Path) -> None:

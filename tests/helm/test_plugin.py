@@ -324,7 +324,7 @@ def test_text_that_no_tokenizer_reads_fails_at_once(model_folder: Path, tmp_path
     begin = time.monotonic()
     with pytest.raises(NonRetriableException, match="half of a surrogate pair"):
         service.tokenize("aa\ud800")
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60  # HELM repeats for 150 seconds
 
 
 def test_what_else_a_tokenizer_refuses_is_told_as_it_is(model_folder: Path, tmp_path: Path) -> None:

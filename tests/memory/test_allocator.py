@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from flexgen_helm.memory.allocator import map_large_tensors, return_freed_memory
+from flexgen_helm.memory.allocator import map_large_tensors
+from tests.memory.alone import alone
 from tests.memory.test_buffers import resident_bytes
 
 pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs the C library of GNU")
 
 SIZE = 4 * 2**20
-
-
-@pytest.fixture(autouse=True)
-def _usual_thresholds() -> Iterator[None]:
-    yield
-    map_large_tensors(False)
-    return_freed_memory()
 
 
 def given_back_of_holes() -> int:
@@ -40,11 +33,13 @@ def given_back_of_holes() -> int:
     return found[0]
 
 
+@alone
 def test_large_tensors_go_back_as_they_are_freed() -> None:
     map_large_tensors(True)
     assert given_back_of_holes() == pytest.approx(16 * SIZE, rel=0.02)
 
 
+@alone
 def test_small_models_keep_what_they_will_need_again() -> None:
     map_large_tensors(True)
     map_large_tensors(False)

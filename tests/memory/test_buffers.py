@@ -14,6 +14,7 @@ from flexgen_helm.memory.buffers import PAGE, allocate, lazy_zeros, padded
 from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.page_tensors import CacheKey
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
+from tests.memory.alone import alone
 
 SIZE = 64 * 2**20
 
@@ -30,6 +31,7 @@ def test_memory_is_whole_pages_at_a_page_boundary(num_bytes: int, expected: int)
     memory.fill_(7)
 
 
+@alone
 def test_memory_is_there_before_its_first_use_and_freed_with_its_last_view() -> None:
     gc.collect()
     before = resident_bytes()
@@ -42,6 +44,7 @@ def test_memory_is_there_before_its_first_use_and_freed_with_its_last_view() -> 
     assert resident_bytes() - before < 0.1 * SIZE
 
 
+@alone
 def test_lazy_zeros_take_memory_where_they_are_used_and_give_it_back() -> None:
     gc.collect()
     before = resident_bytes()
@@ -54,6 +57,7 @@ def test_lazy_zeros_take_memory_where_they_are_used_and_give_it_back() -> None:
     assert resident_bytes() - before < 0.1 * SIZE
 
 
+@alone
 def test_kept_pages_that_grow_leave_nothing_behind() -> None:
     """The C library keeps tensors up to 32 MiB that are freed: caches that grew layer by layer took twice their size."""
     capacity, num_layers = 512, 20

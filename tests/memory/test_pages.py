@@ -27,6 +27,7 @@ def test_no_page_is_handed_out_twice(capacities: PageCounts, shares: Shares, cou
     for count in counts:
         if count <= pool.num_free:
             held.append(pool.allocate(count))
+            assert len(held[-1]) == count
         elif held:
             pool.release(held.pop(chance.randrange(len(held))))  # type: ignore[attr-defined]
         pages = [page for part in held for page in part]

@@ -41,17 +41,21 @@ setup_default_logging()
 with htrack_block("Executor.execute"):
     with htrack_block("Loading x (kwargs={}) for HELM tokenizer x with Hugging Face Transformers"):
         pass
+    begin = time.time()
     with htrack_block("Loading x (kwargs={}) for HELM model a/x with Hugging Face Transformers"):
         with htrack_block("Loading Hugging Face model x"):
             hlog("inner")
         time.sleep(0.3)
+    taken = time.time() - begin
     time.sleep(0.2)
+print(taken)
 """
 
 
 def test_loading_is_read_from_helms_log() -> None:
     process = subprocess.run([sys.executable, "-c", HELMS_BLOCKS], capture_output=True, text=True, check=True)
-    assert 0.3 <= loading_seconds(process.stdout + process.stderr) < 0.5
+    taken = float(process.stdout.splitlines()[-1])
+    assert 0.3 <= loading_seconds(process.stdout + process.stderr) <= taken + 0.001  # HELM shows milliseconds
 
 
 @pytest.mark.parametrize(("shown", "seconds"), [("2.003s", 2.003), ("1m3.5s", 63.5), ("1h2m3.0s", 3723.0)])

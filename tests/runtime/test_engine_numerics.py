@@ -94,6 +94,18 @@ def test_numerics_hold_row_sizes_and_no_placement(bench: Workbench, change: dict
     assert (changed == bench.engine("qwen2").numerics) is same
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_default_rows_are_whole_vectors_of_every_thread(bench: Workbench, threads: int) -> None:
+    """Kernels split a row between threads, and give other bits in what is left of a vector of 16 floats."""
+    torch.set_num_threads(threads)
+    try:
+        with Engine.from_pretrained(str(bench.folder("qwen2")), device="cpu") as engine:
+            sizes = [engine.numerics[name] for name in ("gpu_batch_size", "gpu_batch_tokens")]
+    finally:
+        torch.set_num_threads(1)
+    assert [int(size) % (16 * threads) for size in sizes] == [0, 0]
+
+
 def test_numerics_tell_weights_and_dtypes_apart(bench: Workbench) -> None:
     engines = [bench.engine("qwen2"), bench.engine("qwen2", dtype="bfloat16"), bench.engine("qwen3")]
     assert len({tuple(sorted(engine.numerics.items())) for engine in engines}) == 3

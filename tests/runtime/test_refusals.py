@@ -201,12 +201,12 @@ def folder(tmp_path: Path) -> Path:
 
 def refusal(name: str | Path, error: type[FlexGenError]) -> str:
     """Returns the message, once it is sure that it came quickly and that no weight file was opened."""
-    begin = time.perf_counter()
+    begin = time.process_time()  # whatever else the machine does
     with opened_weight_files() as opened, pytest.raises(error) as caught:
         load(name)
     assert type(caught.value) is error
     assert opened == []
-    assert time.perf_counter() - begin < SECONDS
+    assert time.process_time() - begin < SECONDS
     return str(caught.value)
 
 

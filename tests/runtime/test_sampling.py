@@ -73,6 +73,14 @@ def test_greedy_takes_the_lowest_id_on_ties() -> None:
     assert greedy(logits) == [333, 333, 333]
 
 
+def test_the_most_likely_token_is_taken_at_small_temperatures_however_close_the_next_one_is() -> None:
+    """HELM writes 1e-4, or 1e-7 in some scenarios, where it means 0."""
+    logits = torch.tensor([1.0, 1.00001, 1.0])
+    for temperature in (0.0, 1e-7, 1e-4, 1e-3):
+        assert {choose(logits, temperature=temperature, top_p=1.0, u=step / 10) for step in range(10)} == {1}
+    assert {choose(logits, temperature=1.1e-3, top_p=1.0, u=step / 10) for step in range(10)} == {0, 1, 2}
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.3, 1.0), (2.5, 1.0), (1.0, 0.9), (2.0, 0.7)])
 def test_samples_follow_the_distribution(temperature: float, top_p: float) -> None:
     logits = _logits(40, seed=1)
@@ -119,6 +127,17 @@ def test_nucleus_ties_go_to_the_lower_id() -> None:
     logits = torch.zeros(10)
     drawn = {choose(logits, temperature=1.0, top_p=0.35, u=step / 100) for step in range(100)}
     assert drawn == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("size", [2, 4, 16, 32])
+def test_a_nucleus_that_reaches_top_p_exactly_ends_there(size: int) -> None:
+    """Probabilities of 1 / size are exact here, and so are their sums."""
+    logits = torch.zeros(size)
+    for count in range(1, size):
+        top_p = count / size
+        drawn = {choose(logits, temperature=1.0, top_p=top_p, u=(i + 0.5) / size) for i in range(size)}
+        assert drawn == set(range(count))
+        assert TopPLogitsWarper(top_p)(None, logits.double()[None])[0].isfinite().sum() == count
 
 
 @EXAMPLES

@@ -223,8 +223,8 @@ def test_long_prompts_are_fast(kind: str) -> None:
     token_texts(vocabulary(kind), token_ids)
 
     def seconds(count: int) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()  # whatever else the machine does
         token_texts(vocabulary(kind), token_ids[:count])
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     assert min(seconds(16_000) for _ in range(3)) < 64 * max(min(seconds(1_000) for _ in range(5)), 1e-3)

@@ -19,10 +19,13 @@ class PagedMachine(Machine):
     def __init__(self, policy: ResolvedPolicy, specs: list[Spec]) -> None:
         super().__init__(policy, specs)
         self.slots: dict[tuple[bool, int], Prefix] = {}
+        self.most_at_once = max([policy.block_size, *(len(spec.limits) for spec in specs)])
+        """Completions that may decode side by side: a prompt's own are never taken apart."""
 
     def run(self, sweep: Sweep) -> None:
         for key in [key for key in self.slots if not key[0]]:
             del self.slots[key]  # what is not kept is gone with the layer
+        assert sweep.num_decode_tokens <= self.most_at_once
         for row in sweep.rows:
             assert 0 < row.num_tokens <= row.size
             assert row.size == (self.policy.gpu_batch_tokens if row.kind == "prefill" else self.policy.gpu_batch_size)
