@@ -64,5 +64,6 @@ def renaming_advice(folder: Path, names: Iterable[str], name: str, found: Shorte
         return said + "The files hold an adapter too: call merge_and_unload() on the PEFT model, and save what it returns."
     return said + (
         "Save the model without its wrapper, or rename the tensors once: "
-        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto', key_mapping={found.mapping!r}).save_pretrained(new_folder, save_original_format=False)."
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto', "
+        f"key_mapping={found.mapping!r}).save_pretrained(new_folder, save_original_format=False)."
     )
