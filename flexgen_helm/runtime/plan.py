@@ -209,7 +209,9 @@ def plan_weights(model: PreTrainedModel, policy: Policy, space: Space) -> Weight
 
 def least_memory(*plans: WeightPlan) -> dict[Tier, int]:
     """Bytes of device and host that the plan needs which needs least of both."""
-    needs = [{tier: count for tier, count in plan.peak_bytes.items() if tier != "disk"} for plan in plans]
+    needs: list[dict[Tier, int]] = [
+        {tier: count for tier, count in plan.peak_bytes.items() if tier != "disk"} for plan in plans
+    ]
     return min(needs, key=lambda need: sum(need.values()))
 
 

@@ -148,10 +148,8 @@ def test_on_a_cpu_there_is_one_memory_and_the_message_says_who_limits_it(
 @pytest.mark.parametrize("policy", [Policy(), Policy(weights=(1, 0, 0)), Policy(prefetch=3, cache=(0.2, 0.5, 0.3))])
 def test_what_is_called_the_least_is_enough_and_no_byte_less(model: PreTrainedModel, policy: Policy, separate: bool) -> None:
     plain = dataclasses.replace(policy, weights=None, prefetch=1)
-    least = {"device": 0, "host": 0} | least_of(model, plain, separate)
-    enough = Space({**least, "disk": 100 * GIB}, separate)
-    if not separate:
-        enough = Space({**enough.available, "device": least["host"]}, False)
+    least = least_of(model, plain, separate)
+    enough = Space({"device": least["host"], **least, "disk": 100 * GIB}, separate)
     plan_weights(model, plain, enough)
     for tier in TIERS[:2] if separate else TIERS[1:2]:
         less = Space({**enough.available, tier: least[tier] - 1}, separate)
