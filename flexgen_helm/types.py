@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from flexgen_helm.errors import FlexGenError, PolicyError
 
@@ -82,10 +82,8 @@ class Job:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is None:
-            object.__setattr__(  # type: ignore[unreachable]
-                self, "max_new_tokens", 0 if self.score_prompt else DEFAULT_NEW_TOKENS
-            )
+        if cast("int | None", self.max_new_tokens) is None:
+            object.__setattr__(self, "max_new_tokens", 0 if self.score_prompt else DEFAULT_NEW_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
-FILES = dict(re.findall(r"`([\w/]+\.(?:conf|yaml))`:\n```\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL))
+FILES = dict(re.findall(r"`([\w/]+\.(?:conf|yaml))`:\n```\w*\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 README_BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 README_SNIPPETS = [block for language, block in README_BLOCKS if language == "python"]

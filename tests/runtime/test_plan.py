@@ -153,10 +153,8 @@ def test_what_is_called_the_least_is_enough_and_no_byte_less(
     model: PreTrainedModel, fields: dict[str, Any], separate: bool
 ) -> None:
     plain = policy(**{**fields, "weights": None, "prefetch": 1})
-    least: dict[Tier, int] = {"device": 0, "host": 0, **least_of(model, plain, separate)}
-    enough = Space({**least, "disk": 100 * GIB}, separate)
-    if not separate:
-        enough = Space({**enough.available, "device": least["host"]}, False)
+    least = least_of(model, plain, separate)
+    enough = Space({"device": least["host"], **least, "disk": 100 * GIB}, separate)
     plan_weights(model, plain, enough)
     for tier in TIERS[:2] if separate else TIERS[1:2]:
         less = Space({**enough.available, tier: least[tier] - 1}, separate)
