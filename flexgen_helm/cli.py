@@ -21,6 +21,8 @@ from flexgen_helm.cli_options import (
     add_model_options,
     add_placement_options,
     add_suite_options,
+    add_trace_option,
+    engine_arguments,
 )
 from flexgen_helm.errors import FlexGenError, InvalidJob
 from flexgen_helm.types import Job, Result
@@ -62,6 +64,7 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     )
     add_model_options(generate)
     add_placement_options(generate)
+    add_trace_option(generate)
     add_job_options(generate)
     generate.set_defaults(run=partial(_generate, load_engine=load_engine), small=True)
     bench = commands.add_parser(
@@ -71,6 +74,7 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     )
     add_model_options(bench)
     add_placement_options(bench)
+    add_trace_option(bench)
     add_bench_options(bench)
     bench.set_defaults(run=partial(_bench, load_engine=load_engine), small=False)
     evaluate = commands.add_parser(
@@ -78,6 +82,8 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
         help="evaluate a model with HELM",
         description="Run a suite of HELM's scenarios, print the scores and where everything is.",
     )
+    add_model_options(evaluate)
+    add_placement_options(evaluate)
     add_suite_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
     return parser
@@ -88,7 +94,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise FlexGenError('HELM is not installed. Install it with `pip install "flexgen_helm[helm]"`.')
     from flexgen_helm.evaluation.evaluate import evaluate, make_evaluation
 
-    return evaluate(make_evaluation(args.model, args.suite, args.out, args.max_eval_instances))
+    arguments = engine_arguments(args)
+    evaluation = make_evaluation(args.model, args.suite, args.out, args.max_eval_instances, arguments)
+    return evaluate(evaluation, verbose=args.verbose)
 
 
 def _bench(args: argparse.Namespace, load_engine: EngineLoader) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from flexgen_helm.options import parse_max_memory, parse_policy
 
@@ -29,7 +30,11 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
     add("--offload-folder", type=Path, metavar="DIR", help="for what is placed on disk")
     dtypes = ["float32", "bfloat16", "float16"]
     add("--kv-dtype", choices=dtypes, help="of the K/V cache, which is part of the numerics (the model's)")
-    add("--trace", type=Path, metavar="F", help="write a timeline that https://ui.perfetto.dev opens")
+
+
+def add_trace_option(parser: argparse.ArgumentParser) -> None:
+    """For commands that run the engine themselves."""
+    parser.add_argument("--trace", type=Path, metavar="F", help="write a timeline that https://ui.perfetto.dev opens")
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -62,13 +67,13 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 
 def add_suite_options(parser: argparse.ArgumentParser) -> None:
     """What `eval` asks."""
-    add = parser.add_argument
-    add("--model", required=True, metavar="M", help="model folder, or name on the model hub")
+    add = parser.add_argument_group("evaluation").add_argument
     suite = "a suite that comes with this package (quickstart, mmlu, flexgen_paper), or the path of a run_entries.conf"
     add("--suite", required=True, metavar="S", help=suite)
     instances = "instances of each run entry (%(default)s)"
     add("-m", "--max-eval-instances", type=_positive, default=100, metavar="N", help=instances)
     add("--out", type=Path, default=Path("benchmark_output"), metavar="DIR", help="HELM's output folder (%(default)s)")
+    add("-v", "--verbose", action="store_true", help="show HELM's log, which goes to a file in the output folder")
 
 
 def _positive(text: str) -> int:
@@ -76,3 +81,17 @@ def _positive(text: str) -> int:
     if not number:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number; give 1 or more")
     return number
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that say how a model is computed, where they were given, as YAML can hold them."""
+    names = ("dtype", "device", "rows", "policy", "max_memory", "offload_folder", "kv_dtype")
+    given = {name: getattr(args, name) for name in names}
+    chosen = {name: value for name, value in given.items() if value not in (None, "auto")}
+    if "policy" in chosen:
+        chosen["policy"] = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in chosen["policy"].items()
+        }
+    if "offload_folder" in chosen:
+        chosen["offload_folder"] = str(chosen["offload_folder"].expanduser().absolute())
+    return chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -121,20 +122,26 @@ def read_work(evaluation: Evaluation, since: float) -> Work | None:
         since: Seconds since the epoch; an older report belongs to another command.
     """
     file = evaluation.suite_folder / WORKLOAD_FILE
-    if not file.is_file() or file.stat().st_mtime < since:
+    reports = _json(file) if file.is_file() else []
+    served = [
+        report for report in reports if report["deployment"] == evaluation.deployment and _seconds(report["date"]) >= since
+    ]
+    if not served:
         return None
-    reports = [report for report in _json(file) if report["deployment"] == evaluation.deployment]
-
-    def total(name: str) -> int:
-        return int(sum(report["stats"][name] for report in reports))
-
+    # Where nothing was computed, what stands there was measured by an earlier command.
+    stats = [report["measured"]["stats"] for report in served if (report["measured"] or {}).get("date") == report["date"]]
     return Work(
-        requests=sum(report["num_requests"] for report in reports),
-        answered_before=sum(report["num_cached"] + report["num_resumed"] for report in reports),
-        seconds=sum(report["stats"]["seconds"] for report in reports),
-        prompt_tokens_asked=total("prompt_tokens_asked"),
-        prompt_tokens_computed=total("prompt_tokens_computed"),
+        requests=sum(report["num_requests"] for report in served),
+        answered_before=sum(report["num_cached"] + report["num_resumed"] for report in served),
+        seconds=sum(one["seconds"] for one in stats),
+        prompt_tokens_asked=sum(one["prompt_tokens_asked"] for one in stats),
+        prompt_tokens_computed=sum(one["prompt_tokens_computed"] for one in stats),
     )
+
+
+def _seconds(date: str) -> float:
+    """Seconds since the epoch."""
+    return datetime.fromisoformat(date).timestamp()
 
 
 def _json(file: Path) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.helm.cache import ResponseCaches
 from flexgen_helm.helm.deployment import EngineArguments, check_keywords
+from flexgen_helm.helm.known import remember
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
@@ -35,14 +36,14 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
     check_keywords("client_spec.args", arguments, list(inspect.signature(Engine.from_pretrained).parameters))
     if few_requests and arguments.get("policy") is None:
         arguments = {**arguments, "policy": small_policy(resolve_device(arguments.get("device", "auto")))}
-    with _messages_in_helms_log():
+    with messages_in_helms_log():
         return Engine.from_pretrained(**arguments)
 
 
 @contextmanager
-def _messages_in_helms_log() -> Iterator[None]:
-    """Show what the engine decides while it loads; helm-run configures HELM's own logger only."""
-    ours, helms = logging.getLogger("flexgen_helm"), logging.getLogger("helm")
+def messages_in_helms_log(name: str = "flexgen_helm") -> Iterator[None]:
+    """Show what a logger of this package says; helm-run configures HELM's own only."""
+    ours, helms = logging.getLogger(name), logging.getLogger("helm")
     level, handlers = ours.level, [handler for handler in helms.handlers if handler not in ours.handlers]
     ours.setLevel(helms.getEffectiveLevel())
     for handler in handlers:
@@ -132,6 +133,8 @@ class EngineRegistry:
             self._refused = (arguments, error)
             raise
         self._arguments = arguments
+        if not few_requests:
+            remember(arguments, self._engine.describe())
 
 
 ENGINES = EngineRegistry()

@@ -272,7 +272,7 @@ def test_summarizer_knows_every_model(suite: Path, tmp_path: Path) -> None:
     assert (tmp_path / "prod_env" / "model_metadata.yaml").read_text().count("name: org/second") == 1
 
 
-@pytest.mark.parametrize("content", ["models: [", "models:", "models: [{display_name: a}]", "models: [a]", ""])
+@pytest.mark.parametrize("content", ["models: [", "models:", "models: [{display_name: a}]", "models: [a]"])
 def test_a_torn_description_of_models_is_an_error(content: str, suite: Path, tmp_path: Path) -> None:
     (tmp_path / "prod_env").mkdir()
     (tmp_path / "prod_env" / "model_metadata.yaml").write_text(content)
