@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -30,6 +32,8 @@ from flexgen_helm.types import Job, Result
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
 
+AGAIN = "The same command starts again from the beginning."
+"""What can be said of an interrupted command that keeps nothing."""
 EngineLoader = Callable[[argparse.Namespace], "Engine"]
 
 
@@ -42,15 +46,33 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
     """
     try:
         args = _parser(load_engine or _load_engine).parse_args(argv)
-        status: int = args.run(args)
+        with _progress_on_screen():
+            status: int = args.run(args)
     except FlexGenError as error:
         message = " ".join(str(error).split())
         print(f"flexgen-helm: {message}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("flexgen-helm: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"flexgen-helm: interrupted. {interrupt or AGAIN}", file=sys.stderr)
         return 130
     return status
+
+
+@contextmanager
+def _progress_on_screen() -> Iterator[None]:
+    """Show the lines that stand for a bar where standard error is no terminal."""
+    logger, handler = logging.getLogger("flexgen_helm.runtime.progress"), logging.StreamHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
@@ -93,21 +115,31 @@ def _evaluate(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("helm") is None:
         raise FlexGenError('HELM is not installed. Install it with `pip install "flexgen_helm[helm]"`.')
     from flexgen_helm.evaluation.evaluate import evaluate, make_evaluation
+    from flexgen_helm.helm.disk import RESUME
 
     arguments = engine_arguments(args)
     evaluation = make_evaluation(args.model, args.suite, args.out, args.max_eval_instances, arguments)
-    return evaluate(evaluation, verbose=args.verbose)
+    try:
+        return evaluate(evaluation, verbose=args.verbose)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(RESUME) from None
 
 
 def _bench(args: argparse.Namespace, load_engine: EngineLoader) -> int:
-    from flexgen_helm.benchmark import Workload, measure
+    from flexgen_helm.benchmark import FITTING_SECONDS, Workload, measure, measure_fitting
 
+    length = "read only" if args.score else f"{args.gen_len} new tokens each"
+    count = f"{args.num_prompts:,} of them" if args.num_prompts else f"as many as take about {FITTING_SECONDS:.0f} s here"
+    _say(f"{args.model}: prompts of {args.prompt_len} tokens, {length}, {count}")
     begun = time.perf_counter()
     with load_engine(args) as engine:
         seconds = time.perf_counter() - begun
-        workload = Workload(args.prompt_len, args.gen_len, args.num_prompts or engine.policy.block_size, args.score)
+        workload = Workload(args.prompt_len, args.gen_len, args.num_prompts or 1, args.score)
         options = {"model": args.model, "load_seconds": seconds, "warm_up": args.warm_up, "trace": args.trace}
-        measured = measure(engine, workload, **options)
+        if args.num_prompts:
+            measured = measure(engine, workload, **options)
+        else:
+            measured = measure_fitting(engine, workload, say=_say, **options)
     print(json.dumps(measured.as_dict()) if args.json else "\n".join(measured.lines()))
     return 0
 
@@ -128,6 +160,8 @@ def _generate(args: argparse.Namespace, load_engine: EngineLoader) -> int:
     ]
     from flexgen_helm.runtime.trace import traced
 
+    completions = len(prompts) * args.num_completions
+    _say(f"{args.model}: {len(prompts)} prompts, {completions} completions of at most {args.max_new_tokens} tokens")
     with load_engine(args) as engine, traced(engine, args.trace):
         results = engine.run(jobs)
     for prompt, result in zip(prompts, results, strict=True):

@@ -43,7 +43,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("--dummy-weights", action="store_true", help="random weights; --model may be a config's name, such as facebook/opt-30b")
     add("--prompt-len", type=_positive, default=512, metavar="N", help="tokens of each prompt (%(default)s)")
     add("--gen-len", type=_positive, default=32, metavar="N", help="tokens generated for each (%(default)s)")
-    add("--num-prompts", type=_positive, metavar="N", help="(gpu_batch_size * num_gpu_batches)")
+    add("--num-prompts", type=_positive, metavar="N", help="of them (as many as take about a minute)")
     add("--score", action="store_true", help="only read the prompts, as for multiple choice")
     add("--order", default="zigzag", choices=["zigzag", "row"], help="of the operations (%(default)s)")
     add("--warm-up", action="store_true", help="run other prompts before")

@@ -77,6 +77,7 @@ def evaluate(evaluation: Evaluation, *, verbose: bool = False) -> int:
     prepare(evaluation)
     started, log = time.time(), evaluation.new_log()
     status = _execute(run_command(evaluation), evaluation, log, verbose=verbose)
+    cause = cause_of_failure(status, log) if status else ""
     scores = read_scores(evaluation, started)
     summarizing = summarize_command(evaluation)
     summary_status = _execute(summarizing, evaluation, log, verbose=verbose) if scores else 0
@@ -86,7 +87,7 @@ def evaluate(evaluation: Evaluation, *, verbose: bool = False) -> int:
     if status:
         _complain(
             f"helm-run ended with status {status}, {len(scores)} runs are complete. The same command again continues: what "
-            f"was answered is not computed again. HELM's log is {log}. {cause_of_failure(status, log)}"
+            f"was answered is not computed again. HELM's log is {log}.\n  {cause}"
         )
     elif not scores:
         _complain(
@@ -97,7 +98,7 @@ def evaluate(evaluation: Evaluation, *, verbose: bool = False) -> int:
     elif summary_status:
         _complain(
             f"helm-summarize ended with status {summary_status}: the scores are right, but a browser shows no tables. "
-            f"HELM's log is {log}. {cause_of_failure(summary_status, log)}"
+            f"HELM's log is {log}.\n  {cause_of_failure(summary_status, log)}"
         )
     return status or summary_status
 

@@ -72,7 +72,7 @@ def _put(file: Path, section: str, entry: dict[str, Any]) -> None:
             old = {known["name"]: known for known in yaml.safe_load(text)[section]} if text.strip() else {}
         except (yaml.YAMLError, KeyError, TypeError) as error:
             raise FlexGenError(f"{file} has no list `{section}` as HELM writes it ({error!r}). Repair or remove it.") from error
-        return yaml.safe_dump({section: list({**old, entry["name"]: entry}.values())}, sort_keys=False)
+        return yaml.safe_dump({section: list({**old, entry["name"]: entry}.values())}, sort_keys=False, default_flow_style=None)
 
     try:
         rewrite(file, change)

@@ -41,6 +41,9 @@ class Work:
     seconds: float
     prompt_tokens_asked: int
     prompt_tokens_computed: int
+    bound_by: str | None = None
+    """What most of the time went into."""
+    what_would_help: str | None = None
 
     @property
     def requests_per_second(self) -> float | None:
@@ -129,13 +132,16 @@ def read_work(evaluation: Evaluation, since: float) -> Work | None:
     if not served:
         return None
     # Where nothing was computed, what stands there was measured by an earlier command.
-    stats = [report["measured"]["stats"] for report in served if (report["measured"] or {}).get("date") == report["date"]]
+    measured = [report["measured"] for report in served if (report["measured"] or {}).get("date") == report["date"]]
+    stats = [one["stats"] for one in measured]
     return Work(
         requests=sum(report["num_requests"] for report in served),
         answered_before=sum(report["num_cached"] + report["num_resumed"] for report in served),
         seconds=sum(one["seconds"] for one in stats),
         prompt_tokens_asked=sum(one["prompt_tokens_asked"] for one in stats),
         prompt_tokens_computed=sum(one["prompt_tokens_computed"] for one in stats),
+        bound_by=measured[-1]["bound_by"] if measured else None,
+        what_would_help=measured[-1]["what_would_help"] if measured else None,
     )
 
 

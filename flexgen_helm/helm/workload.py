@@ -82,7 +82,7 @@ def serve(
     sources = workload.sources
     counts = (len(requests), sources.count("cached"), sources.count("resumed"))
     report = WorkloadReport(deployment.name, *counts, workload.stats, info, share)
-    console.say(report.summary())
+    hlog(report.summary())
     return Served(workload.results, sources, report)
 
 
