@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
         print(f"flexgen-helm: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"flexgen-helm: interrupted. {interrupt or AGAIN}", file=sys.stderr)
+        print(f"flexgen-helm: interrupted. {str(interrupt) or AGAIN}", file=sys.stderr)
         return 130
     return status
 
