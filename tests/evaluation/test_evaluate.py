@@ -337,7 +337,12 @@ def test_relative_models_become_absolute(
 
 
 def test_options_of_the_model_are_a_deployment_of_their_own(
-    tiny_model: Path, suite: Path, tmp_path: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    suite: Path,
+    tmp_path: Path,
+    commands: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is written is what the docs show: HELM reads it, and the engine gets these keywords."""
     output = tmp_path / "output"
@@ -359,6 +364,7 @@ def test_options_of_the_model_are_a_deployment_of_their_own(
         "print(json.dumps([[one.model_name, one.tokenizer_name, one.client_spec.args] for one in made]))"
     )
     command = [sys.executable, "-c", code, str(output / "prod_env"), half, placed]
+    monkeypatch.undo()
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     numbers = {"dtype": "bfloat16", "kv_dtype": "float32", "device": "cpu", "rows": "packed"}
     rest = {
