@@ -30,7 +30,9 @@ def recall(arguments: EngineArguments) -> EngineInfo | None:
     """
     with suppress(FlexGenError, OSError, ValueError, TypeError):
         record = json.loads(_file(arguments).read_text(encoding="utf-8"))
-        policy = {name: tuple(value) if isinstance(value, list) else value for name, value in record["policy"].items()}
+        policy: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in record["policy"].items()
+        }
         return EngineInfo(**{**record, "policy": Policy(**policy)})
     return None
 

@@ -14,6 +14,7 @@ import torch
 from helm.benchmark.model_deployment_registry import ClientSpec, get_model_deployment, register_model_deployment
 
 from flexgen_helm import Engine, Policy
+from flexgen_helm.cache import cache_folder
 from flexgen_helm.helm import known
 from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.registry import ENGINES
@@ -101,12 +102,12 @@ def other_threads(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def torn_record(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (record,) = known.cache_folder().glob("engines/*.json")
+    (record,) = cache_folder().glob("engines/*.json")
     record.write_text(record.read_text()[:20])
 
 
 def no_record(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (record,) = known.cache_folder().glob("engines/*.json")
+    (record,) = cache_folder().glob("engines/*.json")
     record.unlink()
 
 
@@ -146,7 +147,12 @@ def test_an_engine_that_turns_out_otherwise_is_believed(
 def test_what_is_recalled_is_what_a_real_engine_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEXGEN_HELM_CACHE", str(tmp_path / "known"))
     folder = save_tiny("llama", tmp_path)
-    arguments = {"name_or_path": str(folder), "device": "cpu", "policy": Policy(16, 1, 64), "kv_dtype": "bfloat16"}
+    arguments: dict[str, Any] = {
+        "name_or_path": str(folder),
+        "device": "cpu",
+        "policy": Policy(16, 1, 64),
+        "kv_dtype": "bfloat16",
+    }
     assert known.recall(arguments) is None
     with Engine.from_pretrained(**arguments) as engine:
         known.remember(arguments, engine.describe())
