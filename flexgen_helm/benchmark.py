@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen_helm.errors import InvalidJob
 from flexgen_helm.memory.limits import gib
+from flexgen_helm.runtime.bound import bound_of
 from flexgen_helm.runtime.trace import traced
 from flexgen_helm.types import LINKS, TIERS, EngineInfo, Job, RunStats, SweepStats
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
+
+
+FITTING_SECONDS = 40.0
+"""What the last run of ``measure_fitting`` may take; with those before it and loading, a command takes about a minute."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +137,17 @@ class Measurement:
             f"  decode          {_rate_text(self.decode_rate)} in {self.decode_seconds:.2f} s",
             f"  limit           {_share_text(self.share_of_limit)} of what this machine could do at best",
             f"  products        {_share_text(self.share_of_products)} of the rate of its matrix products",
+            *self._bound_lines(),
             *self._link_lines(),
             *self._tier_lines(),
             f"  process         {gib(stats.peak_bytes)} at most, {gib(taken)} more than before the run",
         ]
+
+    def _bound_lines(self) -> Iterator[str]:
+        bound = bound_of(self.stats)
+        if bound is not None:
+            yield f"  most time into  {bound.what}"
+            yield f"  what helps      {bound.advice}"
 
     def _link_lines(self) -> Iterator[str]:
         for link, rate in self.gb_per_second.items():
@@ -181,6 +193,30 @@ def measure(
         engine.run(workload.jobs(engine.vocab_size, seed=0))
     share = engine.share_of_limit(engine.stats)
     return Measurement(model, workload, engine.describe(), engine.stats, load_seconds, share)
+
+
+def measure_fitting(engine: Engine, workload: Workload, *, say: Callable[[str], None], **options: Any) -> Measurement:
+    """Run a benchmark of as many prompts, up to one block, as take about ``FITTING_SECONDS`` here.
+
+    Every run is of the lengths that were asked, and says how many prompts the next one may have: rows are padded and
+    weights are streamed once for all, so that more prompts take less than proportionally longer. The last run counts.
+
+    Args:
+        engine: Of the model.
+        workload: Of the fewest prompts.
+        say: Told what was chosen and why.
+        options: As in ``measure``.
+    """
+    most = min(engine.policy.block_size, engine.vocab_size)
+    while True:
+        measured = measure(engine, workload, **options)
+        count, seconds = workload.num_prompts, measured.stats.seconds
+        if count >= most or seconds >= FITTING_SECONDS / 2:
+            say(f"{count:,} prompts: {seconds:.1f} s. --num-prompts N chooses another number.")
+            return measured
+        workload = replace(workload, num_prompts=min(most, max(count + 1, int(count * FITTING_SECONDS / seconds))))
+        say(f"{count:,} prompts: {seconds:.1f} s, so the next run has {workload.num_prompts:,}.")
+        options["warm_up"] = False  # the run before has done that
 
 
 def _rate(count: float, seconds: float) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_helm import Engine, Job, Policy
+from flexgen_helm import Engine, Job, Policy, benchmark
 from flexgen_helm.benchmark import Measurement, Workload, measure
 from flexgen_helm.cli import main
 from flexgen_helm.errors import InvalidJob
@@ -71,6 +71,51 @@ def test_tokens_are_rates_times_seconds(engine: Engine, score: bool, tmp_path: P
         event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event.get("cat") == "sweep"
     ]
     assert len(sweeps) == found.stats.sweeps == len(found.stats.per_sweep)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "per_prompt", "counts"),
+    [
+        (0.0, 0.001, [1, 256]),  # a block is the most
+        (0.0, 1.0, [1, 40]),
+        (4.9, 0.1, [1, 8, 56, 213]),  # what is streamed once for all
+        (0.0, 90.0, [1]),
+        (300.0, 0.0, [1]),
+    ],
+)
+def test_as_many_prompts_are_run_as_fit_into_a_minute(
+    fixed: float, per_prompt: float, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On machines on which a run takes a fixed time and some more for each prompt."""
+    asked, said = [], list[str]()
+    sizes = ResolvedPolicy(gpu_batch_size=64, gpu_batch_tokens=512)
+
+    def run(engine: object, workload: Workload, *, model: str, warm_up: bool) -> Measurement:
+        asked.append(workload.num_prompts)
+        assert warm_up == (len(asked) == 1)
+        stats = RunStats(seconds=fixed + per_prompt * workload.num_prompts)
+        return Measurement(model, workload, EngineInfo(sizes, {}, 16, 16, {}), stats, 0.0, None)
+
+    class Sizes:
+        policy, vocab_size = sizes, 50_000
+
+    monkeypatch.setattr(benchmark, "measure", run)
+    found = benchmark.measure_fitting(Sizes(), Workload(512, 32, 1), say=said.append, model="m", warm_up=True)  # type: ignore[arg-type]
+    assert asked == counts
+    assert found.workload == Workload(512, 32, counts[-1])
+    assert len(said) == len(counts)
+    assert said[-1].endswith("--num-prompts N chooses another number.")
+    total = sum(fixed + per_prompt * count for count in counts)
+    assert total < 80 or len(counts) == 1
+
+
+def test_a_number_of_prompts_that_is_given_wins(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--prompt-len", "20", "--gen-len", "2", "--policy", SIZES, "--device", "cpu", "--num-prompts", "3", "--json"]
+    assert main(["bench", "--model", str(folder), *options]) == 0
+    printed, said = capsys.readouterr()
+    assert json.loads(printed)["workload"]["num_prompts"] == 3
+    assert said.startswith(f"{folder}: prompts of 20 tokens, 2 new tokens each, 3 of them\n")
+    assert "prompts: " not in said.partition("\n")[2]
 
 
 def test_the_report_of_a_run_from_disk() -> None:

@@ -6,6 +6,7 @@ import argparse
 import ast
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from flexgen_helm import Engine
 from flexgen_helm.cli import main
 from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.runtime import progress
 from flexgen_helm.types import Completion, Job, Result
 
 
@@ -52,7 +54,7 @@ def run(*arguments: str, engine: object = None) -> int:
 def test_text_is_printed_and_the_engine_closed(capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine()
     assert run("--prompt", "one two", engine=engine) == 0
-    assert capsys.readouterr() == ("two one\n", "")
+    assert capsys.readouterr() == ("two one\n", "m: 1 prompts, 1 completions of at most 16 tokens\n")
     assert engine.closed
 
 
@@ -144,7 +146,31 @@ def test_errors_are_one_line_without_a_traceback(capsys: pytest.CaptureFixture[s
         raise UnsupportedModel(f"{args.model} is refused,\n  because. Do this.")
 
     assert main(["generate", "--model", "m", "--prompt", "x"], load_engine=refuse) == 2  # type: ignore[arg-type]
-    assert capsys.readouterr() == ("", "flexgen-helm: m is refused, because. Do this.\n")
+    printed, complaint = capsys.readouterr()
+    assert (printed, complaint.splitlines()[1:]) == ("", ["flexgen-helm: m is refused, because. Do this."])
+
+
+def test_an_interrupt_is_one_line_that_promises_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted(FakeEngine):
+        def run(self, jobs: Sequence[Job]) -> list[Result]:
+            raise KeyboardInterrupt
+
+    engine = Interrupted()
+    assert run("--prompt", "x", engine=engine) == 130
+    assert engine.closed
+    line = "flexgen-helm: interrupted. The same command starts again from the beginning."
+    assert capsys.readouterr().err.splitlines()[1:] == [line]
+
+
+def test_lines_of_progress_are_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    class Slow(FakeEngine):
+        def run(self, jobs: Sequence[Job]) -> list[Result]:
+            logging.getLogger(progress.__name__).info("%s", "half of it")
+            return super().run(jobs)
+
+    for _ in range(2):
+        assert run("--prompt", "x", engine=Slow()) == 0
+        assert capsys.readouterr().err.splitlines()[1:] == ["half of it"]
 
 
 @pytest.mark.parametrize("rows", ["auto", "packed", "single"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flexgen_helm.evaluation.suites import Suite
 from flexgen_helm.helm.deployment import RUNNER
@@ -21,6 +24,8 @@ class Evaluation:
     """HELM's ``--output-path``."""
     max_eval_instances: int
     """Of each run entry."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """``client_spec.args`` of the deployment; what follows from its name, a ``name_or_path`` alone, is not written."""
 
     @property
     def suite_folder(self) -> Path:
@@ -31,6 +36,15 @@ class Evaluation:
     def local_path(self) -> Path:
         """Folder of HELM's configuration and request cache."""
         return self.output_path / "prod_env"
+
+    @property
+    def log_folder(self) -> Path:
+        """Where the logs of HELM's commands are."""
+        return self.output_path / "logs"
+
+    def new_log(self) -> Path:
+        """Name a file for what HELM's commands print now."""
+        return self.log_folder / f"{self.suite.name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
 
 
 def run_command(evaluation: Evaluation) -> list[str]:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.evaluation.commands import Evaluation, environment, run_command, server_command, summarize_command
 from flexgen_helm.evaluation.preparation import prepare
+from flexgen_helm.evaluation.processes import cause_of_failure, execute
 from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
 from flexgen_helm.evaluation.suites import find_suite
 from flexgen_helm.evaluation.table import render_scores, render_work
 from flexgen_helm.plugin import find
 
-MODULES = {"helm-run": "helm.benchmark.run", "helm-summarize": "helm.benchmark.presentation.summarize"}
 
-
-def make_evaluation(model: str, suite: str, output_path: Path, max_eval_instances: int) -> Evaluation:
+def make_evaluation(
+    model: str, suite: str, output_path: Path, max_eval_instances: int, options: Mapping[str, Any] | None = None
+) -> Evaluation:
     """Check what a user has named.
 
     Args:
@@ -30,6 +31,7 @@ def make_evaluation(model: str, suite: str, output_path: Path, max_eval_instance
         suite: See ``find_suite``.
         output_path: HELM's output path.
         max_eval_instances: Of each run entry.
+        options: Keywords of ``Engine.from_pretrained`` that differ from their defaults, as YAML can hold them.
 
     Raises:
         FlexGenError: There is no such model or suite.
@@ -46,12 +48,25 @@ def make_evaluation(model: str, suite: str, output_path: Path, max_eval_instance
             f"There is no model `{model}`: it is neither an existing folder nor the name `<organization>/<model>` of a model "
             "on the hub. Correct the path."
         )
-    find(name)
-    return Evaluation(name, find_suite(suite), output_path.expanduser(), max_eval_instances)
+    arguments: dict[str, Any] = {"name_or_path": find(name), **(options or {})}
+    return Evaluation(f"{name}{_suffix(arguments)}", find_suite(suite), output_path.expanduser(), max_eval_instances, arguments)
 
 
-def evaluate(evaluation: Evaluation) -> int:
+def _suffix(arguments: Mapping[str, Any]) -> str:
+    """What tells runs with other numerics apart, so that none overwrites another. Placement changes no answer and no name."""
+    policy = arguments.get("policy", {})
+    named = [arguments[name] for name in ("dtype", "device", "rows") if name in arguments]
+    named += [f"kv-{arguments['kv_dtype']}"] if "kv_dtype" in arguments else []
+    named += [f"{name}-{policy[name]}" for name in ("gpu_batch_size", "gpu_batch_tokens") if name in policy]
+    return f"+{'+'.join(named)}" if named else ""
+
+
+def evaluate(evaluation: Evaluation, *, verbose: bool = False) -> int:
     """Run the suite, summarise it, print scores and where everything is.
+
+    Args:
+        evaluation: What to run.
+        verbose: Whether HELM's log is shown.
 
     Returns:
         Exit status of ``helm-run``, or of ``helm-summarize`` where only that failed; 1 if nothing was run.
@@ -59,26 +74,34 @@ def evaluate(evaluation: Evaluation) -> int:
     Raises:
         FlexGenError: The output folder cannot be written, or data could not be fetched.
     """
+    suite = evaluation.suite
+    print(f"{suite.run_entries}: {suite.num_entries} run entries, at most {evaluation.max_eval_instances} instances of each")
     prepare(evaluation)
-    started = time.time()
-    status = _execute(run_command(evaluation), evaluation)
+    started, log = time.time(), evaluation.new_log()
+    status = _execute(run_command(evaluation), evaluation, log, verbose=verbose)
+    cause = cause_of_failure(status, log) if status else ""
     scores = read_scores(evaluation, started)
-    summary_status = _execute(summarize_command(evaluation), evaluation) if scores else 0
+    summarizing = summarize_command(evaluation)
+    summary_status = _execute(summarizing, evaluation, log, verbose=verbose) if scores else 0
     if scores:
         _print_scores(evaluation, scores, read_work(evaluation, started))
+        print(f"HELM's log:                         {log}", flush=True)
     if status:
         _complain(
-            f"helm-run ended with status {status}, {len(scores)} runs are complete. Its messages above say why: look for "
-            "`Error`. The same command again continues: what was answered is not computed again."
+            f"helm-run ended with status {status}, {len(scores)} runs are complete. The same command again continues: what "
+            f"was answered is not computed again. HELM's log is {log}.\n  {cause}"
         )
     elif not scores:
         _complain(
-            f"nothing was run: no run entry of {evaluation.suite.run_entries} is for {evaluation.deployment}. "
+            f"nothing was run: no run entry of {suite.run_entries} is for {evaluation.deployment}. "
             "Write `model=text` in the entries; it stands for every model."
         )
         return 1
     elif summary_status:
-        _complain(f"helm-summarize ended with status {summary_status}: the scores are right, but a browser shows no tables.")
+        _complain(
+            f"helm-summarize ended with status {summary_status}: the scores are right, but a browser shows no tables. "
+            f"HELM's log is {log}.\n  {cause_of_failure(summary_status, log)}"
+        )
     return status or summary_status
 
 
@@ -94,14 +117,6 @@ def _complain(message: str) -> None:
     print(f"flexgen-helm: {message}", file=sys.stderr)
 
 
-def _execute(command: list[str], evaluation: Evaluation) -> int:
+def _execute(command: list[str], evaluation: Evaluation, log: Path, *, verbose: bool) -> int:
     print(f"\n$ {shlex.join(command)}\n", flush=True)
-    # The same interpreter, whatever is first in PATH.
-    module = [sys.executable, "-m", MODULES[command[0]], *command[1:]]
-    with subprocess.Popen(module, env=environment(evaluation)) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # The signal has reached HELM too, which keeps what is finished before it ends.
-            process.wait()
-            raise
+    return execute(command, environment(evaluation), log, verbose=verbose)

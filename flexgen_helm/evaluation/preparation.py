@@ -11,7 +11,9 @@ from flexgen_helm.assets import install_helm_data
 from flexgen_helm.assets.helm_data import copy_whole
 from flexgen_helm.errors import FlexGenError, OutOfSpace
 from flexgen_helm.evaluation.commands import Evaluation
+from flexgen_helm.helm.deployment import CLIENT
 from flexgen_helm.helm.disk import is_disk_full
+from flexgen_helm.helm.shared_file import rewrite
 
 
 def prepare(evaluation: Evaluation) -> None:
@@ -22,7 +24,9 @@ def prepare(evaluation: Evaluation) -> None:
         FlexGenError: The folder cannot be written, or data could not be fetched.
     """
     try:
+        evaluation.log_folder.mkdir(parents=True, exist_ok=True)
         write_model_metadata(evaluation)
+        write_deployment(evaluation)
         place_data(evaluation)
     except OSError as error:
         kind = OutOfSpace if is_disk_full(error) else FlexGenError
@@ -43,19 +47,42 @@ def write_model_metadata(evaluation: Evaluation) -> None:
         "release_date": None,
         "tags": ["TEXT_MODEL_TAG", "FULL_FUNCTIONALITY_TEXT_MODEL_TAG"],
     }
-    file = evaluation.local_path / "model_metadata.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    models = {**_models(file), name: model}
-    file.write_text(yaml.safe_dump({"models": list(models.values())}), encoding="utf-8")
+    _put(evaluation.local_path / "model_metadata.yaml", "models", name, model)
 
 
-def _models(file: Path) -> dict[str, dict[str, Any]]:
-    if not file.is_file():
-        return {}
+def write_deployment(evaluation: Evaluation) -> None:
+    """Describe to ``helm-run`` how the model is loaded, where its name does not say it; other deployments in the file stay."""
+    file = evaluation.local_path / "model_deployments.yaml"
+    options = ", ".join(f"{name}: {value}" for name, value in evaluation.arguments.items() if name != "name_or_path")
+    if not options:
+        if file.exists():
+            _put(file, "model_deployments", evaluation.deployment, None)
+        return
+    deployment = {
+        "name": evaluation.deployment,
+        "model_name": "/".join(evaluation.deployment.split("/")[-2:]),
+        "client_spec": {"class_name": CLIENT, "args": dict(evaluation.arguments)},
+    }
+    _put(file, "model_deployments", evaluation.deployment, deployment)
+    print(f"Deployment {evaluation.deployment} in {file}: {options}", flush=True)
+
+
+def _put(file: Path, section: str, name: str, entry: dict[str, Any] | None) -> None:
+    """Put an entry into the list of a file of HELM's configuration, in place of one of its name; None: remove that one."""
+
+    def change(text: str) -> str:
+        try:
+            entries = {known["name"]: known for known in yaml.safe_load(text)[section]} if text.strip() else {}
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise FlexGenError(f"{file} has no list `{section}` as HELM writes it ({error!r}). Repair or remove it.") from error
+        entries.pop(name, None)
+        kept = [*entries.values(), *([] if entry is None else [entry])]
+        return yaml.safe_dump({section: kept}, sort_keys=False, default_flow_style=None)
+
     try:
-        return {model["name"]: model for model in yaml.safe_load(file.read_text(encoding="utf-8"))["models"]}
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise FlexGenError(f"{file} does not hold HELM's description of models ({error!r}). Repair or remove it.") from error
+        rewrite(file, change)
+    except UnicodeDecodeError as error:
+        raise FlexGenError(f"{file} is not UTF-8 text ({error}). Repair or remove it.") from error
 
 
 def place_data(evaluation: Evaluation) -> None:

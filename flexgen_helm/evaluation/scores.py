@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ class Work:
     seconds: float
     prompt_tokens_asked: int
     prompt_tokens_computed: int
+    bound_by: str | None = None
+    """What most of the time went into."""
+    what_would_help: str | None = None
 
     @property
     def requests_per_second(self) -> float | None:
@@ -121,20 +125,29 @@ def read_work(evaluation: Evaluation, since: float) -> Work | None:
         since: Seconds since the epoch; an older report belongs to another command.
     """
     file = evaluation.suite_folder / WORKLOAD_FILE
-    if not file.is_file() or file.stat().st_mtime < since:
+    reports = _json(file) if file.is_file() else []
+    served = [
+        report for report in reports if report["deployment"] == evaluation.deployment and _seconds(report["date"]) >= since
+    ]
+    if not served:
         return None
-    reports = [report for report in _json(file) if report["deployment"] == evaluation.deployment]
-
-    def total(name: str) -> int:
-        return int(sum(report["stats"][name] for report in reports))
-
+    # Where nothing was computed, what stands there was measured by an earlier command.
+    measured = [report["measured"] for report in served if (report["measured"] or {}).get("date") == report["date"]]
+    stats = [one["stats"] for one in measured]
     return Work(
-        requests=sum(report["num_requests"] for report in reports),
-        answered_before=sum(report["num_cached"] + report["num_resumed"] for report in reports),
-        seconds=sum(report["stats"]["seconds"] for report in reports),
-        prompt_tokens_asked=total("prompt_tokens_asked"),
-        prompt_tokens_computed=total("prompt_tokens_computed"),
+        requests=sum(report["num_requests"] for report in served),
+        answered_before=sum(report["num_cached"] + report["num_resumed"] for report in served),
+        seconds=sum(one["seconds"] for one in stats),
+        prompt_tokens_asked=sum(one["prompt_tokens_asked"] for one in stats),
+        prompt_tokens_computed=sum(one["prompt_tokens_computed"] for one in stats),
+        bound_by=measured[-1]["bound_by"] if measured else None,
+        what_would_help=measured[-1]["what_would_help"] if measured else None,
     )
+
+
+def _seconds(date: str) -> float:
+    """Seconds since the epoch."""
+    return datetime.fromisoformat(date).timestamp()
 
 
 def _json(file: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,6 +32,11 @@ class Suite:
         """HELM schema beside the run entries, if there is one."""
         path = self.run_entries.parent / "schema.yaml"
         return path if path.is_file() else None
+
+    @property
+    def num_entries(self) -> int:
+        """How many run entries it has; HELM makes several runs of some."""
+        return len(read_run_entries([str(self.run_entries)]).entries)
 
     @property
     def data(self) -> Path:
@@ -84,3 +90,23 @@ def _check_entries(file: Path) -> None:
         raise FlexGenError(f"{file} cannot be read as run entries ({error}). Write for example {example}.") from error
     if not entries:
         raise FlexGenError(f"{file} has no run entries, so there is nothing to run. Write for example {example}.")
+    for entry in entries:
+        _check_entry(file, entry.description)
+
+
+def _check_entry(file: Path, description: str) -> None:
+    """Find what HELM's parser would meet with a traceback, or take for a name."""
+    name, colon, arguments = description.partition(":")
+    faulty = [part for part in arguments.split(",") if "=" not in part] if colon else []
+    if not faulty and not set(name) & set(",="):
+        return
+    lines = file.read_text(encoding="utf-8").splitlines()
+    where = next((f"line {number} of {file}" for number, line in enumerate(lines, 1) if description in line), str(file))
+    if faulty:
+        raise FlexGenError(
+            f"The run entry `{description}` in {where} has `{faulty[0]}` where `name=value` is expected. Write arguments as "
+            "`scenario:name=value,name=value`, without spaces around commas."
+        )
+    forgotten = re.fullmatch(r"\s*(\w+)\s*[,; ]\s*(\w+=.*)", description)
+    correct = f"`{forgotten[1]}:{forgotten[2]}`" if forgotten else "`scenario:name=value,name=value`"
+    raise FlexGenError(f"The run entry `{description}` in {where} has no colon behind the scenario's name. Write {correct}.")

@@ -38,14 +38,15 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def render_work(work: Work) -> str:
-    """Return one line."""
+    """Return a line on the work, and one on what would make it shorter where that is known."""
     rate = work.requests_per_second
     if rate is None:
         return f"All {work.requests:,} requests were answered before."
     saved = work.prompt_tokens_asked / max(work.prompt_tokens_computed, 1)
     before = f" ({work.answered_before:,} more were answered before)" if work.answered_before else ""
+    advice = f"\nMost time went into {work.bound_by}. What helps: {work.what_would_help}." if work.bound_by else ""
     return (
         f"{work.requests - work.answered_before:,} requests in {work.seconds:.0f} s, {rate:.2f} requests/s{before}. "
         f"Prompt tokens: {work.prompt_tokens_asked:,} asked, {work.prompt_tokens_computed:,} computed "
-        f"({saved:.1f} times fewer, because shared prefixes are computed once)."
+        f"({saved:.1f} times fewer, because shared prefixes are computed once).{advice}"
     )

@@ -79,5 +79,6 @@ class FlexGenClient(CachingClient):
 def _recommend_runner() -> None:
     hlog(
         "flexgen computes together only the requests that helm-run sends at the same time (--num-threads). "
-        f"`--runner-class-name {RUNNER}` is faster: it makes one workload of the requests of all run entries."
+        f"`--runner-class-name {RUNNER}` is faster: it makes one workload of the requests of all run entries. Only it keeps a "
+        "journal and writes flexgen.json and flexgen_workload.json."
     )

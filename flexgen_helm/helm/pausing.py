@@ -20,7 +20,7 @@ from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner
 from helm.common.request import RequestResult
 
-from flexgen_helm.helm.report import RUN_FILE
+from flexgen_helm.helm.report import RUN_FILE, keep_measured
 
 LAST_FILE = "per_instance_stats.json"
 """The last file that HELM writes."""
@@ -88,6 +88,7 @@ class PausableRun:
             report: For ``flexgen.json``.
         """
         self._unfinished.mkdir(parents=True, exist_ok=True)
+        report = keep_measured(report, _read_report(self._finished / RUN_FILE))
         (self._unfinished / RUN_FILE).write_text(json.dumps(report, indent=2))
         self._greenlet.switch(results)
 
@@ -122,6 +123,15 @@ class PausableRun:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         return _answered(scenario_state, results)
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    """Return an earlier command's report, nothing where there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _answered(scenario_state: ScenarioState, results: list[RequestResult]) -> ScenarioState:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.helm.cache import ResponseCaches
 from flexgen_helm.helm.deployment import EngineArguments
+from flexgen_helm.helm.known import remember
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
@@ -33,14 +34,14 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
     if few_requests:
         device = resolve_device(arguments.get("device", "auto"))
         arguments = {**arguments, "policy": resolved(arguments.get("policy"), device, few_requests=True)}
-    with _messages_in_helms_log():
+    with messages_in_helms_log():
         return Engine.from_pretrained(**arguments)
 
 
 @contextmanager
-def _messages_in_helms_log() -> Iterator[None]:
-    """Show what the engine decides while it loads; helm-run configures HELM's own logger only."""
-    ours, helms = logging.getLogger("flexgen_helm"), logging.getLogger("helm")
+def messages_in_helms_log(name: str = "flexgen_helm") -> Iterator[None]:
+    """Show what a logger of this package says; helm-run configures HELM's own only."""
+    ours, helms = logging.getLogger(name), logging.getLogger("helm")
     level, handlers = ours.level, [handler for handler in helms.handlers if handler not in ours.handlers]
     ours.setLevel(helms.getEffectiveLevel())
     for handler in handlers:
@@ -130,6 +131,8 @@ class EngineRegistry:
             self._refused = (arguments, error)
             raise
         self._arguments = arguments
+        if not few_requests:
+            remember(arguments, self._engine.describe())
 
 
 ENGINES = EngineRegistry()

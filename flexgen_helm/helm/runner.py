@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
+import sys
 import traceback
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -16,22 +15,26 @@ from helm.benchmark.model_deployment_registry import ModelDeployment, get_model_
 from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner, RunnerError
 from helm.common.cache_backend_config import BlackHoleCacheBackendConfig, CacheBackendConfig
-from helm.common.general import write
 from helm.common.hierarchical_logger import hlog, htrack_block, hwarn
-from tqdm import tqdm
 
 from flexgen_helm.errors import DiskFull, FlexGenError
+from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.deployment import is_flexgen
 from flexgen_helm.helm.disk import RESUME, is_disk_full
 from flexgen_helm.helm.journal import FOLDER, Journal
 from flexgen_helm.helm.pausing import PausableRun
 from flexgen_helm.helm.registry import ENGINES
-from flexgen_helm.helm.report import WORKLOAD_FILE, WorkloadReport, run_report
+from flexgen_helm.helm.report import WORKLOAD_FILE, run_report, with_entry
 from flexgen_helm.helm.requests import to_job
+from flexgen_helm.helm.shared_file import rewrite
 from flexgen_helm.helm.workload import Served, serve
 from flexgen_helm.helm.written import check_deployment
 
 T = TypeVar("T")
+INTERRUPTED = 130
+"""Exit status of a shell's commands that Ctrl-C has ended."""
+MOST_CAUSE = 500
+"""Characters of each cause; some quote a request at their end."""
 
 
 class FlexGenRunner(Runner):
@@ -51,26 +54,36 @@ class FlexGenRunner(Runner):
             DiskFull: There is no space left; nothing further is tried.
         """
         run_specs = _distinct(run_specs)
-        failed: list[str] = []
+        try:
+            failed = self._run_all(run_specs)
+        except KeyboardInterrupt:
+            print(f"flexgen-helm: interrupted. {RESUME}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+        if failed:
+            names = ", ".join(f'"{run_spec.name}"' for run_spec in run_specs if run_spec.name in failed)
+            raise RunnerError(f"Failed runs: [{names}]. {_causes(failed)}")
+
+    def _run_all(self, run_specs: list[RunSpec]) -> dict[str, Exception]:
+        """Run all entries and return why those that have failed did, by name."""
+        failed: dict[str, Exception] = {}
         paused: list[PausableRun] = []
         with Journal(Path(self.runs_path) / FOLDER, [run_spec.name for run_spec in run_specs]) as journal:
             try:
-                for run_spec in tqdm(run_specs, desc="Adapting", disable=None):
+                for run_spec in self._console.each(run_specs, f"Adapting {len(run_specs)} runs"):
                     run = PausableRun(self, run_spec, self._collects, journal.unfinished)
                     if not self._skips(run_spec):
                         self._attempt(f"Adapting {run_spec.name}", [run], failed, partial(self._start, run))
                     if run.paused:
                         paused.append(run)
-                self._serve_all(paused, failed, journal)
+                for name, runs in _by_deployment(paused).items():
+                    self._serve(get_model_deployment(name), runs, failed, journal)
                 if not failed:
                     journal.discard()
             finally:
                 for run in paused:
                     run.abandon()
                 journal.remove_empty_folders()
-        if failed:
-            names = ", ".join(f'"{run_spec.name}"' for run_spec in run_specs if run_spec.name in failed)
-            raise RunnerError(f"Failed runs: [{names}]")
+        return failed
 
     def _start(self, run: PausableRun) -> None:
         """Adapt a run, if its deployment is written as it should be."""
@@ -101,7 +114,7 @@ class FlexGenRunner(Runner):
             to_job(state.request)
         return True
 
-    def _attempt(self, what: str, runs: list[PausableRun], failed: list[str], action: Callable[[], T]) -> T | None:
+    def _attempt(self, what: str, runs: list[PausableRun], failed: dict[str, Exception], action: Callable[[], T]) -> T | None:
         """Do one step of some runs and return what it returns; report an error as HELM does."""
         try:
             with htrack_block(what):
@@ -113,42 +126,34 @@ class FlexGenRunner(Runner):
                 raise
             names = [run.run_spec.name for run in runs]
             hlog(f"Error when running {', '.join(names)}:\n{traceback.format_exc()}")
-            failed += names
+            failed |= dict.fromkeys(names, error)
             return None
 
-    def _serve_all(self, paused: list[PausableRun], failed: list[str], journal: Journal) -> None:
-        """Answer all requests, deployment by deployment, and finish the runs."""
-        reports: list[WorkloadReport] = []
-        for deployment, runs in _by_deployment(paused).items():
-            self._serve(get_model_deployment(deployment), runs, failed, journal, reports)
-
     def _serve(
-        self,
-        deployment: ModelDeployment,
-        runs: list[PausableRun],
-        failed: list[str],
-        journal: Journal,
-        reports: list[WorkloadReport],
+        self, deployment: ModelDeployment, runs: list[PausableRun], failed: dict[str, Exception], journal: Journal
     ) -> None:
         """Answer the requests of all runs of a deployment and finish these runs."""
         requests = [state.request for run in runs for state in run.request_states]
 
         def answer() -> Served:
             cache = ENGINES.caches.get(self._cache_backend.get_cache_config(deployment.host_organization))
-            served = serve(deployment, requests, cache, journal, ENGINES)
-            reports.append(served.report)
-            path = os.path.join(self.runs_path, WORKLOAD_FILE)
-            write(path, json.dumps([report.as_dict() for report in reports], indent=2))
+            served = serve(deployment, requests, cache, journal, ENGINES, self._console)
+            entry = served.report.as_dict([run.run_spec.name for run in runs])
+            rewrite(Path(self.runs_path) / WORKLOAD_FILE, partial(with_entry, entry=entry))
             return served
 
         served = self._attempt(f"Serving {len(runs)} runs of {deployment.name}", runs, failed, answer)
         if served is None:
             return
         remaining = zip(served.results, served.sources, strict=True)
-        for run in runs:
+        for run in self._console.each(runs, f"Metrics of {len(runs)} runs"):
             results, sources = zip(*islice(remaining, len(run.request_states)), strict=True)
             report = run_report(deployment, served.report, sources)
             self._attempt(f"Running {run.run_spec.name}", [run], failed, partial(run.resume, list(results), report))
+
+    @cached_property
+    def _console(self) -> Console:
+        return Console.of_process()
 
     @property
     def _cache_backend(self) -> CacheBackendConfig:
@@ -179,3 +184,12 @@ def _by_deployment(runs: list[PausableRun]) -> dict[str, list[PausableRun]]:
     for run in runs:
         groups.setdefault(run.run_spec.adapter_spec.model_deployment, []).append(run)
     return groups
+
+
+def _causes(failed: Mapping[str, Exception]) -> str:
+    """Say in one line why runs have failed, for the end of a long log; each cause once."""
+    texts: dict[str, list[str]] = {}
+    for name, error in failed.items():
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        texts.setdefault(text if len(text) <= MOST_CAUSE else f"{text[:MOST_CAUSE]}...", []).append(name)
+    return "; ".join(f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {text}" for text, names in texts.items())

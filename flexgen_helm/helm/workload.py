@@ -14,9 +14,11 @@ from helm.common.request import Request, RequestResult
 
 from flexgen_helm.errors import DiskFull, FlexGenError, InvalidJob
 from flexgen_helm.helm.cache import ResponseCache
+from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.deployment import EngineArguments, parse_arguments
 from flexgen_helm.helm.journal import Journal
-from flexgen_helm.helm.registry import EngineRegistry
+from flexgen_helm.helm.known import recall
+from flexgen_helm.helm.registry import EngineRegistry, messages_in_helms_log
 from flexgen_helm.helm.report import Source, WorkloadReport
 from flexgen_helm.helm.requests import (
     Response,
@@ -48,26 +50,38 @@ def serve(
     cache: ResponseCache,
     journal: Journal,
     registry: EngineRegistry,
+    console: Console,
 ) -> Served:
     """Serve requests of one deployment.
 
     A request that cannot be served gets a failure as its result and does not disturb the others. Every answer is in
     the journal at the sweep in which it finishes, and in the cache afterwards, also when the engine fails or the user
-    interrupts it.
+    interrupts it. No engine is loaded where every answer is known and an earlier one of the same numerics described itself.
 
     Raises:
         FlexGenError: No engine can be made of the deployment.
         DiskFull: Journal or cache cannot be written.
     """
-    with registry.lease(_arguments(deployment, journal)) as engine:
-        info = engine.describe()
-        sizes = {name: getattr(info.policy, name) for name in ("gpu_batch_size", "gpu_batch_tokens")}
-        journal.note_row_sizes(deployment.name, sizes)
-        workload = _Workload(engine, cache, journal, requests)
-        workload.run()
-        sources, stats = workload.sources, workload.stats
-        counts = (len(requests), sources.count("cached"), sources.count("resumed"))
-        report = WorkloadReport(deployment.name, *counts, stats, info, _share_of_limit(engine, stats))
+    arguments = _arguments(deployment, journal)
+    workload = _Workload(cache, journal, requests)
+    console.say(f"{deployment.name}: {workload.describe()}")
+    info, share = recall(arguments), None
+    if info is not None:
+        workload.look_up(info.numerics)
+    if info is None or workload.missing:
+        console.say(f"Loading {arguments['name_or_path']}")
+        with registry.lease(arguments) as engine:
+            if info is None or info.numerics != engine.numerics:
+                workload.look_up(engine.numerics)
+            info = engine.describe()
+            sizes = {name: getattr(info.policy, name) for name in ("gpu_batch_size", "gpu_batch_tokens")}
+            journal.note_row_sizes(deployment.name, sizes)
+            console.say(f"{len(workload.missing):,} of {len(requests):,} requests are computed")
+            workload.compute(engine, console)
+            share = _share_of_limit(engine, workload.stats)
+    sources = workload.sources
+    counts = (len(requests), sources.count("cached"), sources.count("resumed"))
+    report = WorkloadReport(deployment.name, *counts, workload.stats, info, share)
     hlog(report.summary())
     return Served(workload.results, sources, report)
 
@@ -94,11 +108,12 @@ def _share_of_limit(engine: Engine, stats: RunStats) -> float | None:
 class _Workload:
     """State of ``serve``."""
 
-    def __init__(self, engine: Engine, cache: ResponseCache, journal: Journal, requests: Sequence[Request]) -> None:
-        self._engine, self._cache, self._journal, self._requests = engine, cache, journal, requests
+    def __init__(self, cache: ResponseCache, journal: Journal, requests: Sequence[Request]) -> None:
+        self._cache, self._journal, self._requests = cache, journal, requests
         self._results: dict[int, RequestResult] = {}
         self._sources: dict[int, Source] = {}
         self._keys: dict[int, str] = {}
+        self._jobs = self._convert()
         self.stats = RunStats()
 
     @property
@@ -109,24 +124,33 @@ class _Workload:
     def sources(self) -> list[Source]:
         return [self._sources[index] for index in range(len(self._requests))]
 
-    def run(self) -> None:
-        """Answer every request from the cache, from the journal or by the engine."""
-        jobs = self._convert()
-        numerics = self._engine.numerics
-        self._keys = {index: request_to_key(cache_key(self._requests[index], job, numerics)) for index, job in jobs.items()}
-        for index, stored in zip(jobs, self._cache.lookup([self._keys[index] for index in jobs]), strict=True):
+    @property
+    def missing(self) -> list[int]:
+        """Requests whose answers are not known."""
+        return [index for index in self._jobs if index not in self._results]
+
+    def describe(self) -> str:
+        """Say how much is asked."""
+        lengths = [job.max_new_tokens for job in self._jobs.values() if job.max_new_tokens]
+        asked = [f"{len(self._jobs) - len(lengths):,} of scores"] if len(lengths) < len(self._jobs) else []
+        asked += [f"{len(lengths):,} of at most {max(lengths):,} new tokens"] if lengths else []
+        return f"{len(self._requests):,} requests ({', '.join(asked)})"
+
+    def look_up(self, numerics: dict[str, str | int]) -> None:
+        """Take answers of these numerics from the cache and from the journal."""
+        self._results = {index: result for index, result in self._results.items() if index not in self._jobs}
+        requests = self._requests
+        self._keys = {index: request_to_key(cache_key(requests[index], job, numerics)) for index, job in self._jobs.items()}
+        for index, stored in zip(self._jobs, self._cache.lookup([self._keys[index] for index in self._jobs]), strict=True):
             if stored is not None:
                 self._settle(index, "cached", stored)
         resumed: dict[int, Response] = {}
-        for index in (index for index in jobs if index not in self._results):
+        for index in self.missing:
             found = self._journal.lookup(self._keys[index])
             if found is not None:
                 resumed[index] = found
                 self._settle(index, "resumed", found)
         self._store(resumed)
-        missing = [index for index in jobs if index not in self._results]
-        if missing:
-            self._compute(missing, jobs)
 
     def _convert(self) -> dict[int, Job]:
         jobs = {}
@@ -137,7 +161,11 @@ class _Workload:
                 self._fail(index, error)
         return jobs
 
-    def _compute(self, missing: list[int], jobs: dict[int, Job]) -> None:
+    def compute(self, engine: Engine, console: Console) -> None:
+        """Answer by the engine what is missing."""
+        missing, jobs = self.missing, self._jobs
+        if not missing:
+            return
         computed: dict[int, Response] = {}
         started = time.time()
 
@@ -152,8 +180,10 @@ class _Workload:
             self._journal.append(self._keys[index], computed[index])
 
         try:
-            results = self._engine.run([jobs[index] for index in missing], on_result=on_result, on_error="return")
-            self.stats = self._engine.stats
+            with messages_in_helms_log("flexgen_helm.runtime.progress"):
+                asked = [jobs[index] for index in missing]
+                results = engine.run(asked, on_result=on_result, on_error="return", progress=console.stream)
+            self.stats = engine.stats
         finally:
             whole = timing()  # how long the batch took is known only now
             computed = {index: _stamped(response, whole) for index, response in computed.items()}

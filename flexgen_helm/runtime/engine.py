@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, TextIO
 
 import torch
 from torch import nn
@@ -150,7 +150,7 @@ class Engine:
         jobs: Sequence[Job],
         on_result: Callable[[int, Result], None] | None = None,
         on_error: Literal["raise", "return"] = "raise",
-        progress: bool | None = None,
+        progress: bool | TextIO | None = None,
     ) -> list[Result]:
         """Answer jobs; all are validated before the first sweep.
 
@@ -158,7 +158,8 @@ class Engine:
             jobs: Any number and mix.
             on_result: Called with (index, result) at the sweep in which a job finishes, from the calling thread.
             on_error: "raise": the first invalid job ends the call; "return": it gets `Result.error` and the others run.
-            progress: Whether to show a bar; None: on a terminal only.
+            progress: Whether to show a bar on standard error, or the stream to show it on. Where that is no terminal, a line
+                says every 30 seconds how far the run is; with None it is in the log.
 
         Returns:
             One result for each job, in their order.
@@ -302,7 +303,7 @@ class Engine:
         results: list[Result | None],
         on_result: Callable[[int, Result], None] | None,
         on_error: Literal["raise", "return"],
-        shown: bool | None,
+        shown: bool | TextIO | None,
     ) -> None:
         self.meter.begin_run()
         before, watch = self._worker.snapshot, _Watch(self.meter, len(tickets), self._worker.snapshot, shown)
@@ -338,7 +339,7 @@ class Engine:
 class _Watch:
     """Sees every operation of a run: draws the bar and notes the memory in use."""
 
-    def __init__(self, meter: Meter, num_jobs: int, since: Snapshot, shown: bool | None) -> None:
+    def __init__(self, meter: Meter, num_jobs: int, since: Snapshot, shown: bool | TextIO | None) -> None:
         self._meter, self._begin = meter, time.perf_counter()
         self.progress = Progress(num_jobs, since=since, shown=shown)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, Never, TextIO
 
 from tqdm import tqdm
 
@@ -15,8 +16,13 @@ from flexgen_helm.types import LINKS, FinishReason, Result, RunStats
 if TYPE_CHECKING:
     from flexgen_helm.runtime.worker import Snapshot
 
+logger = logging.getLogger(__name__)
+
 REFRESH_SECONDS = 0.1
 """The bar is drawn at most this often: it is told of every row of every layer."""
+
+LINE_SECONDS = 30.0
+"""Where there is no terminal for a bar, a line says as often how far a run is."""
 
 _STEPS = 1000
 
@@ -114,22 +120,23 @@ class TimeLeft:
 
 
 class Progress:
-    """The bar of one run. It moves within a sweep as well, so that a long one never looks hung."""
+    """The bar of one run, or lines where there is no terminal. It moves within a sweep, so that a long one never looks hung."""
 
     def __init__(
         self,
         num_requests: int,
         *,
         since: Snapshot,
-        shown: bool | None = None,
+        shown: bool | TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Show a bar.
+        """Begin.
 
         Args:
             num_requests: Requests of this run.
             since: Counts before the run.
-            shown: Whether to draw; None: only where stderr is a terminal.
+            shown: True: a bar on stderr; False: nothing; None: a bar where stderr is a terminal, else lines in the log; a
+                stream: a bar there if it is a terminal, else lines there.
             clock: Seconds, for tests.
         """
         self._num_requests = num_requests
@@ -137,14 +144,17 @@ class Progress:
         self._since = self._last = since
         self._clock = clock
         self._began = clock()
-        self._drawn = -REFRESH_SECONDS
+        self._drawn, self._said = -REFRESH_SECONDS, self._began
+        self._stream = None if shown is None or isinstance(shown, bool) else shown
         self._time_left = TimeLeft(num_requests, since=since, clock=clock)
         self._bar: tqdm[Never] = tqdm(
             total=_STEPS,
-            disable=None if shown is None else not shown,
+            file=self._stream or sys.stderr,
+            disable=not shown if isinstance(shown, bool) else None,
             bar_format="{percentage:3.0f}%|{bar}| {desc}",
             leave=False,
         )
+        self._in_lines = self._bar.disable and not isinstance(shown, bool)
 
     def request_done(self, result: Result | None = None) -> None:
         """Count one finished request; with its result, early ends are foreseen as often as they happen."""
@@ -156,6 +166,11 @@ class Progress:
         self._time_left.observe(snapshot)
         self._last = snapshot
         now = self._clock()
+        if self._in_lines and now - self._said >= LINE_SECONDS:
+            self._said = now
+            logger.info("%s", self.line())
+            if self._stream is not None:
+                print(self.line(), file=self._stream, flush=True)
         if self._bar.disable or now - self._drawn < REFRESH_SECONDS:
             return
         self._drawn = now
@@ -183,7 +198,7 @@ class Progress:
         shown = not self._bar.disable
         self.close()
         if shown:
-            print(text, file=sys.stderr)
+            print(text, file=self._stream or sys.stderr)
         return text
 
     def _share(self) -> float:

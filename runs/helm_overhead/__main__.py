@@ -88,7 +88,7 @@ def measure(folder: Path, model: Path, num_requests: int, *, route: str, cache: 
 
 def _engine_seconds(finished: Finished) -> float | None:
     path = finished.suite / "flexgen_workload.json"
-    return sum(report["stats"]["seconds"] for report in json.loads(path.read_text())) if path.exists() else None
+    return sum(report["measured"]["stats"]["seconds"] for report in json.loads(path.read_text())) if path.exists() else None
 
 
 def exponents(smaller: Measured, larger: Measured) -> dict[str, float]:

@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from helm.benchmark.run import build_parser
 
 from flexgen_helm.cli import main
 from flexgen_helm.errors import FlexGenError, OutOfSpace
-from flexgen_helm.evaluation import evaluate, preparation
+from flexgen_helm.evaluation import evaluate, preparation, processes
 from flexgen_helm.evaluation.commands import Evaluation, environment, run_command
 from flexgen_helm.evaluation.preparation import place_data, write_model_metadata
 from flexgen_helm.evaluation.suites import find_suite
@@ -70,8 +71,9 @@ def test_suite_by_path_from_end_to_end(
     output = tmp_path / "output"
     assert run("--model", tiny_model, "--suite", suite, "-m", 3, "--out", output) == 1
     printed, complaint = capfd.readouterr()
-    first, *_ = [line for line in printed.splitlines() if line]
-    assert first.startswith(f"$ helm-run --conf-paths {suite}/run_entries.conf --models-to-run flexgen/{tiny_model} ")
+    first, second, *_ = [line for line in printed.splitlines() if line]
+    assert first == f"{suite}/run_entries.conf: 2 run entries, at most 3 instances of each"
+    assert second.startswith(f"$ helm-run --conf-paths {suite}/run_entries.conf --models-to-run flexgen/{tiny_model} ")
     assert "$ helm-summarize --suite brackets " in printed
     table = printed[printed.index("run entry ") :].splitlines()
     stats = json.loads(next(output.glob("runs/brackets/dyck*/stats.json")).read_text())
@@ -82,8 +84,19 @@ def test_suite_by_path_from_end_to_end(
     assert f"Prompt tokens: {tokens:,} asked" in table[3]
     assert f"{output}/runs/brackets" in printed
     assert f"helm-server --suite brackets --output-path {output}" in printed
-    assert "helm-run ended with status 1, 1 runs are complete." in complaint.splitlines()[-1]
-    assert "The same command again continues" in complaint.splitlines()[-1]
+    assert table[4].startswith("Most time went into ")
+    (log,) = (output / "logs").iterdir()
+    *steps, status, cause = complaint.splitlines()
+    assert "helm-run ended with status 1, 1 runs are complete. The same command again continues" in status
+    assert status.endswith(f"HELM's log is {log}.")
+    assert re.fullmatch(r"  RunnerError: Failed runs: .* FileNotFoundError: .*'/no/such/file.jsonl'", cause)
+    assert steps == [
+        f"flexgen/{tiny_model}: 3 requests (3 of at most 5 new tokens)",
+        f"Loading {tiny_model}",
+        "3 of 3 requests are computed",
+    ]
+    assert "Runner.run_one" in log.read_text() or "run_specs {" in log.read_text()
+    assert "run_specs {" not in printed + complaint
     (model,) = json.loads((output / "runs" / "brackets" / "schema.json").read_text())["models"]
     assert model["display_name"] == tiny_model.name
 
@@ -163,7 +176,8 @@ def test_an_interrupt_reaches_helm_first(
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Interrupted())
     assert run("--model", tiny_model, "--suite", suite, "--out", tmp_path / "output") == 130
     assert waits == ["waited", "waited", "left"]
-    assert errors(capsys) == "flexgen-helm: interrupted"
+    kept = "Finished answers are kept; the same command goes on where this one stopped."
+    assert errors(capsys) == f"flexgen-helm: interrupted. {kept}"
 
 
 def test_nothing_but_helm_run_loads_torch(tiny_model: Path, suite: Path, tmp_path: Path) -> None:
@@ -272,7 +286,7 @@ def test_summarizer_knows_every_model(suite: Path, tmp_path: Path) -> None:
     assert (tmp_path / "prod_env" / "model_metadata.yaml").read_text().count("name: org/second") == 1
 
 
-@pytest.mark.parametrize("content", ["models: [", "models:", "models: [{display_name: a}]", "models: [a]", ""])
+@pytest.mark.parametrize("content", ["models: [", "models:", "models: [{display_name: a}]", "models: [a]"])
 def test_a_torn_description_of_models_is_an_error(content: str, suite: Path, tmp_path: Path) -> None:
     (tmp_path / "prod_env").mkdir()
     (tmp_path / "prod_env" / "model_metadata.yaml").write_text(content)
@@ -321,3 +335,86 @@ def test_relative_models_become_absolute(
     for name in (".", f"../{tiny_model.name}/", str(tiny_model), f"flexgen/{tiny_model}"):
         evaluation = evaluate.make_evaluation(name, str(suite), tmp_path, 1)
         assert f"flexgen/{tiny_model}" in run_command(evaluation)
+
+
+def test_options_of_the_model_are_a_deployment_of_their_own(
+    tiny_model: Path,
+    suite: Path,
+    tmp_path: Path,
+    commands: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is written is what the docs show: HELM reads it, and the engine gets these keywords."""
+    output = tmp_path / "output"
+    placement = ["--policy", "weights=0:0.5:0.5,prefetch=2", "--max-memory", "host=2GiB", "--offload-folder", "~/slabs"]
+    number = ["--dtype", "bfloat16", "--kv-dtype", "float32", "--device", "cpu", "--rows", "packed"]
+    for options in (placement, number, [*number, *placement]):
+        run("--model", tiny_model, "--suite", suite, "--out", output, *options)
+    placed, half, again = [build_parser().parse_args(command[3:]).models_to_run[0] for command in commands]
+    assert placed == f"flexgen/{tiny_model}"  # placement changes no answer
+    assert half == again == f"{placed}+bfloat16+cpu+packed+kv-float32"
+    file = output / "prod_env" / "model_deployments.yaml"
+    assert f"Deployment {half} in {file}: dtype: bfloat16, device: cpu" in capsys.readouterr().out
+    code = (
+        "import sys; from helm.benchmark.config_registry import register_configs_from_directory as register;"
+        "register(sys.argv[1]); import flexgen_helm.plugin, json;"
+        "from helm.benchmark.model_deployment_registry import get_model_deployment as get;"
+        "made = [get(name) for name in sys.argv[2:]];"
+        "print(json.dumps([[one.model_name, one.tokenizer_name, one.client_spec.args] for one in made]))"
+    )
+    command = [sys.executable, "-c", code, str(output / "prod_env"), half, placed]
+    monkeypatch.undo()
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    preparation.write_deployment(evaluate.make_evaluation(str(tiny_model), str(suite), output, 1))
+    assert [entry["name"] for entry in yaml.safe_load(file.read_text())["model_deployments"]] == [half]
+    numbers = {"dtype": "bfloat16", "kv_dtype": "float32", "device": "cpu", "rows": "packed"}
+    rest = {
+        "policy": {"weights": [0, 0.5, 0.5], "prefetch": 2},
+        "max_memory": {"host": "2GiB"},
+        "offload_folder": str(Path.home() / "slabs"),
+    }
+    for deployment, (model, tokenizer, arguments) in zip(
+        (half, placed), json.loads(process.stdout.splitlines()[-1]), strict=True
+    ):
+        # HELM looks for a model of the last two parts of the name.
+        assert model == "/".join(deployment.split("/")[-2:])
+        assert tokenizer == f"flexgen/{tiny_model}"
+        assert arguments == {"name_or_path": str(tiny_model)} | rest | (numbers if deployment == half else {})
+
+
+def test_the_log_is_shown_with_verbose_and_is_in_the_file_too(
+    suite: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for helm-run that prints to both streams, and to the screen where it has one."""
+    (tmp_path / "stand_in.py").write_text(
+        "import os, sys; print('log'); print('warning', file=sys.stderr); number = os.environ.get('FLEXGEN_HELM_CONSOLE')\n"
+        "if number: os.write(int(number), b'step')\n"
+    )
+    monkeypatch.setitem(processes.MODULES, "helm-run", "stand_in")
+    for verbose, shown, screen in ((True, "log\nwarning\n", ""), (False, "", "step")):
+        log = tmp_path / f"{verbose}.log"
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        assert processes.execute(["helm-run"], environment, log, verbose=verbose) == 0
+        assert sorted(log.read_text().split()) == ["log", "warning"]
+        printed, complaint = capfd.readouterr()
+        assert (sorted(printed.split()), complaint) == (sorted(shown.split()), screen)
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "cause"),
+    [
+        (1, "a\nTraceback (most recent call last):\n  File x\n    y\nmodule.AnError: one\ntwo\n", "AnError: one two"),
+        (
+            1,
+            "Traceback (most recent call last):\nKeyError: 1\n\nDuring it:\n\nTraceback (most recent call last):\n  x\nE: 2",
+            "E: 2",
+        ),
+        (2, "usage: helm-run\nhelm-run: error: no such option\n\n", "helm-run: error: no such option"),
+        (1, "", "It printed nothing."),
+        (-9, "x", "It was ended by SIGKILL, which the system sends where memory is exhausted."),
+    ],
+)
+def test_the_cause_is_the_last_error(status: int, log: str, cause: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(log)
+    assert processes.cause_of_failure(status, tmp_path / "log") == cause

@@ -113,17 +113,29 @@ def test_a_split_that_was_not_drawn_has_no_score(quickstart: Evaluation) -> None
 def test_work_is_that_of_this_command_and_model(quickstart: Evaluation) -> None:
     assert read_work(quickstart, EARLIER) is None
     stats = {"prompt_tokens_asked": 4000, "prompt_tokens_computed": 1000, "seconds": 2.0, "new": 1}
-    own = {"deployment": "flexgen/a/b", "num_requests": 14, "num_cached": 3, "num_resumed": 1, "stats": stats, "engine": {}}
+    date = "2020-01-01T00:00:00.000+00:00"
+    measured = {"date": date, "stats": stats, "bound_by": None, "what_would_help": None}
+    counts = {"num_requests": 14, "num_cached": 3, "num_resumed": 1}
+    own = {"deployment": "flexgen/a/b", "date": date, **counts, "measured": measured, "engine": {}}
     file = quickstart.suite_folder / WORKLOAD_FILE
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps([own, {**own, "deployment": "flexgen/x/c"}]))
     work = read_work(quickstart, EARLIER)
     assert work == Work(14, 4, 2.0, 4000, 1000)
+    # What an earlier command has measured is not this one's.
+    for other in ({"date": "2019-12-31T00:00:00.000+00:00"}, None):
+        file.write_text(json.dumps([{**own, "measured": other and {**measured, **other}, "num_cached": 14, "num_resumed": 0}]))
+        assert read_work(quickstart, EARLIER) == Work(14, 14, 0, 0, 0)
     assert read_work(quickstart, LATER) is None
     assert render_work(work) == (
         "10 requests in 2 s, 5.00 requests/s (4 more were answered before). Prompt tokens: 4,000 asked, 1,000 computed "
         "(4.0 times fewer, because shared prefixes are computed once)."
     )
+
+
+def test_what_would_help_is_said() -> None:
+    line = render_work(Work(3, 0, 2.0, 9, 9, "reading weights from the disk", "more host memory")).splitlines()[1]
+    assert line == "Most time went into reading weights from the disk. What helps: more host memory."
 
 
 def test_rate_is_not_made_up_when_nothing_was_computed() -> None:

@@ -82,3 +82,26 @@ def test_what_helm_cannot_read_is_an_error(content: bytes, folder: Path) -> None
     (folder / "run_entries.conf").write_bytes(content)
     with pytest.raises(FlexGenError, match=r"run_entries\.conf cannot be read as run entries \(.+\)\. Write for example"):
         find_suite(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("lambada,model=text", r"`lambada,model=text` in line 3 of .*no colon .*Write `lambada:model=text`\."),
+        ("mmlu:subject=anatomy,model", r"line 3 of .* has `model` where `name=value` is expected"),
+        ("model=text", r"no colon behind the scenario's name\. Write `scenario:name=value,name=value`\."),
+        ("a=b=c,model=text", r"no colon behind the scenario's name\. Write `scenario:name=value,name=value`\."),
+    ],
+)
+def test_a_mistake_in_an_entry_is_named_with_its_line(entry: str, message: str, folder: Path) -> None:
+    good = '{description: "dyck_language:num_parenthesis_pairs=2,model=text"}'
+    (folder / "run_entries.conf").write_text(f'entries: [\n{good},\n{{description: "{entry}"}}\n]')
+    with pytest.raises(FlexGenError, match=message):
+        find_suite(str(folder))
+
+
+def test_entries_of_every_form_of_helms_are_taken(folder: Path) -> None:
+    descriptions = ("simple_mcqa", "a:b=c=d,model=text", "custom:path=C:/x,model=text")
+    entries = ", ".join(f'{{description: "{description}"}}' for description in descriptions)
+    (folder / "run_entries.conf").write_text(f"entries: [{entries}]")
+    assert find_suite(str(folder)).num_entries == 3

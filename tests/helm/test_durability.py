@@ -72,7 +72,7 @@ def test_the_same_command_computes_only_what_is_missing(
     assert not (suite / FOLDER).exists()
     (report,) = json.loads((suite / WORKLOAD_FILE).read_text())
     assert (report["num_requests"], report["num_cached"], report["num_resumed"]) == (15, 0, 8)
-    assert report["stats"]["num_jobs"] == 7
+    assert report["measured"]["stats"]["num_jobs"] == 7
     sources = [read(suite, spec.name, RUN_FILE)["requests"] for spec in SPECS]
     assert sources == [{"total": 3, "resumed": 3}, {"total": 3, "resumed": 3}, {"total": 9, "resumed": 2, "computed": 7}]
     resumed = [state["result"]["cached"] for state in read(suite, SPECS[0].name, "scenario_state.json")["request_states"]]
@@ -201,9 +201,12 @@ def test_report_of_a_run(run_suite: RunSuite, loader: FakeLoader) -> None:
     assert report["requests"] == {"total": 3, "computed": 3}
     workload = report["workload"]
     assert (workload["requests"], workload["cached"], workload["resumed"]) == (6, 0, 0)
-    assert workload["share_of_limit"] == 0.5
-    stats = workload["computed"]
-    assert workload["tokens_per_second"] == (stats["prompt_tokens_computed"] + stats["generated_tokens"]) / stats["seconds"]
+    measured = report["measured"]
+    stats = measured["stats"]
+    assert (measured["date"], measured["share_of_limit"]) == (workload["date"], 0.5)
+    assert measured["bound_by"] == "reading weights from the disk"
+    assert "more host memory" in measured["what_would_help"]
+    assert measured["tokens_per_second"] == (stats["prompt_tokens_computed"] + stats["generated_tokens"]) / stats["seconds"]
     assert (stats["bytes_moved"], stats["busy_seconds"]) == ({"disk_read": 8}, {"disk_read": 0.5})
     assert (stats["tier_peak_bytes"], stats["limit_seconds"]) == ({"host": 4, "disk": 8}, 1.0)
     assert stats["per_sweep"] == {"bound_by": {"disk_read": 1}}
@@ -265,7 +268,7 @@ def test_a_figure_that_cannot_be_measured_loses_no_answers(
 
     monkeypatch.setattr(FakeEngine, "share_of_limit", out_of_memory)
     suite = run_suite(SPECS[:1])
-    assert read(suite, "generation", RUN_FILE)["workload"]["share_of_limit"] is None
+    assert read(suite, "generation", RUN_FILE)["measured"]["share_of_limit"] is None
 
 
 def test_a_cache_that_cannot_be_written_loses_no_answers(

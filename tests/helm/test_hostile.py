@@ -20,6 +20,7 @@ from helm.common.media_object import MediaObject, MultimediaObject
 from helm.common.request import Request, RequestResult
 from helm.common.response_format import ResponseFormat
 
+from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.deployment import CLIENT
 from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import ENGINES
@@ -173,7 +174,7 @@ def by_runner(requests: list[Request], folder: Path, deployment: ModelDeployment
     folder.mkdir(exist_ok=True)
     cache = ENGINES.caches.get(SqliteCacheBackendConfig(str(folder)).get_cache_config("flexgen"))
     with Journal(folder / "journal", ["hostile"]) as journal:
-        return serve(deployment, requests, cache, journal, ENGINES).results
+        return serve(deployment, requests, cache, journal, ENGINES, Console(None)).results
 
 
 def assert_as_documented(name: str, asked: Request, result: RequestResult) -> None:

@@ -66,7 +66,9 @@ def test_deployments_take_turns(run_suite: RunSuite, loader: FakeLoader) -> None
 
 def test_scenario_that_fails_does_not_take_the_suite_with_it(run_suite: RunSuite, loader: FakeLoader, tmp_path: Path) -> None:
     specs = [run_spec(name="broken", broken=True), run_spec(), run_spec(name="refused", words=f"fig {REFUSED}")]
-    with pytest.raises(RunnerError, match=r'Failed runs: \["broken", "refused"\]'):
+    with pytest.raises(
+        RunnerError, match=r'Failed runs: \["broken", "refused"\]. broken: ValueError: this scenario has no data; refused: '
+    ):
         run_suite(specs)
     assert completed(tmp_path / "output" / "runs" / "suite") == ["generation"]
 
@@ -122,7 +124,7 @@ def test_cached_answers_are_not_computed_again(run_suite: RunSuite, loader: Fake
     states = read(second, "more", "scenario_state.json")["request_states"]
     assert sorted(state["result"]["cached"] for state in states) == [False, False, True, True, True]
     (report,) = json.loads((second / WORKLOAD_FILE).read_text())
-    assert (report["num_requests"], report["num_cached"], report["stats"]["num_jobs"]) == (8, 6, 2)
+    assert (report["num_requests"], report["num_cached"], report["measured"]["stats"]["num_jobs"]) == (8, 6, 2)
 
 
 def test_answers_of_other_numerics_are_not_served(run_suite: RunSuite, loader: FakeLoader) -> None:
@@ -139,7 +141,7 @@ def test_runner_and_client_share_their_cache(run_suite: RunSuite, loader: FakeLo
 
 
 def test_what_was_computed_survives_an_interruption(
-    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_suite([run_spec(words="kumquat")])
     engine = loader.engine
@@ -150,8 +152,10 @@ def test_what_was_computed_survives_an_interruption(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run_suite([run_spec()])
+    message = "flexgen-helm: interrupted. Finished answers are kept; the same command goes on where this one stopped.\n"
+    assert capsys.readouterr().err.endswith(message)
     monkeypatch.setattr(engine, "run", whole)
     run_suite([run_spec()])
     assert [len(jobs) for engine in loader.engines for jobs in engine.runs] == [1, 2]

@@ -148,7 +148,8 @@ class _Attentive(nn.Module):
         query = query * (1 + positions[:, None] / 8)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attend(self, query, key, value, allowed, scaling=query.shape[-1] ** -0.5, dropout=0.0)
-        return hidden + output.flatten(-2)
+        added: Tensor = hidden + output.flatten(-2)
+        return added
 
 
 class _NextRelease(PreTrainedModel, GenerationMixin):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 from collections.abc import Iterator
 
@@ -157,6 +158,47 @@ def test_nothing_is_drawn_unless_asked_or_on_a_terminal(shown: bool | None, caps
         progress.update(snapshot)
     assert progress.finish(STATS) == summary(STATS)
     assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()])
+def test_without_a_terminal_a_line_comes_every_half_minute(
+    stream: io.StringIO | None, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt token takes a millisecond in `Run`, so a sweep takes 20 s."""
+    run = Run([20_000] * 6, [0] * 6)
+    progress = Progress(6, since=SINCE, shown=stream, clock=run.clock)
+    times, begin = [], run.clock()
+    with caplog.at_level("INFO", logger="flexgen_helm.runtime.progress"):
+        for snapshot in run.snapshots():
+            before = len(caplog.messages)
+            progress.update(snapshot)
+            times += [run.clock() - begin] * (len(caplog.messages) - before)
+    progress.finish(STATS)
+    took = run.clock() - begin
+    assert len(times) == pytest.approx(took / 30, abs=1)
+    assert len(times) > 2
+    gaps = [after - before for before, after in zip([0.0, *times], times, strict=False)]
+    assert all(30 <= gap < 40 for gap in gaps)
+    assert all(line.startswith("0/6 requests, sweep ") for line in caplog.messages)
+    assert capsys.readouterr() == ("", "")
+    assert (stream.getvalue().splitlines() if stream else caplog.messages) == caplog.messages
+
+
+def test_a_stream_that_is_a_terminal_gets_the_bar_and_no_lines(caplog: pytest.LogCaptureFixture) -> None:
+    run, terminal = Run([20_000] * 4, [0] * 4), Terminal()
+    progress = Progress(4, since=SINCE, shown=terminal, clock=run.clock)
+    with caplog.at_level("INFO", logger="flexgen_helm.runtime.progress"):
+        for snapshot in run.snapshots():
+            progress.update(snapshot)
+    text = progress.finish(STATS)
+    assert "%|" in terminal.getvalue()
+    assert terminal.getvalue().endswith(f"{text}\n")
+    assert caplog.messages == []
 
 
 def test_summary_says_what_was_saved() -> None:

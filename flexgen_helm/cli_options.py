@@ -1,0 +1,98 @@
+"""The options of `flexgen-helm`, in groups that several commands share. No torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flexgen_helm.options import parse_max_memory, parse_policy
+from flexgen_helm.types import Policy
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it is computed."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="M", help="model folder, or name on the model hub")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    group.add_argument("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
+    group.add_argument("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    rows = ["auto", "packed", "single"]
+    group.add_argument("--rows", default="auto", choices=rows, help="many sequences in a row, or one each (%(default)s)")
+
+
+def add_placement_options(parser: argparse.ArgumentParser) -> None:
+    """Where weights, K/V cache and hidden states lie."""
+    add = parser.add_argument_group("placement").add_argument
+    policy = "sizes and shares, as JSON or such as weights=0.2:0.8:0,prefetch=2 (shares are device:host:disk)"
+    add("--policy", type=parse_policy, metavar="P", help=policy)
+    memory = "most memory of each tier, such as device=15GiB,host=100GiB"
+    add("--max-memory", type=parse_max_memory, metavar="M", help=memory)
+    add("--offload-folder", type=Path, metavar="DIR", help="for what is placed on disk")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--kv-dtype", choices=dtypes, help="of the K/V cache, which is part of the numerics (the model's)")
+
+
+def add_trace_option(parser: argparse.ArgumentParser) -> None:
+    """For commands that run the engine themselves."""
+    parser.add_argument("--trace", type=Path, metavar="F", help="write a timeline that https://ui.perfetto.dev opens")
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    """What `bench` asks."""
+    add = parser.add_argument_group("benchmark").add_argument
+    add("--dummy-weights", action="store_true", help="random weights; --model may be a config's name, such as facebook/opt-30b")
+    add("--prompt-len", type=_positive, default=512, metavar="N", help="tokens of each prompt (%(default)s)")
+    add("--gen-len", type=_positive, default=32, metavar="N", help="tokens generated for each (%(default)s)")
+    add("--num-prompts", type=_positive, metavar="N", help="of them (as many as take about a minute)")
+    add("--score", action="store_true", help="only read the prompts, as for multiple choice")
+    add("--order", default="zigzag", choices=["zigzag", "row"], help="of the operations (%(default)s)")
+    add("--warm-up", action="store_true", help="run other prompts before")
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """What `generate` asks."""
+    group = parser.add_argument_group("generation")
+    add = group.add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
+    add("--prompt-file", metavar="F", help="file that holds one prompt; - for standard input")
+    add("--max-new-tokens", type=int, default=16, metavar="N", help="limit for each completion (%(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the most likely token")
+    add("--top-p", type=float, default=1.0, metavar="P", help="share of the probability to draw from (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of the samples (%(default)s)")
+    add("--num-completions", type=int, default=1, metavar="K", help="for each prompt (%(default)s)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    add("--json", action="store_true", help="print one JSON object for each prompt, with tokens and log-probabilities")
+
+
+def add_suite_options(parser: argparse.ArgumentParser) -> None:
+    """What `eval` asks."""
+    add = parser.add_argument_group("evaluation").add_argument
+    suite = "a suite that comes with this package (quickstart, mmlu, flexgen_paper), or the path of a run_entries.conf"
+    add("--suite", required=True, metavar="S", help=suite)
+    instances = "instances of each run entry (%(default)s)"
+    add("-m", "--max-eval-instances", type=_positive, default=100, metavar="N", help=instances)
+    add("--out", type=Path, default=Path("benchmark_output"), metavar="DIR", help="HELM's output folder (%(default)s)")
+    add("-v", "--verbose", action="store_true", help="show HELM's log, which goes to a file in the output folder")
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if not number:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give 1 or more")
+    return number
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that say how a model is computed, where they were given, as YAML can hold them."""
+    names = ("dtype", "device", "rows", "policy", "max_memory", "offload_folder", "kv_dtype")
+    given = {name: getattr(args, name) for name in names}
+    chosen = {name: value for name, value in given.items() if value not in (None, "auto")}
+    if "policy" in chosen:
+        plain = vars(Policy())
+        named = {name: value for name, value in vars(chosen["policy"]).items() if value != plain[name]}
+        chosen["policy"] = {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
+    if "offload_folder" in chosen:
+        chosen["offload_folder"] = str(chosen["offload_folder"].expanduser().absolute())
+    return chosen

@@ -1,0 +1,51 @@
+"""What a person sees of a run while HELM's own log goes to a file: one line a step and one bar."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO, TypeVar
+
+from helm.common.hierarchical_logger import hlog
+from tqdm import tqdm
+
+from flexgen_helm.runtime.progress import LINE_SECONDS
+
+T = TypeVar("T")
+VARIABLE = "FLEXGEN_HELM_CONSOLE"
+"""Environment variable with the number of the open file that `flexgen-helm eval` hands to `helm-run`."""
+
+
+class Console:
+    """The screen of `flexgen-helm eval`, or for `helm-run` alone HELM's log and standard error."""
+
+    def __init__(self, stream: TextIO | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Args: stream: The screen; None: HELM's log is on it already. clock: Seconds, for tests."""
+        self.stream, self._clock = stream, clock
+
+    @classmethod
+    def of_process(cls) -> Console:
+        """Return the console that the process was given."""
+        number = os.environ.get(VARIABLE, "")
+        try:
+            return cls(os.fdopen(int(number), "w", buffering=1, closefd=False))
+        except (ValueError, OSError):  # not given, or not to this process but to its parent
+            return cls(None)
+
+    def say(self, text: str) -> None:
+        """Print one line, which stands in HELM's log too."""
+        hlog(text)
+        if self.stream is not None:
+            print(text, file=self.stream, flush=True)
+
+    def each(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """Yield items behind a bar, or with a line every half minute where there is no terminal."""
+        said = self._clock()
+        bar = tqdm(items, desc=what, file=self.stream or sys.stderr, disable=None, leave=False)
+        for done, item in enumerate(bar):
+            if bar.disable and self._clock() - said >= LINE_SECONDS:
+                said = self._clock()
+                self.say(f"{what}: {done} of {len(items)} are done")
+            yield item
