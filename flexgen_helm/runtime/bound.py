@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from typing import NamedTuple
 
 from flexgen_helm.types import RunStats
@@ -47,13 +47,13 @@ BOUNDS = {
 
 def bound_of(stats: RunStats) -> Bound | None:
     """Return what most of a run's time was spent on; None where nothing was computed."""
-    seconds = Counter[str]()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for sweep in stats.per_sweep:
         if sweep.bound_by is not None:
             seconds[sweep.bound_by] += sweep.seconds
     if not seconds:
         return None
-    ((resource, _),) = seconds.most_common(1)
+    resource = max(seconds, key=seconds.__getitem__)
     moved = sum(sweep.bytes_moved.get(resource, 0) for sweep in stats.per_sweep)
     weights = sum(sweep.weight_bytes_moved.get(resource, 0) for sweep in stats.per_sweep)
     of_weights = {"disk_read": "weights on disk", "host_to_device": "weights on host"}
