@@ -92,7 +92,7 @@ def _engine_seconds(finished: Finished) -> float | None:
         return None
     # What an earlier command has measured stays in the report of one that computed nothing.
     reports = [report for report in json.loads(path.read_text()) if (report["measured"] or {}).get("date") == report["date"]]
-    return sum(report["measured"]["stats"]["seconds"] for report in reports)
+    return float(sum(report["measured"]["stats"]["seconds"] for report in reports))
 
 
 def exponents(smaller: Measured, larger: Measured) -> dict[str, float]:
