@@ -47,7 +47,7 @@ BOUNDS = {
 
 def bound_of(stats: RunStats) -> Bound | None:
     """Return what most of a run's time was spent on; None where nothing was computed."""
-    seconds: dict[str, float] = defaultdict(float)
+    seconds: defaultdict[str, float] = defaultdict(float)
     for sweep in stats.per_sweep:
         if sweep.bound_by is not None:
             seconds[sweep.bound_by] += sweep.seconds
