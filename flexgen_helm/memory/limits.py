@@ -57,6 +57,8 @@ def gib(num_bytes: float, *, up: bool = False) -> str:
         num_bytes: The number.
         up: Whether to round up: who allows what a message asks for must not be refused again.
     """
+    if num_bytes < 1:
+        return "0 bytes"
     power, digits = (3, 2) if num_bytes >= 2**30 / 10 else (2, 1) if num_bytes >= 2**20 / 10 else (1, 1)
     shown = num_bytes / 1024**power * 10**digits
     return f"{(math.ceil(shown) if up else shown) / 10**digits:.{digits}f} {'KMG'[power - 1]}iB"

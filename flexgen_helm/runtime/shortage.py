@@ -33,7 +33,8 @@ def describe_shortage(plan: WeightPlan, least: Mapping[Tier, int], space: Space,
         return (
             f"The least that this model runs in is {_amounts(least, space)}, but {_allowed(least, space)}. Of it, computing "
             f"with {sizes} takes about {gib(plan.working_bytes)}, and the self-check at load about {gib(plan.checking_bytes)} "
-            "in addition to the layers that it checks. Allow more memory, or lower gpu_batch_tokens or gpu_batch_size."
+            f"in addition to the layers that it checks. {_remedy(least, space)}, or lower gpu_batch_tokens or "
+            "gpu_batch_size."
         )
     short = {tier: count for tier, count in plan.peak_bytes.items() if count > space.of(tier)}
     asked = {"weights": policy.weights, "cache": policy.cache, "prefetch": policy.prefetch}
@@ -43,9 +44,14 @@ def describe_shortage(plan: WeightPlan, least: Mapping[Tier, int], space: Space,
     if set(short) == {"disk"}:
         return f"{needs}. Free disk space, choose another offload_folder, or lower the shares on disk."
     return (
-        f"{needs}. The least that this model runs in is {_amounts(least, space)}. Allow more memory, or leave "
+        f"{needs}. The least that this model runs in is {_amounts(least, space)}. {_remedy(short, space)}, or leave "
         f"{' and '.join(named)} out of the policy."
     )
+
+
+def _remedy(counts: Mapping[Tier, int], space: Space) -> str:
+    limited = any(space.limited(tier) for tier, count in counts.items() if count > space.of(tier))
+    return "Allow more memory" if limited else "Free more memory"
 
 
 def _amounts(counts: Mapping[Tier, int], space: Space) -> str:

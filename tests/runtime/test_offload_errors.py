@@ -169,7 +169,7 @@ def test_shares_are_reported_and_peaks_compared_with_limits(
         engine.run(JOBS)
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
-    assert "more memory was used than allowed" in warnings[0]
+    assert re.search(r"more memory was used than allowed: [\d.]+ \wiB of memory, where max_memory allows 1.0 KiB", warnings[0])
 
 
 def test_layers_too_large_for_the_device_are_checked_on_the_cpu(
