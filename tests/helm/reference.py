@@ -57,7 +57,8 @@ class ReferenceClient(Client):
         self._tokenizer, self._model = load(folder)
         self._context = context_of(folder)
         end = self._model.generation_config.eos_token_id
-        self._end_tokens = set(end if isinstance(end, list) else [end])
+        own = self._tokenizer.eos_token_id  # HELM's own client cuts at its text what transformers generates.
+        self._end_tokens = {*(end if isinstance(end, list) else [end]), *([] if own is None else [own])}
 
     @torch.inference_mode()
     def make_request(self, request: Request) -> RequestResult:
@@ -100,6 +101,7 @@ class ReferenceClient(Client):
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=max_tokens,
+            eos_token_id=sorted(self._end_tokens),
             output_logits=True,
             return_dict_in_generate=True,
         )
