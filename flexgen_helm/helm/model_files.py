@@ -116,7 +116,7 @@ def _original_lengths(config: dict[str, Any]) -> list[int]:
 def _num_special_tokens(tokenizer_config: dict[str, Any], tokenizer_file: Path) -> int:
     """Count special tokens; where files disagree the larger number, because one token too few costs nothing."""
     claimed = int(bool(tokenizer_config.get("add_bos_token")))
-    if not tokenizer_file.is_file():
+    if not tokenizer_file.is_symlink() and not tokenizer_file.is_file():
         # A sentencepiece tokenizer, whose classes add a BOS token unless told otherwise.
         return max(claimed, int(tokenizer_config.get("add_bos_token") is None and "bos_token" in tokenizer_config))
     from tokenizers import Tokenizer
