@@ -52,8 +52,8 @@ def read_generation_config(name: str, folder: Path) -> GenerationConfig:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if not all(end is None or type(end) is int for end in ends):
         raise UnsupportedModel(
-            f"{name}: eos_token_id of its {FILE if own else 'config.json'} is {config.eos_token_id!r}, which is neither a "
-            "token id nor a list of token ids. Correct the file."
+            f"{name}: eos_token_id of its {FILE if own else 'config.json'} is {config.eos_token_id!r}, neither a token "
+            "id nor a list of token ids. Correct the file."
         )
     return config
 

@@ -62,8 +62,8 @@ def renaming_advice(folder: Path, names: Iterable[str], name: str, found: Shorte
     said += f". They come from {' and '.join(writers)}. " if writers else ". "
     if any("lora_" in each for each in names):
         return said + "The files hold an adapter too: call merge_and_unload() on the PEFT model, and save what it returns."
+    read = f"from_pretrained({str(folder)!r}, dtype='auto', key_mapping={found.mapping!r})"
     return said + (
         "Save the model without its wrapper, or rename the tensors once: "
-        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto', "
-        f"key_mapping={found.mapping!r}).save_pretrained(new_folder, save_original_format=False)."
+        f"AutoModelForCausalLM.{read}.save_pretrained(new_folder, save_original_format=False)."
     )

@@ -31,6 +31,8 @@ from helm.benchmark.window_services.window_service_factory import WindowServiceF
 from helm.common.local_context import LocalContext
 from helm.common.tokenization_request import TokenizationRequest
 from helm.proxy.retry import NonRetriableException
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from flexgen_helm import plugin
 from flexgen_helm.context import DEFAULT_CONTEXT
@@ -41,6 +43,7 @@ from flexgen_helm.helm.runner import FlexGenRunner
 from flexgen_helm.helm.tokenizer import FlexGenTokenizer
 from flexgen_helm.runtime.context import context_of
 from flexgen_helm.runtime.loading import open_without_weights
+from flexgen_helm.runtime.tokenizer_files import read_tokenizer
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import FakeLoader, run_spec
 from tests.tokenizers import save_pair_tokenizer
@@ -333,6 +336,45 @@ def test_what_else_a_tokenizer_refuses_is_told_as_it_is(model_folder: Path, tmp_
     tokenizer = FlexGenTokenizer(config.name, str(model_folder))
     with pytest.raises(NonRetriableException, match=r"expects tokenizer to be (?!.*surrogate)"):
         tokenizer.tokenize(TokenizationRequest("aa", tokenizer="another/model"))
+
+
+def test_helm_splits_a_text_as_the_engine_does(model_folder: Path) -> None:
+    """Where the class that is named beside tokenizer.json would split it in its own way."""
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (model_folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 320}))
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer, engine = FlexGenTokenizer("org/split", str(model_folder)), read_tokenizer("org/split", model_folder)
+    request = TokenizationRequest("aaab<s>ac", tokenizer="org/split", encode=True)
+    written = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    assert engine is not None
+    ids = written.encode("aaab<s>ac", add_special_tokens=False).ids
+    assert AutoTokenizer.from_pretrained(model_folder).encode("aaab<s>ac", add_special_tokens=False) != ids
+    assert engine.encode("aaab<s>ac", add_special_tokens=False) == ids
+    assert [token.value for token in tokenizer.tokenize(request).tokens] == ids
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"), [("tokenizer.json", "{", "tokenizer.json cannot be read"), (None, "", "has no tokenizer")]
+)
+def test_tokenizer_that_cannot_be_read_is_no_reason_to_try_again(
+    model_folder: Path, file: str | None, content: str, message: str
+) -> None:
+    if file is None:
+        for each in ("tokenizer.json", "tokenizer_config.json"):
+            (model_folder / each).unlink()
+    else:
+        (model_folder / file).write_text(content)
+    tokenizer = FlexGenTokenizer(f"org/{file}", str(model_folder))
+    with pytest.raises(NonRetriableException, match=message):
+        tokenizer.tokenize(TokenizationRequest("aa", tokenizer=f"org/{file}"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"])
+def test_link_to_a_file_that_was_not_fetched_is_named(model_folder: Path, file: str) -> None:
+    (model_folder / file).unlink(missing_ok=True)
+    (model_folder / file).symlink_to(model_folder / "nowhere")
+    with pytest.raises(DeploymentError, match=file.replace(".", r"\.")):
+        get_model_deployment(f"flexgen/{model_folder}")
 
 
 @pytest.mark.parametrize("runner", [Runner, FlexGenRunner])
