@@ -33,6 +33,16 @@ def on_a_small_device(own: Callable[..., Any], most: int, size: Callable[..., in
     return method
 
 
+def noting(size: Callable[..., int], seen: list[int]) -> Callable[..., int]:
+    """A measure of size that notes what it found."""
+
+    def measure(*arguments: Any) -> int:
+        seen.append(size(*arguments))
+        return seen[-1]
+
+    return measure
+
+
 def in_second_layer(j: int, recording: Any) -> int:
     return int(recording.hidden.shape[1]) if j == 1 else 0
 
@@ -50,8 +60,11 @@ def test_rows_are_halved_and_answers_stay(
         warnings = [record.getMessage() for record in caplog.records]
         assert len(warnings) == 1
         assert re.search("no memory for 32 tokens.*there are 16", warnings[0])
+        seen: list[int] = []
+        monkeypatch.setattr(PackedRows, method, on_a_small_device(getattr(PackedRows, method), most, noting(size, seen)))
         assert engine.run(JOBS) == results
         assert len(caplog.records) == 1  # smaller rows stay
+        assert max(seen) == most  # and are no smaller than they must be
     agreement = Agreement()
     for job, result in zip(JOBS, results, strict=True):
         agreement.add(job, result, bench.reference("llama"))

@@ -17,8 +17,8 @@ from flexgen_helm.memory.limits import parse_max_memory, parse_size
 from flexgen_helm.memory.staging import NUM_BUFFERS
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.memory.working_set import TRANSFER_BYTES
-from flexgen_helm.runtime.plan import CACHE_SHARE, EMBEDDINGS, Space, cache_capacities, plan_weights
-from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier
+from flexgen_helm.runtime.plan import CACHE_SHARE, EMBEDDINGS, Space, cache_capacities, exceeded, plan_weights
+from flexgen_helm.types import TIERS, ResolvedPolicy, RunStats, Shares, Tier
 
 GIB = 2**30
 CONFIG = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=20, num_attention_heads=8, vocab_size=1000)
@@ -228,3 +228,11 @@ def test_sizes(text: str | int, count: int) -> None:
 def test_limits_that_make_no_sense_are_refused(given: Any) -> None:
     with pytest.raises(PolicyError, match="Give"):
         parse_max_memory(given)
+
+
+@pytest.mark.parametrize(("held", "said"), [(100, None), (101, "on the host, where max_memory allows")])
+def test_what_was_held_beyond_a_limit_is_said(held: int, said: str | None) -> None:
+    stats = RunStats(tier_peak_bytes={"host": held})
+    found = exceeded({"host": 100}, stats, {"device": 0, "host": held, "disk": 0}, separate=True)
+    assert (said is None) == (found is None)
+    assert (said or "") in (found or "")

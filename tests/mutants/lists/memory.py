@@ -54,7 +54,7 @@ MUTANTS = (
         file="flexgen_helm/runtime/plan.py",
         old="if held[tier] > allowed[tier]",
         new="if held[tier] > 2 * allowed[tier]",
-        tests=("tests/runtime/test_offload_errors.py::test_shares_are_reported_and_peaks_compared_with_limits",),
+        tests=(f"{PLAN}::test_what_was_held_beyond_a_limit_is_said",),
         why="more memory than the user allows is used and nobody says so",
     ),
     Mutant(
