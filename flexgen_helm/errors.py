@@ -13,6 +13,14 @@ class InvalidJob(FlexGenError):
     """A job that cannot be served: empty prompt, longer than the context, a field out of range."""
 
 
+class NotFinite(InvalidJob):
+    """A job whose answer would hold NaN or infinity; no other job is affected."""
+
+
+class JobFailed(FlexGenError):
+    """A job that met an error in code; no other job is affected."""
+
+
 class PolicyError(FlexGenError):
     """A policy that cannot be honoured on this model and machine."""
 

@@ -61,6 +61,17 @@ def uniform(prompt_token_ids: Sequence[int], seed: int | None, completion: int, 
     return UniformStream(prompt_token_ids, seed, completion).at(step)
 
 
+def most_likely(logits: Tensor) -> list[int | None]:
+    """Return the most likely token of each row, the lowest id on ties; None where a row holds NaN or +inf, or -inf alone.
+
+    Args:
+        logits: Shape ``[n, V]``. -inf is the logit of a token that the model suppresses.
+    """
+    best, token_ids = logits.max(dim=-1)
+    pairs = zip(token_ids.tolist(), best.isfinite().tolist(), strict=True)
+    return [int(token_id) if finite else None for token_id, finite in pairs]
+
+
 def greedy(logits: Tensor) -> list[int]:
     """Return the most likely token of each row, the lowest id on ties.
 
