@@ -142,13 +142,12 @@ class Intake:
             completions=[generation.builder.finish() for generation in ticket.generations],
             prompt_token_ids=list(prepared.prompt_ids),
             prompt_token_texts=texts,
-            prompt_logprobs=self._prompt_logprobs(prepared, work) if scored else None,
+            prompt_logprobs=self._scores(prepared, work) if scored else None,
         )
 
-    def _prompt_logprobs(self, prepared: PreparedJob, work: Work) -> list[float]:
-        values = [value for node in work.node.path() for value in node.logprobs or ()]
-        logprobs = [0.0 if value is None else value for value in values][prepared.num_added :]
-        if not math.isfinite(sum(logprobs)):
+    def _scores(self, prepared: PreparedJob, work: Work) -> list[float]:
+        logprobs = _prompt_logprobs(work)[prepared.num_added :]
+        if not all(map(math.isfinite, logprobs)):
             if any(math.isnan(logprob) for logprob in logprobs):
                 raise overflow(*self._dtypes)
             position = logprobs.index(NEG_INF)
@@ -194,3 +193,8 @@ def _completion_key(prepared: PreparedJob, index: int) -> Hashable:
     job = prepared.job
     draw = None if prepared.is_greedy else (job.temperature, job.top_p, job.seed or 0, index)
     return draw, job.max_new_tokens, frozenset(job.stop), job.top_logprobs, job.ignore_eos
+
+
+def _prompt_logprobs(work: Work) -> list[float]:
+    values = [value for node in work.node.path() for value in node.logprobs or ()]
+    return [0.0 if value is None else value for value in values]

@@ -43,8 +43,8 @@ def impossible(token_id: int, position: int) -> NotFinite:
         position: Among the prompt's tokens.
     """
     return NotFinite(
-        f"Token {token_id} at position {position} of the prompt has probability 0: the model suppresses it (its logit is -inf), "
-        "so its log-probability is not a finite number. Score a prompt without this token."
+        f"Token {token_id} at position {position} of the prompt has probability 0, because the model suppresses it (its logit "
+        "is -inf). So its log-probability is not a finite number. Score a prompt without this token."
     )
 
 

@@ -81,9 +81,8 @@ def greedy(logits: Tensor) -> list[int]:
     Raises:
         UnsupportedModel: A row holds NaN or +inf.
     """
-    best, token_ids = logits.max(dim=-1)
-    _check_finite(best)
-    return [int(token_id) for token_id in token_ids.tolist()]
+    _check_finite(logits.amax(dim=-1))
+    return [token_id for token_id in most_likely(logits) if token_id is not None]
 
 
 def choose(logits: Tensor, *, temperature: float, top_p: float, u: float) -> int:
