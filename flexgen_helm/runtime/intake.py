@@ -46,9 +46,8 @@ class Generation(Fork):
             logprobs: ``[vocab]``, the unwarped model's.
         """
         self.finite = self.finite and self.work.finite and best is not None
-        if best is None or not self.finite:
-            self.done = True
-        if self.done:
+        self.done = self.done or not self.finite
+        if best is None or self.done:
             return
         try:
             self.append(_next_token(self, best, logits), logprobs)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.errors import JobFailed, OutOfSpace
-from flexgen_helm.runtime import intake, worker
+from flexgen_helm.runtime import worker
 from flexgen_helm.runtime.completion import CompletionBuilder
 from flexgen_helm.runtime.executor import SerialExecutor
+from flexgen_helm.runtime.sampling import choose
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import Sweep
 from tests.jobs import fixed_mix, random_tokens
@@ -109,7 +110,7 @@ def test_a_token_that_cannot_be_chosen_or_taken(
     """No sweep is repeated: it is known whose token it is."""
     expected = engine.run(JOBS)
     sampled = replace(CULPRIT, temperature=1.0, top_p=0.77, seed=13)
-    choose, append = intake.choose, CompletionBuilder.append
+    append = CompletionBuilder.append
 
     def choosing(logits: Tensor, *, top_p: float, **options: Any) -> int:
         if top_p == sampled.top_p:
@@ -122,7 +123,7 @@ def test_a_token_that_cannot_be_chosen_or_taken(
         return append(self, *arguments)
 
     if where == "choose":
-        monkeypatch.setattr(intake, "choose", choosing)
+        monkeypatch.setattr("flexgen_helm.runtime.intake.choose", choosing)
     else:
         monkeypatch.setattr(CompletionBuilder, "append", appending)
     failed = failing_sweeps(monkeypatch, lambda sweep: False, error)
