@@ -38,6 +38,14 @@ JOB_WORDS = {name: name for name in ("max_new_tokens", "top_logprobs", "num_comp
 """What messages call the fields of a job."""
 
 
+class NotFinite(InvalidJob):
+    """A job whose answer would hold NaN or infinity; no other job is affected."""
+
+
+class JobFailed(FlexGenError):
+    """A job that met an error in code; no other job is affected."""
+
+
 class PolicyError(FlexGenError):
     """A policy that cannot be honoured on this model and machine."""
 

@@ -23,6 +23,8 @@ from flexgen_helm.memory.working_set import Loaded
 from flexgen_helm.schedule.rows import Row, Segment
 
 HOST = torch.device("cpu")
+LARGEST_KEY = 2.0**58
+"""A masked score must stay finite: products with a query of this size, summed over 4,096 elements, do in fp32."""
 Locate = Callable[[Place, Tensor], Tensor]
 """From numbers of pages at a place to where they are in its tensors."""
 _Spot = tuple[Place, int, int]
@@ -119,6 +121,8 @@ class RowAttention:
         self._plans: dict[int, list[Window]] = {}
         self._loaded: dict[int, Loaded] = {}
         """By layer, what was brought for this row."""
+        self.bad = torch.zeros(row.size, dtype=torch.bool, device=device)
+        """Tokens ``[T]`` whose K or V was not finite in a layer so far."""
 
     def load(self, j: int) -> Transfer | None:
         """Start to bring the pages of layer j that are not where attention reads them."""
@@ -158,6 +162,7 @@ class RowAttention:
             ``[T, H, Dv]`` in the dtype of the values.
         """
         q, k, v = (self._cache.cast(x) for x in qkv)
+        k, v = self._cleaned(k, v)
         stores = self._cache.tensors(key, k, v, self._pages.places)
         locate = self._locate(key.layer)
         self._writes.apply(stores, locate, (k, v))
@@ -177,6 +182,21 @@ class RowAttention:
             merged = merge_chunks(merged, outputs.outputs, outputs.lse)
         assert merged is not None
         return normalised(merged, sinks).to(qkv[2].dtype)
+
+    def _cleaned(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V as they may be stored: zeros for tokens that are not finite, which are noted in `bad`.
+
+        Masks do not hide NaN and infinity: what is masked is added to -inf and multiplied by 0. So pages hold finite numbers
+        only, whoever reads or reuses them, and who sees such a token has no answer.
+        """
+        good = _peak(k) <= min(LARGEST_KEY, torch.finfo(k.dtype).max)
+        good &= _peak(v) <= torch.finfo(v.dtype).max
+        # To look costs a GPU its head start, to copy costs a CPU more than the look.
+        if good.device.type == "cpu" and bool(good.all()):
+            return k, v
+        self.bad |= ~good
+        kept = good[:, None, None]
+        return torch.where(kept, k, 0.0), torch.where(kept, v, 0.0)
 
     def _begin_on_host(
         self, name: str, windows: list[Window], q: Tensor, stores: Mapping[Place, PageTensors], kernel: Kernel
@@ -201,3 +221,8 @@ class RowAttention:
         if id(rule) not in self._plans:
             self._plans[id(rule)] = plan_attention(self._row, self._pages, rule, dtype=q.dtype, device=self._device)
         return self._plans[id(rule)]
+
+
+def _peak(x: Tensor) -> Tensor:
+    """The largest magnitude ``[T]`` in each token's ``[T, H, D]``; NaN where there is one."""
+    return x.abs().amax((1, 2))

@@ -20,7 +20,7 @@ from helm.common.cache import (
 )
 
 from flexgen_helm.helm.disk import clear_disk_errors
-from flexgen_helm.helm.requests import Response
+from flexgen_helm.helm.requests import Response, checked
 
 Item = tuple[str, Response]
 LOCK_SECONDS = 60.0
@@ -59,7 +59,7 @@ class ResponseCache:
     def lookup(self, keys: Sequence[str]) -> list[Response | None]:
         """Return the stored answer of each key, or None, in the order of the keys."""
         with self._lock:
-            found = self._store.get(keys)
+            found = [checked(response) for response in self._store.get(keys)]
         for response in found:
             cache_stats.increment_query(self._stats_key)
             if response is None:

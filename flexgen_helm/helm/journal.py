@@ -20,7 +20,7 @@ from helm.common.hierarchical_logger import hwarn
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.helm.disk import clear_disk_errors
-from flexgen_helm.helm.requests import Response
+from flexgen_helm.helm.requests import Response, checked
 
 FOLDER = "flexgen_journal"
 """In the suite's folder, while a command is unfinished."""
@@ -94,7 +94,9 @@ class Journal:
         path, offset = found
         with path.open("rb") as file:
             file.seek(offset)
-            response: Response = json.loads(_checked(file.readline()) or b"{}").get("response")
+            response = checked(json.loads(_checked(file.readline()) or b"{}").get("response"))
+        if response is None:
+            del self._found[_digest(key)]  # what is computed instead is kept
         return response
 
     def append(self, key: str, response: Response) -> None:

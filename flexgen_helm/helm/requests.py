@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
@@ -11,7 +12,7 @@ from typing import Any, TypedDict
 from helm.clients.client import CachingClient
 from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
 
-from flexgen_helm.errors import InvalidJob
+from flexgen_helm.errors import InvalidJob, NotFinite
 from flexgen_helm.types import Completion, Job, Result
 
 
@@ -160,7 +161,7 @@ def to_response(request: Request, result: Result, timing: Timing) -> Response:
     ``multiple_choice_separate`` sums the last log-probabilities and HELM's metrics expect no special tokens.
 
     Raises:
-        InvalidJob: The job was refused.
+        FlexGenError: The job was refused, or a number of its result is not finite.
     """
     if result.error is not None:
         raise result.error
@@ -168,6 +169,8 @@ def to_response(request: Request, result: Result, timing: Timing) -> Response:
         completions = [_stored_prompt(request, result)] * request.num_completions
     else:
         completions = [_stored_completion(request, completion) for completion in result.completions]
+    if not all(map(_is_finite, completions)):
+        raise NotFinite("The answer holds NaN or infinity, so it is neither kept nor scored. Use bfloat16 or float32 (dtype).")
     return Response(
         completions=completions,
         request_time=timing.seconds / timing.batch_size,
@@ -175,6 +178,16 @@ def to_response(request: Request, result: Result, timing: Timing) -> Response:
         batch_size=timing.batch_size,
         batch_request_time=timing.seconds,
     )
+
+
+def checked(response: Response | None) -> Response | None:
+    """Return a stored answer, None if a number in it is not finite, as earlier versions kept them."""
+    return response if response is None or all(map(_is_finite, response["completions"])) else None
+
+
+def _is_finite(completion: StoredCompletion) -> bool:
+    candidates = (logprob for step in completion["top_logprobs"] for _, logprob in step)
+    return all(map(math.isfinite, (logprob for _, logprob in completion["tokens"]))) and all(map(math.isfinite, candidates))
 
 
 def _stored_prompt(request: Request, result: Result) -> StoredCompletion:

@@ -12,7 +12,7 @@ from helm.common.hierarchical_logger import hlog, hwarn
 from helm.common.key_value_store import request_to_key
 from helm.common.request import Request, RequestResult
 
-from flexgen_helm.errors import DiskFull, FlexGenError, InvalidJob
+from flexgen_helm.errors import DiskFull, FlexGenError, InvalidJob, JobFailed
 from flexgen_helm.helm.cache import ResponseCache
 from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.deployment import EngineArguments, parse_arguments
@@ -167,30 +167,33 @@ class _Workload:
         if not missing:
             return
         computed: dict[int, Response] = {}
+        failed: dict[int, FlexGenError] = {}
         started = time.time()
 
         def timing() -> Timing:
             return Timing(started, time.time() - started, len(missing))
 
         def on_result(position: int, result: Result) -> None:
-            if result.error is not None:
-                return
             index = missing[position]
-            computed[index] = to_response(self._requests[index], result, timing())
+            try:
+                computed[index] = to_response(self._requests[index], result, timing())
+            except Exception as error:  # of this request alone
+                failed[index] = error if isinstance(error, FlexGenError) else JobFailed(f"{type(error).__name__}: {error}")
+                return
             self._journal.append(self._keys[index], computed[index])
 
         try:
             with messages_in_helms_log("flexgen_helm.runtime.progress"):
                 asked = [jobs[index] for index in missing]
-                results = engine.run(asked, on_result=on_result, on_error="return", progress=console.stream)
+                engine.run(asked, on_result=on_result, on_error="return", progress=console.stream)
             self.stats = engine.stats
         finally:
             whole = timing()  # how long the batch took is known only now
             computed = {index: _stamped(response, whole) for index, response in computed.items()}
             self._store(computed)
-        for index, result in zip(missing, results, strict=True):
-            if result.error is not None:
-                self._fail(index, result.error)
+        for index in missing:
+            if index in failed:
+                self._fail(index, failed[index])
             else:
                 self._settle(index, "computed", computed[index])
 

@@ -29,6 +29,10 @@ Cuts = Sequence[tuple[int, int]]
 """(length, first part) of each sequence."""
 
 
+class NotNumbers(UnsupportedModel):
+    """The model gives NaN or infinity for the random tokens of the self-check, in rows of whatever kind."""
+
+
 @dataclass(frozen=True)
 class LayerCache:
     """What one layer adds to the cache, in bytes."""
@@ -104,7 +108,11 @@ def compared(length: int) -> list[int]:
 
 
 def plain_logprobs(model: RecordedModel, sequences: list[Tokens]) -> list[Tensor]:
-    """Log-probabilities ``[compared, vocab]`` of each sequence alone, by the library's own forward."""
+    """Log-probabilities ``[compared, vocab]`` of each sequence alone, by the library's own forward.
+
+    Raises:
+        NotNumbers: If they are none.
+    """
     found = []
     with model.plain() as plain:
         for tokens in sequences:
@@ -112,12 +120,24 @@ def plain_logprobs(model: RecordedModel, sequences: list[Tokens]) -> list[Tensor
             keep = {"logits_to_keep": positions} if model.takes("logits_to_keep") else {}
             logits = plain(input_ids=torch.tensor([tokens], device=model.device), use_cache=False, **keep).logits[0]
             found.append(torch.log_softmax((logits if keep else logits[positions]).float(), -1))
+    require_numbers(found)
     return found
 
 
 def worst_difference(expected: list[Tensor], got: list[Tensor]) -> float:
-    """Largest difference of any entry; infinite where one side is not a number."""
-    return max(float((a - b).abs().nan_to_num(torch.inf).max()) for a, b in zip(expected, got, strict=True))
+    """Largest difference of any entry; infinite where one side is not a number. Equal infinities are equal."""
+    differences = [torch.where(a == b, 0.0, a - b) for a, b in zip(expected, got, strict=True)]
+    return max(float(difference.abs().nan_to_num(torch.inf).max()) for difference in differences)
+
+
+def require_numbers(logprobs: list[Tensor]) -> None:
+    """Refuse a model by whose log-probabilities nothing can be compared; -inf is that of a token that the model suppresses.
+
+    Raises:
+        NotNumbers: If there is NaN among them.
+    """
+    if any(bool(found.isnan().any()) for found in logprobs):
+        raise NotNumbers("its log-probabilities of random tokens are not finite")
 
 
 def compared_wants(length: int, start: int, end: int) -> list[Want]:

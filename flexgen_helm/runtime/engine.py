@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyError
+from flexgen_helm.errors import DiskFull, FlexGenError, InvalidJob, JobFailed, OutOfSpace, PolicyError
 from flexgen_helm.memory.hidden import HiddenStore
 from flexgen_helm.memory.limits import MaxMemory, gib, parse_max_memory
 from flexgen_helm.memory.meter import Meter
@@ -165,7 +165,8 @@ class Engine:
             One result for each job, in their order.
 
         Raises:
-            InvalidJob: A job that cannot be served, with ``on_error="raise"``.
+            InvalidJob: A job that cannot be served, with ``on_error="raise"``; `NotFinite` if its numbers are not finite.
+            JobFailed: A job that met an error in code, with ``on_error="raise"``.
             OutOfSpace: A job whose K and V can never fit.
         """
         if isinstance(jobs, Job):
@@ -271,7 +272,7 @@ class Engine:
             rows, head_slice=policy.gpu_batch_size, order=order, weights=parts.weights, hidden=hidden, meter=self.meter
         )
         vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
-        intake = Intake(vocabulary, self._loaded.end_token_ids)
+        intake = Intake(vocabulary, self._loaded.end_token_ids, dtype=self._loaded.model.dtype, kv_dtype=self._kv_dtype)
         return Worker(self._scheduler, executor, intake, self.meter, self._device)
 
     def _prepare(self, job: Job) -> PreparedJob:
@@ -315,7 +316,7 @@ class Engine:
             self._worker.put(list(tickets.values()))
             for _ in tickets:
                 index = finished.get()
-                result = results[index] = _result(tickets[index], on_error)
+                result = results[index] = _result(index, tickets[index], on_error)
                 watch.progress.request_done(result)
                 if on_result is not None:
                     on_result(index, result)
@@ -351,13 +352,15 @@ class _Watch:
         return time.perf_counter() - self._begin
 
 
-def _result(ticket: Ticket, on_error: Literal["raise", "return"]) -> Result:
+def _result(index: int, ticket: Ticket, on_error: Literal["raise", "return"]) -> Result:
     try:
         return ticket.future.result()
-    except (InvalidJob, OutOfSpace) as error:  # of this job alone
-        if on_error == "raise":
+    except (InvalidJob, OutOfSpace, JobFailed) as error:  # of this job alone
+        if on_error == "return":
+            return Result(error=error)
+        if isinstance(error, DiskFull):
             raise
-        return Result(error=error)
+        raise type(error)(f"job {index}: {error}") from error
 
 
 def _put(finished: queue.SimpleQueue[int], index: int, _: object) -> None:

@@ -63,6 +63,9 @@ class Rows(Protocol):
     def store_cache(self, j: int, recording: Any) -> Waitable | None:
         """Start to bring what layer j added to a row's cache to where it rests."""
 
+    def bad_tokens(self, recording: Any) -> Tensor | None:
+        """Tokens ``[T]`` of a row, gone through all layers, whose K or V was not finite; None: that shows in their logits."""
+
     def finish(self, hidden: Tensor) -> Tensor:
         """Hidden states ``[P, ...]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
 
@@ -220,6 +223,7 @@ class SerialExecutor:
 
     def _finish(self, run: _Run, on_logits: LogitsHandler) -> None:
         self._use_weights(self.num_layers)
+        run.mark()
         wanted = run.wanted()
         while wanted:
             slice_, rest = wanted[: self._head_slice], wanted[self._head_slice :]
@@ -296,7 +300,9 @@ class _Run:
         if hidden is not None:
             hidden.begin_sweep(len(sweep.rows))
         rows.reserve(sweep)
+        self._sweep = sweep
         self._wants = [list(row.wants()) for row in sweep.rows]
+        self._bad: dict[int, Tensor] = {}
         self._final: dict[int, Tensor] = {}
         self.layer = -1
         """Whose weights are in use."""
@@ -328,6 +334,15 @@ class _Run:
         if last:
             offsets = [want.offset for want in self._wants[k]]
             self._final[k] = recording.tokens[torch.tensor(offsets, dtype=torch.long, device=recording.tokens.device)]
+            bad = self._rows.bad_tokens(recording)
+            if bad is not None:
+                self._bad[k] = bad
+
+    def mark(self) -> None:
+        """Note whose tokens were not finite, before anything is answered."""
+        if self._bad and bool(torch.cat(list(self._bad.values())).any()):
+            for k, bad in self._bad.items():
+                self._sweep.rows[k].mark(bad.nonzero()[:, 0].tolist())
 
     def wanted(self) -> list[tuple[Want, Tensor]]:
         """All wants with the last layer's hidden state ``[...]`` of their positions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -9,14 +10,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from flexgen_helm.errors import FlexGenError
 from flexgen_helm.runtime.completion import CompletionBuilder
+from flexgen_helm.runtime.job_errors import impossible, of_one_job, overflow
 from flexgen_helm.runtime.jobs import PreparedJob
-from flexgen_helm.runtime.sampling import UniformStream, choose, greedy, top_candidates
+from flexgen_helm.runtime.sampling import UniformStream, choose, most_likely, top_candidates
 from flexgen_helm.runtime.text import token_texts
 from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.schedule.rows import Fork, Want
 from flexgen_helm.schedule.work import Work
 from flexgen_helm.types import Job, Result
+
+NEG_INF = float("-inf")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -27,10 +32,32 @@ class Generation(Fork):
     builder: CompletionBuilder
     stream: UniformStream | None
     """Random numbers; None: greedy."""
+    work: Work
+    """Its prompt."""
+    error: FlexGenError | None = None
+    """Why it ended without an answer."""
+
+    def step(self, best: int | None, logits: Tensor, logprobs: Tensor) -> None:
+        """Choose the next token, or end with an error, which is of this completion alone.
+
+        Args:
+            best: The most likely token; None: ``logits`` are not finite.
+            logits: ``[vocab]``.
+            logprobs: ``[vocab]``, the unwarped model's.
+        """
+        self.finite = self.finite and self.work.finite and best is not None
+        self.done = self.done or not self.finite
+        if best is None or self.done:
+            return
+        try:
+            self.append(_next_token(self, best, logits), logprobs)
+        except Exception as error:
+            self.error, self.done = of_one_job(error), True
 
     def append(self, token_id: int, logprobs: Tensor) -> None:
         """Take the next token; ``logprobs`` ``[vocab]`` are the unwarped model's at this step."""
         top = top_candidates(logprobs, self.job.top_logprobs) if self.job.top_logprobs else []
+        top = [candidate for candidate in top if candidate.logprob > NEG_INF]  # the model suppresses the others
         self.tokens.append(token_id)
         self.done = self.builder.append(token_id, float(logprobs[token_id]), top) is not None
 
@@ -44,6 +71,10 @@ class Ticket:
     work: Work | None = None
     generations: list[Generation] = field(default_factory=list)
 
+    def begin_anew(self) -> None:
+        """Forget what was computed for it; the answer will be the same."""
+        self.work, self.generations = None, []
+
     def answered(self) -> bool:
         """Whether all that the job asks for is there; its work may go on for others with the same prompt."""
         scored = not self.prepared.job.score_prompt or (self.work is not None and self.work.scored())
@@ -53,9 +84,25 @@ class Ticket:
 class Intake:
     """Makes work of tickets and results of finished work, for one model."""
 
-    def __init__(self, vocabulary: Vocabulary | None, end_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary | None,
+        end_token_ids: frozenset[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Take over what results are made of.
+
+        Args:
+            vocabulary: Of the tokenizer, None if there is none.
+            end_token_ids: Tokens that end a text.
+            dtype: Of the model, which errors name.
+            kv_dtype: In which K and V are kept; None: in the model's.
+        """
         self._vocabulary = vocabulary
         self._end_token_ids = end_token_ids
+        self._dtypes = dtype, kv_dtype
 
     def merge(self, tickets: Iterable[Ticket]) -> list[Work]:
         """Make work of tickets: one piece for each distinct input."""
@@ -69,30 +116,49 @@ class Intake:
             for index in range(job.num_completions if job.max_new_tokens else 0):
                 key = (ids, _completion_key(ticket.prepared, index))
                 if key not in generations:
-                    generations[key] = self._generation(ticket.prepared, index)
+                    generations[key] = self._generation(ticket.prepared, index, work)
                     work.forks.append(generations[key])
                 ticket.generations.append(generations[key])
         return list(works.values())
 
     def result(self, ticket: Ticket) -> Result:
-        """Assemble the answer to a ticket whose work is done."""
+        """Assemble the answer to a ticket whose work is done.
+
+        Raises:
+            NotFinite: A number that it needs is not finite.
+            FlexGenError: A completion could not be made.
+        """
         prepared, work = ticket.prepared, ticket.work
         assert work is not None
+        if not work.finite or not all(generation.finite for generation in ticket.generations):
+            raise overflow(*self._dtypes)
+        for generation in ticket.generations:
+            if generation.error is not None:
+                raise generation.error
         scored = prepared.job.score_prompt
         texts = token_texts(self._vocabulary, prepared.prompt_ids) if scored and self._vocabulary else []
         return Result(
             completions=[generation.builder.finish() for generation in ticket.generations],
             prompt_token_ids=list(prepared.prompt_ids),
             prompt_token_texts=texts,
-            prompt_logprobs=_prompt_logprobs(work)[prepared.num_added :] if scored else None,
+            prompt_logprobs=self._scores(prepared, work) if scored else None,
         )
 
-    def _generation(self, prepared: PreparedJob, index: int) -> Generation:
+    def _scores(self, prepared: PreparedJob, work: Work) -> list[float]:
+        logprobs = _prompt_logprobs(work)[prepared.num_added :]
+        if not all(map(math.isfinite, logprobs)):
+            if any(math.isnan(logprob) for logprob in logprobs):
+                raise overflow(*self._dtypes)
+            position = logprobs.index(NEG_INF)
+            raise impossible(prepared.prompt_ids[position], position)
+        return logprobs
+
+    def _generation(self, prepared: PreparedJob, index: int, work: Work) -> Generation:
         job, ids = prepared.job, prepared.input_ids
         end_ids = frozenset[int]() if job.ignore_eos else self._end_token_ids
         builder = CompletionBuilder(self._vocabulary, ids, job=job, end_token_ids=end_ids)
         stream = None if prepared.is_greedy else UniformStream(ids, job.seed, index)
-        return Generation(max_new_tokens=job.max_new_tokens, job=job, builder=builder, stream=stream)
+        return Generation(max_new_tokens=job.max_new_tokens, job=job, builder=builder, stream=stream, work=work)
 
 
 def answer(wants: list[Want], logits: Tensor) -> None:
@@ -106,11 +172,11 @@ def answer(wants: list[Want], logits: Tensor) -> None:
             assert node.logprobs is not None
             node.logprobs[i] = logprob
     if any(want.forks for want in wants):
-        best = greedy(logits)
+        best = most_likely(logits)
         for row, want in enumerate(wants):
             for fork in want.forks:
                 assert isinstance(fork, Generation)
-                fork.append(_next_token(fork, best[row], logits[row]), logprobs[row])
+                fork.step(best[row], logits[row], logprobs[row])
 
 
 def _next_token(generation: Generation, best: int, logits: Tensor) -> int:

@@ -15,8 +15,9 @@ from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
 from flexgen_helm.memory.state_store import StateStore
-from flexgen_helm.runtime.checks import Verdict
+from flexgen_helm.runtime.checks import NotNumbers, Verdict
 from flexgen_helm.runtime.executor import Rows
+from flexgen_helm.runtime.job_errors import not_finite
 from flexgen_helm.runtime.loading import LoadedModel
 from flexgen_helm.runtime.packed import PackedRows
 from flexgen_helm.runtime.packed_check import check_packed
@@ -76,6 +77,8 @@ def check_model(loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice) -
         if rows in ("auto", kind):
             try:
                 verdict = check(model, policy, max_length=loaded.max_length)
+            except NotNumbers as error:
+                raise UnsupportedModel(f"{name} {not_finite(loaded.model.dtype)} ({error}.)") from error
             except UnsupportedModel as error:
                 refusals[kind] = str(error)  # the error itself would keep the check's tensors
                 continue

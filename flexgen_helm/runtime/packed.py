@@ -156,6 +156,10 @@ class PackedRows:
                 "library's attention interface"
             )
 
+    def bad_tokens(self, recording: PackedRecording) -> Tensor:
+        """Tokens ``[T]`` whose K or V was not finite: their pages hold zeros instead."""
+        return recording.attention.bad
+
     def close(self) -> None:
         """Remove what the cache holds on disk, and end what runs beside the computation."""
         self._host.close()

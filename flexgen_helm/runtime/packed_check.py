@@ -16,6 +16,7 @@ from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.packed import PackedRows
 from flexgen_helm.runtime.recorder import RecordedModel
 from flexgen_helm.schedule.rows import Segment, Sweep, pack_prefill
+from flexgen_helm.schedule.tree import Node
 from flexgen_helm.types import ResolvedPolicy
 
 FAR_POSITION = 16_384
@@ -38,7 +39,8 @@ def check_packed(model: RecordedModel, policy: ResolvedPolicy, *, max_length: in
         worst = _difference(exact, policy, max_length, cache)
         if exact is not model:
             cache = PagedCache()
-            _run(model, policy, _whole(checks.random_sequences(model, CUTS, max_length)[1]), cache=cache)
+            for tokens in checks.random_sequences(model, CUTS, max_length):
+                checks.require_numbers(_run(model, policy, _whole(tokens), cache=cache))
         stable = _bit_stable(model, policy, max_length)
         sizes = sorted(cache.bytes_per_token.items())
         calls = [tuple(size for key, size in sizes if key.layer == j) for j in range(len(model.layers))]
@@ -66,6 +68,7 @@ def _bit_stable(model: RecordedModel, policy: ResolvedPolicy, max_length: int) -
         sequences = checks.random_sequences(few, LONG_CUTS, max_length)
         packed = _packed(few, policy, sequences, LONG_CUTS)
         alone = [_run(few, policy, _whole(tokens))[0] for tokens in sequences]
+    checks.require_numbers(alone)
     return all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
 
 
@@ -97,11 +100,19 @@ def _run(
     second: Sequence[Segment] = (),
     cache: PagedCache | None = None,
 ) -> list[Tensor]:
-    """Run segments in one sweep, the second ones in rows of their own; log-probabilities of each segment, in order."""
+    """Run segments in one sweep, the second ones in rows of their own.
+
+    Returns:
+        Log-probabilities of each segment, in order; NaN if K or V of a token was not finite.
+    """
+    owners = [Node(None, segment.start, segment.tokens) for segment in (*first, *second)]
+    for segment, owner in zip((*first, *second), owners, strict=True):
+        segment.owner = owner
     rows = pack_prefill(first, policy) + pack_prefill(second, policy)
     num_kept = 1 + max(page for row in rows for segment in row.segments for page in segment.table)
     packed = PackedRows(model, PagedCache() if cache is None else cache)
-    return checks.sweep_logprobs(SerialExecutor(packed, head_slice=policy.gpu_batch_size), Sweep(rows, num_kept))
+    found = checks.sweep_logprobs(SerialExecutor(packed, head_slice=policy.gpu_batch_size), Sweep(rows, num_kept))
+    return found if all(owner.finite for owner in owners) else [torch.full_like(logprobs, torch.nan) for logprobs in found]
 
 
 def _beside_far_neighbour(

@@ -49,6 +49,17 @@ class UniformStream:
         return (int.from_bytes(digest.digest(), "little") >> 11) * 2.0**-53
 
 
+def most_likely(logits: Tensor) -> list[int | None]:
+    """Return the most likely token of each row, the lowest id on ties; None where a row holds NaN or +inf, or -inf alone.
+
+    Args:
+        logits: Shape ``[n, V]``. -inf is the logit of a token that the model suppresses.
+    """
+    best, token_ids = logits.max(dim=-1)
+    pairs = zip(token_ids.tolist(), best.isfinite().tolist(), strict=True)
+    return [int(token_id) if finite else None for token_id, finite in pairs]
+
+
 def greedy(logits: Tensor) -> list[int]:
     """Return the most likely token of each row, the lowest id on ties.
 
@@ -58,9 +69,8 @@ def greedy(logits: Tensor) -> list[int]:
     Raises:
         UnsupportedModel: A row holds NaN or +inf.
     """
-    best, token_ids = logits.max(dim=-1)
-    _check_finite(best)
-    return [int(token_id) for token_id in token_ids.tolist()]
+    _check_finite(logits.amax(dim=-1))
+    return [token_id for token_id in most_likely(logits) if token_id is not None]
 
 
 def choose(logits: Tensor, *, temperature: float, top_p: float, u: float) -> int:

@@ -108,6 +108,9 @@ class SingleRows:
         calls = [partial(self.model.replay, j, part) for part in recording.parts]
         run_in_lockstep(self.model.layers[j], calls, size=recording.size)
 
+    def bad_tokens(self, recording: SingleRecording | JointRecording) -> None:
+        """Nothing: a sequence's cache is its own, and what is not finite in it reaches its logits as in the library."""
+
     def close(self) -> None:
         """Stop moving caches."""
         if self._store is not None:

@@ -38,6 +38,7 @@ def check_single(model: RecordedModel, policy: ResolvedPolicy, *, max_length: in
         sequences = checks.random_sequences(model, CUTS, max_length)
         together = _in_single_rows(model, policy, sequences, CUTS)
         alone = [_in_single_rows(model, policy, [tokens], [cut])[0] for tokens, cut in zip(sequences, CUTS, strict=True)]
+        checks.require_numbers(alone)
         stable = all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
         return Verdict(worst, stable, _layer_caches(model, sequences[0], sequences[-1]))
 

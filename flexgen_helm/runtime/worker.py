@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flexgen_helm.errors import FlexGenError, OutOfSpace
+from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, OutOfSpace
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
+from flexgen_helm.runtime.job_errors import of_one_job
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import Sweep, Want
 from flexgen_helm.schedule.work import Scheduler, Work
@@ -44,6 +45,13 @@ class _Cancelled(Exception):
     """Ends a sweep that nobody waits for any more."""
 
 
+NOT_OF_ONE_JOB = (_Cancelled, DiskFull, CorruptFile, OSError)
+"""Failures that no job can cause."""
+MOST_FAILURES = 32
+"""So many sweeps may fail without an answer between them; then no job is the cause, and all are given up. Halving finds one job
+among 2**31."""
+
+
 class Worker:
     """Owns scheduler and executor. All computation happens in its thread."""
 
@@ -55,7 +63,13 @@ class Worker:
         self._arrived: list[Ticket] = []
         self._signal = threading.Condition()
         self._closing = self._cancelling = False
+        self._joining: list[Ticket] = []
+        """On their way from `_arrived` to `_tickets`."""
         self._tickets: dict[Work, list[Ticket]] = defaultdict(list)
+        self._apart: deque[list[Ticket]] = deque()
+        """Tickets of a sweep that failed, computed group by group, so that the failure meets those alone who cause it."""
+        self._failures = 0
+        """Sweeps that failed since the last answer."""
         self._shared: list[Work] = []
         """Work for several tickets, some of which may be answered before the others."""
         self._sweeps = self._prompt_tokens = self._generated = self._operations = 0
@@ -101,7 +115,7 @@ class Worker:
             torch.cuda.set_device(self._device)  # of this thread; libraries' kernels are launched on the current one
         while True:
             with self._signal:
-                idle = not self._scheduler.has_work()
+                idle = not self._scheduler.has_work() and not self._apart
                 while idle and not self._arrived and not self._cancelling:
                     self._signal.wait()
             if idle and not self._cancelling:
@@ -112,7 +126,7 @@ class Worker:
                 self._step()
             except BaseException as error:  # whoever waits must hear of it; the thread itself goes on
                 self._fail(error)
-                if self._closing:
+                if self._closing and not self._cancelling:  # all of whom it was to tell have heard
                     return
 
     def _step(self) -> None:
@@ -141,8 +155,9 @@ class Worker:
             if ticket.future.set_running_or_notify_cancel():
                 try:
                     ticket.future.set_result(self._intake.result(ticket))
+                    self._failures = 0
                 except Exception as error:  # of this ticket alone
-                    ticket.future.set_exception(error)
+                    ticket.future.set_exception(of_one_job(error))
 
     def _refuse_what_never_fits(self) -> None:
         """Jobs fit one by one, but those with the same prompt are one piece of work, whose completions may not."""
@@ -155,22 +170,20 @@ class Worker:
         if not too_large:
             raise error
         for work in too_large:
-            for ticket in self._tickets.pop(work):
-                if ticket.future.set_running_or_notify_cancel():
-                    ticket.future.set_exception(error)
+            _refuse(self._tickets.pop(work), error)
         self._scheduler.add([work for work in works if work not in too_large])
 
     def _take_in(self) -> None:
         with self._signal:
-            tickets, self._arrived = self._arrived, []
-        try:
-            works = self._intake.merge(tickets)
-        except BaseException:
-            self._arrived = tickets + self._arrived  # where `_fail` finds them
-            raise
-        for ticket in tickets:
+            if not self._apart:
+                self._joining, self._arrived = self._arrived, []
+            elif not self._tickets:
+                self._joining = self._apart.popleft()
+        works = self._intake.merge(self._joining)
+        for ticket in self._joining:
             assert ticket.work is not None
             self._tickets[ticket.work].append(ticket)
+        self._joining = []
         self._shared += [work for work in works if len(self._tickets[work]) > 1]
         self._scheduler.add(works)
 
@@ -198,18 +211,43 @@ class Worker:
             self.watch(self.snapshot)
 
     def _fail(self, error: BaseException) -> None:
+        """A sweep failed. If one job may be the cause, find it by halves; else all are given up."""
+        self._scheduler.abandon()
+        tickets = self._joining + [ticket for waiting in self._tickets.values() for ticket in waiting]
+        self._tickets.clear()
+        self._joining, self._shared = [], []
+        self._failures += 1
+        if isinstance(error, Exception) and not isinstance(error, NOT_OF_ONE_JOB) and self._failures < MOST_FAILURES:
+            self._set_apart(tickets, error)
+            return
         if isinstance(error, _Cancelled):
             error = FlexGenError("The engine was closed or interrupted before it answered this job. Send the job again.")
         else:
-            logger.error("a sweep failed, its jobs are given up: %s: %s", type(error).__name__, error)
-        self._scheduler.abandon()
+            logger.error("a sweep failed, all jobs are given up: %s: %s", type(error).__name__, error)
         with self._signal:
-            tickets, self._arrived = self._arrived, []
-            self._cancelling = False
+            tickets += [ticket for group in self._apart for ticket in group] + self._arrived
+            self._arrived, self._failures, self._cancelling = [], 0, False
+            self._apart.clear()
             self._signal.notify_all()
-        tickets += [ticket for waiting in self._tickets.values() for ticket in waiting]
-        self._tickets.clear()
-        self._shared = []
+        _refuse(tickets, error)
+
+    def _set_apart(self, tickets: list[Ticket], error: Exception) -> None:
+        """Begin the jobs of a sweep that failed anew, in two halves; one that fails alone has its error."""
+        if len(tickets) <= 1:
+            logger.error("a job failed: %s: %s", type(error).__name__, error)
+            _refuse(tickets, of_one_job(error))
+            return
+        logger.warning(
+            "a sweep failed (%s: %s); its %d jobs are computed again in two halves, to find the one that fails",
+            *(type(error).__name__, error, len(tickets)),
+        )
         for ticket in tickets:
-            if ticket.future.set_running_or_notify_cancel():
-                ticket.future.set_exception(error)
+            ticket.begin_anew()
+        half = len(tickets) // 2
+        self._apart.extendleft([tickets[half:], tickets[:half]])
+
+
+def _refuse(tickets: list[Ticket], error: BaseException) -> None:
+    for ticket in tickets:
+        if ticket.future.set_running_or_notify_cancel():
+            ticket.future.set_exception(error)

@@ -296,7 +296,8 @@ class PackedScheduler:
         node.num_seen = max(node.num_seen, pages.scheduled)
         wants = self._wants(node, offset, count)
         copy = pages.copy if offset == 0 else None
-        return Segment(node.tokens[offset : offset + count], node.start + offset, pages.table, pages.kept, copy, wants)
+        tokens, start = node.tokens[offset : offset + count], node.start + offset
+        return Segment(tokens, start, pages.table, pages.kept, copy, wants, owner=node)
 
     def _wants(self, node: Node, offset: int, count: int) -> list[Want]:
         wants: list[Want] = []
@@ -320,7 +321,8 @@ def _filled(work: Work) -> bool:
 
 def _decode_segment(work: Work, fork: Fork) -> Segment:
     copy = fork.copy if len(fork.tokens) == 1 else None
-    return Segment((fork.tokens[-1],), decode_position(work, fork), fork.table, True, copy, [Want(0, (), (fork,))])
+    wants = [Want(0, (), (fork,))]
+    return Segment((fork.tokens[-1],), decode_position(work, fork), fork.table, True, copy, wants, owner=fork)
 
 
 def _continuation_pages(length: int, max_new_tokens: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from flexgen_helm.schedule.tree import Node
@@ -35,6 +37,8 @@ class Fork:
     """Whether the fork begins in the rest of its prompt's last page."""
     state: State | None = None
     """In single rows: what the fork carries from one sweep to the next."""
+    finite: bool = True
+    """Like `Node.finite`, of its own tokens."""
 
 
 class Want(NamedTuple):
@@ -63,6 +67,8 @@ class Segment:
     """`Want.offset` counts from the segment's first token here, from the row's first token in `Row.wants`."""
     state: State | None = None
     """In single rows, instead of pages."""
+    owner: Node | Fork | None = None
+    """Whose tokens these are; None: nobody's who asks whether they were finite."""
 
     @property
     def end(self) -> int:
@@ -90,6 +96,18 @@ class Row:
             for want in segment.wants:
                 yield want._replace(offset=want.offset + offset)
             offset += len(segment.tokens)
+
+    def mark(self, bad: Iterable[int]) -> None:
+        """Note whose tokens were not finite.
+
+        Args:
+            bad: Tokens, counted from the row's first; padding may be among them.
+        """
+        ends = list(accumulate(len(segment.tokens) for segment in self.segments))
+        for i in {bisect_right(ends, token) for token in bad} - {len(ends)}:
+            owner = self.segments[i].owner
+            if owner is not None:
+                owner.finite = False
 
 
 @dataclass
@@ -144,7 +162,8 @@ def _piece(segment: Segment, offset: int, count: int) -> Segment:
         return segment
     wants = [w._replace(offset=w.offset - offset) for w in segment.wants if offset <= w.offset < offset + count]
     copy = segment.copy if offset == 0 else None
-    return Segment(segment.tokens[offset : offset + count], segment.start + offset, segment.table, segment.kept, copy, wants)
+    tokens, start = segment.tokens[offset : offset + count], segment.start + offset
+    return Segment(tokens, start, segment.table, segment.kept, copy, wants, owner=segment.owner)
 
 
 def pack_decode(segments: list[Segment], policy: ResolvedPolicy) -> list[Row]:

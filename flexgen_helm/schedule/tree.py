@@ -26,6 +26,8 @@ class Node:
     """Where K and V are, while they are anywhere."""
     num_seen: int = 0
     """Tokens that were computed at least once."""
+    finite: bool = True
+    """Whether K and V of all its tokens were finite numbers; prompts that hold this node have no answer if not."""
 
     @property
     def end(self) -> int:

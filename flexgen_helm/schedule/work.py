@@ -30,6 +30,11 @@ class Work:
         """Whether something of the prompt must outlive the sweep in which it is computed."""
         return any(fork.max_new_tokens > 1 for fork in self.forks)
 
+    @property
+    def finite(self) -> bool:
+        """Whether the prompt's K and V were finite numbers, as far as they were computed."""
+        return all(node.finite for node in self.node.path())
+
     def scored(self) -> bool:
         """Whether nothing is left to ask of the prompt itself."""
         if not self.score:

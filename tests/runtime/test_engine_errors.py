@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from flexgen_helm import Engine, Job, Result
-from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob, OutOfSpace
+from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob, JobFailed, OutOfSpace
 from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.plan import CACHE_SHARE
@@ -208,7 +208,7 @@ def test_an_answer_that_cannot_be_made_fails_alone(engine: Engine, monkeypatch: 
     monkeypatch.setattr(Intake, "result", faulty)
     bad, good = engine.submit(replace(GOOD, seed=13)), engine.submit(GOOD)
     assert len(good.result(timeout=60).completions) == 1
-    with pytest.raises(ValueError, match="thirteen"):
+    with pytest.raises(JobFailed, match="ValueError: thirteen"):
         bad.result(timeout=60)
 
 

@@ -84,8 +84,8 @@ def test_answers_are_never_given_twice(bench: Workbench, monkeypatch: pytest.Mon
 
         with monkeypatch.context() as patch:
             patch.setattr("flexgen_helm.runtime.worker.answer", give)
-            with pytest.raises(OutOfSpace, match="no memory for log-probabilities"):
-                engine.run(JOBS)
+            assert engine.run(JOBS) == expected  # begun anew, in halves
+        assert next(slices) > 3
         assert engine.run(JOBS) == expected
 
 
