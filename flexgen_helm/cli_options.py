@@ -18,19 +18,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
     group.add_argument("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     rows = ["auto", "packed", "single"]
-    group.add_argument("--rows", default="auto", choices=rows, help="many sequences in a row, or one each (%(default)s)")
+    group.add_argument("--rows", default="auto", choices=rows, help="several sequences per row, or one (%(default)s)")
 
 
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
     """Where weights, K/V cache and hidden states lie."""
     add = parser.add_argument_group("placement").add_argument
-    policy = "sizes and shares, as JSON or such as weights=0.2:0.8:0,prefetch=2 (shares are device:host:disk)"
+    policy = "sizes and shares, as JSON or as weights=0.2:0.8:0,prefetch=2 (shares are device:host:disk)"
     add("--policy", type=parse_policy, metavar="P", help=policy)
-    memory = "most memory of each tier, such as device=15GiB,host=100GiB"
+    memory = "memory limit of each tier, such as device=15GiB,host=100GiB"
     add("--max-memory", type=parse_max_memory, metavar="M", help=memory)
-    add("--offload-folder", type=Path, metavar="DIR", help="for what is placed on disk")
+    add(
+        "--offload-folder", type=Path, metavar="DIR", help="folder for everything placed on disk (default: in the cache folder)"
+    )
     dtypes = ["float32", "bfloat16", "float16"]
-    add("--kv-dtype", choices=dtypes, help="of the K/V cache, which is part of the numerics (the model's)")
+    add("--kv-dtype", choices=dtypes, help="dtype of the K/V cache (default: the model's; changes results)")
 
 
 def add_trace_option(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +46,15 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("--dummy-weights", action="store_true", help="random weights; --model may be a config's name, such as facebook/opt-30b")
     add("--prompt-len", type=_positive, default=512, metavar="N", help="tokens of each prompt (%(default)s)")
     add("--gen-len", type=_positive, default=32, metavar="N", help="tokens generated for each (%(default)s)")
-    add("--num-prompts", type=_positive, metavar="N", help="of them (as many as take about a minute)")
-    add("--score", action="store_true", help="only read the prompts, as for multiple choice")
-    add("--order", default="zigzag", choices=["zigzag", "row"], help="of the operations (%(default)s)")
-    add("--warm-up", action="store_true", help="run other prompts before")
+    add("--num-prompts", type=_positive, metavar="N", help="number of prompts (default: as many as take about a minute)")
+    add("--score", action="store_true", help="score the prompts only, as for multiple choice")
+    add(
+        "--order",
+        default="zigzag",
+        choices=["zigzag", "row"],
+        help="zigzag: layer by layer over all rows; row: row by row (%(default)s)",
+    )
+    add("--warm-up", action="store_true", help="run other prompts first")
     add("--json", action="store_true", help="print one JSON object")
 
 
@@ -59,9 +66,15 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     add("--prompt-file", metavar="F", help="file that holds one prompt; - for standard input")
     add("--max-new-tokens", type=int, default=16, metavar="N", help="limit for each completion (%(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, takes the most likely token")
-    add("--top-p", type=float, default=1.0, metavar="P", help="share of the probability to draw from (%(default)s)")
-    add("--seed", type=int, default=0, metavar="S", help="of the samples (%(default)s)")
-    add("--num-completions", type=int, default=1, metavar="K", help="for each prompt (%(default)s)")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely tokens whose probability reaches P (%(default)s)",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="seed of the samples (%(default)s)")
+    add("--num-completions", type=int, default=1, metavar="K", help="completions of each prompt (%(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--json", action="store_true", help="print one JSON object for each prompt, with tokens and log-probabilities")
 
@@ -71,10 +84,10 @@ def add_suite_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation").add_argument
     suite = "a suite that comes with this package (quickstart, mmlu, flexgen_paper), or the path of a run_entries.conf"
     add("--suite", required=True, metavar="S", help=suite)
-    instances = "instances of each run entry (%(default)s)"
+    instances = "maximum number of instances per run entry (%(default)s)"
     add("-m", "--max-eval-instances", type=_positive, default=100, metavar="N", help=instances)
     add("--out", type=Path, default=Path("benchmark_output"), metavar="DIR", help="HELM's output folder (%(default)s)")
-    add("-v", "--verbose", action="store_true", help="show HELM's log, which goes to a file in the output folder")
+    add("-v", "--verbose", action="store_true", help="also show HELM's log, which is written to a file in the output folder")
 
 
 def _positive(text: str) -> int:

@@ -264,7 +264,7 @@ class RunStats:
     busy_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds in which each of RESOURCES did at least one thing."""
     limit_seconds: float | None = None
-    """The least time in which this machine could have done it, filled by ``Engine.share_of_limit``; None: not known."""
+    """The least time in which this machine could have done it, filled by ``Engine.roofline_efficiency``; None: not known."""
     least_seconds: dict[str, float] = field(default_factory=dict)
     """What each resource alone would have needed at least, filled with it; see ``flexgen_helm.runtime.limit``."""
     per_sweep: list[SweepStats] = field(default_factory=list, repr=False)

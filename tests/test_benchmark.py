@@ -64,9 +64,9 @@ def test_tokens_are_rates_times_seconds(engine: Engine, score: bool, tmp_path: P
     decoded = (found.decode_rate or 0) * found.decode_seconds
     assert decoded == pytest.approx(sum(s.generated_tokens for s in found.stats.per_sweep if not s.prompt_tokens))
     assert 0 < found.prefill_seconds + found.decode_seconds <= found.stats.seconds
-    assert found.share_of_limit is not None
-    assert 0 < found.share_of_limit < 1
-    assert found.stats.limit_seconds == pytest.approx(found.share_of_limit * found.stats.seconds)
+    assert found.roofline_efficiency is not None
+    assert 0 < found.roofline_efficiency < 1
+    assert found.stats.limit_seconds == pytest.approx(found.roofline_efficiency * found.stats.seconds)
     sweeps = [
         event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event.get("cat") == "sweep"
     ]

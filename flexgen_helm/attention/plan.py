@@ -49,7 +49,7 @@ class MaskRule:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise UnsupportedModel("it computes with its attention mask, which is no tensor there")
+        raise UnsupportedModel("it uses the attention mask as a tensor; packed rows have none")
 
 
 Index = slice | Tensor

@@ -88,8 +88,8 @@ def evaluate(evaluation: Evaluation, *, verbose: bool = False) -> int:
         print(f"HELM's log:                         {log}", flush=True)
     if status:
         _complain(
-            f"helm-run ended with status {status}, {len(scores)} runs are complete. The same command again continues: what "
-            f"was answered is not computed again. HELM's log is {log}.\n  {cause}"
+            f"helm-run ended with status {status}, {len(scores)} runs are complete. Run the same command again to continue: "
+            f"finished answers are not computed again. HELM's log is {log}.\n  {cause}"
         )
     elif not scores:
         _complain(

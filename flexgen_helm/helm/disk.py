@@ -10,7 +10,7 @@ from flexgen_helm.errors import DISK_FULL_ERRNOS, DiskFull, FlexGenError
 
 # A file size limit is an I/O error to SQLite.
 _SQLITE_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
-RESUME = "Finished answers are kept; the same command goes on where this one stopped."
+RESUME = "Finished answers are kept; run the same command again to continue."
 
 
 def is_disk_full(error: BaseException | None) -> bool:

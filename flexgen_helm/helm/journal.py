@@ -212,7 +212,7 @@ def _read(path: Path, *, quiet: bool = False) -> Iterator[_Line]:
                 damaged += bool(line.strip())
             offset += len(line)
     if damaged and not quiet:
-        hwarn(f"{damaged} torn record(s) in {path}: what they held is computed again.")
+        hwarn(f"{damaged} torn record(s) in {path}: their requests are computed again.")
 
 
 def _checked(line: bytes) -> bytes | None:

@@ -78,7 +78,7 @@ def serve(
             journal.note_row_sizes(deployment.name, sizes)
             console.say(f"{len(workload.missing):,} of {len(requests):,} requests are computed")
             workload.compute(engine, console)
-            share = _share_of_limit(engine, workload.stats)
+            share = _roofline_efficiency(engine, workload.stats)
     sources = workload.sources
     counts = (len(requests), sources.count("cached"), sources.count("resumed"))
     report = WorkloadReport(deployment.name, *counts, workload.stats, info, share)
@@ -97,11 +97,11 @@ def _arguments(deployment: ModelDeployment, journal: Journal) -> EngineArguments
     return arguments
 
 
-def _share_of_limit(engine: Engine, stats: RunStats) -> float | None:
+def _roofline_efficiency(engine: Engine, stats: RunStats) -> float | None:
     try:
-        return engine.share_of_limit(stats)
+        return engine.roofline_efficiency(stats)
     except Exception as error:  # a figure is not worth the answers
-        hwarn(f"How close the run came to its limit could not be measured: {error}")
+        hwarn(f"The roofline efficiency of the run could not be measured: {error}")
         return None
 
 

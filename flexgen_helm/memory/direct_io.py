@@ -174,7 +174,7 @@ class DiskIO:
             request.error = error
         if request.error is None and not request.file.is_direct and not self._has_warned:
             self._has_warned = True
-            logger.info("%s has no direct access here: it goes through the page cache", request.file.path)
+            logger.info("%s does not support direct I/O here; reads and writes go through the page cache", request.file.path)
         if request.error is None:
             request.done.set_result(None)
         else:
@@ -187,8 +187,8 @@ def file_error(path: Path, error: OSError) -> FlexGenError:
         return DiskFull(f"{path} cannot be written: {error.strerror}. Free some space, or give another offload_folder.")
     if error.errno == errno.ENOENT:
         return CorruptFile(
-            f"{path} is not there: was the offload folder removed or moved while it was in use? Run the command again; "
-            "what is missing is written anew."
+            f"{path} is missing: the offload folder was removed or moved while it was in use. Run the command again; missing "
+            "files are written again."
         )
     return FlexGenError(
         f"{path} cannot be read or written: {error.strerror}. Check the disk and who may use the folder, or give another "

@@ -31,7 +31,7 @@ def parse_size(size: int | str) -> int:
         return size
     found = SIZE.fullmatch(str(size).upper())
     if found is None or found[2] not in UNITS:
-        raise PolicyError(f"{size!r} is no amount of memory. Give bytes as a number, or a text such as '15GiB' or '500MB'.")
+        raise PolicyError(f"{size!r} is not an amount of memory. Give bytes as a number, or a text such as '15GiB' or '500MB'.")
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -87,7 +87,7 @@ class Binding:
 
     def _set(self, places: list[tuple[dict[str, Any], str, bool]], value: Tensor) -> None:
         parameter = nn.Parameter(value, requires_grad=False) if any(is_parameter for *_, is_parameter in places) else value
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else the library makes it anew
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers makes it anew
         for owner, name, is_parameter in places:
             owner[name] = parameter if is_parameter else value
 

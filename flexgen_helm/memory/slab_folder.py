@@ -139,7 +139,7 @@ class SlabFolder:
         if _checksum(memory) != self._checksums.get(j):
             raise CorruptFile(
                 f"{self._file(j)} is not what was written: its checksum differs. Check the disk, delete the file and run the "
-                "command again; it is then written anew."
+                "command again; the file is then written again."
             )
         self._verified.add(j)
 

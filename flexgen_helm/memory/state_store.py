@@ -1,4 +1,4 @@
-"""Caches of the library's own, one for each sequence, of which some rest on the host between two calls of a layer."""
+"""Caches of transformers, one for each sequence, of which some rest on the host between two calls of a layer."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def assemble(
             keeper.keep(j, model.get_submodule(part))
             return_freed_memory()
         for tensor in model.get_submodule(part).state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True  # Else the library makes it anew.
+            tensor._is_hf_initialized = True  # Else transformers makes it anew.
         missing -= layers[part]
     info = LoadStateDictInfo(missing, source.unexpected, set(), [], {}, set())
     info = model._finalize_model_loading(model, LoadStateDictConfig(pretrained_model_name_or_path=model.name_or_path), info)
@@ -159,7 +159,7 @@ def assemble(
 
 
 def put(model: PreTrainedModel, key: str, value: Tensor, *, final: bool = True) -> None:
-    """Put a value in the place of a parameter or buffer; if it is final, the library will not make it anew."""
+    """Put a value in the place of a parameter or buffer; if it is final, transformers will not make it anew."""
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
     old = getattr(module, name)
@@ -170,7 +170,7 @@ def put(model: PreTrainedModel, key: str, value: Tensor, *, final: bool = True) 
 
 
 def initialize(model: PreTrainedModel, modules: list[nn.Module], keys: Set[str]) -> None:
-    """Give tensors the values with which the library would begin to train, or zeros where it says nothing.
+    """Give tensors the values with which transformers would begin to train, or zeros where it says nothing.
 
     Args:
         model: To which they belong.

@@ -88,7 +88,7 @@ def build(source: ModelSource, policy: ResolvedPolicy, rows: KindChoice, placing
         loaded = _load_resident(source, plan, space, rows)
         checked, weights = check_model(loaded, policy, rows), None
     else:
-        logger.info("%s does not stay on the device as a whole: weights %s", source.name, plan.describe())
+        logger.info("%s does not fit on the device: weights %s", source.name, plan.describe())
         few = _check_first_layers(source, plan, space, policy, rows)
         checked, loaded, weights = _load_offloaded(source, whole, plan, few, folder, meter)
     log_choice(loaded, checked)
@@ -125,7 +125,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FlexGenError(f"offload_folder {folder} cannot be made ({error}). Give another folder.") from error
+        raise FlexGenError(f"offload_folder {folder} cannot be created ({error}). Give another folder.") from error
 
 
 def _empty(source: ModelSource) -> PreTrainedModel:

@@ -22,7 +22,7 @@ Places = list[frozenset[Place]]
 
 
 def cache_places(model: RecordedModel) -> Places:
-    """Find where each layer is given the cache; nowhere in a model that makes none of the library's classes."""
+    """Find where each layer is given the cache; nowhere in a model that makes none of transformers' classes."""
     return _places(_calls(model), lambda value: isinstance(value, Cache))
 
 

@@ -115,7 +115,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
                 raise TypeError("weight_map names something that is not a file")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFile(
-                f"{path} is no index of a checkpoint ({type(error).__name__}: {error}). Fetch that file again."
+                f"{path} is not a checkpoint index ({type(error).__name__}: {error}). Fetch that file again."
             ) from error
         return dict(weight_map)
     if (folder / SINGLE_FILE).is_file():

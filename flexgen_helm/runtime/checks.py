@@ -48,7 +48,7 @@ class Verdict:
     """What the self-check measured on this machine."""
 
     worst_difference: float
-    """Against the library's own forward, over all log-probabilities."""
+    """Against transformers' own forward, over all log-probabilities."""
     bit_stable: bool
     """Whether sequences among others gave the bits of sequences alone (level B)."""
     layers: tuple[LayerCache, ...]
@@ -86,7 +86,7 @@ def as_refusal() -> Iterator[None]:
             f"The self-check needs more memory than there is ({error}). Free memory, or use device='cpu'."
         ) from error
     except Exception as error:
-        raise UnsupportedModel(f"it fails in its own code ({type(error).__name__}: {error})") from error
+        raise UnsupportedModel(f"its own code fails ({type(error).__name__}: {error})") from error
 
 
 def random_sequences(model: RecordedModel, cuts: Cuts, max_length: int) -> list[Tokens]:
@@ -108,7 +108,7 @@ def compared(length: int) -> list[int]:
 
 
 def plain_logprobs(model: RecordedModel, sequences: list[Tokens]) -> list[Tensor]:
-    """Log-probabilities ``[compared, vocab]`` of each sequence alone, by the library's own forward.
+    """Log-probabilities ``[compared, vocab]`` of each sequence alone, by transformers' own forward.
 
     Raises:
         NotNumbers: If they are none.

@@ -2,7 +2,7 @@
 
 Matrices are filled with one block of normal values over and over, since drawing them anew is an order of magnitude slower than
 the copy. Its length is a prime, so that no two rows of a matrix are equal. Vectors (norms, biases, what a formula gives) are
-what the library would begin to train with. FlexGen's dummy weights are all ones, whose products overflow in 16 bits.
+what transformers would begin to train with. FlexGen's dummy weights are all ones, whose products overflow in 16 bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from flexgen_helm.runtime.checkpoint import layer_of
 BLOCK = 1_048_583
 """Values of the block: a prime, so that it is begun at another place in every row."""
 SCALE = 0.02
-"""Standard deviation of the values, the library's usual one."""
+"""Standard deviation of the values, transformers' usual one."""
 NAME = "dummy weights"
 
 

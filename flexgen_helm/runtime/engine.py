@@ -65,7 +65,8 @@ class Engine:
         """What the last `run` did."""
         self.meter = parts.meter
         """Measures the runs of this engine."""
-        self.verdict = parts.checked.verdict
+        self.self_check = parts.checked.verdict
+        """What the self-check at load found."""
         self.rows: Kind = parts.checked.kind
         """Whether many sequences share a row or each has its own."""
         self._parts, self._loaded, self._checked = parts, loaded, parts.checked
@@ -211,7 +212,7 @@ class Engine:
             weight_bytes={str(tier): count for tier, count in self._parts.plan.weight_bytes.items()},
         )
 
-    def share_of_limit(self, stats: RunStats) -> float | None:
+    def roofline_efficiency(self, stats: RunStats) -> float | None:
         """Estimate how close a run came to the least time that this machine needs for its layers, from rates measured now.
 
         Returns:

@@ -156,8 +156,8 @@ class SerialExecutor:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         logger.warning(
-            "%s %s tokens does not fit into the device's memory (%s). From here on there are %s, what was begun is repeated "
-            "and nothing is lost; answers may differ from those of larger rows in the last digits. %s",
+            "%s %s tokens does not fit into the device's memory (%s). Continuing with %s: the sweep is repeated and no "
+            "answer is lost. Results may differ in the last digits from those of larger rows. %s",
             *(what, size, message, size // 2, REMEDY),
         )
         return size // 2

@@ -10,7 +10,7 @@ SLICE_STEP = 16
 
 
 def sliced_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """An experts function of the library's interface.
+    """An experts function of transformers' interface.
 
     Each expert works on its tokens in slices of a size that follows from the row's size alone: about the number of tokens an
     expert gets on average, in steps of 16. What is missing in a slice is padding.

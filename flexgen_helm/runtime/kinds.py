@@ -92,9 +92,12 @@ def log_choice(loaded: LoadedModel, checked: CheckedModel) -> None:
     """Say in one line which kind of rows was chosen and why, where it is not the usual one."""
     name = f"{loaded.name} ({loaded.model.config.model_type})"
     if checked.not_packed is not None:
-        logger.info("%s runs in single rows, one sequence each, since in packed rows %s", name, checked.not_packed)
+        logger.info("%s runs in single rows (one sequence per row), because in packed rows %s", name, checked.not_packed)
     if not checked.verdict.bit_stable:
-        logger.info("%s: answers may move in the last digits with what shares a sweep on this machine", name)
+        logger.info(
+            "%s: on this machine results may differ in the last digits depending on the batch (the bit-stability check failed)",
+            name,
+        )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as the library made it, and what the engine must know about it."""
+    """A model as transformers made it, and what the engine must know about it."""
 
     name: str
     digest: str

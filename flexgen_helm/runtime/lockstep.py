@@ -106,7 +106,7 @@ def _joint_work(module: nn.Module) -> Work | None:
     if type(module).forward in TOKENWISE:
         own: Work = module.forward
         return own
-    if hasattr(module, "is_concatenated"):  # set by the library on experts that its interface can work in other ways
+    if hasattr(module, "is_concatenated"):  # set by transformers on experts that its interface can work in other ways
         return lambda tokens, experts, weights: sliced_experts(module, tokens, experts, weights)
     return None
 

@@ -61,10 +61,10 @@ class _CacheProbe:
         return past
 
     def __getattr__(self, name: str) -> Any:
-        raise UnsupportedModel(f"a layer keeps state beside attention: it asks the cache for '{name}'")
+        raise UnsupportedModel(f"a layer keeps state other than K and V: it asks the cache for '{name}'")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise UnsupportedModel(f"a layer keeps state beside attention: it writes '{name}' into the cache")
+        raise UnsupportedModel(f"a layer keeps state other than K and V: it writes '{name}' into the cache")
 
 
 class PackedRows:
@@ -152,8 +152,7 @@ class PackedRows:
             self._running = None
         if self._key.call == 0:
             raise UnsupportedModel(
-                f"layer {j} ({type(self.model.layers[j]).__name__}) does its attention, or what it has instead, beside the "
-                "library's attention interface"
+                f"layer {j} ({type(self.model.layers[j]).__name__}) does not call transformers' attention interface"
             )
 
     def bad_tokens(self, recording: PackedRecording) -> Tensor:
@@ -194,17 +193,17 @@ class PackedRows:
         s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The attention function of the library's interface: ``[1, H, T, D]`` in, ``[1, T, H, Dv]`` out."""
+        """The attention function of transformers' interface: ``[1, H, T, D]`` in, ``[1, T, H, Dv]`` out."""
         unknown = sorted(n for n, v in kwargs.items() if v is not None and v is not False and n not in HARMLESS_ARGUMENTS)
         if unknown:
-            raise UnsupportedModel(f"its attention is called with arguments that cannot be honoured: {', '.join(unknown)}")
+            raise UnsupportedModel(f"it calls attention with unsupported arguments: {', '.join(unknown)}")
         if not isinstance(attention_mask, MaskRule):
-            raise UnsupportedModel(f"its attention is called with a mask of its own ({type(attention_mask).__name__})")
+            raise UnsupportedModel(f"it calls attention with its own mask ({type(attention_mask).__name__})")
         recording = self._running
         assert recording is not None
         sizes = {x.shape[2] for x in (query, key, value)} | {len(recording.positions)}
         if len(sizes) != 1:
-            raise UnsupportedModel(f"its attention is called with {key.shape[2]} keys for {query.shape[2]} queries")
+            raise UnsupportedModel(f"it calls attention with {key.shape[2]} keys for the {query.shape[2]} queries of a row")
         current = self._key
         qkv = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -220,7 +219,7 @@ def rows_at_once(*, rests: bool) -> int:
 
 
 def _mask_rule(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> MaskRule:
-    """The mask function of the library's interface: the model's own predicate instead of a tensor."""
+    """The mask function of transformers' interface: the model's own predicate instead of a tensor."""
 
     def allowed(q: Tensor, k: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.long, device=q.device)

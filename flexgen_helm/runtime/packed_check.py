@@ -26,7 +26,7 @@ LONG_CUTS: Cuts = ((300, 187), (29, 7))
 
 
 def check_packed(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
-    """Compare packed and continued sequences with the library's own forward.
+    """Compare packed and continued sequences with transformers' own forward.
 
     16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
 
@@ -53,12 +53,15 @@ def _difference(model: RecordedModel, policy: ResolvedPolicy, max_length: int, c
     worst = checks.worst_difference(expected, _packed(model, policy, sequences, CUTS))
     if worst > TOLERANCE:
         raise UnsupportedModel(
-            f"packed and continued sequences differ from the library's own forward by {worst:.3g} in log-probability "
-            f"(tolerance {TOLERANCE:g}): the model keeps state beside attention or takes positions from elsewhere"
+            f"packed and continued sequences differ from transformers' own forward by {worst:.3g} in log-probability "
+            f"(tolerance {TOLERANCE:g}): the model keeps state other than K and V, or takes positions from elsewhere than "
+            "position_ids"
         )
     moved = checks.worst_difference([expected[1]], [_beside_far_neighbour(model, policy, sequences[1], max_length, cache)])
     if moved > TOLERANCE:
-        raise UnsupportedModel(f"a neighbour at a far position moves a sequence's log-probabilities by {moved:.3g}")
+        raise UnsupportedModel(
+            f"a far position of another sequence in the row changes a sequence's log-probabilities by {moved:.3g}"
+        )
     return max(worst, moved)
 
 

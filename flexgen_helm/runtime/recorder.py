@@ -44,7 +44,7 @@ class LayerCall(NamedTuple):
 
 
 class Implementations(NamedTuple):
-    """Names in the library's registries of attention and of experts functions."""
+    """Names in transformers' registries of attention and of experts functions."""
 
     attention: str
     experts: str
@@ -125,7 +125,7 @@ class RecordedModel:
 
         Args:
             model: Taken over; see `plain`.
-            own: What the library chose for the model, where that has been changed since.
+            own: What transformers chose for the model, where that has been changed since.
             device: Where the matrices are multiplied; None: where the model's first parameter is.
 
         Raises:
@@ -137,7 +137,7 @@ class RecordedModel:
         config = model.config
         chosen = Implementations(config._attn_implementation or "eager", config._experts_implementation or "eager")
         self.own: Implementations = chosen if own is None else own
-        """What the library chose for this model."""
+        """What transformers chose for this model."""
         self._in_use = self.own
         self._path = layers_path(model)
         self._stack = model.get_submodule(self._path)
@@ -172,7 +172,7 @@ class RecordedModel:
         finally:
             self._recording = None
         if len(recording.calls) != len(self.layers):
-            raise UnsupportedModel(f"its forward visits {len(recording.calls)} of {len(self.layers)} layers, in one pass")
+            raise UnsupportedModel(f"its forward calls {len(recording.calls)} of {len(self.layers)} layers in one pass")
         return recording
 
     def replay(self, j: int, recording: Recording) -> None:
@@ -194,7 +194,7 @@ class RecordedModel:
             output = self._forward(
                 input_ids=ids,
                 position_ids=torch.zeros_like(ids),
-                # A mask of ones keeps the library from looking for packed sequences itself.
+                # A mask of ones keeps transformers from looking for packed sequences itself.
                 attention_mask=torch.ones_like(ids),
                 use_cache=False,
             )
@@ -205,7 +205,7 @@ class RecordedModel:
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
-        """The model as the library made it, with its own eager attention."""
+        """The model as transformers made it, with its own eager attention."""
         self._install(self._stack, EAGER)
         try:
             yield self.model
@@ -214,7 +214,7 @@ class RecordedModel:
 
     @contextmanager
     def shortened(self, count: int) -> Iterator[PreTrainedModel]:
-        """The model as the library made it, with its first ``count`` layers only; its config still names them all."""
+        """The model as transformers made it, with its first ``count`` layers only; its config still names them all."""
         with self.plain():
             self.model.set_submodule(self._path, FirstLayers(self.layers[:count]))
             yield self.model

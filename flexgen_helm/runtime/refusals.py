@@ -71,7 +71,7 @@ def refuse_file(path: Path) -> None:
 
 
 def read_config(name: str, folder: Path) -> PreTrainedConfig:
-    """Read config.json with the library's own classes; code that ships with a checkpoint is never run.
+    """Read config.json with transformers' own classes; code that ships with a checkpoint is never run.
 
     Raises:
         CorruptFile: If the file is torn.

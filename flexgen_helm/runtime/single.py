@@ -1,4 +1,4 @@
-"""Single rows: one sequence a row, with its own cache of the library's and the model's own attention.
+"""Single rows: one sequence a row, with a cache of transformers and the model's own attention.
 
 For models that keep state beside attention, attend in their own way or take positions from elsewhere. Layers are still recorded
 and replayed, so that each layer's weights are touched once for all rows of a block; nothing is shared between sequences.
@@ -52,7 +52,7 @@ class SingleRows:
     """Computes rows of one sequence each. Sequences that decode are computed side by side."""
 
     def __init__(self, model: RecordedModel, store: StateStore | None = None) -> None:
-        """Leave the model as the library made it, but for the order in which its layers are called.
+        """Leave the model as transformers made it, but for the order in which its layers are called.
 
         Args:
             model: The model.
@@ -109,7 +109,7 @@ class SingleRows:
         run_in_lockstep(self.model.layers[j], calls, size=recording.size)
 
     def bad_tokens(self, recording: SingleRecording | JointRecording) -> None:
-        """Nothing: a sequence's cache is its own, and what is not finite in it reaches its logits as in the library."""
+        """Nothing: a sequence's cache is its own, and what is not finite in it reaches its logits as in transformers."""
 
     def close(self) -> None:
         """Stop moving caches."""
@@ -161,7 +161,7 @@ def check_cache_shares(shares: Shares) -> None:
     """
     if shares[2] > 0:
         raise PolicyError(
-            f"The model runs in single rows, whose caches are the library's own and live in memory, but {shares[2]:.0%} of the "
+            f"The model runs in single rows, whose caches are transformers' own and live in memory, but {shares[2]:.0%} of the "
             "cache belongs on disk. Give cache shares of device and host only, such as (0, 1, 0)."
         )
 

@@ -1,4 +1,4 @@
-"""Self-check of single rows: prompts and what follows them token by token, against the library's forward of the whole."""
+"""Self-check of single rows: prompts and what follows them token by token, against transformers' forward of the whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONG_CUTS: Cuts = ((300, 295), (29, 24))
 
 
 def check_single(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
-    """Compare prompts and their continuations, several in one sweep, with the library's own forward.
+    """Compare prompts and their continuations, several in one sweep, with transformers' own forward.
 
     16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
 
@@ -49,7 +49,7 @@ def _difference(model: RecordedModel, policy: ResolvedPolicy, cuts: Cuts, max_le
     worst = checks.worst_difference(checks.plain_logprobs(model, sequences), got)
     if worst > TOLERANCE:
         raise UnsupportedModel(
-            f"prompts continued token by token differ from the library's own forward by {worst:.3g} in log-probability "
+            f"prompts continued token by token differ from transformers' own forward by {worst:.3g} in log-probability "
             f"(tolerance {TOLERANCE:g}): the model computes between its layers, or keeps state outside of its cache"
         )
     return worst

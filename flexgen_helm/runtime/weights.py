@@ -28,7 +28,7 @@ def read_model(
     device: torch.device,
     keeper: LayerKeeper | None = None,
 ) -> PreTrainedModel:
-    """Make the model of a folder, with the library's own classes and conversion.
+    """Make the model of a folder, with transformers' own classes and conversion.
 
     At its peak, memory holds the model and one layer; for a GPU, host memory holds what becomes one layer, twice. With a keeper
     it holds what is outside of the layers, what the keeper keeps, and one layer, twice.
@@ -93,7 +93,7 @@ def _first_layers(
 
 @contextmanager
 def _one_bar(source: Checkpoint) -> Iterator[Checkpoint]:
-    """Show one bar on a terminal, and none of the library's, which would draw one for each layer."""
+    """Show one bar on a terminal, and none of transformers', which would draw one for each layer."""
     shown = transformers_logging.is_progress_bar_enabled()
     bar: tqdm[Any] = tqdm(
         total=source.num_bytes,

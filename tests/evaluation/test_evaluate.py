@@ -176,7 +176,7 @@ def test_an_interrupt_reaches_helm_first(
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Interrupted())
     assert run("--model", tiny_model, "--suite", suite, "--out", tmp_path / "output") == 130
     assert waits == ["waited", "waited", "left"]
-    kept = "Finished answers are kept; the same command goes on where this one stopped."
+    kept = "Finished answers are kept; run the same command again to continue."
     assert errors(capsys) == f"flexgen-helm: interrupted. {kept}"
 
 

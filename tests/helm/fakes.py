@@ -92,7 +92,7 @@ class FakeEngine:
     def describe(self) -> EngineInfo:
         return EngineInfo(POLICY, dict(self.numerics), 32.0, 32.0, {"device": 4, "host": 0, "disk": 0})
 
-    def share_of_limit(self, stats: RunStats) -> float | None:
+    def roofline_efficiency(self, stats: RunStats) -> float | None:
         if not stats.num_jobs:
             return None
         stats.limit_seconds = stats.seconds / 2

@@ -171,7 +171,7 @@ def test_full_disk_ends_in_one_error_and_keeps_what_was_finished(
 ) -> None:
     with file_size_limit(3000), pytest.raises(DiskFull) as raised, caplog.at_level("INFO", logger="helm"):
         run_suite(SPECS, execution=execution)
-    assert "Free some space. Finished answers are kept; the same command goes on where this one stopped." in str(raised.value)
+    assert "Free some space. Finished answers are kept; run the same command again to continue." in str(raised.value)
     assert "Error when running" not in caplog.text
     suite = run_suite(SPECS, execution=execution)
     report = json.loads((suite / WORKLOAD_FILE).read_text())[0]
@@ -203,7 +203,7 @@ def test_report_of_a_run(run_suite: RunSuite, loader: FakeLoader) -> None:
     assert (workload["requests"], workload["cached"], workload["resumed"]) == (6, 0, 0)
     measured = report["measured"]
     stats = measured["stats"]
-    assert (measured["date"], measured["share_of_limit"]) == (workload["date"], 0.5)
+    assert (measured["date"], measured["roofline_efficiency"]) == (workload["date"], 0.5)
     assert measured["bound_by"] == "reading weights from the disk"
     assert "more host memory" in measured["what_would_help"]
     assert measured["tokens_per_second"] == (stats["prompt_tokens_computed"] + stats["generated_tokens"]) / stats["seconds"]
@@ -266,9 +266,9 @@ def test_a_figure_that_cannot_be_measured_loses_no_answers(
     def out_of_memory(*_: Any) -> float:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(FakeEngine, "share_of_limit", out_of_memory)
+    monkeypatch.setattr(FakeEngine, "roofline_efficiency", out_of_memory)
     suite = run_suite(SPECS[:1])
-    assert read(suite, "generation", RUN_FILE)["measured"]["share_of_limit"] is None
+    assert read(suite, "generation", RUN_FILE)["measured"]["roofline_efficiency"] is None
 
 
 def test_a_cache_that_cannot_be_written_loses_no_answers(

@@ -154,7 +154,7 @@ def test_what_was_computed_survives_an_interruption(
     monkeypatch.setattr(engine, "run", interrupted)
     with pytest.raises(SystemExit, match="130"):
         run_suite([run_spec()])
-    message = "flexgen-helm: interrupted. Finished answers are kept; the same command goes on where this one stopped.\n"
+    message = "flexgen-helm: interrupted. Finished answers are kept; run the same command again to continue.\n"
     assert capsys.readouterr().err.endswith(message)
     monkeypatch.setattr(engine, "run", whole)
     run_suite([run_spec()])

@@ -265,7 +265,7 @@ def test_folder_removed_while_open(tmp_path: Path) -> None:
         read(folder, 3)
         shutil.rmtree(path)
         for action in (lambda: read(folder, 3), lambda: folder.write(4, slab(4)), lambda: folder.check_space([4])):
-            with pytest.raises(CorruptFile, match="is not there: was the offload folder removed"):
+            with pytest.raises(CorruptFile, match="is missing: the offload folder was removed"):
                 action()
 
 

@@ -30,7 +30,7 @@ POLICY = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=6
 
 def load(folder: Path) -> bool:
     with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY, rows="packed") as engine:
-        return engine.verdict.bit_stable
+        return engine.self_check.bit_stable
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_last_bit_that_moves_is_noticed(tmp_path: Path, neighbours_leak: None)
 
 @pytest.mark.parametrize("neighbours_leak", [1e-2], indirect=True)
 def test_an_answer_that_moves_is_refused(tmp_path: Path, neighbours_leak: None) -> None:
-    with pytest.raises(UnsupportedModel, match="differ from the library's own forward"):
+    with pytest.raises(UnsupportedModel, match="differ from transformers' own forward"):
         load(save_tiny("llama", tmp_path))
 
 

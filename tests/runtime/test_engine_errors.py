@@ -180,7 +180,7 @@ def test_completions_that_never_fit_together_fail_alone(
     bench: Workbench, engine: Engine, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal prompts are one piece of work: there is memory for each of these jobs, but not for all completions at once."""
-    verdict, length, new = engine.verdict, 200, 129
+    verdict, length, new = engine.self_check, 200, 129
     tokens = length + new + PAGE_TOKENS
     memory = 3 * verdict.cache_bytes_per_sequence + 2 * tokens * verdict.cache_bytes_per_token
     monkeypatch.setattr(
@@ -216,7 +216,7 @@ def test_jobs_wait_for_memory_and_one_that_never_fits_is_refused(
     bench: Workbench, engine: Engine, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory for two of the longest jobs of the mix."""
-    jobs, verdict = fixed_mix(99, 20), engine.verdict
+    jobs, verdict = fixed_mix(99, 20), engine.self_check
     expected = engine.run(jobs)
     sweeps = engine.stats.sweeps
     memory = 2 * (verdict.cache_bytes_per_sequence + (MAX_PROMPT + MAX_NEW + PAGE_TOKENS) * verdict.cache_bytes_per_token)

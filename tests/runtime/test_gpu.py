@@ -26,9 +26,9 @@ def test_a_gpu_gives_the_answers_of_the_reference(family: str, tmp_path: Path) -
     folder = save_tiny(family, tmp_path)
     jobs, agreement = fixed_mix(3, 12), Agreement()
     with Engine.from_pretrained(str(folder), dtype="float32", device="cuda", policy=POLICY) as engine:
-        assert isinstance(engine.verdict, Verdict)
+        assert isinstance(engine.self_check, Verdict)
         together = engine.run(jobs)
-        alone = [engine.run([job])[0] for job in jobs] if engine.verdict.bit_stable else together
+        alone = [engine.run([job])[0] for job in jobs] if engine.self_check.bit_stable else together
         assert engine.stats.peak_bytes > 0
     reference = Reference(folder)
     for job, result in zip(jobs, together, strict=True):

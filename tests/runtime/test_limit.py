@@ -134,9 +134,9 @@ def test_a_disk_without_space_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_no_run_is_faster_than_its_limit(family: str, tmp_path: Path) -> None:
     with Engine.from_pretrained(str(save_tiny(family, tmp_path))) as engine:
-        assert engine.share_of_limit(engine.stats) is None
+        assert engine.roofline_efficiency(engine.stats) is None
         engine.run([Job(token_ids=range(3, 40), max_new_tokens=4)])
-        share = engine.share_of_limit(engine.stats)
+        share = engine.roofline_efficiency(engine.stats)
         assert share is not None
         assert 0 < share < 1
         info = engine.describe()

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def worst_difference(folder: Path, rows: Kind) -> float:
     with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY, rows=rows) as engine:
-        return engine.verdict.worst_difference
+        return engine.self_check.worst_difference
 
 
 def moved(logits: Tensor, by: float) -> Tensor:
