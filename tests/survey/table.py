@@ -20,8 +20,8 @@ layers and random weights, and compared with plain `transformers`, one request a
 tokens and candidates within 1e-4, of prompts within 3e-4 (level C of [how it works](architecture.md)).
 
 * **packed**: many sequences share a row and the prefix tree; the fastest way.
-* **single**: one sequence a row, with the library's own cache and attention; weights are still read once for all rows. This
-  is for models that keep state beside attention or have attention code of their own.
+* **single**: one sequence a row, with transformers' own cache and attention; weights are still read once for all rows. This
+  is for models that keep state other than K and V, or do not call transformers' attention interface.
 * **refused**: the engine does not load the model, and says why. Nothing is served that fails the check at load.
 * **not built**: `transformers` itself cannot run the type as a causal language model of text, or needs another package.
 """
