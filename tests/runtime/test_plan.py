@@ -230,7 +230,7 @@ def test_limits_that_make_no_sense_are_refused(given: Any) -> None:
         parse_max_memory(given)
 
 
-@pytest.mark.parametrize(("held", "said"), [(100, None), (101, "on the host, where max_memory allows")])
+@pytest.mark.parametrize(("held", "said"), [(100, None), (101, "of host memory, where max_memory allows")])
 def test_what_was_held_beyond_a_limit_is_said(held: int, said: str | None) -> None:
     stats = RunStats(tier_peak_bytes={"host": held})
     found = exceeded({"host": 100}, stats, {"device": 0, "host": held, "disk": 0}, separate=True)

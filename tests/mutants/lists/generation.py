@@ -213,8 +213,8 @@ MUTANTS = (
     Mutant(
         name="bos-doubled",
         file="flexgen_helm/runtime/jobs.py",
-        old="bos is None or prompt_ids[0] == bos",
-        new="bos is None",
+        old="if prompt_ids[: len(added)] == added or needed",
+        new="if needed",
         tests=(JOBS,),
         why="prompts that begin with BOS get a second one",
     ),

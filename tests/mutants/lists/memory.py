@@ -36,8 +36,8 @@ MUTANTS = (
     Mutant(
         name="plan-too-large-is-accepted",
         file="flexgen_helm/runtime/plan.py",
-        old="if count > space.of(tier):",
-        new="if count > 2 * space.of(tier):",
+        old="all(count <= space.of(tier) for",
+        new="all(count <= 2 * space.of(tier) for",
         tests=(PLAN,),
         why="loading fails after minutes in place of at once",
     ),
