@@ -178,7 +178,7 @@ class SingleFamily:
 
 OWN_ATTENTION = "beside the library's attention interface"
 NO_POSITIONS = "takes no position_ids"
-STATE = "keeps state beside attention"
+STATE = "keeps state other than K and V"
 SINGLE: dict[str, SingleFamily] = {
     family.kind: family
     for family in (

@@ -175,6 +175,8 @@ class _Workload:
 
         def on_result(position: int, result: Result) -> None:
             index = missing[position]
+            if result.error is not None:
+                return
             try:
                 computed[index] = to_response(self._requests[index], result, timing())
             except Exception as error:  # of this request alone
@@ -185,15 +187,16 @@ class _Workload:
         try:
             with messages_in_helms_log("flexgen_helm.runtime.progress"):
                 asked = [jobs[index] for index in missing]
-                engine.run(asked, on_result=on_result, on_error="return", progress=console.stream)
+                results = engine.run(asked, on_result=on_result, on_error="return", progress=console.stream)
             self.stats = engine.stats
         finally:
             whole = timing()  # how long the batch took is known only now
             computed = {index: _stamped(response, whole) for index, response in computed.items()}
             self._store(computed)
-        for index in missing:
-            if index in failed:
-                self._fail(index, failed[index])
+        for index, result in zip(missing, results, strict=True):
+            error = failed.get(index, result.error)
+            if error is not None:
+                self._fail(index, error)
             else:
                 self._settle(index, "computed", computed[index])
 

@@ -207,7 +207,7 @@ def test_full_disk_is_one_clear_error_and_keeps_the_rest(tmp_path: Path) -> None
         (path,) = tmp_path.glob("*.jsonl")
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
         try:
-            with pytest.raises(DiskFull, match=r"Free some space\. Finished answers are kept; the same command goes on"):
+            with pytest.raises(DiskFull, match=r"Free some space\. Finished answers are kept; run the same command again"):
                 journal.append("key 1", response(1))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)

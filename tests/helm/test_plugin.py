@@ -36,7 +36,7 @@ from transformers import AutoTokenizer
 
 from flexgen_helm import plugin
 from flexgen_helm.context import DEFAULT_CONTEXT
-from flexgen_helm.errors import InvalidJob, UnsupportedModel
+from flexgen_helm.errors import FlexGenError, InvalidJob, UnsupportedModel
 from flexgen_helm.helm.deployment import CLIENT, DeploymentError, split_name
 from flexgen_helm.helm.model_files import read_limits
 from flexgen_helm.helm.runner import FlexGenRunner
@@ -373,7 +373,7 @@ def test_tokenizer_that_cannot_be_read_is_no_reason_to_try_again(
 def test_link_to_a_file_that_was_not_fetched_is_named(model_folder: Path, file: str) -> None:
     (model_folder / file).unlink(missing_ok=True)
     (model_folder / file).symlink_to(model_folder / "nowhere")
-    with pytest.raises(DeploymentError, match=file.replace(".", r"\.")):
+    with pytest.raises(FlexGenError, match=file.replace(".", r"\.")):
         get_model_deployment(f"flexgen/{model_folder}")
 
 

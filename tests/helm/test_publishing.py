@@ -23,13 +23,15 @@ OLD = '"of an earlier command"'
 
 
 def after_renames(count: int) -> Callable[..., None]:
-    """Returns ``os.replace`` as it is to a process that dies behind the last of so many."""
+    """Returns ``os.replace`` as it is to a process that dies behind the last of so many into a run's folder."""
     whole, done = os.replace, 0
 
-    def replace(*arguments: Any, **options: Any) -> None:
+    def replace(source: Any, target: Any, **options: Any) -> None:
         nonlocal done
-        if count:
-            whole(*arguments, **options)
+        if count or Path(target).parent.name != RUN.name:
+            whole(source, target, **options)
+        if Path(target).parent.name != RUN.name:
+            return
         done += 1
         if done >= count:
             raise Killed

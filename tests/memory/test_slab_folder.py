@@ -169,7 +169,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_disk_full_while_converting(small_disk: Path) -> None:
-    with opened(small_disk) as folder, pytest.raises(DiskFull, match=r"need [0-9.]+ MiB more in .*, which has [0-9.]+ KiB free"):
+    with opened(small_disk) as folder, pytest.raises(DiskFull, match=r"need [0-9.]+ MiB more in .*, which has .* free"):
         folder.check_space(folder.missing())
     with pytest.raises(DiskFull, match="cannot be written: No space left on device"):
         convert(small_disk)
