@@ -176,7 +176,7 @@ class SingleFamily:
         return tiny_config(self.kind, self.changes)
 
 
-OWN_ATTENTION = "beside the library's attention interface"
+OWN_ATTENTION = "does not call transformers' attention interface"
 NO_POSITIONS = "takes no position_ids"
 STATE = "keeps state other than K and V"
 SINGLE: dict[str, SingleFamily] = {
@@ -184,7 +184,7 @@ SINGLE: dict[str, SingleFamily] = {
     for family in (
         SingleFamily("falcon", OWN_ATTENTION, {"new_decoder_architecture": True, "num_kv_heads": 2}),
         SingleFamily("gpt_neo", OWN_ATTENTION),
-        SingleFamily("granitemoehybrid", OWN_ATTENTION),
+        SingleFamily("granitemoehybrid", STATE),
         SingleFamily("bloom", NO_POSITIONS),
         SingleFamily("mpt", NO_POSITIONS),
         SingleFamily("mamba2", NO_POSITIONS, factor=2.0),

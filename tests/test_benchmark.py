@@ -138,7 +138,7 @@ def test_the_report_of_a_run_from_disk() -> None:
         "disk read       0.72 GB/s, 1.00 GiB in all",
         "bound by        device in 1 of 2 sweeps",
         "host            1.00 GiB at most, 2.00 GiB planned",
-        "disk            0.0 KiB at most, 1.00 GiB planned",
+        "disk            0 bytes at most, 1.00 GiB planned",
         "process         5.00 GiB at most, 4.00 GiB more",
     ):
         assert line in text

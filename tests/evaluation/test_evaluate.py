@@ -87,7 +87,7 @@ def test_suite_by_path_from_end_to_end(
     assert table[4].startswith("Most time went into ")
     (log,) = (output / "logs").iterdir()
     *steps, status, cause = complaint.splitlines()
-    assert "helm-run ended with status 1, 1 runs are complete. The same command again continues" in status
+    assert "helm-run ended with status 1, 1 runs are complete. Run the same command again to continue" in status
     assert status.endswith(f"HELM's log is {log}.")
     assert re.fullmatch(r"  RunnerError: Failed runs: .* FileNotFoundError: .*'/no/such/file.jsonl'", cause)
     assert steps == [

@@ -110,7 +110,7 @@ def test_broken_shard_is_named_before_any_tensor_is_read(folder: Path, kind: str
 )
 def test_torn_index_is_named(folder: Path, content: bytes) -> None:
     (folder / INDEX_FILE).write_bytes(content)
-    with pytest.raises(CorruptFile, match=rf"{INDEX_FILE} is no index.*Fetch that file again"):
+    with pytest.raises(CorruptFile, match=rf"{INDEX_FILE} is not a checkpoint index.*Fetch that file again"):
         load(folder)
 
 

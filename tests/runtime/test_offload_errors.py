@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flexgen_helm import Engine, Job, Policy
-from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, PolicyError, UnsupportedModel
+from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, JobFailed, PolicyError, UnsupportedModel
 from flexgen_helm.runtime.packed import PackedRows
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.types import Shares
@@ -208,7 +208,7 @@ def test_a_sweep_that_was_given_up_leaves_slots_and_buffers_usable(
                     replay(rows, j, recording)
 
                 patch.setattr(PackedRows, "replay", broken)
-                with pytest.raises(RuntimeError, match="given up"):
+                with pytest.raises(JobFailed, match="given up"):
                     engine.run(JOBS)
             assert engine.run(JOBS) == expected
         engine.close()  # a second time at the end of the block
@@ -223,5 +223,5 @@ def test_slabs_that_are_there_need_no_space(bench: Workbench, tmp_path: Path, mo
 
 def test_an_offload_folder_that_cannot_be_made(bench: Workbench, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FlexGenError, match=r"offload_folder .*/file/none cannot be made"):
+    with pytest.raises(FlexGenError, match=r"offload_folder .*/file/none cannot be created"):
         load(bench, tmp_path / "file" / "none", Policy(cache=(0, 0, 1)))

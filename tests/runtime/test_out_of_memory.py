@@ -59,7 +59,7 @@ def test_rows_are_halved_and_answers_stay(
             results = engine.run(JOBS)
         warnings = [record.getMessage() for record in caplog.records]
         assert len(warnings) == 1
-        assert re.search("no memory for 32 tokens.*there are 16", warnings[0])
+        assert re.search("no memory for 32 tokens.*Continuing with 16", warnings[0])
         seen: list[int] = []
         monkeypatch.setattr(PackedRows, method, on_a_small_device(getattr(PackedRows, method), most, noting(size, seen)))
         assert engine.run(JOBS) == results
