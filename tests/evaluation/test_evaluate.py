@@ -101,6 +101,7 @@ def test_suite_by_path_from_end_to_end(
     assert model["display_name"] == tiny_model.name
 
 
+@pytest.mark.slow
 def test_entries_for_another_model_are_said_to_run_nothing(
     tiny_model: Path, suite: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

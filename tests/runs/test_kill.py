@@ -11,10 +11,10 @@ from tests.models import save_tiny
 from tests.tokenizers import save_character_tokenizer
 
 
-@pytest.mark.parametrize(("kills", "disable_cache"), [(3, True), (2, False)])
+@pytest.mark.parametrize(("kills", "disable_cache"), [(2, True), (1, False)])
 def test_killed_suite_equals_an_undisturbed_one(kills: int, disable_cache: bool, tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path)
     save_character_tokenizer(model)
     tally = kill(tmp_path, model, kills, seed=1, max_eval_instances=4, disable_cache=disable_cache)
     assert tally.kills == kills
-    assert tally.completed >= 2
+    assert tally.completed >= 1

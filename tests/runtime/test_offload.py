@@ -63,7 +63,7 @@ POLICIES = st.builds(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(policy=POLICIES, order=st.sampled_from(["zigzag", "zigzag", "row"]))
 def test_placement_changes_no_bit(
     deep: Workbench, tmp_path_factory: pytest.TempPathFactory, family: str, policy: Policy, order: Order
