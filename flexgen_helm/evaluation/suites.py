@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from helm.benchmark.presentation.run_entry import read_run_entries
+import dacite
+from helm.benchmark.presentation.run_entry import RunEntries, RunEntry
+from helm.common.general import parse_hocon
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.evaluation.schema import read_environments
@@ -36,7 +38,7 @@ class Suite:
     @property
     def num_entries(self) -> int:
         """How many run entries it has; HELM makes several runs of some."""
-        return len(read_run_entries([str(self.run_entries)]).entries)
+        return len(_read_entries(self.run_entries))
 
     @property
     def data(self) -> Path:
@@ -81,10 +83,16 @@ def _at(path: Path, packaged: dict[str, Suite]) -> Suite:
     return Suite(name, file, packaged=file.resolve() in ours)
 
 
+def _read_entries(file: Path) -> list[RunEntry]:
+    """As HELM does, which prints a line for each reading."""
+    entries: list[RunEntry] = dacite.from_dict(RunEntries, parse_hocon(file.read_text(encoding="utf-8"))).entries
+    return entries
+
+
 def _check_entries(file: Path) -> None:
     example = 'entries: [{description: "mmlu:subject=anatomy,model=text", priority: 1}]'
     try:
-        entries = read_run_entries([str(file)]).entries
+        entries = _read_entries(file)
     except Exception as error:
         # Parsers of several libraries read it, each with errors of its own.
         raise FlexGenError(f"{file} cannot be read as run entries ({error}). Write for example {example}.") from error

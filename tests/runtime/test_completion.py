@@ -166,6 +166,13 @@ def test_an_end_token_is_kept_but_not_its_text(kind: str) -> None:
 
 
 @KINDS
+def test_an_end_token_at_once_ends_an_empty_completion(kind: str) -> None:
+    completion = complete(kind, [END, *encode(kind, "The dog")])
+    assert (completion.text, completion.token_ids, completion.finish_reason) == ("", [END], "endoftext")
+    assert completion.num_text_tokens == 0
+
+
+@KINDS
 def test_the_limit_ends_a_completion(kind: str) -> None:
     token_ids = encode(kind, "The quick brown fox")
     completion = complete(kind, token_ids, limit=2)
