@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexgen_helm import Engine, Job
 from flexgen_helm.errors import FlexGenError, InvalidJob, UnsupportedModel
+from flexgen_helm.memory.cache import PagedCache
+from flexgen_helm.runtime.packed import PackedRows
+from flexgen_helm.runtime.recorder import RecordedModel
 from tests.jobs import random_tokens
 from tests.models import LONGROPE_LENGTH, SINGLE
 from tests.reference import Agreement
@@ -62,3 +69,13 @@ def test_longrope_refuses_a_longer_job(bench: Workbench, length: int, new: int) 
     job = Job(token_ids=random_tokens(3, length), max_new_tokens=new)
     with pytest.raises(InvalidJob, match=rf"\b{LONGROPE_LENGTH}\b"):
         bench.engine("phi3_longrope").run([job])
+
+
+@pytest.mark.parametrize("value", [torch.ones(1), 0.5, True])
+def test_an_argument_of_attention_that_is_not_known_is_refused(bench: Workbench, value: Any) -> None:
+    model = RecordedModel(AutoModelForCausalLM.from_pretrained(bench.folder("llama")))
+    rows = PackedRows(model, PagedCache())
+    attend = ALL_ATTENTION_FUNCTIONS[rows.model.model.config._attn_implementation]
+    qkv = [torch.ones(1, 2, 4, 8)] * 3
+    with pytest.raises(UnsupportedModel, match="unsupported arguments: position_bias"):
+        attend(model.layers[0], *qkv, None, position_bias=value, dropout=0.0)

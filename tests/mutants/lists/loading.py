@@ -102,7 +102,7 @@ MUTANTS = (
         file="flexgen_helm/runtime/packed.py",
         old="if unknown:",
         new="if len(unknown) > 9:",
-        tests=(PACKED_REFUSALS,),
+        tests=("tests/runtime/test_engine_refusals.py::test_an_argument_of_attention_that_is_not_known_is_refused",),
         why="what a model asks of its attention is ignored",
     ),
     Mutant(
@@ -158,7 +158,7 @@ MUTANTS = (
         file="flexgen_helm/runtime/checkpoint.py",
         old="if size != expected:",
         new="if size > expected:",
-        tests=("tests/runtime/test_engine_errors.py::test_torn_weights",),
+        tests=("tests/runtime/test_checkpoint.py",),
         why="a torn download is noticed after minutes, or not",
     ),
     Mutant(
