@@ -77,9 +77,9 @@ MUTANTS = (
         name="rows-halved-without-end",
         file="flexgen_helm/runtime/executor.py",
         old="if size // 2 < SMALLEST_ROW:",
-        new="if size // 2 < 1:",
+        new="if size // 2 < SMALLEST_ROW // 2:",
         tests=(OUT_OF_MEMORY,),
-        why="a model that never fits is tried until rows have one token",
+        why="rows become smaller than kernels are equal for",
     ),
     Mutant(
         name="rows-halved-lose-their-second-half",
