@@ -135,11 +135,11 @@ MUTANTS = (
         why='"signs" counts as "sign"',
     ),
     Mutant(
-        name="last-word-perplexity-of-the-sum",
+        name="last-word-perplexity-upside-down",
         file="scenarios/last_word.py",
         old="math.exp(-stat.sum / stat.count)",
-        new="math.exp(-stat.sum)",
+        new="math.exp(stat.sum / stat.count)",
         tests=("tests/scenarios/test_lambada.py::test_word_logprobs_equal_a_plain_forward",),
-        why="perplexity grows with the number of passages",
+        why="the better a model, the larger its perplexity",
     ),
 )
