@@ -12,7 +12,6 @@ from packaging.version import Version
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
 
-
 LATER = {"5.21": ("[olmo_hybrid]", "where_single_rows_are_forced[gemma2]"), "5.23": ("tensor_that_the_library_makes",)}
 """By version of transformers, parts of the names of tests that need it. Older ones refuse these models by name at load."""
 
