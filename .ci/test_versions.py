@@ -22,8 +22,8 @@ PACKED = ("llama", "gemma2", "qwen3_moe", "llama4_text")
 SINGLE = ("falcon", "mpt", "falcon_h1")
 """Own attention code, no positions, and state beside attention."""
 TESTS = (
-    "tests/runtime/test_versions.py",
-    "tests/runtime/test_cache_argument.py",
+    "tests/loading/test_versions.py",
+    "tests/model/test_cache_argument.py",
     "tests/survey/test_survey.py::test_short_form_agrees_with_the_page",
     *(f"{EXACTNESS}::test_level_c[{family}]" for family in PACKED),
     *(f"{EXACTNESS}::test_level_c_in_single_rows[{family}]" for family in SINGLE),

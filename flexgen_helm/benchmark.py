@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen_helm.errors import InvalidJob
-from flexgen_helm.memory.limits import gib
-from flexgen_helm.runtime.bound import bound_of
+from flexgen_helm.memory.amounts import gib
+from flexgen_helm.policy.bound import bound_of
 from flexgen_helm.runtime.trace import traced
 from flexgen_helm.types import LINKS, TIERS, EngineInfo, Job, RunStats, SweepStats
 

@@ -114,7 +114,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("helm") is None:
         raise FlexGenError('HELM is not installed. Install it with `pip install "flexgen_helm[helm]"`.')
     from flexgen_helm.evaluation.evaluate import evaluate, make_evaluation
-    from flexgen_helm.helm.disk import RESUME
+    from flexgen_helm.helm.disk_errors import RESUME
 
     arguments = engine_arguments(args)
     evaluation = make_evaluation(args.model, args.suite, args.out, args.max_eval_instances, arguments)
@@ -209,8 +209,8 @@ def _as_json(prompt: str, result: Result) -> dict[str, object]:
 def _load_engine(args: argparse.Namespace) -> Engine:
     from transformers.utils import logging
 
+    from flexgen_helm.policy.row_sizes import resolve_device, resolved
     from flexgen_helm.runtime.engine import Engine
-    from flexgen_helm.runtime.sizes import resolve_device, resolved
 
     logging.disable_progress_bar()
     policy = resolved(args.policy, resolve_device(args.device), few_requests=args.few_requests)

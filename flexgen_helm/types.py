@@ -266,7 +266,7 @@ class RunStats:
     limit_seconds: float | None = None
     """The least time in which this machine could have done it, filled by ``Engine.roofline_efficiency``; None: not known."""
     least_seconds: dict[str, float] = field(default_factory=dict)
-    """What each resource alone would have needed at least, filled with it; see ``flexgen_helm.runtime.limit``."""
+    """What each resource alone would have needed at least, filled with it; see ``flexgen_helm.policy.roofline``."""
     per_sweep: list[SweepStats] = field(default_factory=list, repr=False)
 
     def as_dict(self) -> dict[str, Any]:

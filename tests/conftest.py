@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
+from tests.workbench import Workbench
 
 LATER = {"5.21": ("[olmo_hybrid]", "where_single_rows_are_forced[gemma2]"), "5.23": ("tensor_that_the_library_makes",)}
 """By version of transformers, parts of the names of tests that need it. Older ones refuse these models by name at load."""
@@ -45,3 +48,14 @@ def real_model() -> Path:
         raise
     except FlexGenError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    """The models of this session. Row sizes of the policies are right for one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    workbench = Workbench(tmp_path_factory.mktemp("tiny_models"))
+    yield workbench
+    workbench.close()
+    torch.set_num_threads(threads)

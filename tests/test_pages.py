@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from flexgen_helm.cli import main
-from flexgen_helm.runtime.sizes import resolved
+from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.runtime.trace import title
 from flexgen_helm.types import RESOURCES
 from tests.models import save_tiny

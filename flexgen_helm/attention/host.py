@@ -9,9 +9,9 @@ import torch
 from greenlet import getcurrent
 from torch import Tensor
 
+from flexgen_helm.attention.calls import ChunkCall
 from flexgen_helm.attention.chunks import Kernel, LocatedPages
 from flexgen_helm.attention.kernels import ChunkOutput
-from flexgen_helm.attention.plan import ChunkCall
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.page_tensors import PageTensors
 

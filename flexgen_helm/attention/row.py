@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen_helm.attention.calls import ChunkCall, MaskRule, Window, as_index, plan_attention
 from flexgen_helm.attention.chunks import Kernel, LocatedPages, attend_call
 from flexgen_helm.attention.host import HostAttention, rest
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
-from flexgen_helm.attention.places import RowPages
-from flexgen_helm.attention.plan import ChunkCall, MaskRule, Window, as_index, plan_attention
-from flexgen_helm.memory.cache import PagedCache, Place
+from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.page_tensors import CacheKey, PageTensors
+from flexgen_helm.memory.paged_cache import PagedCache, Place
 from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.memory.working_set import Loaded
 from flexgen_helm.schedule.rows import Row, Segment

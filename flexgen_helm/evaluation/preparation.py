@@ -12,7 +12,7 @@ from flexgen_helm.assets.helm_data import copy_whole
 from flexgen_helm.errors import FlexGenError, OutOfSpace
 from flexgen_helm.evaluation.commands import Evaluation
 from flexgen_helm.helm.deployment import CLIENT
-from flexgen_helm.helm.disk import is_disk_full
+from flexgen_helm.helm.disk_errors import is_disk_full
 from flexgen_helm.helm.shared_file import rewrite
 
 

@@ -14,7 +14,7 @@ from helm.benchmark.scenarios.scenario import ScenarioSpec, create_scenario
 
 from flexgen_helm.evaluation.commands import Evaluation
 from flexgen_helm.evaluation.schema import read_environments
-from flexgen_helm.helm.report import WORKLOAD_FILE
+from flexgen_helm.helm.run_record import WORKLOAD_FILE
 
 
 @dataclass(frozen=True)

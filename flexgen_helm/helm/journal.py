@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from helm.common.hierarchical_logger import hwarn
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.helm.disk import clear_disk_errors
+from flexgen_helm.helm.disk_errors import clear_disk_errors
 from flexgen_helm.helm.requests import Response, checked
 
 FOLDER = "flexgen_journal"

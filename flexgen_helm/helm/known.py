@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import flexgen_helm
-from flexgen_helm.cache import cache_folder
+from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.helm.deployment import EngineArguments
 from flexgen_helm.types import EngineInfo, Policy, ResolvedPolicy
@@ -59,8 +59,8 @@ def _of_model(arguments: EngineArguments) -> dict[str, Any]:
     Raises:
         ValueError: The weights are made up.
     """
-    from flexgen_helm.runtime.digest import model_digest
-    from flexgen_helm.runtime.folder import folder_without_weights
+    from flexgen_helm.loading.digest import model_digest
+    from flexgen_helm.loading.hub_folder import folder_without_weights
 
     if arguments.get("dummy_weights"):
         raise ValueError("nothing is known of weights that are made up")
@@ -82,7 +82,7 @@ def _of_machine(arguments: EngineArguments) -> dict[str, Any]:
     """Return the device, and what row sizes and kernels depend on."""
     import torch
 
-    from flexgen_helm.runtime.sizes import resolve_device
+    from flexgen_helm.policy.row_sizes import resolve_device
 
     device = resolve_device(arguments.get("device", "auto"))
     return {

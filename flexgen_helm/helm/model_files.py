@@ -54,9 +54,9 @@ def read_limits(name_or_path: str, revision: str | None = None) -> ModelLimits:
         CorruptFile: A file is torn.
     """
     find_model(name_or_path, revision)
-    from flexgen_helm.runtime.context import context_of
-    from flexgen_helm.runtime.jobs import added_prefix
-    from flexgen_helm.runtime.loading import open_without_weights
+    from flexgen_helm.generation.prepare import added_prefix
+    from flexgen_helm.loading.source import open_without_weights
+    from flexgen_helm.model.context_length import context_of
 
     source = open_without_weights(name_or_path, revision=revision)
     context, _ = context_of(source.empty(), source.config)

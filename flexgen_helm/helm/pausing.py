@@ -20,7 +20,7 @@ from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner
 from helm.common.request import RequestResult
 
-from flexgen_helm.helm.report import RUN_FILE, keep_measured
+from flexgen_helm.helm.run_record import RUN_FILE, keep_measured
 
 LAST_FILE = "per_instance_stats.json"
 """The last file that HELM writes."""

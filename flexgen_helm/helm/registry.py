@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.helm.cache import ResponseCaches
 from flexgen_helm.helm.deployment import EngineArguments
 from flexgen_helm.helm.known import remember
+from flexgen_helm.helm.response_cache import ResponseCaches
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
@@ -28,8 +28,8 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
     Raises:
         FlexGenError: The engine cannot be made; see ``Engine.from_pretrained``.
     """
+    from flexgen_helm.policy.row_sizes import resolve_device, resolved
     from flexgen_helm.runtime.engine import Engine
-    from flexgen_helm.runtime.sizes import resolve_device, resolved
 
     if few_requests:
         device = resolve_device(arguments.get("device", "auto"))

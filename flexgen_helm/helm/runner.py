@@ -20,12 +20,12 @@ from helm.common.hierarchical_logger import hlog, htrack_block, hwarn
 from flexgen_helm.errors import DiskFull, FlexGenError
 from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.deployment import is_flexgen
-from flexgen_helm.helm.disk import RESUME, is_disk_full
+from flexgen_helm.helm.disk_errors import RESUME, is_disk_full
 from flexgen_helm.helm.journal import FOLDER, Journal
 from flexgen_helm.helm.pausing import PausableRun
 from flexgen_helm.helm.registry import ENGINES
-from flexgen_helm.helm.report import WORKLOAD_FILE, run_report, with_entry
 from flexgen_helm.helm.requests import to_job
+from flexgen_helm.helm.run_record import WORKLOAD_FILE, run_report, with_entry
 from flexgen_helm.helm.shared_file import rewrite
 from flexgen_helm.helm.workload import Served, serve
 from flexgen_helm.helm.written import check_deployment

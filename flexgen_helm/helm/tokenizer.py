@@ -36,8 +36,8 @@ class FlexGenTokenizer(HuggingFaceTokenizer):
         return super().get_wrapped_tokenizer()
 
     def _read(self) -> WrappedPreTrainedTokenizer:
-        from flexgen_helm.runtime.folder import folder_without_weights
-        from flexgen_helm.runtime.tokenizer_files import read_tokenizer
+        from flexgen_helm.loading.hub_folder import folder_without_weights
+        from flexgen_helm.loading.tokenizer_files import read_tokenizer
 
         os.environ["TOKENIZERS_PARALLELISM"] = "False"  # as HELM does, which may fork
         try:

@@ -13,13 +13,11 @@ from helm.common.key_value_store import request_to_key
 from helm.common.request import Request, RequestResult
 
 from flexgen_helm.errors import DiskFull, FlexGenError, InvalidJob, JobFailed
-from flexgen_helm.helm.cache import ResponseCache
 from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.deployment import EngineArguments, parse_arguments
 from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.known import recall
 from flexgen_helm.helm.registry import EngineRegistry, messages_in_helms_log
-from flexgen_helm.helm.report import Source, WorkloadReport
 from flexgen_helm.helm.requests import (
     Response,
     Timing,
@@ -29,6 +27,8 @@ from flexgen_helm.helm.requests import (
     to_request_result,
     to_response,
 )
+from flexgen_helm.helm.response_cache import ResponseCache
+from flexgen_helm.helm.run_record import Source, WorkloadReport
 from flexgen_helm.types import Job, Policy, Result, RunStats
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import OutOfSpace
-from flexgen_helm.memory.limits import gib
+from flexgen_helm.memory.amounts import gib
 
 PAGE = 4096
 """Direct I/O wants addresses, offsets and lengths in multiples of this many bytes."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from flexgen_helm.memory.machine import used_bytes
+from flexgen_helm.memory.usage import used_bytes
 from flexgen_helm.types import RESOURCES, Resource, RunStats, SweepStats, Tier
 
 WEIGHTS = "load_weights"

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from flexgen_helm.errors import DiskFull
+from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.buffers import padded
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO
-from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.page_tensors import CacheKey, PageShape, PageTensors
 
 

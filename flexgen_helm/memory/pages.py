@@ -1,4 +1,4 @@
-"""Accounting of K/V pages: which are free, and on which tier. The tensors behind them are in `flexgen_helm.memory.cache`."""
+"""Accounting of K/V pages: which are free, and on which tier. `flexgen_helm.memory.paged_cache` holds their tensors."""
 
 from __future__ import annotations
 

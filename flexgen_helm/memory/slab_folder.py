@@ -17,8 +17,8 @@ import xxhash
 from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile, DiskFull
+from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO, file_error
-from flexgen_helm.memory.limits import gib
 from flexgen_helm.memory.slab import SlabLayout
 
 _TEMPORARY = ".slab-"

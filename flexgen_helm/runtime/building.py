@@ -13,21 +13,22 @@ import torch
 from transformers import PreTrainedModel
 from transformers import __version__ as library_version
 
-from flexgen_helm.cache import cache_folder
+from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
+from flexgen_helm.loading.source import LoadedModel, ModelSource
 from flexgen_helm.memory.allocator import return_freed_memory
-from flexgen_helm.memory.limits import gib
-from flexgen_helm.memory.machine import free_bytes
+from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.weights import WeightStore
-from flexgen_helm.runtime.checks import Verdict
-from flexgen_helm.runtime.kinds import ALTERNATIVE, CheckedModel, Kind, KindChoice, check_model, log_choice
-from flexgen_helm.runtime.layers import layer_kinds, layers_of
-from flexgen_helm.runtime.loading import LoadedModel, ModelSource
+from flexgen_helm.memory.usage import free_bytes
+from flexgen_helm.memory.weight_store import WeightStore
+from flexgen_helm.model.layers import layer_kinds, layers_of
+from flexgen_helm.model.recorder import RecordedModel
+from flexgen_helm.policy.memory_plan import plan_weights
+from flexgen_helm.policy.row_sizes import resolved
+from flexgen_helm.policy.weight_plan import Space, WeightPlan
+from flexgen_helm.rows.choice import ALTERNATIVE, CheckedModel, Kind, KindChoice, check_model, log_choice
+from flexgen_helm.rows.self_check import Verdict
 from flexgen_helm.runtime.offload import Offloader
-from flexgen_helm.runtime.plan import Space, WeightPlan, plan_weights
-from flexgen_helm.runtime.recorder import RecordedModel
-from flexgen_helm.runtime.sizes import resolved
 from flexgen_helm.types import TIERS, ResolvedPolicy, Tier
 
 logger = logging.getLogger(__name__)

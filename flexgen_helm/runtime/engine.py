@@ -18,25 +18,24 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from flexgen_helm.errors import DiskFull, FlexGenError, InvalidJob, JobFailed, OutOfSpace, PolicyError
-from flexgen_helm.memory.hidden import HiddenStore
-from flexgen_helm.memory.limits import MaxMemory, gib, parse_max_memory
+from flexgen_helm.execution.serial import OverlappedExecutor, SerialExecutor
+from flexgen_helm.generation.prepare import PreparedJob, prepare
+from flexgen_helm.generation.vocabulary import Vocabulary
+from flexgen_helm.loading.source import named_dtype, open_dummy, open_model
+from flexgen_helm.loading.versions import warn_if_untested
+from flexgen_helm.memory.amounts import MaxMemory, gib, parse_max_memory
+from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
+from flexgen_helm.policy.memory_plan import cache_capacities, exceeded, left_bytes
+from flexgen_helm.policy.roofline import layer_sizes, measure_rates, note_limit
+from flexgen_helm.policy.row_sizes import default_block_tokens, resolve_device, resolved
+from flexgen_helm.policy.working_memory import setting
+from flexgen_helm.rows.choice import CachePlaces, Kind, KindChoice, make_rows, validated_kind
 from flexgen_helm.runtime.building import Parts, Placing, build, free_space, make_folder
-from flexgen_helm.runtime.executor import OverlappedExecutor, SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket
-from flexgen_helm.runtime.jobs import PreparedJob, prepare
-from flexgen_helm.runtime.kinds import CachePlaces, Kind, KindChoice, make_rows, validated_kind
-from flexgen_helm.runtime.limit import layer_sizes, measure_rates, note_limit
-from flexgen_helm.runtime.loading import named_dtype, open_dummy, open_model
-from flexgen_helm.runtime.packed import rows_at_once
-from flexgen_helm.runtime.plan import cache_capacities, exceeded, left_bytes
 from flexgen_helm.runtime.progress import Progress
-from flexgen_helm.runtime.sizes import default_block_tokens, resolve_device, resolved
-from flexgen_helm.runtime.versions import warn_if_untested
-from flexgen_helm.runtime.vocabulary import Vocabulary
 from flexgen_helm.runtime.worker import Snapshot, Worker
-from flexgen_helm.runtime.working_memory import setting
-from flexgen_helm.schedule.operations import ORDERS, Order
+from flexgen_helm.schedule.operations import ORDERS, Order, rows_at_once
 from flexgen_helm.types import EngineInfo, Job, Policy, Result, RunStats
 
 logger = logging.getLogger(__name__)
@@ -217,7 +216,7 @@ class Engine:
 
         Returns:
             That time over the run's, or None where nothing was computed or the bound is unknown; see
-            `flexgen_helm.runtime.limit`.
+            `flexgen_helm.policy.roofline`.
         """
         parts, model = self._parts, self._loaded.model
         sizes = layer_sizes(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.runtime.completion import CompletionBuilder
-from flexgen_helm.runtime.job_errors import impossible, of_one_job, overflow
-from flexgen_helm.runtime.jobs import PreparedJob
-from flexgen_helm.runtime.sampling import UniformStream, choose, most_likely, top_candidates
-from flexgen_helm.runtime.text import token_texts
-from flexgen_helm.runtime.vocabulary import Vocabulary
+from flexgen_helm.generation.completion import CompletionBuilder
+from flexgen_helm.generation.detokenizer import token_texts
+from flexgen_helm.generation.job_errors import impossible, of_one_job, overflow
+from flexgen_helm.generation.prepare import PreparedJob
+from flexgen_helm.generation.sampling import UniformStream, choose, most_likely, top_candidates
+from flexgen_helm.generation.vocabulary import Vocabulary
 from flexgen_helm.schedule.rows import Fork, Want
 from flexgen_helm.schedule.work import Work
 from flexgen_helm.types import Job, Result

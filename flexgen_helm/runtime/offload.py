@@ -15,15 +15,15 @@ from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.slab import Binding, pack
 from flexgen_helm.memory.slab_folder import SlabFolder
-from flexgen_helm.memory.weights import Unit, WeightStore
-from flexgen_helm.runtime.embeddings import keep_on_host
-from flexgen_helm.runtime.plan import EMBEDDINGS, WeightPlan
+from flexgen_helm.memory.weight_store import Unit, WeightStore
+from flexgen_helm.model.embeddings import keep_on_host
+from flexgen_helm.policy.weight_plan import EMBEDDINGS, WeightPlan
 
 logger = logging.getLogger(__name__)
 
 
 class Offloader:
-    """Keeps the layers of a model that is being loaded (a `flexgen_helm.runtime.assembly.LayerKeeper`)."""
+    """Keeps the layers of a model that is being loaded (a `flexgen_helm.loading.assembly.LayerKeeper`)."""
 
     def __init__(self, plan: WeightPlan, *, device: torch.device, folder: Path, identity: Mapping[str, str]) -> None:
         """Open the folder of slabs, and check its space, if the plan puts anything on disk.

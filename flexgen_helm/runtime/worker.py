@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, OutOfSpace
+from flexgen_helm.execution.serial import SerialExecutor
+from flexgen_helm.generation.job_errors import of_one_job
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.runtime.executor import SerialExecutor
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
-from flexgen_helm.runtime.job_errors import of_one_job
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import Sweep, Want
 from flexgen_helm.schedule.work import Scheduler, Work

@@ -87,3 +87,8 @@ def _step(square: tuple[int, int], following: tuple[int, int], num_layers: int) 
     yield Operation("store_cache", *square)
     if moves_on and square[0] < num_layers - 1:
         yield Operation("store_hidden", *square)
+
+
+def rows_at_once(*, rests: bool) -> int:
+    """Rows whose pages are brought at a time: the one that computes, the next, and one that rests while the CPU attends."""
+    return 3 if rests else 2

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from flexgen_helm.memory.pages import PagePool, num_pages
-from flexgen_helm.schedule.placement import Placement
+from flexgen_helm.schedule.page_tables import Placement
 from flexgen_helm.schedule.rows import Fork, Segment, Sweep, Want, pack_decode, pack_prefill
 from flexgen_helm.schedule.tree import Node, build_tree, common_prefix_length
 from flexgen_helm.schedule.work import Work, decode_position

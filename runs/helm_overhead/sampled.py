@@ -39,17 +39,17 @@ STEPS: dict[str, tuple[str, ...]] = {
         "flexgen_helm.helm.requests:*",
         "flexgen_helm.helm.workload:*",
         "flexgen_helm.runtime.engine:run",
-        "flexgen_helm.runtime.jobs:*",
+        "flexgen_helm.generation.prepare:*",
         "helm.benchmark.executor:*",
     ),
     "lookup": (
-        "flexgen_helm.helm.cache:*",
+        "flexgen_helm.helm.response_cache:*",
         "flexgen_helm.helm.journal:*",
         "flexgen_helm.helm.requests:cache_key",
     ),
     "journal and cache": (
-        "flexgen_helm.helm.cache:write",
-        "flexgen_helm.helm.cache:put",
+        "flexgen_helm.helm.response_cache:write",
+        "flexgen_helm.helm.response_cache:put",
         "flexgen_helm.helm.journal:append",
         "flexgen_helm.helm.journal:_write",
         "flexgen_helm.helm.workload:_store",
@@ -71,9 +71,9 @@ TIMED: dict[str, tuple[str, ...]] = {
         "flexgen_helm.schedule.packed:PackedScheduler.end_sweep",
         "flexgen_helm.schedule.packed:PackedScheduler.tokens_left",
     ),
-    "recording": ("flexgen_helm.runtime.packed:PackedRows.reserve", "flexgen_helm.runtime.packed:PackedRows.record"),
-    "layers": ("flexgen_helm.runtime.executor:_Run.compute",),
-    "logits": ("flexgen_helm.runtime.executor:SerialExecutor._logits", "flexgen_helm.runtime.worker:Worker._on_logits"),
+    "recording": ("flexgen_helm.rows.packed:PackedRows.reserve", "flexgen_helm.rows.packed:PackedRows.record"),
+    "layers": ("flexgen_helm.execution.serial:_Run.compute",),
+    "logits": ("flexgen_helm.execution.serial:SerialExecutor._logits", "flexgen_helm.runtime.worker:Worker._on_logits"),
 }
 """Methods that the engine's thread calls, none within another, as ``module:class.method``."""
 OTHER = "other threads"

@@ -27,7 +27,7 @@ import torch
 from transformers import AutoTokenizer
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.memory.limits import parse_size
+from flexgen_helm.memory.amounts import parse_size
 from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.cpu_benchmark.prompts import helm_prompts
 from flexgen_helm.runs.larger_than_ram.contenders import Work, as_dict, compare, run_accelerate, run_engine

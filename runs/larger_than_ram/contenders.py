@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_helm.errors import OutOfSpace
-from flexgen_helm.memory.limits import gib
+from flexgen_helm.memory.amounts import gib
 from flexgen_helm.runs.larger_than_ram import accelerate_side
 from flexgen_helm.runs.larger_than_ram.accelerate_side import Batch
 from flexgen_helm.runs.memory_limit import engine_side

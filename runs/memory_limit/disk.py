@@ -6,7 +6,7 @@ import os
 import statistics
 from pathlib import Path
 
-from flexgen_helm.memory.disk_rate import disk_rates
+from flexgen_helm.machine.disk_rate import disk_rates
 
 ROUNDS = 3
 

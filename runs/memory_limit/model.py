@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from flexgen_helm.assets.helm_data import helm_data_folders
-from flexgen_helm.cache import build_once, cache_folder
+from flexgen_helm.cache_folder import build_once, cache_folder
 
 END = "</s>"
 SHARD_BYTES = 2**29

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.memory.limits import gib, parse_size
+from flexgen_helm.memory.amounts import gib, parse_size
 from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.larger_than_ram.contenders import Ours, Work, run_engine
 from flexgen_helm.runs.memory_limit.cgroup import NotPermitted

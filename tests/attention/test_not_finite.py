@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.attention.row import RowAttention
-from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.rows import Row, Segment
 from flexgen_helm.schedule.tree import Node

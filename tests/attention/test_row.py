@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_helm.attention.plan import MaskRule
+from flexgen_helm.attention.calls import MaskRule
 from flexgen_helm.attention.row import RowAttention
-from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.schedule.rows import Row, Segment
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexgen_helm.attention.host import HostAttention
-from flexgen_helm.attention.places import RowPages
 from flexgen_helm.attention.row import RowAttention
+from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import DiskFull, PolicyError
-from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.rows import Row, Segment
 from flexgen_helm.types import RunStats

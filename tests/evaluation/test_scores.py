@@ -14,7 +14,7 @@ from flexgen_helm.evaluation.commands import Evaluation
 from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
 from flexgen_helm.evaluation.suites import Suite, find_suite
 from flexgen_helm.evaluation.table import render_scores, render_work
-from flexgen_helm.helm.report import WORKLOAD_FILE
+from flexgen_helm.helm.run_record import WORKLOAD_FILE
 
 TYPOS = {"name": "typos"}
 LATER, EARLIER = 2_000_000_000, 1_000_000_000

@@ -14,7 +14,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from flexgen_helm.runtime.sampling import UniformStream, choose
+from flexgen_helm.generation.sampling import UniformStream, choose
 from tests.reference import TIE
 
 BOUNDARY = 1e-4

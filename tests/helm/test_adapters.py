@@ -34,8 +34,8 @@ from tests.helm.fakes import FakeLoader
 from tests.helm.files import read, timeless
 from tests.reference import TOKEN_TOLERANCE
 from tests.reference import Reference as Model
-from tests.runtime.tiny_tokenizers import byte_level
 from tests.text_models import CHATML, save_llama
+from tests.tiny_tokenizers import byte_level
 
 pytestmark = pytest.mark.usefixtures("close_engine")
 CONVERSATIONS = [

@@ -18,7 +18,7 @@ from helm.common.general import write
 from flexgen_helm.errors import DiskFull, FlexGenError
 from flexgen_helm.helm import pausing, registry
 from flexgen_helm.helm.journal import FOLDER
-from flexgen_helm.helm.report import RUN_FILE, WORKLOAD_FILE
+from flexgen_helm.helm.run_record import RUN_FILE, WORKLOAD_FILE
 from flexgen_helm.types import EngineInfo, Policy, ResolvedPolicy, Result
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import POLICY, FakeEngine, FakeLoader, run_spec
@@ -60,7 +60,7 @@ def test_the_same_command_computes_only_what_is_missing(
     undisturbed = run_suite(SPECS, suite="undisturbed", cache="other", execution=execution)
     # HELM's cache gets what the journal has only when the workload ends; a kill leaves no time for that.
     with monkeypatch.context() as patch:
-        patch.setattr("flexgen_helm.helm.cache.ResponseCache.write", lambda *_: None)
+        patch.setattr("flexgen_helm.helm.response_cache.ResponseCache.write", lambda *_: None)
         for _ in range(2):
             with killed_after(patch, 4):
                 run_suite(SPECS, execution=execution)

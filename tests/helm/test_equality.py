@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.helm.entries import ALL, install_capitals
 from tests.helm.suites import assert_equal_transformers
-from tests.runtime.tiny_tokenizers import byte_level, metaspace_bpe, metaspace_unigram
 from tests.text_models import save_llama
+from tests.tiny_tokenizers import byte_level, metaspace_bpe, metaspace_unigram
 
 pytestmark = [pytest.mark.timeout(7200), pytest.mark.usefixtures("close_engine")]
 SMALL_ROWS = {"gpu_batch_size": 16, "gpu_batch_tokens": 64}

@@ -25,8 +25,8 @@ from flexgen_helm.helm.deployment import CLIENT
 from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.workload import serve
-from tests.runtime.tiny_tokenizers import byte_level
 from tests.text_models import CHATML, save_llama
+from tests.tiny_tokenizers import byte_level
 
 CONTEXT = 2048
 BEYOND = "<beyond>"

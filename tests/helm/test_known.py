@@ -14,11 +14,11 @@ import torch
 from helm.benchmark.model_deployment_registry import ClientSpec, get_model_deployment, register_model_deployment
 
 from flexgen_helm import Engine, Policy
-from flexgen_helm.cache import cache_folder
+from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.helm import known
 from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.registry import ENGINES
-from flexgen_helm.helm.report import RUN_FILE, WORKLOAD_FILE
+from flexgen_helm.helm.run_record import RUN_FILE, WORKLOAD_FILE
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import FakeLoader, run_spec
 from tests.helm.files import FILES, read, timeless

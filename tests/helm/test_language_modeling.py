@@ -16,16 +16,16 @@ from helm.benchmark.scenarios.scenario import TEST_SPLIT, Input, Instance, Scena
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import flexgen_helm.plugin  # noqa: F401  registers the generators of deployments
+from flexgen_helm.generation.prepare import prepare
 from flexgen_helm.helm.runner import FlexGenRunner
-from flexgen_helm.runtime.jobs import prepare
 from flexgen_helm.types import Job
 from tests.dimensions import VOCAB_SIZE
 from tests.helm.conftest import RunSuite
 from tests.helm.files import read
 from tests.models import save_tiny
 from tests.reference import PROMPT_TOLERANCE, Reference
-from tests.runtime.tiny_tokenizers import byte_level, metaspace_bpe
 from tests.text_models import save_llama
+from tests.tiny_tokenizers import byte_level, metaspace_bpe
 from tests.tokenizers import PAIRS, SPECIAL, save_pair_tokenizer
 
 pytestmark = pytest.mark.usefixtures("close_engine")

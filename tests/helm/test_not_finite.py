@@ -15,16 +15,16 @@ from helm.common.request import Request, RequestResult
 from safetensors.torch import load_file, save_file
 
 from flexgen_helm.errors import NotFinite
-from flexgen_helm.helm.cache import ResponseCache
 from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.deployment import CLIENT
 from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.requests import Response, Timing, to_response
+from flexgen_helm.helm.response_cache import ResponseCache
 from flexgen_helm.helm.workload import serve
 from flexgen_helm.types import Completion, Result, TokenLogprob
-from tests.runtime.tiny_tokenizers import byte_level
 from tests.text_models import save_llama
+from tests.tiny_tokenizers import byte_level
 
 WILD = "<|im_end|>"
 """A token whose activations overflow in float16."""

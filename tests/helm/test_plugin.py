@@ -35,15 +35,14 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from flexgen_helm import plugin
-from flexgen_helm.context import DEFAULT_CONTEXT
 from flexgen_helm.errors import FlexGenError, InvalidJob, UnsupportedModel
 from flexgen_helm.helm.deployment import CLIENT, DeploymentError, split_name
 from flexgen_helm.helm.model_files import read_limits
 from flexgen_helm.helm.runner import FlexGenRunner
 from flexgen_helm.helm.tokenizer import FlexGenTokenizer
-from flexgen_helm.runtime.context import context_of
-from flexgen_helm.runtime.loading import open_without_weights
-from flexgen_helm.runtime.tokenizer_files import read_tokenizer
+from flexgen_helm.loading.source import open_without_weights
+from flexgen_helm.loading.tokenizer_files import read_tokenizer
+from flexgen_helm.model.context_length import DEFAULT_CONTEXT, context_of
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import FakeLoader, run_spec
 from tests.tokenizers import save_pair_tokenizer

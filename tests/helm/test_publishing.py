@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flexgen_helm.helm.report import RUN_FILE
+from flexgen_helm.helm.run_record import RUN_FILE
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import FakeLoader, run_spec
 from tests.helm.files import read

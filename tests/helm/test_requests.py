@@ -16,8 +16,8 @@ from helm.common.response_format import ResponseFormat
 from hypothesis import strategies as st
 
 from flexgen_helm.errors import InvalidJob
+from flexgen_helm.generation.prepare import prepare
 from flexgen_helm.helm.requests import Timing, cache_key, failure, stable_seed, to_job, to_request_result, to_response
-from flexgen_helm.runtime.jobs import prepare
 from flexgen_helm.types import Completion, Job, Result, TokenLogprob
 
 CHAT = [{"role": "user", "content": "Hi"}]

@@ -13,7 +13,7 @@ from helm.common.cache import BlackHoleCacheConfig, SqliteCacheConfig
 from helm.common.key_value_store import SqliteKeyValueStore, request_to_key
 
 from flexgen_helm.errors import DiskFull, FlexGenError
-from flexgen_helm.helm.cache import ResponseCache, ResponseCaches
+from flexgen_helm.helm.response_cache import ResponseCache, ResponseCaches
 from tests.helm.test_journal import response
 
 KEYS = [request_to_key({"prompt": f"é \udc80 {number}", "numerics": {"b": 1, "a": number}}) for number in range(5)]

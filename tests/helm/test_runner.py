@@ -18,7 +18,7 @@ from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner, RunnerError
 
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
-from flexgen_helm.helm.report import WORKLOAD_FILE
+from flexgen_helm.helm.run_record import WORKLOAD_FILE
 from flexgen_helm.helm.runner import FlexGenRunner
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import REFUSED, FakeLoader, run_spec

@@ -11,8 +11,8 @@ import torch
 
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.memory.buffers import PAGE, allocate, lazy_zeros, padded
-from flexgen_helm.memory.cache import PagedCache
 from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
 from tests.memory.alone import alone
 

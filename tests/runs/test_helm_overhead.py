@@ -54,14 +54,17 @@ def test_innermost_known_function_decides() -> None:
     assert step_of(stack(run_all, "flexgen_helm.runtime.engine:_run")) == WAITING
     assert step_of(stack(run_all, run_one, "json:dumps")) == "writing"
     assert step_of(stack(run_all, run_one, metric, "flexgen_helm.helm.tokenizer:tokenize")) == "metrics"
-    assert step_of(stack(run_all, "flexgen_helm.helm.workload:run", "flexgen_helm.helm.cache:lookup")) == "lookup"
-    assert step_of(stack(run_all, "flexgen_helm.helm.workload:run", "flexgen_helm.helm.cache:write")) == "journal and cache"
+    assert step_of(stack(run_all, "flexgen_helm.helm.workload:run", "flexgen_helm.helm.response_cache:lookup")) == "lookup"
+    assert (
+        step_of(stack(run_all, "flexgen_helm.helm.workload:run", "flexgen_helm.helm.response_cache:write"))
+        == "journal and cache"
+    )
 
 
 def test_loading_is_loading_whatever_it_calls() -> None:
     load = "flexgen_helm.helm.registry:load_engine"
-    assert find_step("flexgen_helm.runtime.jobs:prepare") == "conversion"
-    assert step_of(stack("flexgen_helm.helm.runner:run_all", load, "flexgen_helm.runtime.jobs:prepare")) == LOADING
+    assert find_step("flexgen_helm.generation.prepare:prepare") == "conversion"
+    assert step_of(stack("flexgen_helm.helm.runner:run_all", load, "flexgen_helm.generation.prepare:prepare")) == LOADING
 
 
 @pytest.mark.parametrize("name", [name for names in TIMED.values() for name in names])

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from flexgen_helm import Engine, Job, Result
 from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob, JobFailed, OutOfSpace
 from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.policy.memory_plan import CACHE_SHARE
 from flexgen_helm.runtime.intake import Intake, Ticket
-from flexgen_helm.runtime.plan import CACHE_SHARE
 from flexgen_helm.types import TIERS
 from tests.dimensions import MAX_LENGTH, VOCAB_SIZE
 from tests.jobs import MAX_NEW, MAX_PROMPT, fixed_mix
-from tests.runtime.conftest import POLICY, Workbench
+from tests.workbench import POLICY, Workbench
 
 GOOD = Job(token_ids=(5, 6, 7), max_new_tokens=3)
 BAD = {

@@ -14,7 +14,7 @@ from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.errors import PolicyError
 from tests.dimensions import VOCAB_SIZE
 from tests.jobs import fixed_mix, random_tokens
-from tests.runtime.conftest import NARROW, POLICY, Workbench
+from tests.workbench import NARROW, POLICY, Workbench
 
 FAMILY = "mistral"
 BOTH_KINDS = [FAMILY, "qwen3_next"]

@@ -13,13 +13,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexgen_helm import Engine, Job
 from flexgen_helm.errors import FlexGenError, InvalidJob, UnsupportedModel
-from flexgen_helm.memory.cache import PagedCache
-from flexgen_helm.runtime.packed import PackedRows
-from flexgen_helm.runtime.recorder import RecordedModel
+from flexgen_helm.memory.paged_cache import PagedCache
+from flexgen_helm.model.recorder import RecordedModel
+from flexgen_helm.rows.packed import PackedRows
 from tests.jobs import random_tokens
 from tests.models import LONGROPE_LENGTH, SINGLE
 from tests.reference import Agreement
-from tests.runtime.conftest import POLICY, Workbench
+from tests.workbench import POLICY, Workbench
 
 
 @pytest.mark.parametrize("family", SINGLE)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from flexgen_helm import Engine, Job
-from flexgen_helm.runtime.sampling import UniformStream
+from flexgen_helm.generation.sampling import UniformStream
 from tests.jobs import fixed_mix, random_tokens
 from tests.reference import TOKEN_TOLERANCE, Reference, largest
-from tests.runtime.conftest import Workbench
+from tests.workbench import Workbench
 
 PROMPT = random_tokens(41, 20)
 SAMPLED = Job(token_ids=PROMPT, max_new_tokens=8, temperature=0.9, num_completions=3, seed=5, top_logprobs=3)

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 
 from flexgen_helm import Job
-from flexgen_helm.runtime.executor import LogitsHandler, SerialExecutor
+from flexgen_helm.execution.serial import LogitsHandler, SerialExecutor
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import Sweep
 from tests.jobs import job_mixes, random_tokens
-from tests.runtime.conftest import NARROW, Workbench
 from tests.runtime.test_exactness import few_examples
+from tests.workbench import NARROW, Workbench
 
 OnOperation = Callable[[Operation], None]
 BOTH_KINDS = ["qwen2", "nemotron_h"]

@@ -12,8 +12,8 @@ import pytest
 from flexgen_helm import Engine, Job
 from tests.jobs import FIRST_TOKEN, random_tokens
 from tests.models import ENDING
-from tests.runtime.conftest import POLICY, Workbench
 from tests.tokenizers import BOS, save_pair_tokenizer, text_of
+from tests.workbench import POLICY, Workbench
 
 IDS = random_tokens(101, 15)
 PROMPT = text_of(IDS)

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm import Job, Policy
-from flexgen_helm.runtime.kinds import KindChoice
+from flexgen_helm.rows.choice import KindChoice
 from tests.jobs import fixed_mix, job_mixes, random_tokens
 from tests.models import ENDING, FAMILIES, SINGLE
 from tests.reference import Agreement
-from tests.runtime.conftest import NARROW, POLICY, Workbench
+from tests.workbench import NARROW, POLICY, Workbench
 
 MECHANISMS = ("falcon", "mpt", "falcon_h1", "lfm2", "qwen3_5_text")
 """Families of single rows that show: own rotary attention, ALiBi, attention beside a state space in six layers, convolutions,

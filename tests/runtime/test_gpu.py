@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexgen_helm import Engine, Policy
-from flexgen_helm.runtime.checks import Verdict
+from flexgen_helm.rows.self_check import Verdict
 from tests.jobs import fixed_mix
 from tests.models import save_tiny
 from tests.reference import Agreement, Reference

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from flexgen_helm import Job
+from flexgen_helm.generation.prepare import prepare
+from flexgen_helm.generation.vocabulary import Vocabulary
 from flexgen_helm.runtime.intake import Intake, Ticket
-from flexgen_helm.runtime.jobs import prepare
-from flexgen_helm.runtime.vocabulary import Vocabulary
-from tests.runtime.tiny_tokenizers import byte_level
+from tests.tiny_tokenizers import byte_level
 
 TOKENIZER = byte_level()
 SAMPLED = Job(prompt="The fox", temperature=0.7, top_p=0.9, seed=3, num_completions=2, stop=("\n", "##"), top_logprobs=1)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from flexgen_helm import Engine, Job, Policy, Result, UnsupportedModel
 from flexgen_helm.errors import NotFinite
-from flexgen_helm.runtime.kinds import KindChoice
+from flexgen_helm.rows.choice import KindChoice
 from tests.jobs import fixed_mix, random_tokens
-from tests.runtime.conftest import NARROW, POLICY, Workbench
+from tests.workbench import NARROW, POLICY, Workbench
 
 WILD = 1
 """A token whose activations overflow in float16; no other job has it, nor has the self-check."""

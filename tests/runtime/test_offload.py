@@ -13,8 +13,8 @@ from flexgen_helm import Engine, Job, Policy, Result
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.types import Shares
 from tests.jobs import fixed_mix, random_tokens
-from tests.runtime.conftest import POLICY, Workbench
 from tests.runtime.test_exactness import assert_level_c
+from tests.workbench import POLICY, Workbench
 
 FAMILIES = ["llama", "opt", "mistral", "mixtral"]
 """A plain one, one with a tied head and learned positions, one with sliding windows, a mixture of experts."""

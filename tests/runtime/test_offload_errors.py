@@ -15,11 +15,11 @@ import pytest
 
 from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, JobFailed, PolicyError, UnsupportedModel
-from flexgen_helm.runtime.packed import PackedRows
+from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.types import Shares
 from tests.jobs import fixed_mix, random_tokens
-from tests.runtime.conftest import POLICY, Workbench
+from tests.workbench import POLICY, Workbench
 
 JOBS = fixed_mix(31, 8)
 ON_DISK = Policy(gpu_batch_size=16, gpu_batch_tokens=32, block_tokens=96, weights=(0, 0, 1))
@@ -176,7 +176,7 @@ def test_layers_too_large_for_the_device_are_checked_on_the_cpu(
     bench: Workbench, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check of a 16-bit model needs three times its layers: more than where they are computed one at a time."""
-    monkeypatch.setattr("flexgen_helm.runtime.plan.checking_bytes", lambda *_: 2**60)
+    monkeypatch.setattr("flexgen_helm.policy.memory_plan.checking_bytes", lambda *_: 2**60)
     with caplog.at_level(logging.INFO), load(bench, tmp_path, copy_host=True) as engine:
         assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
     assert any("checked on the CPU" in record.getMessage() for record in caplog.records)

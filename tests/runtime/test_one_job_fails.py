@@ -11,14 +11,14 @@ from torch import Tensor
 
 from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.errors import JobFailed, OutOfSpace
+from flexgen_helm.execution.serial import SerialExecutor
+from flexgen_helm.generation.completion import CompletionBuilder
+from flexgen_helm.generation.sampling import choose
 from flexgen_helm.runtime import worker
-from flexgen_helm.runtime.completion import CompletionBuilder
-from flexgen_helm.runtime.executor import SerialExecutor
-from flexgen_helm.runtime.sampling import choose
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import Sweep
 from tests.jobs import fixed_mix, random_tokens
-from tests.runtime.conftest import Workbench
+from tests.workbench import Workbench
 
 JOBS = [job for job in fixed_mix(53, 14) if len(job.token_ids or ()) < 50]
 MARK = 1

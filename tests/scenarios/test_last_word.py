@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from flexgen_helm.errors import ScenarioError
 from flexgen_helm.scenarios import last_word
 from flexgen_helm.scenarios.last_word import LastWordPerplexity
-from tests.runtime import tiny_tokenizers
+from tests import tiny_tokenizers
 from tests.tokenizers import save_character_tokenizer, save_pair_tokenizer
 
 KINDS = ("pairs", "characters", "byte_level", "metaspace_bpe", "metaspace_unigram", "wordpiece")

@@ -15,7 +15,7 @@ import torch
 
 from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.runtime.kinds import KindChoice
+from flexgen_helm.rows.choice import KindChoice
 from flexgen_helm.types import Result
 from tests.reference import Agreement, Reference
 from tests.survey.configs import tiny_config

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flexgen_helm import Engine, Job
-from flexgen_helm.runtime import packed_check
+from flexgen_helm.rows import packed_check
 from flexgen_helm.types import Result
 from tests.survey import judge as judging
 from tests.survey import table

@@ -4,12 +4,12 @@ from tests.mutants.mutant import Mutant
 
 ROWS = "tests/attention/test_row.py::test_rows_equal_dense_attention"
 TIERS = "tests/attention/test_tiers.py::test_answers_do_not_depend_on_where_pages_rest"
-LOADS = "tests/runtime/test_checks.py::test_an_honest_model_is_stable"
+LOADS = "tests/rows/test_self_check.py::test_an_honest_model_is_stable"
 
 MUTANTS = (
     Mutant(
         name="attention-first-chunk-left-out",
-        file="flexgen_helm/attention/plan.py",
+        file="flexgen_helm/attention/calls.py",
         old="range((segment.end - 1) // CHUNK_TOKENS + 1)",
         new="range(segment.start // CHUNK_TOKENS, (segment.end - 1) // CHUNK_TOKENS + 1)",
         tests=(ROWS,),
@@ -17,7 +17,7 @@ MUTANTS = (
     ),
     Mutant(
         name="attention-last-chunk-left-out",
-        file="flexgen_helm/attention/plan.py",
+        file="flexgen_helm/attention/calls.py",
         old="range((segment.end - 1) // CHUNK_TOKENS + 1)",
         new="range((segment.end - 1) // CHUNK_TOKENS)",
         tests=(ROWS,),
@@ -25,7 +25,7 @@ MUTANTS = (
     ),
     Mutant(
         name="attention-window-forgotten",
-        file="flexgen_helm/attention/plan.py",
+        file="flexgen_helm/attention/calls.py",
         old="if not (self.rule.causal_only and",
         new="if not (",
         tests=(ROWS,),
@@ -33,7 +33,7 @@ MUTANTS = (
     ),
     Mutant(
         name="attention-own-chunk-unmasked",
-        file="flexgen_helm/attention/plan.py",
+        file="flexgen_helm/attention/calls.py",
         old="first_visit.last > (first_visit.chunk + 1) * CHUNK_TOKENS",
         new="first_visit.last > first_visit.chunk * CHUNK_TOKENS",
         tests=(ROWS,),
@@ -89,15 +89,15 @@ MUTANTS = (
     ),
     Mutant(
         name="attention-scale-of-the-model",
-        file="flexgen_helm/runtime/packed.py",
+        file="flexgen_helm/rows/packed.py",
         old="query.shape[-1] ** -0.5 if scaling is None else scaling",
         new="query.shape[-1] ** -0.5",
-        tests=("tests/runtime/test_first_layers.py::test_no_family_is_lost[granite]",),
+        tests=("tests/loading/test_first_layers.py::test_no_family_is_lost[granite]",),
         why="models with a scale of their own cannot share rows, and are several times slower",
     ),
     Mutant(
         name="attention-every-mask-is-causal",
-        file="flexgen_helm/runtime/packed.py",
+        file="flexgen_helm/rows/packed.py",
         old="MaskRule(allowed, mask_function is causal_mask_function)",
         new="MaskRule(allowed, True)",
         tests=("tests/runtime/test_exactness.py::test_long_prompts[gemma2]",),
@@ -105,7 +105,7 @@ MUTANTS = (
     ),
     Mutant(
         name="positions-begin-at-zero",
-        file="flexgen_helm/runtime/packed.py",
+        file="flexgen_helm/rows/packed.py",
         old="for position in range(segment.start, segment.end)] + [0]",
         new="for position in range(len(segment.tokens))] + [0]",
         tests=(LOADS,),
@@ -129,7 +129,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-begun-are-not-read",
-        file="flexgen_helm/attention/places.py",
+        file="flexgen_helm/attention/row_pages.py",
         old="begun.update(table[-(-segment.start // PAGE_TOKENS) :])",
         new="begun.update(table[segment.start // PAGE_TOKENS :])",
         tests=(TIERS,),
@@ -137,7 +137,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-written-are-not-stored",
-        file="flexgen_helm/attention/places.py",
+        file="flexgen_helm/attention/row_pages.py",
         old="written.update(table[segment.start // PAGE_TOKENS :])",
         new="written.update(table[-(-segment.start // PAGE_TOKENS) :])",
         tests=(TIERS,),

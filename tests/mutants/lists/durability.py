@@ -99,7 +99,7 @@ MUTANTS = (
     ),
     Mutant(
         name="cache-not-committed",
-        file="flexgen_helm/helm/cache.py",
+        file="flexgen_helm/helm/response_cache.py",
         old="with clear_disk_errors(self._path), self._connection:",
         new="with clear_disk_errors(self._path):",
         tests=(CACHE,),
@@ -107,7 +107,7 @@ MUTANTS = (
     ),
     Mutant(
         name="cache-drops-what-did-not-fit",
-        file="flexgen_helm/helm/cache.py",
+        file="flexgen_helm/helm/response_cache.py",
         old="self._waiting.extendleft(reversed(batch))",
         new="batch.clear()",
         tests=(f"{CACHE}::test_full_disk_is_named_and_the_next_write_catches_up",),
@@ -115,7 +115,7 @@ MUTANTS = (
     ),
     Mutant(
         name="cache-damaged-answer",
-        file="flexgen_helm/helm/cache.py",
+        file="flexgen_helm/helm/response_cache.py",
         old="except Exception:  # whatever the damage makes of the bytes",
         new="except ImportError:",
         tests=(f"{DURABILITY}::test_a_damaged_answer_in_the_cache_is_computed_again",),

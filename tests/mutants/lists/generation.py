@@ -2,17 +2,17 @@
 
 from tests.mutants.mutant import Mutant
 
-SAMPLING = "tests/runtime/test_sampling.py"
+SAMPLING = "tests/generation/test_sampling.py"
 ENGINE_SAMPLING = "tests/runtime/test_engine_sampling.py"
-COMPLETION = "tests/runtime/test_completion.py"
-TEXT = "tests/runtime/test_text.py"
+COMPLETION = "tests/generation/test_completion.py"
+TEXT = "tests/generation/test_detokenizer.py"
 INTAKE = "tests/runtime/test_intake.py"
-JOBS = "tests/runtime/test_jobs.py"
+JOBS = "tests/generation/test_prepare.py"
 
 MUTANTS = (
     Mutant(
         name="nucleus-one-token-too-many",
-        file="flexgen_helm/runtime/sampling.py",
+        file="flexgen_helm/generation/sampling.py",
         old="cumsum(dim=-1)[:-1] >= top_p",
         new="cumsum(dim=-1)[:-1] > top_p",
         tests=(SAMPLING,),
@@ -20,7 +20,7 @@ MUTANTS = (
     ),
     Mutant(
         name="nucleus-candidates-cut",
-        file="flexgen_helm/runtime/sampling.py",
+        file="flexgen_helm/generation/sampling.py",
         old="(1.0 - top_p) / probs.numel()",
         new="top_p / probs.numel()",
         tests=(SAMPLING,),
@@ -28,7 +28,7 @@ MUTANTS = (
     ),
     Mutant(
         name="temperature-inverted",
-        file="flexgen_helm/runtime/sampling.py",
+        file="flexgen_helm/generation/sampling.py",
         old="torch.float64) / temperature",
         new="torch.float64) * temperature",
         tests=(SAMPLING,),
@@ -36,7 +36,7 @@ MUTANTS = (
     ),
     Mutant(
         name="temperature-of-helm-samples",
-        file="flexgen_helm/runtime/sampling.py",
+        file="flexgen_helm/generation/sampling.py",
         old="GREEDY_TEMPERATURE = 1e-3",
         new="GREEDY_TEMPERATURE = 1e-5",
         tests=(SAMPLING,),
@@ -44,7 +44,7 @@ MUTANTS = (
     ),
     Mutant(
         name="sampling-draws-the-impossible",
-        file="flexgen_helm/runtime/sampling.py",
+        file="flexgen_helm/generation/sampling.py",
         old="u * cdf[-1], right=True",
         new="u * cdf[-1], right=False",
         tests=(SAMPLING,),
@@ -52,7 +52,7 @@ MUTANTS = (
     ),
     Mutant(
         name="sampling-completions-are-equal",
-        file="flexgen_helm/runtime/sampling.py",
+        file="flexgen_helm/generation/sampling.py",
         old='struct.pack("<Q", completion)',
         new='struct.pack("<Q", 0)',
         tests=(SAMPLING,),
@@ -60,7 +60,7 @@ MUTANTS = (
     ),
     Mutant(
         name="sampling-steps-are-equal",
-        file="flexgen_helm/runtime/sampling.py",
+        file="flexgen_helm/generation/sampling.py",
         old='struct.pack("<Q", step)',
         new='struct.pack("<Q", 0)',
         tests=(SAMPLING,),
@@ -100,7 +100,7 @@ MUTANTS = (
     ),
     Mutant(
         name="greedy-takes-the-highest-id",
-        file="flexgen_helm/runtime/sampling.py",
+        file="flexgen_helm/generation/sampling.py",
         old="best, token_ids = logits.max(dim=-1)",
         new="best, token_ids = logits.max(dim=-1)[0], logits.shape[-1] - 1 - logits.flip(-1).argmax(-1)",
         tests=(SAMPLING,),
@@ -108,7 +108,7 @@ MUTANTS = (
     ),
     Mutant(
         name="candidates-unsorted",
-        file="flexgen_helm/runtime/sampling.py",
+        file="flexgen_helm/generation/sampling.py",
         old="logprobs[candidates].sort(descending=True, stable=True)",
         new="logprobs[candidates].sort(descending=False, stable=True)",
         tests=(SAMPLING,),
@@ -116,7 +116,7 @@ MUTANTS = (
     ),
     Mutant(
         name="logits-not-finite-are-answers",
-        file="flexgen_helm/runtime/sampling.py",
+        file="flexgen_helm/generation/sampling.py",
         old="if not bool(best.isfinite().all()):",
         new="if bool(best.isinf().all()):",
         tests=(SAMPLING,),
@@ -124,7 +124,7 @@ MUTANTS = (
     ),
     Mutant(
         name="stop-across-tokens-missed",
-        file="flexgen_helm/runtime/stops.py",
+        file="flexgen_helm/generation/stop_strings.py",
         old="default=1) - 1",
         new="default=1) - 2",
         tests=(COMPLETION,),
@@ -132,7 +132,7 @@ MUTANTS = (
     ),
     Mutant(
         name="stop-not-the-earliest",
-        file="flexgen_helm/runtime/stops.py",
+        file="flexgen_helm/generation/stop_strings.py",
         old="return min(found, default=None)",
         new="return max(found, default=None)",
         tests=(COMPLETION,),
@@ -140,7 +140,7 @@ MUTANTS = (
     ),
     Mutant(
         name="stop-token-dropped-too-much",
-        file="flexgen_helm/runtime/completion.py",
+        file="flexgen_helm/generation/completion.py",
         old="kept = bisect_right(self._text_starts",
         new="kept = bisect_left(self._text_starts",
         tests=(COMPLETION,),
@@ -148,7 +148,7 @@ MUTANTS = (
     ),
     Mutant(
         name="end-token-ends-nothing",
-        file="flexgen_helm/runtime/completion.py",
+        file="flexgen_helm/generation/completion.py",
         old="if token_id in self._end_token_ids:",
         new="if token_id in self._end_token_ids and len(self._token_ids) > 1:",
         tests=(COMPLETION,),
@@ -156,7 +156,7 @@ MUTANTS = (
     ),
     Mutant(
         name="end-token-in-the-text",
-        file="flexgen_helm/runtime/completion.py",
+        file="flexgen_helm/generation/completion.py",
         old='kept - (self._finish_reason != "length")',
         new="kept",
         tests=(COMPLETION,),
@@ -164,7 +164,7 @@ MUTANTS = (
     ),
     Mutant(
         name="limit-one-token-more",
-        file="flexgen_helm/runtime/completion.py",
+        file="flexgen_helm/generation/completion.py",
         old="len(self._token_ids) >= self._max_new_tokens",
         new="len(self._token_ids) > self._max_new_tokens",
         tests=(COMPLETION,),
@@ -172,7 +172,7 @@ MUTANTS = (
     ),
     Mutant(
         name="text-unfinished-characters",
-        file="flexgen_helm/runtime/text.py",
+        file="flexgen_helm/generation/detokenizer.py",
         old="if not self._tail.endswith(REPLACEMENT):",
         new="if self._tail:",
         tests=(TEXT,),
@@ -180,7 +180,7 @@ MUTANTS = (
     ),
     Mutant(
         name="text-space-at-the-start",
-        file="flexgen_helm/runtime/text.py",
+        file="flexgen_helm/generation/detokenizer.py",
         old="self._vocabulary.decode(self._context + held)",
         new="self._vocabulary.decode(held)",
         tests=(TEXT,),
@@ -188,7 +188,7 @@ MUTANTS = (
     ),
     Mutant(
         name="text-cleaned-up",
-        file="flexgen_helm/runtime/vocabulary.py",
+        file="flexgen_helm/generation/vocabulary.py",
         old="clean_up_tokenization_spaces=False",
         new="clean_up_tokenization_spaces=True",
         tests=(TEXT, COMPLETION),
@@ -196,7 +196,7 @@ MUTANTS = (
     ),
     Mutant(
         name="text-bytes-not-escaped",
-        file="flexgen_helm/runtime/vocabulary.py",
+        file="flexgen_helm/generation/vocabulary.py",
         old='if text is None or text.startswith("bytes:"):',
         new="if text is None:",
         tests=(TEXT,),
@@ -204,7 +204,7 @@ MUTANTS = (
     ),
     Mutant(
         name="context-exceeded",
-        file="flexgen_helm/runtime/jobs.py",
+        file="flexgen_helm/generation/prepare.py",
         old="if needed > max_length:",
         new="if needed > max_length + 1:",
         tests=(JOBS,),
@@ -212,7 +212,7 @@ MUTANTS = (
     ),
     Mutant(
         name="bos-doubled",
-        file="flexgen_helm/runtime/jobs.py",
+        file="flexgen_helm/generation/prepare.py",
         old="if prompt_ids[: len(added)] == added or needed",
         new="if needed",
         tests=(JOBS,),
@@ -220,7 +220,7 @@ MUTANTS = (
     ),
     Mutant(
         name="token-behind-the-vocabulary",
-        file="flexgen_helm/runtime/jobs.py",
+        file="flexgen_helm/generation/prepare.py",
         old="if not 0 <= token_id < vocab_size)",
         new="if not 0 <= token_id <= vocab_size)",
         tests=(JOBS,),
@@ -228,10 +228,10 @@ MUTANTS = (
     ),
     Mutant(
         name="chat-without-the-assistants-turn",
-        file="flexgen_helm/runtime/chat.py",
+        file="flexgen_helm/generation/chat.py",
         old="add_generation_prompt=True",
         new="add_generation_prompt=False",
-        tests=("tests/runtime/test_chat.py::test_input_is_what_the_library_makes_of_the_messages",),
+        tests=("tests/generation/test_chat.py::test_input_is_what_the_library_makes_of_the_messages",),
         why="the model continues the user's message",
     ),
 )

@@ -2,16 +2,16 @@
 
 from tests.mutants.mutant import Mutant
 
-DIGEST = "tests/runtime/test_digest.py"
-LIMITS = "tests/runtime/test_self_check_limits.py"
-REFUSALS = "tests/runtime/test_refusals.py::test_refusal_names_model_reason_and_alternative"
+DIGEST = "tests/loading/test_digest.py"
+LIMITS = "tests/rows/test_self_check_limits.py"
+REFUSALS = "tests/loading/test_refusals.py::test_refusal_names_model_reason_and_alternative"
 PACKED_REFUSALS = "tests/runtime/test_engine_refusals.py::test_packed_rows_refuse_by_name_and_reason"
-CONTEXT = "tests/runtime/test_context.py"
+CONTEXT = "tests/model/test_context_length.py"
 
 MUTANTS = (
     Mutant(
         name="digest-without-tokenizer",
-        file="flexgen_helm/runtime/digest.py",
+        file="flexgen_helm/loading/digest.py",
         old="for path in paths:",
         new='for path in (path for path in paths if not path.name.startswith("tokenizer")):',
         tests=(DIGEST,),
@@ -19,7 +19,7 @@ MUTANTS = (
     ),
     Mutant(
         name="digest-without-merges",
-        file="flexgen_helm/runtime/folder.py",
+        file="flexgen_helm/loading/hub_folder.py",
         old='"*.txt", ',
         new="",
         tests=(DIGEST,),
@@ -27,7 +27,7 @@ MUTANTS = (
     ),
     Mutant(
         name="digest-without-chat-templates",
-        file="flexgen_helm/runtime/digest.py",
+        file="flexgen_helm/loading/digest.py",
         old='"additional_chat_templates/*.jinja"',
         new='"chat_templates/*.jinja"',
         tests=(DIGEST,),
@@ -35,7 +35,7 @@ MUTANTS = (
     ),
     Mutant(
         name="digest-without-names",
-        file="flexgen_helm/runtime/digest.py",
+        file="flexgen_helm/loading/digest.py",
         old="{path.relative_to(folder)}:{memo.digest(path)}",
         new="{memo.digest(path)}",
         tests=(DIGEST,),
@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         name="digest-of-a-replaced-file",
-        file="flexgen_helm/runtime/digest.py",
+        file="flexgen_helm/loading/digest.py",
         old=":{status.st_ctime_ns}:{status.st_ino}",
         new="",
         tests=(DIGEST,),
@@ -51,7 +51,7 @@ MUTANTS = (
     ),
     Mutant(
         name="self-check-tolerance",
-        file="flexgen_helm/runtime/checks.py",
+        file="flexgen_helm/rows/self_check.py",
         old="TOLERANCE = 1e-3",
         new="TOLERANCE = 1e-1",
         tests=(LIMITS,),
@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         name="self-check-tolerance-too-strict",
-        file="flexgen_helm/runtime/checks.py",
+        file="flexgen_helm/rows/self_check.py",
         old="TOLERANCE = 1e-3",
         new="TOLERANCE = 1e-5",
         tests=(LIMITS,),
@@ -67,7 +67,7 @@ MUTANTS = (
     ),
     Mutant(
         name="self-check-nan-passes",
-        file="flexgen_helm/runtime/checks.py",
+        file="flexgen_helm/rows/self_check.py",
         old="nan_to_num(torch.inf)",
         new="nan_to_num(0.0)",
         tests=(LIMITS,),
@@ -75,15 +75,15 @@ MUTANTS = (
     ),
     Mutant(
         name="self-check-bits-not-compared",
-        file="flexgen_helm/runtime/packed_check.py",
+        file="flexgen_helm/rows/packed_check.py",
         old="return all(torch.equal(a, b)",
         new="return all(torch.allclose(a, b)",
-        tests=("tests/runtime/test_checks.py::test_a_last_bit_that_moves_is_noticed",),
+        tests=("tests/rows/test_self_check.py::test_a_last_bit_that_moves_is_noticed",),
         why="answers that move with their neighbours are said to be stable",
     ),
     Mutant(
         name="self-check-single-rows-alone",
-        file="flexgen_helm/runtime/single_check.py",
+        file="flexgen_helm/rows/single_check.py",
         old="if worst > TOLERANCE:",
         new="if worst > 1e9:",
         tests=(f"{LIMITS}::test_a_difference_above_the_tolerance_is_refused",),
@@ -91,7 +91,7 @@ MUTANTS = (
     ),
     Mutant(
         name="self-check-far-neighbour",
-        file="flexgen_helm/runtime/packed_check.py",
+        file="flexgen_helm/rows/packed_check.py",
         old="if moved > TOLERANCE:",
         new="if moved > 1e9:",
         tests=(f"{LIMITS}::test_a_leak_from_a_far_neighbour_alone_is_refused",),
@@ -99,7 +99,7 @@ MUTANTS = (
     ),
     Mutant(
         name="packed-unknown-arguments",
-        file="flexgen_helm/runtime/packed.py",
+        file="flexgen_helm/rows/packed.py",
         old="if unknown:",
         new="if len(unknown) > 9:",
         tests=("tests/runtime/test_engine_refusals.py::test_an_argument_of_attention_that_is_not_known_is_refused",),
@@ -107,7 +107,7 @@ MUTANTS = (
     ),
     Mutant(
         name="packed-attention-elsewhere",
-        file="flexgen_helm/runtime/packed.py",
+        file="flexgen_helm/rows/packed.py",
         old="if self._key.call == 0:",
         new="if self._key.call < 0:",
         tests=(PACKED_REFUSALS,),
@@ -115,7 +115,7 @@ MUTANTS = (
     ),
     Mutant(
         name="refusal-encoder-decoder",
-        file="flexgen_helm/runtime/refusals.py",
+        file="flexgen_helm/loading/refusals.py",
         old="if config.is_encoder_decoder:",
         new="if config.is_encoder_decoder is None:",
         tests=(REFUSALS,),
@@ -123,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         name="refusal-quantised",
-        file="flexgen_helm/runtime/refusals.py",
+        file="flexgen_helm/loading/refusals.py",
         old="            if quantised:",
         new="            if quantised == 1:",
         tests=(REFUSALS,),
@@ -131,15 +131,15 @@ MUTANTS = (
     ),
     Mutant(
         name="refusal-encoder",
-        file="flexgen_helm/runtime/refusals.py",
+        file="flexgen_helm/loading/refusals.py",
         old="    _refuse_encoder(name, config)\n",
         new="",
-        tests=("tests/runtime/test_refusals.py::test_encoders_are_refused_and_decoders_of_the_same_kind_are_not",),
+        tests=("tests/loading/test_refusals.py::test_encoders_are_refused_and_decoders_of_the_same_kind_are_not",),
         why="log-probabilities come from a model that has seen the answer",
     ),
     Mutant(
         name="context-of-a-padded-table",
-        file="flexgen_helm/runtime/context.py",
+        file="flexgen_helm/model/context_length.py",
         old="limit, reason = limit - padding,",
         new="limit, reason = limit,",
         tests=(CONTEXT,),
@@ -147,7 +147,7 @@ MUTANTS = (
     ),
     Mutant(
         name="context-of-growing-ropes",
-        file="flexgen_helm/runtime/context.py",
+        file="flexgen_helm/model/context_length.py",
         old="growing is not None and growing[0] <= limit",
         new="growing is not None and growing[0] < 1",
         tests=(CONTEXT,),
@@ -155,18 +155,18 @@ MUTANTS = (
     ),
     Mutant(
         name="checkpoint-torn-file",
-        file="flexgen_helm/runtime/checkpoint.py",
+        file="flexgen_helm/loading/checkpoint.py",
         old="if size != expected:",
         new="if size > expected:",
-        tests=("tests/runtime/test_checkpoint.py",),
+        tests=("tests/loading/test_checkpoint.py",),
         why="a torn download is noticed after minutes, or not",
     ),
     Mutant(
         name="checkpoint-wrong-place",
-        file="flexgen_helm/runtime/checkpoint.py",
+        file="flexgen_helm/loading/checkpoint.py",
         old="stream.seek(self.start)",
         new="stream.seek(self.start - self.dtype.itemsize)",
-        tests=("tests/runtime/test_checkpoint.py::test_tensors_are_read_as_the_format_s_own_library_reads_them",),
+        tests=("tests/loading/test_checkpoint.py::test_tensors_are_read_as_the_format_s_own_library_reads_them",),
         why="weights are shifted by an element",
     ),
 )

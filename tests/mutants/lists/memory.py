@@ -2,16 +2,16 @@
 
 from tests.mutants.mutant import Mutant
 
-PLAN = "tests/runtime/test_plan.py"
+PLAN = "tests/policy/test_memory_plan.py"
 SLABS = "tests/memory/test_slab_folder.py"
-OUT_OF_MEMORY = "tests/runtime/test_out_of_memory.py"
-HIDDEN = "tests/memory/test_hidden.py"
+OUT_OF_MEMORY = "tests/execution/test_out_of_memory.py"
+HIDDEN = "tests/memory/test_hidden_store.py"
 NUMERICS = "tests/runtime/test_engine_numerics.py"
 
 MUTANTS = (
     Mutant(
         name="plan-slots-not-counted",
-        file="flexgen_helm/runtime/plan.py",
+        file="flexgen_helm/policy/weight_plan.py",
         old='needed["device"] += self.num_slots * largest if',
         new='needed["device"] += largest if',
         tests=(PLAN,),
@@ -19,7 +19,7 @@ MUTANTS = (
     ),
     Mutant(
         name="plan-buffers-not-counted",
-        file="flexgen_helm/runtime/plan.py",
+        file="flexgen_helm/policy/weight_plan.py",
         old='needed["host"] += buffers',
         new='needed["host"] += 0 * buffers',
         tests=(PLAN,),
@@ -27,7 +27,7 @@ MUTANTS = (
     ),
     Mutant(
         name="plan-computing-not-counted",
-        file="flexgen_helm/runtime/plan.py",
+        file="flexgen_helm/policy/weight_plan.py",
         old='peak["device"] += self.working_bytes',
         new='peak["device"] += 0',
         tests=(PLAN, "tests/runtime/test_offload_errors.py"),
@@ -35,7 +35,7 @@ MUTANTS = (
     ),
     Mutant(
         name="plan-too-large-is-accepted",
-        file="flexgen_helm/runtime/plan.py",
+        file="flexgen_helm/policy/memory_plan.py",
         old="all(count <= space.of(tier) for",
         new="all(count <= 2 * space.of(tier) for",
         tests=(PLAN,),
@@ -51,7 +51,7 @@ MUTANTS = (
     ),
     Mutant(
         name="limit-exceeded-unsaid",
-        file="flexgen_helm/runtime/plan.py",
+        file="flexgen_helm/policy/memory_plan.py",
         old="if held[tier] > allowed[tier]",
         new="if held[tier] > 2 * allowed[tier]",
         tests=(f"{PLAN}::test_what_was_held_beyond_a_limit_is_said",),
@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         name="row-sizes-not-of-the-vectors",
-        file="flexgen_helm/runtime/sizes.py",
+        file="flexgen_helm/policy/row_sizes.py",
         old="step = VECTOR * torch.get_num_threads()",
         new="step = VECTOR + 1",
         tests=(f"{NUMERICS}::test_default_rows_are_whole_vectors_of_every_thread",),
@@ -67,7 +67,7 @@ MUTANTS = (
     ),
     Mutant(
         name="rows-not-halved",
-        file="flexgen_helm/runtime/executor.py",
+        file="flexgen_helm/execution/serial.py",
         old="self.num_halvings += 1",
         new="self.num_halvings += 2",
         tests=(OUT_OF_MEMORY,),
@@ -75,7 +75,7 @@ MUTANTS = (
     ),
     Mutant(
         name="rows-halved-without-end",
-        file="flexgen_helm/runtime/executor.py",
+        file="flexgen_helm/execution/serial.py",
         old="if size // 2 < SMALLEST_ROW:",
         new="if size // 2 < SMALLEST_ROW // 2:",
         tests=(OUT_OF_MEMORY,),
@@ -91,7 +91,7 @@ MUTANTS = (
     ),
     Mutant(
         name="head-of-any-size",
-        file="flexgen_helm/runtime/executor.py",
+        file="flexgen_helm/execution/serial.py",
         old="hidden.new_zeros(self._head_slice,",
         new="hidden.new_zeros(len(tokens),",
         tests=(
@@ -102,7 +102,7 @@ MUTANTS = (
     ),
     Mutant(
         name="sweep-given-up-keeps-slots",
-        file="flexgen_helm/runtime/executor.py",
+        file="flexgen_helm/execution/serial.py",
         old="self._weights.release_all()",
         new="self._weights.num_slots",
         tests=("tests/runtime/test_offload_errors.py::test_a_sweep_that_was_given_up_leaves_slots_and_buffers_usable",),
@@ -158,7 +158,7 @@ MUTANTS = (
     ),
     Mutant(
         name="hidden-rows-on-one-place",
-        file="flexgen_helm/memory/hidden.py",
+        file="flexgen_helm/memory/hidden_store.py",
         old="self._file.take(resting.nbytes)",
         new="0",
         tests=(HIDDEN,),
@@ -166,7 +166,7 @@ MUTANTS = (
     ),
     Mutant(
         name="hidden-file-grows",
-        file="flexgen_helm/memory/hidden.py",
+        file="flexgen_helm/memory/hidden_store.py",
         old="self._file.end = 0",
         new="self._file.end += 0",
         tests=(HIDDEN,),
@@ -174,10 +174,10 @@ MUTANTS = (
     ),
     Mutant(
         name="read-ahead-of-the-wrong-layer",
-        file="flexgen_helm/memory/ring.py",
+        file="flexgen_helm/memory/read_ahead.py",
         old="self.start(self._slabs[(place + i) % len(self._slabs)])",
         new="self.start(self._slabs[min(place + i, len(self._slabs) - 1)])",
-        tests=("tests/memory/test_ring.py",),
+        tests=("tests/memory/test_read_ahead.py",),
         why="the disk reads nothing ahead at the end of a sweep, so that each sweep begins by waiting",
     ),
 )

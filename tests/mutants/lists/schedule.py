@@ -25,7 +25,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-shared-by-two-children",
-        file="flexgen_helm/schedule/placement.py",
+        file="flexgen_helm/schedule/page_tables.py",
         old="above.tail_free = False",
         new="above.tail_free = True",
         tests=(PACKED,),
@@ -33,7 +33,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-copy-on-part-too-short",
-        file="flexgen_helm/schedule/placement.py",
+        file="flexgen_helm/schedule/page_tables.py",
         old="(above.table[shared], own[0], partial)",
         new="(above.table[shared], own[0], partial - 1)",
         tests=(PACKED,),
@@ -41,7 +41,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-of-a-completion-too-few",
-        file="flexgen_helm/schedule/placement.py",
+        file="flexgen_helm/schedule/page_tables.py",
         old="last = node.end + fork.max_new_tokens - 1",
         new="last = node.end + fork.max_new_tokens - 2",
         tests=(PACKED,),
@@ -49,7 +49,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-of-a-completion-leak",
-        file="flexgen_helm/schedule/placement.py",
+        file="flexgen_helm/schedule/page_tables.py",
         old="self._pool.release(fork.own_pages)",
         new="fork.own_pages.clear()",
         tests=(PACKED,),
@@ -57,7 +57,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-of-a-prefix-leak",
-        file="flexgen_helm/schedule/placement.py",
+        file="flexgen_helm/schedule/page_tables.py",
         old="if node.pages.kept:",
         new="if node.pages.kept and node.children:",
         tests=(PACKED,),
@@ -145,7 +145,7 @@ MUTANTS = (
     ),
     Mutant(
         name="single-prompt-state-not-copied",
-        file="flexgen_helm/runtime/single.py",
+        file="flexgen_helm/rows/single.py",
         old="copy.deepcopy(origin) if origin is not None",
         new="copy.copy(origin) if origin is not None",
         tests=("tests/runtime/test_engine_sampling.py",),

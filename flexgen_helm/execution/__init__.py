@@ -1,0 +1,1 @@
+"""Interpreters of the schedule's operations: serial and overlapped."""

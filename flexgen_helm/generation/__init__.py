@@ -1,0 +1,1 @@
+"""Text and tokens of one job: preparation, chat, vocabulary, detokenizer, sampling, completion."""

@@ -1,0 +1,126 @@
+"""One completion while it grows: its tokens, its text, and when it ends."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Sequence
+
+from flexgen_helm.generation.detokenizer import Detokenizer, token_texts
+from flexgen_helm.generation.stop_strings import StopFinder
+from flexgen_helm.generation.vocabulary import Vocabulary
+from flexgen_helm.types import Completion, FinishReason, Job, TokenLogprob
+
+
+class CompletionBuilder:
+    """Collects the generated tokens of one sequence and says when it is finished.
+
+    It ends with an end token, with a stop string in the decoded text, or at ``Job.max_new_tokens``. A stop string may
+    span tokens, begin inside one, or be the literal text of a special token.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary | None,
+        prompt_ids: Sequence[int],
+        *,
+        job: Job,
+        end_token_ids: Collection[int],
+    ) -> None:
+        """Start an empty completion.
+
+        Args:
+            vocabulary: Of the tokenizer; None where the model has none: texts are empty and stop strings impossible.
+            prompt_ids: Tokens that the completion follows.
+            job: Its ``stop`` and ``max_new_tokens``.
+            end_token_ids: Tokens that end a text.
+        """
+        if vocabulary is None and job.stop:
+            raise ValueError("stop strings need a tokenizer")
+        self._vocabulary = vocabulary
+        self._prompt_ids = prompt_ids
+        self._stops = tuple(job.stop)
+        self._max_new_tokens = job.max_new_tokens
+        self._end_token_ids = end_token_ids
+        self._detokenizer = Detokenizer(vocabulary, prompt_ids) if vocabulary else None
+        self._finder = StopFinder(self._stops)
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._top_logprobs: list[list[TokenLogprob]] = []
+        self._text_starts: list[int] = []
+        self._stop_index: int | None = None
+        self._finish_reason: FinishReason | None = None
+
+    def __len__(self) -> int:
+        """Return the number of tokens so far."""
+        return len(self._token_ids)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the completion ended, None while it grows."""
+        return self._finish_reason
+
+    def append(self, token_id: int, logprob: float, top: Sequence[TokenLogprob] = ()) -> FinishReason | None:
+        """Add one generated token and return why the completion ends with it, None if it goes on.
+
+        Args:
+            token_id: The token.
+            logprob: Its log-probability under the unwarped model.
+            top: The most likely candidates at this step, best first.
+        """
+        if self._finish_reason is not None:
+            raise RuntimeError(f"token {token_id} behind a completion that ended by {self._finish_reason}")
+        self._token_ids.append(token_id)
+        self._logprobs.append(logprob)
+        self._top_logprobs.append(list(top))
+        self._finish_reason = self._advance(token_id)
+        return self._finish_reason
+
+    def finish(self) -> Completion:
+        """Return the completion; one that still grows is ended as if it had reached its limit."""
+        if self._finish_reason is None:
+            self._finish_reason = self._flush("length")
+        kept = len(self._token_ids)
+        # A special token ends the text without being in it.
+        num_text_tokens = kept - (self._finish_reason != "length")
+        text = self._detokenizer.text if self._detokenizer else ""
+        if self._stop_index is not None:
+            kept = bisect_right(self._text_starts, self._stop_index)
+            num_text_tokens = bisect_left(self._text_starts, self._stop_index)
+            text = text[: self._stop_index]
+        token_ids = self._token_ids[:kept]
+        texts = token_texts(self._vocabulary, token_ids, self._prompt_ids) if self._vocabulary else [""] * kept
+        return Completion(
+            text=text,
+            token_ids=token_ids,
+            token_texts=texts,
+            logprobs=self._logprobs[:kept],
+            top_logprobs=self._top_logprobs[:kept],
+            finish_reason=self._finish_reason,
+            num_text_tokens=num_text_tokens,
+        )
+
+    def _advance(self, token_id: int) -> FinishReason | None:
+        if self._detokenizer:
+            self._text_starts.append(self._detokenizer.num_begun)
+        if token_id in self._end_token_ids:
+            return self._flush("endoftext")
+        if self._detokenizer:
+            self._stop_index = self._finder.append(self._detokenizer.append(token_id))
+            if self._stop_index is not None:
+                return "stop"
+        if self._is_stop_token(token_id):
+            return self._flush("stop")
+        return self._flush("length") if len(self._token_ids) >= self._max_new_tokens else None
+
+    def _flush(self, reason: FinishReason) -> FinishReason:
+        """Settle the text that waited for the rest of a character; a stop string may be in it."""
+        if self._detokenizer:
+            self._stop_index = self._finder.append(self._detokenizer.flush())
+        return reason if self._stop_index is None else "stop"
+
+    def _is_stop_token(self, token_id: int) -> bool:
+        # Special tokens are not part of the text, where the finder would never see "<|im_end|>".
+        if self._vocabulary is None or not self._stops or not self._vocabulary.is_special(token_id):
+            return False
+        literal = self._vocabulary.text(token_id)
+        return any(stop in literal for stop in self._stops)

@@ -1,0 +1,141 @@
+"""Token ids to text, token by token: the growing text of a completion, and one string for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexgen_helm.generation.vocabulary import REPLACEMENT, Vocabulary
+
+_MAX_HELD = 16
+"""Tokens that may wait for the end of a character before the text of all but the last few is settled."""
+
+_MAX_INCOMPLETE = 3
+"""Most tokens that can hold an unfinished character: all but the last of its at most four bytes."""
+
+_MAX_CONTEXT = 16
+"""Most prompt tokens that are decoded together with the first generated ones."""
+
+
+class Detokenizer:
+    """The text of one continuation, as it reads behind its prompt.
+
+    Each token is decoded behind a few tokens before it, because a tokenizer may strip the space at the start of a
+    decode. Text is *settled* once no later token can change it; an unfinished character waits. Special tokens add no
+    text. Each append decodes a bounded number of tokens.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int] = ()) -> None:
+        """Start behind ``prompt_ids``."""
+        self._vocabulary = vocabulary
+        self._context = _plain_context(vocabulary, prompt_ids)
+        self._context_text = vocabulary.decode(self._context)
+        self._held: list[int] = []
+        self._tail = ""
+        self._settled: list[str] = []
+        self._num_settled = 0
+
+    @property
+    def text(self) -> str:
+        """Decoded text of all tokens so far, unfinished characters as replacement characters."""
+        return "".join(self._settled) + self._tail
+
+    @property
+    def num_begun(self) -> int:
+        """Characters of the text that have begun, an unfinished one included: where the next token's text begins."""
+        finished = self._tail.rstrip(REPLACEMENT)
+        return self._num_settled + len(finished) + (len(finished) < len(self._tail))
+
+    def append(self, token_id: int) -> str:
+        """Add one token and return the text that is settled by it, often its own, at times empty."""
+        if self._vocabulary.is_special(token_id):
+            return ""
+        self._held.append(token_id)
+        self._tail = self._decode_held(self._held)
+        if not self._tail.endswith(REPLACEMENT):
+            return self.flush()
+        return self._settle_front() if len(self._held) > _MAX_HELD else ""
+
+    def flush(self) -> str:
+        """Settle all text, because no further token follows, and return what was not settled yet."""
+        return self._settle(len(self._held), self._tail)
+
+    def _decode_held(self, held: list[int]) -> str:
+        text = self._vocabulary.decode(self._context + held)
+        if text.startswith(self._context_text):
+            return text[len(self._context_text) :]
+        # Byte-fallback decoders give up a whole run of bytes when one is wrong, settled ones too.
+        return self._vocabulary.decode(held)
+
+    def _settle_front(self) -> str:
+        """Settle all but the last tokens of a long run of broken characters, where cutting changes no text."""
+        cut = len(self._held) - _MAX_INCOMPLETE
+        front = self._decode_held(self._held[:cut])
+        if front + self._vocabulary.decode(self._held[cut:]) != self._tail:
+            return ""
+        return self._settle(cut, front)
+
+    def _settle(self, num_tokens: int, text: str) -> str:
+        settled, self._held = self._held[:num_tokens], self._held[num_tokens:]
+        self._settled.append(text)
+        self._num_settled += len(text)
+        self._tail = self._tail[len(text) :]
+        # Tokens without text (a lone space at the start of a decode) are no context without what was before them.
+        has_text = bool(self._vocabulary.decode(settled))
+        self._context = settled if has_text else _plain_context(self._vocabulary, self._context + settled)
+        self._context_text = self._vocabulary.decode(self._context)
+        return text
+
+
+def token_texts(vocabulary: Vocabulary, token_ids: Sequence[int], context_ids: Sequence[int] = ()) -> list[str]:
+    r"""Return one string for each token; together they are the decoded text.
+
+    A token that holds part of a character is ``bytes:\xe2\x80`` (HELM's convention), a special token its literal
+    text. Tokenizers whose tokens cannot be decoded one by one give the whole character to its last token.
+
+    Args:
+        vocabulary: Of the tokenizer.
+        token_ids: The tokens.
+        context_ids: The tokens before them; without these the text is what the tokenizer decodes at a start.
+    """
+    texts = [vocabulary.text(token_id) for token_id in token_ids]
+    num_leading = next((index for index, token_id in enumerate(token_ids) if not vocabulary.is_special(token_id)), len(texts))
+    if num_leading == len(texts):
+        return texts
+    if num_leading and not context_ids:
+        # What stands behind a BOS token is the start of a text.
+        return texts[:num_leading] + token_texts(vocabulary, token_ids[num_leading:])
+    whole = _decode_behind(vocabulary, token_ids, context_ids)
+    joined = b"".join(vocabulary.piece(token_id) for token_id in token_ids).decode(errors="replace")
+    # Decoders write broken bytes in ways of their own; there the bytes themselves say more.
+    if whole == joined or (REPLACEMENT in whole and REPLACEMENT in joined):
+        return texts
+    first = next((index for index, text in enumerate(texts) if text), 0)
+    if joined == " " + whole and texts[first].startswith(" "):
+        texts[first] = texts[first][1:]
+        return texts
+    return _windowed_texts(vocabulary, token_ids, context_ids)
+
+
+def _windowed_texts(vocabulary: Vocabulary, token_ids: Sequence[int], context_ids: Sequence[int]) -> list[str]:
+    detokenizer = Detokenizer(vocabulary, context_ids)
+    texts = [
+        vocabulary.text(token_id) if vocabulary.is_special(token_id) else detokenizer.append(token_id) for token_id in token_ids
+    ]
+    texts[-1] += detokenizer.flush()
+    return texts
+
+
+def _decode_behind(vocabulary: Vocabulary, token_ids: Sequence[int], context_ids: Sequence[int]) -> str:
+    context = _plain_context(vocabulary, context_ids)
+    before, text = vocabulary.decode(context), vocabulary.decode([*context, *token_ids])
+    return text[len(before) :] if text.startswith(before) else vocabulary.decode(token_ids)
+
+
+def _plain_context(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[int]:
+    """Return the fewest last tokens that have text of their own and begin and end with whole characters."""
+    plain = [token_id for token_id in token_ids[-4 * _MAX_CONTEXT :] if not vocabulary.is_special(token_id)]
+    for length in range(1, min(len(plain), _MAX_CONTEXT) + 1):
+        text = vocabulary.decode(plain[-length:])
+        if text and REPLACEMENT not in text:
+            return plain[-length:]
+    return plain[-_MAX_CONTEXT:]

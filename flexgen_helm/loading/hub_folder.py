@@ -1,0 +1,67 @@
+"""The folder of a model on this machine; what the hub holds is fetched in two steps, so that a refusal costs no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.loading.checkpoint import INDEX_FILE, SINGLE_FILE, read_index
+from flexgen_helm.loading.refusals import refuse_file
+
+SMALL_FILES = (
+    *("*.json", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer"),
+    "*.jinja",
+)
+"""Configs, chat templates, and the vocabularies of transformers' tokenizers."""
+
+
+def folder_without_weights(name: str, revision: str | None) -> Path:
+    """Return the folder of a model with config and tokenizer; the weights of a hub model may not be there yet.
+
+    Args:
+        name: A folder, or a name on the model hub.
+        revision: Of a hub name.
+
+    Raises:
+        FlexGenError: If there is no such folder or hub model.
+        UnsupportedModel: If the name is that of a GGUF file.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file() or path.suffix == ".gguf":
+        refuse_file(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise FlexGenError(f"There is no folder {path}. Give an existing model folder, or a hub name such as 'org/model'.")
+    return _fetched(name, revision, SMALL_FILES)
+
+
+def folder_with_weights(name: str, revision: str | None, folder: Path) -> Path:
+    """Return the folder with the weights too: only those that make up the model, of all that its repository may hold.
+
+    Args:
+        name: As given to `folder_without_weights`.
+        revision: Of a hub name.
+        folder: What `folder_without_weights` returned.
+
+    Raises:
+        FlexGenError: If the weights cannot be fetched.
+        CorruptFile: If the index of the weights is torn.
+    """
+    if Path(name).expanduser().is_dir():
+        return folder
+    index = read_index(folder) if (folder / INDEX_FILE).is_file() else None
+    return _fetched(name, revision, [SINGLE_FILE] if index is None else set(index.values()))
+
+
+def _fetched(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=sorted(patterns)))
+    except Exception as error:
+        raise FlexGenError(
+            f"The model '{name}' could not be fetched from the hub ({type(error).__name__}: {error}). Check the name and the "
+            "network, or give the path of a folder that holds it."
+        ) from error

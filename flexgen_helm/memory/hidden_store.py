@@ -1,0 +1,220 @@
+"""Hidden states of a block's rows between two layers, on the tiers of a policy."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.errors import DISK_FULL_ERRNOS, CorruptFile, DiskFull
+from flexgen_helm.memory.amounts import gib
+from flexgen_helm.memory.direct_io import file_error
+from flexgen_helm.memory.link import Link, Transfer
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.tiers import interleave
+from flexgen_helm.types import TIERS, Resource, Shares, Tier
+
+
+class _Place(Protocol):
+    """Where a row's hidden state rests, and what is busy on the way."""
+
+    tier: Tier
+    writes: Resource
+    reads: Resource
+
+    def write(self, hidden: Tensor) -> None: ...
+
+    def read(self, device: torch.device) -> Tensor: ...
+
+
+class _Host:
+    """A tensor of its own in RAM."""
+
+    tier: Tier = "host"
+    writes: Resource = "device_to_host"
+    reads: Resource = "host_to_device"
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def write(self, hidden: Tensor) -> None:
+        if self._memory.shape != hidden.shape or self._memory.dtype != hidden.dtype:
+            self._memory = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=hidden.is_cuda)
+        if hidden.is_cuda:
+            hidden.record_stream(torch.cuda.current_stream(hidden.device))
+        self._memory.copy_(hidden, non_blocking=True)
+
+    def read(self, device: torch.device) -> Tensor:
+        return torch.empty_like(self._memory, device=device).copy_(self._memory, non_blocking=True)
+
+
+class _File:
+    """One file for the rows of a sweep. It has no name, so that nothing of it stays."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.end = folder, 0
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise file_error(folder, error) from error
+
+    def take(self, num_bytes: int) -> int:
+        """Where the next bytes go."""
+        self.end += num_bytes
+        return self.end - num_bytes
+
+    def write(self, offset: int, content: memoryview) -> None:
+        while content:
+            count = os.pwrite(self._file.fileno(), content, offset)
+            content, offset = content[count:], offset + count
+
+    def read(self, offset: int, content: memoryview) -> None:
+        while content:
+            count = os.preadv(self._file.fileno(), [content], offset)
+            if not count:
+                raise CorruptFile(f"Hidden states in {self.folder} are torn: they were not written as a whole.")
+            content, offset = content[count:], offset + count
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Disk:
+    """A part of the file."""
+
+    tier: Tier = "disk"
+    writes: Resource = "disk_write"
+    reads: Resource = "disk_read"
+
+    def __init__(self, file: _File) -> None:
+        self._file, self._offset = file, -1
+        self._form = torch.empty(0)
+
+    def write(self, hidden: Tensor) -> None:
+        resting = hidden.cpu().contiguous()
+        if self._offset < 0:  # a row's hidden state keeps its size
+            self._offset = self._file.take(resting.nbytes)
+        self._form = resting.new_empty(1).expand(resting.shape)
+        try:
+            self._file.write(self._offset, _bytes_of(resting))
+        except OSError as error:
+            if error.errno not in DISK_FULL_ERRNOS:
+                raise file_error(self._file.folder, error) from error
+            raise DiskFull(
+                f"The hidden states of a row ({gib(resting.nbytes)}, behind {gib(self._offset)} of other rows) could not be "
+                f"written into {self._file.folder} ({error}). Free space there, give another offload_folder, or set "
+                "hidden=(1, 0, 0) in the policy."
+            ) from error
+
+    def read(self, device: torch.device) -> Tensor:
+        resting = torch.empty(self._form.shape, dtype=self._form.dtype)
+        try:
+            self._file.read(self._offset, _bytes_of(resting))
+        except OSError as error:
+            raise file_error(self._file.folder, error) from error
+        return resting.to(device)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class HiddenStore:
+    """Takes a row's hidden state in when its layer is done and hands it out for the next one."""
+
+    def __init__(self, shares: Shares, *, device: torch.device, copies: bool, folder: Path, meter: Meter) -> None:
+        """Nothing is allocated yet.
+
+        Args:
+            shares: Of the rows, on each tier.
+            device: Where the matrices are multiplied.
+            copies: Whether the device has a memory of its own; without, what is on the host is in place.
+            folder: For hidden states on disk.
+            meter: Is told of what is moved.
+        """
+        self._meter = meter
+        self._shares, self._device, self._copies, self._folder = shares, device, copies, folder
+        self._places: dict[int, _Place] = {}
+        self._kept: dict[int, Tensor] = {}
+        self._sizes: dict[int, int] = {}
+        self._held = dict.fromkeys(TIERS, 0)
+        self._leaving: dict[int, Transfer] = {}
+        self._arriving: dict[int, tuple[Transfer, list[Tensor]]] = {}
+        self._link: Link | None = None
+        self._file: _File | None = None
+
+    def begin_sweep(self, num_rows: int) -> None:
+        """Forget the last sweep and decide which rows rest where."""
+        for content in (self._places, self._kept, self._sizes, self._leaving, self._arriving):
+            content.clear()
+        self._held = dict.fromkeys(TIERS, 0)
+        if self._file is not None:
+            self._file.end = 0
+        for k, tier in enumerate(interleave([1] * num_rows, self._shares)):
+            if tier == "disk":
+                self._file = self._file or _File(self._folder)
+                self._places[k] = _Disk(self._file)
+            elif tier == "host" and self._copies:
+                self._places[k] = _Host()
+        if self._places and self._link is None:
+            self._link = Link(self._device, "hidden")
+
+    def store(self, k: int, hidden: Tensor) -> Transfer | None:
+        """Take in the hidden state of row k."""
+        if k not in self._places:
+            self._kept[k] = hidden
+            return None
+        assert self._link is not None
+        tier = self._places[k].tier
+        if k not in self._sizes:
+            self._sizes[k] = hidden.nbytes
+            self._held[tier] += hidden.nbytes
+            self._meter.hold(tier, "hidden", self._held[tier])
+        self._leaving[k] = self._link.submit(partial(self._write, self._places[k], k, hidden))
+        return self._leaving[k]
+
+    def load(self, k: int) -> Transfer | None:
+        """Start to bring the hidden state of row k to the device, if it has left."""
+        if k not in self._leaving:
+            return None
+        assert self._link is not None
+        target: list[Tensor] = []
+        transfer = self._link.submit(partial(self._read, self._places[k], k, target))
+        self._arriving[k] = transfer, target
+        return transfer
+
+    def take(self, k: int) -> Tensor:
+        """Wait for the hidden state of row k.
+
+        Raises:
+            DiskFull: If there was no space to store it.
+        """
+        if k in self._kept:
+            return self._kept.pop(k)
+        transfer, target = self._arriving.pop(k)
+        self._leaving.pop(k).wait()
+        transfer.wait()
+        if target[0].is_cuda:
+            target[0].record_stream(torch.cuda.current_stream(self._device))
+        return target[0]
+
+    def _write(self, place: _Place, k: int, hidden: Tensor) -> None:
+        with self._meter.span(place.writes, f"store_hidden {k}", hidden.nbytes):
+            place.write(hidden)
+
+    def _read(self, place: _Place, k: int, target: list[Tensor]) -> None:
+        with self._meter.span(place.reads, f"load_hidden {k}", self._sizes.get(k, 0)):
+            target.append(place.read(self._device))
+
+    def close(self) -> None:
+        """Stop copying and drop everything."""
+        if self._link is not None:
+            self._link.close()
+        if self._file is not None:
+            self._file.close()
+        self._places.clear()

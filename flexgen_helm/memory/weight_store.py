@@ -1,0 +1,175 @@
+"""Weights of the layers: where they rest, and how they come to the device when their turn comes (FlexGen section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.memory.allocator import map_large_tensors
+from flexgen_helm.memory.buffers import allocate
+from flexgen_helm.memory.link import Link, Transfer
+from flexgen_helm.memory.meter import WEIGHTS, Meter
+from flexgen_helm.memory.read_ahead import ReadAhead, SlabSource
+from flexgen_helm.memory.slab import Binding
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A layer, or the output head, whose weights do not stay on the device."""
+
+    binding: Binding
+    memory: Tensor | None
+    """Its slab on the host; None: on disk."""
+
+
+@dataclass(eq=False)
+class _Slot:
+    memory: Tensor
+    j: int = -1
+    arriving: Transfer | None = None
+    taken: bool = False
+
+
+class WeightStore:
+    """Lends streamed weights to their modules, a few at a time.
+
+    Where the device has a memory of its own there are static slots, into which a slab is copied as a whole; without, modules
+    use host memory in place, and what is on disk is read where it is used.
+    """
+
+    def __init__(
+        self,
+        units: Mapping[int, Unit],
+        *,
+        device: torch.device,
+        num_slots: int,
+        source: SlabSource | None,
+        copies: bool,
+        meter: Meter,
+    ) -> None:
+        """Allocate slots.
+
+        Args:
+            units: By layer number; the output head has the number after the last layer.
+            device: Where the matrices are multiplied.
+            num_slots: Streamed units on the device at a time.
+            source: Of the slabs on disk.
+            copies: Whether the device has a memory of its own.
+            meter: Is told of what is moved.
+        """
+        self._meter, self._source = meter, source
+        self.streamed = frozenset(units)
+        """Units that must be loaded before they are used, by layer number."""
+        self.num_slots = min(num_slots, len(units))
+        self._units = dict(units)
+        if device.type == "cpu":
+            map_large_tensors(True)
+        on_disk = {j: unit.binding.layout.num_bytes for j, unit in sorted(units.items()) if unit.memory is None}
+        self._disk: ReadAhead | None = None
+        if on_disk:
+            assert source is not None
+            num_buffers = min(num_slots, len(on_disk))
+            self._disk = ReadAhead(source, on_disk, num_buffers=num_buffers, pin=device.type == "cuda", meter=meter)
+        self._slots: list[_Slot] = []
+        self._link: Link | None = None
+        if copies and units:
+            largest = max(unit.binding.layout.num_bytes for unit in units.values())
+            self._slots = [_Slot(_device_memory(largest, device)) for _ in range(self.num_slots)]
+            self._link = Link(device, "weights")
+            meter.hold("device", "slots", largest * self.num_slots)
+        meter.hold("host", "weights", sum(unit.memory.nbytes for unit in units.values() if unit.memory is not None))
+        meter.hold("disk", "weights", sum(on_disk.values()))
+
+    def begin(self, j: int) -> None:
+        """Start to load unit j, unless it is there or on its way."""
+        if self._link is None:
+            if self._disk is not None and self._units[j].memory is None:
+                self._disk.start(j)
+            return
+        slot = self._slot(j)
+        if slot is None:
+            slot = next(slot for slot in self._slots if not slot.taken)
+            slot.j, slot.arriving = j, self._link.submit(partial(self._fill, slot.memory, j))
+        slot.taken = True
+
+    def finish(self, j: int) -> None:
+        """Wait until unit j is there.
+
+        Raises:
+            CorruptFile: If its slab cannot be read.
+        """
+        self._memory(j)
+
+    def use(self, j: int) -> None:
+        """Wait for unit j and point its module's parameters at it; they hold until `release`."""
+        self._units[j].binding.bind(self._memory(j))
+
+    def release(self, j: int) -> None:
+        """Let another unit have the place of unit j."""
+        slot = self._slot(j)
+        if slot is not None:
+            slot.taken = False
+        elif self._disk is not None and self._units[j].memory is None:
+            self._disk.free(j)
+
+    def release_all(self) -> None:
+        """Let other units have all places: the sweep was given up."""
+        for slot in self._slots:
+            slot.j, slot.taken = -1, False
+        if self._link is None and self._disk is not None:
+            self._disk.forget_all()
+
+    def close(self) -> None:
+        """Stop loading, and close the source of slabs."""
+        map_large_tensors(False)
+        if self._link is not None:
+            self._link.close()
+        if self._source is not None:
+            self._source.close()
+
+    def _memory(self, j: int) -> Tensor:
+        self.begin(j)
+        slot = self._slot(j)
+        if slot is not None:
+            assert slot.arriving is not None
+            try:
+                slot.arriving.wait()
+            except BaseException:
+                slot.j, slot.taken = -1, False
+                raise
+            return slot.memory
+        memory = self._units[j].memory
+        if memory is None:
+            assert self._disk is not None
+            memory = self._disk.take(j)
+        return memory
+
+    def _slot(self, j: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.j == j), None)
+
+    def _fill(self, target: Tensor, j: int) -> None:
+        """Copy slab j to the device, and let the disk go on with the slabs that come next."""
+        memory, count = self._units[j].memory, self._units[j].binding.layout.num_bytes
+        if memory is not None:
+            self._copy(target[:count], memory[:count], j)
+            return
+        assert self._disk is not None
+        self._disk.free_all()  # what was read ahead may be for a sweep that was given up, or in another order
+        self._disk.start_from(j)
+        self._copy(target[:count], self._disk.take(j)[:count], j)
+        if target.is_cuda:
+            torch.cuda.current_stream(target.device).synchronize()
+        self._disk.free(j)
+        self._disk.start_behind(j)
+
+    def _copy(self, target: Tensor, source: Tensor, j: int) -> None:
+        with self._meter.span("host_to_device", f"{WEIGHTS} {j}", len(source)):
+            target.copy_(source, non_blocking=True)
+
+
+def _device_memory(num_bytes: int, device: torch.device) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device) if device.type == "cuda" else allocate(num_bytes)

@@ -1,0 +1,1 @@
+"""A library model cut into its layers: recorder, layers, experts, embeddings, context length."""

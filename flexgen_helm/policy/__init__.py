@@ -1,0 +1,1 @@
+"""Row sizes, memory plan, roofline: what is decided before anything is allocated."""

@@ -1,0 +1,70 @@
+"""Row and block sizes: by model, machine and limits only, never by what waits (row sizes are numerics)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from transformers import PreTrainedModel
+
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.policy.working_memory import block_bytes, least_block_tokens
+from flexgen_helm.types import Policy, ResolvedPolicy
+
+HIDDEN_SHARE = 0.1
+"""Share of the memory left that a block's hidden states may take beyond those of the smallest block."""
+MOST_BLOCK_TOKENS = 16_384
+"""Larger blocks gain nothing where weights stay, and finish their first job later."""
+VECTOR = 16
+"""Elementwise kernels give other bits in the scalar tail of each thread's share (AVX-512: 16 floats)."""
+GPU_ROWS = (256, 4096)
+"""(gpu_batch_size, gpu_batch_tokens) on a GPU."""
+CPU_ROWS = (64, 512)
+"""The same on a CPU, for throughput."""
+SMALL_CPU_ROWS = (16, 64)
+"""The same on a CPU for a few requests at a time, where padding would cost more than large rows gain."""
+
+
+def resolved(policy: Policy | None, device: torch.device, *, few_requests: bool = False) -> ResolvedPolicy:
+    """Decide the row sizes that a policy leaves open. What else it names does not change them.
+
+    Args:
+        policy: What the user names; None: nothing.
+        device: Where the matrices are multiplied.
+        few_requests: Whether requests come a few at a time, as in HELM's client.
+    """
+    policy = Policy() if policy is None else policy
+    if isinstance(policy, ResolvedPolicy):
+        return policy
+    if device.type == "cuda":
+        size, tokens = GPU_ROWS
+    else:
+        step = VECTOR * torch.get_num_threads()
+        size, tokens = (-(-count // step) * step for count in (SMALL_CPU_ROWS if few_requests else CPU_ROWS))
+    named = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    named["gpu_batch_size"] = policy.gpu_batch_size or size
+    named["gpu_batch_tokens"] = policy.gpu_batch_tokens or tokens
+    return ResolvedPolicy(**named)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a name means.
+
+    Raises:
+        FlexGenError: If there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FlexGenError(f"device is {name!r}. Give 'auto', 'cpu', 'cuda' or 'cuda:N'.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FlexGenError("device is 'cuda', but torch sees no CUDA GPU on this machine. Use device='cpu'.")
+    return device
+
+
+def default_block_tokens(policy: ResolvedPolicy, model: PreTrainedModel, num_bytes: int) -> int:
+    """Prompt tokens of a block whose hidden states fit well into so much memory."""
+    fitting = int(HIDDEN_SHARE * num_bytes) // block_bytes(model, 1)
+    return max(least_block_tokens(policy), min(MOST_BLOCK_TOKENS, fitting))

@@ -1,0 +1,64 @@
+"""Refusals of a plan that needs more memory than may be used, in terms of what the user has set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flexgen_helm.memory.amounts import gib
+from flexgen_helm.policy.weight_plan import Space, WeightPlan
+from flexgen_helm.types import Policy, Tier
+
+
+def pool_name(tier: Tier, *, separate: bool) -> str:
+    """What a tier's space is called: on a CPU, device and host are one memory."""
+    if tier == "disk":
+        return "disk space"
+    return f"{tier} memory" if separate else "memory"
+
+
+def describe_shortage(plan: WeightPlan, least: Mapping[Tier, int], space: Space, policy: Policy) -> str:
+    """Say what a plan lacks, in how little memory the model runs, and what to change.
+
+    Args:
+        plan: Which does not fit.
+        least: Bytes of memory in the placement that needs least.
+        space: What may be used.
+        policy: What the user asked for.
+    """
+    if any(count > space.of(tier) for tier, count in least.items()):
+        sizes = f"gpu_batch_tokens={policy.gpu_batch_tokens} and gpu_batch_size={policy.gpu_batch_size}"
+        return (
+            f"The least that this model runs in is {_amounts(least, space)}, but {_allowed(least, space)}. Of it, computing "
+            f"with {sizes} takes about {gib(plan.working_bytes)}, and the self-check at load about {gib(plan.checking_bytes)} "
+            f"in addition to the layers that it checks. {_remedy(least, space)}, or lower gpu_batch_tokens or "
+            "gpu_batch_size."
+        )
+    short = {tier: count for tier, count in plan.peak_bytes.items() if count > space.of(tier)}
+    asked = {"weights": policy.weights, "cache": policy.cache, "prefetch": policy.prefetch}
+    named = {name: value for name, value in asked.items() if value != getattr(Policy, name)}
+    what = ", ".join(f"{name}={value}" for name, value in named.items()) or "The model"
+    needs = f"{what} needs {_amounts(short, space)}, but {_allowed(short, space)}. Weights: {plan.describe()}"
+    if set(short) == {"disk"}:
+        return f"{needs}. Free disk space, choose another offload_folder, or lower the shares on disk."
+    return (
+        f"{needs}. The least that this model runs in is {_amounts(least, space)}. {_remedy(short, space)}, or leave "
+        f"{' and '.join(named)} out of the policy."
+    )
+
+
+def _remedy(counts: Mapping[Tier, int], space: Space) -> str:
+    limited = any(space.limited(tier) for tier, count in counts.items() if count > space.of(tier))
+    return "Allow more memory" if limited else "Free more memory"
+
+
+def _amounts(counts: Mapping[Tier, int], space: Space) -> str:
+    return " and ".join(f"{gib(count, up=True)} of {pool_name(t, separate=space.separate)}" for t, count in counts.items())
+
+
+def _allowed(counts: Mapping[Tier, int], space: Space) -> str:
+    """What may be used, and whether the user limits it or the machine."""
+    parts = []
+    for tier in counts:
+        amount = gib(space.of(tier)) + (f" of {pool_name(tier, separate=space.separate)}" if len(counts) > 1 else "")
+        parts.append(f"max_memory allows {amount}" if space.limited(tier) else f"{amount} are free")
+    return " and ".join(parts)

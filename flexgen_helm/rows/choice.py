@@ -1,0 +1,157 @@
+"""Packed or single rows: which of them a model runs in, and what each needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
+from flexgen_helm.execution.serial import Rows
+from flexgen_helm.generation.job_errors import not_finite
+from flexgen_helm.loading.source import LoadedModel
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.paged_cache import PagedCache
+from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
+from flexgen_helm.memory.state_store import StateStore
+from flexgen_helm.model.recorder import RecordedModel
+from flexgen_helm.rows.packed import PackedRows
+from flexgen_helm.rows.packed_check import check_packed
+from flexgen_helm.rows.self_check import NotNumbers, Verdict
+from flexgen_helm.rows.single import SingleRows, check_cache_shares
+from flexgen_helm.rows.single_check import check_single
+from flexgen_helm.schedule.packed import PackedScheduler
+from flexgen_helm.schedule.single import SingleScheduler, StateSize
+from flexgen_helm.schedule.work import Scheduler
+from flexgen_helm.types import TIERS, ResolvedPolicy, Tier
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["packed", "single"]
+KindChoice = Literal["auto", "packed", "single"]
+ALTERNATIVE = "Evaluate it with HELM's own HuggingFaceClient."
+PATIENCE = 3.0
+"""Of the scheduler, on a CPU (runs/LOG.md). On a GPU a row of prompts hides behind the weights that a sweep brings."""
+CHECKS: dict[Kind, Callable[..., Verdict]] = {"packed": check_packed, "single": check_single}
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model that passed the self-check of one kind of rows."""
+
+    kind: Kind
+    model: RecordedModel
+    verdict: Verdict
+    not_packed: str | None
+    """Why it does not run in packed rows, where those were tried."""
+
+
+def validated_kind(rows: str) -> KindChoice:
+    """Return the kind of rows that a user asked for.
+
+    Raises:
+        FlexGenError: If there is no such kind.
+    """
+    if rows not in ("auto", *CHECKS):
+        raise FlexGenError(f"rows is {rows!r}. Give 'auto', {' or '.join(map(repr, CHECKS))}.")
+    return rows  # type: ignore[return-value]
+
+
+def check_model(loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice) -> CheckedModel:
+    """Check a model in the kind of rows that was asked for; with "auto" in packed ones, then in single ones.
+
+    Raises:
+        UnsupportedModel: If it would be computed wrongly.
+    """
+    name = f"{loaded.name} ({loaded.model.config.model_type})"
+    refusals: dict[str, str] = {}
+    try:
+        model = RecordedModel(loaded.model)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{name} cannot be run layer by layer: {error}. {ALTERNATIVE}") from error
+    for kind, check in CHECKS.items():
+        if rows in ("auto", kind):
+            try:
+                verdict = check(model, policy, max_length=loaded.max_length)
+            except NotNumbers as error:
+                raise UnsupportedModel(f"{name} {not_finite(loaded.model.dtype)} ({error}.)") from error
+            except UnsupportedModel as error:
+                refusals[kind] = str(error)  # the error itself would keep the check's tensors
+                continue
+            return CheckedModel(kind, model, verdict, refusals.get("packed"))
+    reasons = "; ".join(f"in {kind} rows {error}" for kind, error in refusals.items())
+    alternative = "Leave rows at 'auto' to try single rows." if rows == "packed" else ALTERNATIVE
+    raise UnsupportedModel(f"{name} would be computed wrongly: {reasons}. {alternative}")
+
+
+def log_choice(loaded: LoadedModel, checked: CheckedModel) -> None:
+    """Say in one line which kind of rows was chosen and why, where it is not the usual one."""
+    name = f"{loaded.name} ({loaded.model.config.model_type})"
+    if checked.not_packed is not None:
+        logger.info("%s runs in single rows (one sequence per row), because in packed rows %s", name, checked.not_packed)
+    if not checked.verdict.bit_stable:
+        logger.info(
+            "%s: on this machine results may differ in the last digits depending on the batch (the bit-stability check failed)",
+            name,
+        )
+
+
+@dataclass(frozen=True)
+class CachePlaces:
+    """Where K and V, or whatever else sequences keep between sweeps, may lie."""
+
+    capacities: Mapping[Tier, int]
+    """Bytes on each tier."""
+    device: torch.device
+    separate: bool
+    """Whether the device has a memory of its own."""
+    kv_dtype: torch.dtype
+    """In which K and V are kept."""
+    folder: Path
+    meter: Meter
+
+
+def make_rows(
+    checked: CheckedModel, policy: ResolvedPolicy, places: CachePlaces, *, block_tokens: int, keep_all: bool
+) -> tuple[Rows, Scheduler]:
+    """What computes a model's rows and what plans them.
+
+    Args:
+        checked: The model.
+        policy: Its sizes and shares.
+        places: For what sequences keep.
+        block_tokens: Prompt tokens in a sweep.
+        keep_all: Whether operations come in another order than the column order.
+
+    Raises:
+        PolicyError: If the policy asks for something that rows of this kind cannot do.
+        DiskFull: If there is no space for the cache's share on disk.
+    """
+    verdict, separate = checked.verdict, places.separate
+    if checked.kind == "single":
+        check_cache_shares(policy.cache)
+        if places.kv_dtype != checked.model.model.dtype:
+            raise PolicyError("kv_dtype cannot be set in single rows: the model's own cache has its dtype. Leave it out.")
+        store = StateStore(places.device, share=policy.cache[1], meter=places.meter) if separate and policy.cache[1] else None
+        size = StateSize(verdict.cache_bytes_per_sequence, verdict.cache_bytes_per_token)
+        capacity = sum(places.capacities.values())
+        single = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity, size=size)
+        return SingleRows(checked.model, store), single
+    page_bytes = PAGE_TOKENS * verdict.cache_bytes_per_token * places.kv_dtype.itemsize // checked.model.model.dtype.itemsize
+    device, host, disk = (places.capacities[tier] // page_bytes for tier in TIERS)
+    pool = PagePool(device, host=host, disk=disk, shares=policy.cache, page_bytes=page_bytes)
+    cache = PagedCache(
+        pool,
+        device=places.device,
+        dtype=places.kv_dtype,
+        copy_host=separate,
+        offload_folder=places.folder,
+        meter=places.meter,
+    )
+    patience = PATIENCE if places.device.type == "cpu" else 0.0
+    packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all, patience=patience)
+    return PackedRows(checked.model, cache, cpu_attention=policy.cpu_attention), packed

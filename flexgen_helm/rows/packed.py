@@ -1,0 +1,225 @@
+"""Packed rows: the tokens of many sequences side by side, with our attention and K and V in pages."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.moe import ExpertsInterface
+from transformers.masking_utils import causal_mask_function
+
+from flexgen_helm.attention.calls import MaskRule
+from flexgen_helm.attention.host import HostAttention
+from flexgen_helm.attention.row import RowAttention
+from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.memory.link import Transfer
+from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.paged_cache import PagedCache
+from flexgen_helm.model.cache_argument import cache_places
+from flexgen_helm.model.experts import EXPERTS_NAME, sliced_experts
+from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording
+from flexgen_helm.schedule.operations import rows_at_once
+from flexgen_helm.schedule.rows import Row, Sweep
+
+HARMLESS_ARGUMENTS = frozenset(
+    (
+        *("dropout", "sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache", "is_causal"),
+        *("output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"),
+    )
+)
+"""Arguments of an attention function that change nothing beside what our mask, positions and scale already say."""
+PADDING_TOKEN = 0
+_names = itertools.count()
+
+
+@dataclass(kw_only=True)
+class PackedRecording(Recording):
+    """A recorded row of many sequences."""
+
+    positions: Tensor
+    """``[T]``, of each token in its own sequence."""
+    attention: RowAttention
+
+
+class _CacheProbe:
+    """Stands in for the cache at replay: K and V pass through, the past length of every token is right, all else is refused."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self.__dict__["_past"] = positions - torch.arange(len(positions), device=positions.device)
+
+    def update(self, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return k, v
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Tensor:
+        past: Tensor = self.__dict__["_past"]
+        return past
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedModel(f"a layer keeps state other than K and V: it asks the cache for '{name}'")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise UnsupportedModel(f"a layer keeps state other than K and V: it writes '{name}' into the cache")
+
+
+class PackedRows:
+    """Computes rows of a fixed size in which many sequences lie side by side."""
+
+    def __init__(self, model: RecordedModel, cache: PagedCache, *, cpu_attention: float = 0.0) -> None:
+        """Make the model call our attention.
+
+        Args:
+            model: The model.
+            cache: Where K and V are.
+            cpu_attention: Share of the decode rows that attend on the CPU to what is on the host, where the device has a
+                memory of its own.
+
+        Raises:
+            UnsupportedModel: If it takes no positions.
+        """
+        if not model.takes("position_ids"):
+            raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
+        self.model, self._cache = model, cache
+        self._cpu_share = 0.0 if cache.host_in_place else cpu_attention
+        self._host = HostAttention(cache.meter)
+        self._on_host: set[int] = set()
+        """Rows of the sweep, by identity, that attend on the CPU too."""
+        self._running: PackedRecording | None = None
+        self._key = CacheKey(0, 0)
+        model.use(Implementations(self._register(), EXPERTS_NAME))
+        self._cache_places = cache_places(model)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that every row goes through."""
+        return len(self.model.layers)
+
+    @property
+    def can_be_halved(self) -> bool:
+        """K and V of a row are stored again at the same places."""
+        return True
+
+    def reserve(self, sweep: Sweep) -> None:
+        """Make room for a sweep's pages."""
+        decode = [id(row) for row in sweep.rows if row.kind == "decode"]
+        share = self._cpu_share
+        self._on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
+        pages = [RowPages(row, self._cache, host_attends=id(row) in self._on_host) for row in sweep.rows]
+        staged = rows_at_once(rests=bool(self._on_host)) * max((len(found.staged.pages) for found in pages), default=0)
+        host, _ = sweep.num_offloaded_pages
+        self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages, host=host, staged=staged)
+
+    def record(self, row: Row) -> PackedRecording:
+        """Note how the layers would be called for a row."""
+        padding = row.size - row.num_tokens
+        tokens = [token for segment in row.segments for token in segment.tokens] + [PADDING_TOKEN] * padding
+        places = [position for segment in row.segments for position in range(segment.start, segment.end)] + [0] * padding
+        ids, positions = torch.tensor([tokens, places], device=self.model.device)
+        host = self._host if id(row) in self._on_host else None
+        attention = RowAttention(row, self._cache, self.model.device, host)
+        recording = PackedRecording(positions=positions, attention=attention)
+        self.model.record(
+            recording,
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=torch.ones_like(ids)[None],
+            use_cache=False,
+        )
+        probe = _CacheProbe(positions)
+        calls = zip(recording.calls, self._cache_places, strict=True)
+        recording.calls = [call.with_value(places, probe) for call, places in calls]
+        return recording
+
+    def load_cache(self, j: int, recording: PackedRecording) -> Transfer | None:
+        """Start to bring the pages of layer j that attention cannot read where they are; the layer waits for them."""
+        return recording.attention.load(j)
+
+    def store_cache(self, j: int, recording: PackedRecording) -> Transfer | None:
+        """Start to write back what layer j changed in such pages; must follow every replay."""
+        return recording.attention.store(j)
+
+    def replay(self, j: int, recording: PackedRecording) -> None:
+        """Run layer j on a row."""
+        self._running, self._key = recording, CacheKey(j, 0)
+        try:
+            self.model.replay(j, recording)
+        finally:
+            self._running = None
+        if self._key.call == 0:
+            raise UnsupportedModel(
+                f"layer {j} ({type(self.model.layers[j]).__name__}) does not call transformers' attention interface"
+            )
+
+    def bad_tokens(self, recording: PackedRecording) -> Tensor:
+        """Tokens ``[T]`` whose K or V was not finite: their pages hold zeros instead."""
+        return recording.attention.bad
+
+    def close(self) -> None:
+        """Remove what the cache holds on disk, and end what runs beside the computation."""
+        self._host.close()
+        self._cache.close()
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[P, ...]`` of the last layer to logits ``[P, vocab]``."""
+        return self.model.finish(hidden)
+
+    def _register(self) -> str:
+        # The library's registries live as long as the process; the model must not.
+        owner, name = weakref.ref(self), f"flexgen_helm_{next(_names)}"
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+            rows = owner()
+            assert rows is not None
+            return rows._attend(query, key, value, attention_mask, **kwargs), None
+
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, _mask_rule)
+        ExpertsInterface.register(EXPERTS_NAME, sliced_experts)
+        return name
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The attention function of transformers' interface: ``[1, H, T, D]`` in, ``[1, T, H, Dv]`` out."""
+        unknown = sorted(n for n, v in kwargs.items() if v is not None and v is not False and n not in HARMLESS_ARGUMENTS)
+        if unknown:
+            raise UnsupportedModel(f"it calls attention with unsupported arguments: {', '.join(unknown)}")
+        if not isinstance(attention_mask, MaskRule):
+            raise UnsupportedModel(f"it calls attention with its own mask ({type(attention_mask).__name__})")
+        recording = self._running
+        assert recording is not None
+        sizes = {x.shape[2] for x in (query, key, value)} | {len(recording.positions)}
+        if len(sizes) != 1:
+            raise UnsupportedModel(f"it calls attention with {key.shape[2]} keys for the {query.shape[2]} queries of a row")
+        current = self._key
+        qkv = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = recording.attention.attend(current, qkv, attention_mask, scale=scale, softcap=softcap, sinks=s_aux)[None]
+        # While this call rested, that of another row ran.
+        self._running, self._key = recording, current._replace(call=current.call + 1)
+        return output
+
+
+def _mask_rule(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> MaskRule:
+    """The mask function of transformers' interface: the model's own predicate instead of a tensor."""
+
+    def allowed(q: Tensor, k: Tensor) -> Tensor:
+        zero = torch.zeros((), dtype=torch.long, device=q.device)
+        result: Tensor = mask_function(zero, zero, q, k)
+        return result.expand(q.shape[0], k.shape[1])
+
+    return MaskRule(allowed, mask_function is causal_mask_function)

@@ -1,0 +1,128 @@
+"""Self-check of packed rows: sequences side by side, cut and continued, against each of them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.execution.serial import SerialExecutor
+from flexgen_helm.memory.paged_cache import PagedCache
+from flexgen_helm.memory.pages import PAGE_TOKENS, num_pages
+from flexgen_helm.model.recorder import RecordedModel
+from flexgen_helm.rows import self_check
+from flexgen_helm.rows.packed import PackedRows
+from flexgen_helm.rows.self_check import TOLERANCE, Cuts, LayerCache, Tokens, Verdict
+from flexgen_helm.schedule.rows import Segment, Sweep, pack_prefill
+from flexgen_helm.schedule.tree import Node
+from flexgen_helm.types import ResolvedPolicy
+
+FAR_POSITION = 16_384
+CUTS: Cuts = ((21, 11), (13, 12))
+"""Packed in one row, continued in the next, in the other order."""
+LONG_CUTS: Cuts = ((300, 187), (29, 7))
+
+
+def check_packed(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
+    """Compare packed and continued sequences with transformers' own forward.
+
+    16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
+
+    Raises:
+        UnsupportedModel: If they differ, or if the model does anything that packed rows cannot honour.
+    """
+    with self_check.as_refusal():
+        exact = self_check.in_fp32(model)
+        cache = PagedCache()
+        worst = _difference(exact, policy, max_length, cache)
+        if exact is not model:
+            cache = PagedCache()
+            for tokens in self_check.random_sequences(model, CUTS, max_length):
+                self_check.require_numbers(_run(model, policy, _whole(tokens), cache=cache))
+        stable = _bit_stable(model, policy, max_length)
+        sizes = sorted(cache.bytes_per_token.items())
+        calls = [tuple(size for key, size in sizes if key.layer == j) for j in range(len(model.layers))]
+        return Verdict(worst, stable, tuple(map(LayerCache, calls)))
+
+
+def _difference(model: RecordedModel, policy: ResolvedPolicy, max_length: int, cache: PagedCache) -> float:
+    sequences = self_check.random_sequences(model, CUTS, max_length)
+    expected = self_check.plain_logprobs(model, sequences)
+    worst = self_check.worst_difference(expected, _packed(model, policy, sequences, CUTS))
+    if worst > TOLERANCE:
+        raise UnsupportedModel(
+            f"packed and continued sequences differ from transformers' own forward by {worst:.3g} in log-probability "
+            f"(tolerance {TOLERANCE:g}): the model keeps state other than K and V, or takes positions from elsewhere than "
+            "position_ids"
+        )
+    moved = self_check.worst_difference([expected[1]], [_beside_far_neighbour(model, policy, sequences[1], max_length, cache)])
+    if moved > TOLERANCE:
+        raise UnsupportedModel(
+            f"a far position of another sequence in the row changes a sequence's log-probabilities by {moved:.3g}"
+        )
+    return max(worst, moved)
+
+
+def _bit_stable(model: RecordedModel, policy: ResolvedPolicy, max_length: int) -> bool:
+    """Level B over several chunks of keys, on the first layers: neither neighbours nor cuts change a bit."""
+    with self_check.first_layers(model) as few:
+        sequences = self_check.random_sequences(few, LONG_CUTS, max_length)
+        packed = _packed(few, policy, sequences, LONG_CUTS)
+        alone = [_run(few, policy, _whole(tokens))[0] for tokens in sequences]
+    self_check.require_numbers(alone)
+    return all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
+
+
+def _packed(model: RecordedModel, policy: ResolvedPolicy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
+    """Log-probabilities ``[compared, vocab]`` of each sequence, both packed into rows, cut, and continued in later rows."""
+    a, b = self_check.cut_points(sequences, cuts)
+    first = _segments(sequences, [(0, 0, a), (1, 0, b)])
+    second = _segments(sequences, [(1, b, len(sequences[1])), (0, a, len(sequences[0]))])
+    parts = _run(model, policy, first, second)
+    return [torch.cat([parts[0], parts[3]]), torch.cat([parts[1], parts[2]])]
+
+
+def _segments(sequences: list[Tokens], cuts: list[tuple[int, int, int]]) -> list[Segment]:
+    """Segments (sequence, first, last); each sequence has pages of its own."""
+    size = max(num_pages(0, len(tokens)) for tokens in sequences)
+    tables = [list(range(i * size, (i + 1) * size)) for i in range(len(sequences))]
+    wants = [self_check.compared_wants(len(sequences[i]), a, b) for i, a, b in cuts]
+    return [Segment(sequences[i][a:b], a, tables[i], wants=wanted) for (i, a, b), wanted in zip(cuts, wants, strict=True)]
+
+
+def _whole(tokens: Tokens) -> list[Segment]:
+    return _segments([tokens], [(0, 0, len(tokens))])
+
+
+def _run(
+    model: RecordedModel,
+    policy: ResolvedPolicy,
+    first: list[Segment],
+    second: Sequence[Segment] = (),
+    cache: PagedCache | None = None,
+) -> list[Tensor]:
+    """Run segments in one sweep, the second ones in rows of their own.
+
+    Returns:
+        Log-probabilities of each segment, in order; NaN if K or V of a token was not finite.
+    """
+    owners = [Node(None, segment.start, segment.tokens) for segment in (*first, *second)]
+    for segment, owner in zip((*first, *second), owners, strict=True):
+        segment.owner = owner
+    rows = pack_prefill(first, policy) + pack_prefill(second, policy)
+    num_kept = 1 + max(page for row in rows for segment in row.segments for page in segment.table)
+    packed = PackedRows(model, PagedCache() if cache is None else cache)
+    found = self_check.sweep_logprobs(SerialExecutor(packed, head_slice=policy.gpu_batch_size), Sweep(rows, num_kept))
+    return found if all(owner.finite for owner in owners) else [torch.full_like(logprobs, torch.nan) for logprobs in found]
+
+
+def _beside_far_neighbour(
+    model: RecordedModel, policy: ResolvedPolicy, tokens: Tokens, max_length: int, cache: PagedCache
+) -> Tensor:
+    """A short sequence beside one near the end of the context, whose page table is one page over and over."""
+    near = _whole(tokens)[0]
+    start = min(max_length, FAR_POSITION) - 3
+    far = Segment(tokens[:3], start, [len(near.table)] * (start // PAGE_TOKENS + 2))
+    return _run(model, policy, [far, near], cache=cache)[0]

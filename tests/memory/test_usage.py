@@ -1,0 +1,90 @@
+"""Free memory under memory cgroups of both versions, on trees of files as the kernel shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexgen_helm.memory.usage import free_bytes, used_bytes
+
+CPU = torch.device("cpu")
+GIB = 2**30
+UNLIMITED = 9223372036854771712
+"""What version 1 says where there is no limit."""
+ONE = "12:cpu,cpuacct:/a\n5:memory:{}\n1:name=systemd:/a\n"
+"""/proc/self/cgroup of version 1: a line for each mounted hierarchy."""
+
+
+def machine(root: Path, *, available: int, cgroup: str | None) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(
+        f"MemTotal: {64 * 2**20} kB\nMemAvailable:    {available // 1024} kB\nHugePages_Total: 0\n"
+    )
+    if cgroup is not None:
+        (root / "proc/self/cgroup").write_text(cgroup)
+    return root
+
+
+def group_1(folder: Path, limit: int, used: int, *, inactive: int = 0, active: int = 0, mapped: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(
+        f"cache 1\ninactive_file 1\nactive_file 1\nmapped_file 1\ntotal_cache 2\n"
+        f"total_inactive_file {inactive}\ntotal_active_file {active}\ntotal_mapped_file {mapped}\n"
+    )
+
+
+def group_2(folder: Path, limit: int | str, used: int, *, inactive: int = 0, active: int = 0, mapped: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\nfile_mapped {mapped}\ninactive_file {inactive}\nactive_file {active}\n")
+
+
+@pytest.mark.parametrize("cgroup", [None, "0::/\n", ONE.format("/gone")])
+def test_without_limits_it_is_what_the_kernel_calls_available(tmp_path: Path, cgroup: str | None) -> None:
+    assert free_bytes(CPU, machine(tmp_path, available=7 * GIB, cgroup=cgroup)) == 7 * GIB
+
+
+def test_version_1_counts_every_ancestor_and_what_can_be_reclaimed(tmp_path: Path) -> None:
+    root = machine(tmp_path, available=30 * GIB, cgroup=ONE.format("/jobs/run"))
+    mount = root / "sys/fs/cgroup/memory"
+    group_1(mount, UNLIMITED, 40 * GIB)
+    group_1(mount / "jobs", UNLIMITED, 5 * GIB)
+    group_1(mount / "jobs/run", 2 * GIB, GIB, inactive=GIB // 4)
+    assert free_bytes(CPU, root) == GIB + GIB // 4
+    group_1(mount / "jobs/run", 2 * GIB, GIB, inactive=GIB // 4, active=GIB // 2, mapped=GIB // 4)
+    assert free_bytes(CPU, root) == GIB + GIB // 2
+    group_1(mount / "jobs", 6 * GIB, 5 * GIB + GIB // 2)
+    assert free_bytes(CPU, root) == GIB // 2
+    group_1(mount / "jobs", 6 * GIB, 6 * GIB + 4096)
+    assert free_bytes(CPU, root) == 0
+
+
+def test_version_2_counts_every_ancestor_and_what_can_be_reclaimed(tmp_path: Path) -> None:
+    root = machine(tmp_path, available=30 * GIB, cgroup="0::/jobs/run\n")
+    mount = root / "sys/fs/cgroup"
+    mount.mkdir(parents=True)
+    group_2(mount / "jobs", 4 * GIB, 3 * GIB, inactive=GIB)
+    group_2(mount / "jobs/run", "max", 2 * GIB)
+    assert free_bytes(CPU, root) == 2 * GIB
+    group_2(mount / "jobs", 4 * GIB, 3 * GIB, inactive=GIB // 8, active=GIB // 2, mapped=GIB)
+    assert free_bytes(CPU, root) == GIB + GIB // 8
+    group_2(mount / "jobs", 4 * GIB, 2 * GIB)
+    group_2(mount / "jobs/run", 2 * GIB, GIB)
+    assert free_bytes(CPU, root) == GIB
+
+
+def test_a_container_sees_its_limit_at_the_mount(tmp_path: Path) -> None:
+    """/proc shows the path outside of the container, and the container's own group is mounted as the root."""
+    root = machine(tmp_path, available=30 * GIB, cgroup=ONE.format("/docker/0123abc"))
+    group_1(root / "sys/fs/cgroup/memory", 3 * GIB, GIB)
+    assert free_bytes(CPU, root) == 2 * GIB
+
+
+def test_this_machine() -> None:
+    assert 2**20 < free_bytes(CPU) < 2**50
+    assert 2**20 < used_bytes(CPU) < 2**40

@@ -1,0 +1,239 @@
+"""Plans of weights: shares that are real to within a layer, limits that hold before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from flexgen_helm.errors import PolicyError
+from flexgen_helm.memory.amounts import parse_max_memory, parse_size
+from flexgen_helm.memory.staging import NUM_BUFFERS
+from flexgen_helm.memory.tiers import interleave
+from flexgen_helm.memory.working_set import TRANSFER_BYTES
+from flexgen_helm.policy.memory_plan import CACHE_SHARE, cache_capacities, exceeded, plan_weights
+from flexgen_helm.policy.weight_plan import EMBEDDINGS, Space
+from flexgen_helm.types import TIERS, ResolvedPolicy, RunStats, Shares, Tier
+
+GIB = 2**30
+CONFIG = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=20, num_attention_heads=8, vocab_size=1000)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIG)
+    return model
+
+
+def policy(**fields: Any) -> ResolvedPolicy:
+    return ResolvedPolicy(**{"gpu_batch_size": 64, "gpu_batch_tokens": 256, **fields})
+
+
+def space(gib: float, *, separate: bool = True) -> Space:
+    return Space(dict.fromkeys(TIERS, int(gib * GIB)), separate)
+
+
+THIRDS = st.lists(st.integers(0, 10), min_size=3, max_size=3).filter(any)
+
+
+@given(parts=THIRDS, sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=60))
+def test_shares_are_real_to_within_one_part_everywhere(parts: list[int], sizes: list[int]) -> None:
+    shares: Any = tuple(part / sum(parts) for part in parts)
+    tiers = interleave(sizes, shares)
+    for end in range(1, len(sizes) + 1):
+        for tier, share in zip(TIERS, shares, strict=True):
+            placed = sum(size for size, found in zip(sizes[:end], tiers[:end], strict=True) if found == tier)
+            assert abs(placed - share * sum(sizes[:end])) <= 2 * max(sizes)
+            assert share or not placed
+
+
+def test_realised_shares_are_close_to_those_of_the_policy(model: PreTrainedModel) -> None:
+    plan = plan_weights(model, policy(weights=(0.2, 0.5, 0.3)), space(10))
+    layer = plan.layouts[0].num_bytes / sum(plan.sizes.values())
+    assert plan.shares == pytest.approx((0.2, 0.5, 0.3), abs=layer)
+    assert sum(plan.weight_bytes.values()) >= sum(p.nbytes for p in model.parameters())
+    assert plan.streamed == [j for j in range(21) if plan.tiers[j] != "device"]
+    assert plan.tiers[EMBEDDINGS] != "disk"
+
+
+def test_without_a_device_memory_only_the_disk_is_streamed(model: PreTrainedModel) -> None:
+    plan = plan_weights(model, policy(weights=(0.2, 0.5, 0.3)), space(10, separate=False))
+    assert plan.streamed == plan.on_disk == [j for j in range(21) if plan.tiers[j] == "disk"]
+
+
+def test_a_model_that_fits_stays_whole(model: PreTrainedModel) -> None:
+    plan = plan_weights(model, policy(), space(10))
+    assert plan.shares == (1.0, 0.0, 0.0)
+    assert plan.streamed == []
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_without_a_cache_weights_fill_the_device_then_the_host_then_the_disk(model: PreTrainedModel, separate: bool) -> None:
+    size = sum(p.nbytes for p in model.parameters())
+    small = Space({"device": size // 2, "host": size // 2, "disk": 100 * GIB}, separate)
+    plan = plan_weights(model, policy(cache=(0, 0, 1)), small)
+    assert plan.weight_bytes["disk"] > 0
+    for tier, peak in plan.peak_bytes.items():
+        assert size / 4 < peak <= small.of(tier)
+
+
+def test_a_full_cache_comes_before_weights(model: PreTrainedModel) -> None:
+    """One more sequence saves a share of all sweeps, one more layer only of what is read in each."""
+    size = sum(p.nbytes for p in model.parameters())
+    small = Space({"device": size // 2, "host": size // 2, "disk": 100 * GIB}, False)
+    plan = plan_weights(model, policy(), small)
+    left = small.of("host") - plan.peak_bytes["host"]
+    assert plan.weight_bytes["host"] < left
+    few = plan_weights(model, policy(gpu_batch_size=1, num_gpu_batches=1), small)
+    assert few.weight_bytes["host"] > size / 8
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.tuples(st.integers(0, 500), st.integers(0, 500)),
+    separate=st.booleans(),
+    prefetch=st.integers(1, 3),
+    cache=st.sampled_from([(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.2, 0.5, 0.3)]),
+)
+def test_automatic_shares_fit_wherever_the_disk_alone_does(
+    model: PreTrainedModel, sizes: tuple[int, int], separate: bool, prefetch: int, cache: Shares
+) -> None:
+    small = Space({"device": sizes[0] * 2**20, "host": sizes[1] * 2**20, "disk": 100 * GIB}, separate)
+    chosen = policy(prefetch=prefetch, cache=cache)
+    try:
+        plan_weights(model, dataclasses.replace(chosen, weights=(0.0, 0.0, 1.0)), small)
+    except PolicyError:
+        return
+    plan = plan_weights(model, chosen, small)
+    assert all(count <= small.of(tier) for tier, count in plan.peak_bytes.items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "tier"), [((1, 0, 0), "device"), ((0, 1, 0), "host"), ((0, 0, 1), "disk"), ((0, 0.9, 0.1), "host")]
+)
+def test_what_does_not_fit_is_an_error_with_numbers(model: PreTrainedModel, weights: Shares, tier: str) -> None:
+    size = sum(p.nbytes for p in model.parameters())
+    available = {name: size // 3 if name == tier else 100 * size for name in TIERS}
+    pool = "disk space" if tier == "disk" else f"{tier} memory"
+    asked = re.escape(f"weights={tuple(map(float, weights))}")
+    with pytest.raises(PolicyError, match=rf"{asked} needs 0.3\d GiB of {pool}, but 0.11 GiB are free.*Weights: \d") as refused:
+        plan_weights(model, policy(weights=weights), Space(available, True))
+    assert "prefetch" not in str(refused.value)
+    assert "cache" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"host": 20}, "max_memory allows 20.0 MiB"),
+        ({"device": 15, "host": 5}, "max_memory allows 20.0 MiB"),
+        ({"disk": 5}, "20.0 MiB are free"),
+        ({"host": 30}, "20.0 MiB are free"),
+        ({}, "20.0 MiB are free"),
+    ],
+)
+def test_on_a_cpu_there_is_one_memory_and_the_message_says_who_limits_it(
+    model: PreTrainedModel, limits: dict[Tier, int], words: str
+) -> None:
+    small = Space({"device": 20 << 20, "host": 20 << 20, "disk": 100 * GIB}, False, {t: n << 20 for t, n in limits.items()})
+    with pytest.raises(PolicyError, match=rf"The least that this model runs in is .* of memory, but {words}\. ") as refused:
+        plan_weights(model, policy(), small)
+    assert not re.search("device|host|weights=", str(refused.value))
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"weights": (1, 0, 0)}, {"prefetch": 3, "cache": (0.2, 0.5, 0.3)}])
+def test_what_is_called_the_least_is_enough_and_no_byte_less(
+    model: PreTrainedModel, fields: dict[str, Any], separate: bool
+) -> None:
+    plain = policy(**{**fields, "weights": None, "prefetch": 1})
+    least = least_of(model, plain, separate)
+    enough = Space({"device": least["host"], **least, "disk": 100 * GIB}, separate)
+    plan_weights(model, plain, enough)
+    for tier in TIERS[:2] if separate else TIERS[1:2]:
+        less = Space({**enough.available, tier: least[tier] - 1}, separate)
+        with pytest.raises(PolicyError, match="The least that this model runs in"):
+            plan_weights(model, policy(**fields), less)
+
+
+def least_of(model: PreTrainedModel, policy: ResolvedPolicy, separate: bool) -> dict[Tier, int]:
+    """Returns the least memory that a placement of whole layers needs, of all placements that are tried."""
+    found = []
+    for parts in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.5, 0.5), (0.5, 0.0, 0.5)):
+        peak = plan_weights(model, dataclasses.replace(policy, weights=parts), space(100, separate=separate)).peak_bytes
+        found.append({tier: peak[tier] for tier in TIERS[:2] if tier in peak})
+    return min(found, key=lambda peak: sum(peak.values()))
+
+
+def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
+    chosen = policy(weights=(0, 0, 1), prefetch=3)
+    plan = plan_weights(model, chosen, space(10))
+    largest = max(layout.num_bytes for layout in plan.layouts.values())
+    assert plan.needed_bytes["device"] == 4 * largest
+    assert plan.needed_bytes["host"] == plan.sizes[EMBEDDINGS] + 4 * largest
+    peak = plan.peak_bytes
+    assert peak["device"] == 4 * largest + plan.working_bytes + plan.cache_room["device"]
+    assert peak["host"] == plan.needed_bytes["host"]
+    exact = Space(peak, True)
+    assert plan_weights(model, chosen, exact).needed_bytes == plan.needed_bytes
+    for tier in TIERS:
+        with pytest.raises(PolicyError, match=f"of {tier}"):
+            plan_weights(model, chosen, Space({**peak, tier: peak[tier] - 1}, True))
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(
+    st.sampled_from([(1, 0, 0), (0.5, 0.5, 0), (0, 1, 0), (0.5, 0.25, 0.25), (0, 0.25, 0.75), (0, 0, 1)]),
+    st.tuples(*[st.integers(30, 1000)] * 3),
+    st.booleans(),
+    st.integers(1, 50),
+    st.integers(2, 3),
+)
+def test_capacities_keep_shares_and_fit(
+    shares: Shares, left: tuple[int, int, int], separate: bool, num_layers: int, rows_at_once: int
+) -> None:
+    mib: dict[Tier, int] = dict(zip(TIERS, (count << 20 for count in left), strict=True))
+    if not separate:
+        mib["device"] = mib["host"]
+    found = cache_capacities(shares, mib, separate=separate, num_layers=num_layers, rows_at_once=rows_at_once)
+    total = sum(found.values())
+    assert [found[tier] for tier in TIERS] == pytest.approx([share * total for share in shares], abs=len(TIERS))
+    ram: Tier = "device" if separate else "host"
+    held: dict[Tier, float] = {tier: found[tier] for tier in TIERS}
+    if not separate:
+        held["host"] += held.pop("device")
+    brought = total - held[ram]
+    held[ram] += (held[ram] / 2 + rows_at_once * brought) / num_layers  # one layer's K grows, rows have all pages of a layer
+    held["host"] += NUM_BUFFERS * TRANSFER_BYTES if brought else 0
+    for tier, count in held.items():
+        assert not total or count <= mib[tier] + len(TIERS)
+    assert not total or any(held[tier] >= CACHE_SHARE * mib[tier] - 100 for tier in held)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("15GiB", 15 * 2**30), ("1.5 GB", 1_500_000_000), ("300mib", 300 * 2**20), ("7KB", 7000), (12, 12), ("12", 12)],
+)
+def test_sizes(text: str | int, count: int) -> None:
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("given", [{"gpu": "1GiB"}, {"device": "much"}, {"host": -1}, {"disk": "1XB"}, "15GiB"])
+def test_limits_that_make_no_sense_are_refused(given: Any) -> None:
+    with pytest.raises(PolicyError, match="Give"):
+        parse_max_memory(given)
+
+
+@pytest.mark.parametrize(("held", "said"), [(100, None), (101, "of host memory, where max_memory allows")])
+def test_what_was_held_beyond_a_limit_is_said(held: int, said: str | None) -> None:
+    stats = RunStats(tier_peak_bytes={"host": held})
+    found = exceeded({"host": 100}, stats, {"device": 0, "host": held, "disk": 0}, separate=True)
+    assert (said is None) == (found is None)
+    assert (said or "") in (found or "")

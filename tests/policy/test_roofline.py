@@ -1,0 +1,146 @@
+"""What a run is judged by: sizes against the config's own numbers, the bound against its definition."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+from flexgen_helm import Engine, Job
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.machine.disk_rate import disk_rates
+from flexgen_helm.policy.roofline import LayerSizes, Rates, layer_sizes, measure_rates, note_limit, sweep_seconds
+from flexgen_helm.types import LINKS, ResolvedPolicy, RunStats, SweepStats
+from tests.models import save_tiny
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+ATTENTION, NORMS = 16 * (16 + 8 + 8 + 16), 2 * 16
+
+
+def layers_of(config: LlamaConfig | MixtralConfig) -> list[nn.Module]:
+    return list(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).model.layers)
+
+
+def test_a_token_meets_every_matrix_of_a_dense_layer() -> None:
+    sizes = layer_sizes(layers_of(LlamaConfig(vocab_size=50, **SHAPE)), None)
+    matrices = 3 * (ATTENTION + 3 * 16 * 40)
+    assert sizes == LayerSizes(num_bytes=2 * (matrices + 3 * NORMS), active_weights=matrices)
+
+
+def test_a_token_meets_only_its_experts() -> None:
+    layers = layers_of(MixtralConfig(vocab_size=50, num_local_experts=4, num_experts_per_tok=2, **SHAPE))
+    router, expert = 16 * 4, 3 * 16 * 40
+    sizes = layer_sizes(layers, 2)
+    assert sizes is not None
+    assert sizes.active_weights == 3 * (ATTENTION + router + 2 * expert)
+    assert sizes.num_bytes == 2 * 3 * (ATTENTION + NORMS + router + 4 * expert)
+    assert layer_sizes(layers, None) is None
+
+
+def test_the_head_and_what_is_streamed_count_too() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=50, **SHAPE), dtype=torch.bfloat16)
+    head = model.get_output_embeddings()
+    sizes = layer_sizes(model.model.layers, None, head, from_host=7, from_disk=5, copies=True)
+    assert sizes is not None
+    matrices = 3 * (ATTENTION + 3 * 16 * 40)
+    assert (sizes.num_bytes, sizes.head_weights) == (2 * (matrices + 3 * NORMS + 50 * 16), 50 * 16)
+    assert (sizes.from_host, sizes.from_disk, sizes.copies) == (7, 5, True)
+
+
+def test_a_sweep_takes_as_long_as_its_slowest_resource() -> None:
+    """A prefill and two decode sweeps, each term of the formula by hand: once products are the slowest, once the CPU."""
+    sizes = LayerSizes(1000, 500, head_weights=50, from_host=300, from_disk=200, copies=True)
+    rates = Rates(2e5, 1e5, 1e4, host_to_device=100, device_to_host=50, disk_read=80, disk_write=20, cpu_attention=200)
+    prefill = SweepStats(0, 9, 2000, 0, 4, {"device_to_host": 40, "disk_write": 10}, {}, {})
+    moved, weights = {"cpu_attention": 1800, "disk_read": 550, "host_to_device": 100}, {"disk_read": 400}
+    decode = SweepStats(9, 9, 0, 4, 4, moved, weights, {})
+    assert sweep_seconds(prefill, sizes, rates) == {
+        "products": pytest.approx(2 * 500 * 2000 / 2e5 + 2 * 50 * 4 / 1e5),
+        "read": 1000 / 1e4,
+        "host_to_device": (300 + 200) / 100,
+        "device_to_host": 40 / 50,
+        "disk_read": 200 / 80,
+        "disk_write": 10 / 20,
+        "cpu_attention": 0,
+    }
+    seconds = sweep_seconds(decode, sizes, rates)
+    assert seconds["products"] == pytest.approx(2 * (500 + 50) * 4 / 1e5)
+    assert seconds["disk_read"] == (200 + 150) / 80  # weights once, though they were read twice
+    assert seconds["host_to_device"] == (300 + 200 + 100) / 100
+    stats = RunStats(per_sweep=[prefill, decode, decode])
+    note_limit(stats, sizes, rates)
+    assert stats.limit_seconds == pytest.approx(10.004 + 2 * 1800 / 200)
+    assert stats.least_seconds["cpu_attention"] == 2 * 1800 / 200
+    assert stats.least_seconds["products"] == pytest.approx(10.004 + 2 * 0.044)
+    assert RunStats().limit_seconds is None
+
+
+def test_without_a_memory_of_its_own_the_device_has_no_link() -> None:
+    sizes, rates = LayerSizes(1000, 500, from_disk=200), Rates(1e5, 1e5, 1e4, host_to_device=1, disk_read=100)
+    seconds = sweep_seconds(SweepStats(0, 1, 0, 1, 1, {}, {}, {}), sizes, rates)
+    assert (seconds["host_to_device"], seconds["disk_read"], max(seconds, key=seconds.__getitem__)) == (0, 2, "disk_read")
+
+
+@pytest.mark.parametrize(
+    ("tflops", "link", "disk", "behind_link", "behind_disk"),
+    [(30, 12.5, 2, 2_400, 15_000), (140, 25, 6.5, 5_600, 21_538), (220, 25, 6.5, 8_800, 33_846), (550, 52, 13, 10_577, 42_308)],
+    ids=["T4", "RTX 4090", "A100", "H100"],
+)
+def test_weights_are_hidden_from_the_break_even_block_on(
+    tflops: float, link: float, disk: float, behind_link: int, behind_disk: int
+) -> None:
+    """FLOP/s x bytes per weight / (2 x bytes/s) tokens: published table of machines, 16-bit weights of any model."""
+    weights = 30 * 10**9
+    rates = Rates(tflops * 1e12, 1e12, 1e15, host_to_device=link * 1e9, disk_read=disk * 1e9)
+    for tokens, sizes, name in (
+        (behind_link, LayerSizes(2 * weights, weights, from_host=2 * weights), "host_to_device"),
+        (behind_disk, LayerSizes(2 * weights, weights, from_disk=2 * weights), "disk_read"),
+    ):
+        seconds = sweep_seconds(SweepStats(0, 1, tokens, 0, 0, {}, {}, {}), sizes, rates)
+        assert seconds["products"] == pytest.approx(seconds[name], rel=1e-4)
+
+
+def test_only_what_a_run_used_is_measured(tmp_path: Path) -> None:
+    cpu, sizes = torch.device("cpu"), LayerSizes(1000, 500)
+    policy = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64)
+    rates = measure_rates(cpu, torch.float32, sizes=sizes, policy=policy, stats=RunStats(), folder=tmp_path)
+    assert 1e8 < rates.decode < 1e15
+    assert 1e8 < rates.prefill < 1e15
+    assert 1e8 < rates.read < 1e13
+    links = ("host_to_device", "device_to_host", "disk_read", "disk_write", "cpu_attention")
+    assert {getattr(rates, link) for link in links} == {math.inf}
+    everything = RunStats(bytes_moved=dict.fromkeys((*LINKS, "cpu_attention"), 1))
+    rates = measure_rates(cpu, torch.float32, sizes=sizes, policy=policy, stats=everything, folder=tmp_path)
+    assert all(1e6 < getattr(rates, link) < 1e13 for link in links)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_space_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FlexGenError, match="could not be measured"):
+        disk_rates(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_no_run_is_faster_than_its_limit(family: str, tmp_path: Path) -> None:
+    with Engine.from_pretrained(str(save_tiny(family, tmp_path))) as engine:
+        assert engine.roofline_efficiency(engine.stats) is None
+        engine.run([Job(token_ids=range(3, 40), max_new_tokens=4)])
+        share = engine.roofline_efficiency(engine.stats)
+        assert share is not None
+        assert 0 < share < 1
+        info = engine.describe()
+        assert info.bits_per_weight == info.bits_per_cache_element == 32
+        assert info.numerics == engine.numerics
+        files = sum(path.stat().st_size for path in (tmp_path / family).glob("*.safetensors"))
+        assert info.weight_bytes["device"] == pytest.approx(files, rel=0.05)

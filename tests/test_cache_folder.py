@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flexgen_helm.cache_folder import build_once, cache_folder
+from flexgen_helm.errors import OutOfSpace
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_default_cache_lies_in_the_home_folder(value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FLEXGEN_HELM_CACHE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FLEXGEN_HELM_CACHE", value)
+    assert cache_folder() == tmp_path / ".cache" / "flexgen_helm"
+
+
+def test_environment_variable_moves_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FLEXGEN_HELM_CACHE", "~/elsewhere")
+    assert cache_folder() == tmp_path / "elsewhere"
+
+
+def test_folder_is_built_once(tmp_path: Path) -> None:
+    calls = []
+
+    def build(folder: Path) -> None:
+        calls.append(folder)
+        (folder / "file").write_text("whole")
+
+    target = tmp_path / "a" / "b"
+    for _ in range(2):
+        assert build_once(target, build, needed_bytes=1) == target
+    assert (target / "file").read_text() == "whole"
+    assert len(calls) == 1
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_failed_build_leaves_nothing_and_is_repeated(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+
+    def fail(folder: Path) -> None:
+        (folder / "file").write_text("half")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        build_once(target, fail, needed_bytes=1)
+    assert list(tmp_path.iterdir()) == []
+    build_once(target, lambda folder: (folder / "file").touch(), needed_bytes=1)
+    assert (target / "file").exists()
+
+
+def test_second_of_two_builders_keeps_the_first_result(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+
+    def overtaken(folder: Path) -> None:
+        (folder / "file").write_text("second")
+        target.mkdir()
+        (target / "file").write_text("first")
+
+    build_once(target, overtaken, needed_bytes=1)
+    assert (target / "file").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_full_disk_is_refused_before_the_build(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        pytest.fail("the build was started")
+
+    with pytest.raises(OutOfSpace, match=r"needs .* MB, but only .* MB are free.*FLEXGEN_HELM_CACHE"):
+        build_once(tmp_path / "target", build, needed_bytes=10**18)
