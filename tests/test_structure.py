@@ -35,7 +35,7 @@ def imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == PACKAGE.name:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from names if node.module == PACKAGE.name else [node.module]
+            yield from names if node.module.count(".") < 2 else [node.module]
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == PACKAGE.name)
 
