@@ -19,15 +19,15 @@ from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.model.recorder import Recording
 from flexgen_helm.schedule.operations import Operation, Order, sweep_operations
-from flexgen_helm.schedule.rows import Row, Sweep, Want, halved
+from flexgen_helm.schedule.rows import LogitRequest, Row, Sweep, halved
 
 logger = logging.getLogger(__name__)
 
 SMALLEST_ROW = 16
 REMEDY = "Lower gpu_batch_tokens or gpu_batch_size, or put a smaller share of weights and cache on the device."
 
-LogitsHandler = Callable[[list[Want], Tensor], None]
-"""Gets the wants of a slice of the output head and their logits ``[len(wants), vocab]`` in fp32."""
+LogitsHandler = Callable[[list[LogitRequest], Tensor], None]
+"""Takes the logit requests of a slice of the output head and their logits ``[len(requests), vocab]`` in fp32."""
 
 
 class Waitable(Protocol):
@@ -109,7 +109,7 @@ class SerialExecutor:
         return self._rows.num_layers
 
     def run(self, sweep: Sweep, on_logits: LogitsHandler, on_operation: Callable[[Operation], None] | None = None) -> None:
-        """Compute all rows of a sweep, then the logits that they want.
+        """Compute all rows of a sweep, then the logits that they request.
 
         Args:
             sweep: What to compute.
@@ -224,21 +224,21 @@ class SerialExecutor:
     def _finish(self, run: _Run, on_logits: LogitsHandler) -> None:
         self._use_weights(self.num_layers)
         run.mark()
-        wanted = run.wanted()
-        while wanted:
-            slice_, rest = wanted[: self._head_slice], wanted[self._head_slice :]
+        requested = run.requested()
+        while requested:
+            slice_, rest = requested[: self._head_slice], requested[self._head_slice :]
             logits = self._logits([token for _, token in slice_])
             if logits is not None:
-                self._answer([want for want, _ in slice_], logits, on_logits)
-                wanted = rest
+                self._answer([request for request, _ in slice_], logits, on_logits)
+                requested = rest
 
-    def _answer(self, wants: list[Want], logits: Tensor, on_logits: LogitsHandler) -> None:
+    def _answer(self, logit_requests: list[LogitRequest], logits: Tensor, on_logits: LogitsHandler) -> None:
         """Hand logits out. What is answered must not be answered again, so that this is never repeated."""
         try:
-            on_logits(wants, logits)
+            on_logits(logit_requests, logits)
         except torch.OutOfMemoryError as error:
             raise OutOfSpace(
-                f"Choosing {len(wants)} tokens does not fit into the device's memory ({error}). {REMEDY}"
+                f"Choosing {len(logit_requests)} tokens does not fit into the device's memory ({error}). {REMEDY}"
             ) from error
 
     def _logits(self, tokens: list[Tensor]) -> Tensor | None:
@@ -301,7 +301,7 @@ class _Run:
             hidden.begin_sweep(len(sweep.rows))
         rows.reserve(sweep)
         self._sweep = sweep
-        self._wants = [list(row.wants()) for row in sweep.rows]
+        self._logit_requests = [list(row.logit_requests()) for row in sweep.rows]
         self._bad: dict[int, Tensor] = {}
         self._final: dict[int, Tensor] = {}
         self.layer = -1
@@ -332,7 +332,7 @@ class _Run:
             recording.hidden = self._hidden.take(k)
         self._rows.replay(j, recording)
         if last:
-            offsets = [want.offset for want in self._wants[k]]
+            offsets = [request.offset for request in self._logit_requests[k]]
             self._final[k] = recording.tokens[torch.tensor(offsets, dtype=torch.long, device=recording.tokens.device)]
             bad = self._rows.bad_tokens(recording)
             if bad is not None:
@@ -344,9 +344,13 @@ class _Run:
             for k, bad in self._bad.items():
                 self._sweep.rows[k].mark(bad.nonzero()[:, 0].tolist())
 
-    def wanted(self) -> list[tuple[Want, Tensor]]:
-        """All wants with the last layer's hidden state ``[...]`` of their positions."""
-        return [pair for k, wants in enumerate(self._wants) for pair in zip(wants, self._final[k], strict=True)]
+    def requested(self) -> list[tuple[LogitRequest, Tensor]]:
+        """All logit requests with the last layer's hidden state ``[...]`` of their positions."""
+        return [
+            pair
+            for k, logit_requests in enumerate(self._logit_requests)
+            for pair in zip(logit_requests, self._final[k], strict=True)
+        ]
 
     def _store_hidden(self, k: int) -> Waitable | None:
         if self._hidden is None or not self._moves(k):

@@ -136,7 +136,7 @@ def _cache_room(model: PreTrainedModel, policy: ResolvedPolicy, *, separate: boo
         policy.cache,
         separate=separate,
         num_layers=len(layers_of(model)),
-        rows_at_once=rows_at_once(rests=separate and policy.cpu_attention > 0),
+        rows_at_once=rows_at_once(suspends=separate and policy.cpu_attention > 0),
     )
     rounding = PAGE_TOKENS * sum(share > 0 for share in policy.cache)
     sequence = (SEQUENCE_TOKENS + rounding) * cache_bytes_per_token(model)

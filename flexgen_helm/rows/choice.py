@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 Kind = Literal["packed", "single"]
 KindChoice = Literal["auto", "packed", "single"]
 ALTERNATIVE = "Evaluate it with HELM's own HuggingFaceClient."
-PATIENCE = 3.0
+PROMPT_ROW_COST = 3.0
 """Of the scheduler, on a CPU (runs/LOG.md). On a GPU a row of prompts hides behind the weights that a sweep brings."""
 CHECKS: dict[Kind, Callable[..., Verdict]] = {"packed": check_packed, "single": check_single}
 
@@ -152,6 +152,6 @@ def make_rows(
         offload_folder=places.folder,
         meter=places.meter,
     )
-    patience = PATIENCE if places.device.type == "cpu" else 0.0
-    packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all, patience=patience)
+    cost = PROMPT_ROW_COST if places.device.type == "cpu" else 0.0
+    packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all, prompt_row_cost=cost)
     return PackedRows(checked.model, cache, cpu_attention=policy.cpu_attention), packed

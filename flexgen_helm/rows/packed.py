@@ -111,7 +111,7 @@ class PackedRows:
         share = self._cpu_share
         self._on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
         pages = [RowPages(row, self._cache, host_attends=id(row) in self._on_host) for row in sweep.rows]
-        staged = rows_at_once(rests=bool(self._on_host)) * max((len(found.staged.pages) for found in pages), default=0)
+        staged = rows_at_once(suspends=bool(self._on_host)) * max((len(found.staged.pages) for found in pages), default=0)
         host, _ = sweep.num_offloaded_pages
         self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages, host=host, staged=staged)
 

@@ -88,8 +88,11 @@ def _segments(sequences: list[Tokens], cuts: list[tuple[int, int, int]]) -> list
     """Segments (sequence, first, last); each sequence has pages of its own."""
     size = max(num_pages(0, len(tokens)) for tokens in sequences)
     tables = [list(range(i * size, (i + 1) * size)) for i in range(len(sequences))]
-    wants = [self_check.compared_wants(len(sequences[i]), a, b) for i, a, b in cuts]
-    return [Segment(sequences[i][a:b], a, tables[i], wants=wanted) for (i, a, b), wanted in zip(cuts, wants, strict=True)]
+    logit_requests = [self_check.compared_requests(len(sequences[i]), a, b) for i, a, b in cuts]
+    return [
+        Segment(sequences[i][a:b], a, tables[i], logit_requests=requested)
+        for (i, a, b), requested in zip(cuts, logit_requests, strict=True)
+    ]
 
 
 def _whole(tokens: Tokens) -> list[Segment]:

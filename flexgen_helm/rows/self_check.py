@@ -16,7 +16,7 @@ from flexgen_helm.errors import FlexGenError, OutOfSpace, UnsupportedModel
 from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.model.layers import num_layers_of_every_kind
 from flexgen_helm.model.recorder import RecordedModel
-from flexgen_helm.schedule.rows import Sweep, Want
+from flexgen_helm.schedule.rows import LogitRequest, Sweep
 from flexgen_helm.schedule.tree import Node
 
 TOLERANCE = 1e-3
@@ -140,22 +140,25 @@ def require_numbers(logprobs: list[Tensor]) -> None:
         raise NotNumbers("its log-probabilities of random tokens are not finite")
 
 
-def compared_wants(length: int, start: int, end: int) -> list[Want]:
+def compared_requests(length: int, start: int, end: int) -> list[LogitRequest]:
     """Wants for what is `compared` of a sequence's tokens ``[start, end)``, as `sweep_logprobs` tells segments apart."""
     marker = Node(None, 0, ())
-    return [Want(i - start, ((marker, i),), ()) for i in compared(length) if start <= i < end]
+    return [LogitRequest(i - start, ((marker, i),), ()) for i in compared(length) if start <= i < end]
 
 
 def sweep_logprobs(executor: SerialExecutor, sweep: Sweep) -> list[Tensor]:
-    """Log-probabilities ``[wanted, vocab]`` of each segment of a sweep, in order; all have some of `compared_wants`."""
+    """Log-probabilities ``[requested, vocab]`` of each segment of a sweep, in order; all have some of `compared_requests`."""
     found: list[tuple[Node, Tensor]] = []
 
-    def keep(wants: list[Want], logits: Tensor) -> None:
-        found.extend((want.targets[0][0], logprob) for want, logprob in zip(wants, torch.log_softmax(logits, -1), strict=True))
+    def keep(logit_requests: list[LogitRequest], logits: Tensor) -> None:
+        found.extend(
+            (request.targets[0][0], logprob)
+            for request, logprob in zip(logit_requests, torch.log_softmax(logits, -1), strict=True)
+        )
 
     executor.run(sweep, keep)
     markers = dict.fromkeys(marker for marker, _ in found)
-    return [torch.stack([logprob for marker, logprob in found if marker is wanted]) for wanted in markers]
+    return [torch.stack([logprob for marker, logprob in found if marker is requested]) for requested in markers]
 
 
 def in_fp32(model: RecordedModel) -> RecordedModel:

@@ -72,7 +72,7 @@ def _in_single_rows(model: RecordedModel, policy: ResolvedPolicy, sequences: lis
 
 
 def _segment(tokens: Tokens, start: int, end: int, state: State) -> Segment:
-    return Segment(tokens[start:end], start, wants=self_check.compared_wants(len(tokens), start, end), state=state)
+    return Segment(tokens[start:end], start, logit_requests=self_check.compared_requests(len(tokens), start, end), state=state)
 
 
 def _layer_caches(model: RecordedModel, long: Tokens, short: Tokens) -> tuple[LayerCache, ...]:

@@ -253,7 +253,7 @@ class Engine:
             left,
             separate=separate,
             num_layers=parts.plan.num_layers,
-            rows_at_once=rows_at_once(rests=separate and policy.cpu_attention > 0),
+            rows_at_once=rows_at_once(suspends=separate and policy.cpu_attention > 0),
         )
         places = CachePlaces(
             self._capacities,

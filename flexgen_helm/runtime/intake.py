@@ -17,22 +17,22 @@ from flexgen_helm.generation.job_errors import impossible, of_one_job, overflow
 from flexgen_helm.generation.prepare import PreparedJob
 from flexgen_helm.generation.sampling import UniformStream, choose, most_likely, top_candidates
 from flexgen_helm.generation.vocabulary import Vocabulary
-from flexgen_helm.schedule.rows import Fork, Want
-from flexgen_helm.schedule.work import Work
+from flexgen_helm.schedule.rows import Continuation, LogitRequest
+from flexgen_helm.schedule.work import PromptWork
 from flexgen_helm.types import Job, Result
 
 NEG_INF = float("-inf")
 
 
 @dataclass(eq=False, kw_only=True)
-class Generation(Fork):
+class Generation(Continuation):
     """A completion in the making: how its tokens are chosen and collected."""
 
     job: Job
     builder: CompletionBuilder
     stream: UniformStream | None
     """Random numbers; None: greedy."""
-    work: Work
+    work: PromptWork
     """Its prompt."""
     error: FlexGenError | None = None
     """Why it ended without an answer."""
@@ -68,7 +68,7 @@ class Ticket:
 
     prepared: PreparedJob
     future: Future[Result] = field(default_factory=Future)
-    work: Work | None = None
+    work: PromptWork | None = None
     generations: list[Generation] = field(default_factory=list)
 
     def begin_anew(self) -> None:
@@ -104,20 +104,20 @@ class Intake:
         self._end_token_ids = end_token_ids
         self._dtypes = dtype, kv_dtype
 
-    def merge(self, tickets: Iterable[Ticket]) -> list[Work]:
+    def merge(self, tickets: Iterable[Ticket]) -> list[PromptWork]:
         """Make work of tickets: one piece for each distinct input."""
-        works: dict[tuple[int, ...], Work] = {}
+        works: dict[tuple[int, ...], PromptWork] = {}
         generations: dict[Hashable, Generation] = {}
         for ticket in tickets:
             ids, job = ticket.prepared.input_ids, ticket.prepared.job
-            work = works.setdefault(ids, Work(ids, score=False, forks=[]))
+            work = works.setdefault(ids, PromptWork(ids, score=False, continuations=[]))
             work.score = work.score or job.score_prompt
             ticket.work = work
             for index in range(job.num_completions if job.max_new_tokens else 0):
                 key = (ids, _completion_key(ticket.prepared, index))
                 if key not in generations:
                     generations[key] = self._generation(ticket.prepared, index, work)
-                    work.forks.append(generations[key])
+                    work.continuations.append(generations[key])
                 ticket.generations.append(generations[key])
         return list(works.values())
 
@@ -144,7 +144,7 @@ class Intake:
             prompt_logprobs=self._scores(prepared, work) if scored else None,
         )
 
-    def _scores(self, prepared: PreparedJob, work: Work) -> list[float]:
+    def _scores(self, prepared: PreparedJob, work: PromptWork) -> list[float]:
         logprobs = _prompt_logprobs(work)[prepared.num_added :]
         if not all(map(math.isfinite, logprobs)):
             if any(math.isnan(logprob) for logprob in logprobs):
@@ -153,7 +153,7 @@ class Intake:
             raise impossible(prepared.prompt_ids[position], position)
         return logprobs
 
-    def _generation(self, prepared: PreparedJob, index: int, work: Work) -> Generation:
+    def _generation(self, prepared: PreparedJob, index: int, work: PromptWork) -> Generation:
         job, ids = prepared.job, prepared.input_ids
         end_ids = frozenset[int]() if job.ignore_eos else self._end_token_ids
         builder = CompletionBuilder(self._vocabulary, ids, job=job, end_token_ids=end_ids)
@@ -161,22 +161,22 @@ class Intake:
         return Generation(max_new_tokens=job.max_new_tokens, job=job, builder=builder, stream=stream, work=work)
 
 
-def answer(wants: list[Want], logits: Tensor) -> None:
-    """Store the log-probabilities and choose the tokens that were waiting for ``logits`` ``[len(wants), vocab]``, fp32."""
+def answer(logit_requests: list[LogitRequest], logits: Tensor) -> None:
+    """Store the log-probabilities and choose the tokens that were waiting for ``logits`` ``[len(requests), vocab]``, fp32."""
     logprobs = torch.log_softmax(logits, -1)
-    targets = [(row, node, i) for row, want in enumerate(wants) for node, i in want.targets]
+    targets = [(row, node, i) for row, request in enumerate(logit_requests) for node, i in request.targets]
     if targets:
         tokens = torch.tensor([node.tokens[i] for _, node, i in targets], device=logits.device)
         picked = logprobs[torch.tensor([row for row, _, _ in targets], device=logits.device), tokens].tolist()
         for (_, node, i), logprob in zip(targets, picked, strict=True):
             assert node.logprobs is not None
             node.logprobs[i] = logprob
-    if any(want.forks for want in wants):
+    if any(request.continuations for request in logit_requests):
         best = most_likely(logits)
-        for row, want in enumerate(wants):
-            for fork in want.forks:
-                assert isinstance(fork, Generation)
-                fork.step(best[row], logits[row], logprobs[row])
+        for row, request in enumerate(logit_requests):
+            for continuation in request.continuations:
+                assert isinstance(continuation, Generation)
+                continuation.step(best[row], logits[row], logprobs[row])
 
 
 def _next_token(generation: Generation, best: int, logits: Tensor) -> int:
@@ -194,6 +194,6 @@ def _completion_key(prepared: PreparedJob, index: int) -> Hashable:
     return draw, job.max_new_tokens, frozenset(job.stop), job.top_logprobs, job.ignore_eos
 
 
-def _prompt_logprobs(work: Work) -> list[float]:
+def _prompt_logprobs(work: PromptWork) -> list[float]:
     values = [value for node in work.node.path() for value in node.logprobs or ()]
     return [0.0 if value is None else value for value in values]

@@ -18,8 +18,8 @@ from flexgen_helm.generation.job_errors import of_one_job
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
 from flexgen_helm.schedule.operations import Operation
-from flexgen_helm.schedule.rows import Sweep, Want
-from flexgen_helm.schedule.work import Scheduler, Work
+from flexgen_helm.schedule.rows import LogitRequest, Sweep
+from flexgen_helm.schedule.work import PromptWork, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,12 @@ class Worker:
         self._closing = self._cancelling = False
         self._joining: list[Ticket] = []
         """On their way from `_arrived` to `_tickets`."""
-        self._tickets: dict[Work, list[Ticket]] = defaultdict(list)
+        self._tickets: dict[PromptWork, list[Ticket]] = defaultdict(list)
         self._apart: deque[list[Ticket]] = deque()
         """Tickets of a sweep that failed, computed group by group, so that the failure meets those alone who cause it."""
         self._failures = 0
         """Sweeps that failed since the last answer."""
-        self._shared: list[Work] = []
+        self._shared: list[PromptWork] = []
         """Work for several tickets, some of which may be answered before the others."""
         self._sweeps = self._prompt_tokens = self._generated = self._operations = 0
         self._rows_in_sweep = 0
@@ -187,9 +187,9 @@ class Worker:
         self._shared += [work for work in works if len(self._tickets[work]) > 1]
         self._scheduler.add(works)
 
-    def _on_logits(self, wants: list[Want], logits: Tensor) -> None:
-        answer(wants, logits)
-        self._generated += sum(len(want.forks) for want in wants)
+    def _on_logits(self, logit_requests: list[LogitRequest], logits: Tensor) -> None:
+        answer(logit_requests, logits)
+        self._generated += sum(len(request.continuations) for request in logit_requests)
 
     def _on_operation(self, operation: Operation) -> None:
         if self._cancelling:

@@ -89,6 +89,6 @@ def _step(square: tuple[int, int], following: tuple[int, int], num_layers: int) 
         yield Operation("store_hidden", *square)
 
 
-def rows_at_once(*, rests: bool) -> int:
+def rows_at_once(*, suspends: bool) -> int:
     """Rows whose pages are brought at a time: the one that computes, the next, and one that rests while the CPU attends."""
-    return 3 if rests else 2
+    return 3 if suspends else 2

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.page_tables import Placement
-from flexgen_helm.schedule.rows import Fork, Segment, Sweep, Want, pack_decode, pack_prefill
+from flexgen_helm.schedule.rows import Continuation, LogitRequest, Segment, Sweep, pack_decode, pack_prefill
 from flexgen_helm.schedule.tree import Node, build_tree, common_prefix_length
-from flexgen_helm.schedule.work import Work, decode_position
+from flexgen_helm.schedule.work import PromptWork, decode_position
 from flexgen_helm.types import ResolvedPolicy
 
 CUT_FROM = 0.75
@@ -20,7 +20,7 @@ class PackedScheduler:
     """Plans sweeps in the order of the prefix tree. See `Scheduler` for what its methods promise."""
 
     def __init__(
-        self, policy: ResolvedPolicy, *, block_tokens: int, pool: PagePool, keep_all: bool = False, patience: float = 0.0
+        self, policy: ResolvedPolicy, *, block_tokens: int, pool: PagePool, keep_all: bool = False, prompt_row_cost: float = 0.0
     ) -> None:
         """Plan nothing yet.
 
@@ -29,20 +29,20 @@ class PackedScheduler:
             block_tokens: Prompt tokens of a sweep.
             pool: Pages that may be kept.
             keep_all: Whether K and V of scoring work are kept for every layer, as orders other than the column order need.
-            patience: How many sweeps that only decode cost as much as a row of prompts does, see `_worthwhile`.
+            prompt_row_cost: Time of a row of prompts in units of a sweep that only decodes, see `_worthwhile`.
         """
         self._policy = policy
         self._block_tokens = block_tokens
         self._pool = pool
         self._placement = Placement(pool)
-        self._keep_all, self._patience = keep_all, patience
-        self._waiting: deque[Work] = deque()
-        self._filling: list[Work] = []
-        self._decoding: list[tuple[Work, Fork]] = []
-        self._scoring: deque[Work] = deque()
+        self._keep_all, self._prompt_row_cost = keep_all, prompt_row_cost
+        self._waiting: deque[PromptWork] = deque()
+        self._filling: list[PromptWork] = []
+        self._decoding: list[tuple[PromptWork, Continuation]] = []
+        self._scoring: deque[PromptWork] = deque()
         self._in_sweep: list[Node] = []
-        self._swept: list[Work] = []
-        self._ends: dict[Node, Work] = {}
+        self._swept: list[PromptWork] = []
+        self._ends: dict[Node, PromptWork] = {}
         self._prompt_tokens_left = 0
         self._idle_share = 0.0
         """Of the slots, by prompts that wait for their row to fill, summed over sweeps."""
@@ -59,7 +59,7 @@ class PackedScheduler:
         pages = num_pages(0, length) + sum(_continuation_pages(length, limit) for limit in limits)
         return pages * self._pool.page_bytes
 
-    def add(self, works: list[Work]) -> None:
+    def add(self, works: list[PromptWork]) -> None:
         """Take work in; prompts added together share their prefixes."""
         for work, node in zip(works, build_tree([work.tokens for work in works]), strict=True):
             work.node = node
@@ -82,14 +82,16 @@ class PackedScheduler:
         """Prompt tokens still to be computed (prefixes that will be computed again not counted) and new tokens, at most."""
         if not self.has_work():
             return 0, 0
-        new = sum(fork.max_new_tokens - len(fork.tokens) for _, fork in self._decoding)
-        new += sum(fork.max_new_tokens for work in (*self._waiting, *self._filling) for fork in work.forks)
+        new = sum(continuation.max_new_tokens - len(continuation.tokens) for _, continuation in self._decoding)
+        new += sum(
+            continuation.max_new_tokens for work in (*self._waiting, *self._filling) for continuation in work.continuations
+        )
         return self._prompt_tokens_left, new
 
     def next_sweep(self) -> Sweep:
         """Plan one sweep: every live completion takes a step, prompts fill the block's tokens."""
         self._in_sweep, self._swept, self._placement.num_transient = [], [], 0
-        decode = [_decode_segment(work, fork) for work, fork in self._decoding]
+        decode = [_decode_segment(work, continuation) for work, continuation in self._decoding]
         prefill: list[Segment] = []
         tokens = self._worthwhile(self._take_prompts())
         used = 0
@@ -103,8 +105,8 @@ class PackedScheduler:
         device, *offloaded = self._pool.high_water
         return Sweep(rows, device, self._placement.num_transient, (offloaded[0], offloaded[1]))
 
-    def end_sweep(self) -> list[Work]:
-        """Account for a sweep that was computed and whose wants were answered; returns the work that is now complete."""
+    def end_sweep(self) -> list[PromptWork]:
+        """Account for a sweep that was computed and whose logit requests were answered; returns the work that is complete."""
         scoring = [work for work in self._swept if not work.generating]
         for work in scoring:
             answered = self._finish_scoring(work)
@@ -115,28 +117,28 @@ class PackedScheduler:
                 self._placement.drop(node)
         for work in [work for work in self._filling if _filled(work)]:
             self._filling.remove(work)
-            self._decoding.extend((work, fork) for fork in work.forks)
-        ended = [work for work, fork in self._decoding if fork.done]
-        self._decoding = [(work, fork) for work, fork in self._decoding if not fork.done]
+            self._decoding.extend((work, continuation) for continuation in work.continuations)
+        ended = [work for work, continuation in self._decoding if continuation.done]
+        self._decoding = [(work, continuation) for work, continuation in self._decoding if not continuation.done]
         for work in dict.fromkeys(ended):
-            for fork in work.forks:
-                if fork.done:
-                    self._placement.drop_fork(fork, work.node)
-            if all(fork.done for fork in work.forks):
+            for continuation in work.continuations:
+                if continuation.done:
+                    self._placement.drop_continuation(continuation, work.node)
+            if all(continuation.done for continuation in work.continuations):
                 self._retire(work)
                 finished.append(work)
         for work in finished:
             del self._ends[work.node]
         return finished
 
-    def abandon(self) -> list[Work]:
+    def abandon(self) -> list[PromptWork]:
         """Drop all work after a failure; returns what was dropped."""
         dropped = list(dict.fromkeys([*self._waiting, *self._filling, *(work for work, _ in self._decoding), *self._scoring]))
         for work in dropped:
             for node in work.node.path():
                 self._placement.drop(node)
-            for fork in work.forks:
-                self._placement.drop_fork(fork, work.node)
+            for continuation in work.continuations:
+                self._placement.drop_continuation(continuation, work.node)
         self._waiting.clear()
         self._scoring.clear()
         self._filling, self._decoding = [], []
@@ -150,7 +152,7 @@ class PackedScheduler:
         """Admit prompts as long as the block has room for them; returns the tokens that are missing of those admitted."""
         nodes: set[Node] = set()
 
-        def missing(work: Work) -> int:
+        def missing(work: PromptWork) -> int:
             new = [node for node in work.node.path() if node not in nodes]
             nodes.update(new)
             return sum(len(node.tokens) - (node.pages.scheduled if node.pages is not None else 0) for node in new)
@@ -175,17 +177,17 @@ class PackedScheduler:
         if not (rest and self._waiting and self._decoding) or self._scoring:
             self._idle_share = 0.0
             return tokens
-        idle = rest / tokens * sum(len(work.forks) for work in self._filling)
+        idle = rest / tokens * sum(len(work.continuations) for work in self._filling)
         self._idle_share += idle / (idle + len(self._decoding))
-        if self._idle_share < self._patience * (1 - rest / self._policy.gpu_batch_tokens):
+        if self._idle_share < self._prompt_row_cost * (1 - rest / self._policy.gpu_batch_tokens):
             return tokens - rest
         self._idle_share = 0.0
         return tokens
 
-    def _admit(self, work: Work) -> bool:
+    def _admit(self, work: PromptWork) -> bool:
         """Reserve slots and pages for a prompt and all its completions, so that nothing is ever pre-empted."""
-        taken = len(self._decoding) + sum(len(filling.forks) for filling in self._filling)
-        if taken and taken + len(work.forks) > self._policy.block_size:
+        taken = len(self._decoding) + sum(len(filling.continuations) for filling in self._filling)
+        if taken and taken + len(work.continuations) > self._policy.block_size:
             return False
         path = work.node.path()
         if not self._fits(work, path) and not taken:
@@ -194,11 +196,11 @@ class PackedScheduler:
             return False
         for node in path:
             self._placement.place(node, kept=True)
-        for fork in work.forks:
-            self._placement.place_fork(fork, work.node)
+        for continuation in work.continuations:
+            self._placement.place_continuation(continuation, work.node)
         return True
 
-    def _fits(self, work: Work, path: list[Node]) -> bool:
+    def _fits(self, work: PromptWork, path: list[Node]) -> bool:
         return self._placement.fits(
             self._placement.missing(path) + sum(_continuation_pages(len(work.tokens), limit) for limit in work.limits)
         )
@@ -209,7 +211,7 @@ class PackedScheduler:
             for node in work.node.path():
                 self._placement.drop(node)
 
-    def _retire(self, work: Work) -> None:
+    def _retire(self, work: PromptWork) -> None:
         work.done = True
         for node in work.node.path():
             node.users -= 1
@@ -218,9 +220,9 @@ class PackedScheduler:
 
     # Scoring work ----------------------------------------------------------------------------------------------------
 
-    def _scoring_block(self, budget: int, *, alone: bool) -> list[Work]:
+    def _scoring_block(self, budget: int, *, alone: bool) -> list[PromptWork]:
         """Take scoring work for one sweep, whole prompts only, cut where the next shares least with the last."""
-        block: list[Work] = []
+        block: list[PromptWork] = []
         cost: list[int] = [0]
         shared: list[int] = []
         while self._scoring and (cost[-1] < budget):
@@ -241,7 +243,7 @@ class PackedScheduler:
         self._scoring.extendleft(reversed(block[cut:]))
         return block[:cut]
 
-    def _cut(self, block: list[Work], shared: list[int], cost: list[int], budget: int) -> int:
+    def _cut(self, block: list[PromptWork], shared: list[int], cost: list[int], budget: int) -> int:
         """Where to end a full block: at its end, or earlier in its last quarter if less of a prefix is computed again there."""
         best, least = len(block), common_prefix_length(block[-1].tokens, self._scoring[0].tokens) if block else 0
         for i in range(len(block) - 1, 0, -1):
@@ -251,11 +253,11 @@ class PackedScheduler:
                 best, least = i, shared[i]
         return best
 
-    def _kept(self, work: Work) -> bool:
+    def _kept(self, work: PromptWork) -> bool:
         """Whether scoring work shares its tree with generating work, whose pages it then reads."""
         return self._keep_all or work.node.path()[0].users > 0
 
-    def _reserve_kept(self, work: Work) -> bool:
+    def _reserve_kept(self, work: PromptWork) -> bool:
         path = work.node.path()
         if not self._placement.fits(self._placement.missing(path)):
             return False
@@ -263,13 +265,13 @@ class PackedScheduler:
             self._placement.place(node, kept=True)
         return True
 
-    def _finish_scoring(self, work: Work) -> bool:
-        work.done = work.done or (work.scored() and all(fork.done for fork in work.forks))
+    def _finish_scoring(self, work: PromptWork) -> bool:
+        work.done = work.done or (work.scored() and all(continuation.done for continuation in work.continuations))
         return work.done
 
     # Segments --------------------------------------------------------------------------------------------------------
 
-    def _schedule(self, work: Work, segments: list[Segment], budget: int | None) -> int:
+    def _schedule(self, work: PromptWork, segments: list[Segment], budget: int | None) -> int:
         """Append what is missing of a prompt, up to ``budget`` tokens; returns the number of tokens."""
         self._swept.append(work)
         used = 0
@@ -294,35 +296,47 @@ class PackedScheduler:
         self._in_sweep.append(node)
         self._prompt_tokens_left -= max(0, pages.scheduled - node.num_seen)
         node.num_seen = max(node.num_seen, pages.scheduled)
-        wants = self._wants(node, offset, count)
+        logit_requests = self._logit_requests(node, offset, count)
         copy = pages.copy if offset == 0 else None
         tokens, start = node.tokens[offset : offset + count], node.start + offset
-        return Segment(tokens, start, pages.table, pages.kept, copy, wants, owner=node)
+        return Segment(tokens, start, pages.table, pages.kept, copy, logit_requests, owner=node)
 
-    def _wants(self, node: Node, offset: int, count: int) -> list[Want]:
-        wants: list[Want] = []
+    def _logit_requests(self, node: Node, offset: int, count: int) -> list[LogitRequest]:
+        logit_requests: list[LogitRequest] = []
         inner = range(offset, min(offset + count, len(node.tokens) - 1))
         if node.logprobs is not None:
-            wants = [Want(i - offset, ((node, i + 1),), ()) for i in inner if node.logprobs[i + 1] is None]
+            logit_requests = [LogitRequest(i - offset, ((node, i + 1),), ()) for i in inner if node.logprobs[i + 1] is None]
         if offset + count == len(node.tokens):
             # First tokens are chosen whenever the prompt's last token is computed, be it for other work before admission.
             last = tuple((c, 0) for c in node.children if c.logprobs is not None and c.logprobs[0] is None)
             work = self._ends.get(node)
-            forks = tuple(fork for fork in work.forks if not fork.tokens) if work is not None else ()
-            if last or forks:
-                wants.append(Want(count - 1, last, forks))
-        return wants
+            continuations = (
+                tuple(continuation for continuation in work.continuations if not continuation.tokens)
+                if work is not None
+                else ()
+            )
+            if last or continuations:
+                logit_requests.append(LogitRequest(count - 1, last, continuations))
+        return logit_requests
 
 
-def _filled(work: Work) -> bool:
+def _filled(work: PromptWork) -> bool:
     pages = work.node.pages
     return pages is not None and pages.scheduled == len(work.node.tokens)
 
 
-def _decode_segment(work: Work, fork: Fork) -> Segment:
-    copy = fork.copy if len(fork.tokens) == 1 else None
-    wants = [Want(0, (), (fork,))]
-    return Segment((fork.tokens[-1],), decode_position(work, fork), fork.table, True, copy, wants, owner=fork)
+def _decode_segment(work: PromptWork, continuation: Continuation) -> Segment:
+    copy = continuation.copy if len(continuation.tokens) == 1 else None
+    logit_requests = [LogitRequest(0, (), (continuation,))]
+    return Segment(
+        (continuation.tokens[-1],),
+        decode_position(work, continuation),
+        continuation.table,
+        True,
+        copy,
+        logit_requests,
+        owner=continuation,
+    )
 
 
 def _continuation_pages(length: int, max_new_tokens: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
-from flexgen_helm.schedule.rows import Fork
+from flexgen_helm.schedule.rows import Continuation
 from flexgen_helm.schedule.tree import Node, NodePages
 
 
@@ -37,11 +37,13 @@ class Placement:
             above = node.parent.pages if node.parent is not None else None
             node.pages = NodePages(kept, *self._continue_behind(above, node.start, node.end, kept=kept))
 
-    def place_fork(self, fork: Fork, node: Node) -> None:
+    def place_continuation(self, continuation: Continuation, node: Node) -> None:
         """Give a completion of the prompt that ends at ``node`` its pages; its last token is never attended to."""
         assert node.pages is not None
-        last = node.end + fork.max_new_tokens - 1
-        fork.own_pages, fork.table, fork.copy, fork.in_tail = self._continue_behind(node.pages, node.end, last, kept=True)
+        last = node.end + continuation.max_new_tokens - 1
+        continuation.own_pages, continuation.table, continuation.copy, continuation.in_tail = self._continue_behind(
+            node.pages, node.end, last, kept=True
+        )
 
     def missing(self, path: Iterable[Node]) -> int:
         """Kept pages that a path still needs."""
@@ -61,12 +63,12 @@ class Placement:
             node.parent.pages.tail_free = True
         node.pages = None
 
-    def drop_fork(self, fork: Fork, node: Node) -> None:
+    def drop_continuation(self, continuation: Continuation, node: Node) -> None:
         """Take a completion's pages back."""
-        self._pool.release(fork.own_pages)
-        if fork.in_tail and node.pages is not None:
+        self._pool.release(continuation.own_pages)
+        if continuation.in_tail and node.pages is not None:
             node.pages.tail_free = True
-        fork.own_pages, fork.in_tail = [], False
+        continuation.own_pages, continuation.in_tail = [], False
 
     def _continue_behind(self, above: NodePages | None, start: int, end: int, *, kept: bool) -> _Span:
         """Pages for positions ``[start, end)`` behind a node."""

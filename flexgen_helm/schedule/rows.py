@@ -23,7 +23,7 @@ class State:
 
 
 @dataclass(eq=False)
-class Fork:
+class Continuation:
     """One completion of a prompt: what was generated, and where its own K and V are."""
 
     max_new_tokens: int
@@ -32,23 +32,23 @@ class Fork:
     own_pages: list[int] = field(default_factory=list)
     table: list[int] = field(default_factory=list)
     copy: tuple[int, int, int] | None = None
-    """Like `NodePages.copy`: the page in which the fork parts from its prompt."""
+    """Like `NodePages.copy`: the page in which the continuation parts from its prompt."""
     in_tail: bool = False
-    """Whether the fork begins in the rest of its prompt's last page."""
+    """Whether the continuation begins in the rest of its prompt's last page."""
     state: State | None = None
-    """In single rows: what the fork carries from one sweep to the next."""
+    """In single rows: what the continuation carries from one sweep to the next."""
     finite: bool = True
     """Like `Node.finite`, of its own tokens."""
 
 
-class Want(NamedTuple):
+class LogitRequest(NamedTuple):
     """A position of a row whose logits are needed."""
 
     offset: int
     """Tokens before it in the row."""
     targets: tuple[tuple[Node, int], ...]
     """(node, i): the log-probability of ``node.tokens[i]`` is read here and stored in ``node.logprobs[i]``."""
-    forks: tuple[Fork, ...]
+    continuations: tuple[Continuation, ...]
     """Completions whose next token is chosen here."""
 
 
@@ -63,11 +63,11 @@ class Segment:
     """Pages of the sequence from position 0 on."""
     kept: bool = True
     copy: tuple[int, int, int] | None = None
-    wants: list[Want] = field(default_factory=list)
-    """`Want.offset` counts from the segment's first token here, from the row's first token in `Row.wants`."""
+    logit_requests: list[LogitRequest] = field(default_factory=list)
+    """`LogitRequest.offset` counts from the segment's first token here, from the row's first token in `Row.logit_requests`."""
     state: State | None = None
     """In single rows, instead of pages."""
-    owner: Node | Fork | None = None
+    owner: Node | Continuation | None = None
     """Whose tokens these are; None: nobody's who asks whether they were finite."""
 
     @property
@@ -89,12 +89,12 @@ class Row:
         """Tokens that are not padding."""
         return sum(len(segment.tokens) for segment in self.segments)
 
-    def wants(self) -> Iterable[Want]:
+    def logit_requests(self) -> Iterable[LogitRequest]:
         """All positions whose logits are needed, counted from the row's first token."""
         offset = 0
         for segment in self.segments:
-            for want in segment.wants:
-                yield want._replace(offset=want.offset + offset)
+            for request in segment.logit_requests:
+                yield request._replace(offset=request.offset + offset)
             offset += len(segment.tokens)
 
     def mark(self, bad: Iterable[int]) -> None:
@@ -160,10 +160,12 @@ def _pack(kind: Literal["prefill", "decode"], segments: Iterable[Segment], size:
 def _piece(segment: Segment, offset: int, count: int) -> Segment:
     if offset == 0 and count == len(segment.tokens):
         return segment
-    wants = [w._replace(offset=w.offset - offset) for w in segment.wants if offset <= w.offset < offset + count]
+    logit_requests = [
+        w._replace(offset=w.offset - offset) for w in segment.logit_requests if offset <= w.offset < offset + count
+    ]
     copy = segment.copy if offset == 0 else None
     tokens, start = segment.tokens[offset : offset + count], segment.start + offset
-    return Segment(tokens, start, segment.table, segment.kept, copy, wants, owner=segment.owner)
+    return Segment(tokens, start, segment.table, segment.kept, copy, logit_requests, owner=segment.owner)
 
 
 def pack_decode(segments: list[Segment], policy: ResolvedPolicy) -> list[Row]:

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flexgen_helm.schedule.rows import Fork, Row, Segment, State, Sweep, Want, pack_decode
+from flexgen_helm.schedule.rows import Continuation, LogitRequest, Row, Segment, State, Sweep, pack_decode
 from flexgen_helm.schedule.tree import Node
-from flexgen_helm.schedule.work import Work, decode_position
+from flexgen_helm.schedule.work import PromptWork, decode_position
 from flexgen_helm.types import ResolvedPolicy
 
 
@@ -31,11 +31,11 @@ class SingleScheduler:
         self._policy = policy
         self._block_tokens = block_tokens
         self._capacity, self._free, self._size = capacity_bytes, capacity_bytes, size
-        self._generating: deque[Work] = deque()
-        self._scoring: deque[Work] = deque()
-        self._decoding: list[tuple[Work, Fork]] = []
-        self._prompts: list[Work] = []
-        self._reserved: dict[Work, int] = {}
+        self._generating: deque[PromptWork] = deque()
+        self._scoring: deque[PromptWork] = deque()
+        self._decoding: list[tuple[PromptWork, Continuation]] = []
+        self._prompts: list[PromptWork] = []
+        self._reserved: dict[PromptWork, int] = {}
         self._block_tokens_left = self._slots_taken = 0
 
     @property
@@ -47,7 +47,7 @@ class SingleScheduler:
         """The states of a prompt: its completions begin with copies of its own, so each has a whole one."""
         return sum(self._size.of(length + max(0, limit - 1)) for limit in limits or [0])
 
-    def add(self, works: list[Work]) -> None:
+    def add(self, works: list[PromptWork]) -> None:
         """Take work in."""
         for work in works:
             work.node = Node(None, 0, work.tokens, logprobs=[None] * len(work.tokens) if work.score else None)
@@ -60,8 +60,13 @@ class SingleScheduler:
     def tokens_left(self) -> tuple[int, int]:
         """Prompt tokens still to be computed and new tokens, at most."""
         waiting = (*self._generating, *self._scoring)
-        new = sum(fork.max_new_tokens - len(fork.tokens) for _, fork in self._decoding)
-        new += sum(fork.max_new_tokens for work in (*waiting, *self._prompts) for fork in work.forks if fork.max_new_tokens > 1)
+        new = sum(continuation.max_new_tokens - len(continuation.tokens) for _, continuation in self._decoding)
+        new += sum(
+            continuation.max_new_tokens
+            for work in (*waiting, *self._prompts)
+            for continuation in work.continuations
+            if continuation.max_new_tokens > 1
+        )
         return sum(len(work.tokens) for work in waiting), new
 
     def next_sweep(self) -> Sweep:
@@ -69,33 +74,33 @@ class SingleScheduler:
         self._prompts, self._block_tokens_left, self._slots_taken = [], self._block_tokens, len(self._decoding)
         self._admit(self._generating)
         self._admit(self._scoring)
-        decode = [_decode_segment(work, fork) for work, fork in self._decoding]
+        decode = [_decode_segment(work, continuation) for work, continuation in self._decoding]
         return Sweep([_prompt_row(work) for work in self._prompts] + pack_decode(decode, self._policy))
 
-    def end_sweep(self) -> list[Work]:
+    def end_sweep(self) -> list[PromptWork]:
         """Account for a sweep."""
         for work in self._prompts:
             assert work.scored(), "a scored prompt was left without an answer"
-            self._decoding.extend((work, fork) for fork in work.forks)
+            self._decoding.extend((work, continuation) for continuation in work.continuations)
         swept = dict.fromkeys([*self._prompts, *(work for work, _ in self._decoding)])
         self._prompts = []
-        self._decoding = [(work, fork) for work, fork in self._decoding if not fork.done]
-        finished = [work for work in swept if all(fork.done for fork in work.forks)]
+        self._decoding = [(work, continuation) for work, continuation in self._decoding if not continuation.done]
+        finished = [work for work in swept if all(continuation.done for continuation in work.continuations)]
         for work in swept:
-            for fork in work.forks:
-                if fork.done:
-                    fork.state = None
+            for continuation in work.continuations:
+                if continuation.done:
+                    continuation.state = None
         for work in finished:
             self._free += self._reserved.pop(work)
         return finished
 
-    def abandon(self) -> list[Work]:
+    def abandon(self) -> list[PromptWork]:
         """Drop all work."""
         live = [*self._prompts, *(work for work, _ in self._decoding)]
         dropped = list(dict.fromkeys([*self._generating, *self._scoring, *live]))
         for work in dropped:
-            for fork in work.forks:
-                fork.state = None
+            for continuation in work.continuations:
+                continuation.state = None
         self._generating.clear()
         self._scoring.clear()
         self._prompts, self._decoding = [], []
@@ -103,23 +108,23 @@ class SingleScheduler:
         self._free = self._capacity
         return dropped
 
-    def _admit(self, queue: deque[Work]) -> None:
+    def _admit(self, queue: deque[PromptWork]) -> None:
         """Take work from the front of a queue while the block has tokens and slots for it, and memory lasts."""
         while queue and self._has_room(queue[0]) and self._reserve(queue[0]):
             work = queue.popleft()
             self._prompts.append(work)
             self._block_tokens_left -= len(work.tokens)
-            self._slots_taken += len(work.forks) if work.generating else 0
+            self._slots_taken += len(work.continuations) if work.generating else 0
 
-    def _has_room(self, work: Work) -> bool:
+    def _has_room(self, work: PromptWork) -> bool:
         """Whether a prompt fits into the block; an empty one takes any."""
         if self._prompts and len(work.tokens) > self._block_tokens_left:
             return False
         if not work.generating or not self._slots_taken:
             return True
-        return self._slots_taken + len(work.forks) <= self._policy.block_size
+        return self._slots_taken + len(work.continuations) <= self._policy.block_size
 
-    def _reserve(self, work: Work) -> bool:
+    def _reserve(self, work: PromptWork) -> bool:
         needed = self.bytes_needed(len(work.tokens), work.limits)
         if needed > self._free:
             return False
@@ -128,23 +133,25 @@ class SingleScheduler:
         return True
 
 
-def _prompt_row(work: Work) -> Row:
+def _prompt_row(work: PromptWork) -> Row:
     state = State()
     last = len(work.tokens) - 1
-    wants = [Want(i, ((work.node, i + 1),), ()) for i in range(last)] if work.score else []
-    if work.forks:
-        wants.append(Want(last, (), tuple(work.forks)))
-        _hand_on(state, work.forks)
-    return Row("prefill", len(work.tokens), [Segment(work.tokens, 0, wants=wants, state=state)])
+    logit_requests = [LogitRequest(i, ((work.node, i + 1),), ()) for i in range(last)] if work.score else []
+    if work.continuations:
+        logit_requests.append(LogitRequest(last, (), tuple(work.continuations)))
+        _hand_on(state, work.continuations)
+    return Row("prefill", len(work.tokens), [Segment(work.tokens, 0, logit_requests=logit_requests, state=state)])
 
 
-def _hand_on(state: State, forks: list[Fork]) -> None:
+def _hand_on(state: State, continuations: list[Continuation]) -> None:
     """All completions but the last begin with a copy of their prompt's state; the last takes it over."""
-    for fork in forks:
-        fork.state = State(origin=state)
-    forks[-1].state = state
+    for continuation in continuations:
+        continuation.state = State(origin=state)
+    continuations[-1].state = state
 
 
-def _decode_segment(work: Work, fork: Fork) -> Segment:
-    want = Want(0, (), (fork,))
-    return Segment((fork.tokens[-1],), decode_position(work, fork), wants=[want], state=fork.state)
+def _decode_segment(work: PromptWork, continuation: Continuation) -> Segment:
+    request = LogitRequest(0, (), (continuation,))
+    return Segment(
+        (continuation.tokens[-1],), decode_position(work, continuation), logit_requests=[request], state=continuation.state
+    )

@@ -1,4 +1,4 @@
-"""What is to be computed, and what every scheduler does with it."""
+"""A prompt with everything that is asked of it, and what every scheduler does with it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flexgen_helm.schedule.rows import Fork, Sweep
+from flexgen_helm.schedule.rows import Continuation, Sweep
 from flexgen_helm.schedule.tree import Node
 
 
 @dataclass(eq=False)
-class Work:
+class PromptWork:
     """A distinct prompt with everything that is asked of it."""
 
     tokens: tuple[int, ...]
     score: bool
-    forks: list[Fork]
+    continuations: list[Continuation]
     node: Node = field(init=False)
     done: bool = False
 
     @property
     def limits(self) -> list[int]:
         """New tokens of each completion, at most."""
-        return [fork.max_new_tokens for fork in self.forks]
+        return [continuation.max_new_tokens for continuation in self.continuations]
 
     @property
     def generating(self) -> bool:
         """Whether something of the prompt must outlive the sweep in which it is computed."""
-        return any(fork.max_new_tokens > 1 for fork in self.forks)
+        return any(continuation.max_new_tokens > 1 for continuation in self.continuations)
 
     @property
     def finite(self) -> bool:
@@ -55,7 +55,7 @@ class Scheduler(Protocol):
     def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
         """What a prompt of ``length`` tokens needs of it alone, with completions of at most ``limits`` new tokens each."""
 
-    def add(self, works: list[Work]) -> None:
+    def add(self, works: list[PromptWork]) -> None:
         """Take work in."""
 
     def has_work(self) -> bool:
@@ -67,13 +67,13 @@ class Scheduler(Protocol):
     def next_sweep(self) -> Sweep:
         """Plan one sweep: every live completion takes a step, prompts fill the block's tokens."""
 
-    def end_sweep(self) -> list[Work]:
-        """Account for a sweep that was computed and whose wants were answered; returns the work that is now complete."""
+    def end_sweep(self) -> list[PromptWork]:
+        """Account for a sweep that was computed and whose logit requests were answered; returns the work that is complete."""
 
-    def abandon(self) -> list[Work]:
+    def abandon(self) -> list[PromptWork]:
         """Drop all work after a failure; returns what was dropped."""
 
 
-def decode_position(work: Work, fork: Fork) -> int:
+def decode_position(work: PromptWork, continuation: Continuation) -> int:
     """Absolute position of a completion's last token, which the next sweep computes."""
-    return len(work.tokens) + len(fork.tokens) - 1
+    return len(work.tokens) + len(continuation.tokens) - 1

@@ -77,10 +77,10 @@ def test_answers_are_never_given_twice(bench: Workbench, monkeypatch: pytest.Mon
     with Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=POLICY) as engine:
         expected, slices = engine.run(JOBS), iter(range(99))
 
-        def give(wants: Any, logits: Any) -> None:
+        def give(logit_requests: Any, logits: Any) -> None:
             if next(slices) == 2:
                 raise torch.OutOfMemoryError("no memory for log-probabilities")
-            answer(wants, logits)
+            answer(logit_requests, logits)
 
         with monkeypatch.context() as patch:
             patch.setattr("flexgen_helm.runtime.worker.answer", give)

@@ -16,7 +16,7 @@ from flexgen_helm.memory.state_store import StateStore
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.single import SingleRows, cache_bytes, check_cache_shares
 from flexgen_helm.schedule.operations import Order
-from flexgen_helm.schedule.rows import Fork, Row, Segment, State, Sweep, Want, pack_decode
+from flexgen_helm.schedule.rows import Continuation, LogitRequest, Row, Segment, State, Sweep, pack_decode
 from flexgen_helm.types import ResolvedPolicy, RunStats
 from tests.models import save_tiny
 
@@ -33,10 +33,10 @@ def run(model: RecordedModel, store: StateStore | None, order: Order = "zigzag")
     states = [State() for _ in PROMPTS]
 
     def sweep(rows: list[Row]) -> None:
-        executor.run(Sweep(rows), lambda wants, logits: found.append(logits))
+        executor.run(Sweep(rows), lambda logit_requests, logits: found.append(logits))
 
     def segment(tokens: tuple[int, ...], start: int, state: State) -> Segment:
-        return Segment(tokens, start, wants=[Want(len(tokens) - 1, (), (Fork(1),))], state=state)
+        return Segment(tokens, start, logit_requests=[LogitRequest(len(tokens) - 1, (), (Continuation(1),))], state=state)
 
     sweep([Row("prefill", len(p), [segment(p, 0, state)]) for p, state in zip(PROMPTS, states, strict=True)])
     prompts, steps, states = [*PROMPTS, PROMPTS[0]], [*STEPS, (1, 2, 3)], [*states, State(origin=states[0])]

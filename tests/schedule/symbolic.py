@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from flexgen_helm.schedule.rows import Fork, Segment, Sweep
-from flexgen_helm.schedule.work import Scheduler, Work
+from flexgen_helm.schedule.rows import Continuation, Segment, Sweep
+from flexgen_helm.schedule.work import PromptWork, Scheduler
 from flexgen_helm.types import ResolvedPolicy
 
 Prefix = tuple[int, ...]
@@ -51,13 +51,13 @@ class Machine:
 
     def __init__(self, policy: ResolvedPolicy, specs: list[Spec]) -> None:
         self.policy = policy
-        self.ends: dict[Fork, tuple[Prefix, int]] = {}
-        self.works: list[Work] = []
+        self.ends: dict[Continuation, tuple[Prefix, int]] = {}
+        self.works: list[PromptWork] = []
         for spec in specs:
-            work = Work(spec.tokens, spec.score, [Fork(limit) for limit, _ in spec.limits])
+            work = PromptWork(spec.tokens, spec.score, [Continuation(limit) for limit, _ in spec.limits])
             self.works.append(work)
-            for fork, (_, end) in zip(work.forks, spec.limits, strict=True):
-                self.ends[fork] = (spec.tokens, end)
+            for continuation, (_, end) in zip(work.continuations, spec.limits, strict=True):
+                self.ends[continuation] = (spec.tokens, end)
         self.computed_tokens = 0
 
     def run(self, sweep: Sweep) -> None:
@@ -73,18 +73,18 @@ class Machine:
 
     def answer(self, segment: Segment, offset: int, prefix: Prefix) -> None:
         """Do what is wanted at a token, which closes ``prefix``."""
-        for want in segment.wants:
-            if want.offset != offset:
+        for request in segment.logit_requests:
+            if request.offset != offset:
                 continue
-            for node, index in want.targets:
+            for node, index in request.targets:
                 assert node.start + index == len(prefix)
                 assert node.logprobs is not None
                 node.logprobs[index] = hash((*prefix, node.tokens[index])) % 97
-            for fork in want.forks:
-                prompt, end = self.ends[fork]
-                assert (*prompt, *fork.tokens) == prefix
-                fork.tokens.append(hash(prefix) % 5)
-                fork.done = len(fork.tokens) >= min(end, fork.max_new_tokens)
+            for continuation in request.continuations:
+                prompt, end = self.ends[continuation]
+                assert (*prompt, *continuation.tokens) == prefix
+                continuation.tokens.append(hash(prefix) % 5)
+                continuation.done = len(continuation.tokens) >= min(end, continuation.max_new_tokens)
 
 
 def assert_answers(scheduler: Scheduler, machine: Machine, specs: list[Spec], *, first: int) -> None:
@@ -102,7 +102,9 @@ def assert_answers(scheduler: Scheduler, machine: Machine, specs: list[Spec], *,
     assert sorted(map(id, finished)) == sorted(map(id, machine.works))
     assert scheduler.tokens_left() == (0, 0)
     for spec, work in zip(specs, machine.works, strict=True):
-        assert [fork.tokens for fork in work.forks] == [spec.completion(*limits) for limits in spec.limits]
+        assert [continuation.tokens for continuation in work.continuations] == [
+            spec.completion(*limits) for limits in spec.limits
+        ]
         if spec.score:
             found = [value for node in work.node.path() for value in node.logprobs or ()]
             assert found[1:] == [hash(spec.tokens[: i + 1]) % 97 for i in range(1, len(spec.tokens))]

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
 from flexgen_helm.schedule.packed import PackedScheduler
-from flexgen_helm.schedule.rows import Fork, Segment, Sweep
-from flexgen_helm.schedule.work import Work
+from flexgen_helm.schedule.rows import Continuation, Segment, Sweep
+from flexgen_helm.schedule.work import PromptWork
 from flexgen_helm.types import ResolvedPolicy
 from tests.schedule.symbolic import POLICIES, SPECS, Machine, Prefix, Spec, assert_answers
 
@@ -50,20 +50,22 @@ class PagedMachine(Machine):
         return segment.table[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
 
 
-def pages_alone(work: Work) -> int:
+def pages_alone(work: PromptWork) -> int:
     length = len(work.tokens)
-    return num_pages(0, length) + sum(num_pages(length, length + fork.max_new_tokens - 1) for fork in work.forks)
+    return num_pages(0, length) + sum(
+        num_pages(length, length + continuation.max_new_tokens - 1) for continuation in work.continuations
+    )
 
 
 @settings(derandomize=True, max_examples=300, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(SPECS, POLICIES, st.integers(0, 40), st.booleans(), st.integers(1, 10), st.sampled_from([0.0, 3.0]))
 def test_every_answer_comes_from_the_right_prefix(
-    specs: list[Spec], policy: ResolvedPolicy, spare: int, keep_all: bool, first: int, patience: float
+    specs: list[Spec], policy: ResolvedPolicy, spare: int, keep_all: bool, first: int, prompt_row_cost: float
 ) -> None:
     machine = PagedMachine(policy, specs)
     pool = PagePool(max(pages_alone(work) for work in machine.works) + spare)
     tokens = policy.block_tokens or 1
-    scheduler = PackedScheduler(policy, block_tokens=tokens, pool=pool, keep_all=keep_all, patience=patience)
+    scheduler = PackedScheduler(policy, block_tokens=tokens, pool=pool, keep_all=keep_all, prompt_row_cost=prompt_row_cost)
     assert_answers(scheduler, machine, specs, first=first)
     assert pool.num_used == 0
 
@@ -94,13 +96,13 @@ def test_a_large_block_computes_each_prefix_once(specs: list[Spec]) -> None:
     assert machine.computed_tokens <= len({spec.tokens[: i + 1] for spec in specs for i in range(len(spec.tokens))})
 
 
-def prompt_tokens_by_sweep(new_tokens: int, patience: float) -> list[int]:
+def prompt_tokens_by_sweep(new_tokens: int, prompt_row_cost: float) -> list[int]:
     """Of eight prompts of 32 tokens, two to a row, where memory holds five."""
     policy = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64, block_tokens=64)
     specs = [Spec((i + 2,) * 32, False, ((new_tokens, new_tokens),)) for i in range(8)]
     machine = PagedMachine(policy, specs)
     pool = PagePool(5 * pages_alone(machine.works[0]))
-    scheduler = PackedScheduler(policy, block_tokens=64, pool=pool, patience=patience)
+    scheduler = PackedScheduler(policy, block_tokens=64, pool=pool, prompt_row_cost=prompt_row_cost)
     scheduler.add(machine.works)
     found = []
     while scheduler.has_work():
@@ -128,9 +130,9 @@ def test_abandoned_work_leaves_no_page_behind() -> None:
     policy = ResolvedPolicy(gpu_batch_size=2, num_gpu_batches=1, gpu_batch_tokens=8, block_tokens=8)
     pool = PagePool(100)
     scheduler = PackedScheduler(policy, block_tokens=8, pool=pool)
-    works = [Work((*range(40), i), i % 2 == 0, [Fork(20)]) for i in range(4)]
+    works = [PromptWork((*range(40), i), i % 2 == 0, [Continuation(20)]) for i in range(4)]
     machine = PagedMachine(policy, [])
-    machine.ends = {fork: (work.tokens, 20) for work in works for fork in work.forks}
+    machine.ends = {continuation: (work.tokens, 20) for work in works for continuation in work.continuations}
     scheduler.add(works)
     for _ in range(7):
         machine.run(scheduler.next_sweep())

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from flexgen_helm.schedule.rows import Fork, Segment, State, Sweep
+from flexgen_helm.schedule.rows import Continuation, Segment, State, Sweep
 from flexgen_helm.schedule.single import SingleScheduler, StateSize
-from flexgen_helm.schedule.work import Work
+from flexgen_helm.schedule.work import PromptWork
 from flexgen_helm.types import ResolvedPolicy
 from tests.schedule.symbolic import POLICIES, SPECS, Machine, Spec, assert_answers
 
@@ -63,7 +63,7 @@ def test_every_answer_comes_from_the_right_prefix(
     scheduler = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity, size=size)
     assert_answers(scheduler, machine, specs, first=first)
     assert machine.most_bytes <= capacity
-    assert not [fork for work in machine.works for fork in work.forks if fork.state is not None]
+    assert not [continuation for work in machine.works for continuation in work.continuations if continuation.state is not None]
 
 
 def test_a_block_decodes_as_many_sequences_as_it_has_slots() -> None:
@@ -91,9 +91,9 @@ def test_each_completion_needs_a_state_of_its_own(limits: list[int], needed: int
 
 def test_abandoned_work_frees_its_memory() -> None:
     policy, size = ResolvedPolicy(gpu_batch_size=2, num_gpu_batches=1, gpu_batch_tokens=8), StateSize(0, 1)
-    works = [Work((*range(40), i), i % 2 == 0, [Fork(20)]) for i in range(4)]
+    works = [PromptWork((*range(40), i), i % 2 == 0, [Continuation(20)]) for i in range(4)]
     machine = StateMachine(policy, [], size, 1000)
-    machine.ends = {fork: (work.tokens, 20) for work in works for fork in work.forks}
+    machine.ends = {continuation: (work.tokens, 20) for work in works for continuation in work.continuations}
     scheduler = SingleScheduler(policy, block_tokens=1000, capacity_bytes=125, size=size)
     scheduler.add(works)
     for _ in range(3):
