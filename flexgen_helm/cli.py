@@ -209,7 +209,8 @@ def _as_json(prompt: str, result: Result) -> dict[str, object]:
 def _load_engine(args: argparse.Namespace) -> Engine:
     from transformers.utils import logging
 
-    from flexgen_helm.policy.row_sizes import resolve_device, resolved
+    from flexgen_helm.memory.device import resolve_device
+    from flexgen_helm.policy.row_sizes import resolved
     from flexgen_helm.runtime.engine import Engine
 
     logging.disable_progress_bar()

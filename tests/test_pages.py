@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from flexgen_helm.cli import main
+from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.runtime.trace import title
 from flexgen_helm.types import RESOURCES
@@ -172,8 +173,8 @@ def test_the_table_of_defaults_is_true() -> None:
     for name, *shown in re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \|$", text, flags=re.MULTILINE):
         large, small, gpu = map(int, shown)
         rounded = [-(-size // step) * step if name != "num_gpu_batches" else size for size in (large, small)]
-        assert rounded == [getattr(resolved(None, torch.device("cpu"), few_requests=few), name) for few in (False, True)]
-        assert {getattr(resolved(None, torch.device("cuda"), few_requests=few), name) for few in (False, True)} == {gpu}
+        assert rounded == [getattr(resolved(None, CPU, few_requests=few), name) for few in (False, True)]
+        assert {getattr(resolved(None, Device(torch.device("cuda")), few_requests=few), name) for few in (False, True)} == {gpu}
 
 
 def test_the_legend_of_the_timeline_names_every_row_and_operation(folder: Path) -> None:

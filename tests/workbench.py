@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from flexgen_helm import Engine, Policy
+from flexgen_helm.memory.device import Device
 from flexgen_helm.rows.choice import KindChoice
 from flexgen_helm.types import ResolvedPolicy
 from tests.models import save_tiny
@@ -15,6 +18,8 @@ POLICY = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=4, gpu_batch_tokens=3
 """Row sizes are multiples of 16, so that one thread computes every token alike; everything fits in one block."""
 NARROW = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=32, block_tokens=96)
 """The same row sizes with a block so small that jobs must wait for each other."""
+OWN_MEMORY = Device(torch.device("cpu"), own_memory=True)
+"""The CPU as a device that has a memory of its own, as a GPU has."""
 
 
 class Workbench:

@@ -82,9 +82,9 @@ def _of_machine(arguments: EngineArguments) -> dict[str, Any]:
     """Return the device, and what row sizes and kernels depend on."""
     import torch
 
-    from flexgen_helm.policy.row_sizes import resolve_device
+    from flexgen_helm.memory.device import resolve_device
 
-    device = resolve_device(arguments.get("device", "auto"))
+    device = resolve_device(arguments.get("device", "auto")).torch_device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],

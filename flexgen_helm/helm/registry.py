@@ -28,7 +28,8 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
     Raises:
         FlexGenError: The engine cannot be made; see ``Engine.from_pretrained``.
     """
-    from flexgen_helm.policy.row_sizes import resolve_device, resolved
+    from flexgen_helm.memory.device import resolve_device
+    from flexgen_helm.policy.row_sizes import resolved
     from flexgen_helm.runtime.engine import Engine
 
     if few_requests:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexgen_helm.errors import DISK_FULL_ERRNOS, CorruptFile, DiskFull
 from flexgen_helm.memory.amounts import gib
+from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.direct_io import file_error
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Meter
@@ -127,18 +128,18 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 class HiddenStore:
     """Takes a row's hidden state in when its layer is done and hands it out for the next one."""
 
-    def __init__(self, shares: Shares, *, device: torch.device, copies: bool, folder: Path, meter: Meter) -> None:
+    def __init__(self, shares: Shares, *, device: Device, folder: Path, meter: Meter) -> None:
         """Nothing is allocated yet.
 
         Args:
             shares: Of the rows, on each tier.
-            device: Where the matrices are multiplied.
-            copies: Whether the device has a memory of its own; without, what is on the host is in place.
+            device: Where the matrices are multiplied. Without a memory of its own, what is on the host is in place.
             folder: For hidden states on disk.
             meter: Is told of what is moved.
         """
         self._meter = meter
-        self._shares, self._device, self._copies, self._folder = shares, device, copies, folder
+        self._shares, self._folder = shares, folder
+        self._device, self._own_memory = device.torch_device, device.own_memory
         self._places: dict[int, _Place] = {}
         self._kept: dict[int, Tensor] = {}
         self._sizes: dict[int, int] = {}
@@ -159,7 +160,7 @@ class HiddenStore:
             if tier == "disk":
                 self._file = self._file or _File(self._folder)
                 self._places[k] = _Disk(self._file)
-            elif tier == "host" and self._copies:
+            elif tier == "host" and self._own_memory:
                 self._places[k] = _Host()
         if self._places and self._link is None:
             self._link = Link(self._device, "hidden")

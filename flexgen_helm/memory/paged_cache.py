@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import PolicyError
+from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.page_file import DiskPages
 from flexgen_helm.memory.page_tensors import CacheKey, GrowingPages, HostPages, PageShape, PageTensors
@@ -33,9 +34,8 @@ class PagedCache:
         self,
         pool: PagePool | None = None,
         *,
-        device: torch.device | None = None,
+        device: Device = CPU,
         dtype: torch.dtype | None = None,
-        copy_host: bool = False,
         offload_folder: Path | None = None,
         meter: Meter | None = None,
     ) -> None:
@@ -43,9 +43,8 @@ class PagedCache:
 
         Args:
             pool: Says how many pages each tier has; None: a device without bound.
-            device: Where attention is computed, if there are pages elsewhere; None: the CPU.
+            device: Where attention is computed. Host pages are staged where it has a memory of its own.
             dtype: In which K and V are stored; None: as they come.
-            copy_host: Whether host pages are staged on a CPU too, as on a GPU.
             offload_folder: Where the file of pages on disk goes; it is removed at `close`.
             meter: Is told of what is moved and held.
 
@@ -53,17 +52,16 @@ class PagedCache:
             PolicyError: If there are pages on disk and no folder for them.
             DiskFull: If the folder has no room for them.
         """
-        device = torch.device("cpu") if device is None else device
-        meter = Meter(device) if meter is None else meter
+        meter = Meter(device.torch_device) if meter is None else meter
         self._dtype, self.meter = dtype, meter
         self._capacities = None if pool is None else pool.capacities
         self._kept = GrowingPages(None if pool is None else pool.capacities.device)
         self._transient = GrowingPages(None)
         self._host = HostPages(0 if pool is None else pool.capacities.host)
-        self.host_in_place = device.type == "cpu" and not copy_host
-        """Whether attention reads host pages where they are."""
+        self.device = device
+        """Where attention is computed."""
         stores: dict[Tier, OffloadedPages] = {}
-        if pool is not None and pool.capacities.host and not self.host_in_place:
+        if pool is not None and pool.capacities.host and device.own_memory:
             stores["host"] = self._host
         if pool is not None and pool.capacities.disk:
             if offload_folder is None:
@@ -84,7 +82,7 @@ class PagedCache:
     def place(self, page: int) -> Place:
         """Where attention finds a kept page."""
         tier = self.tier_of(page)
-        return "staged" if tier == "disk" or (tier == "host" and not self.host_in_place) else tier
+        return "staged" if tier == "disk" or (tier == "host" and self.device.own_memory) else tier
 
     def index(self, page: int) -> int:
         """Where a kept page is among those of its tier."""

@@ -5,33 +5,36 @@ from __future__ import annotations
 from concurrent.futures import Future, wait
 
 import torch
+from torch import Tensor
 
 from flexgen_helm.memory.buffers import allocate
+from flexgen_helm.memory.device import Device
 
 NUM_BUFFERS = 3
 
 
 class StagingBuffer:
-    """Host memory, pinned where there is a GPU, and there a twin on the device."""
+    """Host memory, pinned for a GPU, and a twin on the device where that has a memory of its own."""
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self.host = allocate(num_bytes, pin=on_gpu)
-        self.twin = torch.empty_like(self.host, device=device) if on_gpu else self.host
+    def __init__(self, num_bytes: int, device: Device) -> None:
+        self.host = allocate(num_bytes, pin=device.is_gpu)
+        self.twin = torch.empty_like(self.host, device=device.torch_device) if device.own_memory else self.host
         self.futures: list[Future[None]] = []
         """What still reads or fills the host side."""
-        self._event = torch.cuda.Event() if on_gpu else None
+        self._event = torch.cuda.Event() if device.is_gpu else None
 
     def to_device(self, num_bytes: int) -> None:
         """Copy the beginning to the twin."""
-        if self._event is not None:
-            self.twin[:num_bytes].copy_(self.host[:num_bytes], non_blocking=True)
-            self._event.record()
+        self._copy(self.host[:num_bytes], self.twin[:num_bytes])
 
     def to_host(self, num_bytes: int) -> None:
         """Copy the beginning of the twin to the host; `finish` says when it is there."""
+        self._copy(self.twin[:num_bytes], self.host[:num_bytes])
+
+    def _copy(self, source: Tensor, target: Tensor) -> None:
+        if self.twin is not self.host:
+            target.copy_(source, non_blocking=True)
         if self._event is not None:
-            self.host[:num_bytes].copy_(self.twin[:num_bytes], non_blocking=True)
             self._event.record()
 
     def finish(self) -> None:
@@ -47,7 +50,7 @@ class StagingBuffer:
 class StagingRing:
     """A few buffers of the same size, in turn."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: Device) -> None:
         """Nothing is allocated yet."""
         self._device = device
         self._buffers: list[StagingBuffer] = []

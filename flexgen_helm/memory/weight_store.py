@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexgen_helm.memory.allocator import map_large_tensors
 from flexgen_helm.memory.buffers import allocate
+from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import WEIGHTS, Meter
 from flexgen_helm.memory.read_ahead import ReadAhead, SlabSource
@@ -45,10 +46,9 @@ class WeightStore:
         self,
         units: Mapping[int, Unit],
         *,
-        device: torch.device,
+        device: Device,
         num_slots: int,
         source: SlabSource | None,
-        copies: bool,
         meter: Meter,
     ) -> None:
         """Allocate slots.
@@ -58,7 +58,6 @@ class WeightStore:
             device: Where the matrices are multiplied.
             num_slots: Streamed units on the device at a time.
             source: Of the slabs on disk.
-            copies: Whether the device has a memory of its own.
             meter: Is told of what is moved.
         """
         self._meter, self._source = meter, source
@@ -66,20 +65,20 @@ class WeightStore:
         """Units that must be loaded before they are used, by layer number."""
         self.num_slots = min(num_slots, len(units))
         self._units = dict(units)
-        if device.type == "cpu":
+        if not device.is_gpu:
             map_large_tensors(True)
         on_disk = {j: unit.binding.layout.num_bytes for j, unit in sorted(units.items()) if unit.memory is None}
         self._disk: ReadAhead | None = None
         if on_disk:
             assert source is not None
             num_buffers = min(num_slots, len(on_disk))
-            self._disk = ReadAhead(source, on_disk, num_buffers=num_buffers, pin=device.type == "cuda", meter=meter)
+            self._disk = ReadAhead(source, on_disk, num_buffers=num_buffers, pin=device.is_gpu, meter=meter)
         self._slots: list[_Slot] = []
         self._link: Link | None = None
-        if copies and units:
+        if device.own_memory and units:
             largest = max(unit.binding.layout.num_bytes for unit in units.values())
             self._slots = [_Slot(_device_memory(largest, device)) for _ in range(self.num_slots)]
-            self._link = Link(device, "weights")
+            self._link = Link(device.torch_device, "weights")
             meter.hold("device", "slots", largest * self.num_slots)
         meter.hold("host", "weights", sum(unit.memory.nbytes for unit in units.values() if unit.memory is not None))
         meter.hold("disk", "weights", sum(on_disk.values()))
@@ -171,5 +170,5 @@ class WeightStore:
             target.copy_(source, non_blocking=True)
 
 
-def _device_memory(num_bytes: int, device: torch.device) -> Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device) if device.type == "cuda" else allocate(num_bytes)
+def _device_memory(num_bytes: int, device: Device) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device) if device.is_gpu else allocate(num_bytes)

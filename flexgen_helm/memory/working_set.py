@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.page_tensors import CacheKey, PageShape, PageTensors
@@ -98,9 +99,7 @@ class Loaded(NamedTuple):
 class WorkingSet:
     """Slots on the device, each for one page of whatever layer is being computed."""
 
-    def __init__(
-        self, stores: Mapping[Tier, OffloadedPages], capacities: PageCounts, device: torch.device, meter: Meter
-    ) -> None:
+    def __init__(self, stores: Mapping[Tier, OffloadedPages], capacities: PageCounts, device: Device, meter: Meter) -> None:
         """Allocate nothing yet.
 
         Args:
@@ -109,8 +108,9 @@ class WorkingSet:
             device: Where attention is computed.
             meter: Is told of what is moved and held.
         """
-        self._stores, self._capacities, self._device, self._meter = stores, capacities, device, meter
-        self._link = Link(device, "cache")
+        self._stores, self._capacities, self._meter = stores, capacities, meter
+        self._device, self._own_memory = device.torch_device, device.own_memory
+        self._link = Link(device.torch_device, "cache")
         self._ring = StagingRing(device)
         self._shapes: dict[CacheKey, PageShape] = {}
         self._slots: dict[tuple[int, PageShape], PageTensors] = {}
@@ -290,7 +290,7 @@ class WorkingSet:
         return _Flight(batch, buffer, page_bytes * len(batch.pages), self._meter.now())
 
     def _on_link(self, resource: Resource, flight: _Flight, name: str) -> AbstractContextManager[None]:
-        """Without a GPU nothing travels between disk and device but what the disk itself moves."""
-        if flight.batch.tier == "disk" and self._device.type != "cuda":
+        """Without a memory of the device's own nothing travels between disk and device but what the disk itself moves."""
+        if flight.batch.tier == "disk" and not self._own_memory:
             return nullcontext()
         return self._meter.span(resource, name, flight.num_bytes)

@@ -53,12 +53,12 @@ def plan_weights(model: PreTrainedModel, policy: ResolvedPolicy, space: Space) -
         tiers,
         sizes,
         len(layers_of(model)),
-        space.separate,
+        space.own_memory,
         policy.prefetch,
         working_bytes(model, policy),
         checking_bytes(model, policy),
         first_layers_bytes(model),
-        _cache_room(model, policy, separate=space.separate),
+        _cache_room(model, policy, own_memory=space.own_memory),
     )
     on_disk = dataclasses.replace(whole, tiers=_placed(whole, (0.0, 0.0, 1.0)))
     if policy.weights == (1.0, 0.0, 0.0) or (policy.weights is None and _fits(whole, space)):
@@ -94,35 +94,35 @@ def left_bytes(plan: WeightPlan, space: Space, free: Mapping[Tier, int]) -> dict
         free: What is free of each tier now.
     """
     needed, working = dict(plan.needed_bytes), {"device": plan.working_bytes, "host": 0, "disk": 0}
-    if not space.separate:
+    if not space.own_memory:
         needed["device"] = needed["host"] = needed["device"] + needed["host"]
         working["host"] = working["device"]
     return {tier: max(0, min(free[tier], space.available[tier] - needed[tier]) - working[tier]) for tier in TIERS}
 
 
 def cache_capacities(
-    shares: Shares, left: Mapping[Tier, int], *, separate: bool, num_layers: int, rows_at_once: int
+    shares: Shares, left: Mapping[Tier, int], *, own_memory: bool, num_layers: int, rows_at_once: int
 ) -> dict[Tier, int]:
     """Bytes of the cache on each tier: as many as fit, in the shares of a policy, with the room through which they pass.
 
     Args:
         shares: Of the cache.
         left: What may be used of each tier; without a device memory of its own, device and host are the same.
-        separate: Whether the device has a memory of its own.
+        own_memory: Whether the device has a memory of its own.
         num_layers: Their pages are brought one layer at a time; they grow K of a layer, then V, and so on.
         rows_at_once: Rows whose pages are there at a time; one may have all pages of a layer.
     """
-    wanted, buffers = _cache_shares(shares, separate=separate, num_layers=num_layers, rows_at_once=rows_at_once)
+    wanted, buffers = _cache_shares(shares, own_memory=own_memory, num_layers=num_layers, rows_at_once=rows_at_once)
     room = {tier: CACHE_SHARE * (left[tier] - (tier == "host" and buffers)) for tier in wanted}
     total = max(0.0, min(room[tier] / share for tier, share in wanted.items() if share))
     return {tier: int(total * share) for tier, share in zip(TIERS, shares, strict=True)}
 
 
-def _cache_shares(shares: Shares, *, separate: bool, num_layers: int, rows_at_once: int) -> tuple[dict[Tier, float], int]:
+def _cache_shares(shares: Shares, *, own_memory: bool, num_layers: int, rows_at_once: int) -> tuple[dict[Tier, float], int]:
     """What a byte of the cache takes of each tier, and the buffers on the host through which it passes."""
     wanted: dict[Tier, float] = dict(zip(TIERS, shares, strict=True))
     ram = TIERS[0]
-    if not separate:
+    if not own_memory:
         ram = "host"
         wanted["host"] += wanted.pop("device")
     brought = sum(share for tier, share in wanted.items() if tier != ram)
@@ -130,20 +130,20 @@ def _cache_shares(shares: Shares, *, separate: bool, num_layers: int, rows_at_on
     return wanted, NUM_BUFFERS * TRANSFER_BYTES if brought else 0
 
 
-def _cache_room(model: PreTrainedModel, policy: ResolvedPolicy, *, separate: bool) -> dict[Tier, int]:
+def _cache_room(model: PreTrainedModel, policy: ResolvedPolicy, *, own_memory: bool) -> dict[Tier, int]:
     """What must be left of each tier for `cache_capacities` to hold one sequence; on each tier a page may be cut."""
     wanted, buffers = _cache_shares(
         policy.cache,
-        separate=separate,
+        own_memory=own_memory,
         num_layers=len(layers_of(model)),
-        rows_at_once=rows_at_once(suspends=separate and policy.cpu_attention > 0),
+        rows_at_once=rows_at_once(suspends=own_memory and policy.cpu_attention > 0),
     )
     rounding = PAGE_TOKENS * sum(share > 0 for share in policy.cache)
     sequence = (SEQUENCE_TOKENS + rounding) * cache_bytes_per_token(model)
     return {tier: math.ceil(share * sequence / CACHE_SHARE) + (tier == "host" and buffers) for tier, share in wanted.items()}
 
 
-def exceeded(limits: Mapping[Tier, int], stats: RunStats, needed: Mapping[Tier, int], *, separate: bool) -> str | None:
+def exceeded(limits: Mapping[Tier, int], stats: RunStats, needed: Mapping[Tier, int], *, own_memory: bool) -> str | None:
     """Say where a run held more than the user allows, by what was measured.
 
     What the runtime allocates is known by tier. What the computation took beside it counts for the device: how far the process
@@ -153,17 +153,17 @@ def exceeded(limits: Mapping[Tier, int], stats: RunStats, needed: Mapping[Tier, 
         limits: What the user allows.
         stats: Of the run.
         needed: Bytes of each tier that were held before the run: weights, slots and buffers.
-        separate: Whether the device has a memory of its own.
+        own_memory: Whether the device has a memory of its own.
     """
     held = {tier: stats.tier_peak_bytes.get(tier, 0) for tier in TIERS}
-    grown = sum(max(0, held[tier] - needed[tier]) for tier in (TIERS[:1] if separate else TIERS[:2]))
+    grown = sum(max(0, held[tier] - needed[tier]) for tier in (TIERS[:1] if own_memory else TIERS[:2]))
     held["device"] += max(0, stats.peak_bytes - stats.idle_bytes - grown)
     allowed = dict(limits)
-    if not separate and {"device", "host"} & limits.keys():
+    if not own_memory and {"device", "host"} & limits.keys():
         held["host"] += held.pop("device")
         allowed["host"] = limits.get("host", 0) + allowed.pop("device", 0)
     found = [
-        f"{gib(held[tier])} of {pool_name(tier, separate=separate)}, where max_memory allows {gib(allowed[tier])}"
+        f"{gib(held[tier])} of {pool_name(tier, own_memory=own_memory)}, where max_memory allows {gib(allowed[tier])}"
         for tier in allowed
         if held[tier] > allowed[tier]
     ]
@@ -204,7 +204,7 @@ def _filling_shares(whole: WeightPlan, space: Space, cache: Shares, cache_bytes:
         most = space.of(tier) - taken - largest - whole.cache_room[tier]
         return max(0.0, min(total, filled, most)) / total
 
-    if not space.separate:
+    if not space.own_memory:
         device, host = 0.0, room("host", slots + whole.working_bytes, cache[0] + cache[1])
     else:
         device = room("device", slots + whole.working_bytes, cache[0])
@@ -219,7 +219,7 @@ def _placed(whole: WeightPlan, shares: Shares) -> dict[int, Tier]:
     """Tiers of all parts in the order in which they are used. Tables of which rows are taken are never on disk."""
     order = sorted(whole.sizes)
     tiers = dict(zip(order, interleave([whole.sizes[j] for j in order], shares), strict=True))
-    if not whole.separate:
+    if not whole.own_memory:
         tiers[EMBEDDINGS] = "device" if shares[0] > 0 else "host"
     elif len(order) - 1 > whole.num_layers:
         tiers[EMBEDDINGS] = "host" if tiers[EMBEDDINGS] == "disk" else tiers[EMBEDDINGS]

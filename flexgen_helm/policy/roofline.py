@@ -62,7 +62,7 @@ class LayerSizes:
     """Bytes that a sweep brings to the device from the host."""
     from_disk: int = 0
     """Bytes that it brings from the disk."""
-    copies: bool = False
+    own_memory: bool = False
     """Whether what comes from the disk has to pass a link from the host to the device."""
     widest: tuple[int, int] = (LEAST_WIDTH, LEAST_WIDTH)
     """Outputs and inputs of the largest matrix."""
@@ -75,7 +75,7 @@ def layer_sizes(
     *,
     from_host: int = 0,
     from_disk: int = 0,
-    copies: bool = False,
+    own_memory: bool = False,
 ) -> LayerSizes | None:
     """Count the weights of decoder layers, which may be on meta.
 
@@ -85,7 +85,7 @@ def layer_sizes(
         head: The output head.
         from_host: Bytes of weights that a sweep in column order must bring from the host.
         from_disk: The same from the disk.
-        copies: Whether the device has a memory of its own.
+        own_memory: Whether the device has a memory of its own.
 
     Returns:
         The sizes; None for a mixture of experts whose config does not say how many of them a token meets.
@@ -106,7 +106,7 @@ def layer_sizes(
     matrices = [] if head is None else [weight for weight in head.parameters() if weight.dim() > 1]
     num_bytes += sum(weight.numel() * weight.element_size() for weight in matrices)
     head_weights = sum(weight.numel() for weight in matrices)
-    return LayerSizes(num_bytes, active, head_weights, from_host, from_disk, copies, widest)
+    return LayerSizes(num_bytes, active, head_weights, from_host, from_disk, own_memory, widest)
 
 
 def note_limit(stats: RunStats, sizes: LayerSizes, rates: Rates) -> None:
@@ -124,7 +124,7 @@ def note_limit(stats: RunStats, sizes: LayerSizes, rates: Rates) -> None:
 
 def sweep_seconds(sweep: SweepStats, sizes: LayerSizes, rates: Rates) -> dict[str, float]:
     """The least time that each resource needs for a sweep, in seconds, by the name of its rate."""
-    from_disk = {"disk_read": sizes.from_disk, "host_to_device": sizes.from_disk * sizes.copies + sizes.from_host}
+    from_disk = {"disk_read": sizes.from_disk, "host_to_device": sizes.from_disk * sizes.own_memory + sizes.from_host}
     seconds = {"read": sizes.num_bytes / rates.read}
     for link in ("host_to_device", "device_to_host", "disk_read", "disk_write", "cpu_attention"):
         others = sweep.bytes_moved.get(link, 0) - sweep.weight_bytes_moved.get(link, 0)

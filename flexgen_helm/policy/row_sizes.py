@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from transformers import PreTrainedModel
 
-from flexgen_helm.errors import FlexGenError
+from flexgen_helm.memory.device import Device
 from flexgen_helm.policy.working_memory import block_bytes, least_block_tokens
 from flexgen_helm.types import Policy, ResolvedPolicy
 
@@ -25,7 +25,7 @@ SMALL_CPU_ROWS = (16, 64)
 """The same on a CPU for a few requests at a time, where padding would cost more than large rows gain."""
 
 
-def resolved(policy: Policy | None, device: torch.device, *, few_requests: bool = False) -> ResolvedPolicy:
+def resolved(policy: Policy | None, device: Device, *, few_requests: bool = False) -> ResolvedPolicy:
     """Decide the row sizes that a policy leaves open. What else it names does not change them.
 
     Args:
@@ -36,7 +36,7 @@ def resolved(policy: Policy | None, device: torch.device, *, few_requests: bool 
     policy = Policy() if policy is None else policy
     if isinstance(policy, ResolvedPolicy):
         return policy
-    if device.type == "cuda":
+    if device.is_gpu:
         size, tokens = GPU_ROWS
     else:
         step = VECTOR * torch.get_num_threads()
@@ -45,23 +45,6 @@ def resolved(policy: Policy | None, device: torch.device, *, few_requests: bool 
     named["gpu_batch_size"] = policy.gpu_batch_size or size
     named["gpu_batch_tokens"] = policy.gpu_batch_tokens or tokens
     return ResolvedPolicy(**named)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a name means.
-
-    Raises:
-        FlexGenError: If there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise FlexGenError(f"device is {name!r}. Give 'auto', 'cpu', 'cuda' or 'cuda:N'.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise FlexGenError("device is 'cuda', but torch sees no CUDA GPU on this machine. Use device='cpu'.")
-    return device
 
 
 def default_block_tokens(policy: ResolvedPolicy, model: PreTrainedModel, num_bytes: int) -> int:

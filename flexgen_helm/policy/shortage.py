@@ -9,11 +9,11 @@ from flexgen_helm.policy.weight_plan import Space, WeightPlan
 from flexgen_helm.types import Policy, Tier
 
 
-def pool_name(tier: Tier, *, separate: bool) -> str:
+def pool_name(tier: Tier, *, own_memory: bool) -> str:
     """What a tier's space is called: on a CPU, device and host are one memory."""
     if tier == "disk":
         return "disk space"
-    return f"{tier} memory" if separate else "memory"
+    return f"{tier} memory" if own_memory else "memory"
 
 
 def describe_shortage(plan: WeightPlan, least: Mapping[Tier, int], space: Space, policy: Policy) -> str:
@@ -52,13 +52,13 @@ def _remedy(counts: Mapping[Tier, int], space: Space) -> str:
 
 
 def _amounts(counts: Mapping[Tier, int], space: Space) -> str:
-    return " and ".join(f"{gib(count, up=True)} of {pool_name(t, separate=space.separate)}" for t, count in counts.items())
+    return " and ".join(f"{gib(count, up=True)} of {pool_name(t, own_memory=space.own_memory)}" for t, count in counts.items())
 
 
 def _allowed(counts: Mapping[Tier, int], space: Space) -> str:
     """What may be used, and whether the user limits it or the machine."""
     parts = []
     for tier in counts:
-        amount = gib(space.of(tier)) + (f" of {pool_name(tier, separate=space.separate)}" if len(counts) > 1 else "")
+        amount = gib(space.of(tier)) + (f" of {pool_name(tier, own_memory=space.own_memory)}" if len(counts) > 1 else "")
         parts.append(f"max_memory allows {amount}" if space.limited(tier) else f"{amount} are free")
     return " and ".join(parts)

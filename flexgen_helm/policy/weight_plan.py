@@ -20,14 +20,14 @@ class Space:
     """Bytes that may be used of each tier."""
 
     available: Mapping[Tier, int]
-    separate: bool
+    own_memory: bool
     """Whether the device has a memory of its own; else device and host are the same RAM, and `available` says it for both."""
     limits: Mapping[Tier, int] = field(default_factory=dict)
     """What the user allows, of the tiers that are named."""
 
     def limited(self, tier: Tier) -> bool:
         """Whether it is the user who limits a tier, and not what is free."""
-        named = [tier] if self.separate or tier == "disk" else [tier for tier in TIERS[:2] if tier in self.limits]
+        named = [tier] if self.own_memory or tier == "disk" else [tier for tier in TIERS[:2] if tier in self.limits]
         return any(t in self.limits for t in named) and sum(self.limits[t] for t in named) <= self.available[tier]
 
     def of(self, tier: Tier) -> int:
@@ -46,7 +46,7 @@ class WeightPlan:
     sizes: Mapping[int, int]
     """Bytes of every part."""
     num_layers: int
-    separate: bool
+    own_memory: bool
     prefetch: int
     working_bytes: int
     """That computing takes on the device."""
@@ -60,13 +60,13 @@ class WeightPlan:
     @property
     def streamed(self) -> list[int]:
         """Layers, and the output head, that are loaded whenever their turn comes."""
-        resting = TIERS[1:] if self.separate else TIERS[2:]
+        resting = TIERS[1:] if self.own_memory else TIERS[2:]
         return [j for j in self.layouts if self.tiers[j] in resting]
 
     @property
     def is_resident(self) -> bool:
         """Whether all weights stay where they are used."""
-        return not self.streamed and (not self.separate or self.tiers[EMBEDDINGS] == "device")
+        return not self.streamed and (not self.own_memory or self.tiers[EMBEDDINGS] == "device")
 
     @property
     def on_disk(self) -> list[int]:
@@ -106,7 +106,7 @@ class WeightPlan:
         needed = self.weight_bytes
         largest = max((self.layouts[j].num_bytes for j in self.streamed), default=0)
         buffers = min(self.num_slots, len(self.on_disk)) * max((self.layouts[j].num_bytes for j in self.on_disk), default=0)
-        needed["device"] += self.num_slots * largest if self.separate else 0
+        needed["device"] += self.num_slots * largest if self.own_memory else 0
         needed["host"] += buffers
         return needed
 
@@ -119,7 +119,7 @@ class WeightPlan:
             peak[tier] += count
         loading = LOADED_AT_ONCE * max(self.sizes.values())
         checked = sum(self.sizes.values()) if self.is_resident else self.first_layers_bytes
-        if self.separate:
+        if self.own_memory:
             if self.is_resident:
                 peak["device"] = max(peak["device"], checked + self.checking_bytes)
             peak["host"] = max(peak["host"], resting["host"] + loading)

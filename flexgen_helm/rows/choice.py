@@ -14,6 +14,7 @@ from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
 from flexgen_helm.execution.serial import Rows
 from flexgen_helm.generation.job_errors import not_finite
 from flexgen_helm.loading.source import LoadedModel
+from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
@@ -106,9 +107,7 @@ class CachePlaces:
 
     capacities: Mapping[Tier, int]
     """Bytes on each tier."""
-    device: torch.device
-    separate: bool
-    """Whether the device has a memory of its own."""
+    device: Device
     kv_dtype: torch.dtype
     """In which K and V are kept."""
     folder: Path
@@ -131,27 +130,28 @@ def make_rows(
         PolicyError: If the policy asks for something that rows of this kind cannot do.
         DiskFull: If there is no space for the cache's share on disk.
     """
-    verdict, separate = checked.verdict, places.separate
+    verdict, device = checked.verdict, places.device
     if checked.kind == "single":
         check_cache_shares(policy.cache)
         if places.kv_dtype != checked.model.model.dtype:
             raise PolicyError("kv_dtype cannot be set in single rows: the model's own cache has its dtype. Leave it out.")
-        store = StateStore(places.device, share=policy.cache[1], meter=places.meter) if separate and policy.cache[1] else None
+        store = None
+        if device.own_memory and policy.cache[1]:
+            store = StateStore(device.torch_device, share=policy.cache[1], meter=places.meter)
         size = StateSize(verdict.cache_bytes_per_sequence, verdict.cache_bytes_per_token)
         capacity = sum(places.capacities.values())
         single = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity, size=size)
         return SingleRows(checked.model, store), single
     page_bytes = PAGE_TOKENS * verdict.cache_bytes_per_token * places.kv_dtype.itemsize // checked.model.model.dtype.itemsize
-    device, host, disk = (places.capacities[tier] // page_bytes for tier in TIERS)
-    pool = PagePool(device, host=host, disk=disk, shares=policy.cache, page_bytes=page_bytes)
+    on_device, on_host, on_disk = (places.capacities[tier] // page_bytes for tier in TIERS)
+    pool = PagePool(on_device, host=on_host, disk=on_disk, shares=policy.cache, page_bytes=page_bytes)
     cache = PagedCache(
         pool,
-        device=places.device,
+        device=device,
         dtype=places.kv_dtype,
-        copy_host=separate,
         offload_folder=places.folder,
         meter=places.meter,
     )
-    cost = PROMPT_ROW_COST if places.device.type == "cpu" else 0.0
+    cost = PROMPT_ROW_COST if not device.is_gpu else 0.0
     packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all, prompt_row_cost=cost)
     return PackedRows(checked.model, cache, cpu_attention=policy.cpu_attention), packed

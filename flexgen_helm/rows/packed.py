@@ -86,7 +86,7 @@ class PackedRows:
         if not model.takes("position_ids"):
             raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
         self.model, self._cache = model, cache
-        self._cpu_share = 0.0 if cache.host_in_place else cpu_attention
+        self._cpu_share = cpu_attention if cache.device.own_memory else 0.0
         self._host = HostAttention(cache.meter)
         self._on_host: set[int] = set()
         """Rows of the sweep, by identity, that attend on the CPU too."""

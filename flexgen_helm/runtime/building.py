@@ -18,6 +18,7 @@ from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
 from flexgen_helm.loading.source import LoadedModel, ModelSource
 from flexgen_helm.memory.allocator import return_freed_memory
 from flexgen_helm.memory.amounts import gib
+from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.usage import free_bytes
 from flexgen_helm.memory.weight_store import WeightStore
@@ -37,7 +38,6 @@ LARGE_BYTES = 2 * 2**30
 """Larger models are checked on their first layers before the rest is read: a refusal takes seconds."""
 PROCESS_BYTES = 128 * 2**20
 """Of threads, of the workspaces of libraries, and of what allocators do not give back."""
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,6 @@ class Placing:
     """Most bytes of the tiers that are named."""
     folder: Path | None = None
     """For what is on disk; None: under the cache folder."""
-    copy_host: bool = False
-    """Whether the device counts as a memory of its own even where it is the CPU: for tests of what a GPU needs."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Parts:
     """What an engine is made of."""
 
     loaded: LoadedModel
+    device: Device
     checked: CheckedModel
     policy: ResolvedPolicy
     """With the realised shares of weights."""
@@ -71,7 +70,7 @@ class Parts:
     meter: Meter
 
 
-def build(source: ModelSource, policy: ResolvedPolicy, rows: KindChoice, placing: Placing) -> Parts:
+def build(source: ModelSource, device: Device, policy: ResolvedPolicy, rows: KindChoice, placing: Placing) -> Parts:
     """Plan, check, load and place a model.
 
     Raises:
@@ -82,38 +81,37 @@ def build(source: ModelSource, policy: ResolvedPolicy, rows: KindChoice, placing
     """
     whole = _empty(source)
     folder = placing.folder or cache_folder() / "offload" / f"{source.digest()}-{str(source.dtype).removeprefix('torch.')}"
-    space = measure_space(source.device, placing, folder)
+    space = measure_space(device, placing, folder)
     plan = plan_weights(whole, policy, space)
-    meter = Meter(source.device)
+    meter = Meter(device.torch_device)
     if plan.is_resident:
         loaded = _load_resident(source, plan, space, rows)
         checked, weights = check_model(loaded, policy, rows), None
     else:
         logger.info("%s does not fit on the device: weights %s", source.name, plan.describe())
         few = _check_first_layers(source, plan, space, policy, rows)
-        checked, loaded, weights = _load_offloaded(source, whole, plan, few, folder, meter)
+        checked, loaded, weights = _load_offloaded(source, whole, plan, few, device, folder, meter)
     log_choice(loaded, checked)
     for tier, count in plan.resident_bytes.items():
         meter.hold(tier, "resident weights", count)
     placed = replace(policy, weights=plan.shares)
-    return Parts(loaded, checked, placed, plan, space, placing.limits, weights, folder, meter)
+    return Parts(loaded, device, checked, placed, plan, space, placing.limits, weights, folder, meter)
 
 
-def measure_space(device: torch.device, placing: Placing, folder: Path) -> Space:
+def measure_space(device: Device, placing: Placing, folder: Path) -> Space:
     """Return what may be used of each tier: what is free, and no more than the user allows."""
-    separate = device.type == "cuda" or placing.copy_host
-    limits, free = placing.limits, free_space(device, folder)
+    limits, free = placing.limits, free_space(device.torch_device, folder)
     free["disk"] += sum(path.stat().st_blocks * 512 for path in folder.glob("*.slab"))  # what is written needs no more space
     available = {tier: min(count, limits.get(tier, count)) for tier, count in free.items()}
-    if not separate and {"device", "host"} & limits.keys():
+    if not device.own_memory and {"device", "host"} & limits.keys():
         ram = limits.get("device", 0) + limits.get("host", 0)
         available["device"] = available["host"] = min(free["host"], ram)
-    return Space(available, separate, limits)
+    return Space(available, device.own_memory, limits)
 
 
 def free_space(device: torch.device, folder: Path) -> dict[Tier, int]:
     """Bytes of each tier that are free now, without what any process takes as it goes on."""
-    free: dict[Tier, int] = {"device": free_bytes(device), "host": free_bytes(CPU), "disk": _free_disk(folder)}
+    free: dict[Tier, int] = {"device": free_bytes(device), "host": free_bytes(CPU.torch_device), "disk": _free_disk(folder)}
     return free | {tier: max(0, free[tier] - PROCESS_BYTES) for tier in TIERS[:2]}
 
 
@@ -142,7 +140,7 @@ def _empty(source: ModelSource) -> PreTrainedModel:
 def _load_resident(source: ModelSource, plan: WeightPlan, space: Space, rows: KindChoice) -> LoadedModel:
     size = sum(plan.sizes.values())
     if size > LARGE_BYTES:
-        _check_first_layers(source, plan, space, resolved(None, source.device, few_requests=True), rows)
+        _check_first_layers(source, plan, space, resolved(None, Device(source.device), few_requests=True), rows)
         logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
     return source.load()
 
@@ -152,6 +150,7 @@ def _load_offloaded(
     whole: PreTrainedModel,
     plan: WeightPlan,
     few: tuple[Kind, Verdict, str | None],
+    device: Device,
     folder: Path,
     meter: Meter,
 ) -> tuple[CheckedModel, LoadedModel, WeightStore | None]:
@@ -159,10 +158,10 @@ def _load_offloaded(
     kind, verdict, not_packed = few
     verdict = verdict.of_all_layers(layer_kinds(whole, layers_of(whole)))
     identity = {"weights": source.digest(), "dtype": str(source.dtype), "transformers": library_version}
-    offloader = Offloader(plan, device=source.device, folder=folder, identity=identity)
+    offloader = Offloader(plan, device=device, folder=folder, identity=identity)
     try:
         loaded = source.load(offloader)
-        model = RecordedModel(loaded.model, device=source.device)
+        model = RecordedModel(loaded.model, device=device.torch_device)
         weights = offloader.store(loaded.model, model.layers, meter)
     except BaseException:
         offloader.close()
@@ -174,9 +173,9 @@ def _check_first_layers(
     source: ModelSource, plan: WeightPlan, space: Space, policy: ResolvedPolicy, rows: KindChoice
 ) -> tuple[Kind, Verdict, str | None]:
     """What `check_model` says of the first layers, of which nothing stays in memory."""
-    if space.separate and plan.first_layers_bytes + plan.checking_bytes > space.of("device"):
+    if space.own_memory and plan.first_layers_bytes + plan.checking_bytes > space.of("device"):
         logger.info("%s: the first layers are checked on the CPU, since the device has no room for their copy", source.name)
-        source, policy = replace(source, device=CPU), resolved(None, CPU, few_requests=True)
+        source, policy = replace(source, device=CPU.torch_device), resolved(None, CPU, few_requests=True)
     checked = check_model(source.first_layers(), policy, rows)
     found = checked.kind, checked.verdict, checked.not_packed
     del checked

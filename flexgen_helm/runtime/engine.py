@@ -24,11 +24,12 @@ from flexgen_helm.generation.vocabulary import Vocabulary
 from flexgen_helm.loading.source import named_dtype, open_dummy, open_model
 from flexgen_helm.loading.versions import warn_if_untested
 from flexgen_helm.memory.amounts import MaxMemory, gib, parse_max_memory
+from flexgen_helm.memory.device import Device, resolve_device
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.policy.memory_plan import cache_capacities, exceeded, left_bytes
 from flexgen_helm.policy.roofline import layer_sizes, measure_rates, note_limit
-from flexgen_helm.policy.row_sizes import default_block_tokens, resolve_device, resolved
+from flexgen_helm.policy.row_sizes import default_block_tokens, resolved
 from flexgen_helm.policy.working_memory import setting
 from flexgen_helm.rows.choice import CachePlaces, Kind, KindChoice, make_rows, validated_kind
 from flexgen_helm.runtime.building import Parts, Placing, build, free_space, make_folder
@@ -69,7 +70,7 @@ class Engine:
         self.rows: Kind = parts.checked.kind
         """Whether many sequences share a row or each has its own."""
         self._parts, self._loaded, self._checked = parts, loaded, parts.checked
-        self._device = parts.checked.model.device
+        self._device = parts.device
         self.numerics: dict[str, str | int] = {
             "weights": loaded.digest,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -96,7 +97,7 @@ class Engine:
         name_or_path: str,
         *,
         dtype: str = "auto",
-        device: str = "auto",
+        device: str | Device = "auto",
         policy: Policy | None = None,
         max_memory: MaxMemory | None = None,
         offload_folder: str | Path | None = None,
@@ -105,14 +106,13 @@ class Engine:
         order: Order = "zigzag",
         rows: KindChoice = "auto",
         dummy_weights: bool = False,
-        copy_host: bool = False,
     ) -> Engine:
         """Load a model.
 
         Args:
             name_or_path: A model folder, or a name on the model hub.
             dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
-            device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+            device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; a `Device` gives a CPU a memory of its own.
             policy: Sizes and places. What it leaves open is chosen by device and memory.
             max_memory: Most bytes of "device", "host" and "disk", as numbers or texts such as "15GiB"; what is not named is
                 what is free. On a CPU, device and host are one memory, of which their sum may be used.
@@ -123,7 +123,6 @@ class Engine:
             rows: "packed", "single" (one sequence a row, for models that packed rows cannot serve), or "auto": the
                 first of them that computes the model rightly.
             dummy_weights: Whether weights are made up, for benchmarks; then a config is enough.
-            copy_host: Whether the device counts as a memory of its own even where it is the CPU: for tests.
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
@@ -131,7 +130,7 @@ class Engine:
             CorruptFile: If files of the model or of the offload folder cannot be read.
             DiskFull: If the offload folder has no space for what the policy puts there.
         """
-        placing = Placing(parse_max_memory(max_memory), Path(offload_folder) if offload_folder else None, copy_host)
+        placing = Placing(parse_max_memory(max_memory), Path(offload_folder) if offload_folder else None)
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
         rows = validated_kind(rows)
@@ -139,10 +138,10 @@ class Engine:
         where = resolve_device(device)
         warn_if_untested()
         if dummy_weights:
-            source = open_dummy(str(name_or_path), dtype=dtype, device=where)
+            source = open_dummy(str(name_or_path), dtype=dtype, device=where.torch_device)
         else:
-            source = open_model(str(name_or_path), dtype=dtype, device=where, revision=revision)
-        parts = build(source, resolved(policy, where), rows, placing)
+            source = open_model(str(name_or_path), dtype=dtype, device=where.torch_device, revision=revision)
+        parts = build(source, where, resolved(policy, where), rows, placing)
         return cls(parts, order=order, kv_dtype=kept_as)
 
     def run(
@@ -224,12 +223,13 @@ class Engine:
             setting(model, "num_experts_per_tok"),
             model.get_output_embeddings(),
             **parts.plan.bytes_per_sweep,
-            copies=parts.space.separate,
+            own_memory=self._device.own_memory,
         )
         if sizes is None or not stats.per_sweep:
             return None
         folder = parts.folder if parts.folder.exists() else None
-        rates = measure_rates(self._device, model.dtype, sizes=sizes, policy=self.policy, stats=stats, folder=folder)
+        device = self._device.torch_device
+        rates = measure_rates(device, model.dtype, sizes=sizes, policy=self.policy, stats=stats, folder=folder)
         note_limit(stats, sizes, rates)
         return stats.limit_seconds / stats.seconds if stats.limit_seconds is not None else None
 
@@ -244,21 +244,20 @@ class Engine:
         self.close()
 
     def _start(self, order: Order) -> Worker:
-        parts, policy, separate = self._parts, self.policy, self._parts.space.separate
+        parts, policy, device = self._parts, self.policy, self._device
         if policy.cache[2] or policy.hidden[2]:
             make_folder(parts.folder)
-        left = left_bytes(parts.plan, parts.space, free_space(self._device, parts.folder))
+        left = left_bytes(parts.plan, parts.space, free_space(device.torch_device, parts.folder))
         self._capacities = cache_capacities(
             policy.cache,
             left,
-            separate=separate,
+            own_memory=device.own_memory,
             num_layers=parts.plan.num_layers,
-            rows_at_once=rows_at_once(suspends=separate and policy.cpu_attention > 0),
+            rows_at_once=rows_at_once(suspends=device.own_memory and policy.cpu_attention > 0),
         )
         places = CachePlaces(
             self._capacities,
-            device=self._device,
-            separate=separate,
+            device=device,
             kv_dtype=self._kv_dtype,
             folder=parts.folder,
             meter=self.meter,
@@ -267,13 +266,13 @@ class Engine:
         rows, self._scheduler = make_rows(self._checked, policy, places, block_tokens=block_tokens, keep_all=order != "zigzag")
         hidden = None
         if policy.hidden != (1.0, 0.0, 0.0):
-            hidden = HiddenStore(policy.hidden, device=self._device, copies=separate, folder=parts.folder, meter=self.meter)
+            hidden = HiddenStore(policy.hidden, device=device, folder=parts.folder, meter=self.meter)
         executor = (OverlappedExecutor if policy.overlap else SerialExecutor)(
             rows, head_slice=policy.gpu_batch_size, order=order, weights=parts.weights, hidden=hidden, meter=self.meter
         )
         vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
         intake = Intake(vocabulary, self._loaded.end_token_ids, dtype=self._loaded.model.dtype, kv_dtype=self._kv_dtype)
-        return Worker(self._scheduler, executor, intake, self.meter, self._device)
+        return Worker(self._scheduler, executor, intake, self.meter, device.torch_device)
 
     def _prepare(self, job: Job) -> PreparedJob:
         if not isinstance(job, Job):
@@ -324,7 +323,7 @@ class Engine:
             self.stats.seconds = watch.seconds()
             self.meter.end_run(self.stats)
             parts = self._parts
-            over = exceeded(parts.limits, self.stats, parts.plan.needed_bytes, separate=parts.space.separate)
+            over = exceeded(parts.limits, self.stats, parts.plan.needed_bytes, own_memory=self._device.own_memory)
             if over is not None:
                 logger.warning("more memory was used than allowed: %s. Lower block_tokens or num_gpu_batches.", over)
             logger.info("%s", watch.progress.finish(self.stats))

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexgen_helm.memory.buffers import allocate
+from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.slab import Binding, pack
 from flexgen_helm.memory.slab_folder import SlabFolder
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Offloader:
     """Keeps the layers of a model that is being loaded (a `flexgen_helm.loading.assembly.LayerKeeper`)."""
 
-    def __init__(self, plan: WeightPlan, *, device: torch.device, folder: Path, identity: Mapping[str, str]) -> None:
+    def __init__(self, plan: WeightPlan, *, device: Device, folder: Path, identity: Mapping[str, str]) -> None:
         """Open the folder of slabs, and check its space, if the plan puts anything on disk.
 
         Args:
@@ -58,12 +58,12 @@ class Offloader:
         """Take a layer's weights to its tier."""
         layout, tier = self._plan.layouts[j], self._plan.tiers[j]
         binding = Binding(layer, layout)
-        if j not in self._plan.streamed and self._device.type == "cpu":
+        if j not in self._plan.streamed and not self._device.is_gpu:
             return  # where they are is where they are used
-        memory = allocate(layout.num_bytes, pin=self._device.type == "cuda" and tier == "host")
+        memory = allocate(layout.num_bytes, pin=self._device.is_gpu and tier == "host")
         pack(layer, layout, memory)
         if tier == "device":
-            binding.bind(memory.to(self._device))
+            binding.bind(memory.to(self._device.torch_device))
             return
         binding.to_meta()
         if tier == "host":
@@ -75,8 +75,8 @@ class Offloader:
     def store(self, model: PreTrainedModel, layers: list[nn.Module], meter: Meter) -> WeightStore | None:
         """Make what brings streamed parts to the device, once the model is loaded; None if everything stays there."""
         plan, head = self._plan, len(layers)
-        if plan.separate and plan.tiers[EMBEDDINGS] == "host":
-            keep_on_host(model, self._device)
+        if plan.own_memory and plan.tiers[EMBEDDINGS] == "host":
+            keep_on_host(model, self._device.torch_device)
         if not plan.streamed:
             return None
         modules = dict(enumerate(layers))
@@ -88,9 +88,7 @@ class Offloader:
             else:
                 Binding(output, plan.layouts[head]).to_meta()
         units = {j: Unit(Binding(modules[j], plan.layouts[j]), self._host.get(j)) for j in plan.streamed}
-        return WeightStore(
-            units, device=self._device, num_slots=plan.num_slots, source=self._slabs, copies=plan.separate, meter=meter
-        )
+        return WeightStore(units, device=self._device, num_slots=plan.num_slots, source=self._slabs, meter=meter)
 
     def close(self) -> None:
         """Close the folder of slabs."""

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.attention.row import RowAttention
+from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.page_tensors import CacheKey
 from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PagePool, num_pages
@@ -54,7 +55,7 @@ def test_neighbours_and_later_owners_of_pages_keep_their_bits(
     which: int,
     bad: float,
     shares: tuple[float, float, float],
-    copy_host: bool,
+    own_memory: bool,
     seed: int,
 ) -> None:
     """The first of three sequences has tokens with bad K or V; then others have the pages of all three."""
@@ -62,7 +63,9 @@ def test_neighbours_and_later_owners_of_pages_keep_their_bits(
     answers = []
     for dirty in (True, False):
         pool = PagePool(count, host=count, disk=count, shares=shares)
-        machine = TieredMachine(heads, options, DIRTY, 0, pool, copy_host=copy_host, offload_folder=tmp_path)
+        machine = TieredMachine(
+            heads, options, DIRTY, 0, pool, device=Device(torch.device("cpu"), own_memory), offload_folder=tmp_path
+        )
         try:
             if dirty:
                 machine.inputs[0][which][tokens, 0, 3] = bad

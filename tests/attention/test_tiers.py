@@ -20,6 +20,7 @@ from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import DiskFull, PolicyError
+from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.page_tensors import CacheKey
 from flexgen_helm.memory.paged_cache import PagedCache
@@ -41,7 +42,7 @@ class TieredMachine(Machine):
     ) -> None:
         super().__init__(heads, options, lengths, prefix)
         self.cache = PagedCache(pool, **cache)  # type: ignore[arg-type]
-        self.device = torch.device(str(cache.get("device", "cpu")))
+        self.device = self.cache.device.torch_device
         shared = num_shared(lengths, prefix)
         first = pool.allocate(num_pages(0, lengths[0]))
         self.tables = [first] + [first[:shared] + pool.allocate(num_pages(0, n) - shared) for n in lengths[1:]]
@@ -54,7 +55,7 @@ class TieredMachine(Machine):
     def sweep(self, rows: list[tuple[RowKind, int, Pieces]], *, ahead: bool = True) -> None:
         """Run rows through all layers, column by column."""
         made = [self._row(*row) for row in rows]
-        host = [self.host if row.kind == "decode" and not self.cache.host_in_place else None for row in made]
+        host = [self.host if row.kind == "decode" and self.cache.device.own_memory else None for row in made]
         pages = [RowPages(row, self.cache, host_attends=h is not None) for row, h in zip(made, host, strict=True)]
         staged = 2 * max(len(found.staged.pages) for found in pages)
         high = self.pool.high_water
@@ -111,7 +112,7 @@ def test_answers_do_not_depend_on_where_pages_rest(
     prefix: int,
     seed: int,
     shares: tuple[float, float, float],
-    copy_host: bool,
+    own_memory: bool,
     ahead: bool,
     num_sweeps: int,
 ) -> None:
@@ -119,7 +120,7 @@ def test_answers_do_not_depend_on_where_pages_rest(
     count = sum(num_pages(0, n) for n in lengths)
     plain = TieredMachine(heads, options, lengths, prefix, PagePool(count))
     pool = PagePool(count, host=count, disk=count, shares=shares)
-    tiered = TieredMachine(heads, options, lengths, prefix, pool, copy_host=copy_host, offload_folder=tmp_path)
+    tiered = TieredMachine(heads, options, lengths, prefix, pool, device=Device(CPU, own_memory), offload_folder=tmp_path)
     cuts = [len(rows) * i // num_sweeps for i in range(num_sweeps + 1)]
     try:
         for machine in (plain, tiered):
@@ -144,7 +145,7 @@ def tiered(tmp_path: Path, shares: tuple[float, float, float], **cache: object) 
 
 def test_bytes_on_each_link_are_those_of_the_pages_that_are_read_and_written(tmp_path: Path) -> None:
     meter = Meter(CPU)
-    machine = tiered(tmp_path, (0.0, 0.5, 0.5), copy_host=True, meter=meter)
+    machine = tiered(tmp_path, (0.0, 0.5, 0.5), device=Device(CPU, own_memory=True), meter=meter)
     page = 2 * 32 * 2 * 16 * 4
     on = {tier: [t for t in machine.tables if machine.pool.capacities.tier_of(t[0]) == tier] for tier in ("host", "disk")}
     assert sorted(map(len, on["host"] + on["disk"])) == [4, 6, 7]
@@ -163,9 +164,9 @@ def test_bytes_on_each_link_are_those_of_the_pages_that_are_read_and_written(tmp
         for tier in on
     }
     assert stats.bytes_moved == {
-        "host_to_device": bytes_read["host"],
+        "host_to_device": bytes_read["host"] + bytes_read["disk"],
         "disk_read": bytes_read["disk"],
-        "device_to_host": written["host"],
+        "device_to_host": written["host"] + written["disk"],
         "disk_write": written["disk"],
     }
 
@@ -241,7 +242,7 @@ def test_attention_on_the_host_has_the_bits_of_attention_on_the_device(
     heads, options, lengths, prefix = Heads(6, 2, 16, 16), Options(rule, sinks=True), [600, 280, 300, 170], 160
     plain = TieredMachine(heads, options, lengths, prefix, PagePool(60))
     pool = PagePool(60, host=60, disk=60, shares=shares)
-    tiered = TieredMachine(heads, options, lengths, prefix, pool, copy_host=True, offload_folder=tmp_path)
+    tiered = TieredMachine(heads, options, lengths, prefix, pool, device=Device(CPU, own_memory=True), offload_folder=tmp_path)
     meter = Meter(CPU)
     tiered.host = HostAttention(meter)
     begins = [0] + [160] * 3

@@ -13,7 +13,7 @@ from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.attention.host import rest
 from flexgen_helm.execution.suspended_calls import RestingCalls
 from tests.jobs import random_tokens
-from tests.workbench import Workbench
+from tests.workbench import OWN_MEMORY, Workbench
 
 
 def call(log: list[str], name: str, num_rests: int = 1) -> Callable[[], None]:
@@ -74,7 +74,7 @@ def test_rows_rest_in_the_engine_while_the_cpu_attends(bench: Workbench, tmp_pat
     """Between the two times that a decode row has the device in a layer, another row has it."""
     policy = Policy(16, 4, 32, cache=(0, 1, 0), overlap=overlap)
     jobs = [Job(token_ids=random_tokens(seed, 130), max_new_tokens=2, ignore_eos=True) for seed in range(64)]
-    with Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=policy, copy_host=True) as engine:
+    with Engine.from_pretrained(str(bench.folder("llama")), device=OWN_MEMORY, policy=policy) as engine:
         engine.meter.spans = []
         engine.run(jobs)
         spans = sorted((span for span in engine.meter.spans if span.resource == "device"), key=lambda span: span.begin)

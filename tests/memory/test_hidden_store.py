@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.types import Shares
@@ -21,7 +22,7 @@ SHARES: list[Shares] = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.25
 
 
 def store(folder: Path, shares: Shares) -> HiddenStore:
-    return HiddenStore(shares, device=CPU, copies=True, folder=folder, meter=Meter(CPU))
+    return HiddenStore(shares, device=Device(CPU, own_memory=True), folder=folder, meter=Meter(CPU))
 
 
 def through(hidden: HiddenStore, rows: list[Tensor]) -> list[Tensor]:

@@ -36,8 +36,8 @@ def policy(**fields: Any) -> ResolvedPolicy:
     return ResolvedPolicy(**{"gpu_batch_size": 64, "gpu_batch_tokens": 256, **fields})
 
 
-def space(gib: float, *, separate: bool = True) -> Space:
-    return Space(dict.fromkeys(TIERS, int(gib * GIB)), separate)
+def space(gib: float, *, own_memory: bool = True) -> Space:
+    return Space(dict.fromkeys(TIERS, int(gib * GIB)), own_memory)
 
 
 THIRDS = st.lists(st.integers(0, 10), min_size=3, max_size=3).filter(any)
@@ -64,7 +64,7 @@ def test_realised_shares_are_close_to_those_of_the_policy(model: PreTrainedModel
 
 
 def test_without_a_device_memory_only_the_disk_is_streamed(model: PreTrainedModel) -> None:
-    plan = plan_weights(model, policy(weights=(0.2, 0.5, 0.3)), space(10, separate=False))
+    plan = plan_weights(model, policy(weights=(0.2, 0.5, 0.3)), space(10, own_memory=False))
     assert plan.streamed == plan.on_disk == [j for j in range(21) if plan.tiers[j] == "disk"]
 
 
@@ -74,10 +74,10 @@ def test_a_model_that_fits_stays_whole(model: PreTrainedModel) -> None:
     assert plan.streamed == []
 
 
-@pytest.mark.parametrize("separate", [True, False])
-def test_without_a_cache_weights_fill_the_device_then_the_host_then_the_disk(model: PreTrainedModel, separate: bool) -> None:
+@pytest.mark.parametrize("own_memory", [True, False])
+def test_without_a_cache_weights_fill_the_device_then_the_host_then_the_disk(model: PreTrainedModel, own_memory: bool) -> None:
     size = sum(p.nbytes for p in model.parameters())
-    small = Space({"device": size // 2, "host": size // 2, "disk": 100 * GIB}, separate)
+    small = Space({"device": size // 2, "host": size // 2, "disk": 100 * GIB}, own_memory)
     plan = plan_weights(model, policy(cache=(0, 0, 1)), small)
     assert plan.weight_bytes["disk"] > 0
     for tier, peak in plan.peak_bytes.items():
@@ -98,14 +98,14 @@ def test_a_full_cache_comes_before_weights(model: PreTrainedModel) -> None:
 @settings(deadline=None)
 @given(
     sizes=st.tuples(st.integers(0, 500), st.integers(0, 500)),
-    separate=st.booleans(),
+    own_memory=st.booleans(),
     prefetch=st.integers(1, 3),
     cache=st.sampled_from([(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.2, 0.5, 0.3)]),
 )
 def test_automatic_shares_fit_wherever_the_disk_alone_does(
-    model: PreTrainedModel, sizes: tuple[int, int], separate: bool, prefetch: int, cache: Shares
+    model: PreTrainedModel, sizes: tuple[int, int], own_memory: bool, prefetch: int, cache: Shares
 ) -> None:
-    small = Space({"device": sizes[0] * 2**20, "host": sizes[1] * 2**20, "disk": 100 * GIB}, separate)
+    small = Space({"device": sizes[0] * 2**20, "host": sizes[1] * 2**20, "disk": 100 * GIB}, own_memory)
     chosen = policy(prefetch=prefetch, cache=cache)
     try:
         plan_weights(model, dataclasses.replace(chosen, weights=(0.0, 0.0, 1.0)), small)
@@ -148,26 +148,26 @@ def test_on_a_cpu_there_is_one_memory_and_the_message_says_who_limits_it(
     assert not re.search("device|host|weights=", str(refused.value))
 
 
-@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("own_memory", [True, False])
 @pytest.mark.parametrize("fields", [{}, {"weights": (1, 0, 0)}, {"prefetch": 3, "cache": (0.2, 0.5, 0.3)}])
 def test_what_is_called_the_least_is_enough_and_no_byte_less(
-    model: PreTrainedModel, fields: dict[str, Any], separate: bool
+    model: PreTrainedModel, fields: dict[str, Any], own_memory: bool
 ) -> None:
     plain = policy(**{**fields, "weights": None, "prefetch": 1})
-    least = least_of(model, plain, separate)
-    enough = Space({"device": least["host"], **least, "disk": 100 * GIB}, separate)
+    least = least_of(model, plain, own_memory)
+    enough = Space({"device": least["host"], **least, "disk": 100 * GIB}, own_memory)
     plan_weights(model, plain, enough)
-    for tier in TIERS[:2] if separate else TIERS[1:2]:
-        less = Space({**enough.available, tier: least[tier] - 1}, separate)
+    for tier in TIERS[:2] if own_memory else TIERS[1:2]:
+        less = Space({**enough.available, tier: least[tier] - 1}, own_memory)
         with pytest.raises(PolicyError, match="The least that this model runs in"):
             plan_weights(model, policy(**fields), less)
 
 
-def least_of(model: PreTrainedModel, policy: ResolvedPolicy, separate: bool) -> dict[Tier, int]:
+def least_of(model: PreTrainedModel, policy: ResolvedPolicy, own_memory: bool) -> dict[Tier, int]:
     """Returns the least memory that a placement of whole layers needs, of all placements that are tried."""
     found = []
     for parts in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.5, 0.5), (0.5, 0.0, 0.5)):
-        peak = plan_weights(model, dataclasses.replace(policy, weights=parts), space(100, separate=separate)).peak_bytes
+        peak = plan_weights(model, dataclasses.replace(policy, weights=parts), space(100, own_memory=own_memory)).peak_bytes
         found.append({tier: peak[tier] for tier in TIERS[:2] if tier in peak})
     return min(found, key=lambda peak: sum(peak.values()))
 
@@ -197,17 +197,17 @@ def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
     st.integers(2, 3),
 )
 def test_capacities_keep_shares_and_fit(
-    shares: Shares, left: tuple[int, int, int], separate: bool, num_layers: int, rows_at_once: int
+    shares: Shares, left: tuple[int, int, int], own_memory: bool, num_layers: int, rows_at_once: int
 ) -> None:
     mib: dict[Tier, int] = dict(zip(TIERS, (count << 20 for count in left), strict=True))
-    if not separate:
+    if not own_memory:
         mib["device"] = mib["host"]
-    found = cache_capacities(shares, mib, separate=separate, num_layers=num_layers, rows_at_once=rows_at_once)
+    found = cache_capacities(shares, mib, own_memory=own_memory, num_layers=num_layers, rows_at_once=rows_at_once)
     total = sum(found.values())
     assert [found[tier] for tier in TIERS] == pytest.approx([share * total for share in shares], abs=len(TIERS))
-    ram: Tier = "device" if separate else "host"
+    ram: Tier = "device" if own_memory else "host"
     held: dict[Tier, float] = {tier: found[tier] for tier in TIERS}
-    if not separate:
+    if not own_memory:
         held["host"] += held.pop("device")
     brought = total - held[ram]
     held[ram] += (held[ram] / 2 + rows_at_once * brought) / num_layers  # one layer's K grows, rows have all pages of a layer
@@ -234,6 +234,6 @@ def test_limits_that_make_no_sense_are_refused(given: Any) -> None:
 @pytest.mark.parametrize(("held", "said"), [(100, None), (101, "of host memory, where max_memory allows")])
 def test_what_was_held_beyond_a_limit_is_said(held: int, said: str | None) -> None:
     stats = RunStats(tier_peak_bytes={"host": held})
-    found = exceeded({"host": 100}, stats, {"device": 0, "host": held, "disk": 0}, separate=True)
+    found = exceeded({"host": 100}, stats, {"device": 0, "host": held, "disk": 0}, own_memory=True)
     assert (said is None) == (found is None)
     assert (said or "") in (found or "")

@@ -51,16 +51,16 @@ def test_a_token_meets_only_its_experts() -> None:
 def test_the_head_and_what_is_streamed_count_too() -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=50, **SHAPE), dtype=torch.bfloat16)
     head = model.get_output_embeddings()
-    sizes = layer_sizes(model.model.layers, None, head, from_host=7, from_disk=5, copies=True)
+    sizes = layer_sizes(model.model.layers, None, head, from_host=7, from_disk=5, own_memory=True)
     assert sizes is not None
     matrices = 3 * (ATTENTION + 3 * 16 * 40)
     assert (sizes.num_bytes, sizes.head_weights) == (2 * (matrices + 3 * NORMS + 50 * 16), 50 * 16)
-    assert (sizes.from_host, sizes.from_disk, sizes.copies) == (7, 5, True)
+    assert (sizes.from_host, sizes.from_disk, sizes.own_memory) == (7, 5, True)
 
 
 def test_a_sweep_takes_as_long_as_its_slowest_resource() -> None:
     """A prefill and two decode sweeps, each term of the formula by hand: once products are the slowest, once the CPU."""
-    sizes = LayerSizes(1000, 500, head_weights=50, from_host=300, from_disk=200, copies=True)
+    sizes = LayerSizes(1000, 500, head_weights=50, from_host=300, from_disk=200, own_memory=True)
     rates = Rates(2e5, 1e5, 1e4, host_to_device=100, device_to_host=50, disk_read=80, disk_write=20, cpu_attention=200)
     prefill = SweepStats(0, 9, 2000, 0, 4, {"device_to_host": 40, "disk_write": 10}, {}, {})
     moved, weights = {"cpu_attention": 1800, "disk_read": 550, "host_to_device": 100}, {"disk_read": 400}
@@ -122,7 +122,7 @@ def test_only_what_a_run_used_is_measured(tmp_path: Path) -> None:
     assert {getattr(rates, link) for link in links} == {math.inf}
     everything = RunStats(bytes_moved=dict.fromkeys((*LINKS, "cpu_attention"), 1))
     rates = measure_rates(cpu, torch.float32, sizes=sizes, policy=policy, stats=everything, folder=tmp_path)
-    assert all(1e6 < getattr(rates, link) < 1e13 for link in links)
+    assert all(0 < getattr(rates, link) < math.inf for link in links)  # how fast is the machine's affair
     assert not list(tmp_path.iterdir())
 
 

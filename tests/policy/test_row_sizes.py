@@ -16,12 +16,12 @@ from flexgen_helm.cli import main
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.helm.deployment import parse_arguments
 from flexgen_helm.helm.registry import load_engine
+from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.types import ResolvedPolicy
 from tests.jobs import fixed_mix
 from tests.models import save_tiny
 
-CPU = torch.device("cpu")
 Answers = tuple[dict[str, str | int], list[Result]]
 
 
@@ -87,7 +87,7 @@ def test_sizes_that_are_named_stay_and_the_others_are_the_default(few_requests: 
     named = resolved(Policy(gpu_batch_tokens=48, prefetch=3), CPU, few_requests=few_requests)
     assert (named.gpu_batch_size, named.gpu_batch_tokens, named.prefetch) == (sizes[0], 48, 3)
     assert resolved(named, CPU) == named
-    on_gpu = resolved(Policy(weights=(0, 1, 0)), torch.device("cuda"), few_requests=few_requests)
+    on_gpu = resolved(Policy(weights=(0, 1, 0)), Device(torch.device("cuda")), few_requests=few_requests)
     assert (on_gpu.gpu_batch_size, on_gpu.gpu_batch_tokens) == (256, 4096)
 
 

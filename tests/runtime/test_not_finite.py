@@ -19,7 +19,7 @@ from flexgen_helm import Engine, Job, Policy, Result, UnsupportedModel
 from flexgen_helm.errors import NotFinite
 from flexgen_helm.rows.choice import KindChoice
 from tests.jobs import fixed_mix, random_tokens
-from tests.workbench import NARROW, POLICY, Workbench
+from tests.workbench import NARROW, OWN_MEMORY, POLICY, Workbench
 
 WILD = 1
 """A token whose activations overflow in float16; no other job has it, nor has the self-check."""
@@ -65,7 +65,12 @@ def with_wild(jobs: list[Job]) -> list[Job]:
 @contextmanager
 def opened(folder: Path, rows: KindChoice, policy: Policy, tmp_path: Path) -> Iterator[Engine]:
     with Engine.from_pretrained(
-        str(folder), dtype="float16", device="cpu", policy=policy, rows=rows, copy_host=policy is TIERS, offload_folder=tmp_path
+        str(folder),
+        dtype="float16",
+        device=OWN_MEMORY if policy is TIERS else "cpu",
+        policy=policy,
+        rows=rows,
+        offload_folder=tmp_path,
     ) as engine:
         yield engine
 

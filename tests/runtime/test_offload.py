@@ -14,7 +14,7 @@ from flexgen_helm.schedule.operations import Order
 from flexgen_helm.types import Shares
 from tests.jobs import fixed_mix, random_tokens
 from tests.runtime.test_exactness import assert_level_c
-from tests.workbench import POLICY, Workbench
+from tests.workbench import OWN_MEMORY, POLICY, Workbench
 
 FAMILIES = ["llama", "opt", "mistral", "mixtral"]
 """A plain one, one with a tied head and learned positions, one with sliding windows, a mixture of experts."""
@@ -34,7 +34,7 @@ def deep(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Workbenc
 def run(folder: Path, offload: Path, policy: Policy, jobs: list[Job], order: Order = "zigzag") -> list[Result]:
     """Answers of an engine whose device counts as a memory of its own."""
     with Engine.from_pretrained(
-        str(folder), device="cpu", policy=policy, order=order, copy_host=True, offload_folder=offload, rows="packed"
+        str(folder), device=OWN_MEMORY, policy=policy, order=order, offload_folder=offload, rows="packed"
     ) as engine:
         return engine.run(jobs)
 

@@ -19,7 +19,7 @@ from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.types import Shares
 from tests.jobs import fixed_mix, random_tokens
-from tests.workbench import POLICY, Workbench
+from tests.workbench import OWN_MEMORY, POLICY, Workbench
 
 JOBS = fixed_mix(31, 8)
 ON_DISK = Policy(gpu_batch_size=16, gpu_batch_tokens=32, block_tokens=96, weights=(0, 0, 1))
@@ -177,7 +177,7 @@ def test_layers_too_large_for_the_device_are_checked_on_the_cpu(
 ) -> None:
     """The check of a 16-bit model needs three times its layers: more than where they are computed one at a time."""
     monkeypatch.setattr("flexgen_helm.policy.memory_plan.checking_bytes", lambda *_: 2**60)
-    with caplog.at_level(logging.INFO), load(bench, tmp_path, copy_host=True) as engine:
+    with caplog.at_level(logging.INFO), load(bench, tmp_path, device=OWN_MEMORY) as engine:
         assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
     assert any("checked on the CPU" in record.getMessage() for record in caplog.records)
     with pytest.raises(PolicyError, match=r"are free.*self-check at load about 1073741824.00 GiB"):
@@ -197,7 +197,7 @@ def test_a_sweep_that_was_given_up_leaves_slots_and_buffers_usable(
     bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Order
 ) -> None:
     expected = bench.engine("llama").run(JOBS)
-    with load(bench, tmp_path, order=order, copy_host=True) as engine:
+    with load(bench, tmp_path, order=order, device=OWN_MEMORY) as engine:
         replay = PackedRows.replay
         for failing in (0, 1):
             with monkeypatch.context() as patch:
