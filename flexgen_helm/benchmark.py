@@ -62,7 +62,6 @@ class Measurement:
     engine: EngineInfo
     stats: RunStats = field(repr=False)
     load_seconds: float
-    roofline_efficiency: float | None
 
     @property
     def prefill_seconds(self) -> float:
@@ -118,7 +117,7 @@ class Measurement:
             "load_seconds": self.load_seconds,
             **{name: getattr(self, name) for name in derived},
             "latency_seconds": self.stats.seconds,
-            "roofline_efficiency": self.roofline_efficiency,
+            "roofline_efficiency": self.stats.roofline_efficiency,
             "gb_per_second": self.gb_per_second,
             "engine": asdict(self.engine),
             "stats": self.stats.as_dict(),
@@ -135,7 +134,7 @@ class Measurement:
             f"  latency         {stats.seconds:.2f} s, after {self.load_seconds:.1f} s of loading",
             f"  prefill         {_rate_text(self.prefill_rate)} in {self.prefill_seconds:.2f} s",
             f"  decode          {_rate_text(self.decode_rate)} in {self.decode_seconds:.2f} s",
-            f"  limit           {_share_text(self.roofline_efficiency)} of what this machine could do at best",
+            f"  limit           {_share_text(self.stats.roofline_efficiency)} of what this machine could do at best",
             f"  products        {_share_text(self.share_of_products)} of the rate of its matrix products",
             *self._bound_lines(),
             *self._link_lines(),
@@ -191,8 +190,7 @@ def measure(
         engine.run([replace(job, max_new_tokens=min(2, job.max_new_tokens)) for job in others])
     with traced(engine, trace):
         engine.run(workload.jobs(engine.vocab_size, seed=0))
-    share = engine.roofline_efficiency(engine.stats)
-    return Measurement(model, workload, engine.describe(), engine.stats, load_seconds, share)
+    return Measurement(model, workload, engine.describe(), engine.with_limit(engine.stats), load_seconds)
 
 
 def measure_fitting(engine: Engine, workload: Workload, *, say: Callable[[str], None], **options: Any) -> Measurement:

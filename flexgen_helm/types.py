@@ -264,10 +264,15 @@ class RunStats:
     busy_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds in which each of RESOURCES did at least one thing."""
     limit_seconds: float | None = None
-    """The least time in which this machine could have done it, filled by ``Engine.roofline_efficiency``; None: not known."""
+    """The least time in which this machine could have done it, from ``Engine.with_limit``; None: not known."""
     least_seconds: dict[str, float] = field(default_factory=dict)
-    """What each resource alone would have needed at least, filled with it; see ``flexgen_helm.policy.roofline``."""
+    """What each resource alone would have needed at least; see ``flexgen_helm.policy.roofline``."""
     per_sweep: list[SweepStats] = field(default_factory=list, repr=False)
+
+    @property
+    def roofline_efficiency(self) -> float | None:
+        """The limit over the time taken; None: not known."""
+        return self.limit_seconds / self.seconds if self.limit_seconds is not None and self.seconds else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything in plain types; of the sweeps, how many of them each resource bound."""
@@ -276,12 +281,86 @@ class RunStats:
 
 
 @dataclass(frozen=True)
+class WeightNumerics:
+    """Everything that the bits of the weights depend on: the identity of a slab."""
+
+    digest: str
+    """Digest of the model's files."""
+    dtype: str
+    """In which the weights are computed, such as "float32"."""
+    scheme: str = "plain"
+    """How they are compressed; "plain": not at all."""
+    statistics: str = ""
+    """Digest of the statistics that the compression was fitted to; empty without any."""
+
+
+@dataclass(frozen=True)
+class CacheNumerics:
+    """How K and V are stored and read."""
+
+    dtype: str
+    """In which attention computes with them."""
+    format: str = "plain"
+    """How pages are compressed; "plain": not at all."""
+    sparsity: float = 1.0
+    """Share of the values that a query reads; 1: all of them."""
+
+
+@dataclass(frozen=True)
+class RowNumerics:
+    """How sequences are laid side by side."""
+
+    kind: str
+    """"packed" or "single"."""
+    gpu_batch_size: int
+    gpu_batch_tokens: int
+
+
+@dataclass(frozen=True)
+class MachineNumerics:
+    """Which kernels compute."""
+
+    device: str
+    """"cpu" or "cuda"."""
+    attention: str = "device"
+    """Where decode rows attend: "device", or "host" on a GPU whose cache is partly on the host."""
+    matmul: str = "torch"
+    """Library of the matrix products."""
+    compiled: bool = False
+    """Whether layers are compiled."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Everything besides the job that decides the bits of an answer. Placement is no part of it.
+
+    Cache keys, journals, slabs on disk and reports tell engines apart by it, or by one of its parts.
+    """
+
+    weights: WeightNumerics
+    cache: CacheNumerics
+    rows: RowNumerics
+    machine: MachineNumerics
+    engine: int
+    """Version of the code, raised when it may change a bit."""
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Numerics:
+        """Return what `dataclasses.asdict` made plain.
+
+        Raises:
+            TypeError: It is of another version: fields are missing or unknown.
+        """
+        kinds = {"weights": WeightNumerics, "cache": CacheNumerics, "rows": RowNumerics, "machine": MachineNumerics}
+        return cls(**{name: kinds[name](**value) if name in kinds else value for name, value in plain.items()})
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """What an engine holds and by what its answers are decided."""
 
     policy: ResolvedPolicy
-    numerics: dict[str, str | int]
-    """What decides the bits of an answer beside the job itself, the digest of the weights among it."""
+    numerics: Numerics
     bits_per_weight: float
     bits_per_cache_element: float
     """Of K and V, or of whatever state a model keeps in their place."""

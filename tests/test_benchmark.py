@@ -14,9 +14,11 @@ from flexgen_helm.benchmark import Measurement, Workload, measure
 from flexgen_helm.cli import main
 from flexgen_helm.errors import InvalidJob
 from flexgen_helm.types import EngineInfo, ResolvedPolicy, RunStats, SweepStats
+from tests.helm.fakes import numerics_of
 from tests.models import save_tiny
 
 SIZES = "gpu_batch_size=16,gpu_batch_tokens=64,num_gpu_batches=1"
+NUMERICS = numerics_of("a")
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +66,9 @@ def test_tokens_are_rates_times_seconds(engine: Engine, score: bool, tmp_path: P
     decoded = (found.decode_rate or 0) * found.decode_seconds
     assert decoded == pytest.approx(sum(s.generated_tokens for s in found.stats.per_sweep if not s.prompt_tokens))
     assert 0 < found.prefill_seconds + found.decode_seconds <= found.stats.seconds
-    assert found.roofline_efficiency is not None
-    assert 0 < found.roofline_efficiency < 1
-    assert found.stats.limit_seconds == pytest.approx(found.roofline_efficiency * found.stats.seconds)
+    assert found.stats.roofline_efficiency is not None
+    assert 0 < found.stats.roofline_efficiency < 1
+    assert found.stats.limit_seconds == pytest.approx(found.stats.roofline_efficiency * found.stats.seconds)
     sweeps = [
         event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event.get("cat") == "sweep"
     ]
@@ -94,7 +96,7 @@ def test_as_many_prompts_are_run_as_fit_into_a_minute(
         asked.append(workload.num_prompts)
         assert warm_up == (len(asked) == 1)
         stats = RunStats(seconds=fixed + per_prompt * workload.num_prompts)
-        return Measurement(model, workload, EngineInfo(sizes, {}, 16, 16, {}), stats, 0.0, None)
+        return Measurement(model, workload, EngineInfo(sizes, NUMERICS, 16, 16, {}), stats, 0.0)
 
     class Sizes:
         policy, vocab_size = sizes, 50_000
@@ -127,8 +129,8 @@ def test_the_report_of_a_run_from_disk() -> None:
     moved, busy = {"disk_read": 2**30}, {"disk_read": 1.5, "device": 2.0}
     stats = RunStats(2, 1024, 1024, 4, 2, 4.0, 5 * 2**30, 2**30, {"host": 2**30}, moved, busy, 2.0, {"products": 1.0}, sweeps)
     policy = ResolvedPolicy(gpu_batch_size=64, gpu_batch_tokens=512)
-    info = EngineInfo(policy, {}, 16, 16, {}, planned_bytes={"host": 2 * 2**30, "disk": 2**30})
-    text = "\n".join(Measurement("m", Workload(512, 2, 2), info, stats, 9.0, 0.5).lines())
+    info = EngineInfo(policy, NUMERICS, 16, 16, {}, planned_bytes={"host": 2 * 2**30, "disk": 2**30})
+    text = "\n".join(Measurement("m", Workload(512, 2, 2), info, stats, 9.0).lines())
     for line in (
         "throughput      1.00 generated token/s, 256.0 prompt token/s",
         "prefill         341.3 token/s in 3.00 s",

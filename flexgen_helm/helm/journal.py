@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from helm.common.hierarchical_logger import hwarn
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.helm.disk_errors import clear_disk_errors
 from flexgen_helm.helm.requests import Response, checked
+from flexgen_helm.types import RowNumerics
 
 FOLDER = "flexgen_journal"
 """In the suite's folder, while a command is unfinished."""
@@ -63,7 +65,7 @@ class Journal:
         """Folder for files of runs that are not complete."""
         self._found: dict[str, tuple[Path, int]] = {}
         """Where the record of an answer begins, by the digest of its key."""
-        self._row_sizes: dict[str, dict[str, int]] = {}
+        self._rows: dict[str, dict[str, Any]] = {}
         self._synced, self._unsynced = time.monotonic(), False
         with clear_disk_errors(str(self._path)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -112,15 +114,15 @@ class Journal:
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
 
-    def row_sizes(self, deployment: str) -> dict[str, int] | None:
-        """Return the row sizes, which are numerics, with which this command served a deployment before."""
-        return self._row_sizes.get(deployment)
+    def rows(self, deployment: str) -> Mapping[str, Any]:
+        """Return fields of the `RowNumerics` with which this command served a deployment before; none if it did not."""
+        return self._rows.get(deployment, {})
 
-    def note_row_sizes(self, deployment: str, row_sizes: Mapping[str, int]) -> None:
-        """Remember with which row sizes a deployment is served."""
-        if self._row_sizes.get(deployment) != row_sizes:
-            self._write({"deployment": deployment, "row_sizes": dict(row_sizes)})
-            self._row_sizes[deployment] = dict(row_sizes)
+    def note_rows(self, deployment: str, rows: RowNumerics) -> None:
+        """Remember in which rows a deployment is served, so that a resumed command uses the same."""
+        if self._rows.get(deployment) != asdict(rows):
+            self._rows[deployment] = asdict(rows)
+            self._write({"deployment": deployment, "row_sizes": asdict(rows)})
 
     def discard(self) -> None:
         """Delete what is no longer needed when all runs are complete: this journal, and others of no further run."""
@@ -156,7 +158,7 @@ class Journal:
         elif line.path == self._path:
             record = json.loads(line.text)
             if "row_sizes" in record:
-                self._row_sizes[record["deployment"]] = record["row_sizes"]
+                self._rows[record["deployment"]] = record["row_sizes"]
 
     def _write(self, record: Mapping[str, Any]) -> int:
         """Append a record and return where it begins."""

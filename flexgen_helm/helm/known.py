@@ -17,7 +17,7 @@ import flexgen_helm
 from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.helm.deployment import EngineArguments
-from flexgen_helm.types import EngineInfo, Policy, ResolvedPolicy
+from flexgen_helm.types import EngineInfo, Numerics, Policy, ResolvedPolicy
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -28,12 +28,13 @@ def recall(arguments: EngineArguments) -> EngineInfo | None:
     Returns:
         None where there was none, or where anything is uncertain.
     """
-    with suppress(FlexGenError, OSError, ValueError, TypeError):
+    with suppress(FlexGenError, OSError, ValueError, TypeError, KeyError):
         record = json.loads(_file(arguments).read_text(encoding="utf-8"))
         policy: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in record["policy"].items()
         }
-        return EngineInfo(**{**record, "policy": ResolvedPolicy(**policy)})
+        numerics = Numerics.from_dict(record["numerics"])
+        return EngineInfo(**{**record, "policy": ResolvedPolicy(**policy), "numerics": numerics})
     return None
 
 

@@ -6,14 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict
 
 from helm.clients.client import CachingClient
 from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token
 
 from flexgen_helm.errors import InvalidJob, NotFinite
-from flexgen_helm.types import Completion, Job, Result
+from flexgen_helm.types import Completion, Job, Numerics, Result
 
 
 class StoredCompletion(TypedDict):
@@ -242,11 +242,11 @@ def failure(error: Exception) -> RequestResult:
     )
 
 
-def cache_key(request: Request, job: Job, numerics: dict[str, str | int]) -> Mapping[str, Any]:
+def cache_key(request: Request, job: Job, numerics: Numerics) -> Mapping[str, Any]:
     """Return what an answer depends on: the job and the numerics of the engine, not the placement of its weights.
 
     Every job has a key, also one that the engine will refuse.
     """
     fields = json.loads(json.dumps(vars(job), default=repr, skipkeys=True))
-    key: Mapping[str, Any] = CachingClient.make_cache_key({"job": fields, "numerics": dict(numerics)}, request)
+    key: Mapping[str, Any] = CachingClient.make_cache_key({"job": fields, "numerics": asdict(numerics)}, request)
     return key

@@ -38,8 +38,6 @@ class WorkloadReport:
     stats: RunStats
     """Of the requests that were neither cached nor resumed."""
     engine: EngineInfo
-    roofline_efficiency: float | None
-    """See ``Engine.roofline_efficiency``."""
     date: str = field(default_factory=_now)
     """When serving ended."""
 
@@ -58,7 +56,7 @@ class WorkloadReport:
         return {
             "date": self.date,
             "tokens_per_second": self.tokens_per_second,
-            "roofline_efficiency": self.roofline_efficiency,
+            "roofline_efficiency": self.stats.roofline_efficiency,
             "bound_by": None if bound is None else bound.what,
             "what_would_help": None if bound is None else bound.advice,
             "stats": self.stats.as_dict(),
@@ -72,7 +70,7 @@ class WorkloadReport:
         counts += f", {self.num_resumed:,} resumed" if self.num_resumed else ""
         if not self.stats.num_jobs:
             return counts
-        limit = "" if self.roofline_efficiency is None else f", {self.roofline_efficiency:.0%} of the limit"
+        limit = "" if self.stats.roofline_efficiency is None else f", {self.stats.roofline_efficiency:.0%} of the limit"
         bound = bound_of(self.stats)
         advice = "" if bound is None else f". Most time went into {bound.what}; what helps: {bound.advice}"
         return f"{counts}; {summary(self.stats)}{limit}{advice}"

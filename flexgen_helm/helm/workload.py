@@ -29,7 +29,7 @@ from flexgen_helm.helm.requests import (
 )
 from flexgen_helm.helm.response_cache import ResponseCache
 from flexgen_helm.helm.run_record import Source, WorkloadReport
-from flexgen_helm.types import Job, Policy, Result, RunStats
+from flexgen_helm.types import Job, Numerics, Policy, Result, RunStats
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
@@ -65,7 +65,7 @@ def serve(
     arguments = _arguments(deployment, journal)
     workload = _Workload(cache, journal, requests)
     console.say(f"{deployment.name}: {workload.describe()}")
-    info, share = recall(arguments), None
+    info = recall(arguments)
     if info is not None:
         workload.look_up(info.numerics)
     if info is None or workload.missing:
@@ -74,35 +74,35 @@ def serve(
             if info is None or info.numerics != engine.numerics:
                 workload.look_up(engine.numerics)
             info = engine.describe()
-            sizes = {name: getattr(info.policy, name) for name in ("gpu_batch_size", "gpu_batch_tokens")}
-            journal.note_row_sizes(deployment.name, sizes)
+            journal.note_rows(deployment.name, info.numerics.rows)
             console.say(f"{len(workload.missing):,} of {len(requests):,} requests are computed")
             workload.compute(engine, console)
-            share = _roofline_efficiency(engine, workload.stats)
+            workload.stats = _with_limit(engine, workload.stats)
     sources = workload.sources
     counts = (len(requests), sources.count("cached"), sources.count("resumed"))
-    report = WorkloadReport(deployment.name, *counts, workload.stats, info, share)
+    report = WorkloadReport(deployment.name, *counts, workload.stats, info)
     hlog(report.summary())
     return Served(workload.results, sources, report)
 
 
 def _arguments(deployment: ModelDeployment, journal: Journal) -> EngineArguments:
     """Return the deployment's arguments; what is resumed is resumed with the row sizes with which it began."""
-    arguments, begun = parse_arguments(deployment.client_spec.args), journal.row_sizes(deployment.name)
+    arguments, begun = parse_arguments(deployment.client_spec.args), journal.rows(deployment.name)
     policy = arguments.get("policy") or Policy()
-    left_open = {name: size for name, size in (begun or {}).items() if getattr(policy, name) is None}
+    sizes = ("gpu_batch_size", "gpu_batch_tokens")
+    left_open = {name: begun[name] for name in sizes if name in begun and getattr(policy, name) is None}
     if left_open:
         hlog(f"{deployment.name} continues with the row sizes of the journal: {left_open}")
         arguments["policy"] = replace(policy, **left_open)
     return arguments
 
 
-def _roofline_efficiency(engine: Engine, stats: RunStats) -> float | None:
+def _with_limit(engine: Engine, stats: RunStats) -> RunStats:
     try:
-        return engine.roofline_efficiency(stats)
+        return engine.with_limit(stats)
     except Exception as error:  # a figure is not worth the answers
         hwarn(f"The roofline efficiency of the run could not be measured: {error}")
-        return None
+        return stats
 
 
 class _Workload:
@@ -136,7 +136,7 @@ class _Workload:
         asked += [f"{len(lengths):,} of at most {max(lengths):,} new tokens"] if lengths else []
         return f"{len(self._requests):,} requests ({', '.join(asked)})"
 
-    def look_up(self, numerics: dict[str, str | int]) -> None:
+    def look_up(self, numerics: Numerics) -> None:
         """Take answers of these numerics from the cache and from the journal."""
         self._results = {index: result for index, result in self._results.items() if index not in self._jobs}
         requests = self._requests

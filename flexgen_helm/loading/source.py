@@ -173,6 +173,11 @@ def named_dtype(option: str, name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a number format, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
     if name == "auto":
         own = getattr(config, "dtype", None)

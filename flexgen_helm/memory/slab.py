@@ -1,10 +1,10 @@
-"""A module's weights as one contiguous slab, in which its parameters are views."""
+"""A module's weights as one contiguous slab: the form in which it is stored, and the form that its parameters are views of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,62 @@ def pack(module: nn.Module, layout: SlabLayout, memory: Tensor) -> None:
     with torch.no_grad():
         for place, (_, tensor) in zip(layout.tensors, _tensors(module), strict=True):
             place.view(memory).copy_(tensor)
+
+
+class SlabFormat(Protocol):
+    """How a module's parameters and persistent buffers become a stored slab, and how they come back.
+
+    The stored slab lies on a tier, is checksummed on disk, and travels over links. The module's parameters are views of the
+    bound slab. Scales, maps and codes of a compressed format are tensors of its stored layout.
+    """
+
+    @property
+    def stored(self) -> SlabLayout:
+        """Layout of the stored slab."""
+
+    @property
+    def bound(self) -> SlabLayout:
+        """Layout of the bound slab."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the stored slab can be bound as it is, so that `unpack` is never called."""
+
+    def pack(self, module: nn.Module, stored: Tensor) -> None:
+        """Write the module's tensors into a stored slab: uint8 ``[at least stored.num_bytes]`` on the CPU."""
+
+    def unpack(self, stored: Tensor, bound: Tensor) -> None:
+        """Fill a bound slab from a stored one, both uint8 on the device; runs in the thread and stream of the copies."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Weights as they are: the stored slab is the bound slab."""
+
+    bound: SlabLayout
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Plain:
+        """Return the format of a module, which may be on the meta device."""
+        return cls(layout_of(module))
+
+    @property
+    def stored(self) -> SlabLayout:
+        """The bound layout."""
+        return self.bound
+
+    @property
+    def in_place(self) -> bool:
+        """Always."""
+        return True
+
+    def pack(self, module: nn.Module, stored: Tensor) -> None:
+        """Copy the module's tensors one behind the other."""
+        pack(module, self.bound, stored)
+
+    def unpack(self, stored: Tensor, bound: Tensor) -> None:
+        """Copy the slab; the runtime binds the stored one instead."""
+        bound[: self.bound.num_bytes].copy_(stored[: self.bound.num_bytes], non_blocking=True)
 
 
 class Binding:

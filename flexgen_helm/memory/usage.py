@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from flexgen_helm.errors import PolicyError
 
 
 class _Files(NamedTuple):
@@ -35,6 +38,19 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
     lines = (root / "proc/meminfo").read_text().splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     return max(0, min([fields["MemAvailable"], *_cgroups_free(root)]))
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the bytes that are free on the disk of a folder, which need not exist yet.
+
+    Raises:
+        PolicyError: If that cannot be known.
+    """
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        return shutil.disk_usage(existing).free
+    except OSError as error:
+        raise PolicyError(f"offload_folder {folder} cannot be used ({error}). Give another folder.") from error
 
 
 def used_bytes(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Weights of the layers: where they rest, and how they come to the device when their turn comes (FlexGen section 4.1)."""
+"""Weights of the layers: where they are stored, and how they come to the device when their turn comes (FlexGen section 4.1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import WEIGHTS, Meter
 from flexgen_helm.memory.read_ahead import ReadAhead, SlabSource
-from flexgen_helm.memory.slab import Binding
+from flexgen_helm.memory.slab import Binding, SlabFormat
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Unit:
     """A layer, or the output head, whose weights do not stay on the device."""
 
     binding: Binding
+    format: SlabFormat
     memory: Tensor | None
-    """Its slab on the host; None: on disk."""
+    """Its stored slab in memory; None: on disk."""
 
 
 @dataclass(eq=False)
@@ -38,8 +39,9 @@ class _Slot:
 class WeightStore:
     """Lends streamed weights to their modules, a few at a time.
 
-    Where the device has a memory of its own there are static slots, into which a slab is copied as a whole; without, modules
-    use host memory in place, and what is on disk is read where it is used.
+    Where the device has a memory of its own there are static slots, into which a slab is copied as a whole. Without one,
+    modules use stored slabs in place, and what is on disk is read where it is used. A format that is not used in place needs
+    slots everywhere: a stored slab is copied, then unpacked into a slot.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class WeightStore:
         self._units = dict(units)
         if not device.is_gpu:
             map_large_tensors(True)
-        on_disk = {j: unit.binding.layout.num_bytes for j, unit in sorted(units.items()) if unit.memory is None}
+        on_disk = {j: unit.format.stored.num_bytes for j, unit in sorted(units.items()) if unit.memory is None}
         self._disk: ReadAhead | None = None
         if on_disk:
             assert source is not None
@@ -75,11 +77,16 @@ class WeightStore:
             self._disk = ReadAhead(source, on_disk, num_buffers=num_buffers, pin=device.is_gpu, meter=meter)
         self._slots: list[_Slot] = []
         self._link: Link | None = None
-        if device.own_memory and units:
-            largest = max(unit.binding.layout.num_bytes for unit in units.values())
+        self._arrival: Tensor | None = None
+        """Where a stored slab waits on the device to be unpacked; transfers come one after the other, so one is enough."""
+        unpacked = [unit.format for unit in units.values() if not unit.format.in_place]
+        if units and (device.own_memory or unpacked):
+            largest = max(unit.format.bound.num_bytes for unit in units.values())
             self._slots = [_Slot(_device_memory(largest, device)) for _ in range(self.num_slots)]
             self._link = Link(device.torch_device, "weights")
-            meter.hold("device", "slots", largest * self.num_slots)
+            arrival = max((each.stored.num_bytes for each in unpacked), default=0) if device.own_memory else 0
+            self._arrival = _device_memory(arrival, device) if arrival else None
+            meter.hold("device", "slots", largest * self.num_slots + arrival)
         meter.hold("host", "weights", sum(unit.memory.nbytes for unit in units.values() if unit.memory is not None))
         meter.hold("disk", "weights", sum(on_disk.values()))
 
@@ -152,22 +159,29 @@ class WeightStore:
 
     def _fill(self, target: Tensor, j: int) -> None:
         """Copy slab j to the device, and let the disk go on with the slabs that come next."""
-        memory, count = self._units[j].memory, self._units[j].binding.layout.num_bytes
+        memory = self._units[j].memory
         if memory is not None:
-            self._copy(target[:count], memory[:count], j)
+            self._bring(memory, target, j)
             return
         assert self._disk is not None
         self._disk.free_all()  # what was read ahead may be for a sweep that was given up, or in another order
         self._disk.start_from(j)
-        self._copy(target[:count], self._disk.take(j)[:count], j)
+        self._bring(self._disk.take(j), target, j)
         if target.is_cuda:
             torch.cuda.current_stream(target.device).synchronize()
         self._disk.free(j)
         self._disk.start_behind(j)
 
-    def _copy(self, target: Tensor, source: Tensor, j: int) -> None:
-        with self._meter.span("host_to_device", f"{WEIGHTS} {j}", len(source)):
-            target.copy_(source, non_blocking=True)
+    def _bring(self, stored: Tensor, target: Tensor, j: int) -> None:
+        """Copy a stored slab to the device, and unpack it there unless it is used in place."""
+        form, count = self._units[j].format, self._units[j].format.stored.num_bytes
+        arrival = target if form.in_place else self._arrival
+        if arrival is not None:
+            with self._meter.span("host_to_device", f"{WEIGHTS} {j}", count):
+                arrival[:count].copy_(stored[:count], non_blocking=True)
+            stored = arrival
+        if not form.in_place:
+            form.unpack(stored, target)
 
 
 def _device_memory(num_bytes: int, device: Device) -> Tensor:

@@ -1,20 +1,14 @@
-"""Row and block sizes: by model, machine and limits only, never by what waits (row sizes are numerics)."""
+"""Row sizes: by model, machine and limits only, never by what waits (row sizes are numerics)."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import torch
-from transformers import PreTrainedModel
 
 from flexgen_helm.memory.device import Device
-from flexgen_helm.policy.working_memory import block_bytes, least_block_tokens
 from flexgen_helm.types import Policy, ResolvedPolicy
 
-HIDDEN_SHARE = 0.1
-"""Share of the memory left that a block's hidden states may take beyond those of the smallest block."""
-MOST_BLOCK_TOKENS = 16_384
-"""Larger blocks gain nothing where weights stay, and finish their first job later."""
 VECTOR = 16
 """Elementwise kernels give other bits in the scalar tail of each thread's share (AVX-512: 16 floats)."""
 GPU_ROWS = (256, 4096)
@@ -45,9 +39,3 @@ def resolved(policy: Policy | None, device: Device, *, few_requests: bool = Fals
     named["gpu_batch_size"] = policy.gpu_batch_size or size
     named["gpu_batch_tokens"] = policy.gpu_batch_tokens or tokens
     return ResolvedPolicy(**named)
-
-
-def default_block_tokens(policy: ResolvedPolicy, model: PreTrainedModel, num_bytes: int) -> int:
-    """Prompt tokens of a block whose hidden states fit well into so much memory."""
-    fitting = int(HIDDEN_SHARE * num_bytes) // block_bytes(model, 1)
-    return max(least_block_tokens(policy), min(MOST_BLOCK_TOKENS, fitting))

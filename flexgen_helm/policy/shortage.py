@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from flexgen_helm.memory.amounts import gib
-from flexgen_helm.policy.weight_plan import Space, WeightPlan
+from flexgen_helm.policy.space import Space, pool_name
 from flexgen_helm.types import Policy, Tier
 
 
-def pool_name(tier: Tier, *, own_memory: bool) -> str:
-    """What a tier's space is called: on a CPU, device and host are one memory."""
-    if tier == "disk":
-        return "disk space"
-    return f"{tier} memory" if own_memory else "memory"
+@dataclass(frozen=True)
+class Shortage:
+    """A plan that does not fit."""
+
+    peak_bytes: Mapping[Tier, int]
+    """Bytes of each tier that it needs at some time."""
+    least_bytes: Mapping[Tier, int]
+    """Bytes of device and host in the placement that needs least."""
+    working_bytes: int
+    checking_bytes: int
+    weights: str
+    """Where the weights are, in words."""
+    space: Space
+    """What may be used."""
 
 
-def describe_shortage(plan: WeightPlan, least: Mapping[Tier, int], space: Space, policy: Policy) -> str:
+def describe_shortage(plan: Shortage, policy: Policy) -> str:
     """Say what a plan lacks, in how little memory the model runs, and what to change.
 
     Args:
-        plan: Which does not fit.
-        least: Bytes of memory in the placement that needs least.
-        space: What may be used.
+        plan: The plan.
         policy: What the user asked for.
     """
+    least, space = plan.least_bytes, plan.space
     if any(count > space.of(tier) for tier, count in least.items()):
         sizes = f"gpu_batch_tokens={policy.gpu_batch_tokens} and gpu_batch_size={policy.gpu_batch_size}"
         return (
@@ -37,7 +46,7 @@ def describe_shortage(plan: WeightPlan, least: Mapping[Tier, int], space: Space,
     asked = {"weights": policy.weights, "cache": policy.cache, "prefetch": policy.prefetch}
     named = {name: value for name, value in asked.items() if value != getattr(Policy, name)}
     what = ", ".join(f"{name}={value}" for name, value in named.items()) or "The model"
-    needs = f"{what} needs {_amounts(short, space)}, but {_allowed(short, space)}. Weights: {plan.describe()}"
+    needs = f"{what} needs {_amounts(short, space)}, but {_allowed(short, space)}. Weights: {plan.weights}"
     if set(short) == {"disk"}:
         return f"{needs}. Free disk space, choose another offload_folder, or lower the shares on disk."
     return (

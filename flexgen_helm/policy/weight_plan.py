@@ -1,67 +1,49 @@
-"""Where the parts of a model are, and what of each tier that takes."""
+"""The tier of every part of a model, and the bytes that weights take of each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from flexgen_helm.memory.amounts import gib
-from flexgen_helm.memory.slab import SlabLayout
+from flexgen_helm.memory.tiers import interleave
+from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
 from flexgen_helm.types import TIERS, Shares, Tier
-
-LOADED_AT_ONCE = 2
-"""Times the largest part: as it is read, and as it is kept."""
-EMBEDDINGS = -1
-"""Number of the embedding tables among the parts of a model; its layers have 0 to L - 1 and the output head L."""
-
-
-@dataclass(frozen=True)
-class Space:
-    """Bytes that may be used of each tier."""
-
-    available: Mapping[Tier, int]
-    own_memory: bool
-    """Whether the device has a memory of its own; else device and host are the same RAM, and `available` says it for both."""
-    limits: Mapping[Tier, int] = field(default_factory=dict)
-    """What the user allows, of the tiers that are named."""
-
-    def limited(self, tier: Tier) -> bool:
-        """Whether it is the user who limits a tier, and not what is free."""
-        named = [tier] if self.own_memory or tier == "disk" else [tier for tier in TIERS[:2] if tier in self.limits]
-        return any(t in self.limits for t in named) and sum(self.limits[t] for t in named) <= self.available[tier]
-
-    def of(self, tier: Tier) -> int:
-        """Bytes of a tier."""
-        return self.available[tier]
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Where each part of a model rests."""
+    """Where the parts of a model are stored."""
 
-    layouts: Mapping[int, SlabLayout]
-    """Of the layers, and of the output head where it has weights of its own."""
+    shapes: ModelShapes
     tiers: Mapping[int, Tier]
-    """Of every part."""
-    sizes: Mapping[int, int]
-    """Bytes of every part."""
-    num_layers: int
+    """By part, see `ModelShapes`."""
     own_memory: bool
+    """Whether the device has a memory of its own."""
     prefetch: int
-    working_bytes: int
-    """That computing takes on the device."""
-    checking_bytes: int
-    """That the self-check takes beside the layers that it checks."""
-    first_layers_bytes: int
-    """Of the layers that are checked before anything else is loaded, where not all stay on the device."""
-    cache_room: Mapping[Tier, int]
-    """Of each tier for K and V of one sequence, the least cache with which jobs are answered."""
+    """Parts that are loaded ahead."""
+
+    @classmethod
+    def by_shares(cls, shapes: ModelShapes, shares: Shares, *, own_memory: bool, prefetch: int) -> WeightPlan:
+        """Spread the parts evenly over the tiers, in the order in which they are used (FlexGen section 4.3; whole layers here).
+
+        Embedding tables, of which rows are taken, are never on disk.
+        """
+        order = sorted(shapes.stored_bytes)
+        tiers = dict(zip(order, interleave([shapes.stored_bytes[j] for j in order], shares), strict=True))
+        if not own_memory:
+            tiers[EMBEDDINGS] = "device" if shares[0] > 0 else "host"
+        elif not shapes.has_own_head:  # the table is the head's matrix as well
+            tiers[EMBEDDINGS] = "device"
+        elif tiers[EMBEDDINGS] == "disk":
+            tiers[EMBEDDINGS] = "host"
+        return cls(shapes, tiers, own_memory, prefetch)
 
     @property
     def streamed(self) -> list[int]:
         """Layers, and the output head, that are loaded whenever their turn comes."""
-        resting = TIERS[1:] if self.own_memory else TIERS[2:]
-        return [j for j in self.layouts if self.tiers[j] in resting]
+        elsewhere = TIERS[1:] if self.own_memory else TIERS[2:]
+        return [j for j in self.shapes.bound_bytes if self.shapes.unpacks or self.tiers[j] in elsewhere]
 
     @property
     def is_resident(self) -> bool:
@@ -70,63 +52,46 @@ class WeightPlan:
 
     @property
     def on_disk(self) -> list[int]:
-        """Parts that rest in slab files."""
-        return [j for j in self.layouts if self.tiers[j] == "disk"]
+        """Parts that are stored in slab files."""
+        return [j for j in self.shapes.bound_bytes if self.tiers[j] == "disk"]
 
     @property
     def num_slots(self) -> int:
-        """Streamed parts on the device at a time."""
+        """Streamed parts that are loaded at a time."""
         return min(self.prefetch + 1, len(self.streamed))
 
     @property
     def weight_bytes(self) -> dict[Tier, int]:
-        """Bytes of weights that rest on each tier."""
-        return {tier: sum(self.sizes[j] for j in self.sizes if self.tiers[j] == tier) for tier in TIERS}
+        """Bytes of weights that are stored on each tier."""
+        return self._sums(self.shapes.stored_bytes, TIERS)
 
     @property
     def resident_bytes(self) -> dict[Tier, int]:
-        """Bytes of weights on each tier that are used where they are."""
+        """Bytes of weights on device and host that are used where they are stored."""
         streamed = set(self.streamed)
-        return {t: sum(self.sizes[j] for j in self.sizes if self.tiers[j] == t and j not in streamed) for t in TIERS[:2]}
+        return self._sums((j for j in self.shapes.stored_bytes if j not in streamed), TIERS[:2])
 
     @property
     def bytes_per_sweep(self) -> dict[str, int]:
         """Bytes that a sweep in column order brings to the device, ``from_host`` and ``from_disk``."""
-        return {f"from_{tier}": sum(self.sizes[j] for j in self.streamed if self.tiers[j] == tier) for tier in TIERS[1:]}
+        return {f"from_{tier}": count for tier, count in self._sums(self.streamed, TIERS[1:]).items()}
 
     @property
     def shares(self) -> Shares:
         """The realised shares."""
-        total, found = max(1, sum(self.sizes.values())), self.weight_bytes
+        total, found = max(1, self.shapes.total_bytes), self.weight_bytes
         return found["device"] / total, found["host"] / total, found["disk"] / total
 
     @property
     def needed_bytes(self) -> dict[Tier, int]:
         """Bytes of each tier that weights take, slots and read-ahead buffers included."""
-        needed = self.weight_bytes
-        largest = max((self.layouts[j].num_bytes for j in self.streamed), default=0)
-        buffers = min(self.num_slots, len(self.on_disk)) * max((self.layouts[j].num_bytes for j in self.on_disk), default=0)
-        needed["device"] += self.num_slots * largest if self.own_memory else 0
-        needed["host"] += buffers
+        needed, stored, bound = self.weight_bytes, self.shapes.stored_bytes, self.shapes.bound_bytes
+        if self.own_memory or self.shapes.unpacks:
+            needed["device"] += self.num_slots * max((bound[j] for j in self.streamed), default=0)
+        if self.own_memory and self.shapes.unpacks:
+            needed["device"] += max(stored[j] for j in self.streamed)  # a stored slab arrives before it is unpacked
+        needed["host"] += min(self.num_slots, len(self.on_disk)) * max((stored[j] for j in self.on_disk), default=0)
         return needed
-
-    @property
-    def peak_bytes(self) -> dict[Tier, int]:
-        """Bytes of each tier that are needed at some time, with the smallest cache; device and host as one if they are."""
-        peak, resting = dict(self.needed_bytes), self.weight_bytes
-        peak["device"] += self.working_bytes
-        for tier, count in self.cache_room.items():
-            peak[tier] += count
-        loading = LOADED_AT_ONCE * max(self.sizes.values())
-        checked = sum(self.sizes.values()) if self.is_resident else self.first_layers_bytes
-        if self.own_memory:
-            if self.is_resident:
-                peak["device"] = max(peak["device"], checked + self.checking_bytes)
-            peak["host"] = max(peak["host"], resting["host"] + loading)
-        else:
-            ram = peak.pop("device") + peak["host"]
-            peak["host"] = max(ram, resting["device"] + resting["host"] + loading, checked + self.checking_bytes)
-        return peak
 
     def describe(self) -> str:
         """Say in a few words where the weights are."""
@@ -135,3 +100,7 @@ class WeightPlan:
             for (tier, size), share in zip(self.weight_bytes.items(), self.shares, strict=True)
             if size
         )
+
+    def _sums(self, parts: Iterable[int], tiers: Iterable[Tier]) -> dict[Tier, int]:
+        chosen = list(parts)
+        return {tier: sum(self.shapes.stored_bytes[j] for j in chosen if self.tiers[j] == tier) for tier in tiers}

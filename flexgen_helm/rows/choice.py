@@ -17,7 +17,7 @@ from flexgen_helm.loading.source import LoadedModel
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.paged_cache import PagedCache
-from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
+from flexgen_helm.memory.pages import PagePool
 from flexgen_helm.memory.state_store import StateStore
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.packed import PackedRows
@@ -102,11 +102,13 @@ def log_choice(loaded: LoadedModel, checked: CheckedModel) -> None:
 
 
 @dataclass(frozen=True)
-class CachePlaces:
-    """Where K and V, or whatever else sequences keep between sweeps, may lie."""
+class CacheStorage:
+    """Where K and V, or whatever else sequences keep between sweeps, may be stored."""
 
     capacities: Mapping[Tier, int]
     """Bytes on each tier."""
+    page_bytes: int
+    """Bytes of a page in all layers, in packed rows."""
     device: Device
     kv_dtype: torch.dtype
     """In which K and V are kept."""
@@ -115,14 +117,14 @@ class CachePlaces:
 
 
 def make_rows(
-    checked: CheckedModel, policy: ResolvedPolicy, places: CachePlaces, *, block_tokens: int, keep_all: bool
+    checked: CheckedModel, policy: ResolvedPolicy, storage: CacheStorage, *, block_tokens: int, keep_all: bool
 ) -> tuple[Rows, Scheduler]:
     """What computes a model's rows and what plans them.
 
     Args:
         checked: The model.
         policy: Its sizes and shares.
-        places: For what sequences keep.
+        storage: For what sequences keep.
         block_tokens: Prompt tokens in a sweep.
         keep_all: Whether operations come in another order than the column order.
 
@@ -130,27 +132,27 @@ def make_rows(
         PolicyError: If the policy asks for something that rows of this kind cannot do.
         DiskFull: If there is no space for the cache's share on disk.
     """
-    verdict, device = checked.verdict, places.device
+    verdict, device = checked.verdict, storage.device
     if checked.kind == "single":
         check_cache_shares(policy.cache)
-        if places.kv_dtype != checked.model.model.dtype:
+        if storage.kv_dtype != checked.model.model.dtype:
             raise PolicyError("kv_dtype cannot be set in single rows: the model's own cache has its dtype. Leave it out.")
         store = None
         if device.own_memory and policy.cache[1]:
-            store = StateStore(device.torch_device, share=policy.cache[1], meter=places.meter)
+            store = StateStore(device.torch_device, share=policy.cache[1], meter=storage.meter)
         size = StateSize(verdict.cache_bytes_per_sequence, verdict.cache_bytes_per_token)
-        capacity = sum(places.capacities.values())
+        capacity = sum(storage.capacities.values())
         single = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity, size=size)
         return SingleRows(checked.model, store), single
-    page_bytes = PAGE_TOKENS * verdict.cache_bytes_per_token * places.kv_dtype.itemsize // checked.model.model.dtype.itemsize
-    on_device, on_host, on_disk = (places.capacities[tier] // page_bytes for tier in TIERS)
+    page_bytes = storage.page_bytes
+    on_device, on_host, on_disk = (storage.capacities[tier] // page_bytes for tier in TIERS)
     pool = PagePool(on_device, host=on_host, disk=on_disk, shares=policy.cache, page_bytes=page_bytes)
     cache = PagedCache(
         pool,
         device=device,
-        dtype=places.kv_dtype,
-        offload_folder=places.folder,
-        meter=places.meter,
+        dtype=storage.kv_dtype,
+        offload_folder=storage.folder,
+        meter=storage.meter,
     )
     cost = PROMPT_ROW_COST if not device.is_gpu else 0.0
     packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all, prompt_row_cost=cost)

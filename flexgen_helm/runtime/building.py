@@ -1,53 +1,62 @@
-"""From a model source to the parts of an engine: plan, check, load, place."""
+"""Puts an engine together: decide what goes where, load and check the model, make what plans and computes its rows."""
 
 from __future__ import annotations
 
-import gc
-import logging
-import shutil
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers import __version__ as library_version
 
 from flexgen_helm.cache_folder import cache_folder
-from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
-from flexgen_helm.loading.source import LoadedModel, ModelSource
-from flexgen_helm.memory.allocator import return_freed_memory
-from flexgen_helm.memory.amounts import gib
-from flexgen_helm.memory.device import CPU, Device
+from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.execution.serial import OverlappedExecutor, SerialExecutor
+from flexgen_helm.loading.source import LoadedModel, ModelSource, dtype_name
+from flexgen_helm.memory.device import Device
+from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.usage import free_bytes
-from flexgen_helm.memory.weight_store import WeightStore
-from flexgen_helm.model.layers import layer_kinds, layers_of
-from flexgen_helm.model.recorder import RecordedModel
-from flexgen_helm.policy.memory_plan import plan_weights
+from flexgen_helm.model.layers import layers_of
+from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.row_sizes import resolved
-from flexgen_helm.policy.weight_plan import Space, WeightPlan
-from flexgen_helm.rows.choice import ALTERNATIVE, CheckedModel, Kind, KindChoice, check_model, log_choice
-from flexgen_helm.rows.self_check import Verdict
-from flexgen_helm.runtime.offload import Offloader
-from flexgen_helm.types import TIERS, ResolvedPolicy, Tier
+from flexgen_helm.policy.shapes_of_model import shapes_of
+from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
+from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space
+from flexgen_helm.runtime.load_model import Blueprint, load_and_check, plain_formats, slab_identity
+from flexgen_helm.schedule.operations import Order
+from flexgen_helm.schedule.work import Scheduler
+from flexgen_helm.types import (
+    CacheNumerics,
+    MachineNumerics,
+    Numerics,
+    Policy,
+    ResolvedPolicy,
+    RowNumerics,
+    Tier,
+    WeightNumerics,
+)
 
-logger = logging.getLogger(__name__)
-
-LARGE_BYTES = 2 * 2**30
-"""Larger models are checked on their first layers before the rest is read: a refusal takes seconds."""
-PROCESS_BYTES = 128 * 2**20
-"""Of threads, of the workspaces of libraries, and of what allocators do not give back."""
+NUMERICS_VERSION = 3
+"""Raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
 
 
 @dataclass(frozen=True)
-class Placing:
-    """What a user says of memory."""
+class EngineOptions:
+    """What a user asks for besides the model itself."""
 
-    limits: Mapping[Tier, int]
+    device: Device
+    policy: Policy | None = None
+    """None: everything is chosen."""
+    rows: KindChoice = "auto"
+    order: Order = "zigzag"
+    kv_dtype: torch.dtype | None = None
+    """In which K and V are stored and attended to; None: the model's."""
+    limits: Mapping[Tier, int] = field(default_factory=dict)
     """Most bytes of the tiers that are named."""
     folder: Path | None = None
-    """For what is on disk; None: under the cache folder."""
+    """For everything on disk; None: under the cache folder."""
 
 
 @dataclass(frozen=True)
@@ -55,76 +64,105 @@ class Parts:
     """What an engine is made of."""
 
     loaded: LoadedModel
-    device: Device
     checked: CheckedModel
+    device: Device
     policy: ResolvedPolicy
     """With the realised shares of weights."""
-    plan: WeightPlan
-    space: Space
-    limits: Mapping[Tier, int]
-    """What the user allows."""
-    weights: WeightStore | None
-    """What brings weights to the device; None: all of them stay there."""
+    numerics: Numerics
+    kv_dtype: torch.dtype
+    plan: MemoryPlan
+    cache_bytes: Mapping[Tier, int]
+    """Room for K and V on each tier."""
+    scheduler: Scheduler
+    executor: SerialExecutor
     folder: Path
-    """For what is on disk; it may not exist."""
+    """For everything on disk; it may not exist."""
     meter: Meter
 
 
-def build(source: ModelSource, device: Device, policy: ResolvedPolicy, rows: KindChoice, placing: Placing) -> Parts:
-    """Plan, check, load and place a model.
+def build(source: ModelSource, options: EngineOptions) -> Parts:
+    """Make the parts of an engine.
 
     Raises:
         UnsupportedModel: If the model would be computed wrongly, or its layers cannot be placed as the policy says.
-        PolicyError: If the plan needs more memory than may be used.
+        PolicyError: If the plan needs more memory than may be used, or the policy asks for something impossible.
         CorruptFile: If files are missing or torn.
         DiskFull: If there is no space for what the plan puts on disk.
     """
-    whole = _empty(source)
-    folder = placing.folder or cache_folder() / "offload" / f"{source.digest()}-{str(source.dtype).removeprefix('torch.')}"
-    space = measure_space(device, placing, folder)
-    plan = plan_weights(whole, policy, space)
-    meter = Meter(device.torch_device)
-    if plan.is_resident:
-        loaded = _load_resident(source, plan, space, rows)
-        checked, weights = check_model(loaded, policy, rows), None
-    else:
-        logger.info("%s does not fit on the device: weights %s", source.name, plan.describe())
-        few = _check_first_layers(source, plan, space, policy, rows)
-        checked, loaded, weights = _load_offloaded(source, whole, plan, few, device, folder, meter)
-    log_choice(loaded, checked)
-    for tier, count in plan.resident_bytes.items():
+    blueprint = _draw(source, options)
+    placed = load_and_check(blueprint)
+    log_choice(placed.loaded, placed.checked)
+    device, plan, meter, folder = options.device, blueprint.plan, blueprint.meter, blueprint.folder
+    for tier, count in plan.weights.resident_bytes.items():
         meter.hold(tier, "resident weights", count)
-    placed = replace(policy, weights=plan.shares)
-    return Parts(loaded, device, checked, placed, plan, space, placing.limits, weights, folder, meter)
-
-
-def measure_space(device: Device, placing: Placing, folder: Path) -> Space:
-    """Return what may be used of each tier: what is free, and no more than the user allows."""
-    limits, free = placing.limits, free_space(device.torch_device, folder)
-    free["disk"] += sum(path.stat().st_blocks * 512 for path in folder.glob("*.slab"))  # what is written needs no more space
-    available = {tier: min(count, limits.get(tier, count)) for tier, count in free.items()}
-    if not device.own_memory and {"device", "host"} & limits.keys():
-        ram = limits.get("device", 0) + limits.get("host", 0)
-        available["device"] = available["host"] = min(free["host"], ram)
-    return Space(available, device.own_memory, limits)
-
-
-def free_space(device: torch.device, folder: Path) -> dict[Tier, int]:
-    """Bytes of each tier that are free now, without what any process takes as it goes on."""
-    free: dict[Tier, int] = {"device": free_bytes(device), "host": free_bytes(CPU.torch_device), "disk": _free_disk(folder)}
-    return free | {tier: max(0, free[tier] - PROCESS_BYTES) for tier in TIERS[:2]}
-
-
-def make_folder(folder: Path) -> None:
-    """Make the offload folder.
-
-    Raises:
-        FlexGenError: If it cannot be made.
-    """
+    policy = replace(blueprint.policy, weights=plan.weights.shares)
+    kv_dtype = options.kv_dtype or source.dtype
+    hidden = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FlexGenError(f"offload_folder {folder} cannot be created ({error}). Give another folder.") from error
+        if policy.cache[2] or policy.hidden[2]:
+            make_folder(folder)
+        left = plan.left(free_space(device, folder))
+        cache_bytes = plan.cache.capacities(left)
+        page_bytes = plan.page_bytes(placed.checked.verdict.cache_bytes_per_token)
+        storage = CacheStorage(cache_bytes, page_bytes, device=device, kv_dtype=kv_dtype, folder=folder, meter=meter)
+        keep_all = options.order != "zigzag"
+        rows, scheduler = make_rows(placed.checked, policy, storage, block_tokens=plan.block_tokens(left), keep_all=keep_all)
+        if policy.hidden != (1.0, 0.0, 0.0):
+            hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)
+    except BaseException:
+        if placed.weights is not None:
+            placed.weights.close()
+        raise
+    executor = (OverlappedExecutor if policy.overlap else SerialExecutor)(
+        rows, head_slice=policy.gpu_batch_size, order=options.order, weights=placed.weights, hidden=hidden, meter=meter
+    )
+    return Parts(
+        placed.loaded,
+        placed.checked,
+        device,
+        policy,
+        numerics_of(blueprint.weights, placed.checked, policy, device, kv_dtype),
+        kv_dtype,
+        plan,
+        cache_bytes,
+        scheduler,
+        executor,
+        folder,
+        meter,
+    )
+
+
+def numerics_of(
+    weights: WeightNumerics, checked: CheckedModel, policy: ResolvedPolicy, device: Device, kv_dtype: torch.dtype
+) -> Numerics:
+    """Return everything besides the job that decides the bits of an answer."""
+    on_host = device.is_gpu and policy.cpu_attention > 0 and policy.cache[1] > 0
+    return Numerics(
+        weights,
+        CacheNumerics(dtype_name(kv_dtype)),
+        RowNumerics(checked.kind, policy.gpu_batch_size, policy.gpu_batch_tokens),
+        MachineNumerics(device.torch_device.type, attention="host" if on_host else "device"),
+        NUMERICS_VERSION,
+    )
+
+
+def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
+    """Decide everything that can be decided before a weight is read."""
+    whole = _empty(source)
+    weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
+    folder = options.folder or _default_folder(weights)
+    policy = resolved(options.policy, options.device)
+    formats = plain_formats(whole)
+    shapes = shapes_of(whole, formats, options.kv_dtype or source.dtype)
+    plan = MemoryPlan.of(shapes, policy, measure_space(options.device, options.limits, folder))
+    meter = Meter(options.device.torch_device)
+    return Blueprint(source, whole, options.device, policy, options.rows, formats, plan, weights, folder, meter)
+
+
+def _default_folder(weights: WeightNumerics) -> Path:
+    """Return a folder that no other slabs share: everything that decides their bytes is in its name."""
+    identity = hashlib.sha256(json.dumps(slab_identity(weights), sort_keys=True).encode()).hexdigest()[:8]
+    return cache_folder() / "offload" / f"{weights.digest[:32]}-{weights.dtype}-{weights.scheme}-{identity}"
 
 
 def _empty(source: ModelSource) -> PreTrainedModel:
@@ -135,58 +173,3 @@ def _empty(source: ModelSource) -> PreTrainedModel:
         name = f"{source.name} ({whole.config.model_type})"
         raise UnsupportedModel(f"{name} cannot be run layer by layer: {error}. {ALTERNATIVE}") from error
     return whole
-
-
-def _load_resident(source: ModelSource, plan: WeightPlan, space: Space, rows: KindChoice) -> LoadedModel:
-    size = sum(plan.sizes.values())
-    if size > LARGE_BYTES:
-        _check_first_layers(source, plan, space, resolved(None, Device(source.device), few_requests=True), rows)
-        logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
-    return source.load()
-
-
-def _load_offloaded(
-    source: ModelSource,
-    whole: PreTrainedModel,
-    plan: WeightPlan,
-    few: tuple[Kind, Verdict, str | None],
-    device: Device,
-    folder: Path,
-    meter: Meter,
-) -> tuple[CheckedModel, LoadedModel, WeightStore | None]:
-    """Load a model of which the first layers were checked, layer by layer, to where the plan puts them."""
-    kind, verdict, not_packed = few
-    verdict = verdict.of_all_layers(layer_kinds(whole, layers_of(whole)))
-    identity = {"weights": source.digest(), "dtype": str(source.dtype), "transformers": library_version}
-    offloader = Offloader(plan, device=device, folder=folder, identity=identity)
-    try:
-        loaded = source.load(offloader)
-        model = RecordedModel(loaded.model, device=device.torch_device)
-        weights = offloader.store(loaded.model, model.layers, meter)
-    except BaseException:
-        offloader.close()
-        raise
-    return CheckedModel(kind, model, verdict, not_packed), loaded, weights
-
-
-def _check_first_layers(
-    source: ModelSource, plan: WeightPlan, space: Space, policy: ResolvedPolicy, rows: KindChoice
-) -> tuple[Kind, Verdict, str | None]:
-    """What `check_model` says of the first layers, of which nothing stays in memory."""
-    if space.own_memory and plan.first_layers_bytes + plan.checking_bytes > space.of("device"):
-        logger.info("%s: the first layers are checked on the CPU, since the device has no room for their copy", source.name)
-        source, policy = replace(source, device=CPU.torch_device), resolved(None, CPU, few_requests=True)
-    checked = check_model(source.first_layers(), policy, rows)
-    found = checked.kind, checked.verdict, checked.not_packed
-    del checked
-    gc.collect()
-    return_freed_memory()
-    return found
-
-
-def _free_disk(folder: Path) -> int:
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    try:
-        return shutil.disk_usage(existing).free
-    except OSError as error:
-        raise PolicyError(f"offload_folder {folder} cannot be used ({error}). Give another folder.") from error

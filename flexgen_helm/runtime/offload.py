@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.slab import Binding, pack
+from flexgen_helm.memory.slab import Binding, SlabFormat
 from flexgen_helm.memory.slab_folder import SlabFolder
 from flexgen_helm.memory.weight_store import Unit, WeightStore
 from flexgen_helm.model.embeddings import keep_on_host
-from flexgen_helm.policy.weight_plan import EMBEDDINGS, WeightPlan
+from flexgen_helm.policy.model_shapes import EMBEDDINGS
+from flexgen_helm.policy.weight_plan import WeightPlan
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,20 @@ logger = logging.getLogger(__name__)
 class Offloader:
     """Keeps the layers of a model that is being loaded (a `flexgen_helm.loading.assembly.LayerKeeper`)."""
 
-    def __init__(self, plan: WeightPlan, *, device: Device, folder: Path, identity: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        plan: WeightPlan,
+        formats: Mapping[int, SlabFormat],
+        *,
+        device: Device,
+        folder: Path,
+        identity: Mapping[str, str],
+    ) -> None:
         """Open the folder of slabs, and check its space, if the plan puts anything on disk.
 
         Args:
             plan: Where each part goes.
+            formats: How each part is stored; of layers, and of the output head where it has weights of its own.
             device: Where the matrices are multiplied.
             folder: For slabs on disk.
             identity: Of the weights; slabs of others are never used.
@@ -38,17 +48,17 @@ class Offloader:
             CorruptFile: If the folder holds slabs of other weights.
             DiskFull: If there is no space for those that are missing.
         """
-        self._plan, self._device = plan, device
+        self._plan, self._formats, self._device = plan, formats, device
         self._slabs: SlabFolder | None = None
         self._written: frozenset[int] = frozenset()
         if plan.on_disk:
-            self._slabs = SlabFolder(folder, identity, {j: plan.layouts[j] for j in plan.on_disk})
+            self._slabs = SlabFolder(folder, identity, {j: formats[j].stored for j in plan.on_disk})
             missing = self._slabs.missing()
             self._slabs.check_space(missing)
             self._written = frozenset(plan.on_disk) - set(missing)
             if missing:
                 logger.info("writing %s of %s slabs into %s", len(missing), len(plan.on_disk), folder)
-        self._host: dict[int, Tensor] = {}
+        self._stored: dict[int, Tensor] = {}
 
     def has(self, j: int) -> bool:
         """Whether layer j lies in a slab on disk already."""
@@ -56,21 +66,21 @@ class Offloader:
 
     def keep(self, j: int, layer: nn.Module) -> None:
         """Take a layer's weights to its tier."""
-        layout, tier = self._plan.layouts[j], self._plan.tiers[j]
-        binding = Binding(layer, layout)
+        form, tier = self._formats[j], self._plan.tiers[j]
+        binding = Binding(layer, form.bound)
         if j not in self._plan.streamed and not self._device.is_gpu:
             return  # where they are is where they are used
-        memory = allocate(layout.num_bytes, pin=self._device.is_gpu and tier == "host")
-        pack(layer, layout, memory)
-        if tier == "device":
+        memory = allocate(form.stored.num_bytes, pin=self._device.is_gpu and tier == "host")
+        form.pack(layer, memory)
+        if tier == "device" and form.in_place:
             binding.bind(memory.to(self._device.torch_device))
             return
         binding.to_meta()
-        if tier == "host":
-            self._host[j] = memory
-        else:
+        if tier == "disk":
             assert self._slabs is not None
             self._slabs.write(j, memory)
+        else:
+            self._stored[j] = memory.to(self._device.torch_device) if tier == "device" else memory
 
     def store(self, model: PreTrainedModel, layers: list[nn.Module], meter: Meter) -> WeightStore | None:
         """Make what brings streamed parts to the device, once the model is loaded; None if everything stays there."""
@@ -86,8 +96,10 @@ class Offloader:
             if not self.has(head):
                 self.keep(head, output)
             else:
-                Binding(output, plan.layouts[head]).to_meta()
-        units = {j: Unit(Binding(modules[j], plan.layouts[j]), self._host.get(j)) for j in plan.streamed}
+                Binding(output, self._formats[head].bound).to_meta()
+        units = {
+            j: Unit(Binding(modules[j], self._formats[j].bound), self._formats[j], self._stored.get(j)) for j in plan.streamed
+        }
         return WeightStore(units, device=self._device, num_slots=plan.num_slots, source=self._slabs, meter=meter)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from helm.benchmark.adaptation.adapter_spec import AdapterSpec
@@ -24,7 +25,21 @@ from helm.benchmark.scenarios.scenario import (
 from helm.benchmark.window_services.local_window_service import LocalWindowService
 
 from flexgen_helm.errors import FlexGenError, InvalidJob
-from flexgen_helm.types import Completion, EngineInfo, FinishReason, Job, ResolvedPolicy, Result, RunStats, SweepStats
+from flexgen_helm.types import (
+    CacheNumerics,
+    Completion,
+    EngineInfo,
+    FinishReason,
+    Job,
+    MachineNumerics,
+    Numerics,
+    ResolvedPolicy,
+    Result,
+    RowNumerics,
+    RunStats,
+    SweepStats,
+    WeightNumerics,
+)
 
 REFUSED = "never"
 """A prompt with this word is an invalid job for the fake engine."""
@@ -32,12 +47,18 @@ POLICY = ResolvedPolicy(gpu_batch_size=64, gpu_batch_tokens=512)
 OUTPUTS = ("yes", "no", "maybe")
 
 
+def numerics_of(weights: str, version: int = 1) -> Numerics:
+    """Numerics of an engine on a CPU, whose weights have this digest."""
+    rows = RowNumerics("packed", POLICY.gpu_batch_size, POLICY.gpu_batch_tokens)
+    return Numerics(WeightNumerics(weights, "float32"), CacheNumerics("float32"), rows, MachineNumerics("cpu"), version)
+
+
 class FakeEngine:
     """Tokens are letters, and the answer to a prompt is its last line backwards and then a line that nobody wants."""
 
     def __init__(self, arguments: dict[str, Any], *, version: int = 1) -> None:
         self.arguments = arguments
-        self.numerics: dict[str, str | int] = {"weights": arguments["name_or_path"], "version": version}
+        self.numerics = numerics_of(arguments["name_or_path"], version)
         self.stats = RunStats()
         self.runs: list[list[Job]] = []
         self.submitted: list[Job] = []
@@ -90,13 +111,10 @@ class FakeEngine:
         return future
 
     def describe(self) -> EngineInfo:
-        return EngineInfo(POLICY, dict(self.numerics), 32.0, 32.0, {"device": 4, "host": 0, "disk": 0})
+        return EngineInfo(POLICY, self.numerics, 32.0, 32.0, {"device": 4, "host": 0, "disk": 0})
 
-    def roofline_efficiency(self, stats: RunStats) -> float | None:
-        if not stats.num_jobs:
-            return None
-        stats.limit_seconds = stats.seconds / 2
-        return 0.5
+    def with_limit(self, stats: RunStats) -> RunStats:
+        return replace(stats, limit_seconds=stats.seconds / 2) if stats.num_jobs else stats
 
     def close(self) -> None:
         self.closed = True

@@ -7,6 +7,7 @@ import resource
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from flexgen_helm.errors import DiskFull, FlexGenError
 from flexgen_helm.helm import pausing, registry
 from flexgen_helm.helm.journal import FOLDER
 from flexgen_helm.helm.run_record import RUN_FILE, WORKLOAD_FILE
-from flexgen_helm.types import EngineInfo, Policy, ResolvedPolicy, Result
+from flexgen_helm.types import EngineInfo, Policy, ResolvedPolicy, Result, RowNumerics
 from tests.helm.conftest import RunSuite
-from tests.helm.fakes import POLICY, FakeEngine, FakeLoader, run_spec
+from tests.helm.fakes import POLICY, FakeEngine, FakeLoader, numerics_of, run_spec
 from tests.helm.files import FILES, completed, read, timeless
 
 NO_CACHE = {"sqlite_cache_backend_config": None}
@@ -136,7 +137,8 @@ def test_a_resumed_run_keeps_its_row_sizes(run_suite: RunSuite, loader: FakeLoad
     )
     with monkeypatch.context() as patch:
         for policy, specs in ((begun, SPECS), (other, SPECS[:2])):
-            info = EngineInfo(policy, {}, 32.0, 32.0, {})
+            rows = RowNumerics("packed", policy.gpu_batch_size, policy.gpu_batch_tokens)
+            info = EngineInfo(policy, replace(numerics_of("letters"), rows=rows), 32.0, 32.0, {})
             patch.setattr(FakeEngine, "describe", lambda self, info=info: info)
             with killed_after(patch, 2):
                 run_suite(specs, execution=NO_CACHE)
@@ -195,7 +197,7 @@ def test_report_of_a_run(run_suite: RunSuite, loader: FakeLoader) -> None:
     assert report["model"] == "letters"
     assert report["variant"] is None
     assert report["policy"] == json.loads(json.dumps(vars(POLICY)))
-    assert report["numerics"]["weights"] == "letters"
+    assert report["numerics"]["weights"]["digest"] == "letters"
     assert (report["bits_per_weight"], report["bits_per_cache_element"]) == (32.0, 32.0)
     assert set(report["weight_bytes"]) == {"device", "host", "disk"}
     assert report["requests"] == {"total": 3, "computed": 3}
@@ -266,7 +268,7 @@ def test_a_figure_that_cannot_be_measured_loses_no_answers(
     def out_of_memory(*_: Any) -> float:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(FakeEngine, "roofline_efficiency", out_of_memory)
+    monkeypatch.setattr(FakeEngine, "with_limit", out_of_memory)
     suite = run_suite(SPECS[:1])
     assert read(suite, "generation", RUN_FILE)["measured"]["roofline_efficiency"] is None
 

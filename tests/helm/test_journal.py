@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import pytest
 from flexgen_helm.errors import DiskFull, FlexGenError
 from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.requests import Response, StoredCompletion
+from flexgen_helm.types import RowNumerics
 
 RUNS = ["one", "two"]
+ROWS = RowNumerics("packed", 64, 512)
 
 
 def response(number: int) -> Response:
@@ -43,16 +46,16 @@ def test_answers_are_there_for_the_next_process(tmp_path: Path) -> None:
     with Journal(tmp_path, RUNS) as journal:
         for number in range(3):
             journal.append(f"key {number}", response(number))
-        journal.note_row_sizes("flexgen/a/b", {"gpu_batch_size": 64})
+        journal.note_rows("flexgen/a/b", ROWS)
     with Journal(tmp_path, reversed(RUNS)) as journal:
         assert all(same(journal.lookup(f"key {number}"), response(number)) for number in range(3))
         assert journal.lookup("key 3") is None
-        assert journal.row_sizes("flexgen/a/b") == {"gpu_batch_size": 64}
-        assert journal.row_sizes("flexgen/a/c") is None
+        assert journal.rows("flexgen/a/b") == asdict(ROWS)
+        assert journal.rows("flexgen/a/c") == {}
     # Row sizes are this command's, answers are anybody's.
     with Journal(tmp_path, ["another"]) as journal:
         assert same(journal.lookup("key 0"), response(0))
-        assert journal.row_sizes("flexgen/a/b") is None
+        assert journal.rows("flexgen/a/b") == {}
 
 
 def test_a_record_torn_anywhere_costs_only_itself(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def test_no_engine_is_loaded_where_every_answer_is_known(run_suite: RunSuite, lo
     assert len(loader.engines) == 1
     reports = [read(suite, "generation", RUN_FILE) for suite in (first, second)]
     assert [report["requests"] for report in reports] == [{"total": 3, "computed": 3}, {"total": 3, "cached": 3}]
-    assert [report["numerics"] for report in reports] == [loader.engine.numerics] * 2
+    assert [report["numerics"] for report in reports] == [asdict(loader.engine.numerics)] * 2
     # What is missing is computed, and only that.
     more = spec(words="apple pear plum fig cherry", max_eval_instances=5)
     assert attempts_of_another_process(run_suite, loader, more) == 1

@@ -19,6 +19,7 @@ from flexgen_helm.errors import InvalidJob
 from flexgen_helm.generation.prepare import prepare
 from flexgen_helm.helm.requests import Timing, cache_key, failure, stable_seed, to_job, to_request_result, to_response
 from flexgen_helm.types import Completion, Job, Result, TokenLogprob
+from tests.helm.fakes import numerics_of
 
 CHAT = [{"role": "user", "content": "Hi"}]
 TIMING = Timing(started=1_700_000_000.9, seconds=8.0, batch_size=4)
@@ -178,7 +179,7 @@ def test_candidates_are_kept_in_the_cache() -> None:
 
 def test_cache_key_holds_numerics_and_all_that_changes_an_answer() -> None:
     base = request(stop_sequences=["\n"])
-    numerics: dict[str, str | int] = {"weights": "aa", "gpu_batch_size": 64}
+    numerics = numerics_of("aa")
     others = [
         replace(base, prompt="Other"),
         replace(base, max_tokens=6),
@@ -193,10 +194,10 @@ def test_cache_key_holds_numerics_and_all_that_changes_an_answer() -> None:
         replace(base, prompt="", messages=[*CHAT, {"role": "assistant", "content": "Hi"}]),
     ]
     keys = [cache_key(asked, to_job(asked), numerics) for asked in (base, *others)]
-    keys.append(cache_key(base, to_job(base), {**numerics, "weights": "bb"}))
-    keys.append(cache_key(base, to_job(base), {**numerics, "gpu_batch_size": 16}))
+    keys.append(cache_key(base, to_job(base), numerics_of("bb")))
+    keys.append(cache_key(base, to_job(base), replace(numerics, rows=replace(numerics.rows, gpu_batch_size=16))))
     assert all(keys[i] != keys[j] for i in range(len(keys)) for j in range(i))
-    assert cache_key(base, to_job(base), dict(numerics)) == keys[0]
+    assert cache_key(base, to_job(base), numerics_of("aa")) == keys[0]
 
 
 def test_a_message_has_helms_words_for_fields_and_leaves_everything_else() -> None:

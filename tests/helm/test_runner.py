@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -129,7 +130,7 @@ def test_cached_answers_are_not_computed_again(run_suite: RunSuite, loader: Fake
 
 def test_answers_of_other_numerics_are_not_served(run_suite: RunSuite, loader: FakeLoader) -> None:
     run_suite([run_spec()])
-    loader.engine.numerics["version"] = 2
+    loader.engine.numerics = replace(loader.engine.numerics, engine=2)
     run_suite([run_spec()])
     assert [len(jobs) for jobs in loader.engine.runs] == [3, 3]
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from flexgen_helm import Engine, Job, UnsupportedModel
 from flexgen_helm.loading import assembly
 from flexgen_helm.loading.checkpoint import StoredTensor
-from flexgen_helm.runtime import building
+from flexgen_helm.runtime import load_model
 from tests.dimensions import VOCAB_SIZE
 from tests.models import FAMILIES, SINGLE, Family, SingleFamily, save_tiny
 from tests.workbench import POLICY
@@ -36,7 +36,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[StoredTensor]:
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(StoredTensor, "to", to)
-    monkeypatch.setattr(building, "LARGE_BYTES", 0)
+    monkeypatch.setattr(load_model, "LARGE_BYTES", 0)
     monkeypatch.setattr(assembly, "FEW_TOKENS", FEW_TOKENS)
     return tensors
 

@@ -1,8 +1,9 @@
-"""Plans of weights: shares that are real to within a layer, limits that hold before anything is allocated."""
+"""Memory plans: shares that are real to within a layer, limits that hold before anything is allocated."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -17,8 +18,12 @@ from flexgen_helm.memory.amounts import parse_max_memory, parse_size
 from flexgen_helm.memory.staging import NUM_BUFFERS
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.memory.working_set import TRANSFER_BYTES
-from flexgen_helm.policy.memory_plan import CACHE_SHARE, cache_capacities, exceeded, plan_weights
-from flexgen_helm.policy.weight_plan import EMBEDDINGS, Space
+from flexgen_helm.policy.cache_plan import CACHE_SHARE, CachePlan
+from flexgen_helm.policy.memory_plan import MemoryPlan
+from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
+from flexgen_helm.policy.shapes_of_model import shapes_of
+from flexgen_helm.policy.space import Space
+from flexgen_helm.runtime.load_model import plain_formats
 from flexgen_helm.types import TIERS, ResolvedPolicy, RunStats, Shares, Tier
 
 GIB = 2**30
@@ -30,6 +35,15 @@ def model() -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIG)
     return model
+
+
+@functools.cache
+def shapes(model: PreTrainedModel) -> ModelShapes:
+    return shapes_of(model, plain_formats(model), torch.float32)
+
+
+def plan_of(model: PreTrainedModel, policy: ResolvedPolicy, space: Space) -> MemoryPlan:
+    return MemoryPlan.of(shapes(model), policy, space)
 
 
 def policy(**fields: Any) -> ResolvedPolicy:
@@ -55,31 +69,31 @@ def test_shares_are_real_to_within_one_part_everywhere(parts: list[int], sizes: 
 
 
 def test_realised_shares_are_close_to_those_of_the_policy(model: PreTrainedModel) -> None:
-    plan = plan_weights(model, policy(weights=(0.2, 0.5, 0.3)), space(10))
-    layer = plan.layouts[0].num_bytes / sum(plan.sizes.values())
-    assert plan.shares == pytest.approx((0.2, 0.5, 0.3), abs=layer)
-    assert sum(plan.weight_bytes.values()) >= sum(p.nbytes for p in model.parameters())
-    assert plan.streamed == [j for j in range(21) if plan.tiers[j] != "device"]
-    assert plan.tiers[EMBEDDINGS] != "disk"
+    plan = plan_of(model, policy(weights=(0.2, 0.5, 0.3)), space(10))
+    layer = plan.shapes.bound_bytes[0] / plan.shapes.total_bytes
+    assert plan.weights.shares == pytest.approx((0.2, 0.5, 0.3), abs=layer)
+    assert sum(plan.weights.weight_bytes.values()) >= sum(p.nbytes for p in model.parameters())
+    assert plan.weights.streamed == [j for j in range(21) if plan.weights.tiers[j] != "device"]
+    assert plan.weights.tiers[EMBEDDINGS] != "disk"
 
 
 def test_without_a_device_memory_only_the_disk_is_streamed(model: PreTrainedModel) -> None:
-    plan = plan_weights(model, policy(weights=(0.2, 0.5, 0.3)), space(10, own_memory=False))
-    assert plan.streamed == plan.on_disk == [j for j in range(21) if plan.tiers[j] == "disk"]
+    plan = plan_of(model, policy(weights=(0.2, 0.5, 0.3)), space(10, own_memory=False))
+    assert plan.weights.streamed == plan.weights.on_disk == [j for j in range(21) if plan.weights.tiers[j] == "disk"]
 
 
 def test_a_model_that_fits_stays_whole(model: PreTrainedModel) -> None:
-    plan = plan_weights(model, policy(), space(10))
-    assert plan.shares == (1.0, 0.0, 0.0)
-    assert plan.streamed == []
+    plan = plan_of(model, policy(), space(10))
+    assert plan.weights.shares == (1.0, 0.0, 0.0)
+    assert plan.weights.streamed == []
 
 
 @pytest.mark.parametrize("own_memory", [True, False])
 def test_without_a_cache_weights_fill_the_device_then_the_host_then_the_disk(model: PreTrainedModel, own_memory: bool) -> None:
     size = sum(p.nbytes for p in model.parameters())
     small = Space({"device": size // 2, "host": size // 2, "disk": 100 * GIB}, own_memory)
-    plan = plan_weights(model, policy(cache=(0, 0, 1)), small)
-    assert plan.weight_bytes["disk"] > 0
+    plan = plan_of(model, policy(cache=(0, 0, 1)), small)
+    assert plan.weights.weight_bytes["disk"] > 0
     for tier, peak in plan.peak_bytes.items():
         assert size / 4 < peak <= small.of(tier)
 
@@ -88,11 +102,11 @@ def test_a_full_cache_comes_before_weights(model: PreTrainedModel) -> None:
     """One more sequence saves a share of all sweeps, one more layer only of what is read in each."""
     size = sum(p.nbytes for p in model.parameters())
     small = Space({"device": size // 2, "host": size // 2, "disk": 100 * GIB}, False)
-    plan = plan_weights(model, policy(), small)
+    plan = plan_of(model, policy(), small)
     left = small.of("host") - plan.peak_bytes["host"]
-    assert plan.weight_bytes["host"] < left
-    few = plan_weights(model, policy(gpu_batch_size=1, num_gpu_batches=1), small)
-    assert few.weight_bytes["host"] > size / 8
+    assert plan.weights.weight_bytes["host"] < left
+    few = plan_of(model, policy(gpu_batch_size=1, num_gpu_batches=1), small)
+    assert few.weights.weight_bytes["host"] > size / 8
 
 
 @settings(deadline=None)
@@ -108,10 +122,10 @@ def test_automatic_shares_fit_wherever_the_disk_alone_does(
     small = Space({"device": sizes[0] * 2**20, "host": sizes[1] * 2**20, "disk": 100 * GIB}, own_memory)
     chosen = policy(prefetch=prefetch, cache=cache)
     try:
-        plan_weights(model, dataclasses.replace(chosen, weights=(0.0, 0.0, 1.0)), small)
+        plan_of(model, dataclasses.replace(chosen, weights=(0.0, 0.0, 1.0)), small)
     except PolicyError:
         return
-    plan = plan_weights(model, chosen, small)
+    plan = plan_of(model, chosen, small)
     assert all(count <= small.of(tier) for tier, count in plan.peak_bytes.items())
 
 
@@ -124,7 +138,7 @@ def test_what_does_not_fit_is_an_error_with_numbers(model: PreTrainedModel, weig
     pool = "disk space" if tier == "disk" else f"{tier} memory"
     asked = re.escape(f"weights={tuple(map(float, weights))}")
     with pytest.raises(PolicyError, match=rf"{asked} needs 0.3\d GiB of {pool}, but 0.11 GiB are free.*Weights: \d") as refused:
-        plan_weights(model, policy(weights=weights), Space(available, True))
+        plan_of(model, policy(weights=weights), Space(available, True))
     assert "prefetch" not in str(refused.value)
     assert "cache" not in str(refused.value)
 
@@ -144,7 +158,7 @@ def test_on_a_cpu_there_is_one_memory_and_the_message_says_who_limits_it(
 ) -> None:
     small = Space({"device": 20 << 20, "host": 20 << 20, "disk": 100 * GIB}, False, {t: n << 20 for t, n in limits.items()})
     with pytest.raises(PolicyError, match=rf"The least that this model runs in is .* of memory, but {words}\. ") as refused:
-        plan_weights(model, policy(), small)
+        plan_of(model, policy(), small)
     assert not re.search("device|host|weights=", str(refused.value))
 
 
@@ -156,36 +170,36 @@ def test_what_is_called_the_least_is_enough_and_no_byte_less(
     plain = policy(**{**fields, "weights": None, "prefetch": 1})
     least = least_of(model, plain, own_memory)
     enough = Space({"device": least["host"], **least, "disk": 100 * GIB}, own_memory)
-    plan_weights(model, plain, enough)
+    plan_of(model, plain, enough)
     for tier in TIERS[:2] if own_memory else TIERS[1:2]:
         less = Space({**enough.available, tier: least[tier] - 1}, own_memory)
         with pytest.raises(PolicyError, match="The least that this model runs in"):
-            plan_weights(model, policy(**fields), less)
+            plan_of(model, policy(**fields), less)
 
 
 def least_of(model: PreTrainedModel, policy: ResolvedPolicy, own_memory: bool) -> dict[Tier, int]:
     """Returns the least memory that a placement of whole layers needs, of all placements that are tried."""
     found = []
     for parts in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.5, 0.5), (0.5, 0.0, 0.5)):
-        peak = plan_weights(model, dataclasses.replace(policy, weights=parts), space(100, own_memory=own_memory)).peak_bytes
+        peak = plan_of(model, dataclasses.replace(policy, weights=parts), space(100, own_memory=own_memory)).peak_bytes
         found.append({tier: peak[tier] for tier in TIERS[:2] if tier in peak})
     return min(found, key=lambda peak: sum(peak.values()))
 
 
 def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
     chosen = policy(weights=(0, 0, 1), prefetch=3)
-    plan = plan_weights(model, chosen, space(10))
-    largest = max(layout.num_bytes for layout in plan.layouts.values())
-    assert plan.needed_bytes["device"] == 4 * largest
-    assert plan.needed_bytes["host"] == plan.sizes[EMBEDDINGS] + 4 * largest
+    plan = plan_of(model, chosen, space(10))
+    largest = max(plan.shapes.bound_bytes.values())
+    assert plan.weights.needed_bytes["device"] == 4 * largest
+    assert plan.weights.needed_bytes["host"] == plan.shapes.stored_bytes[EMBEDDINGS] + 4 * largest
     peak = plan.peak_bytes
-    assert peak["device"] == 4 * largest + plan.working_bytes + plan.cache_room["device"]
-    assert peak["host"] == plan.needed_bytes["host"]
+    assert peak["device"] == 4 * largest + plan.working_bytes + plan.cache.least_bytes["device"]
+    assert peak["host"] == plan.weights.needed_bytes["host"]
     exact = Space(peak, True)
-    assert plan_weights(model, chosen, exact).needed_bytes == plan.needed_bytes
+    assert plan_of(model, chosen, exact).weights.needed_bytes == plan.weights.needed_bytes
     for tier in TIERS:
         with pytest.raises(PolicyError, match=f"of {tier}"):
-            plan_weights(model, chosen, Space({**peak, tier: peak[tier] - 1}, True))
+            plan_of(model, chosen, Space({**peak, tier: peak[tier] - 1}, True))
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)
@@ -202,7 +216,7 @@ def test_capacities_keep_shares_and_fit(
     mib: dict[Tier, int] = dict(zip(TIERS, (count << 20 for count in left), strict=True))
     if not own_memory:
         mib["device"] = mib["host"]
-    found = cache_capacities(shares, mib, own_memory=own_memory, num_layers=num_layers, rows_at_once=rows_at_once)
+    found = CachePlan(shares, 1, num_layers, rows_at_once, own_memory).capacities(mib)
     total = sum(found.values())
     assert [found[tier] for tier in TIERS] == pytest.approx([share * total for share in shares], abs=len(TIERS))
     ram: Tier = "device" if own_memory else "host"
@@ -232,8 +246,9 @@ def test_limits_that_make_no_sense_are_refused(given: Any) -> None:
 
 
 @pytest.mark.parametrize(("held", "said"), [(100, None), (101, "of host memory, where max_memory allows")])
-def test_what_was_held_beyond_a_limit_is_said(held: int, said: str | None) -> None:
+def test_what_was_held_beyond_a_limit_is_said(model: PreTrainedModel, held: int, said: str | None) -> None:
     stats = RunStats(tier_peak_bytes={"host": held})
-    found = exceeded({"host": 100}, stats, {"device": 0, "host": held, "disk": 0}, own_memory=True)
+    limited = Space(dict.fromkeys(TIERS, 100 * GIB), True, {"host": 100})
+    found = plan_of(model, policy(), limited).exceeded(stats)
     assert (said is None) == (found is None)
     assert (said or "") in (found or "")

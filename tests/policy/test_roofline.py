@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from flexgen_helm import Engine, Job
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.machine.disk_rate import disk_rates
-from flexgen_helm.policy.roofline import LayerSizes, Rates, layer_sizes, measure_rates, note_limit, sweep_seconds
-from flexgen_helm.types import LINKS, ResolvedPolicy, RunStats, SweepStats
+from flexgen_helm.machine.rates import Rates, measure_rates
+from flexgen_helm.policy.roofline import LayerSizes, layer_sizes, sweep_seconds, with_limit
+from flexgen_helm.types import LINKS, RunStats, SweepStats
 from tests.models import save_tiny
 
 SHAPE: dict[str, Any] = {
@@ -79,7 +81,7 @@ def test_a_sweep_takes_as_long_as_its_slowest_resource() -> None:
     assert seconds["disk_read"] == (200 + 150) / 80  # weights once, though they were read twice
     assert seconds["host_to_device"] == (300 + 200 + 100) / 100
     stats = RunStats(per_sweep=[prefill, decode, decode])
-    note_limit(stats, sizes, rates)
+    stats = with_limit(stats, sizes, rates)
     assert stats.limit_seconds == pytest.approx(10.004 + 2 * 1800 / 200)
     assert stats.least_seconds["cpu_attention"] == 2 * 1800 / 200
     assert stats.least_seconds["products"] == pytest.approx(10.004 + 2 * 0.044)
@@ -112,16 +114,16 @@ def test_weights_are_hidden_from_the_break_even_block_on(
 
 
 def test_only_what_a_run_used_is_measured(tmp_path: Path) -> None:
-    cpu, sizes = torch.device("cpu"), LayerSizes(1000, 500)
-    policy = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64)
-    rates = measure_rates(cpu, torch.float32, sizes=sizes, policy=policy, stats=RunStats(), folder=tmp_path)
+    measure = partial(
+        measure_rates, torch.device("cpu"), torch.float32, matrix=(1024, 1024), prefill_tokens=64, decode_tokens=16
+    )
+    rates = measure(used=(), folder=tmp_path)
     assert 1e8 < rates.decode < 1e15
     assert 1e8 < rates.prefill < 1e15
     assert 1e8 < rates.read < 1e13
     links = ("host_to_device", "device_to_host", "disk_read", "disk_write", "cpu_attention")
     assert {getattr(rates, link) for link in links} == {math.inf}
-    everything = RunStats(bytes_moved=dict.fromkeys((*LINKS, "cpu_attention"), 1))
-    rates = measure_rates(cpu, torch.float32, sizes=sizes, policy=policy, stats=everything, folder=tmp_path)
+    rates = measure(used=(*LINKS, "cpu_attention"), folder=tmp_path)
     assert all(0 < getattr(rates, link) < math.inf for link in links)  # how fast is the machine's affair
     assert not list(tmp_path.iterdir())
 
@@ -134,9 +136,9 @@ def test_a_disk_without_space_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_no_run_is_faster_than_its_limit(family: str, tmp_path: Path) -> None:
     with Engine.from_pretrained(str(save_tiny(family, tmp_path))) as engine:
-        assert engine.roofline_efficiency(engine.stats) is None
+        assert engine.with_limit(engine.stats).roofline_efficiency is None
         engine.run([Job(token_ids=range(3, 40), max_new_tokens=4)])
-        share = engine.roofline_efficiency(engine.stats)
+        share = engine.with_limit(engine.stats).roofline_efficiency
         assert share is not None
         assert 0 < share < 1
         info = engine.describe()

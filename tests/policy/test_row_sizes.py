@@ -18,11 +18,11 @@ from flexgen_helm.helm.deployment import parse_arguments
 from flexgen_helm.helm.registry import load_engine
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.policy.row_sizes import resolved
-from flexgen_helm.types import ResolvedPolicy
+from flexgen_helm.types import Numerics, ResolvedPolicy
 from tests.jobs import fixed_mix
 from tests.models import save_tiny
 
-Answers = tuple[dict[str, str | int], list[Result]]
+Answers = tuple[Numerics, list[Result]]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_few_requests_get_small_rows_whatever_the_placement(placement: dict[st
     client = from_yaml(folder, placement, tmp_path, few_requests=True)
     command = from_command_line(folder, placement, tmp_path, few_requests=True)
     assert client == command
-    assert (client[0]["gpu_batch_size"], client[0]["gpu_batch_tokens"]) == (16 * torch.get_num_threads(), 64)
+    assert (client[0].rows.gpu_batch_size, client[0].rows.gpu_batch_tokens) == (16 * torch.get_num_threads(), 64)
 
 
 @pytest.mark.parametrize(("few_requests", "sizes"), [(False, (64, 512)), (True, (16, 64))])

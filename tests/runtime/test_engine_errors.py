@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from flexgen_helm import Engine, Job, Result
 from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob, JobFailed, OutOfSpace
 from flexgen_helm.memory.pages import PAGE_TOKENS
-from flexgen_helm.policy.memory_plan import CACHE_SHARE
+from flexgen_helm.policy.cache_plan import CACHE_SHARE
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.types import TIERS
 from tests.dimensions import MAX_LENGTH, VOCAB_SIZE
@@ -184,7 +184,7 @@ def test_completions_that_never_fit_together_fail_alone(
     tokens = length + new + PAGE_TOKENS
     memory = 3 * verdict.cache_bytes_per_sequence + 2 * tokens * verdict.cache_bytes_per_token
     monkeypatch.setattr(
-        "flexgen_helm.runtime.engine.left_bytes", lambda *_: dict.fromkeys(TIERS, math.ceil(memory / CACHE_SHARE))
+        "flexgen_helm.policy.memory_plan.MemoryPlan.left", lambda *_: dict.fromkeys(TIERS, math.ceil(memory / CACHE_SHARE))
     )
     jobs = [Job(token_ids=(5,) * length, max_new_tokens=new, temperature=1.0, seed=seed) for seed in range(8)]
     with Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY) as small:
@@ -221,7 +221,7 @@ def test_jobs_wait_for_memory_and_one_that_never_fits_is_refused(
     sweeps = engine.stats.sweeps
     memory = 2 * (verdict.cache_bytes_per_sequence + (MAX_PROMPT + MAX_NEW + PAGE_TOKENS) * verdict.cache_bytes_per_token)
     monkeypatch.setattr(
-        "flexgen_helm.runtime.engine.left_bytes", lambda *_: dict.fromkeys(TIERS, math.ceil(memory / CACHE_SHARE))
+        "flexgen_helm.policy.memory_plan.MemoryPlan.left", lambda *_: dict.fromkeys(TIERS, math.ceil(memory / CACHE_SHARE))
     )
     long = Job(token_ids=(5,) * 300, max_new_tokens=2)
     several = Job(token_ids=(5,) * MAX_PROMPT, max_new_tokens=300, num_completions=5, temperature=1.0)

@@ -34,7 +34,7 @@ def test_packed_rows_refuse_by_name_and_reason(bench: Workbench, family: str) ->
 def test_single_rows_are_chosen_in_one_line(bench: Workbench, family: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="flexgen_helm")
     with Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY) as engine:
-        assert engine.rows == engine.numerics["rows"] == "single"
+        assert engine.rows == engine.numerics.rows.kind == "single"
     (line,) = [record.getMessage() for record in caplog.records if "single rows" in record.getMessage()]
     assert re.search(SINGLE[family].reason, line)
     assert f"({family})" in line

@@ -26,7 +26,8 @@ ON_DISK = Policy(gpu_batch_size=16, gpu_batch_tokens=32, block_tokens=96, weight
 
 
 def load(bench: Workbench, offload: Path, policy: Policy = ON_DISK, **arguments: Any) -> Engine:
-    return Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=policy, offload_folder=offload, **arguments)
+    arguments = {"device": "cpu", "policy": policy, "offload_folder": offload, **arguments}
+    return Engine.from_pretrained(str(bench.folder("llama")), **arguments)
 
 
 def slabs(offload: Path) -> list[Path]:
@@ -165,7 +166,7 @@ def test_shares_are_reported_and_peaks_compared_with_limits(
         assert engine.stats.tier_peak_bytes["disk"] == info.weight_bytes["disk"]
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert any("on the disk" in record.getMessage() for record in caplog.records)
-        engine._parts.limits["host"] = 1000  # type: ignore[index]
+        engine._parts.plan.space.limits["host"] = 1000  # type: ignore[index]
         engine.run(JOBS)
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
@@ -176,9 +177,10 @@ def test_layers_too_large_for_the_device_are_checked_on_the_cpu(
     bench: Workbench, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check of a 16-bit model needs three times its layers: more than where they are computed one at a time."""
-    monkeypatch.setattr("flexgen_helm.policy.memory_plan.checking_bytes", lambda *_: 2**60)
+    expected = bench.engine("llama").run(JOBS)
+    monkeypatch.setattr("flexgen_helm.policy.working_memory.checking_bytes", lambda *_: 2**60)
     with caplog.at_level(logging.INFO), load(bench, tmp_path, device=OWN_MEMORY) as engine:
-        assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
+        assert engine.run(JOBS) == expected
     assert any("checked on the CPU" in record.getMessage() for record in caplog.records)
     with pytest.raises(PolicyError, match=r"are free.*self-check at load about 1073741824.00 GiB"):
         load(bench, tmp_path)
@@ -216,7 +218,7 @@ def test_a_sweep_that_was_given_up_leaves_slots_and_buffers_usable(
 
 def test_slabs_that_are_there_need_no_space(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(bench, tmp_path).close()
-    monkeypatch.setattr("flexgen_helm.runtime.building._free_disk", lambda folder: 0)
+    monkeypatch.setattr("flexgen_helm.runtime.free_space.free_disk_bytes", lambda folder: 0)
     with load(bench, tmp_path) as engine:
         assert engine.run(JOBS) == bench.engine("llama").run(JOBS)
 

@@ -52,8 +52,8 @@ MUTANTS = (
     Mutant(
         name="journal-row-sizes-forgotten",
         file="flexgen_helm/helm/journal.py",
-        old="return self._row_sizes.get(deployment)",
-        new="return None",
+        old="return self._rows.get(deployment, {})",
+        new="return {}",
         tests=(JOURNAL,),
         why="a resumed command finds none of its answers",
     ),

@@ -1,0 +1,134 @@
+"""Rates that this machine reaches: matrix products, memory, links, attention on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from flexgen_helm.machine.disk_rate import disk_rates
+
+MEASURED_SECONDS = 0.3
+ROUND_SECONDS = 0.005
+READ_BYTES = 2**27
+"""Larger than the caches of a processor, so that memory is what is measured."""
+NUM_CACHES, NUM_KV_HEADS, NUM_KEYS, HEAD_DIM = 16, 8, 1024, 128
+"""Of measured attention: a decode step of 16 sequences, whose K and V are larger than a processor's caches."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one machine reached in a fraction of a second; infinite where nothing was asked of it. Bytes are per second."""
+
+    prefill: float
+    """Floating-point operations per second of a matrix product with as many tokens as a prefill row has."""
+    decode: float
+    """The same with as many as a decode row has."""
+    read: float
+    """Bytes that are read from the memory in which the device multiplies."""
+    host_to_device: float = math.inf
+    device_to_host: float = math.inf
+    disk_read: float = math.inf
+    disk_write: float = math.inf
+    cpu_attention: float = math.inf
+    """Bytes of K and V that attention reads on the CPU."""
+
+
+def measure_rates(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    matrix: tuple[int, int],
+    prefill_tokens: int,
+    decode_tokens: int,
+    used: Collection[str],
+    folder: Path | None,
+) -> Rates:
+    """Measure what a run used, each for a fraction of a second, by the threads of this process; all but the disk only once.
+
+    Args:
+        device: Where the matrices were multiplied.
+        dtype: Of the weights.
+        matrix: Outputs and inputs of the matrix whose products are measured.
+        prefill_tokens: Tokens of a prefill row.
+        decode_tokens: Tokens of a decode row.
+        used: Resources that moved bytes, and "cpu_attention" if the CPU attended.
+        folder: On the disk; None where the run used none.
+
+    Raises:
+        FlexGenError: If the disk cannot be measured.
+    """
+    rates = {
+        "prefill": product_rate(device, dtype, prefill_tokens, matrix),
+        "decode": product_rate(device, dtype, decode_tokens, matrix),
+        "read": read_rate(device),
+    }
+    if {"host_to_device", "device_to_host"} & set(used):
+        rates["host_to_device"], rates["device_to_host"] = link_rates(device)
+    if folder is not None and {"disk_read", "disk_write"} & set(used):
+        rates["disk_read"], rates["disk_write"] = disk_rates(folder)
+    if "cpu_attention" in used:
+        rates["cpu_attention"] = cpu_attention_rate(dtype)
+    return Rates(**rates)
+
+
+@functools.cache
+def product_rate(device: torch.device, dtype: torch.dtype, num_tokens: int, matrix: tuple[int, int]) -> float:
+    """Floating-point operations per second of ``num_tokens`` tokens meeting one matrix."""
+    with torch.inference_mode():
+        x = torch.ones(num_tokens, matrix[1], device=device, dtype=dtype)
+        weight = torch.ones(matrix, device=device, dtype=dtype)
+        return _per_second(lambda: linear(x, weight), device) * 2 * num_tokens * matrix[0] * matrix[1]
+
+
+@functools.cache
+def read_rate(device: torch.device) -> float:
+    """Bytes per second read from memory."""
+    memory = torch.zeros(READ_BYTES // 4, device=device)
+    return _per_second(lambda: memory.sum(), device) * READ_BYTES
+
+
+@functools.cache
+def link_rates(device: torch.device) -> tuple[float, float]:
+    """Bytes per second copied to the device and back, from and to pinned memory."""
+    host = torch.zeros(READ_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    there = torch.zeros(READ_BYTES, dtype=torch.uint8, device=device)
+    to_device = _per_second(lambda: there.copy_(host, non_blocking=True), device)
+    to_host = _per_second(lambda: host.copy_(there, non_blocking=True), device)
+    return to_device * READ_BYTES, to_host * READ_BYTES
+
+
+@functools.cache
+def cpu_attention_rate(dtype: torch.dtype) -> float:
+    """Bytes of K and V per second that PyTorch's own attention reads on the CPU, with one query for each K or four."""
+    keys, values = torch.zeros(2, NUM_CACHES, NUM_KV_HEADS, NUM_KEYS, HEAD_DIM, dtype=dtype).unbind()
+    rates = []
+    for num_queries in (1, 4):
+        queries = torch.zeros(NUM_CACHES, NUM_KV_HEADS, num_queries, HEAD_DIM, dtype=dtype)
+        with torch.inference_mode():
+            attend = functools.partial(scaled_dot_product_attention, queries, keys, values)
+            rates.append(_per_second(attend, torch.device("cpu")))
+    return max(rates) * 2 * keys.numel() * keys.element_size()
+
+
+def _per_second(work: Callable[[], object], device: torch.device) -> float:
+    """Calls per second in the best round: what else the machine did meanwhile must not count."""
+    count, fastest, stop = 1, math.inf, time.perf_counter() + MEASURED_SECONDS
+    while time.perf_counter() < stop or fastest == math.inf:
+        begun = time.perf_counter()
+        for _ in range(count):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - begun
+        if seconds < ROUND_SECONDS:
+            count *= 2  # too short a round would measure the waiting for a GPU; the first ones warm up
+        else:
+            fastest = min(fastest, seconds / count)
+    return 1 / fastest

@@ -1,0 +1,84 @@
+"""Bytes that K and V take of each tier, with the room through which they pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.memory.staging import NUM_BUFFERS
+from flexgen_helm.memory.working_set import TRANSFER_BYTES
+from flexgen_helm.policy.model_shapes import ModelShapes
+from flexgen_helm.schedule.operations import rows_at_once
+from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier
+
+CACHE_SHARE = 0.95
+"""Share of what is left of a tier that K and V may take; no estimate knows all of it."""
+SEQUENCE_TOKENS = 512
+"""Length of the sequences for which weights leave room."""
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """How a cache in a policy's shares lies on the tiers."""
+
+    shares: Shares
+    bytes_per_token: int
+    """K and V of one token in all layers."""
+    num_layers: int
+    """Pages are brought to the device one layer at a time; stored ones grow K of a layer, then V, and so on."""
+    rows_at_once: int
+    """Rows whose pages are on the device at a time; one row may have all pages of a layer."""
+    own_memory: bool
+    """Whether the device has a memory of its own; else device and host are the same RAM."""
+
+    @classmethod
+    def of(cls, shapes: ModelShapes, policy: ResolvedPolicy, *, own_memory: bool) -> CachePlan:
+        """Plan the cache of a model."""
+        suspends = own_memory and policy.cpu_attention > 0
+        rows = rows_at_once(suspends=suspends)
+        return cls(policy.cache, shapes.cache_bytes_per_token, shapes.num_layers, rows, own_memory)
+
+    @property
+    def taken(self) -> dict[Tier, float]:
+        """Bytes that one byte of the cache takes of each tier; without a device memory of its own, of host and disk."""
+        taken: dict[Tier, float] = dict(zip(TIERS, self.shares, strict=True))
+        ram = TIERS[0]
+        if not self.own_memory:
+            ram = "host"
+            taken["host"] += taken.pop("device")
+        brought = sum(share for tier, share in taken.items() if tier != ram)
+        taken[ram] += (taken[ram] / 2 + self.rows_at_once * brought) / self.num_layers
+        return taken
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers on the host through which pages pass."""
+        brought = self.shares[1] * self.own_memory + self.shares[2]
+        return NUM_BUFFERS * TRANSFER_BYTES if brought else 0
+
+    @property
+    def least_bytes(self) -> dict[Tier, int]:
+        """Bytes of each tier with which `capacities` hold one sequence; on each tier a page may be cut."""
+        rounding = PAGE_TOKENS * sum(share > 0 for share in self.shares)
+        sequence = (SEQUENCE_TOKENS + rounding) * self.bytes_per_token
+        return {
+            tier: math.ceil(share * sequence / CACHE_SHARE) + (tier == "host" and self.buffer_bytes)
+            for tier, share in self.taken.items()
+        }
+
+    def full_bytes(self, block_size: int) -> int:
+        """Return the bytes of a cache in which a block's sequences have their usual length."""
+        return block_size * SEQUENCE_TOKENS * self.bytes_per_token
+
+    def capacities(self, left: Mapping[Tier, int]) -> dict[Tier, int]:
+        """Return the bytes of the cache on each tier: as many as fit into what is left, in the policy's shares.
+
+        Args:
+            left: Bytes of each tier that may still be used.
+        """
+        taken = self.taken
+        room = {tier: CACHE_SHARE * (left[tier] - (tier == "host" and self.buffer_bytes)) for tier in taken}
+        total = max(0.0, min(room[tier] / share for tier, share in taken.items() if share))
+        return {tier: int(total * share) for tier, share in zip(TIERS, self.shares, strict=True)}

@@ -1,0 +1,66 @@
+"""Sizes of a model, from which memory and time are computed. Needs neither torch nor weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+EMBEDDINGS = -1
+"""Number of the embedding tables among the parts of a model. Layers have 0 to L - 1, and the output head has L."""
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """What of a model decides how many bytes it takes.
+
+    Attributes:
+        num_layers: Decoder layers, L.
+        stored_bytes: Bytes of every part as it is stored and as it travels. What is small and outside of the layers counts as
+            embeddings. The head is a part only where it has weights of its own.
+        bound_bytes: Bytes of every layer, and of the head if it is a part, as the device computes with it.
+        unpacks: Whether stored and bound form differ, so that every part needs a slot on the device.
+        vocab_size: Rows of the embedding table.
+        hidden_size: Elements of a token's hidden state.
+        num_heads: Query heads of a layer.
+        num_kv_heads: Heads of K and of V.
+        head_dim: Elements of a head.
+        outputs_per_token: Elements that the matrices of the widest layer put out for one token.
+        itemsize: Bytes of an element of hidden states and weights.
+        kv_itemsize: Bytes of an element of K and V.
+        first_layers_bytes: Bytes of the model that is checked first: so many of the first layers that one of every kind is
+            among them, and a part of the vocabulary.
+    """
+
+    num_layers: int
+    stored_bytes: Mapping[int, int]
+    bound_bytes: Mapping[int, int]
+    unpacks: bool
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    outputs_per_token: int
+    itemsize: int
+    kv_itemsize: int
+    first_layers_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parts as they are stored."""
+        return sum(self.stored_bytes.values())
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest part as it is stored."""
+        return max(self.stored_bytes.values())
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the output head has weights of its own."""
+        return self.num_layers in self.bound_bytes
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token in all layers, about: layers may differ."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_itemsize

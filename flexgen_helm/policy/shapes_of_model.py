@@ -1,0 +1,82 @@
+"""Reads the sizes of a model that is on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexgen_helm.loading.assembly import FEW_TOKENS
+from flexgen_helm.memory.slab import SlabFormat
+from flexgen_helm.model.layers import layers_of, num_layers_of_every_kind
+from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
+
+
+def shapes_of(model: PreTrainedModel, formats: Mapping[int, SlabFormat], kv_dtype: torch.dtype) -> ModelShapes:
+    """Read the sizes of a model.
+
+    Args:
+        model: On any device, such as meta.
+        formats: Slab formats of its layers, and of its output head where that has weights of its own.
+        kv_dtype: In which K and V are stored.
+    """
+    layers = layers_of(model)
+    vocab, hidden = _table(model).shape
+    heads = setting(model, "num_attention_heads") or 1
+    stored = {j: each.stored.num_bytes for j, each in formats.items()}
+    bound = {j: each.bound.num_bytes for j, each in formats.items()}
+    tied = set(model.all_tied_weights_keys)
+    total = sum(tensor.nbytes for key, tensor in model.state_dict().items() if key not in tied)
+    return ModelShapes(
+        num_layers=len(layers),
+        stored_bytes={**stored, EMBEDDINGS: max(0, total - sum(bound.values()))},
+        bound_bytes=bound,
+        unpacks=not all(each.in_place for each in formats.values()),
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=setting(model, "num_key_value_heads") or heads,
+        head_dim=setting(model, "head_dim") or hidden // heads,
+        outputs_per_token=max(_outputs(layer, setting(model, "num_experts_per_tok")) for layer in layers),
+        itemsize=model.dtype.itemsize,
+        kv_itemsize=kv_dtype.itemsize,
+        first_layers_bytes=_first_layers_bytes(model, layers),
+    )
+
+
+def own_head(model: PreTrainedModel) -> nn.Module | None:
+    """Return the output head of a model if it has weights of its own."""
+    head: nn.Module | None = model.get_output_embeddings()
+    tied = model.all_tied_weights_keys
+    if head is None or any(model.get_parameter_or_buffer(key) is head.weight for key in tied):
+        return None
+    return head
+
+
+def setting(model: PreTrainedModel, name: str) -> int | None:
+    """Return a number of the config, if it is one for all layers."""
+    try:
+        found = getattr(model.config.get_text_config(decoder=True), name, None)
+    except RuntimeError:  # one for each layer
+        return None
+    return found if isinstance(found, int) else None
+
+
+def _first_layers_bytes(model: PreTrainedModel, layers: list[nn.Module]) -> int:
+    table = _table(model)
+    weights = sum(p.nbytes for layer in layers[: num_layers_of_every_kind(model, layers)] for p in layer.parameters())
+    return weights + 2 * min(FEW_TOKENS, table.shape[0]) * table.shape[1] * model.dtype.itemsize
+
+
+def _outputs(layer: nn.Module, num_experts: int | None) -> int:
+    """Elements that the matrices of a layer put out for a token; stacked experts count as far as a token visits them."""
+    shapes = [p.shape for p in layer.parameters() if p.dim() > 1]
+    return sum(shape[0] if len(shape) == 2 else shape[1] * min(shape[0], num_experts or shape[0]) for shape in shapes)
+
+
+def _table(model: PreTrainedModel) -> Tensor:
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    return table

@@ -1,0 +1,119 @@
+"""One run of an engine: hands jobs in, gives results out as they finish, measures meanwhile."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal, TextIO
+
+from flexgen_helm.errors import DiskFull, InvalidJob, JobFailed, OutOfSpace
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.runtime.intake import Ticket
+from flexgen_helm.runtime.progress import Progress
+from flexgen_helm.runtime.worker import Snapshot, Worker
+from flexgen_helm.types import Result, RunStats
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "return"]
+
+
+class Run:
+    """Jobs that are answered together."""
+
+    def __init__(
+        self, worker: Worker, meter: Meter, tickets: dict[int, Ticket], results: list[Result | None], on_error: OnError
+    ) -> None:
+        """Hand nothing in yet.
+
+        Args:
+            worker: Computes.
+            meter: Measures.
+            tickets: Valid jobs by their index.
+            results: One place for each job; those of the tickets are filled.
+            on_error: Whether an error of one job ends the run or becomes its result.
+        """
+        self._worker, self._meter, self._on_error = worker, meter, on_error
+        self._tickets, self._results = tickets, results
+
+    def answer(self, on_result: Callable[[int, Result], None] | None, shown: bool | TextIO | None) -> RunStats:
+        """Answer all jobs; returns what was measured.
+
+        Args:
+            on_result: Called with (index, result) when a job finishes.
+            shown: Whether, or on which stream, progress is shown.
+        """
+        worker, meter = self._worker, self._meter
+        meter.begin_run()
+        before = worker.snapshot
+        watch = worker.watch = _Watch(meter, len(self._tickets), before, shown)
+        try:
+            for index in self._finished():
+                result = self._results[index] = _result(index, self._tickets[index], self._on_error)
+                watch.progress.request_done(result)
+                if on_result is not None:
+                    on_result(index, result)
+            stats = _stats(self._tickets, self._results, before, worker.snapshot)
+            stats.seconds = watch.seconds()
+            meter.end_run(stats)
+            logger.info("%s", watch.progress.finish(stats))
+            return stats
+        except BaseException:
+            worker.cancel()
+            meter.end_run(RunStats())
+            raise
+        finally:
+            worker.watch = None
+            watch.progress.close()
+
+    def _finished(self) -> Iterator[int]:
+        """Hand all jobs in; yields the index of each when it has ended."""
+        finished: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index, ticket in self._tickets.items():
+            ticket.future.add_done_callback(functools.partial(_put, finished, index))
+        self._worker.put(list(self._tickets.values()))
+        for _ in self._tickets:
+            yield finished.get()
+
+
+class _Watch:
+    """Sees every operation of a run: draws the bar and notes the memory in use."""
+
+    def __init__(self, meter: Meter, num_jobs: int, since: Snapshot, shown: bool | TextIO | None) -> None:
+        self._meter, self._begin = meter, time.perf_counter()
+        self.progress = Progress(num_jobs, since=since, shown=shown)
+
+    def __call__(self, snapshot: Snapshot) -> None:
+        self._meter.sample()
+        self.progress.update(snapshot)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begin
+
+
+def _result(index: int, ticket: Ticket, on_error: OnError) -> Result:
+    try:
+        return ticket.future.result()
+    except (InvalidJob, OutOfSpace, JobFailed) as error:  # of this job alone
+        if on_error == "return":
+            return Result(error=error)
+        if isinstance(error, DiskFull):
+            raise
+        raise type(error)(f"job {index}: {error}") from error
+
+
+def _put(finished: queue.SimpleQueue[int], index: int, _: object) -> None:
+    finished.put(index)
+
+
+def _stats(tickets: dict[int, Ticket], results: list[Result | None], before: Snapshot, after: Snapshot) -> RunStats:
+    return RunStats(
+        num_jobs=len(results),
+        prompt_tokens_asked=sum(len(ticket.prepared.input_ids) for ticket in tickets.values()),
+        prompt_tokens_computed=after.prompt_tokens - before.prompt_tokens,
+        generated_tokens=after.generated_tokens - before.generated_tokens,
+        sweeps=after.sweeps - before.sweeps,
+    )
