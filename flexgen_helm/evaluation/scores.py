@@ -13,8 +13,8 @@ from helm.benchmark.presentation.schema import get_default_schema_path
 from helm.benchmark.scenarios.scenario import ScenarioSpec, create_scenario
 
 from flexgen_helm.evaluation.commands import Evaluation
-from flexgen_helm.evaluation.schema import read_environments
 from flexgen_helm.helm.run_record import WORKLOAD_FILE
+from flexgen_helm.reports.schema import read_environments
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from helm.benchmark.presentation.run_entry import RunEntries, RunEntry
 from helm.common.general import parse_hocon
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.evaluation.schema import read_environments
+from flexgen_helm.reports.schema import read_environments
 
 RUN_ENTRIES = "run_entries.conf"
 
