@@ -21,6 +21,7 @@ from pathlib import Path
 
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.reports.runs import list_runs, read_workloads
 from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.helm_overhead.commands import RUNNER, Finished, helm_run
 from flexgen_helm.runs.helm_overhead.null_model import save_null_model
@@ -73,7 +74,7 @@ def measure(folder: Path, model: Path, num_requests: int, *, route: str, cache: 
     arguments = [*ROUTES[route], "-m", str(num_requests), *([] if cache else ["--disable-cache"])]
     models = [f"{entry},model=flexgen/{model}" for entry in entries]
     finished = helm_run(models, folder / "output", arguments, threads=threads, watch="all")
-    answered = sum(len(json.loads(path.read_text())["request_states"]) for path in finished.suite.glob("*/scenario_state.json"))
+    answered = sum(len(run.requests()) for run in list_runs(finished.suite))
     return Measured(
         route=route,
         cache=cache,
@@ -87,12 +88,10 @@ def measure(folder: Path, model: Path, num_requests: int, *, route: str, cache: 
 
 
 def _engine_seconds(finished: Finished) -> float | None:
-    path = finished.suite / "flexgen_workload.json"
-    if not path.exists():
+    workloads = read_workloads(finished.suite)
+    if not workloads:
         return None
-    # What an earlier command has measured stays in the report of one that computed nothing.
-    reports = [report for report in json.loads(path.read_text()) if (report["measured"] or {}).get("date") == report["date"]]
-    return float(sum(report["measured"]["stats"]["seconds"] for report in reports))
+    return float(sum(one.measured["stats"]["seconds"] for one in workloads if one.measured is not None))
 
 
 def exponents(smaller: Measured, larger: Measured) -> dict[str, float]:

@@ -20,6 +20,7 @@ from helm.benchmark.runner import Runner
 from helm.common.codec import from_json
 from helm.common.general import asdict_without_nones
 
+import flexgen_helm
 from flexgen_helm.errors import CorruptFile
 from flexgen_helm.helm.run_record import RUN_FILE, WORKLOAD_FILE
 from flexgen_helm.reports.contents import Stat, Token
@@ -27,6 +28,7 @@ from flexgen_helm.reports.runs import HELM_FILES, Run, list_runs, only_run, read
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import FakeLoader, run_spec
 
+ROOT = Path(flexgen_helm.__file__).parents[1]
 LOWER = "helm.benchmark.augmentations.lowercase_perturbation.LowerCasePerturbation"
 READERS: dict[str, Callable[[Run], Any]] = {
     "run_spec.json": lambda run: run.spec,
@@ -226,3 +228,13 @@ def test_one_run_is_asked_for_where_there_are_none_or_several(suite: Path, tmp_p
         only_run(suite)
     with pytest.raises(CorruptFile, match=r"nothing holds 0 runs .* Name a folder"):
         only_run(tmp_path / "nothing")
+
+
+def test_nothing_else_reads_these_files() -> None:
+    names = [*HELM_FILES, RUN_FILE, WORKLOAD_FILE]
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))}|RUN_FILE|WORKLOAD_FILE|LAST_FILE)\b")
+    reader = {ROOT / "flexgen_helm/reports" / name for name in ("runs.py", "contents.py")}
+    writers = set((ROOT / "flexgen_helm/helm").glob("*.py"))
+    sources = {path for folder in ("flexgen_helm", "runs", "scenarios") for path in (ROOT / folder).rglob("*.py")}
+    assert any(pattern.search(path.read_text()) for path in reader)
+    assert [path for path in sources - reader - writers if pattern.search(path.read_text())] == []
