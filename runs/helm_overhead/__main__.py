@@ -11,7 +11,6 @@ Command: ``python -m flexgen_helm.runs.helm_overhead --json result.json``
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 import tempfile
@@ -20,9 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from flexgen_helm.assets import smollm2_folder
-from flexgen_helm.errors import FlexGenError
 from flexgen_helm.reports.runs import list_runs, read_workloads
-from flexgen_helm.runs.command_line import make_parser
+from flexgen_helm.runs.command_line import add_json, add_model, make_parser, reports_errors, write_json
 from flexgen_helm.runs.helm_overhead.commands import RUNNER, Finished, helm_run
 from flexgen_helm.runs.helm_overhead.null_model import save_null_model
 from flexgen_helm.runs.helm_overhead.questions import LEAST_REQUESTS, suite_entries
@@ -119,14 +117,15 @@ def table(measured: list[Measured]) -> list[str]:
     return [*lines, f"{'all':22}{totals}"]
 
 
+@reports_errors
 def main() -> int:
     """Run the command and return its exit status."""
     parser = make_parser("helm_overhead", __doc__)
     parser.add_argument("--requests", type=int, nargs="+", default=[1250, 2500, 5000, 10000], metavar="N", help="sizes")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="a model folder (default: SmolLM2-135M-Instruct)")
+    add_model(parser, "--tokenizer")
     parser.add_argument("--only-growth", action="store_true", help="leave out the largest size with cache and by client")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    add_json(parser)
     options = parser.parse_args()
     sizes = sorted(options.requests)
     if sizes[0] < LEAST_REQUESTS:
@@ -135,23 +134,17 @@ def main() -> int:
     if not options.only_growth:
         plan += [("runner", True, sizes[-1]), ("client", True, sizes[-1])]
     measured = []
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            model = save_null_model(Path(name) / "null" / "model", options.tokenizer or smollm2_folder())
-            for number, (route, cache, size) in enumerate(plan):
-                folder = Path(name) / str(number)
-                folder.mkdir()
-                measured.append(measure(folder, model, size, route=route, cache=cache, threads=options.threads))
-                print(measured[-1].line(), flush=True)
-    except FlexGenError as error:
-        print(error, file=sys.stderr)
-        return 1
+    with tempfile.TemporaryDirectory() as name:
+        model = save_null_model(Path(name) / "null" / "model", options.tokenizer or smollm2_folder())
+        for number, (route, cache, size) in enumerate(plan):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            measured.append(measure(folder, model, size, route=route, cache=cache, threads=options.threads))
+            print(measured[-1].line(), flush=True)
     growing = measured[: len(sizes)]
     print("\n".join(["", *table(growing)]))
-    if options.json:
-        results = [dataclasses.asdict(one) | {"requests_per_second": one.requests_per_second} for one in measured]
-        whole = {"suites": results, "exponents": exponents(growing[0], growing[-1])}
-        options.json.write_text(json.dumps(whole, indent=2), encoding="utf-8")
+    results = [dataclasses.asdict(one) | {"requests_per_second": one.requests_per_second} for one in measured]
+    write_json(options.json, {"suites": results, "exponents": exponents(growing[0], growing[-1])})
     return 0
 
 
