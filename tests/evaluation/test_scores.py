@@ -99,8 +99,15 @@ def test_without_a_schema_the_scenario_names_the_metric_and_else_helms_schema(tm
     # HELM's scenario has no metadata, its classic schema has the group.
     write_run(evaluation, "b:model=b", ["synthetic_reasoning"], [stat("quasi_exact_match", 0.7)], instances=["test"])
     write_run(evaluation, "c:model=b", ["no such group"], [stat("exact_match", 1)], instances=["test"])
+    # Both groups have a main metric; the last is the narrower one.
+    write_run(evaluation, "d:model=b", ["mmlu", "synthetic_reasoning"], [stat("quasi_exact_match", 0.2)], instances=["test"])
     scores = [(score.run, score.metric, score.value, score.instances) for score in read_scores(evaluation, EARLIER)]
-    assert scores == [("a", "f1_set_match", 0.5, 1), ("b", "quasi_exact_match", 0.7, 1), ("c", None, None, 1)]
+    assert scores == [
+        ("a", "f1_set_match", 0.5, 1),
+        ("b", "quasi_exact_match", 0.7, 1),
+        ("c", None, None, 1),
+        ("d", "quasi_exact_match", 0.2, 1),
+    ]
 
 
 def test_only_runs_of_this_command_and_model_count(quickstart: Evaluation) -> None:
