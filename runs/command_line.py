@@ -1,4 +1,4 @@
-"""What the command lines of the runs have in common."""
+"""Options, results and errors that the command lines of the runs have in common."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """Return a parser that shows a run's docstring: its first paragraph above the options, the others below.
 
     Args:
-        name: Of the run's folder.
+        name: Name of the run's folder.
         doc: The docstring of its ``__main__``.
     """
     summary, _, rest = (doc or "").partition("\n\n")

@@ -12,7 +12,7 @@ from flexgen_helm.reports.runs import Run, list_runs, read_workloads
 
 @dataclass(frozen=True)
 class Score:
-    """What one run entry reached."""
+    """The main score of one run entry, and how much was asked for it."""
 
     run: str
     metric: str | None
@@ -26,7 +26,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Work:
-    """What the engine did for all run entries together."""
+    """The work of the engine for all run entries together."""
 
     requests: int
     answered_before: int
@@ -35,7 +35,7 @@ class Work:
     prompt_tokens_asked: int
     prompt_tokens_computed: int
     bound_by: str | None = None
-    """What most of the time went into."""
+    """The kind of work that took most of the time."""
     what_would_help: str | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""What HELM must know of a model before its weights are loaded: transformers' config, model and tokenizer are asked for it."""
+"""Reads what HELM must know of a model before its weights are loaded, from transformers' config, model and tokenizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ModelLimits:
 
     @property
     def prefix_token(self) -> str:
-        """What HELM puts before a document: the tokenizer's own token or, if it has none, BOS or the end token.
+        """Token that HELM puts before a document: the tokenizer's own token or, if it has none, BOS or the end token.
 
         HELM can leave out one token of the scores, not several. So it puts nothing there where the tokenizer has several;
         the engine puts them before the prompt.

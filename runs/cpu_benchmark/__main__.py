@@ -58,7 +58,7 @@ PARTS = {
 
 @dataclass
 class Comparison:
-    """What was measured for one part; times in seconds, one entry for each repetition."""
+    """Measurements of one part; times are in seconds, one entry for each repetition."""
 
     title: str
     shares_all: bool
@@ -95,7 +95,7 @@ class Comparison:
         return {**dataclasses.asdict(self), **derived}
 
     def lines(self) -> list[str]:
-        """What a person reads."""
+        """Return the lines that a person reads."""
         ratios = [peer / engine for peer, engine in zip(self.peer_s, self.engine_s, strict=True)]
         share = "" if self.share is None else f", {self.share:.2f} of the token ratio"
         return [

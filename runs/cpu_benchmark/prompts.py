@@ -17,7 +17,7 @@ def helm_prompts(run_entry: str, model_folder: Path, count: int) -> list[str]:
     """Returns the prompts of a run entry.
 
     Args:
-        run_entry: As for ``helm-run --run-entries``, without a model.
+        run_entry: A run entry of ``helm-run --run-entries``, without a model.
         model_folder: The model whose tokenizer decides what fits its context.
         count: Number of instances at most, HELM's ``--max-eval-instances``.
 

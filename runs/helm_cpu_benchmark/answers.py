@@ -18,7 +18,7 @@ SECONDS = re.compile(r"\} \[(?:(\d+)h)?(?:(\d+)m)?([\d.]+)s\]$")
 
 @dataclass(frozen=True)
 class Asked:
-    """What both sides were asked."""
+    """A request, the same for both sides."""
 
     prompt: str
     max_tokens: int
@@ -29,7 +29,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one side answered."""
+    """The answer of one side."""
 
     text: str
     tokens: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What everything but the model costs: a suite through ``helm-run`` on a model of one tiny layer.
+"""The cost of everything but the model: a suite through ``helm-run`` on a model of one tiny layer.
 
 Half of the requests are 5-shot multiple choice, a quarter scores single choices, a quarter generates 20 tokens; tokenizer,
 engine, scheduler and HELM are the real ones. Sizes double, so that a step that grows faster than the number of requests shows:
@@ -58,7 +58,7 @@ class Measured:
         return self.requests / self.wall_s
 
     def line(self) -> str:
-        """What a person reads."""
+        """Return the line that a person reads."""
         cache = "cache" if self.cache else "--disable-cache"
         return (
             f"{self.route:7} {cache:16} {self.requests:6} requests in {self.wall_s:6.1f} s, "

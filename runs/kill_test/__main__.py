@@ -26,7 +26,7 @@ MOST_NEW_ANSWERS = 8
 
 @dataclass
 class Tally:
-    """What happened to the killed commands."""
+    """Counts of what happened to the killed commands."""
 
     kills: int = 0
     during: dict[str, int] = field(default_factory=dict)
@@ -61,11 +61,11 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
     """Kill a suite until ``kills`` kills have met a living process.
 
     Args:
-        folder: For outputs.
+        folder: Folder for outputs.
         model: A model folder.
-        kills: How many.
-        seed: Of the moments: half of them uniform over the time of an undisturbed command, half when answers arrive.
-        max_eval_instances: Of each run entry.
+        kills: Number of kills.
+        seed: Seed of the moments: half of them uniform over the time of an undisturbed command, half when answers arrive.
+        max_eval_instances: Most instances of each run entry.
         disable_cache: Whether HELM's request cache is off.
 
     Raises:

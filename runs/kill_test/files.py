@@ -1,4 +1,4 @@
-"""What HELM writes for a suite, without what depends on the clock."""
+"""HELM's files of a suite, without the fields that depend on the clock."""
 
 from __future__ import annotations
 

@@ -45,8 +45,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "shared_prefix": {"block_tokens": 8192},
     "helm": {"block_tokens": 8192},
 }
-"""Of each part. Memory holds more of the cache where answers are long, and prompts enter a few at a time, so that every sweep
-computes while it reads. Prompts that share a prefix enter together, so that it is computed once."""
+"""Policy of each part. Memory holds more of the cache where answers are long. Prompts enter a few at a time there, so that
+every sweep computes while it reads. Prompts that share a prefix enter together, so that it is computed once."""
 ENTRY = "mmlu:subject=us_foreign_policy,method=multiple_choice_joint"
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 

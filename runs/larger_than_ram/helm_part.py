@@ -22,10 +22,10 @@ def run_helm(entry: str, model: Path, arguments: dict[str, Any], limits: Limits,
     """Run one entry and read HELM's own files.
 
     Args:
-        entry: Without a model.
+        entry: Run entry without a model.
         model: The model's folder.
-        arguments: Of ``Engine.from_pretrained``; they stand in the deployment.
-        limits: Of the command.
+        arguments: Keywords of ``Engine.from_pretrained``; they are written into the deployment.
+        limits: Limits of the command.
         output: HELM's output folder; made.
         instances: HELM's ``--max-eval-instances``.
 

@@ -1,4 +1,4 @@
-"""What each part of the runtime is worth under a memory limit, in the manner of table 4 of the FlexGen paper.
+"""The worth of each part of the runtime under a memory limit, in the manner of table 4 of the FlexGen paper.
 
 A model larger than the memory answers the same prompts with everything on, then with one thing changed at a time. Every
 variant is a process of its own under the limit (a cgroup's, so root is needed: exit status 3 without), and answers must be the
@@ -30,17 +30,17 @@ from flexgen_helm.runs.memory_limit.process import Limits
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table, as what is other than with everything on."""
+    """One row of the table, as its differences from everything on."""
 
     name: str
     policy: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
-    """More of ``Engine.from_pretrained``."""
+    """More keywords of ``Engine.from_pretrained``."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What was measured of a variant."""
+    """Measurements of a variant."""
 
     variant: Variant
     seconds: float
