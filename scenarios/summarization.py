@@ -13,7 +13,7 @@ def get_xsum_rouge_spec(temperature: float = 0.3) -> RunSpec:
     """Return HELM's ``summarization_xsum_sampled`` with ROUGE-1, ROUGE-2 and ROUGE-L as its only metrics.
 
     Args:
-        temperature: Of the one summary of each article.
+        temperature: Sampling temperature of the one summary of each article.
     """
     scenario = ScenarioSpec(
         "helm.benchmark.scenarios.summarization_scenario.SummarizationScenario",

@@ -20,7 +20,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Source:
-    """Where texts come from.
+    """A place of texts: a file, a folder, or a data set on the hub.
 
     Raises:
         ScenarioError: A field is empty or no text. HELM turns what looks like a number in a run entry into one.
@@ -50,8 +50,8 @@ def read_texts(source: Source, folder: Path) -> list[str]:
     """Read the texts of a source but those that are empty or white space, in its order; a folder's by its files' paths.
 
     Args:
-        source: What to read. Relative paths are looked up in the working directory, then in ``folder``.
-        folder: Of the scenario, ``<output path>/scenarios/<name>``.
+        source: The texts to read. Relative paths are looked up in the working directory, then in ``folder``.
+        folder: Folder of the scenario, ``<output path>/scenarios/<name>``.
 
     Raises:
         ScenarioError: There is no such source, it cannot be read as text, or all of its texts are blank.

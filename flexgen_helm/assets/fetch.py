@@ -36,7 +36,7 @@ class Wheel:
 
     @property
     def converted_folder(self) -> Path:
-        """Where everything converted from this wheel is kept."""
+        """Folder of everything that was converted from this wheel."""
         return cache_folder() / "assets" / CONVERSION_VERSION / self.name
 
 

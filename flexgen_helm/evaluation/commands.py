@@ -23,13 +23,13 @@ class Evaluation:
     output_path: Path
     """HELM's ``--output-path``."""
     max_eval_instances: int
-    """Of each run entry."""
+    """Most instances of each run entry."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """``client_spec.args`` of the deployment; what follows from its name, a ``name_or_path`` alone, is not written."""
 
     @property
     def suite_folder(self) -> Path:
-        """Where HELM writes the results."""
+        """Folder to which HELM writes the results."""
         return self.output_path / "runs" / self.suite.name
 
     @property
@@ -39,7 +39,7 @@ class Evaluation:
 
     @property
     def log_folder(self) -> Path:
-        """Where the logs of HELM's commands are."""
+        """Folder of the logs of HELM's commands."""
         return self.output_path / "logs"
 
     def new_log(self) -> Path:

@@ -30,7 +30,7 @@ def make_evaluation(
         model: Model folder, hub name, or name of a flexgen deployment.
         suite: See ``find_suite``.
         output_path: HELM's output path.
-        max_eval_instances: Of each run entry.
+        max_eval_instances: Most instances of each run entry.
         options: Keywords of ``Engine.from_pretrained`` that differ from their defaults, as YAML can hold them.
 
     Raises:
@@ -53,7 +53,7 @@ def make_evaluation(
 
 
 def _suffix(arguments: Mapping[str, Any]) -> str:
-    """What tells runs with other numerics apart, so that none overwrites another. Placement changes no answer and no name."""
+    """Name the numerics, so that runs with others do not overwrite each other. Placement changes no answer and no name."""
     policy = arguments.get("policy", {})
     named = [arguments[name] for name in ("dtype", "device", "rows") if name in arguments]
     named += [f"kv-{arguments['kv_dtype']}"] if "kv_dtype" in arguments else []
@@ -65,7 +65,7 @@ def evaluate(evaluation: Evaluation, *, verbose: bool = False) -> int:
     """Run the suite, summarise it, print scores and where everything is.
 
     Args:
-        evaluation: What to run.
+        evaluation: The model and the suite.
         verbose: Whether HELM's log is shown.
 
     Returns:

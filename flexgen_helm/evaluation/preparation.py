@@ -1,4 +1,4 @@
-"""What must be in HELM's output folder before it runs: the model's description and the suite's data."""
+"""Writes the files that HELM needs before it runs: the model's description and the suite's data."""
 
 from __future__ import annotations
 

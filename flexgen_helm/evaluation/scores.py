@@ -1,25 +1,18 @@
-"""Reads what ``helm-run`` wrote."""
+"""The scores and the work of an evaluation, from the files that ``helm-run`` wrote."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Any
-
-from helm.benchmark.presentation.schema import get_default_schema_path
-from helm.benchmark.scenarios.scenario import ScenarioSpec, create_scenario
 
 from flexgen_helm.evaluation.commands import Evaluation
-from flexgen_helm.evaluation.schema import read_environments
-from flexgen_helm.helm.run_record import WORKLOAD_FILE
+from flexgen_helm.reports.main_metrics import MainMetric, MainMetrics
+from flexgen_helm.reports.runs import Run, list_runs, read_workloads
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one run entry reached."""
+    """The main score of one run entry, and how much was asked for it."""
 
     run: str
     metric: str | None
@@ -33,7 +26,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Work:
-    """What the engine did for all run entries together."""
+    """The work of the engine for all run entries together."""
 
     requests: int
     answered_before: int
@@ -42,7 +35,7 @@ class Work:
     prompt_tokens_asked: int
     prompt_tokens_computed: int
     bound_by: str | None = None
-    """What most of the time went into."""
+    """The kind of work that took most of the time."""
     what_would_help: str | None = None
 
     @property
@@ -57,98 +50,59 @@ def read_scores(evaluation: Evaluation, since: float) -> list[Score]:
     Args:
         evaluation: Names the folder, and the schema that names metrics first.
         since: Seconds since the epoch; runs that are older belong to another command.
+
+    Raises:
+        CorruptFile: A file of a complete run cannot be read.
     """
-    schema = evaluation.suite.schema
-    metrics = _MainMetrics(read_environments(schema) if schema else {}, read_environments(Path(get_default_schema_path())))
-    scores = []
-    for stats in sorted(evaluation.suite_folder.glob("*/stats.json")):
-        run_spec = _json(stats.with_name("run_spec.json"))
-        if stats.stat().st_mtime >= since and run_spec["adapter_spec"]["model_deployment"] == evaluation.deployment:
-            scores.append(_read_score(stats.parent, metrics.of(run_spec)))
-    return scores
+    metrics = MainMetrics.read(evaluation.suite.schema)
+    return [
+        _read_score(run, metrics.find(run))
+        for run in list_runs(evaluation.suite_folder)
+        if run.is_complete and run.written_at >= since and run.deployment == evaluation.deployment
+    ]
 
 
-@dataclass(frozen=True)
-class _MainMetrics:
-    """Looks up what HELM calls the environment of a run group: main metric and main split."""
-
-    suite: dict[str, dict[str, str]]
-    helm: dict[str, dict[str, str]]
-
-    def of(self, run_spec: dict[str, Any]) -> dict[str, str]:
-        """Return the environment of a run: the suite's, the scenario's, or that of HELM's own schema."""
-        # The last group of a run entry is the most specific one.
-        groups = list(reversed(run_spec["groups"]))
-        return _first(groups, self.suite) or _of_scenario(run_spec["scenario_spec"]) or _first(groups, self.helm)
-
-
-def _first(groups: list[str], environments: dict[str, dict[str, str]]) -> dict[str, str]:
-    return next((environments[group] for group in groups if group in environments), {})
-
-
-def _of_scenario(scenario_spec: dict[str, Any]) -> dict[str, str]:
-    try:
-        metadata = create_scenario(ScenarioSpec(**scenario_spec)).get_metadata()
-    except (NotImplementedError, ModuleNotFoundError, AttributeError, TypeError):
-        # Those that helm-summarize takes for a scenario without metadata.
-        return {}
-    return {"main_name": metadata.main_metric, "main_split": metadata.main_split}
-
-
-def _read_score(run_folder: Path, environment: dict[str, str]) -> Score:
-    states = _json(run_folder / "scenario_state.json")["request_states"]
-    metric, split = environment.get("main_name"), environment.get("main_split")
+def _read_score(run: Run, main: MainMetric) -> Score:
+    requests = run.requests()
     # Inputs as they are; HELM adds perturbed ones and the worst of them, and statistics of nothing.
-    stats = [s for s in _json(run_folder / "stats.json") if "perturbation" not in s["name"] and s["count"]]
+    stats = [stat for stat in run.stats() if stat.perturbation is None and stat.count]
     return Score(
-        run=re.sub("[,:]model(_deployment)?=[^,]*", "", run_folder.name),
-        metric=metric,
-        value=next((s["mean"] for s in stats if (s["name"]["name"], s["name"].get("split")) == (metric, split)), None),
-        instances=len({state["instance"]["id"] for state in states if split in (None, state["instance"]["split"])}),
-        requests=len(states),
-        prompt_tokens=round(_mean_prompt_tokens(run_folder) * len(states)),
+        run=re.sub("[,:]model(_deployment)?=[^,]*", "", run.name),
+        metric=main.name,
+        value=next((stat.mean for stat in stats if (stat.name, stat.split) == (main.name, main.split)), None),
+        instances=len({request.instance_id for request in requests if main.split in (None, request.split)}),
+        requests=len(requests),
+        prompt_tokens=round(_mean_prompt_tokens(run) * len(requests)),
     )
 
 
-def _mean_prompt_tokens(run_folder: Path) -> float:
-    instances = _json(run_folder / "per_instance_stats.json")
-    stats = [s for instance in instances for s in instance["stats"] if s["name"]["name"] == "num_prompt_tokens"]
-    total, count = (sum(float(stat[name]) for stat in stats) for name in ("sum", "count"))
-    return total / max(count, 1)
+def _mean_prompt_tokens(run: Run) -> float:
+    stats = [stat for instance in run.instance_stats() for stat in instance.stats if stat.name == "num_prompt_tokens"]
+    return sum(stat.sum for stat in stats) / max(sum(stat.count for stat in stats), 1)
 
 
 def read_work(evaluation: Evaluation, since: float) -> Work | None:
-    """Read the report that the runner left in the suite's folder; None if it served nothing.
+    """Read what the runner recorded in the suite's folder; None if it served nothing.
 
     Args:
         evaluation: Names the folder and the deployment.
-        since: Seconds since the epoch; an older report belongs to another command.
+        since: Seconds since the epoch; an older record belongs to another command.
+
+    Raises:
+        CorruptFile: The record cannot be read.
     """
-    file = evaluation.suite_folder / WORKLOAD_FILE
-    reports = _json(file) if file.is_file() else []
-    served = [
-        report for report in reports if report["deployment"] == evaluation.deployment and _seconds(report["date"]) >= since
-    ]
+    workloads = read_workloads(evaluation.suite_folder)
+    served = [one for one in workloads if one.deployment == evaluation.deployment and one.date.timestamp() >= since]
     if not served:
         return None
-    # Where nothing was computed, what stands there was measured by an earlier command.
-    measured = [report["measured"] for report in served if (report["measured"] or {}).get("date") == report["date"]]
+    measured = [one.measured for one in served if one.measured is not None]
     stats = [one["stats"] for one in measured]
     return Work(
-        requests=sum(report["num_requests"] for report in served),
-        answered_before=sum(report["num_cached"] + report["num_resumed"] for report in served),
+        requests=sum(one.num_requests for one in served),
+        answered_before=sum(one.num_cached + one.num_resumed for one in served),
         seconds=sum(one["seconds"] for one in stats),
         prompt_tokens_asked=sum(one["prompt_tokens_asked"] for one in stats),
         prompt_tokens_computed=sum(one["prompt_tokens_computed"] for one in stats),
         bound_by=measured[-1]["bound_by"] if measured else None,
         what_would_help=measured[-1]["what_would_help"] if measured else None,
     )
-
-
-def _seconds(date: str) -> float:
-    """Seconds since the epoch."""
-    return datetime.fromisoformat(date).timestamp()
-
-
-def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))

@@ -13,17 +13,17 @@ from helm.benchmark.presentation.run_entry import RunEntries, RunEntry
 from helm.common.general import parse_hocon
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.evaluation.schema import read_environments
+from flexgen_helm.reports.schema import read_environments
 
 RUN_ENTRIES = "run_entries.conf"
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What ``helm-run`` and ``helm-summarize`` must know of a suite."""
+    """A suite, as ``helm-run`` and ``helm-summarize`` must know it."""
 
     name: str
-    """As HELM's ``--suite``: the name of the folder of the results."""
+    """HELM's ``--suite``, the name of the folder of the results."""
     run_entries: Path
     """File in HELM's format."""
     packaged: bool
@@ -84,7 +84,7 @@ def _at(path: Path, packaged: dict[str, Suite]) -> Suite:
 
 
 def _read_entries(file: Path) -> list[RunEntry]:
-    """As HELM does, which prints a line for each reading."""
+    """Read run entries without the line that HELM's own reader prints."""
     entries: list[RunEntry] = dacite.from_dict(RunEntries, parse_hocon(file.read_text(encoding="utf-8"))).entries
     return entries
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run while HELM's own log goes to a file: one line a step and one bar."""
+"""Prints a run for a person while HELM's own log goes to a file: one line for each step, and one progress bar."""
 
 from __future__ import annotations
 

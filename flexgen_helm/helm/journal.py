@@ -42,7 +42,7 @@ class _Line(NamedTuple):
 
 
 class Journal:
-    """What one ``helm-run`` command has computed so far: a file of one record a line, each with its checksum.
+    """The answers that one ``helm-run`` command has computed so far: a file of one record a line, each with its checksum.
 
     Its name follows from the run entries, so the same command finds it again; answers are found by what they depend
     on, in the files of other commands on the same suite too. A record that is torn is as if it had not been written.
@@ -52,7 +52,7 @@ class Journal:
         """Open the journal of these runs and read what is there.
 
         Args:
-            folder: Of all journals of a suite; made if there is none.
+            folder: Holds all journals of a suite; made if missing.
             runs: Names of the command's runs.
 
         Raises:
@@ -64,7 +64,7 @@ class Journal:
         self.unfinished = self._path.with_suffix("")
         """Folder for files of runs that are not complete."""
         self._found: dict[str, tuple[Path, int]] = {}
-        """Where the record of an answer begins, by the digest of its key."""
+        """File and offset at which the record of an answer begins, by the digest of its key."""
         self._rows: dict[str, dict[str, Any]] = {}
         self._synced, self._unsynced = time.monotonic(), False
         with clear_disk_errors(str(self._path)):

@@ -1,4 +1,4 @@
-"""What engines of earlier commands were, so that a command whose answers are all known needs none."""
+"""Records how engines of earlier commands described themselves, so that a command whose answers are all known loads none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What HELM must know of a model before its weights are loaded: transformers' config, model and tokenizer are asked for it."""
+"""Reads what HELM must know of a model before its weights are loaded, from transformers' config, model and tokenizer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from flexgen_helm.helm.deployment import GRAMMAR, DeploymentError
+from flexgen_helm.loading.model_names import SMALL_FILES, fetch, local_path
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ModelLimits:
 
     @property
     def prefix_token(self) -> str:
-        """What HELM puts before a document: the tokenizer's own token or, if it has none, BOS or the end token.
+        """Token that HELM puts before a document: the tokenizer's own token or, if it has none, BOS or the end token.
 
         HELM can leave out one token of the scores, not several. So it puts nothing there where the tokenizer has several;
         the engine puts them before the prompt.
@@ -92,13 +93,11 @@ def find_model(name_or_path: str, revision: str | None = None) -> None:
 
 def _folder(name_or_path: str, revision: str | None) -> Path:
     """Return the folder with config.json, fetched from the hub where the name is not a folder's."""
-    folder = Path(name_or_path)
-    if folder.is_absolute() or folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
+    path = local_path(name_or_path)
+    if path is not None:
+        return path
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"]))
+        return fetch(name_or_path, revision, SMALL_FILES)
     except Exception as error:
         raise _missing(name_or_path, f"the hub says `{str(error).strip().splitlines()[0]}`") from error
 

@@ -62,10 +62,10 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "stop_sequences": list,
     "random": (str, type(None)),
 }
-"""What HELM declares. It does not check what a run entry or a scenario has put there."""
+"""Types that HELM declares for the fields of a request. HELM does not check the values of run entries and scenarios."""
 
 _HELM_WORDS = {"max_new_tokens": "max_tokens", "top_logprobs": "top_k_per_token", "seed": "`random`", "jobs": "requests"}
-"""What HELM calls the fields of a job that messages name."""
+"""HELM's words for the fields of a job that messages name."""
 
 Refusal = tuple[Callable[[Request], bool], str]
 

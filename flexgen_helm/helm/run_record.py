@@ -1,4 +1,4 @@
-"""What serving requests took, as it is printed and as it stands beside HELM's own files."""
+"""Records of serving requests: the printed line, and the JSON files next to HELM's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RUN_FILE = "flexgen.json"
 """In the folder of every run, see ``run_report``."""
 
 Source = Literal["computed", "cached", "resumed", "failed"]
-"""Where an answer came from: this command, HELM's cache, an earlier command's journal, or nowhere."""
+"""Origin of an answer: this command, HELM's cache, an earlier command's journal, or none because the request failed."""
 
 
 def _now() -> str:
@@ -29,14 +29,14 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class WorkloadReport:
-    """What serving the requests of a deployment took."""
+    """The cost of serving the requests of a deployment."""
 
     deployment: str
     num_requests: int
     num_cached: int
     num_resumed: int
     stats: RunStats
-    """Of the requests that were neither cached nor resumed."""
+    """Statistics of the requests that were neither cached nor resumed."""
     engine: EngineInfo
     date: str = field(default_factory=_now)
     """When serving ended."""
@@ -49,7 +49,7 @@ class WorkloadReport:
 
     @property
     def measured(self) -> dict[str, Any] | None:
-        """What was measured while requests were computed; None where none were."""
+        """Figures measured while requests were computed; None if none were computed."""
         if not self.stats.num_jobs:
             return None
         bound = bound_of(self.stats)
@@ -118,9 +118,9 @@ def run_report(deployment: ModelDeployment, workload: WorkloadReport, sources: S
     """Return what ``flexgen.json`` of one run holds.
 
     Args:
-        deployment: Which served the run.
-        workload: Of all requests that were served together with this run's: throughput is theirs, not the run's.
-        sources: Where each answer of this run came from.
+        deployment: Served the run.
+        workload: Record of all requests that were served together with this run's. Throughput is theirs, not the run's.
+        sources: Origin of each answer of this run.
     """
     return {
         "deployment": deployment.name,

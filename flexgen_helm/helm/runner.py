@@ -91,7 +91,7 @@ class FlexGenRunner(Runner):
         run.start()
 
     def _skips(self, run_spec: RunSpec) -> bool:
-        """As HELM does with --skip-completed-runs."""
+        """Return whether --skip-completed-runs is set and the run is complete, as HELM's runner does."""
         skips = self.skip_completed_runs and self._is_run_completed(self._get_run_path(run_spec))
         if skips:
             hlog(f"Skipping run {run_spec.name} because run is completed and all output files exist.")

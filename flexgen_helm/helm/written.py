@@ -1,4 +1,4 @@
-"""What a user has written of a deployment, checked before anything is loaded. HELM drops the keys that it does not know."""
+"""Checks the keys of a deployment in a user's YAML before anything is loaded. HELM drops the keys that it does not know."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_deployment(name: str, local_path: str | None) -> None:
     """Check all keys of a flexgen deployment; others are left alone.
 
     Args:
-        name: Of the deployment.
+        name: Name of the deployment.
         local_path: Folder that may hold ``model_deployments.yaml``: ``--local-path`` of helm-run.
 
     Raises:

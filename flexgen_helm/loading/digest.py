@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from flexgen_helm.cache_folder import cache_folder
-from flexgen_helm.loading.hub_folder import SMALL_FILES
+from flexgen_helm.loading.model_names import SMALL_FILES
 
 FILES = ("*.safetensors", *SMALL_FILES, "additional_chat_templates/*.jinja")
 """What decides answers, by patterns of names in the folder."""

@@ -7,13 +7,8 @@ from pathlib import Path
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.loading.checkpoint import INDEX_FILE, SINGLE_FILE, read_index
+from flexgen_helm.loading.model_names import SMALL_FILES, fetch, local_path
 from flexgen_helm.loading.refusals import refuse_file
-
-SMALL_FILES = (
-    *("*.json", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken", "*.codes", "*.spm", "*.tokenizer"),
-    "*.jinja",
-)
-"""Configs, chat templates, and the vocabularies of transformers' tokenizers."""
 
 
 def folder_without_weights(name: str, revision: str | None) -> Path:
@@ -27,14 +22,14 @@ def folder_without_weights(name: str, revision: str | None) -> Path:
         FlexGenError: If there is no such folder or hub model.
         UnsupportedModel: If the name is that of a GGUF file.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
+    if path is None:
+        return _fetched(name, revision, SMALL_FILES)
     if path.is_dir():
         return path
     if path.is_file() or path.suffix == ".gguf":
         refuse_file(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FlexGenError(f"There is no folder {path}. Give an existing model folder, or a hub name such as 'org/model'.")
-    return _fetched(name, revision, SMALL_FILES)
+    raise FlexGenError(f"There is no folder {path}. Give an existing model folder, or a hub name such as 'org/model'.")
 
 
 def folder_with_weights(name: str, revision: str | None, folder: Path) -> Path:
@@ -49,17 +44,15 @@ def folder_with_weights(name: str, revision: str | None, folder: Path) -> Path:
         FlexGenError: If the weights cannot be fetched.
         CorruptFile: If the index of the weights is torn.
     """
-    if Path(name).expanduser().is_dir():
+    if local_path(name) is not None:
         return folder
     index = read_index(folder) if (folder / INDEX_FILE).is_file() else None
     return _fetched(name, revision, [SINGLE_FILE] if index is None else set(index.values()))
 
 
 def _fetched(name: str, revision: str | None, patterns: Iterable[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=sorted(patterns)))
+        return fetch(name, revision, patterns)
     except Exception as error:
         raise FlexGenError(
             f"The model '{name}' could not be fetched from the hub ({type(error).__name__}: {error}). Check the name and the "

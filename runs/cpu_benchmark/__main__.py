@@ -12,8 +12,8 @@ Command: ``python -m flexgen_helm.runs.cpu_benchmark --threads 1 --repeats 3 --j
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,11 +23,10 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from flexgen_helm import Engine
 from flexgen_helm.assets import smollm2_folder
-from flexgen_helm.runs.command_line import make_parser
+from flexgen_helm.runs.command_line import add_json, make_parser, prepare_libraries, reports_errors, write_json
 from flexgen_helm.runs.cpu_benchmark.contenders import (
     Peer,
     copy_without_end_tokens,
@@ -59,7 +58,7 @@ PARTS = {
 
 @dataclass
 class Comparison:
-    """What was measured for one part; times in seconds, one entry for each repetition."""
+    """Measurements of one part; times are in seconds, one entry for each repetition."""
 
     title: str
     shares_all: bool
@@ -96,7 +95,7 @@ class Comparison:
         return {**dataclasses.asdict(self), **derived}
 
     def lines(self) -> list[str]:
-        """What a person reads."""
+        """Return the lines that a person reads."""
         ratios = [peer / engine for peer, engine in zip(self.peer_s, self.engine_s, strict=True)]
         share = "" if self.share is None else f", {self.share:.2f} of the token ratio"
         return [
@@ -144,16 +143,16 @@ def _join(values: list[float], digits: int = 1) -> str:
     return " ".join(f"{value:.{digits}f}" for value in values)
 
 
-def main() -> None:
-    """Run the command."""
+@reports_errors
+def main() -> int:
+    """Run the command and return its exit status."""
     parser = make_parser("cpu_benchmark", __doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both sides")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side; the median counts")
     parser.add_argument("--part", choices=sorted(PARTS), help="only this part")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    add_json(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    disable_progress_bar()
+    prepare_libraries(options.threads)
     folder = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     results = {}
@@ -166,9 +165,9 @@ def main() -> None:
                 prompts = [tokenizer.encode(text) for text in texts]
                 results[name] = compare(PARTS[name], engine, peer, prompts, repeats=options.repeats)
                 print("\n".join(results[name].lines()), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({name: result.as_dict() for name, result in results.items()}, indent=2))
+    write_json(options.json, {name: result.as_dict() for name, result in results.items()})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

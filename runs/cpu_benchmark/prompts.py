@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from flexgen_helm.assets import install_helm_data
+from flexgen_helm.reports.runs import only_run
 
 SUITE = "prompts"
 
@@ -17,7 +17,7 @@ def helm_prompts(run_entry: str, model_folder: Path, count: int) -> list[str]:
     """Returns the prompts of a run entry.
 
     Args:
-        run_entry: As for ``helm-run --run-entries``, without a model.
+        run_entry: A run entry of ``helm-run --run-entries``, without a model.
         model_folder: The model whose tokenizer decides what fits its context.
         count: Number of instances at most, HELM's ``--max-eval-instances``.
 
@@ -26,6 +26,7 @@ def helm_prompts(run_entry: str, model_folder: Path, count: int) -> list[str]:
 
     Raises:
         subprocess.CalledProcessError: If HELM fails; its own output says why.
+        CorruptFile: The run entry is not that of one run.
     """
     with tempfile.TemporaryDirectory() as name:
         output = Path(name)
@@ -34,5 +35,4 @@ def helm_prompts(run_entry: str, model_folder: Path, count: int) -> list[str]:
         command += ["--run-entries", f"{run_entry},model=flexgen/{model_folder}", "-m", str(count)]
         command += ["--output-path", name, "--local-path", str(output / "local"), "--plugins", "flexgen_helm.plugin"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=name)
-        (state,) = (output / "runs" / SUITE).glob("*/scenario_state.json")
-        return [entry["request"]["prompt"] for entry in json.loads(state.read_text())["request_states"]]
+        return [request.prompt for request in only_run(output / "runs" / SUITE).requests()]

@@ -1,1 +1,1 @@
-"""What the FlexGen paper ran: seven HELM sub-scenarios and data wrangling."""
+"""The evaluations of the FlexGen paper: seven HELM sub-scenarios and data wrangling."""

@@ -14,18 +14,16 @@ Command: ``python -m flexgen_helm.runs.helm_cpu_benchmark --threads 2 --json res
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.runs.command_line import make_parser
+from flexgen_helm.runs.command_line import add_json, add_model, make_parser, prepare_libraries, reports_errors, write_json
 from flexgen_helm.runs.cpu_benchmark.contenders import copy_without_end_tokens
 from flexgen_helm.runs.helm_cpu_benchmark.answers import count_tokens, loading_seconds, read_answers
 from flexgen_helm.runs.helm_cpu_benchmark.contenders import OURS, THEIRS, run
@@ -64,32 +62,27 @@ def measure(entry: Entry, model_folder: Path, scratch: Path, *, instances: int, 
     )
 
 
+@reports_errors
 def main() -> int:
     """Run the command and return its exit status."""
     parser = make_parser("helm_cpu_benchmark", __doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both sides")
     parser.add_argument("--entries", nargs="+", choices=sorted(ENTRIES), default=list(ENTRIES), help="only these")
     parser.add_argument("-m", "--max-eval-instances", type=int, metavar="N", help="of each entry, in place of its own number")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    add_model(parser)
+    add_json(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    disable_progress_bar()
+    prepare_libraries(options.threads)
     results: dict[str, Comparison] = {}
-    try:
-        model_folder = options.model or smollm2_folder()
-        with tempfile.TemporaryDirectory() as name:
-            endless = copy_without_end_tokens(model_folder, Path(name) / f"{model_folder.name}-endless")
-            for key in options.entries:
-                entry, scratch = ENTRIES[key], Path(name) / key
-                folder, instances = endless if entry.endless else model_folder, options.max_eval_instances or entry.instances
-                results[key] = measure(entry, folder, scratch, instances=instances, threads=options.threads)
-                print("\n".join(render(results[key])), flush=True)
-                if options.json:
-                    options.json.write_text(json.dumps({key: one.as_dict() for key, one in results.items()}, indent=2))
-    except FlexGenError as error:
-        print(error, file=sys.stderr)
-        return 1
+    model_folder = options.model or smollm2_folder()
+    with tempfile.TemporaryDirectory() as name:
+        endless = copy_without_end_tokens(model_folder, Path(name) / f"{model_folder.name}-endless")
+        for key in options.entries:
+            entry, scratch = ENTRIES[key], Path(name) / key
+            folder, instances = endless if entry.endless else model_folder, options.max_eval_instances or entry.instances
+            results[key] = measure(entry, folder, scratch, instances=instances, threads=options.threads)
+            print("\n".join(render(results[key])), flush=True)
+            write_json(options.json, {key: one.as_dict() for key, one in results.items()})
     print("\n".join(total_lines(list(results.values()))))
     return 0
 

@@ -1,15 +1,15 @@
-"""Requests and answers, read from the files that HELM leaves."""
+"""Requests and answers of the two sides, and what HELM's log says of the time."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.reports.contents import Request
+from flexgen_helm.reports.runs import only_run
 from flexgen_helm.schedule.tree import common_prefix_length
 
 LOADING = re.compile(r"^(?P<head>.*? INFO +)Loading .* for HELM model .*\{$")
@@ -18,7 +18,7 @@ SECONDS = re.compile(r"\} \[(?:(\d+)h)?(?:(\d+)m)?([\d.]+)s\]$")
 
 @dataclass(frozen=True)
 class Asked:
-    """What both sides were asked."""
+    """A request, the same for both sides."""
 
     prompt: str
     max_tokens: int
@@ -29,7 +29,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one side answered."""
+    """The answer of one side."""
 
     text: str
     tokens: tuple[str, ...]
@@ -40,26 +40,34 @@ class Answer:
 
 
 def read_answers(suite: Path) -> list[tuple[Asked, Answer]]:
-    """Read the only run of a suite, in HELM's order."""
-    (path,) = suite.glob("*/scenario_state.json")
-    states = json.loads(path.read_text(encoding="utf-8"))["request_states"]
-    return [(_asked(state["request"]), _answer(state["result"])) for state in states]
+    """Read the only run of a suite, in HELM's order.
+
+    Raises:
+        CorruptFile: There is not one run, or it cannot be read.
+    """
+    return [(_asked(request), _answer(request)) for request in only_run(suite).requests()]
 
 
-def _asked(request: dict[str, Any]) -> Asked:
-    return Asked(request["prompt"], request["max_tokens"], tuple(request["stop_sequences"]), request["echo_prompt"])
+def _asked(request: Request) -> Asked:
+    asked = request.asked
+    return Asked(request.prompt, asked["max_tokens"], tuple(asked["stop_sequences"]), asked["echo_prompt"])
 
 
-def _answer(result: dict[str, Any]) -> Answer:
-    (completion,) = result["completions"]
-    tokens = completion["tokens"]
+def _answer(request: Request) -> Answer:
+    (completion,) = request.completions
     return Answer(
-        text=completion["text"],
-        tokens=tuple(token["text"] for token in tokens),
-        logprobs=tuple(token["logprob"] for token in tokens),
-        finish_reason=(completion.get("finish_reason") or {}).get("reason"),
-        seconds=result["request_time"],
+        text=completion.text,
+        tokens=tuple(token.text for token in completion.tokens),
+        logprobs=tuple(_known(token.logprob) for token in completion.tokens),
+        finish_reason=completion.finish_reason,
+        seconds=_known(request.seconds),
     )
+
+
+def _known(value: float | None) -> float:
+    if value is None:
+        raise FlexGenError("A client reported no log-probability or no time, so the sides do not compare. Use clients that do.")
+    return value
 
 
 def loading_seconds(log: str) -> float:

@@ -22,9 +22,9 @@ class Contender:
     """One side."""
 
     prefix: str
-    """Of the deployment's name."""
+    """Prefix of the deployment's name."""
     arguments: tuple[str, ...]
-    """Of ``helm-run``."""
+    """More arguments of ``helm-run``."""
 
 
 # HELM's client takes one request at a time; more threads only contend for the interpreter (10.9 s with 1, 14.1 s with 4).
@@ -36,12 +36,12 @@ def run(contender: Contender, run_entry: str, model_folder: Path, output: Path, 
     """Run one entry with a command of its own.
 
     Args:
-        contender: Which side.
+        contender: The side that answers.
         run_entry: Without a model.
         model_folder: Weights and tokenizer of both sides.
         output: HELM's output folder; made.
         instances: HELM's ``--max-eval-instances``.
-        threads: Of PyTorch.
+        threads: Number of PyTorch's threads.
 
     Raises:
         FlexGenError: The command failed, or there is no data for the entry.

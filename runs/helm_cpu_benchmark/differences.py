@@ -31,7 +31,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Differences:
-    """Of all answers of an entry."""
+    """The differences between the two sides' answers to all requests of an entry."""
 
     counts: dict[str, int]
     """By kind, the keys of ``REASONS``; one request may differ in several."""
@@ -39,9 +39,9 @@ class Differences:
     """Who is right about the answers that differ, by plain transformers."""
     equal_judged: int
     equal_right: int
-    """Of these, equal answers that are the model's."""
+    """Number of the judged equal answers that are the model's."""
     scored_right: dict[str, int]
-    """Of all judged requests, how many got the model's log-probabilities from each side."""
+    """Number of judged requests that got the model's log-probabilities, by side."""
     examples: list[dict[str, str]]
     """A few of the answers that differ."""
 

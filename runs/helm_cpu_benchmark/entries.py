@@ -1,4 +1,4 @@
-"""What both sides run."""
+"""Run entries that both sides answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Entry:
     run_entry: str
     instances: int
     share_aimed_at: float | None = None
-    """Of the token ratio; None where other work than prompts counts, or where nothing is aimed at."""
+    """Share of the token ratio that the time ratio should reach; None where more than prompts counts, or without an aim."""
     ratio_aimed_at: float | None = None
     endless: bool = False
     """Whether the model is given no end token, so that both sides generate as many tokens as asked."""

@@ -1,4 +1,4 @@
-"""Which of two answers is right: plain ``transformers``, one request at a time."""
+"""Judges which of two answers is right: plain ``transformers``, one request at a time."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CLIENT: Verdict = "HELM's client"
 
 @dataclass(frozen=True)
 class Truth:
-    """What the model answers."""
+    """The model's own answer."""
 
     text: str
     logprobs: tuple[float, ...]
-    """Of the prompt where that is scored (0.0 for the first token), otherwise of the tokens of ``text``."""
+    """Log-probabilities of the prompt if it is scored (0.0 for the first token), otherwise of the tokens of ``text``."""
     smallest_margin: float
     """Between the best two tokens of any step, in nats; infinite where nothing is generated."""
 

@@ -1,4 +1,4 @@
-"""What was measured, and how it is printed."""
+"""Measurements of both sides, and the lines that are printed of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN_S = 0.05
 
 @dataclass(frozen=True)
 class Side:
-    """What one side took for an entry, in seconds."""
+    """Times of one side for an entry, in seconds."""
 
     model_s: float
     wall_s: float
@@ -61,7 +61,7 @@ class Comparison:
 
 
 def render(one: Comparison) -> list[str]:
-    """What a person reads of an entry."""
+    """Return the lines that a person reads of an entry."""
     found = one.differences
     counts = ", ".join(f"{kind} {count}" for kind, count in found.counts.items())
     theirs, ours = one.theirs, one.ours
@@ -89,7 +89,7 @@ def _aim(one: Comparison) -> str:
 
 
 def total_lines(comparisons: Sequence[Comparison]) -> list[str]:
-    """What a person reads of all entries together."""
+    """Return the lines that a person reads of all entries together."""
     theirs, ours = ([getattr(one, side) for one in comparisons] for side in ("theirs", "ours"))
     model = [sum(side.model_s for side in sides) for sides in (theirs, ours)]
     wall = [sum(side.wall_s for side in sides) for sides in (theirs, ours)]

@@ -1,1 +1,1 @@
-"""What HELM, adaptation, scheduling and writing cost: a whole suite on a model that costs next to nothing."""
+"""The cost of HELM, adaptation, scheduling and writing: a whole suite on a model that costs next to nothing."""

@@ -1,4 +1,4 @@
-"""What everything but the model costs: a suite through ``helm-run`` on a model of one tiny layer.
+"""The cost of everything but the model: a suite through ``helm-run`` on a model of one tiny layer.
 
 Half of the requests are 5-shot multiple choice, a quarter scores single choices, a quarter generates 20 tokens; tokenizer,
 engine, scheduler and HELM are the real ones. Sizes double, so that a step that grows faster than the number of requests shows:
@@ -11,7 +11,6 @@ Command: ``python -m flexgen_helm.runs.helm_overhead --json result.json``
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 import tempfile
@@ -20,8 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from flexgen_helm.assets import smollm2_folder
-from flexgen_helm.errors import FlexGenError
-from flexgen_helm.runs.command_line import make_parser
+from flexgen_helm.reports.runs import list_runs, read_workloads
+from flexgen_helm.runs.command_line import add_json, add_model, make_parser, reports_errors, write_json
 from flexgen_helm.runs.helm_overhead.commands import RUNNER, Finished, helm_run
 from flexgen_helm.runs.helm_overhead.null_model import save_null_model
 from flexgen_helm.runs.helm_overhead.questions import LEAST_REQUESTS, suite_entries
@@ -59,7 +58,7 @@ class Measured:
         return self.requests / self.wall_s
 
     def line(self) -> str:
-        """What a person reads."""
+        """Return the line that a person reads."""
         cache = "cache" if self.cache else "--disable-cache"
         return (
             f"{self.route:7} {cache:16} {self.requests:6} requests in {self.wall_s:6.1f} s, "
@@ -73,7 +72,7 @@ def measure(folder: Path, model: Path, num_requests: int, *, route: str, cache: 
     arguments = [*ROUTES[route], "-m", str(num_requests), *([] if cache else ["--disable-cache"])]
     models = [f"{entry},model=flexgen/{model}" for entry in entries]
     finished = helm_run(models, folder / "output", arguments, threads=threads, watch="all")
-    answered = sum(len(json.loads(path.read_text())["request_states"]) for path in finished.suite.glob("*/scenario_state.json"))
+    answered = sum(len(run.requests()) for run in list_runs(finished.suite))
     return Measured(
         route=route,
         cache=cache,
@@ -87,12 +86,10 @@ def measure(folder: Path, model: Path, num_requests: int, *, route: str, cache: 
 
 
 def _engine_seconds(finished: Finished) -> float | None:
-    path = finished.suite / "flexgen_workload.json"
-    if not path.exists():
+    workloads = read_workloads(finished.suite)
+    if not workloads:
         return None
-    # What an earlier command has measured stays in the report of one that computed nothing.
-    reports = [report for report in json.loads(path.read_text()) if (report["measured"] or {}).get("date") == report["date"]]
-    return float(sum(report["measured"]["stats"]["seconds"] for report in reports))
+    return float(sum(one.measured["stats"]["seconds"] for one in workloads if one.measured is not None))
 
 
 def exponents(smaller: Measured, larger: Measured) -> dict[str, float]:
@@ -120,14 +117,15 @@ def table(measured: list[Measured]) -> list[str]:
     return [*lines, f"{'all':22}{totals}"]
 
 
+@reports_errors
 def main() -> int:
     """Run the command and return its exit status."""
     parser = make_parser("helm_overhead", __doc__)
     parser.add_argument("--requests", type=int, nargs="+", default=[1250, 2500, 5000, 10000], metavar="N", help="sizes")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="a model folder (default: SmolLM2-135M-Instruct)")
+    add_model(parser, "--tokenizer")
     parser.add_argument("--only-growth", action="store_true", help="leave out the largest size with cache and by client")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    add_json(parser)
     options = parser.parse_args()
     sizes = sorted(options.requests)
     if sizes[0] < LEAST_REQUESTS:
@@ -136,23 +134,17 @@ def main() -> int:
     if not options.only_growth:
         plan += [("runner", True, sizes[-1]), ("client", True, sizes[-1])]
     measured = []
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            model = save_null_model(Path(name) / "null" / "model", options.tokenizer or smollm2_folder())
-            for number, (route, cache, size) in enumerate(plan):
-                folder = Path(name) / str(number)
-                folder.mkdir()
-                measured.append(measure(folder, model, size, route=route, cache=cache, threads=options.threads))
-                print(measured[-1].line(), flush=True)
-    except FlexGenError as error:
-        print(error, file=sys.stderr)
-        return 1
+    with tempfile.TemporaryDirectory() as name:
+        model = save_null_model(Path(name) / "null" / "model", options.tokenizer or smollm2_folder())
+        for number, (route, cache, size) in enumerate(plan):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            measured.append(measure(folder, model, size, route=route, cache=cache, threads=options.threads))
+            print(measured[-1].line(), flush=True)
     growing = measured[: len(sizes)]
     print("\n".join(["", *table(growing)]))
-    if options.json:
-        results = [dataclasses.asdict(one) | {"requests_per_second": one.requests_per_second} for one in measured]
-        whole = {"suites": results, "exponents": exponents(growing[0], growing[-1])}
-        options.json.write_text(json.dumps(whole, indent=2), encoding="utf-8")
+    results = [dataclasses.asdict(one) | {"requests_per_second": one.requests_per_second} for one in measured]
+    write_json(options.json, {"suites": results, "exponents": exponents(growing[0], growing[-1])})
     return 0
 
 

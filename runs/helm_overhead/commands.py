@@ -46,8 +46,8 @@ def helm_run(
         entries: With their models.
         output: HELM's output folder; made if missing.
         arguments: More of ``helm-run``.
-        threads: Of PyTorch.
-        watch: Whose processor time to tell apart: the main thread's alone, or the engine's thread's as well.
+        threads: Number of PyTorch's threads.
+        watch: Threads whose processor time is told apart: the main thread's alone, or the engine's thread's as well.
 
     Raises:
         FlexGenError: The command failed; the end of its log says why.

@@ -44,7 +44,7 @@ def suite_entries(folder: Path, num_requests: int) -> list[str]:
 
     Args:
         folder: Made for the files.
-        num_requests: Of the whole suite, at least LEAST_REQUESTS.
+        num_requests: Number of requests of the whole suite, at least LEAST_REQUESTS.
     """
     folder.mkdir(parents=True)
     scored = num_requests // 4 // (2 * NUM_CHOICES) * 2

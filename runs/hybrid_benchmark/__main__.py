@@ -10,8 +10,8 @@ Command: ``python -m flexgen_helm.runs.hybrid_benchmark --threads 1 --json resul
 
 from __future__ import annotations
 
-import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,10 +20,9 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config
-from transformers.utils.logging import disable_progress_bar
 
 from flexgen_helm import Engine
-from flexgen_helm.runs.command_line import make_parser
+from flexgen_helm.runs.command_line import add_json, make_parser, prepare_libraries, reports_errors, write_json
 from flexgen_helm.runs.cpu_benchmark.contenders import Peer, engine_continuations
 
 Answers = list[list[int]]
@@ -86,20 +85,20 @@ def measure(folder: Path, new_tokens: int) -> dict[str, float | int]:
     return result
 
 
-def main() -> None:
-    """Run the command."""
+@reports_errors
+def main() -> int:
+    """Run the command and return its exit status."""
     parser = make_parser("hybrid_benchmark", __doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both sides")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="of each request (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    add_json(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    disable_progress_bar()
+    prepare_libraries(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(random_hybrid(Path(scratch) / "hybrid"), options.new_tokens)
-    if options.json:
-        options.json.write_text(json.dumps({"threads": options.threads, **result}, indent=2))
+    write_json(options.json, {"threads": options.threads, **result})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

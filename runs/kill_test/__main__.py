@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flexgen_helm.assets import smollm2_folder
-from flexgen_helm.runs.command_line import make_parser
+from flexgen_helm.runs.command_line import add_model, make_parser, reports_errors
 from flexgen_helm.runs.kill_test.files import read_suite
 from flexgen_helm.runs.kill_test.suite import Command
 
@@ -26,7 +26,7 @@ MOST_NEW_ANSWERS = 8
 
 @dataclass
 class Tally:
-    """What happened to the killed commands."""
+    """Counts of what happened to the killed commands."""
 
     kills: int = 0
     during: dict[str, int] = field(default_factory=dict)
@@ -37,12 +37,13 @@ class Tally:
     """Most answers in the journal when a command was started."""
 
 
+@reports_errors
 def main() -> int:
     """Run the command and return its exit status: 0 where nothing was lost, computed twice or different."""
     parser = make_parser("kill_test", __doc__)
     parser.add_argument("--kills", type=int, default=100, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder (default: SmolLM2-135M-Instruct)")
+    add_model(parser)
     parser.add_argument("-m", "--max-eval-instances", type=int, default=8, metavar="N", help="instances of each entry")
     parser.add_argument("--disable-cache", action="store_true", help="as of helm-run: the journal alone")
     arguments = parser.parse_args()
@@ -60,11 +61,11 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
     """Kill a suite until ``kills`` kills have met a living process.
 
     Args:
-        folder: For outputs.
+        folder: Folder for outputs.
         model: A model folder.
-        kills: How many.
-        seed: Of the moments: half of them uniform over the time of an undisturbed command, half when answers arrive.
-        max_eval_instances: Of each run entry.
+        kills: Number of kills.
+        seed: Seed of the moments: half of them uniform over the time of an undisturbed command, half when answers arrive.
+        max_eval_instances: Most instances of each run entry.
         disable_cache: Whether HELM's request cache is off.
 
     Raises:

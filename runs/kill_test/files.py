@@ -1,12 +1,12 @@
-"""What HELM writes for a suite, without what depends on the clock."""
+"""HELM's files of a suite, without the fields that depend on the clock."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-FILES = ("run_spec.json", "scenario.json", "scenario_state.json", "stats.json", "per_instance_stats.json")
+from flexgen_helm.reports.runs import list_runs
+
 TIMES = ("request_time", "request_datetime", "batch_size", "batch_request_time", "cached")
 TIME_STATS = ("inference_runtime", "inference_denoised_runtime", "batch_size")
 
@@ -22,8 +22,7 @@ def timeless(value: Any) -> Any:
 
 def read_suite(folder: Path) -> dict[str, Any]:
     """Return the timeless content of all of HELM's files of a suite, by run and name."""
-    paths = [path for path in sorted(folder.glob("*/*.json")) if path.name in FILES]
-    return {f"{path.parent.name}/{path.name}": timeless(json.loads(path.read_text())) for path in paths}
+    return {f"{run.name}/{name}": timeless(content) for run in list_runs(folder) for name, content in run.documents().items()}
 
 
 def _is_time_stat(item: Any) -> bool:

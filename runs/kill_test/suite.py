@@ -31,7 +31,7 @@ class Command:
 
     @property
     def suite_folder(self) -> Path:
-        """Where HELM writes the runs."""
+        """Folder to which HELM writes the runs."""
         return self.output_path / "runs" / SUITE
 
     def arguments(self) -> list[str]:

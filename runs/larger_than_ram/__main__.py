@@ -16,8 +16,6 @@ Command: ``python -m flexgen_helm.runs.larger_than_ram --model-size 4GiB --memor
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -26,16 +24,15 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.amounts import parse_size
-from flexgen_helm.runs.command_line import make_parser
+from flexgen_helm.runs.command_line import add_json, exit_on_sigterm, make_parser, reports_errors, write_json
 from flexgen_helm.runs.cpu_benchmark.prompts import helm_prompts
 from flexgen_helm.runs.larger_than_ram.contenders import Work, as_dict, compare, run_accelerate, run_engine
 from flexgen_helm.runs.larger_than_ram.helm_part import run_helm
 from flexgen_helm.runs.larger_than_ram.report import render
-from flexgen_helm.runs.memory_limit.cgroup import NotPermitted, memory_group
+from flexgen_helm.runs.memory_limit.cgroup import memory_group
 from flexgen_helm.runs.memory_limit.model import Shape, random_model, random_prompts
-from flexgen_helm.runs.memory_limit.process import NOT_PERMITTED, Limits
+from flexgen_helm.runs.memory_limit.process import Limits
 
 POLICIES: dict[str, dict[str, Any]] = {
     "generation": {
@@ -48,8 +45,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "shared_prefix": {"block_tokens": 8192},
     "helm": {"block_tokens": 8192},
 }
-"""Of each part. Memory holds more of the cache where answers are long, and prompts enter a few at a time, so that every sweep
-computes while it reads. Prompts that share a prefix enter together, so that it is computed once."""
+"""Policy of each part. Memory holds more of the cache where answers are long. Prompts enter a few at a time there, so that
+every sweep computes while it reads. Prompts that share a prefix enter together, so that it is computed once."""
 ENTRY = "mmlu:subject=us_foreign_policy,method=multiple_choice_joint"
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -82,7 +79,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--batches", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help="sequences that Accelerate answers at a time"
     )
     parser.add_argument("--instances", type=int, default=64, metavar="N", help="of the shared-prefix part")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    add_json(parser)
     return parser.parse_args(arguments)
 
 
@@ -112,8 +109,7 @@ def run_parts(options: argparse.Namespace, model: Path, scratch: Path) -> None:
             lines = render(work, theirs, ours, agreement)
             results[part] = as_dict(theirs, ours, agreement)
         print("\n".join(lines), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_json(options.json, results)
 
 
 def make_work(part: str, options: argparse.Namespace, model: Path) -> Work:
@@ -126,22 +122,16 @@ def make_work(part: str, options: argparse.Namespace, model: Path) -> Work:
     return Work("5-shot MMLU", [tokenizer.encode(text, add_special_tokens=False) for text in texts], 1)
 
 
+@reports_errors
 def main() -> int:
     """Run the command and return its exit status."""
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cgroup is removed
-    try:
-        with memory_group(options.memory):
-            pass  # whether it is permitted, before a model is made
-        model = random_model(Shape(options.model_size, options.dtype))
-        with tempfile.TemporaryDirectory() as scratch:
-            run_parts(options, model, Path(scratch))
-    except NotPermitted as error:
-        print(error, file=sys.stderr)
-        return int(NOT_PERMITTED)
-    except FlexGenError as error:
-        print(error, file=sys.stderr)
-        return 1
+    exit_on_sigterm()
+    with memory_group(options.memory):
+        pass  # whether it is permitted, before a model is made
+    model = random_model(Shape(options.model_size, options.dtype))
+    with tempfile.TemporaryDirectory() as scratch:
+        run_parts(options, model, Path(scratch))
     return 0
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 @dataclass(frozen=True)
 class Task:
-    """What to load and to answer."""
+    """A model to load and prompts to answer."""
 
     folder: str
     dtype: str
@@ -34,7 +34,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call of ``generate`` took and gave."""
+    """Times and tokens of one call of ``generate``."""
 
     load_s: float
     placed: dict[str, int]

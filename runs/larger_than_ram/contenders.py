@@ -26,7 +26,7 @@ Prompts = list[list[int]]
 
 @dataclass(frozen=True)
 class Work:
-    """What both sides are asked."""
+    """Prompts that both sides answer."""
 
     title: str
     prompts: Prompts
@@ -127,9 +127,9 @@ def compare(theirs: Prompts, ours: Prompts, gaps: Sequence[Sequence[float]]) -> 
     """Compare the new tokens of the same prompts.
 
     Args:
-        theirs: Of the first prompts.
-        ours: Of all prompts.
-        gaps: Between our two best tokens, for each of ours.
+        theirs: Accelerate's tokens for the first prompts.
+        ours: The engine's tokens for all prompts.
+        gaps: Differences between the engine's two best tokens, for each of its tokens.
     """
     equal = ties = other = 0
     smallest = float("inf")

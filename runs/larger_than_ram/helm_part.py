@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 from flexgen_helm.assets import install_helm_data
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.helm.deployment import CLIENT, RUNNER
+from flexgen_helm.reports.runs import only_run
 from flexgen_helm.runs.memory_limit.process import Limits, run_limited
 
 DEPLOYMENT = "flexgen/benchmark/larger-than-ram"
@@ -22,10 +22,10 @@ def run_helm(entry: str, model: Path, arguments: dict[str, Any], limits: Limits,
     """Run one entry and read HELM's own files.
 
     Args:
-        entry: Without a model.
+        entry: Run entry without a model.
         model: The model's folder.
-        arguments: Of ``Engine.from_pretrained``; they stand in the deployment.
-        limits: Of the command.
+        arguments: Keywords of ``Engine.from_pretrained``; they are written into the deployment.
+        limits: Limits of the command.
         output: HELM's output folder; made.
         instances: HELM's ``--max-eval-instances``.
 
@@ -43,14 +43,14 @@ def run_helm(entry: str, model: Path, arguments: dict[str, Any], limits: Limits,
     measured = run_limited(command, limits, output / "log.txt")
     if measured.ended.out_of_memory:
         raise FlexGenError(f"helm-run was killed because memory was used up. Raise --memory. Its log:\n{measured.log_end}")
-    (run,) = (output / "runs" / SUITE).glob("*/stats.json")
-    states = json.loads((run.parent / "scenario_state.json").read_text(encoding="utf-8"))["request_states"]
-    answered = sum(bool(state["result"]["completions"]) for state in states)
-    stats = {stat["name"]["name"]: stat.get("mean") for stat in json.loads(run.read_text(encoding="utf-8"))}
+    run = only_run(output / "runs" / SUITE)
+    requests = run.requests()
+    answered = sum(bool(request.completions) for request in requests)
+    means = {stat.name: stat.mean for stat in run.stats()}
     return [
-        f"helm-run under the limit: {answered} of {len(states)} requests answered, command {measured.ended.seconds:.1f} s",
-        f"  {run.parent.name}",
-        f"  exact_match {stats['exact_match']}",
+        f"helm-run under the limit: {answered} of {len(requests)} requests answered, command {measured.ended.seconds:.1f} s",
+        f"  {run.name}",
+        f"  exact_match {means['exact_match']}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a person reads of a comparison."""
+"""The lines that a person reads of a comparison."""
 
 from __future__ import annotations
 

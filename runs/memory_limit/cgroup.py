@@ -23,7 +23,7 @@ class NotPermitted(FlexGenError):
 
 
 class _Version(NamedTuple):
-    """What a version of memory cgroups calls its parts."""
+    """Names of the parts of memory cgroups in one of their versions."""
 
     mount: str
     """Below /sys/fs/cgroup."""
@@ -43,7 +43,7 @@ class Ended:
     """How a command ended."""
 
     status: int
-    """As of ``subprocess``: negative for a signal."""
+    """Exit status as ``subprocess`` gives it: negative for a signal."""
     seconds: float
     out_of_memory: bool = False
     """Whether the kernel killed one of its processes because the group's memory was used up."""
@@ -134,7 +134,7 @@ def _remove_old(parent: Path) -> None:
 
 
 def _parents() -> Iterator[tuple[Path, _Version]]:
-    """Where a group may be made: below that of this process, else further up, where nothing but our limit holds."""
+    """Yield folders in which a group may be made: that of this process, then those further up, where only our limit holds."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         number, controllers, path = line.split(":", 2)
         if number != "0" and "memory" not in controllers.split(","):

@@ -20,10 +20,10 @@ from flexgen_helm.types import Policy, SweepStats
 
 @dataclass(frozen=True)
 class Task:
-    """What to load and to answer."""
+    """A model to load and prompts to answer."""
 
     model: str
-    """Of ``Engine.from_pretrained``, as are the arguments."""
+    """First argument of ``Engine.from_pretrained``, whose keywords are ``arguments``."""
     arguments: dict[str, Any]
     """The policy is a dictionary, as in a deployment's YAML."""
     prompts: list[list[int]]
@@ -33,7 +33,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is told of a sweep."""
+    """The figures of a sweep that are reported."""
 
     seconds: float
     prompt_tokens: int
@@ -43,14 +43,14 @@ class Sweep:
 
     @classmethod
     def of(cls, sweep: SweepStats) -> Sweep:
-        """Take what is told from what was measured."""
+        """Take the reported figures of a measured sweep."""
         read = sweep.bytes_moved.get("disk_read", 0)
         return cls(sweep.seconds, sweep.prompt_tokens, sweep.decode_tokens, read, sweep.bound_by)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the engine did."""
+    """Tokens, times and statistics of the engine."""
 
     load_s: float
     """Loading, the self-check and, where slabs were missing, their writing."""

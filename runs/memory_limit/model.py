@@ -22,7 +22,7 @@ from flexgen_helm.cache_folder import build_once, cache_folder
 END = "</s>"
 SHARD_BYTES = 2**29
 WEIGHT_STD = 0.02
-"""Of matrices, as checkpoints are initialised; with it what a model predicts depends on its whole prompt."""
+"""Standard deviation of matrices, as in checkpoints before training. With it, predictions depend on the whole prompt."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Shape:
     """A Llama with as many key-value heads as heads, whose cache is large for its size as that of OPT is."""
 
     num_bytes: int
-    """Of its weights, at least: in whole layers."""
+    """Least size of the weights, rounded up to whole layers."""
     dtype: str = "float32"
     hidden_size: int = 2048
     intermediate_size: int = 5632
@@ -99,8 +99,8 @@ def write_random_weights(config: LlamaConfig, folder: Path, *, shard_bytes: int 
     """Write a checkpoint in shards, of which memory holds one at a time.
 
     Args:
-        config: Of the model; the dtype is in it.
-        folder: Exists.
+        config: Config of the model, with its dtype.
+        folder: An existing folder.
         shard_bytes: Size from which a new shard begins.
     """
     with torch.device("meta"):

@@ -21,18 +21,18 @@ LOG_END = 3000
 
 @dataclass(frozen=True)
 class Limits:
-    """Under what all contenders run."""
+    """Limits of all contenders."""
 
     memory_bytes: int | None
     """None: no limit, where a GPU's memory is the one that matters."""
     threads: int
     folders: tuple[Path, ...]
-    """Of the model's files, which no one may find in the page cache; the first tells how fast the disk is."""
+    """Folders of the model's files, which are dropped from the page cache. The disk's speed is measured in the first."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured around a process."""
+    """Measurements before, during and after a process."""
 
     ended: Ended
     disk_before: float

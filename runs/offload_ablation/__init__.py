@@ -1,1 +1,1 @@
-"""What each part of the runtime is worth under a memory limit: ``python -m flexgen_helm.runs.offload_ablation``."""
+"""The worth of each part of the runtime under a memory limit: ``python -m flexgen_helm.runs.offload_ablation``."""

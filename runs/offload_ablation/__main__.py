@@ -1,4 +1,4 @@
-"""What each part of the runtime is worth under a memory limit, in the manner of table 4 of the FlexGen paper.
+"""The worth of each part of the runtime under a memory limit, in the manner of table 4 of the FlexGen paper.
 
 A model larger than the memory answers the same prompts with everything on, then with one thing changed at a time. Every
 variant is a process of its own under the limit (a cgroup's, so root is needed: exit status 3 without), and answers must be the
@@ -13,8 +13,6 @@ On a GPU: ``python -m flexgen_helm.runs.offload_ablation --device cuda --model f
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
@@ -23,28 +21,26 @@ from typing import Any
 
 import torch
 
-from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.amounts import gib, parse_size
-from flexgen_helm.runs.command_line import make_parser
+from flexgen_helm.runs.command_line import add_json, exit_on_sigterm, make_parser, reports_errors, write_json
 from flexgen_helm.runs.larger_than_ram.contenders import Ours, Work, run_engine
-from flexgen_helm.runs.memory_limit.cgroup import NotPermitted
 from flexgen_helm.runs.memory_limit.model import Shape, random_model, random_prompts
-from flexgen_helm.runs.memory_limit.process import NOT_PERMITTED, Limits
+from flexgen_helm.runs.memory_limit.process import Limits
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table, as what is other than with everything on."""
+    """One row of the table, as its differences from everything on."""
 
     name: str
     policy: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
-    """More of ``Engine.from_pretrained``."""
+    """More keywords of ``Engine.from_pretrained``."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What was measured of a variant."""
+    """Measurements of a variant."""
 
     variant: Variant
     seconds: float
@@ -105,8 +101,7 @@ def run_variants(options: argparse.Namespace, model: Path | str, limits: Limits,
         expected = expected or ours.answers.tokens
         lines.append(measure(variant, work, ours, equal=ours.answers.tokens == expected))
         print(render(lines[-1], lines[0]), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1), encoding="utf-8")
+        write_json(options.json, [asdict(line) for line in lines])
     return lines
 
 
@@ -143,32 +138,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=Shape.vocab_size, metavar="N", help="of which prompts are made")
     parser.add_argument("--batch", type=int, default=16, metavar="SEQUENCES", help="gpu_batch_size")
     parser.add_argument("--batch-tokens", type=int, default=256, metavar="TOKENS", help="gpu_batch_tokens and block_tokens")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result there")
+    add_json(parser)
     options = parser.parse_args(arguments)
     if options.memory is None and options.device == "cpu":
         options.memory = parse_size("2GiB")
     return options
 
 
+@reports_errors
 def main() -> int:
     """Run the command and return its exit status: 0 if all variants gave the same answers."""
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the cgroup is removed
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            scratch = Path(name)
-            limits = Limits(options.memory, options.threads, (scratch, scratch / "slabs"))
-            model: Path | str = options.model
-            if options.model is None:
-                folder = model = random_model(Shape(options.model_size, options.dtype))
-                limits = replace(limits, folders=(folder, folder.with_name(f"{folder.name}-slabs")))
-            lines = run_variants(options, model, limits, scratch)
-    except NotPermitted as error:
-        print(error, file=sys.stderr)
-        return int(NOT_PERMITTED)
-    except FlexGenError as error:
-        print(error, file=sys.stderr)
-        return 1
+    exit_on_sigterm()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        limits = Limits(options.memory, options.threads, (scratch, scratch / "slabs"))
+        model: Path | str = options.model
+        if options.model is None:
+            folder = model = random_model(Shape(options.model_size, options.dtype))
+            limits = replace(limits, folders=(folder, folder.with_name(f"{folder.name}-slabs")))
+        lines = run_variants(options, model, limits, scratch)
     return 0 if all(line.equal for line in lines) else 1
 
 

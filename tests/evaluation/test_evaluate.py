@@ -147,10 +147,11 @@ def test_results_of_earlier_commands_are_not_shown(
 ) -> None:
     old = tmp_path / "output" / "runs" / "brackets" / "old:model=m"
     old.mkdir(parents=True)
-    (old / "stats.json").write_text("[]")
+    for file in ("stats.json", "per_instance_stats.json"):
+        (old / file).write_text("[]")
+        os.utime(old / file, (time.time() - 60,) * 2)
     adapter = {"model_deployment": f"flexgen/{tiny_model}"}
-    (old / "run_spec.json").write_text(json.dumps({"adapter_spec": adapter}))
-    os.utime(old / "stats.json", (time.time() - 60,) * 2)
+    (old / "run_spec.json").write_text(json.dumps({"adapter_spec": adapter, "groups": [], "scenario_spec": {}}))
     run("--model", tiny_model, "--suite", suite, "--out", tmp_path / "output")
     assert "run entry" not in capsys.readouterr().out
 

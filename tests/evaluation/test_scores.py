@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flexgen_helm.errors import CorruptFile
 from flexgen_helm.evaluation.commands import Evaluation
 from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
 from flexgen_helm.evaluation.suites import Suite, find_suite
@@ -43,8 +45,15 @@ def write_run(
         "adapter_spec": {"model_deployment": deployment or evaluation.deployment},
         "scenario_spec": {"class_name": scenario, "args": {}},
     }
-    states = [{"instance": {"id": f"id{at // 2}", "split": split}} for at, split in enumerate(instances)]
-    counted = [{"stats": [stat("num_prompt_tokens", prompt_tokens, split)]} for split in instances[::2]]
+    states = [
+        {
+            "instance": {"id": f"id{at // 2}", "split": split, "references": []},
+            "train_trial_index": 0,
+            "request": {"prompt": "Why?"},
+        }
+        for at, split in enumerate(instances)
+    ]
+    counted = [{"train_trial_index": 0, "stats": [stat("num_prompt_tokens", prompt_tokens, split)]} for split in instances[::2]]
     contents = {
         "run_spec": run_spec,
         "stats": list(stats),
@@ -53,7 +62,7 @@ def write_run(
     }
     for file, content in contents.items():
         (folder / f"{file}.json").write_text(json.dumps(content))
-    os.utime(folder / "stats.json", (LATER, LATER))
+    os.utime(folder / "per_instance_stats.json", (LATER, LATER))
     return folder
 
 
@@ -90,16 +99,32 @@ def test_without_a_schema_the_scenario_names_the_metric_and_else_helms_schema(tm
     # HELM's scenario has no metadata, its classic schema has the group.
     write_run(evaluation, "b:model=b", ["synthetic_reasoning"], [stat("quasi_exact_match", 0.7)], instances=["test"])
     write_run(evaluation, "c:model=b", ["no such group"], [stat("exact_match", 1)], instances=["test"])
+    # Both groups have a main metric; the last is the narrower one.
+    write_run(evaluation, "d:model=b", ["mmlu", "synthetic_reasoning"], [stat("quasi_exact_match", 0.2)], instances=["test"])
     scores = [(score.run, score.metric, score.value, score.instances) for score in read_scores(evaluation, EARLIER)]
-    assert scores == [("a", "f1_set_match", 0.5, 1), ("b", "quasi_exact_match", 0.7, 1), ("c", None, None, 1)]
+    assert scores == [
+        ("a", "f1_set_match", 0.5, 1),
+        ("b", "quasi_exact_match", 0.7, 1),
+        ("c", None, None, 1),
+        ("d", "quasi_exact_match", 0.2, 1),
+    ]
 
 
 def test_only_runs_of_this_command_and_model_count(quickstart: Evaluation) -> None:
     write_run(quickstart, "mmlu:model=a_b", ["mmlu"], [stat("exact_match", 1)], instances=["test"])
     write_run(quickstart, "mmlu:model=c", ["mmlu"], [], instances=["test"], deployment="flexgen/x/c")
-    (quickstart.suite_folder / "unfinished").mkdir()
+    (quickstart.suite_folder / "empty").mkdir()
+    unfinished = write_run(quickstart, "unfinished:model=a_b", ["mmlu"], [], instances=["test"])
+    (unfinished / "per_instance_stats.json").unlink()
     assert [score.run for score in read_scores(quickstart, EARLIER)] == ["mmlu"]
     assert read_scores(quickstart, LATER + 1) == []
+
+
+def test_a_torn_file_is_named(quickstart: Evaluation) -> None:
+    torn = write_run(quickstart, "mmlu:model=a_b", ["mmlu"], [], instances=["test"]) / "stats.json"
+    torn.write_text("[{")
+    with pytest.raises(CorruptFile, match=re.escape(f"{torn} is not whole")):
+        read_scores(quickstart, EARLIER)
 
 
 def test_a_split_that_was_not_drawn_has_no_score(quickstart: Evaluation) -> None:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flexgen_helm.runs.kill_test.files import FILES, timeless
+from flexgen_helm.reports.runs import HELM_FILES as FILES
+from flexgen_helm.runs.kill_test.files import timeless
 
 __all__ = ["FILES", "completed", "read", "timeless"]
 

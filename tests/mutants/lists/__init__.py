@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.lists import attention, durability, generation, loading, memory, requests, schedule
+from tests.mutants.lists import attention, durability, generation, loading, memory, reports, requests, schedule
 
 MUTANTS = (
     *attention.MUTANTS,
@@ -10,6 +10,7 @@ MUTANTS = (
     *generation.MUTANTS,
     *loading.MUTANTS,
     *memory.MUTANTS,
+    *reports.MUTANTS,
     *requests.MUTANTS,
     *durability.MUTANTS,
 )

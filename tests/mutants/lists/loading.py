@@ -19,7 +19,7 @@ MUTANTS = (
     ),
     Mutant(
         name="digest-without-merges",
-        file="flexgen_helm/loading/hub_folder.py",
+        file="flexgen_helm/loading/model_names.py",
         old='"*.txt", ',
         new="",
         tests=(DIGEST,),
