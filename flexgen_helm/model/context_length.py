@@ -49,7 +49,7 @@ def _named(text: PreTrainedConfig) -> tuple[int, str]:
 
 
 def _padding_positions(model: nn.Module, limit: int) -> int:
-    """Return how many positions of a learned table are never used: RoBERTa and its relatives count from the padding id plus 1."""
+    """Return how many positions of a learned table are never used. RoBERTa's kin count positions from the padding id plus 1."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.num_embeddings == limit:
             return 0 if module.padding_idx is None else module.padding_idx + 1
@@ -57,7 +57,7 @@ def _padding_positions(model: nn.Module, limit: int) -> int:
 
 
 def _growing_ropes(model: nn.Module, default: int) -> Iterator[tuple[int, str]]:
-    """Yield the length up to which frequencies stay constant, and the kind, of each rotary embedding that rescales with length."""
+    """Yield the length up to which frequencies are constant, and the kind, of each rotary embedding that grows with length."""
     for module in model.modules():
         found = getattr(module, "rope_type", None)
         for layer_type, kind in found.items() if isinstance(found, dict) else [(None, found)]:

@@ -9,8 +9,8 @@ from flexgen_helm.errors import UnsupportedModel
 
 KEEPS_KV_FOR_OTHERS, READS_OTHERS_KV = "store_full_length_kv", "is_kv_shared_layer"
 """Settings of Gemma 4's attention. From transformers 5.24 on, the last layer of each type keeps its K and V for other layers
-even if no layer reads them. Then the first setting is ignored; otherwise the last layer would be of a kind of its own, and a check
-of the first layers would need all of them."""
+even if no layer reads them. Then the first setting is ignored; otherwise the last layer would be of a kind of its own, and a
+check of the first layers would need all of them."""
 
 
 class FirstLayers(nn.ModuleList):

@@ -233,7 +233,7 @@ class RecordedModel:
 
     @contextmanager
     def shortened(self, count: int) -> Iterator[PreTrainedModel]:
-        """Yield the model as `plain` does, but with its first ``count`` layers only. Its config still gives the number of all."""
+        """Yield the model as `plain` does, but with its first ``count`` layers only. Its config still counts all layers."""
         with self.plain():
             self.model.set_submodule(self._path, FirstLayers(self.layers[:count]))
             yield self.model
