@@ -75,7 +75,7 @@ class CompletionBuilder:
             RuntimeError: If the completion has ended already.
         """
         if self._finish_reason is not None:
-            raise RuntimeError(f"token {token_id} behind a completion that ended by {self._finish_reason}")
+            raise RuntimeError(f"token {token_id} was added to a completion that had ended by {self._finish_reason}")
         self._token_ids.append(token_id)
         self._logprobs.append(logprob)
         self._top_logprobs.append(list(top))

@@ -38,7 +38,7 @@ def overflow(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> NotFinite:
         dtype: The dtype of the weights.
         kv_dtype: The dtype of the K/V cache. None means the dtype of the weights.
     """
-    return NotFinite(f"The prompt, or what was generated behind it, {not_finite(dtype, kv_dtype)}")
+    return NotFinite(f"The prompt, or the text generated after it, {not_finite(dtype, kv_dtype)}")
 
 
 def impossible(token_id: int, position: int) -> NotFinite:

@@ -12,7 +12,7 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
 
 
 class StopFinder:
-    """Finds stop strings in a text that arrives in parts. With each part, it searches only where a new stop string can begin."""
+    """Finds stop strings in a text that arrives in parts. Each part is searched only where a new one can begin."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         """Start with an empty text.

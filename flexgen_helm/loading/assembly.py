@@ -39,7 +39,7 @@ class LayerKeeper(Protocol):
     def keep(self, j: int, layer: nn.Module) -> None:
         """Store the tensors of layer j. They may stay, become views of the keeper's memory, or move to the meta device.
 
-        Called once, in the order of the decoder, for each layer that `has` denied.
+        Called once, in the order of the decoder, for each layer for which `has` returned False.
 
         Args:
             j: Index of the layer.

@@ -45,7 +45,9 @@ def first_rows(stored: Iterable[StoredTensor], few: FewTokens) -> list[StoredTen
     for tensor in stored:
         # Only tensors of these shapes are looked up: a checkpoint of experts has 100,000 names.
         key, pattern = names.target(tensor.name) if tensor.shape in shapes else ("", None)
-        if key in few.tables and pattern is None:
+        if key in few.tables:
+            if pattern is not None:
+                return None
             found.add(key)
             tensor = tensor.first_rows(len(names.empty[key]))
         tensors.append(tensor)
@@ -96,11 +98,9 @@ class Checkpoint:
         """
         self._name, self._folder, self._model = name, folder, model
         self._names = _Names(model)
+        plan, mapping = model._get_dtype_plan(dtype), self._names.mapping
         self._settings = LoadStateDictConfig(
-            pretrained_model_name_or_path=str(folder),
-            dtype=dtype,
-            dtype_plan=model._get_dtype_plan(dtype),
-            weight_mapping=self._names.mapping,
+            pretrained_model_name_or_path=str(folder), dtype=dtype, dtype_plan=plan, weight_mapping=mapping
         )
         self._empty = self._names.empty
         tensors = sorted(stored, key=lambda tensor: dot_natural_key(tensor.name))

@@ -49,7 +49,7 @@ def _named(text: PreTrainedConfig) -> tuple[int, str]:
 
 
 def _padding_positions(model: nn.Module, limit: int) -> int:
-    """Return how many positions of a learned table are never used. RoBERTa's kin count positions from the padding id plus 1."""
+    """Return how many positions of a learned table are never used. RoBERTa counts positions from the padding id plus 1."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.num_embeddings == limit:
             return 0 if module.padding_idx is None else module.padding_idx + 1
