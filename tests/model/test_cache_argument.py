@@ -202,7 +202,7 @@ def test_model_of_another_release_equals_its_own_forward(check: Any) -> None:
 @pytest.mark.parametrize(("check", "kind"), [(check_packed, "packed"), (check_single, "single")])
 def test_that_model_needs_its_cache(check: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the argument were missed, the check would notice."""
-    monkeypatch.setattr(f"flexgen_helm.runtime.{kind}.cache_{'places' if kind == 'packed' else 'parameter'}", missed(kind))
+    monkeypatch.setattr(f"flexgen_helm.rows.{kind}.cache_{'places' if kind == 'packed' else 'parameter'}", missed(kind))
     with pytest.raises(UnsupportedModel, match="differ"):
         check(next_release(), POLICY, max_length=MAX_LENGTH)
 
