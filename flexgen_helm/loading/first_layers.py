@@ -34,7 +34,8 @@ class EmptyFirstLayers(NamedTuple):
     few: FewTokens | None
     """The first layers with the first `assembly.FEW_TOKENS` tokens.
 
-    It is None if the vocabulary is not larger, or if its size determines anything else than the number of rows of some tensors.
+    It is None if the vocabulary is not larger, or if the cut changes anything but the number of rows of all tensors that have
+    one row for each token.
     """
 
 
@@ -66,13 +67,10 @@ def _with_few_tokens(
         model = _cut(folder, config, dtype)
     except (StrictDataclassError, UnsupportedModel):  # the type needs a padding token, or a token that was cut
         return None
-    shapes, cut_shapes = ({key: tensor.shape for key, tensor in each.state_dict().items()} for each in (whole, model))
-    tables = {key: shape for key, shape in shapes.items() if cut_shapes.get(key) != shape}
-    if shapes.keys() != cut_shapes.keys() or any(
-        shape[:1] != (size,) or cut_shapes[key] != (few, *shape[1:]) for key, shape in tables.items()
-    ):
-        return None
-    return FewTokens(model, tables)
+    shapes, found = ({key: tensor.shape for key, tensor in each.state_dict().items()} for each in (whole, model))
+    tables = {key: shape for key, shape in shapes.items() if shape[:1] == (size,)}
+    expected = shapes | {key: torch.Size((few, *shape[1:])) for key, shape in tables.items()}
+    return FewTokens(model, tables) if found == expected else None
 
 
 def _cut(folder: Path | str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -100,9 +100,9 @@ def test_a_torn_file_is_read_once(read: list[StoredTensor], tmp_path: Path, monk
     ("kind", "cut"),
     [
         ("llama", True),
-        ("gemma3n_text", True),  # another table has as many rows, which are not counted by vocab_size
-        ("inkling2_text", True),  # a conversion makes the head
-        ("cpmant", False),  # the table has other rows too
+        ("gemma3n_text", False),  # another table has as many rows, which vocab_size does not count
+        ("inkling2_text", False),  # the head has rows that vocab_size does not count
+        ("cpmant", False),  # the table has rows for more than tokens
         ("modernbert-decoder", False),  # there must be a padding token, which is among those that are cut
     ],
 )
@@ -119,3 +119,11 @@ def test_the_vocabulary_is_cut_where_it_only_counts_rows(
     embeddings: Any = few.get_input_embeddings()
     assert (len(embeddings.weight) == FEW_TOKENS) is cut
     assert len({tensor.name for tensor in read}) == len(read)
+
+
+def test_weights_of_another_vocabulary_are_refused_once(read: list[StoredTensor], tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    config = AutoConfig.from_pretrained(folder, vocab_size=VOCAB_SIZE + 1)
+    with pytest.raises(CorruptFile, match=rf"has the shape \[{VOCAB_SIZE}, .* it is \[{VOCAB_SIZE + 1}, "):
+        read_first_layers("model", folder, config, device=CPU)
+    assert not read
