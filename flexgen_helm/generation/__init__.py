@@ -1,1 +1,1 @@
-"""Text and tokens of one job: preparation, chat, vocabulary, detokenizer, sampling, completion."""
+"""Text and tokens of one job: preparation, chat templates, sampling, detokenization, completion."""

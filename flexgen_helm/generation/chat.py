@@ -1,4 +1,4 @@
-"""Chat messages to text, by the model's own chat template."""
+"""Turn chat messages into a prompt, with the chat template of the model's tokenizer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from transformers import PreTrainedTokenizerBase
 from flexgen_helm.errors import InvalidJob
 
 ROLES = ("system", "user", "assistant")
+"""Roles that a message may have."""
 
 
 def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the conversation as the model was trained to read it, up to where the assistant's next turn begins.
+    """Return a conversation as text in the model's chat format, ending with the beginning of the assistant's next turn.
 
     Args:
-        messages: ``role`` and ``content`` of each turn.
-        tokenizer: The model's. Its template writes special tokens as text, a BOS token included where there is to be one.
+        messages: The turns, each a mapping with the keys ``role`` and ``content``.
+        tokenizer: The model's tokenizer. Its template writes special tokens as text, including BOS if the model expects it.
 
     Raises:
-        InvalidJob: These are no messages, or the model cannot write them.
+        InvalidJob: If ``messages`` are malformed, or the tokenizer has no chat template, or its template refuses them.
     """
     turns = _checked(messages)
     if not tokenizer.chat_template:
@@ -29,7 +30,7 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizer
         )
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # A template is a program of its author's, which may raise anything.
+    except Exception as error:  # A template is a program, which may raise anything.
         raise InvalidJob(
             f"The model's chat template refuses these messages: {error}. Many templates want turns of user and assistant that "
             "alternate, begin with the user's and have no system message. Give messages that this model knows."

@@ -1,4 +1,4 @@
-"""One completion while it grows: its tokens, its text, and when it ends."""
+"""Build one completion token by token: collect its tokens and text, and decide when it ends."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from flexgen_helm.types import Completion, FinishReason, Job, TokenLogprob
 
 
 class CompletionBuilder:
-    """Collects the generated tokens of one sequence and says when it is finished.
+    """Collects the generated tokens of one sequence and decides when it ends.
 
-    It ends with an end token, with a stop string in the decoded text, or at ``Job.max_new_tokens``. A stop string may
-    span tokens, begin inside one, or be the literal text of a special token.
+    A completion ends at an end token, at a stop string in the decoded text, or after ``Job.max_new_tokens`` tokens. A stop
+    string may span several tokens, begin inside of a token, or be the literal text of a special token.
     """
 
     def __init__(
@@ -29,10 +29,14 @@ class CompletionBuilder:
         """Start an empty completion.
 
         Args:
-            vocabulary: Of the tokenizer; None where the model has none: texts are empty and stop strings impossible.
-            prompt_ids: Tokens that the completion follows.
-            job: Its ``stop`` and ``max_new_tokens``.
+            vocabulary: The tokenizer's vocabulary. None means that the model has no tokenizer: texts are empty and stop strings
+                impossible.
+            prompt_ids: Token ids of the prompt.
+            job: The job, of which ``stop`` and ``max_new_tokens`` are read.
             end_token_ids: Tokens that end a text.
+
+        Raises:
+            ValueError: If the job has stop strings and there is no vocabulary.
         """
         if vocabulary is None and job.stop:
             raise ValueError("stop strings need a tokenizer")
@@ -51,24 +55,27 @@ class CompletionBuilder:
         self._finish_reason: FinishReason | None = None
 
     def __len__(self) -> int:
-        """Return the number of tokens so far."""
+        """Return the number of tokens so far, end token included."""
         return len(self._token_ids)
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        """Why the completion ended, None while it grows."""
+        """Reason why the completion ended, or None while it grows."""
         return self._finish_reason
 
     def append(self, token_id: int, logprob: float, top: Sequence[TokenLogprob] = ()) -> FinishReason | None:
-        """Add one generated token and return why the completion ends with it, None if it goes on.
+        """Add one generated token. Return the reason why the completion ends with it, or None if it continues.
 
         Args:
             token_id: The token.
-            logprob: Its log-probability under the unwarped model.
-            top: The most likely candidates at this step, best first.
+            logprob: Its log-probability in nats under the model, before temperature and top_p.
+            top: The most likely tokens at this step, best first.
+
+        Raises:
+            RuntimeError: If the completion has ended already.
         """
         if self._finish_reason is not None:
-            raise RuntimeError(f"token {token_id} behind a completion that ended by {self._finish_reason}")
+            raise RuntimeError(f"token {token_id} was added to a completion that had ended by {self._finish_reason}")
         self._token_ids.append(token_id)
         self._logprobs.append(logprob)
         self._top_logprobs.append(list(top))
@@ -76,11 +83,11 @@ class CompletionBuilder:
         return self._finish_reason
 
     def finish(self) -> Completion:
-        """Return the completion; one that still grows is ended as if it had reached its limit."""
+        """Return the completion. If it still grows, it ends as if it had reached ``max_new_tokens``."""
         if self._finish_reason is None:
             self._finish_reason = self._flush("length")
         kept = len(self._token_ids)
-        # A special token ends the text without being in it.
+        # An end token or the special token of a stop string is not part of the text.
         num_text_tokens = kept - (self._finish_reason != "length")
         text = self._detokenizer.text if self._detokenizer else ""
         if self._stop_index is not None:
@@ -113,13 +120,13 @@ class CompletionBuilder:
         return self._flush("length") if len(self._token_ids) >= self._max_new_tokens else None
 
     def _flush(self, reason: FinishReason) -> FinishReason:
-        """Settle the text that waited for the rest of a character; a stop string may be in it."""
+        """Settle the text that waited for more bytes of a character. If that completes a stop string, the reason is "stop"."""
         if self._detokenizer:
             self._stop_index = self._finder.append(self._detokenizer.flush())
         return reason if self._stop_index is None else "stop"
 
     def _is_stop_token(self, token_id: int) -> bool:
-        # Special tokens are not part of the text, where the finder would never see "<|im_end|>".
+        # Special tokens are not part of the text, so the finder never sees "<|im_end|>".
         if self._vocabulary is None or not self._stops or not self._vocabulary.is_special(token_id):
             return False
         literal = self._vocabulary.text(token_id)

@@ -1,4 +1,4 @@
-"""Token ids to text, token by token: the growing text of a completion, and one string for each token."""
+"""Turn token ids into text: the growing text of a completion, and one string for each token."""
 
 from __future__ import annotations
 
@@ -7,25 +7,30 @@ from collections.abc import Sequence
 from flexgen_helm.generation.vocabulary import REPLACEMENT, Vocabulary
 
 _MAX_HELD = 16
-"""Tokens that may wait for the end of a character before the text of all but the last few is settled."""
+"""Number of tokens that may wait for the end of a character, before the text of all but the last few is settled."""
 
 _MAX_INCOMPLETE = 3
-"""Most tokens that can hold an unfinished character: all but the last of its at most four bytes."""
+"""Largest number of tokens of an unfinished character: a character of UTF-8 has at most four bytes, and lacks one."""
 
 _MAX_CONTEXT = 16
-"""Most prompt tokens that are decoded together with the first generated ones."""
+"""Largest number of prompt tokens that are decoded together with the first generated tokens."""
 
 
 class Detokenizer:
-    """The text of one continuation, as it reads behind its prompt.
+    """Decodes the text of one continuation, as it reads after its prompt.
 
-    Each token is decoded behind a few tokens before it, because a tokenizer may strip the space at the start of a
-    decode. Text is *settled* once no later token can change it; an unfinished character waits. Special tokens add no
-    text. Each append decodes a bounded number of tokens.
+    Each token is decoded together with a few tokens before it, because a tokenizer may strip the space at the start of a text.
+    Text is *settled* once no later token can change it; an unfinished character is not settled. Special tokens add no text.
+    Each `append` decodes a bounded number of tokens.
     """
 
     def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int] = ()) -> None:
-        """Start behind ``prompt_ids``."""
+        """Start an empty continuation.
+
+        Args:
+            vocabulary: The tokenizer's vocabulary.
+            prompt_ids: Token ids of the prompt.
+        """
         self._vocabulary = vocabulary
         self._context = _plain_context(vocabulary, prompt_ids)
         self._context_text = vocabulary.decode(self._context)
@@ -36,17 +41,17 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """Decoded text of all tokens so far, unfinished characters as replacement characters."""
+        """Decoded text of all tokens so far, with replacement characters for unfinished characters."""
         return "".join(self._settled) + self._tail
 
     @property
     def num_begun(self) -> int:
-        """Characters of the text that have begun, an unfinished one included: where the next token's text begins."""
+        """Number of characters in the text, counting an unfinished one as 1. The text of the next token begins there."""
         finished = self._tail.rstrip(REPLACEMENT)
         return self._num_settled + len(finished) + (len(finished) < len(self._tail))
 
     def append(self, token_id: int) -> str:
-        """Add one token and return the text that is settled by it, often its own, at times empty."""
+        """Add one token and return the text that it settles: usually its own text, sometimes more, sometimes none."""
         if self._vocabulary.is_special(token_id):
             return ""
         self._held.append(token_id)
@@ -56,18 +61,18 @@ class Detokenizer:
         return self._settle_front() if len(self._held) > _MAX_HELD else ""
 
     def flush(self) -> str:
-        """Settle all text, because no further token follows, and return what was not settled yet."""
+        """Settle all text, because no further token follows, and return the part that was not settled before."""
         return self._settle(len(self._held), self._tail)
 
     def _decode_held(self, held: list[int]) -> str:
         text = self._vocabulary.decode(self._context + held)
         if text.startswith(self._context_text):
             return text[len(self._context_text) :]
-        # Byte-fallback decoders give up a whole run of bytes when one is wrong, settled ones too.
+        # If one byte is wrong, byte-fallback decoders replace the whole run of bytes, including settled ones.
         return self._vocabulary.decode(held)
 
     def _settle_front(self) -> str:
-        """Settle all but the last tokens of a long run of broken characters, where cutting changes no text."""
+        """Settle all but the last tokens of a long run of broken characters, if decoding in two parts changes no text."""
         cut = len(self._held) - _MAX_INCOMPLETE
         front = self._decode_held(self._held[:cut])
         if front + self._vocabulary.decode(self._held[cut:]) != self._tail:
@@ -79,7 +84,7 @@ class Detokenizer:
         self._settled.append(text)
         self._num_settled += len(text)
         self._tail = self._tail[len(text) :]
-        # Tokens without text (a lone space at the start of a decode) are no context without what was before them.
+        # Tokens without text (a lone space at the start of a text) need the tokens before them as context too.
         has_text = bool(self._vocabulary.decode(settled))
         self._context = settled if has_text else _plain_context(self._vocabulary, self._context + settled)
         self._context_text = self._vocabulary.decode(self._context)
@@ -87,26 +92,26 @@ class Detokenizer:
 
 
 def token_texts(vocabulary: Vocabulary, token_ids: Sequence[int], context_ids: Sequence[int] = ()) -> list[str]:
-    r"""Return one string for each token; together they are the decoded text.
+    r"""Return one string for each token; joined, they are the decoded text.
 
-    A token that holds part of a character is ``bytes:\xe2\x80`` (HELM's convention), a special token its literal
-    text. Tokenizers whose tokens cannot be decoded one by one give the whole character to its last token.
+    A token that is part of a character is written ``bytes:\xe2\x80`` (HELM's convention), and a special token as its literal
+    text. If a tokenizer's tokens cannot be decoded one by one, the last token of a character gets the whole character.
 
     Args:
-        vocabulary: Of the tokenizer.
+        vocabulary: The tokenizer's vocabulary.
         token_ids: The tokens.
-        context_ids: The tokens before them; without these the text is what the tokenizer decodes at a start.
+        context_ids: The tokens before them. If there are none, the tokens are decoded as the start of a text.
     """
     texts = [vocabulary.text(token_id) for token_id in token_ids]
     num_leading = next((index for index, token_id in enumerate(token_ids) if not vocabulary.is_special(token_id)), len(texts))
     if num_leading == len(texts):
         return texts
     if num_leading and not context_ids:
-        # What stands behind a BOS token is the start of a text.
+        # After a BOS token, a text starts.
         return texts[:num_leading] + token_texts(vocabulary, token_ids[num_leading:])
     whole = _decode_behind(vocabulary, token_ids, context_ids)
     joined = b"".join(vocabulary.piece(token_id) for token_id in token_ids).decode(errors="replace")
-    # Decoders write broken bytes in ways of their own; there the bytes themselves say more.
+    # Decoders differ in how they write broken bytes, so the bytes of each token are returned.
     if whole == joined or (REPLACEMENT in whole and REPLACEMENT in joined):
         return texts
     first = next((index for index, text in enumerate(texts) if text), 0)
@@ -132,7 +137,7 @@ def _decode_behind(vocabulary: Vocabulary, token_ids: Sequence[int], context_ids
 
 
 def _plain_context(vocabulary: Vocabulary, token_ids: Sequence[int]) -> list[int]:
-    """Return the fewest last tokens that have text of their own and begin and end with whole characters."""
+    """Return the shortest suffix of plain tokens that has text and begins and ends with whole characters."""
     plain = [token_id for token_id in token_ids[-4 * _MAX_CONTEXT :] if not vocabulary.is_special(token_id)]
     for length in range(1, min(len(plain), _MAX_CONTEXT) + 1):
         text = vocabulary.decode(plain[-length:])

@@ -1,4 +1,4 @@
-"""Errors that belong to one job, whatever else is computed beside it."""
+"""Make the errors of single jobs, which do not affect other jobs of the same batch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import torch
 from flexgen_helm.errors import FlexGenError, JobFailed, NotFinite, OutOfSpace
 
 DAMAGED = "If that does not help, the weights are damaged: fetch the checkpoint again."
+"""Sentence for users, after the advice to use another dtype."""
 
 
 def not_finite(dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> str:
-    """Say why numbers are not finite, and what to do; the subject of the sentence comes before it.
+    """Return why a computation gave NaN or infinity, and a remedy. The caller puts the subject of the sentence before it.
 
     Args:
-        dtype: Of the model.
-        kv_dtype: In which K and V are kept; None: in the model's.
+        dtype: The dtype of the weights.
+        kv_dtype: The dtype of the K/V cache. None means the dtype of the weights.
     """
     if dtype == torch.float16:
         return f"overflows in float16: use bfloat16 or float32 (dtype). Numbers above 65504 become infinity there. {DAMAGED}"
@@ -31,16 +32,21 @@ def not_finite(dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> str:
 
 
 def overflow(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> NotFinite:
-    """The error of a job in which a number was not finite."""
-    return NotFinite(f"The prompt, or what was generated behind it, {not_finite(dtype, kv_dtype)}")
+    """Return the error of a job for which the model computed NaN or infinity.
+
+    Args:
+        dtype: The dtype of the weights.
+        kv_dtype: The dtype of the K/V cache. None means the dtype of the weights.
+    """
+    return NotFinite(f"The prompt, or the text generated after it, {not_finite(dtype, kv_dtype)}")
 
 
 def impossible(token_id: int, position: int) -> NotFinite:
-    """The error of a job that asks for the logarithm of 0.
+    """Return the error of a job that scores a prompt with a token of probability 0, whose logarithm is not finite.
 
     Args:
-        token_id: Of the prompt.
-        position: Among the prompt's tokens.
+        token_id: The token.
+        position: Its position among the prompt's tokens, from 0.
     """
     return NotFinite(
         f"Token {token_id} at position {position} of the prompt has probability 0, because the model suppresses it (its logit "
@@ -49,7 +55,11 @@ def impossible(token_id: int, position: int) -> NotFinite:
 
 
 def of_one_job(error: Exception) -> FlexGenError:
-    """What a job is told that met an error in code, or for whose answer memory did not suffice."""
+    """Return the error to report for one job, for any exception that was raised while it was computed.
+
+    A `FlexGenError` is returned as it is, and lack of memory becomes `OutOfSpace`. Any other exception is a fault in code and
+    becomes `JobFailed`. The exception is the cause of the new error.
+    """
     if isinstance(error, FlexGenError):
         return error
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""Checking a job before anything runs, and turning its prompt into the tokens that the model sees."""
+"""Check a job before it runs, and tokenise its prompt."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from flexgen_helm.generation.sampling import GREEDY_TEMPERATURE
 from flexgen_helm.types import Job
 
 MAX_COMPLETIONS = 4096
-"""Each completion of a job is kept for itself from the start, so their number must be one that a machine can count to."""
+"""Largest number of completions of one job. Each of them takes memory from the start."""
 
 
 @dataclass(frozen=True)
 class PreparedJob:
-    """A valid job and its input."""
+    """A job that was checked, and the token ids of its input."""
 
     job: Job
-    """As it was given, ``stop`` as a tuple."""
+    """The job as it was given, with ``stop`` as a tuple."""
     input_ids: tuple[int, ...]
-    """What the model sees, with the tokens that the tokenizer puts before a text."""
+    """Token ids of the model's input: the prompt's, after those that the tokenizer adds before a text, such as BOS."""
     num_added: int
-    """Tokens at the start of ``input_ids`` that are not the prompt's, such as BOS."""
+    """Number of token ids at the start of ``input_ids`` that the tokenizer added."""
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
-        """The prompt's own tokens, which are what a result shows."""
+        """Token ids of the prompt itself, which the result shows."""
         return self.input_ids[self.num_added :]
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each token is the most likely one."""
+        """Whether each generated token is the most likely one, so that no random numbers are used."""
         return self.job.temperature <= GREEDY_TEMPERATURE
 
 
@@ -51,41 +51,45 @@ def prepare(
     vocab_size: int,
     length_reason: str = "the model's own limit",
 ) -> PreparedJob:
-    """Check ``job`` and tokenise its prompt.
+    """Check a job and tokenise its prompt.
 
-    A prompt is tokenised without added special tokens. The input gets the tokens that the tokenizer itself puts before a
-    text, unless the prompt begins with them or the context has no room for all of them. ``token_ids`` are taken as they
-    are, and ``messages`` as the model's chat template writes them.
+    A ``prompt`` is tokenised without special tokens. Then the tokens that the tokenizer adds before a text are put before it,
+    unless the prompt begins with them or the context has no room for all of them. ``messages`` are written by the model's chat
+    template, without added tokens. ``token_ids`` are not changed.
 
     Args:
-        job: What the user asked.
-        tokenizer: The model's, None if it has none.
-        max_length: Context of the model in tokens: input and new tokens together.
+        job: The job as the user gave it.
+        tokenizer: The model's tokenizer, or None if it has none.
+        max_length: Largest number of tokens of a job, input and new tokens together.
         vocab_size: Number of token ids that the model knows.
-        length_reason: Why the context ends there, for messages.
+        length_reason: The reason for ``max_length``, for messages.
 
     Raises:
-        InvalidJob: What is wrong, why, and what to do.
+        InvalidJob: If the job cannot be run. The message says what is wrong, why, and what to do.
     """
     _check_limits(job, vocab_size)
     job = _with_checked_stop(job, tokenizer)
     prompt_ids = _prompt_ids(job, tokenizer, vocab_size)
     needed = len(prompt_ids) + job.max_new_tokens
     if needed > max_length:
-        raise InvalidJob(
-            "The prompt has {length} tokens and {max_new_tokens} is {new}, together {needed}, but the model's context holds "
-            "{context} tokens ({reason}). Shorten the prompt or lower {max_new_tokens}.",
-            length=len(prompt_ids),
-            new=job.max_new_tokens,
-            needed=needed,
-            context=max_length,
-            reason=length_reason,
-        )
+        raise _too_long(job, len(prompt_ids), max_length, length_reason)
     added = added_prefix(tokenizer) if job.prompt is not None and tokenizer is not None else ()
     if prompt_ids[: len(added)] == added or needed + len(added) > max_length:
         added = ()
     _check_known(added, vocab_size, "The tokenizer")
     return PreparedJob(job, added + prompt_ids, len(added))
+
+
+def _too_long(job: Job, length: int, max_length: int, reason: str) -> InvalidJob:
+    return InvalidJob(
+        "The prompt has {length} tokens and {max_new_tokens} is {new}, together {needed}, but the model's context holds "
+        "{context} tokens ({reason}). Shorten the prompt or lower {max_new_tokens}.",
+        length=length,
+        new=job.max_new_tokens,
+        needed=length + job.max_new_tokens,
+        context=max_length,
+        reason=reason,
+    )
 
 
 def _check_limits(job: Job, vocab_size: int) -> None:
@@ -199,11 +203,11 @@ def _tokenised(job: Job, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int
     return token_ids
 
 
-@functools.lru_cache(maxsize=1)  # A tokenizer is not asked again for every job; the last one alone is kept alive.
+@functools.lru_cache(maxsize=1)  # Not computed again for every job. Only the last tokenizer is kept alive.
 def added_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the tokens that a tokenizer puts before a text: BOS, ``</s>`` in XGLM, ``[gMASK]<sop>`` in GLM, often none.
+    """Return the token ids that a tokenizer adds before a text: BOS, ``</s>`` in XGLM, ``[gMASK]<sop>`` in GLM, often none.
 
-    What it puts behind a text, such as the ``[SEP]`` of BERT, is left out everywhere: it ends a text, and a prompt goes on.
+    Tokens that it adds after a text, such as ``[SEP]`` in BERT, are never used: they end a text, but a prompt is continued.
     """
     alone, whole = (tokenizer.encode("x", add_special_tokens=added, verbose=False) for added in (False, True))
     starts = (start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)

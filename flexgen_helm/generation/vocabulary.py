@@ -1,4 +1,4 @@
-"""What each token of a tokenizer stands for, learned through its public methods and remembered."""
+"""Find the text and bytes of each token of a tokenizer, through the tokenizer's public methods."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 REPLACEMENT = "\ufffd"
-"""What a decoder writes for bytes that are no UTF-8 character (yet)."""
+"""The character that decoders write for bytes that are not, or not yet, a character in UTF-8."""
 
 _FALLBACK_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Vocabulary:
-    """The tokens of one tokenizer. Made once for each loaded model; it remembers every token that it has seen.
+    """Texts and bytes of the tokens of one tokenizer, remembered once they were computed. Made once for each loaded model.
 
-    Works for byte-level, byte-fallback and WordPiece-like tokenizers, fast and slow ones. Texts are never cleaned up
-    (``clean_up_tokenization_spaces`` would remove spaces that the model did write).
+    It works for byte-level, byte-fallback and WordPiece-like tokenizers, fast and slow ones. Texts are never cleaned up: the
+    tokenizer's option for that would remove spaces that the model generated.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Wrap ``tokenizer``."""
+        """Wrap a tokenizer, which must not change afterwards."""
         self.tokenizer = tokenizer
         self._pieces: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of ``token_ids``, special tokens included as their literal text."""
+        """Return the text of ``token_ids``, with special tokens as their literal text. Unknown ids add no text."""
         end = self._num_tokens
         known = [token_id for token_id in token_ids if 0 <= token_id < end]
         text = self.tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -37,23 +37,23 @@ class Vocabulary:
         return text
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the token adds nothing to a text: a special token, or an id behind the tokenizer's last one.
+        """Return whether a token adds no text: it is a special token, or its id is greater than the tokenizer's last.
 
-        Models often have a few more output rows than their tokenizer has tokens.
+        Models often have logits for a few more ids than their tokenizer has tokens.
         """
         return token_id in self._special_ids or self._is_unknown(token_id)
 
     def piece(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes that the token adds behind other text, for a special token its literal text."""
+        """Return the UTF-8 bytes that a token adds after other text. A special token gives its literal text."""
         if token_id not in self._pieces:
             self._pieces[token_id] = self._find_piece(token_id)
         return self._pieces[token_id]
 
     def text(self, token_id: int) -> str:
-        r"""Return the token's own text; one that holds part of a character is ``bytes:\xe2\x80``, as HELM writes it.
+        r"""Return the text of a token. A token that is part of a character is written ``bytes:\xe2\x80``, as in HELM.
 
-        HELM counts the bytes of such a token by its ``\x`` (helm.benchmark.metrics.basic_metrics.get_num_bytes), so
-        all its bytes are written that way. So is a token whose text itself begins with ``bytes:``.
+        HELM counts the bytes of such a token by its ``\x`` (helm.benchmark.metrics.basic_metrics.get_num_bytes), so all its
+        bytes are written that way. A token whose text itself begins with ``bytes:`` is written in the same way.
         """
         if token_id not in self._texts:
             self._texts[token_id] = _text_of(self.piece(token_id))
@@ -66,7 +66,7 @@ class Vocabulary:
 
     @cached_property
     def _anchor(self) -> tuple[list[int], str]:
-        """Some plain token and its text: a token's piece is what it adds behind this one."""
+        """A plain token and its text. The piece of a token is the text that it adds after this one."""
         token_ids = self.tokenizer.encode("a", add_special_tokens=False)[-1:]
         return token_ids, self.decode(token_ids)
 
@@ -97,7 +97,7 @@ class Vocabulary:
         return raw if raw is not None and raw.decode(errors="replace") == text else text.encode()
 
     def _raw_bytes(self, name: str) -> bytes | None:
-        """Return the bytes behind a token's name in the two notations in use, or None."""
+        """Return the bytes that a token's name stands for, in byte-fallback or byte-level notation; None if in neither."""
         fallback = _FALLBACK_BYTE.fullmatch(name)
         if fallback:
             return bytes([int(fallback[1], 16)])

@@ -1,1 +1,1 @@
-"""From a model folder to a filled model: config, refusals, checkpoint, conversion, weights, digest."""
+"""Load a model folder: config, refusals of unsupported models, checkpoint, conversion of weights, digest."""

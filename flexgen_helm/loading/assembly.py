@@ -1,6 +1,7 @@
-"""A model on the meta device gets its weights part by part, wherever they come from; its layers may be handed over one by one.
+"""Fill a transformers model on the meta device with weights, one layer at a time.
 
-So a model is never whole in memory: what is kept of a layer is the keeper's business, and there is one layer more at a time.
+The weights come from a `WeightSource`. Each layer, once it is complete, may be passed to a `LayerKeeper`, which decides where
+it is stored. So the model is never whole in memory: memory holds what the keeper leaves there, and one more layer.
 """
 
 from __future__ import annotations
@@ -21,58 +22,62 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.memory.allocator import return_freed_memory
-from flexgen_helm.model.layers import FirstLayers, layers_path, num_layers_of_every_kind, refuse_shared_layers
+from flexgen_helm.model.layers import FirstLayers, layers_path, num_layers_of_every_kind, shared_layers
 
 CPU = torch.device("cpu")
+"""The device on which weights are read and converted."""
 FEW_TOKENS = 4096
-"""Vocabulary of a model of first layers, in which there are enough tokens to compare."""
+"""Vocabulary, in tokens, of a model of first layers; enough to compare its answers with those of transformers."""
 
 
 class LayerKeeper(Protocol):
-    """Takes over the layers of a model that is being loaded."""
+    """Stores the layers of a model while it is loaded."""
 
     def has(self, j: int) -> bool:
-        """Whether the weights of layer j need not be read. Asked once for each layer, in their order."""
+        """Return whether the weights of layer j are stored already and need not be read. Called once a layer, in order."""
 
     def keep(self, j: int, layer: nn.Module) -> None:
-        """Take over the tensors of layer j: they may stay, become views of the keeper's memory or go to the meta device.
+        """Store the tensors of layer j. They may stay, become views of the keeper's memory, or move to the meta device.
+
+        Called once, in the order of the decoder, for each layer for which `has` returned False.
 
         Args:
-            j: The layer, in the order of the decoder; every layer that the keeper does not have comes.
-            layer: With parameters and persistent buffers complete, on the CPU, in their final dtypes. Its other buffers are
-                still on the meta device; they are computed when all layers were handed over.
+            j: Index of the layer.
+            layer: The layer. Its parameters and persistent buffers are complete, on the CPU, in their final dtypes. Its other
+                buffers are still on the meta device; they are computed after the last layer.
         """
 
 
 class WeightSource(Protocol):
-    """Where the values of a model's tensors come from.
+    """Puts values into the tensors of a model, part by part.
 
-    A part is a numbered module, such as ``model.layers.3``, or a single tensor outside of those, such as ``lm_head.weight``.
+    A part is a numbered module, such as ``model.layers.3``, or a single tensor outside of numbered modules, such as
+    ``lm_head.weight``.
     """
 
     unexpected: set[str]
-    """Names of tensors that the model does not have."""
+    """Names of the source's tensors that the model does not have, of the parts filled so far."""
 
     def parts(self) -> Iterable[str]:
-        """All parts of which there are values, in the order in which they are best given."""
+        """Return all parts for which the source has values, in the order in which they are best filled."""
 
     def fill(self, part: str) -> set[str]:
-        """Put the values of a part into the model, on the CPU; returns the names of the tensors that have one now."""
+        """Put the values of a part into the model, on the CPU, and return the model's names of the tensors that it filled."""
 
     def lacks(self, names: list[str]) -> FlexGenError:
-        """The error for tensors without a value."""
+        """Return the error to raise for tensors of the model, by name, that the source has no values for."""
 
 
 def empty_model(folder: Path | str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Make a model on the meta device, in which shapes and dtypes are known and nothing else is.
+    """Make a model on the meta device: its tensors have shapes and dtypes, but no values.
 
     Args:
-        folder: What the model shall be called.
-        config: Of the model.
-        dtype: Of its weights; some modules keep float32.
+        folder: The folder or name that the model gives as its ``name_or_path``.
+        config: The config of the model. It is not modified.
+        dtype: The dtype of the weights. transformers keeps some modules in float32.
 
     Raises:
-        UnsupportedModel: If transformers cannot make it.
+        UnsupportedModel: If transformers cannot make a model from the config.
     """
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if model_class.config_class == config.sub_configs.get("text_config"):
@@ -87,27 +92,16 @@ def empty_model(folder: Path | str, config: PreTrainedConfig, dtype: torch.dtype
             for context in model_class.get_init_context(dtype, False, False, False):
                 stack.enter_context(context)
             model: PreTrainedModel = model_class(config)
-    except Exception as error:  # of transformers, which checks few fields before it computes with them
+    except Exception as error:  # transformers computes with most fields without checking them
         raise UnsupportedModel(_not_made(str(folder), config, error)) from error
     return model
 
 
-def with_few_tokens(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of a model of the first `FEW_TOKENS` tokens: embeddings and head are often larger than several layers.
-
-    Not every model can be made so: what depends on the vocabulary is not always a row for each token.
-    """
-    few = copy.deepcopy(config)
-    text = few.get_text_config(decoder=True)
-    text.vocab_size, text.pad_token_id = min(text.vocab_size, FEW_TOKENS), None
-    return few
-
-
 def cut_to_first_layers(model: PreTrainedModel) -> None:
-    """Leave a model as many of its first layers as hold one of every kind.
+    """Remove all layers of a model but its first ones, keeping as many as include every kind of layer.
 
     Raises:
-        UnsupportedModel: If it has no list of layers.
+        UnsupportedModel: If the model has no list of layers.
     """
     path = layers_path(model)
     layers = list(model.get_submodule(path).children())
@@ -120,19 +114,19 @@ def cut_to_first_layers(model: PreTrainedModel) -> None:
 def assemble(
     model: PreTrainedModel, source: WeightSource, *, device: torch.device, keeper: LayerKeeper | None = None
 ) -> PreTrainedModel:
-    """Give a model on the meta device its weights, and make what no source holds: tied weights, buffers that are computed.
+    """Fill a model on the meta device with its weights, tie weights, and compute the buffers that no checkpoint holds.
 
     Args:
-        model: As `empty_model` made it; filled and returned.
-        source: Of its weights.
-        device: Where the model shall be; what a keeper takes is its own.
-        keeper: Takes the layers of the decoder, each as soon as it is complete.
+        model: A model made by `empty_model`. It is filled and returned.
+        source: The source of its weights.
+        device: The device for the model. Layers are placed by the keeper, if there is one.
+        keeper: Stores the decoder's layers, each as soon as it is complete. None leaves them on ``device``. Layers that share
+            weights cannot be kept one by one; the caller must have refused them (`refuse_shared_layers`).
 
     Raises:
-        UnsupportedModel: With a keeper, if layers share weights.
-        CorruptFile: If tensors are missing or do not fit.
+        CorruptFile: If tensors are missing or do not fit the model.
     """
-    layers = {} if keeper is None else _layers_apart(model)
+    layers = {} if keeper is None else _tensors_by_layer(model)
     missing = set(model.state_dict())
     for part in source.parts():
         if part not in layers:
@@ -147,7 +141,7 @@ def assemble(
             keeper.keep(j, model.get_submodule(part))
             return_freed_memory()
         for tensor in model.get_submodule(part).state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True  # Else transformers makes it anew.
+            tensor._is_hf_initialized = True  # Otherwise transformers would initialize it again.
         missing -= layers[part]
     info = LoadStateDictInfo(missing, source.unexpected, set(), [], {}, set())
     info = model._finalize_model_loading(model, LoadStateDictConfig(pretrained_model_name_or_path=model.name_or_path), info)
@@ -159,7 +153,14 @@ def assemble(
 
 
 def put(model: PreTrainedModel, key: str, value: Tensor, *, final: bool = True) -> None:
-    """Put a value in the place of a parameter or buffer; if it is final, transformers will not make it anew."""
+    """Replace a parameter or buffer by a value.
+
+    Args:
+        model: The model, changed in place.
+        key: Dotted name of the tensor in the model.
+        value: The new value, of any device and dtype.
+        final: Whether transformers must not initialize the tensor again.
+    """
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
     old = getattr(module, name)
@@ -170,12 +171,12 @@ def put(model: PreTrainedModel, key: str, value: Tensor, *, final: bool = True) 
 
 
 def initialize(model: PreTrainedModel, modules: list[nn.Module], keys: Set[str]) -> None:
-    """Give tensors the values with which transformers would begin to train, or zeros where it says nothing.
+    """Give tensors the values with which transformers would begin training, or zeros where it defines none.
 
     Args:
-        model: To which they belong.
-        modules: That hold them, outer ones first, and whose other tensors are final.
-        keys: Names in the model of tensors on the meta device.
+        model: The model that holds the tensors.
+        modules: The modules that hold the tensors, outer ones first. All their other tensors must be final.
+        keys: Names in the model of the tensors to fill, which are on the meta device.
     """
     for key in keys:
         put(model, key, torch.zeros_like(model.get_parameter_or_buffer(key), device=CPU), final=False)
@@ -188,7 +189,7 @@ def initialize(model: PreTrainedModel, modules: list[nn.Module], keys: Set[str])
 
 
 def _not_made(name: str, config: PreTrainedConfig, error: Exception) -> str:
-    """What a user can do about a configuration of which transformers makes no model."""
+    """Return the message for a config from which transformers makes no model: the reason, and a remedy."""
     text = config.get_text_config(decoder=True)
     pad, size = (getattr(text, field, None) for field in ("pad_token_id", "vocab_size"))
     reason = f"{type(error).__name__}: {error}"
@@ -204,7 +205,7 @@ def _not_made(name: str, config: PreTrainedConfig, error: Exception) -> str:
 
 
 def _named_value(fields: dict[str, Any], value: object) -> str | None:
-    """Return the field that has a value, and the value."""
+    """Return the first field of a config, nested ones included, that has this value, as "field=value"."""
     for name, found in fields.items():
         if found == value:
             return f"{name}={value!r}"
@@ -214,16 +215,16 @@ def _named_value(fields: dict[str, Any], value: object) -> str | None:
     return None
 
 
-def _layers_apart(model: PreTrainedModel) -> dict[str, set[str]]:
-    """The names of the layers, and of the tensors of each."""
-    refuse_shared_layers(model)
+def _tensors_by_layer(model: PreTrainedModel) -> dict[str, set[str]]:
+    """Return the names of each layer's tensors, by the name of the layer."""
+    assert not shared_layers(model)  # The plan of memory refuses these before anything is read.
     path = layers_path(model)
     layers = model.get_submodule(path).named_children()
     return {f"{path}.{j}": {f"{path}.{j}.{name}" for name in layer.state_dict()} for j, layer in layers}
 
 
 def _complete(model: PreTrainedModel, source: WeightSource, part: str, lacking: set[str]) -> None:
-    """Make the tensors of a layer that a source may leave out."""
+    """Initialize the tensors of a layer that checkpoints may lack; any other lacking tensor is an error."""
     info = LoadStateDictInfo(set(lacking), set(), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(info)
     if info.missing_keys:
@@ -239,7 +240,7 @@ def _move(model: PreTrainedModel, keys: Iterable[str], device: torch.device) -> 
 
 
 def _to_device(model: PreTrainedModel, layers: list[str], device: torch.device) -> None:
-    """Move what is not kept: everything outside of the layers, and buffers of layers that no checkpoint holds."""
+    """Move to the device what no keeper stores: all tensors outside of the layers, and the layers' computed buffers."""
     if not layers:
         model.to(device)  # type: ignore[arg-type]
         return

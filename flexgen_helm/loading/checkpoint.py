@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint: checked before any tensor is read, grouped by layer, read without a second copy."""
+"""Read the safetensors files of a checkpoint: check headers and sizes first, then read single tensors without a copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torch import Tensor
 from flexgen_helm.errors import CorruptFile, UnsupportedModel
 
 SINGLE_FILE = "model.safetensors"
+"""Name of the weight file of a checkpoint that is one file."""
 INDEX_FILE = "model.safetensors.index.json"
+"""Name of the file that says which of several weight files (shards) holds which tensor."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -32,46 +34,57 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Names of the safetensors format."""
+"""torch's dtypes by their names in the safetensors format."""
 LENGTH_BYTES = 8
+"""Size of the header's length, with which a file begins, in bytes."""
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""Limit of the format for the header, in bytes."""
 PIECE_BYTES = 2**20
-"""How much of a tensor is converted at a time."""
+"""Size of the piece of a tensor that is converted to another dtype at a time, in bytes."""
 HEAP_BYTES = 2**16
-"""Larger tensors get memory of their own; the allocator's heap keeps what is freed, here up to two layers."""
+"""Tensors of at least this size, in bytes, are mapped separately: the heap would keep the freed memory of two layers."""
 LFS_POINTER = b"version https://git-lfs"
+"""The first bytes of a file that Git LFS has not fetched."""
 LAYER = re.compile(r"^(.*?\.\d+)\.")
+"""Matches the name of a tensor in a numbered module; group 1 is the name of the module."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies on disk.
+    """The place of a tensor in a safetensors file.
 
-    To transformers it is a slice of an open file: ``stored[...].to(device=..., dtype=...)`` reads it.
+    transformers' conversion takes it for a slice of an open file: ``stored[...].to(device=..., dtype=...)`` reads the tensor.
     """
 
     name: str
-    """As the file calls it."""
+    """Name in the file."""
     file: Path
+    """The safetensors file."""
     dtype: torch.dtype
+    """The dtype in the file."""
     shape: tuple[int, ...]
+    """The shape in the file."""
     start: int
-    """Its first byte, from the beginning of the file."""
+    """Offset of the tensor's first byte from the beginning of the file, in bytes."""
     num_bytes: int
+    """Size in the file, in bytes."""
 
     def first_rows(self, count: int) -> StoredTensor:
-        """The beginning of the tensor: its first ``count`` rows."""
+        """Return the place of the tensor's first ``count`` rows."""
         return replace(self, shape=(count, *self.shape[1:]), num_bytes=self.num_bytes // self.shape[0] * count)
 
     def __getitem__(self, index: EllipsisType) -> StoredTensor:
         return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Read the tensor. While its numbers are converted, only a piece of it is held in the file's dtype.
+        """Read the tensor. If it is converted to another dtype, memory holds only a piece of it in the file's dtype.
+
+        Args:
+            device: The device of the result. None means the CPU.
+            dtype: The dtype of the result. None means the file's dtype.
 
         Raises:
-            CorruptFile: If the file became shorter since it was checked.
+            CorruptFile: If the file became shorter since its header was checked.
         """
         result = _memory(self.shape, dtype or self.dtype)
         flat = result.view(-1)
@@ -96,16 +109,16 @@ class StoredTensor:
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """Return which file holds which tensor.
+    """Return which file of a checkpoint holds which tensor.
 
     Args:
-        folder: Of the model.
+        folder: The folder with the weight files.
 
     Returns:
-        File names by tensor name; None if the checkpoint is one file.
+        File names by tensor name. None if the checkpoint is a single file.
 
     Raises:
-        CorruptFile: If the index is torn, or there are several files and no index.
+        CorruptFile: If the index is torn, or if neither the index nor the single file exists.
     """
     path = folder / INDEX_FILE
     if path.is_file():
@@ -131,14 +144,14 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Check the weight files of a model folder by their headers and sizes; no tensor is read.
 
     Args:
-        folder: Of the model.
+        folder: The folder with the weight files.
 
     Returns:
-        Where each tensor lies, by its name in the files.
+        The place of each tensor, by its name in the files.
 
     Raises:
-        CorruptFile: If a file is missing, torn, not of the format, or lacks a tensor that the index says it has.
-        UnsupportedModel: If a tensor has a number format that torch cannot read.
+        CorruptFile: If a file is missing, torn, not in safetensors format, or lacks a tensor that the index says it has.
+        UnsupportedModel: If a tensor has a dtype that is not in `DTYPES`.
     """
     index = read_index(folder)
     shards = [SINGLE_FILE] if index is None else sorted(set(index.values()))
@@ -155,20 +168,20 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def layer_of(name: str) -> str:
-    """Return the layer of a module's tensor, such as ``model.layers.3``; outside of layers, each tensor is its own."""
+    """Return the numbered module that holds a tensor, such as ``model.layers.3``, or the tensor's own name if there is none."""
     found = LAYER.match(name)
     return found[1] if found else name
 
 
 def group_by_layer(tensors: Iterable[StoredTensor], target: Callable[[str], str]) -> dict[str, list[StoredTensor]]:
-    """Sort the tensors of a checkpoint by the layer that they become part of.
+    """Group the tensors of a checkpoint by the layer that they become part of; see `layer_of`.
 
     Args:
-        tensors: In the order of loading.
-        target: The name in the model of a tensor of a file. Several tensors may become one, such as experts.
+        tensors: The tensors in the order of loading.
+        target: Maps a tensor's name in a file to its name in the model. Several tensors may become one, such as experts.
 
     Returns:
-        Tensors with their files and byte ranges, by layer, such as ``model.layers.3``.
+        The tensors of each layer, by the name of the layer, such as ``model.layers.3``.
     """
     groups: dict[str, list[StoredTensor]] = {}
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""A digest of a model's weights and configuration: what makes two folders give the same answers."""
+"""Compute a digest of a model's weights, config and tokenizer: models with equal digests give equal answers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.loading.model_names import SMALL_FILES
 
 FILES = ("*.safetensors", *SMALL_FILES, "additional_chat_templates/*.jinja")
-"""What decides answers, by patterns of names in the folder."""
+"""Patterns of the names of all files in a model folder that determine answers."""
 
 
 def model_digest(folder: Path) -> str:
-    """Return 16 hexadecimal digits over the contents of a folder's weights, config and tokenizer files.
+    """Return a digest (16 hexadecimal digits) of names and contents of a folder's weights, config and tokenizer files.
 
-    Digests of files are memoised under the cache folder by real path, size and times; that of the last change of the inode
-    betrays a file that was replaced by one of the same size and modification time.
+    Digests of single files are remembered in the cache folder, by real path, size, inode and times. The time of the inode's
+    last change reveals a file that was replaced by another of equal size and modification time.
+
+    Args:
+        folder: The model folder with its weights.
     """
     memo = _Memo(cache_folder() / "digests.json")
     paths = sorted({path for pattern in FILES for path in folder.glob(pattern)})
@@ -32,15 +35,18 @@ def model_digest(folder: Path) -> str:
 
 
 class _Memo:
+    """Digests of files that were computed before, in a JSON file."""
+
     def __init__(self, file: Path) -> None:
         self._file = file
         self._new: dict[str, str] = {}
         try:
             self._known: dict[str, str] = json.loads(file.read_text())
         except (OSError, ValueError):
-            self._known = {}  # Only a memo: what it held is computed again.
+            self._known = {}  # Only a memo: the digests are computed again.
 
     def digest(self, path: Path) -> str:
+        """Return the SHA-256 of a file in hexadecimal digits, computed only if the file is new or changed."""
         real = path.resolve()
         status = real.stat()
         key = f"{real}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
@@ -50,9 +56,10 @@ class _Memo:
         return self._known[key]
 
     def save(self) -> None:
+        """Write the memo if it has new digests. An error of writing is ignored."""
         if not self._new:
             return
-        with contextlib.suppress(OSError):  # only a memo: on a full disk it is made again the next time
+        with contextlib.suppress(OSError):  # only a memo: if the disk is full, the digests are computed again the next time
             self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary = tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False)  # noqa: SIM115
             try:

@@ -1,8 +1,9 @@
-"""Dummy weights for any configuration, for benchmarks of models of which there are no files.
+"""Make random weights for any config, for benchmarks of models whose checkpoints are not available.
 
-Matrices are filled with one block of normal values over and over, since drawing them anew is an order of magnitude slower than
-the copy. Its length is a prime, so that no two rows of a matrix are equal. Vectors (norms, biases, what a formula gives) are
-what transformers would begin to train with. FlexGen's dummy weights are all ones, whose products overflow in 16 bits.
+Every matrix is filled with copies of one block of normal values, because copying is an order of magnitude faster than drawing
+new ones. The length of the block is a prime, so that no two rows of a matrix are equal. Vectors (norms, biases, values given by
+a formula) get the values with which transformers would begin training. FlexGen's dummy weights are all ones, whose products
+overflow in 16 bits.
 """
 
 from __future__ import annotations
@@ -16,29 +17,27 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.loading.assembly import (
-    LayerKeeper,
-    assemble,
-    cut_to_first_layers,
-    empty_model,
-    initialize,
-    put,
-    with_few_tokens,
-)
+from flexgen_helm.loading.assembly import LayerKeeper, assemble, empty_model, initialize, put
 from flexgen_helm.loading.checkpoint import layer_of
+from flexgen_helm.loading.first_layers import empty_first_layers
 
 BLOCK = 1_048_583
-"""Values of the block: a prime, so that it is begun at another place in every row."""
+"""Number of values in the block: a prime, so that each row of a matrix starts at another place in the block."""
 SCALE = 0.02
-"""Standard deviation of the values, transformers' usual one."""
+"""Standard deviation of the values, the one that most transformers models are initialized with."""
 NAME = "dummy weights"
+"""Name of every model of dummy weights, for messages."""
 
 
 class DummyWeights:
-    """A source of weights for a model on the meta device. A tensor's values depend on its name, shape and dtype alone."""
+    """A `WeightSource` of random values. The values of a tensor depend on its name, shape and dtype alone."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Draw the block; nothing else is made."""
+        """Draw the block of values; no tensor of the model is made yet.
+
+        Args:
+            model: The model to fill, on the meta device.
+        """
         self._model = model
         self._block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)) * SCALE
         self._blocks: dict[torch.dtype, Tensor] = {}
@@ -49,11 +48,11 @@ class DummyWeights:
         self.unexpected: set[str] = set()
 
     def parts(self) -> list[str]:
-        """All parts of the model."""
+        """Return all parts of the model."""
         return list(self._parts)
 
     def fill(self, part: str) -> set[str]:
-        """Make the tensors of a part; returns their names."""
+        """Make the tensors of a part on the CPU, and return their names."""
         tensors = {key: self._model.get_parameter_or_buffer(key) for key in self._parts.get(part, [])}
         matrices = {key for key, tensor in tensors.items() if tensor.dim() > 1 and tensor.is_floating_point()}
         for key in matrices:
@@ -65,11 +64,11 @@ class DummyWeights:
         return set(tensors)
 
     def lacks(self, names: list[str]) -> FlexGenError:
-        """The error for tensors that are not made: there are none."""
+        """Return the error for tensors that were not made; it is raised only if this class has a fault."""
         return FlexGenError(f"No dummy weights were made for {', '.join(names[:5])}.")
 
     def _matrix(self, key: str, like: Tensor) -> Tensor:
-        """A matrix like one on the meta device, from a place in the block that its name tells."""
+        """Make a matrix of the shape and dtype of ``like``, from the place in the block that its name determines."""
         if like.dtype not in self._blocks:
             self._blocks[like.dtype] = self._block.to(like.dtype)
         block = self._blocks[like.dtype].roll(zlib.crc32(key.encode()))
@@ -82,38 +81,37 @@ class DummyWeights:
 def make_model(
     config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, keeper: LayerKeeper | None = None
 ) -> PreTrainedModel:
-    """Make a model of dummy weights; see `flexgen_helm.loading.read_model.read_model`.
+    """Make a model of dummy weights.
 
     Args:
-        config: Of any causal language model.
-        dtype: Of its weights; some modules keep float32.
-        device: Where the model shall be.
-        keeper: Takes the layers of the decoder, each as soon as it is complete.
+        config: The config of any causal language model.
+        dtype: The dtype of the weights. transformers keeps some modules in float32.
+        device: The device for the model.
+        keeper: Stores the decoder's layers, each as soon as it is complete; see `flexgen_helm.loading.assembly.assemble`.
 
     Raises:
-        UnsupportedModel: With a keeper, if layers share weights.
+        UnsupportedModel: If transformers cannot make a model from the config.
     """
     model = empty_model(NAME, config, dtype)
     return assemble(model, DummyWeights(model), device=device, keeper=keeper)
 
 
 def make_first_layers(config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Make a model of dummy weights with as many of its first layers as hold one of every kind: those of the whole model.
+    """Make the first layers of a model of dummy weights, as many as include every kind of layer.
 
-    Its vocabulary is cut where the model can be made so.
+    They have the same values as in the whole model. The vocabulary is cut if the model allows it; see
+    `flexgen_helm.loading.first_layers`.
+
+    Args:
+        config: The config of the whole model.
+        dtype: The dtype of the weights. transformers keeps some modules in float32.
+        device: The device for the model.
 
     Raises:
-        UnsupportedModel: If it has no list of layers.
+        UnsupportedModel: If transformers cannot make a model from the config, or it has no list of layers.
     """
-    try:
-        return _first_layers(with_few_tokens(config), dtype, device)
-    except Exception:  # see with_few_tokens
-        return _first_layers(config, dtype, device)
-
-
-def _first_layers(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    model = empty_model(NAME, config, dtype)
-    cut_to_first_layers(model)
+    whole, few = empty_first_layers(NAME, config, dtype)
+    model = whole if few is None else few.model
     return assemble(model, DummyWeights(model), device=device)
 
 

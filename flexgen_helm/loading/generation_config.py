@@ -1,4 +1,4 @@
-"""The generation_config.json of a model folder, and which of its fields would change greedy answers if they were applied."""
+"""Read generation_config.json, and find the fields that would change greedy answers if they were applied."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ from flexgen_helm.loading.refusals import present, read_json
 logger = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
+"""Name of the file in a model folder."""
 OF_REQUESTS = ("do_sample", "max_length", "max_new_tokens", "num_return_sequences")
-"""Fields that every request sets."""
+"""Fields that are ignored because every request sets them."""
 HARMLESS = (InfNanRemoveLogitsProcessor, LogitNormalization)
-"""Processors that leave the order of finite logits as it is."""
-BESIDE_PROCESSORS = {"token_healing": True, "cache_implementation": "quantized"}
-"""Values that change greedy answers elsewhere than in processors, criteria and mode."""
+"""Logits processors of transformers that do not change the order of finite logits."""
+OUTSIDE_PROCESSORS = {"token_healing": True, "cache_implementation": "quantized"}
+"""Values of fields that change greedy answers outside of logits processors, stopping criteria and decoding mode."""
 
 
 def read_generation_config(name: str, folder: Path) -> GenerationConfig:
-    """Read generation_config.json, or what config.json says of generation where there is no such file.
+    """Read generation_config.json, or the generation fields of config.json if that file does not exist.
 
     Args:
-        name: For messages.
-        folder: With all small files of the model.
+        name: The model's name, for messages.
+        folder: The model folder; the weights may be missing.
 
     Raises:
         CorruptFile: If the file is torn.
-        UnsupportedModel: If transformers refuses what it holds.
+        UnsupportedModel: If transformers cannot read the file, or eos_token_id holds something other than token ids.
     """
     own = present(folder / FILE)
     if own:
-        read_json(folder / FILE)  # transformers reads config.json in the place of a torn file
+        read_json(folder / FILE)  # A torn file is an error here; transformers would silently read config.json instead.
     source: dict[str, Any] = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
     try:
         config = GenerationConfig.from_pretrained(folder, local_files_only=True, **source)
@@ -59,7 +60,12 @@ def read_generation_config(name: str, folder: Path) -> GenerationConfig:
 
 
 def warn_of_unapplied_fields(name: str, model: PreTrainedModel) -> None:
-    """Log one warning that names the fields of a model's generation config that would change greedy answers."""
+    """Log one warning that names the fields found by `unapplied_fields`, if there are any.
+
+    Args:
+        name: The model's name, for the message.
+        model: The model with its generation config.
+    """
     found = unapplied_fields(model)
     if found:
         logger.warning(
@@ -72,9 +78,10 @@ def warn_of_unapplied_fields(name: str, model: PreTrainedModel) -> None:
 
 
 def unapplied_fields(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the fields of a model's generation config with which `generate` would give other greedy answers.
+    """Return the fields of a model's generation config, with values, that would change greedy answers of `generate`.
 
-    transformers itself is asked: a field counts if its processors, its criteria to stop or its mode of decoding change with it.
+    transformers decides: a field counts if it changes the logits processors, stopping criteria or decoding mode that `generate`
+    would use.
     """
     config: GenerationConfig | None = model.generation_config
     if config is None:
@@ -84,12 +91,12 @@ def unapplied_fields(model: PreTrainedModel) -> dict[str, Any]:
     return {
         name: value
         for name, value in fields.items()
-        if BESIDE_PROCESSORS.get(name, ()) == value or _decoding(model, {name: getattr(config, name)}) != plain
+        if OUTSIDE_PROCESSORS.get(name, ()) == value or _decoding(model, {name: getattr(config, name)}) != plain
     }
 
 
 def _decoding(model: Any, fields: dict[str, Any]) -> list[str]:
-    """Return what `generate` would do to logits and sequences with these fields, or how it would fail."""
+    """Return the decoding mode, processors and criteria that `generate` would use with these fields, or how it would fail."""
     any_tokens = torch.ones(1, 1, dtype=torch.long)
     config = GenerationConfig(**GenerationConfig._get_default_generation_params())
     vars(config).update(fields, _eos_token_tensor=any_tokens[0])
@@ -100,7 +107,7 @@ def _decoding(model: Any, fields: dict[str, Any]) -> list[str]:
         mode = config.get_generation_mode()
     except Exception as error:
         return [repr(error)]
-    if mode is GenerationMode.ASSISTED_GENERATION:  # gives the same tokens, sooner
+    if mode is GenerationMode.ASSISTED_GENERATION:  # gives the same tokens, faster
         mode = GenerationMode.GREEDY_SEARCH
     steps = [each for each in (*processors, *criteria) if not isinstance(each, HARMLESS)]
     return [mode.value, *(type(each).__name__ for each in steps)]

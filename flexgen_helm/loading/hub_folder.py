@@ -1,4 +1,4 @@
-"""The folder of a model on this machine; what the hub holds is fetched in two steps, so that a refusal costs no weights."""
+"""Find or download the folder of a model: config and tokenizer first, so that no weights of a refused model are downloaded."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from flexgen_helm.loading.refusals import refuse_file
 
 
 def folder_without_weights(name: str, revision: str | None) -> Path:
-    """Return the folder of a model with config and tokenizer; the weights of a hub model may not be there yet.
+    """Return the folder of a model with its config and tokenizer. A hub model is downloaded without its weights.
 
     Args:
         name: A folder, or a name on the model hub.
-        revision: Of a hub name.
+        revision: Branch, tag or commit of a hub model. None means its main branch.
 
     Raises:
-        FlexGenError: If there is no such folder or hub model.
-        UnsupportedModel: If the name is that of a GGUF file.
+        FlexGenError: If there is no such folder or hub model, or the path is a file.
+        UnsupportedModel: If the path is a GGUF file.
     """
     path = local_path(name)
     if path is None:
@@ -33,15 +33,15 @@ def folder_without_weights(name: str, revision: str | None) -> Path:
 
 
 def folder_with_weights(name: str, revision: str | None, folder: Path) -> Path:
-    """Return the folder with the weights too: only those that make up the model, of all that its repository may hold.
+    """Return the folder of a model with its weights. Of a hub model, only the safetensors files of the model are downloaded.
 
     Args:
-        name: As given to `folder_without_weights`.
-        revision: Of a hub name.
-        folder: What `folder_without_weights` returned.
+        name: A folder, or a name on the model hub.
+        revision: Branch, tag or commit of a hub model. None means its main branch.
+        folder: The folder that `folder_without_weights` returned.
 
     Raises:
-        FlexGenError: If the weights cannot be fetched.
+        FlexGenError: If the weights cannot be downloaded.
         CorruptFile: If the index of the weights is torn.
     """
     if local_path(name) is not None:

@@ -1,4 +1,4 @@
-"""Configurations of well-known models by name, for benchmarks with dummy weights where no model hub can be reached."""
+"""Provide configs of well-known models by name, for benchmarks with dummy weights without access to the model hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import LlamaConfig, OPTConfig, PreTrainedConfig
 
 
 def _opt(width: int, layers: int, heads: int) -> PreTrainedConfig:
-    """OPT (Zhang et al. 2022, table 1) as published in half precision; the 350m variant has another architecture."""
+    """Make a config of OPT (Zhang et al. 2022, table 1), published in float16. The 350m variant has another architecture."""
     return OPTConfig(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -20,7 +20,7 @@ def _opt(width: int, layers: int, heads: int) -> PreTrainedConfig:
 
 
 def _llama2(width: int, layers: int, heads: int, kv_heads: int, inner: int) -> PreTrainedConfig:
-    """Llama 2 (Touvron et al. 2023)."""
+    """Make a config of Llama 2 (Touvron et al. 2023)."""
     return LlamaConfig(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -34,7 +34,7 @@ def _llama2(width: int, layers: int, heads: int, kv_heads: int, inner: int) -> P
 
 
 def _llama3(width: int, layers: int, heads: int, inner: int) -> PreTrainedConfig:
-    """Llama 3.1 (Grattafiori et al. 2024, table 3)."""
+    """Make a config of Llama 3.1 (Grattafiori et al. 2024, table 3)."""
     return LlamaConfig(
         vocab_size=128_256,
         hidden_size=width,
@@ -74,14 +74,14 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "meta-llama/Llama-3.1-70B": lambda: _llama3(8192, 80, 64, 28672),
     "meta-llama/Llama-3.1-405B": lambda: _llama3(16384, 126, 128, 53248),
 }
-"""By the model's name on the hub."""
+"""Functions that make a config, by the model's name on the hub."""
 
 
 def named_config(name: str) -> PreTrainedConfig | None:
-    """Return the configuration of a model, or None if its name is none of `CONFIGS`.
+    """Return the config of a model, or None if `CONFIGS` has no model of this name.
 
     Args:
-        name: As on the hub; the part behind the slash is enough, and upper case does not matter.
+        name: The model's name on the hub, with or without the organization before the slash. Case does not matter.
     """
     for full, make in CONFIGS.items():
         if name.lower() in (full.lower(), full.lower().partition("/")[2]):

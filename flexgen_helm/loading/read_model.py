@@ -1,4 +1,4 @@
-"""Loading the weights of a model folder: the whole model, its first layers, or layer by layer to a keeper."""
+"""Read the model of a checkpoint folder: the whole model, its first layers, or layer by layer for a keeper."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from flexgen_helm.loading.assembly import LayerKeeper, assemble, cut_to_first_layers, empty_model, with_few_tokens
-from flexgen_helm.loading.checkpoint import StoredTensor, read_tensors
-from flexgen_helm.loading.conversion import Checkpoint
+from flexgen_helm.loading.assembly import LayerKeeper, assemble, empty_model
+from flexgen_helm.loading.checkpoint import read_tensors
+from flexgen_helm.loading.conversion import Checkpoint, first_rows
+from flexgen_helm.loading.first_layers import empty_first_layers
 from flexgen_helm.loading.generation_config import read_generation_config
 
 
@@ -28,25 +29,26 @@ def read_model(
     device: torch.device,
     keeper: LayerKeeper | None = None,
 ) -> PreTrainedModel:
-    """Make the model of a folder, with transformers' own classes and conversion.
+    """Read the model of a folder, with transformers' own classes and conversion of weights.
 
-    At its peak, memory holds the model and one layer; for a GPU, host memory holds what becomes one layer, twice. With a keeper
-    it holds what is outside of the layers, what the keeper keeps, and one layer, twice.
+    At its peak, memory holds the model and one more layer. If the device is a GPU, host memory holds the tensors of one layer,
+    twice. With a keeper, memory holds the tensors outside of the layers, what the keeper stores, and one layer, twice.
 
     Args:
-        name: For messages.
-        folder: Of the model.
-        config: Of the model.
-        dtype: Of its weights; some modules keep float32.
-        device: Where the model shall be.
-        keeper: Takes the layers of the decoder, each as soon as it is complete; what it has already is not read.
+        name: The model's name, for messages.
+        folder: The folder with config and weights.
+        config: The config of the model.
+        dtype: The dtype of the weights. transformers keeps some modules in float32.
+        device: The device for the model.
+        keeper: Stores the decoder's layers, each as soon as it is complete; layers that it has already are not read. See
+            `flexgen_helm.loading.assembly.assemble`.
 
     Returns:
-        A model equal to that of `from_pretrained`, but for what a keeper did with its layers.
+        A model equal to that of `from_pretrained`, except for the layers that the keeper stores.
 
     Raises:
         CorruptFile: If files are missing, torn or of another model.
-        UnsupportedModel: With a keeper, if layers share weights.
+        UnsupportedModel: If transformers cannot make the model, or a tensor has a dtype that torch cannot read.
     """
     stored = read_tensors(folder).values()
     model = empty_model(folder, config, dtype)
@@ -59,41 +61,33 @@ def read_model(
 def read_first_layers(
     name: str, folder: Path, config: PreTrainedConfig, *, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """Make the model of a folder with as many of its first layers as hold one of every kind.
+    """Read the first layers of a model, as many as include every kind of layer.
 
-    Its vocabulary is cut where the model can be made so; see `flexgen_helm.loading.assembly.with_few_tokens`.
+    The vocabulary is cut if the model and its files allow it; see `flexgen_helm.loading.first_layers`.
+
+    Args:
+        name: The model's name, for messages.
+        folder: The folder with config and weights.
+        config: The config of the whole model.
+        device: The device for the model.
+        dtype: The dtype of the weights. transformers keeps some modules in float32.
 
     Raises:
-        UnsupportedModel: If it has no list of layers.
+        UnsupportedModel: If transformers cannot make the model, or it has no list of layers.
         CorruptFile: If files are missing, torn or of another model.
     """
     stored = list(read_tensors(folder).values())
-    few = with_few_tokens(config)
-    size, fewer = (each.get_text_config(decoder=True).vocab_size for each in (config, few))
-    rows = [tensor.first_rows(fewer) if tensor.shape[:1] == (size,) else tensor for tensor in stored]
-    try:
-        return _first_layers(name, folder, few, rows, dtype, device)
-    except Exception:  # see with_few_tokens
-        return _first_layers(name, folder, config, stored, dtype, device)
-
-
-def _first_layers(
-    name: str,
-    folder: Path,
-    config: PreTrainedConfig,
-    stored: list[StoredTensor],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PreTrainedModel:
-    model = empty_model(folder, config, dtype)
-    cut_to_first_layers(model)
+    model, few = empty_first_layers(folder, config, dtype)
+    rows = None if few is None else first_rows(stored, few)
+    if few is not None and rows is not None:
+        model, stored = few.model, rows
     with _one_bar(Checkpoint(name, folder, model, stored, dtype=dtype, partly=True)) as source:
         return assemble(model, source, device=device)
 
 
 @contextmanager
 def _one_bar(source: Checkpoint) -> Iterator[Checkpoint]:
-    """Show one bar on a terminal, and none of transformers', which would draw one for each layer."""
+    """Show one progress bar on a terminal for all reading, in place of transformers', which would draw one for each layer."""
     shown = transformers_logging.is_progress_bar_enabled()
     bar: tqdm[Any] = tqdm(
         total=source.num_bytes,

@@ -1,4 +1,4 @@
-"""What a model folder shows before any weight is read, and what is refused for it: by name, with reason and alternative."""
+"""Read the config of a model folder, and refuse unsupported models before any weight is read, with reason and alternative."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from flexgen_helm.errors import CorruptFile, FlexGenError, UnsupportedModel
 logger = logging.getLogger(__name__)
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.ot")
-"""Weights of PyTorch, TensorFlow, Flax and Rust."""
+"""Patterns of the names of weight files of PyTorch, TensorFlow, Flax and Rust."""
 QUANTISED_BY = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "NVIDIA ModelOpt"}
-"""Files that older tools write beside a config that does not say so."""
+"""Files of older quantisation tools, which do not mention quantisation in config.json, with the name of the method."""
 DEQUANTISE = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-"""Methods that transformers itself can undo, with its configuration."""
+"""Quantisation methods that transformers can undo, with the name of the config class for it."""
 CAUSAL_ANYWAY = ("gpt_neox", "gpt_neox_japanese", "trocr")
-"""Types that are decoders whatever `is_decoder` says."""
+"""Model types that are decoders even if their config says ``is_decoder=False``."""
 LANGUAGE_MAPPINGS = ("CAUSAL_LM", "MASKED_LM", "PRETRAINING", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
-"""Tasks of transformers whose checkpoints have a head that predicts tokens."""
+"""Names of transformers' tables of tasks whose checkpoints have a head that predicts tokens."""
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
-"""Fields that count something, whatever a type calls them."""
+"""Config fields that must be at least 1. transformers maps the names of other model types to these."""
 OWN_ATTENTION = ("eager", "sdpa")
-"""Attention that every installation has."""
+"""Attention implementations that every installation of transformers has."""
 
 
 def refuse_files(name: str, folder: Path) -> None:
-    """Refuse a folder that holds no whole model in safetensors files, as far as its listing shows.
+    """Refuse a folder whose file names show that it is not an unquantised model of transformers.
 
     Args:
-        name: For messages.
-        folder: With all small files; weights may not be there yet.
+        name: The model's name, for messages.
+        folder: The model folder; the weights may be missing.
 
     Raises:
-        UnsupportedModel: An adapter, a checkpoint quantised by an older tool, GGUF files alone.
-        FlexGenError: If there is no config.json.
+        UnsupportedModel: If the folder holds an adapter, a checkpoint quantised by an older tool, or only GGUF files.
+        FlexGenError: If the folder has no config.json.
     """
     if present(folder / "adapter_config.json"):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "the model that it was trained on"
@@ -59,11 +59,11 @@ def refuse_files(name: str, folder: Path) -> None:
 
 
 def refuse_file(path: Path) -> None:
-    """Refuse a path that is a file, not a folder.
+    """Refuse a path that is a file, not a folder. It always raises.
 
     Raises:
-        UnsupportedModel: A GGUF file.
-        FlexGenError: Any other file.
+        UnsupportedModel: If the file is a GGUF file.
+        FlexGenError: If it is any other file.
     """
     if path.suffix == ".gguf":
         raise UnsupportedModel(_gguf(str(path), path.name))
@@ -71,11 +71,15 @@ def refuse_file(path: Path) -> None:
 
 
 def read_config(name: str, folder: Path) -> PreTrainedConfig:
-    """Read config.json with transformers' own classes; code that ships with a checkpoint is never run.
+    """Read config.json with transformers' own classes. Code that ships with a checkpoint is never run.
+
+    Args:
+        name: The model's name, for messages.
+        folder: The model folder; the weights may be missing.
 
     Raises:
         CorruptFile: If the file is torn.
-        UnsupportedModel: If transformers knows no such model type.
+        UnsupportedModel: If transformers does not know the model type, or cannot read the config.
     """
     fields = read_json(folder / "config.json")
     kind = fields.get("model_type")
@@ -104,10 +108,15 @@ def read_config(name: str, folder: Path) -> PreTrainedConfig:
 
 
 def refuse_config(name: str, config: PreTrainedConfig) -> None:
-    """Refuse what cannot be a causal language model with weights of 16 or 32 bits.
+    """Refuse a config that is not that of a causal language model with unquantised weights.
+
+    Args:
+        name: The model's name, for messages.
+        config: The config as `read_config` returned it.
 
     Raises:
-        UnsupportedModel: An encoder-decoder, an encoder, another task, or a quantised checkpoint.
+        UnsupportedModel: If the model is an encoder-decoder, an encoder, trained for another task, or quantised; if a size in
+            the config is less than 1; or if the config names other weight files.
     """
     kind = config.model_type
     if config.is_encoder_decoder:
@@ -137,11 +146,15 @@ def refuse_config(name: str, config: PreTrainedConfig) -> None:
 
 
 def refuse_weights(name: str, folder: Path) -> None:
-    """Refuse a folder without safetensors files, once all that will be fetched is there.
+    """Refuse a folder without safetensors files. Call it after the weights were downloaded.
+
+    Args:
+        name: The model's name, for messages.
+        folder: The model folder.
 
     Raises:
-        UnsupportedModel: If it has pickled or GGUF weights instead.
-        CorruptFile: If it has none at all.
+        UnsupportedModel: If the folder has pickled or GGUF weights instead.
+        CorruptFile: If the folder has no weights at all.
     """
     if any(folder.glob("*.safetensors*")):
         return
@@ -156,7 +169,7 @@ def refuse_weights(name: str, folder: Path) -> None:
 
 
 def present(path: Path) -> bool:
-    """Whether a folder lists a file, readable or not: a link to a file that was not fetched counts."""
+    """Return whether a folder lists a file. A dangling link to a file that was not downloaded counts."""
     return path.is_symlink() or path.exists()
 
 
@@ -164,7 +177,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file that holds an object.
 
     Raises:
-        CorruptFile: If it holds anything else.
+        CorruptFile: If the file cannot be read, or holds anything else.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -176,7 +189,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _leave_out_foreign_attention(name: str, config: PreTrainedConfig) -> None:
-    """Reset attention that needs another package or code from the hub: this engine computes attention itself."""
+    """Remove from a config the request for an attention implementation that needs another package: the engine has its own."""
     for part in (config, *(getattr(config, field) for field in config.sub_configs)):
         asked = getattr(part, "_attn_implementation", None)
         if asked not in (None, *OWN_ATTENTION):
@@ -196,7 +209,7 @@ def _refuse_sizes(name: str, config: PreTrainedConfig) -> None:
 
 
 def _refuse_other_task(name: str, config: PreTrainedConfig) -> None:
-    """Refuse weights of another task. Names that transformers does not know, or none, are left to the check of the weights."""
+    """Refuse a model whose architectures are all of another task. The check of the weights decides about unknown ones."""
     entry: Any = config.architectures or []
     named = [entry] if isinstance(entry, str) else [each for each in entry if isinstance(each, str)]
     language = {task for mapping in LANGUAGE_MAPPINGS for task in _tasks(f"MODEL_FOR_{mapping}_MAPPING_NAMES")}
@@ -210,7 +223,7 @@ def _refuse_other_task(name: str, config: PreTrainedConfig) -> None:
 
 
 def _tasks(mapping: str) -> set[str]:
-    """What the classes of one of transformers' tables are for, such as SequenceClassification."""
+    """Return the tasks of the classes in one of transformers' tables, such as SequenceClassification."""
     if not (mapping.startswith("MODEL_FOR_") and mapping.endswith("_MAPPING_NAMES")):
         return set()
     entries = vars(modeling_auto).get(mapping, {}).values()

@@ -1,4 +1,4 @@
-"""Loading a model folder or hub name: config first, so that what is refused is refused before any weight is read."""
+"""Open a model folder or hub name: read its config and tokenizer first, and load its weights only if the model is supported."""
 
 from __future__ import annotations
 
@@ -25,52 +25,67 @@ from flexgen_helm.model.context_length import context_of
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes that a user may name."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model as transformers made it, and what the engine must know about it."""
+    """A model as transformers made it, and the facts about it that the engine needs."""
 
     name: str
+    """The name or folder that the user gave."""
     digest: str
-    """Of weights, config and tokenizer."""
+    """Digest of weights, config and tokenizer; see `ModelSource.digest`."""
     model: PreTrainedModel
+    """The model with its weights."""
     tokenizer: PreTrainedTokenizerBase | None
+    """The tokenizer. None means that jobs must give token ids."""
     max_length: int
-    """Longest input with its new tokens, in tokens."""
+    """Largest number of tokens of a job, input and new tokens together."""
     length_reason: str
-    """Why the context ends there, for messages."""
+    """The reason for ``max_length``, for messages."""
     vocab_size: int
+    """Number of token ids that the config gives."""
     end_token_ids: frozenset[int]
+    """Tokens that end a text."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model of which the small files were read, and nothing else."""
+    """A model whose config and tokenizer were read, but not its weights."""
 
     name: str
+    """The name or folder that the user gave."""
     folder: Path | None
-    """Where its files are on this machine; None: its weights are made up."""
+    """The folder of its files on this machine. None means that it gets dummy weights."""
     config: PreTrainedConfig
+    """The config of the whole model."""
     tokenizer: PreTrainedTokenizerBase | None
+    """The tokenizer. None means that jobs must give token ids."""
     dtype: torch.dtype
+    """The dtype of the weights. transformers keeps some modules in float32."""
     device: torch.device
+    """The device that computes."""
 
     def digest(self) -> str:
-        """Return what tells its weights, config and tokenizer from others."""
+        """Return a digest of weights, config and tokenizer, or of the config alone if the model gets dummy weights."""
         if self.folder is not None:
             return model_digest(self.folder)
         return f"dummy-{hashlib.sha256(self.config.to_json_string().encode()).hexdigest()[:16]}"
 
     def empty(self) -> PreTrainedModel:
-        """Make the model without weights, on the meta device."""
+        """Make the model on the meta device, without weights.
+
+        Raises:
+            UnsupportedModel: If transformers cannot make a model from the config.
+        """
         return empty_model(self.folder or "", self.config, self.dtype)
 
     def first_layers(self) -> LoadedModel:
-        """Load as many of its first layers as hold one of every kind.
+        """Load the first layers of the model, as many as include every kind of layer.
 
         Raises:
-            UnsupportedModel: If it has no list of layers.
+            UnsupportedModel: If transformers cannot make the model, or it has no list of layers.
             CorruptFile: If files are missing, torn, or of different models.
         """
         if self.folder is None:
@@ -78,14 +93,14 @@ class ModelSource:
         return self._loaded(read_first_layers(self.name, self.folder, self.config, dtype=self.dtype, device=self.device))
 
     def load(self, keeper: LayerKeeper | None = None) -> LoadedModel:
-        """Load all of it.
+        """Load the whole model.
 
         Args:
-            keeper: Takes its layers one by one; None: they stay on the device.
+            keeper: Stores the decoder's layers, each as soon as it is complete. None leaves them on the device.
 
         Raises:
             CorruptFile: If files are missing, torn, or of different models.
-            FlexGenError: If there is no room for it.
+            FlexGenError: If the keeper has no room for a layer.
         """
         if self.folder is None:
             model = make_model(self.config, dtype=self.dtype, device=self.device, keeper=keeper)
@@ -104,16 +119,17 @@ class ModelSource:
 
 
 def open_dummy(name_or_path: str, *, dtype: str, device: torch.device) -> ModelSource:
-    """Read or look up a config; its weights will be made up, and jobs must give token ids.
+    """Open a model that gets dummy weights: read or look up its config. Jobs of such a model must give token ids.
 
     Args:
-        name_or_path: A folder with a config.json, or one of `flexgen_helm.loading.named_configs.CONFIGS`.
-        dtype: As in `open_model`.
-        device: Where the matrices are multiplied.
+        name_or_path: A folder with a config.json, or a name in `flexgen_helm.loading.named_configs.CONFIGS`.
+        dtype: "auto" (the config's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
+        device: The device that computes.
 
     Raises:
-        UnsupportedModel: If the model is of a kind that cannot be run.
-        FlexGenError: If there is no such config.
+        UnsupportedModel: If models of this kind cannot be run.
+        CorruptFile: If the config is torn.
+        FlexGenError: If there is no such config or dtype.
     """
     folder = Path(name_or_path)
     config = named_config(name_or_path)
@@ -128,22 +144,22 @@ def open_dummy(name_or_path: str, *, dtype: str, device: torch.device) -> ModelS
 
 
 def open_model(name_or_path: str, *, dtype: str, device: torch.device, revision: str | None = None) -> ModelSource:
-    """Read config and tokenizer; what they show to be unsupported is refused before any weight is read.
+    """Open a model: read its config and tokenizer, and refuse it if it is unsupported; then download missing weights.
 
     Args:
         name_or_path: A folder, or a name on the model hub.
-        dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
-        device: Where the matrices are multiplied.
-        revision: Of a hub name.
+        dtype: "auto" (the config's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
+        device: The device that computes.
+        revision: Branch, tag or commit of a hub model. None means its main branch.
 
     Raises:
-        UnsupportedModel: If the model is of a kind that cannot be run.
+        UnsupportedModel: If models of this kind cannot be run.
         CorruptFile: If files are missing or torn.
-        FlexGenError: If there is no such model.
+        FlexGenError: If there is no such model or dtype.
     """
     source = open_without_weights(name_or_path, dtype=dtype, device=device, revision=revision)
     assert source.folder is not None
-    source.empty()  # What transformers cannot make is refused before its weights are fetched.
+    source.empty()  # A model that transformers cannot make is refused before its weights are downloaded.
     folder = folder_with_weights(source.name, revision, source.folder)
     refuse_weights(source.name, folder)
     return replace(source, folder=folder)
@@ -152,7 +168,7 @@ def open_model(name_or_path: str, *, dtype: str, device: torch.device, revision:
 def open_without_weights(
     name_or_path: str, *, dtype: str = "float32", device: torch.device = CPU, revision: str | None = None
 ) -> ModelSource:
-    """Read config and tokenizer of a model whose weights are not asked for. Arguments and errors are those of `open_model`."""
+    """Open a model as `open_model` does, with its arguments and errors, but download no weights."""
     name = name_or_path
     folder = folder_without_weights(name, revision)
     refuse_files(name, folder)
@@ -163,10 +179,14 @@ def open_without_weights(
 
 
 def named_dtype(option: str, name: str) -> torch.dtype:
-    """Return the number format that a user named.
+    """Return the dtype that a user named.
+
+    Args:
+        option: The option by which it was named, for the message.
+        name: A key of `DTYPES`.
 
     Raises:
-        FlexGenError: If there is no such format.
+        FlexGenError: If there is no such dtype.
     """
     if name not in DTYPES:
         raise FlexGenError(f"{option} is {name!r}. Give one of {', '.join(map(repr, DTYPES))}, or leave it out.")
@@ -186,7 +206,7 @@ def _dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.d
 
 
 def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Return every token that ends a text: generation config, tokenizer and config each name those that the others lack."""
+    """Return every token that ends a text. Generation config, tokenizer and config may each name some that the others lack."""
     ends = _token_ids(getattr(model.generation_config, "eos_token_id", None))
     ends |= _token_ids(getattr(tokenizer, "eos_token_id", None))
     configured = {
@@ -195,7 +215,7 @@ def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         for token_id in _token_ids(getattr(config, "eos_token_id", None))
     }
     if ends and tokenizer is not None:
-        # A config that names none has the number of its class, which may be an ordinary word of this vocabulary.
+        # If the config file names none, its class has a default id, which may be an ordinary word of this vocabulary.
         configured &= {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     return frozenset(ends | configured)
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: as its tokenizer.json says, also where a class of transformers would replace that."""
+"""Read the tokenizer of a model folder as its tokenizer.json describes it, even if a transformers class would change it."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from flexgen_helm.loading.refusals import present, read_json
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+"""Files of which a folder with a tokenizer has at least one."""
 OTHER_JSON_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.json")
+"""Optional files of a tokenizer that must be valid JSON."""
 PIPELINE = ("normalizer", "pre_tokenizer", "decoder")
-"""Parts of a tokenizer.json that classes of transformers replace."""
+"""Parts of a tokenizer.json that transformers classes replace by their own."""
 SENTENCEPIECE = b"\n"
-"""First byte of every SentencePiece model; tiktoken's files are text and have the same names."""
+"""First byte of every SentencePiece model. tiktoken's files, which are text, may have the same name."""
 
 
 def read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:
-    """Read the tokenizer of a model folder; code that ships with it is never run.
+    """Read the tokenizer of a model folder. Code that ships with it is never run.
 
     Args:
-        name: For messages.
-        folder: With all small files of the model.
+        name: The model's name, for messages.
+        folder: The model folder; the weights may be missing.
 
     Returns:
-        The tokenizer; None if the folder has none.
+        The tokenizer, or None if the folder has none.
 
     Raises:
-        UnsupportedModel: If it needs its own code, or transformers cannot make it.
-        CorruptFile: If one of its files is torn.
-        FlexGenError: If a package is missing that reads its files.
+        UnsupportedModel: If the tokenizer cannot be read without its own code.
+        CorruptFile: If one of its files is torn, or transformers cannot read them.
+        FlexGenError: If a package that reads its files is not installed.
     """
     if not any(present(folder / file) for file in TOKENIZER_FILES):
         logger.info("%s has no tokenizer: jobs must give token_ids", name)
@@ -73,9 +75,9 @@ def _refuse_torn_template(file: Path) -> None:
 
 
 def _follow_file(name: str, tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """Give a tokenizer the pipeline of its tokenizer.json, where its class has built one of its own.
+    """Give a tokenizer the pipeline of its tokenizer.json if its class has built one of its own.
 
-    Classes that have an ``__init__`` take vocabulary and merges from the file, and the rest from their code.
+    Classes with an ``__init__`` read vocabulary and merges from the file, but define the other parts in code.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or "__init__" not in vars(type(tokenizer)):
         return

@@ -1,4 +1,4 @@
-"""Which versions of `transformers` were tested, and the one line that says that another one is installed."""
+"""Compare the installed version of transformers with the range of tested versions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 def tested_versions() -> SpecifierSet:
-    """Return the range that setup.cfg requires. Its bounds are the oldest and the newest version that passed the tests."""
+    """Return the range of transformers versions in setup.cfg, from the oldest to the newest that passed the tests."""
     requirements = map(Requirement, importlib.metadata.requires("flexgen_helm") or ())
     return next(requirement.specifier for requirement in requirements if requirement.name == "transformers")
 
 
 def warn_if_untested() -> None:
-    """Log one line if the installed version of transformers lies outside of the tested range."""
+    """Log one warning if the installed version of transformers is outside of the tested range."""
     tested = tested_versions()
     if not tested.contains(library_version, prereleases=True):
         logger.warning(

@@ -1,4 +1,4 @@
-"""Names of tensors that a wrapper of a training program made longer: who wrote them, and how they become short again."""
+"""Explain tensor names that a wrapper, such as torch.compile, made longer: which wrapper, and how to shorten them again."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ WRAPPERS = {
     "_fsdp_wrapped_module.": "torch's FullyShardedDataParallel",
     "_checkpoint_wrapped_module.": "torch's activation checkpointing",
 }
-"""What a wrapper puts into the names of the tensors in it, at their beginning or behind a dot."""
+"""Strings that wrappers insert into the names of tensors, at the beginning or after a dot, with the wrapper's name."""
 KNOWN = re.compile(f"({'|'.join(map(re.escape, WRAPPERS))})+")
+"""Matches a sequence of such strings."""
 
 
 @dataclass(frozen=True)
 class Shortened:
-    """A tensor's name without what may be too much in it."""
+    """A tensor's name without the parts that a wrapper may have inserted."""
 
     short: str
+    """The shorter name."""
     extra: tuple[str, ...]
-    """What was left out."""
+    """The parts that were removed."""
     mapping: dict[str, str]
-    """Regular expressions and what they become, as `from_pretrained` takes them."""
+    """Regular expressions with their replacements, as ``key_mapping`` of `from_pretrained` takes them."""
 
 
 def shorter_names(name: str) -> Iterator[Shortened]:
-    """Yield a name without its beginning, for every beginning that ends with a dot, those of known wrappers first.
+    """Yield shorter forms of a name.
 
-    Then the same without the wrappers inside it.
+    Each form lacks a beginning that ends with a dot. Beginnings of known wrappers come first, and the empty one is included. If
+    known wrappers occur inside of the name, the forms without these follow.
+
+    Args:
+        name: Name of a tensor in a file.
     """
     inner = tuple(wrapper for wrapper in WRAPPERS if f".{wrapper}" in name)
     for wrappers in [(), inner] if inner else [()]:
@@ -49,16 +55,16 @@ def shorter_names(name: str) -> Iterator[Shortened]:
 
 
 def renaming_advice(folder: Path, names: Iterable[str], name: str, found: Shortened) -> str:
-    """Return what wrote the names of a checkpoint, and the line of Python that saves it with those of its model.
+    """Return advice for a user: which wrapper wrote the names of a checkpoint, and a line of Python that saves it without them.
 
     Args:
-        folder: Of the model.
-        names: Of all tensors in its files.
-        name: One of them.
-        found: What has a place in the model, of what `shorter_names` gave for it.
+        folder: The folder of the checkpoint.
+        names: Names of all tensors in its files.
+        name: One of these names, as an example.
+        found: The form of ``name``, from `shorter_names`, that is a tensor of the model.
     """
     writers = sorted({WRAPPERS[wrapper] for wrapper in WRAPPERS for extra in found.extra if f".{wrapper}" in f".{extra}"})
-    said = f"Names in its files hold {' and '.join(map(repr, found.extra))} beside the model's names, as in {name}"
+    said = f"Names in its files hold {' and '.join(map(repr, found.extra))} in addition to the model's names, as in {name}"
     said += f". They come from {' and '.join(writers)}. " if writers else ". "
     if any("lora_" in each for each in names):
         return said + "The files hold an adapter too: call merge_and_unload() on the PEFT model, and save what it returns."

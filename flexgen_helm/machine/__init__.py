@@ -1,1 +1,1 @@
-"""What this machine can do: measured rates."""
+"""Measure the rates of this machine."""

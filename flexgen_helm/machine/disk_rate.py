@@ -1,4 +1,4 @@
-"""What the disk of a folder gives at best: reads and writes past the page cache, beside which a run is judged."""
+"""Measure the highest rates of a disk, with reads and writes that bypass the page cache, to compare a run with them."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.buffers import allocate
 
 PIECE = 2**22
+"""Size of one read or write, in bytes."""
 NUM_THREADS = 4
+"""Number of threads that read or write at once."""
 BUFFERS = 8
-"""Pieces of memory for each thread, as in buffers of `flexgen_helm.memory.buffers`: together larger than a processor's cache,
-since what is read for use goes to memory."""
+"""Buffers of `PIECE` bytes for each thread. Together they are larger than the processor's cache, so that reads go to memory, as
+those of weights do."""
 SECONDS = 0.5
-"""Of reading; a virtual disk's rate moves within minutes, so more would say no more."""
+"""Duration of reading, in seconds. The rate of a virtual disk varies within minutes, so more seconds would not help."""
 SCRATCH_PIECES = 32
+"""Size of the file that is written, in pieces of `PIECE` bytes."""
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:
-    """Measure the disk.
+    """Measure how fast a disk reads and writes.
 
-    Reads are of the largest file in the folder, if that is as large as the one that is written.
+    It writes a file of 128 MiB into the folder, reads the largest file there, and removes the written one.
 
     Args:
-        folder: On the disk; a file of 128 MiB is written into it and removed.
+        folder: A folder on the disk.
 
     Returns:
-        Bytes per second read and written.
+        Rates of reading and of writing, in bytes per second.
 
     Raises:
-        FlexGenError: If there is no space for the file, or the folder cannot be written to.
+        FlexGenError: If the disk has no space for the file, or the folder cannot be written to.
     """
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix="rate_") as scratch:
@@ -86,9 +89,9 @@ def _open_direct(path: Path, flags: int) -> int:
 
 
 def _rate(descriptor: int, work: Callable[[Sequence[memoryview]], int]) -> float:
-    """Bytes per second of threads that work until nothing is left."""
+    """Run ``work``, which returns a number of bytes, in all threads. Return their total rate in bytes per second."""
     memory = allocate(NUM_THREADS * BUFFERS * PIECE).numpy()
-    memory[:] = np.random.default_rng(0).integers(0, 256, len(memory), np.uint8)  # nothing that a disk could compress
+    memory[:] = np.random.default_rng(0).integers(0, 256, len(memory), np.uint8)  # Random bytes, which no disk can compress.
     pieces = [memoryview(memory[begin : begin + PIECE]) for begin in range(0, len(memory), PIECE)]  # type: ignore[arg-type]
     try:
         with ThreadPoolExecutor(NUM_THREADS) as pool:

@@ -1,1 +1,1 @@
-"""A library model cut into its layers: recorder, layers, experts, embeddings, context length."""
+"""A transformers model cut into its layers: recorder, layers, experts, embeddings, context length."""

@@ -1,4 +1,4 @@
-"""How long a job may be: the model's context window, and where its position encoding stops being what it was."""
+"""Find the longest sequence that a model can compute: its context window, or less where its position encoding would change."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ CONTEXT_NAMES = (
     "model_max_length",
     "max_target_positions",
 )
-"""The common name first; the last is that of Whisper's decoder."""
+"""Config fields that give the context length in tokens, in the order of preference. The last is used by Whisper's decoder."""
 DEFAULT_CONTEXT = 2048
-"""In tokens, for configs that name none, such as those of models without positions."""
+"""Context length in tokens for configs that name none, such as those of models without positions."""
 
 
 def context_of(model: nn.Module, config: PreTrainedConfig) -> tuple[int, str]:
-    """Return the longest input with its new tokens, in tokens, and why it ends there.
+    """Return the largest number of tokens of a job (input and new tokens together), and the reason for this limit.
 
     Args:
-        model: The library's model of ``config``.
-        config: Of the whole model; that of its text part counts.
+        model: The transformers model of ``config``, on any device.
+        config: Config of the whole model; only its text part is read.
     """
     text = config.get_text_config(decoder=True)
     limit, reason = _named(text)
@@ -49,7 +49,7 @@ def _named(text: PreTrainedConfig) -> tuple[int, str]:
 
 
 def _padding_positions(model: nn.Module, limit: int) -> int:
-    """Positions of a learned table that no token gets: RoBERTa and its kin count from the padding token's id plus one."""
+    """Return how many positions of a learned table are never used. RoBERTa counts positions from the padding id plus 1."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.num_embeddings == limit:
             return 0 if module.padding_idx is None else module.padding_idx + 1
@@ -57,14 +57,14 @@ def _padding_positions(model: nn.Module, limit: int) -> int:
 
 
 def _growing_ropes(model: nn.Module, default: int) -> Iterator[tuple[int, str]]:
-    """Rotary embeddings whose frequencies follow the longest position of a row, with the length up to which they do not."""
+    """Yield the length up to which frequencies are constant, and the kind, of each rotary embedding that grows with length."""
     for module in model.modules():
         found = getattr(module, "rope_type", None)
         for layer_type, kind in found.items() if isinstance(found, dict) else [(None, found)]:
             if kind == "longrope":
                 yield _original_length(module, layer_type, default), kind
             elif isinstance(kind, str) and "dynamic" in kind:
-                # The library compares with the model's own context, whatever original length the parameters name.
+                # transformers compares with the model's own context, whatever original length the parameters name.
                 yield int(getattr(module, "original_max_seq_len", default)), kind
 
 

@@ -1,4 +1,4 @@
-"""Embedding tables on the host: rows are gathered there, and only they go to the device."""
+"""Keep embedding tables in host memory: rows are gathered on the CPU, and only these rows are copied to the device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from transformers import PreTrainedModel
 from flexgen_helm.model.layers import layers_path
 
 CPU = torch.device("cpu")
+"""The device of host memory."""
 
 
 def keep_on_host(model: PreTrainedModel, device: torch.device) -> None:
-    """Move the embedding tables outside of the layers to the host; what they give out still is on the device."""
+    """Move the embedding tables outside of the layers to the host. Their outputs are copied to ``device``.
+
+    Args:
+        model: The model, changed in place.
+        device: The device that computes.
+
+    Raises:
+        UnsupportedModel: If the model has no list of decoder layers.
+    """
     prefix = f"{layers_path(model)}."
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and not name.startswith(prefix):

@@ -1,4 +1,4 @@
-"""Mixtures of experts worked in slices of a fixed size, so that a token's bits do not depend on who else an expert serves."""
+"""Compute mixtures of experts in slices of a fixed size, so that a token's bits do not depend on other tokens of its expert."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import torch
 from torch import Tensor, nn
 
 EXPERTS_NAME = "flexgen_helm_slices"
+"""Name of `sliced_experts` in transformers' registry of experts functions."""
 SLICE_STEP = 16
+"""Sizes of slices, in tokens, are multiples of this."""
 
 
 def sliced_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """An experts function of transformers' interface.
+    """Compute the experts of one layer, as an experts function of transformers' interface.
 
-    Each expert works on its tokens in slices of a size that follows from the row's size alone: about the number of tokens an
-    expert gets on average, in steps of 16. What is missing in a slice is padding.
+    Each expert computes its tokens in slices. Their size depends on T, k and the number of experts alone: it is the average
+    number of tokens of an expert, rounded up to a multiple of `SLICE_STEP`. The last slice of an expert is padded with zeros.
 
     Args:
-        experts: The library's module with the weights of all experts.
-        hidden_states: ``[T, hidden]``.
-        top_k_index: ``[T, k]`` experts of each token.
-        top_k_weights: ``[T, k]`` their weights.
+        experts: The transformers module with the weights of all experts.
+        hidden_states: ``[T, hidden]`` for T tokens.
+        top_k_index: ``[T, k]`` indices of the k experts of each token.
+        top_k_weights: ``[T, k]`` weights of these experts' outputs.
 
     Returns:
-        ``[T, hidden]``.
+        ``[T, hidden]`` weighted sums of the experts' outputs.
     """
     num_tokens, k = top_k_index.shape
     num_experts = int(experts.num_experts)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Where the layers of a model are, which of them share weights, and of which kinds they are."""
+"""Find the decoder layers of a model, which of them share weights, and which of them are of one kind."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from transformers import PreTrainedModel
 from flexgen_helm.errors import UnsupportedModel
 
 KEEPS_KV_FOR_OTHERS, READS_OTHERS_KV = "store_full_length_kv", "is_kv_shared_layer"
-"""Settings of Gemma 4's attention. From transformers 5.24 on the last layer of each type keeps K and V for others even if no
-layer reads those of others; then the setting makes no kind, or a check of the first layers would need all of them."""
+"""Settings of Gemma 4's attention. From transformers 5.24 on, the last layer of each type keeps its K and V for other layers
+even if no layer reads them. Then the first setting is ignored; otherwise the last layer would be of a kind of its own, and a
+check of the first layers would need all of them."""
 
 
 class FirstLayers(nn.ModuleList):
-    """The first layers of a model in place of them all; its config still names the others."""
+    """A layer list that holds only the first layers of a model, whose config still gives the number of all."""
 
 
 def layers_path(model: PreTrainedModel) -> str:
-    """Return the name of the decoder's layer list within the model.
+    """Return the dotted name of the decoder's layer list within the model, such as "model.layers".
 
     Raises:
-        UnsupportedModel: If there is none.
+        UnsupportedModel: If the model has no module list of the length that its config gives.
     """
     depths = _depths(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -33,19 +34,22 @@ def layers_path(model: PreTrainedModel) -> str:
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder's layers.
+    """Return the decoder's layers in their order.
 
     Raises:
-        UnsupportedModel: If there is no list of them.
+        UnsupportedModel: If the model has no list of decoder layers.
     """
     return list(model.get_submodule(layers_path(model)).children())
 
 
 def shared_layers(model: PreTrainedModel) -> list[int]:
-    """Return the layers whose weights, or some of them, are tied to others: they cannot be placed on their own.
+    """Return the indices of layers that have weights tied to tensors elsewhere, so that they cannot be placed on their own.
 
     Args:
-        model: On any device, with its list of layers in place.
+        model: The model, on any device, with its list of layers in place.
+
+    Raises:
+        UnsupportedModel: If the model has no list of decoder layers.
     """
     beginning = f"{layers_path(model)}."
     tied = [key for pair in model.all_tied_weights_keys.items() for key in pair if key.startswith(beginning)]
@@ -53,10 +57,10 @@ def shared_layers(model: PreTrainedModel) -> list[int]:
 
 
 def refuse_shared_layers(model: PreTrainedModel) -> None:
-    """Refuse to place layers one by one where they share weights.
+    """Refuse a model whose layers share weights, because its layers cannot be placed one by one.
 
     Raises:
-        UnsupportedModel: If they do.
+        UnsupportedModel: If any layers share weights.
     """
     shared = shared_layers(model)
     if shared:
@@ -67,13 +71,14 @@ def refuse_shared_layers(model: PreTrainedModel) -> None:
 
 
 def layer_kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[int]:
-    """Return for each layer the first one of its kind.
+    """Return for each layer the index of the first layer of its kind.
 
-    Layers are of one kind if their shapes, their plain settings and what the config says of each layer are the same.
+    Layers are of one kind if they have equal parameter shapes, equal plain attributes (numbers, strings, classes of modules),
+    and equal entries in each list of the config that has one entry per layer.
 
     Args:
-        model: To which they belong.
-        layers: All of them, or those that `FirstLayers` left.
+        model: The model to which the layers belong.
+        layers: All layers of the model, or those in its `FirstLayers`.
     """
     depths = _depths(model)
     config = vars(model.config.get_text_config(decoder=True)).values()
@@ -95,12 +100,12 @@ def layer_kinds(model: PreTrainedModel, layers: list[nn.Module]) -> list[int]:
 
 
 def num_layers_of_every_kind(model: PreTrainedModel, layers: list[nn.Module]) -> int:
-    """Return how many of the first layers hold one of every kind, two at least; see `layer_kinds`."""
+    """Return the smallest number of first layers that include every kind of `layer_kinds`, but at least 2 if there are 2."""
     return max(min(2, len(layers)), max(layer_kinds(model, layers)) + 1)
 
 
 def _depths(model: PreTrainedModel) -> set[int]:
-    """How many layers the config says that the decoder has, by whichever name."""
+    """Return the number of layers that the config gives, under each of the names in use."""
     text = model.config.get_text_config(decoder=True)
     return {
         depth for name in ("num_hidden_layers", "num_layers", "n_layer") if (depth := getattr(text, name, None)) is not None
@@ -108,7 +113,7 @@ def _depths(model: PreTrainedModel) -> set[int]:
 
 
 def _plain_settings(layer: nn.Module) -> dict[tuple[str, str], str]:
-    """Classes and plain attributes of a layer's modules."""
+    """Return the classes and plain attributes of a layer's modules, by module and attribute name."""
     modules = dict(layer.named_modules())
     found = {(name, "class"): type(module).__name__ for name, module in modules.items()}
     for name, module in modules.items():

@@ -1,7 +1,7 @@
-"""Record, replay, finish: a library model cut into its layers, unmodified (docs/architecture.md).
+"""Call the layers of a transformers model one at a time, without changing its code: record, replay, finish.
 
-`transformers` runs its own forward. Each entry of the decoder's layer list is a stand-in, which notes how its layer is called;
-the layers themselves are called later, in whatever order a schedule says.
+The model's own forward runs, but each entry of its decoder's layer list is replaced by a stand-in that notes how its layer is
+called. The layers themselves are called later, in the order that a schedule gives. See docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -22,50 +22,56 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.model.layers import FirstLayers, layers_path
 
 Place = int | str
-"""Of an argument of a layer: its position behind the hidden state, or its keyword."""
+"""Identifies an argument of a layer: its position after the hidden state (from 0), or its keyword."""
 
 
 class LayerCall(NamedTuple):
-    """How the model called a layer, apart from the hidden state."""
+    """The arguments with which the model called a layer, without the hidden state."""
 
     named: bool
-    """Whether the hidden state came as ``hidden_states=``."""
+    """Whether the hidden state was passed by keyword, as ``hidden_states=``."""
     args: tuple[Any, ...]
+    """Positional arguments after the hidden state."""
     kwargs: dict[str, Any]
+    """Keyword arguments other than ``hidden_states``."""
 
     def items(self) -> list[tuple[Place, Any]]:
         """Return every argument with its place."""
         return [*enumerate(self.args), *self.kwargs.items()]
 
     def with_value(self, places: Collection[Place], value: Any) -> LayerCall:
-        """Return the same call with a value at those of the places that it has."""
+        """Return a copy of the call that passes ``value`` at each of ``places``; places that the call lacks are ignored."""
         args = tuple(value if place in places else own for place, own in enumerate(self.args))
         return self._replace(args=args, kwargs={name: value if name in places else own for name, own in self.kwargs.items()})
 
 
 class Implementations(NamedTuple):
-    """Names in transformers' registries of attention and of experts functions."""
+    """The attention function and the experts function of a model, by their names in transformers' registries."""
 
     attention: str
+    """Name in `AttentionInterface`, such as "eager"."""
     experts: str
+    """Name in the registry of functions for mixtures of experts, such as "eager"."""
 
 
 EAGER = Implementations("eager", "eager")
+"""transformers' reference implementations, written in plain torch operations."""
 
 
 @dataclass
 class Recording:
-    """A row between record and finish: its layer calls and its hidden state."""
+    """The state of one row of T tokens between record and finish: its layer calls and its current hidden state."""
 
     calls: list[LayerCall] = field(default_factory=list)
+    """One call for each layer, in their order."""
     hidden: Tensor | None = None
-    """``[1, T, ...]``, or ``[streams, 1, T, ...]`` for models with several residual streams."""
-    rest: tuple[Any, ...] = ()
-    """What else the last replayed layer returned; some models hand it on to the next one."""
+    """``[1, T, hidden]``, or ``[streams, 1, T, hidden]`` for models with several residual streams. None before recording."""
+    extra_outputs: tuple[Any, ...] = ()
+    """Outputs of the last replayed layer other than the hidden state; some models pass them to the next layer."""
 
     @property
     def tokens(self) -> Tensor:
-        """The hidden state with tokens in front: ``[T, ...]``, as `RecordedModel.finish` takes it."""
+        """The hidden state with the token axis first, ``[T, ...]``, as `RecordedModel.finish` takes it."""
         assert self.hidden is not None
         return self.hidden.movedim(1 if self.hidden.shape[0] == 1 else 2, 0)
 
@@ -74,35 +80,36 @@ AnyRecording = TypeVar("AnyRecording", bound=Recording)
 
 
 class _Recorded(Exception):
-    """Ends a forward at the last stand-in."""
+    """Ends the model's forward at the last stand-in."""
 
 
-class _Rest(NamedTuple):
-    """Stands for what a layer returns at this place of its tuple."""
+class _ExtraOutput(NamedTuple):
+    """Stands for an extra output of a layer during recording, until replay has the value."""
 
     place: int
+    """Index in the tuple that the layer returns; the hidden state is at 0."""
 
 
 class _Placeholder(Tensor):
-    """Stands for what a layer returns: a hidden state, or a tuple that begins with one. NaN, so that any use of it shows."""
+    """Stands for the output of a layer: a hidden state, or a tuple that begins with one. It is NaN, so that any use shows."""
 
     @staticmethod
     def like(hidden: Tensor) -> Tensor:
-        """A placeholder of this shape that takes no memory."""
+        """Return a placeholder of the shape of ``hidden`` that takes no memory."""
         nan = torch.full((1,) * hidden.dim(), float("nan"), dtype=hidden.dtype, device=hidden.device)
         return nan.expand(hidden.shape).as_subclass(_Placeholder)
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int):
             return super().__getitem__(index)
-        return self if index == 0 else _Rest(index)
+        return self if index == 0 else _ExtraOutput(index)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter((self, _Rest(1)))
+        return iter((self, _ExtraOutput(1)))
 
 
 class _StandIn(nn.Module):
-    """Takes a layer's place in the model's list. Attributes are the layer's."""
+    """Takes the place of a layer in the model's list, with the attributes of that layer."""
 
     def __init__(self, owner: RecordedModel, j: int, layer: nn.Module) -> None:
         super().__init__()
@@ -112,11 +119,12 @@ class _StandIn(nn.Module):
         return getattr(self.__dict__["_layer"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell the owner how the layer is called."""
         return self._owner._visit(self._j, args, kwargs)
 
 
 class RecordedModel:
-    """A causal language model whose layers are called one at a time. One thread at a time may use it."""
+    """A causal language model whose layers are called one at a time. It must not be used by two threads at once."""
 
     def __init__(
         self, model: PreTrainedModel, *, own: Implementations | None = None, device: torch.device | None = None
@@ -124,20 +132,21 @@ class RecordedModel:
         """Find the layers and put stand-ins in their place.
 
         Args:
-            model: Taken over; see `plain`.
-            own: What transformers chose for the model, where that has been changed since.
-            device: Where the matrices are multiplied; None: where the model's first parameter is.
+            model: The model. Its layer list is replaced; use `plain` to run the unmodified model.
+            own: The implementations that transformers chose for the model. None reads them from its config, which is right
+                unless they have been changed since it was made.
+            device: The device that computes. None means the device of the model's first parameter.
 
         Raises:
-            UnsupportedModel: If there is no list of decoder layers.
+            UnsupportedModel: If the model has no list of decoder layers.
         """
         self.model = model
         self.device: torch.device = model.device if device is None else device
-        """Where the matrices are multiplied."""
+        """The device that computes."""
         config = model.config
         chosen = Implementations(config._attn_implementation or "eager", config._experts_implementation or "eager")
         self.own: Implementations = chosen if own is None else own
-        """What transformers chose for this model."""
+        """The implementations that transformers chose for this model."""
         self._in_use = self.own
         self._path = layers_path(model)
         self._stack = model.get_submodule(self._path)
@@ -154,16 +163,19 @@ class RecordedModel:
         return name in self._parameters
 
     def use(self, implementations: Implementations) -> None:
-        """Choose the attention and experts functions of recorded and replayed layers."""
+        """Set the attention and experts functions with which layers are recorded and replayed."""
         self._in_use = implementations
         self._install(self._stand_ins, implementations)
 
     def record(self, recording: AnyRecording, **inputs: Any) -> AnyRecording:
-        """Run the model up to its layers and note how each would be called.
+        """Run the model's forward without its layers and note how it calls each of them.
 
         Args:
-            recording: A new one, which is filled and returned.
-            inputs: Of the model's forward; those that it does not take are left out.
+            recording: A new recording. It is filled and returned.
+            inputs: Arguments for the model's forward; those that it does not take are left out.
+
+        Raises:
+            UnsupportedModel: If the forward does not call each layer exactly once.
         """
         self._recording = recording
         try:
@@ -176,25 +188,32 @@ class RecordedModel:
         return recording
 
     def replay(self, j: int, recording: Recording) -> None:
-        """Run layer j on a row; `Recording.hidden` becomes its output."""
+        """Run layer j on a recorded row; `Recording.hidden` and `Recording.extra_outputs` become the outputs of the layer."""
         named, args, kwargs = recording.calls[j]
-        hidden, rest = recording.hidden, recording.rest
-        args = tuple(rest[value.place - 1] if isinstance(value, _Rest) else value for value in args)
-        kwargs = {name: rest[value.place - 1] if isinstance(value, _Rest) else value for name, value in kwargs.items()}
+        hidden, extra = recording.hidden, recording.extra_outputs
+        args = tuple(extra[value.place - 1] if isinstance(value, _ExtraOutput) else value for value in args)
+        kwargs = {key: extra[value.place - 1] if isinstance(value, _ExtraOutput) else value for key, value in kwargs.items()}
         output = self.layers[j](*args, hidden_states=hidden, **kwargs) if named else self.layers[j](hidden, *args, **kwargs)
         self._returns_tuple = isinstance(output, tuple | list)
         recording.hidden, *others = output if self._returns_tuple else (output,)
-        recording.rest = tuple(others)
+        recording.extra_outputs = tuple(others)
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: the last layer's hidden states ``[P, ...]``, as `Recording.tokens`, to logits ``[P, vocab]``."""
+        """Apply the final norm and the head to hidden states of the last layer.
+
+        Args:
+            hidden: ``[P, ...]`` for P positions, in the layout of `Recording.tokens`.
+
+        Returns:
+            Logits ``[P, vocab]``.
+        """
         ids = torch.ones(1, len(hidden), dtype=torch.long, device=self.device)
         self._final = hidden.movedim(0, 1 if hidden.shape[1] == 1 else 2)
         try:
             output = self._forward(
                 input_ids=ids,
                 position_ids=torch.zeros_like(ids),
-                # A mask of ones keeps transformers from looking for packed sequences itself.
+                # Given a mask of ones, transformers does not look for packed sequences in the position ids.
                 attention_mask=torch.ones_like(ids),
                 use_cache=False,
             )
@@ -205,7 +224,7 @@ class RecordedModel:
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
-        """The model as transformers made it, with its own eager attention."""
+        """Yield the model with its own layer list and transformers' eager implementations; stand-ins return afterwards."""
         self._install(self._stack, EAGER)
         try:
             yield self.model
@@ -214,7 +233,7 @@ class RecordedModel:
 
     @contextmanager
     def shortened(self, count: int) -> Iterator[PreTrainedModel]:
-        """The model as transformers made it, with its first ``count`` layers only; its config still names them all."""
+        """Yield the model as `plain` does, but with its first ``count`` layers only. Its config still counts all layers."""
         with self.plain():
             self.model.set_submodule(self._path, FirstLayers(self.layers[:count]))
             yield self.model
@@ -227,7 +246,7 @@ class RecordedModel:
     def _install(self, layers: nn.Module, implementations: Implementations) -> None:
         self.model.set_submodule(self._path, layers)
         verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # a family whose attention cannot be set says so every time
+        transformers_logging.set_verbosity_error()  # a model type whose attention cannot be set warns every time
         try:
             self.model.set_attn_implementation(implementations.attention)
             self.model.set_experts_implementation(implementations.experts)
@@ -244,8 +263,8 @@ class RecordedModel:
         assert recording is not None
         if j == 0:
             recording.hidden = hidden
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        recording.calls.append(LayerCall(named, args if named else args[1:], rest))
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        recording.calls.append(LayerCall(named, args if named else args[1:], others))
         if last:
             raise _Recorded
         return _Placeholder.like(hidden)

@@ -9,7 +9,7 @@ from scipy import stats
 from transformers import TopPLogitsWarper
 
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.generation.sampling import UniformStream, choose, greedy, top_candidates
+from flexgen_helm.generation.sampling import UniformStream, choose, most_likely, top_candidates
 
 EXAMPLES = settings(derandomize=True, max_examples=50, deadline=None)
 
@@ -64,13 +64,13 @@ def test_greedy_is_numpy_argmax(values: list[float]) -> None:
     expected = int(np.argmax(np.array(values, dtype=np.float32)))
     assert choose(logits, temperature=0.0, top_p=0.1, u=0.99) == expected
     assert choose(logits, temperature=1e-3, top_p=0.1, u=0.99) == expected
-    assert greedy(torch.stack([logits, -logits]))[0] == expected
+    assert most_likely(torch.stack([logits, -logits]))[0] == expected
 
 
 def test_greedy_takes_the_lowest_id_on_ties() -> None:
     logits = torch.zeros(3, 70_000)
     logits[:, 333] = logits[:, 44_444] = logits[:, 69_999] = 1.5
-    assert greedy(logits) == [333, 333, 333]
+    assert most_likely(logits) == [333, 333, 333]
 
 
 def test_the_most_likely_token_is_taken_at_small_temperatures_however_close_the_next_one_is() -> None:
