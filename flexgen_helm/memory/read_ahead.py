@@ -30,6 +30,10 @@ class _Buffer:
     reading: Future[None] | None = None
     taken: bool = False
 
+    @property
+    def failed(self) -> bool:
+        return self.reading is not None and self.reading.done() and self.reading.exception() is not None
+
 
 class ReadAhead:
     """A few buffers that hold the slabs needed next; layers come in a fixed cycle, so the next ones are known."""
@@ -51,6 +55,9 @@ class ReadAhead:
     def start(self, j: int) -> None:
         """Read slab j into a buffer, unless one has it already; the buffer is its until `free`."""
         buffer = self._holder(j)
+        if buffer is not None and not buffer.taken and buffer.failed:
+            buffer.j = -1  # the disk may answer now
+            buffer = None
         if buffer is None:
             # The one that is needed last among those that are free.
             buffer = max((buffer for buffer in self._buffers if not buffer.taken), key=lambda buffer: self._turns(j, buffer.j))

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexgen_helm.memory.allocator import map_large_tensors
+from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
@@ -67,8 +67,6 @@ class WeightStore:
         """Units that must be loaded before they are used, by layer number."""
         self.num_slots = min(num_slots, len(units))
         self._units = dict(units)
-        if not device.is_gpu:
-            map_large_tensors(True)
         on_disk = {j: unit.format.stored.num_bytes for j, unit in sorted(units.items()) if unit.memory is None}
         self._disk: ReadAhead | None = None
         if on_disk:
@@ -89,6 +87,9 @@ class WeightStore:
             meter.hold("device", "slots", largest * self.num_slots + arrival)
         meter.hold("host", "weights", sum(unit.memory.nbytes for unit in units.values() if unit.memory is not None))
         meter.hold("disk", "weights", sum(on_disk.values()))
+        self._maps_large_tensors = not device.is_gpu
+        if self._maps_large_tensors:
+            LARGE_TENSOR_MAPS.begin()
 
     def begin(self, j: int) -> None:
         """Start to load unit j, unless it is there or on its way."""
@@ -130,8 +131,10 @@ class WeightStore:
             self._disk.forget_all()
 
     def close(self) -> None:
-        """Stop loading, and close the source of slabs."""
-        map_large_tensors(False)
+        """Stop loading, and close the source of slabs; may be called twice."""
+        if self._maps_large_tensors:
+            self._maps_large_tensors = False
+            LARGE_TENSOR_MAPS.end()
         if self._link is not None:
             self._link.close()
         if self._source is not None:

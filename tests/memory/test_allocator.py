@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from flexgen_helm.memory.allocator import map_large_tensors
+from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
 from tests.memory.alone import alone
 from tests.memory.test_buffers import resident_bytes
 
@@ -33,14 +35,32 @@ def given_back_of_holes() -> int:
     return found[0]
 
 
+@contextmanager
+def mapped() -> Iterator[None]:
+    """All tests of this file share a process."""
+    LARGE_TENSOR_MAPS.begin()
+    try:
+        yield
+    finally:
+        LARGE_TENSOR_MAPS.end()
+
+
 @alone
 def test_large_tensors_go_back_as_they_are_freed() -> None:
-    map_large_tensors(True)
-    assert given_back_of_holes() == pytest.approx(16 * SIZE, rel=0.02)
+    with mapped():
+        assert given_back_of_holes() == pytest.approx(16 * SIZE, rel=0.02)
 
 
 @alone
 def test_small_models_keep_what_they_will_need_again() -> None:
-    map_large_tensors(True)
-    map_large_tensors(False)
+    with mapped():
+        pass
     assert given_back_of_holes() < SIZE
+
+
+@alone
+def test_one_of_two_that_closes_leaves_the_other_alone() -> None:
+    with mapped():
+        with mapped():
+            pass
+        assert given_back_of_holes() == pytest.approx(16 * SIZE, rel=0.02)
