@@ -18,8 +18,8 @@ from torch import Tensor
 from flexgen_helm.attention.kernels import NEG_INF
 from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS, RowPages, segment_table
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.memory.paged_cache import Place
-from flexgen_helm.schedule.rows import Row, Segment
+from flexgen_helm.memory.pages import Place
+from flexgen_helm.schedule.rows import Segment
 
 WINDOW_CHUNKS = 4
 """Chunks of keys whose outputs are held until they are merged; chunks of other windows never meet in one call."""
@@ -135,22 +135,21 @@ class _Visit(NamedTuple):
         return range(self.offset + self.first - self.segment.start, self.offset + self.last - self.segment.start)
 
 
-def plan_attention(row: Row, pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> list[Window]:
+def plan_attention(pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> list[Window]:
     """Plan a row's attention, in windows in order of position, of which there is at least one.
 
     Args:
-        row: The row; its padding attends to nothing.
-        pages: Where its pages are.
+        pages: The row and its pages. Padding of the row attends to nothing.
         rule: Mask of the layers that will use this plan.
         dtype: Of the queries.
         device: Where masks and indices go.
     """
-    return _Planner(row, pages, rule, dtype, device).plan()
+    return _Planner(pages, rule, dtype, device).plan()
 
 
 class _Planner:
-    def __init__(self, row: Row, pages: RowPages, rule: MaskRule, dtype: torch.dtype, device: torch.device) -> None:
-        self.row, self.pages, self.rule, self.dtype, self.device = row, pages, rule, dtype, device
+    def __init__(self, pages: RowPages, rule: MaskRule, dtype: torch.dtype, device: torch.device) -> None:
+        self.row, self.pages, self.rule, self.dtype, self.device = pages.row, pages, rule, dtype, device
         self.calls: list[ChunkCall] = []
         self.met: list[list[tuple[int, int]]] = []
         """For each call, the position in the row and the chunk of each real query."""

@@ -17,10 +17,10 @@ from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_c
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.page_tensors import CacheKey, PageTensors
-from flexgen_helm.memory.paged_cache import PagedCache, Place
-from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.memory.paged_cache import PagedCache
+from flexgen_helm.memory.pages import PAGE_TOKENS, Place
 from flexgen_helm.memory.working_set import Loaded
-from flexgen_helm.schedule.rows import Row, Segment
+from flexgen_helm.schedule.rows import Segment
 
 HOST = torch.device("cpu")
 LARGEST_KEY = 2.0**58
@@ -34,12 +34,12 @@ _Spot = tuple[Place, int, int]
 class _Writes:
     """Where a row's tokens go, and which tokens of shared pages are copied beside them."""
 
-    def __init__(self, row: Row, pages: RowPages, device: torch.device) -> None:
+    def __init__(self, pages: RowPages, device: torch.device) -> None:
         self._pages, self._device = pages, device
         new: dict[Place, list[tuple[int, int, int]]] = defaultdict(list)
         self._copies: dict[_Spot, _Spot] = {}
         offset = 0
-        for segment in row.segments:
+        for segment in pages.row.segments:
             self._copy(segment)
             for i, position in enumerate(range(segment.start, segment.end)):
                 place, page, token = self._spot(segment, segment.table[position // PAGE_TOKENS], position % PAGE_TOKENS)
@@ -106,22 +106,23 @@ class _Outputs:
 class RowAttention:
     """The attention of one row, layer after layer. Its plan is made once for each mask rule."""
 
-    def __init__(self, row: Row, cache: PagedCache, device: torch.device, host: HostAttention | None = None) -> None:
+    def __init__(self, pages: RowPages, cache: PagedCache, device: torch.device, host: HostAttention | None = None) -> None:
         """Plan nothing yet.
 
         Args:
-            row: The row.
-            cache: Where K and V are.
-            device: Where attention is computed.
-            host: Computes it on the CPU for chunks of keys that are on the host as a whole; None: they are brought.
+            pages: The row and its pages.
+            cache: Holds K and V.
+            device: The device that computes attention.
+            host: Computes attention on the CPU for chunks of keys that are on the host as a whole. Needed where
+                `RowPages.host_attends` says so.
         """
-        self._row, self._cache, self._device, self._host = row, cache, device, host
-        self._pages = RowPages(row, cache, host_attends=host is not None)
-        self._writes = _Writes(row, self._pages, device)
-        self._plans: dict[int, list[Window]] = {}
+        assert host is not None or not pages.host_attends
+        self._pages, self._cache, self._device, self._host = pages, cache, device, host
+        self._writes = _Writes(pages, device)
+        self._plans: dict[MaskRule, list[Window]] = {}
         self._loaded: dict[int, Loaded] = {}
         """By layer, what was brought for this row."""
-        self.bad = torch.zeros(row.size, dtype=torch.bool, device=device)
+        self.bad = torch.zeros(pages.row.size, dtype=torch.bool, device=device)
         """Tokens ``[T]`` whose K or V was not finite in a layer so far."""
 
     def load(self, j: int) -> Transfer | None:
@@ -218,9 +219,9 @@ class RowAttention:
         return lambda place, index: slots[index] if place == "staged" else index
 
     def _plan(self, rule: MaskRule, q: Tensor) -> list[Window]:
-        if id(rule) not in self._plans:
-            self._plans[id(rule)] = plan_attention(self._row, self._pages, rule, dtype=q.dtype, device=self._device)
-        return self._plans[id(rule)]
+        if rule not in self._plans:
+            self._plans[rule] = plan_attention(self._pages, rule, dtype=q.dtype, device=self._device)
+        return self._plans[rule]
 
 
 def _peak(x: Tensor) -> Tensor:

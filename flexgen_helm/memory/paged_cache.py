@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +18,9 @@ from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.page_file import DiskPages
 from flexgen_helm.memory.page_tensors import CacheKey, GrowingPages, HostPages, PageShape, PageTensors
-from flexgen_helm.memory.pages import PagePool
+from flexgen_helm.memory.pages import PageMap, PagePool, Place
 from flexgen_helm.memory.working_set import OffloadedPages, WorkingSet
 from flexgen_helm.types import Tier
-
-Place = Literal["transient", "device", "host", "staged"]
-"""Where attention finds a page: with the layer's transient ones, kept on the device, on the host, or in the working set."""
 
 
 class PagedCache:
@@ -54,7 +50,8 @@ class PagedCache:
         """
         meter = Meter(device.torch_device) if meter is None else meter
         self._dtype, self.meter = dtype, meter
-        self._capacities = None if pool is None else pool.capacities
+        self.pages = PageMap(None if pool is None else pool.capacities, device.own_memory)
+        """Which tier and place each kept page has."""
         self._kept = GrowingPages(None if pool is None else pool.capacities.device)
         self._transient = GrowingPages(None)
         self._host = HostPages(0 if pool is None else pool.capacities.host)
@@ -74,19 +71,6 @@ class PagedCache:
         self._held = (0, 0)
         self.bytes_per_token: dict[CacheKey, int] = {}
         """Bytes of K and V of one token in each attention call, known once a row went through all layers."""
-
-    def tier_of(self, page: int) -> Tier:
-        """Where a kept page rests."""
-        return "device" if self._capacities is None else self._capacities.tier_of(page)
-
-    def place(self, page: int) -> Place:
-        """Where attention finds a kept page."""
-        tier = self.tier_of(page)
-        return "staged" if tier == "disk" or (tier == "host" and self.device.own_memory) else tier
-
-    def index(self, page: int) -> int:
-        """Where a kept page is among those of its tier."""
-        return page if self._capacities is None else page - self._capacities.first(self._capacities.tier_of(page))
 
     @property
     def working(self) -> WorkingSet:

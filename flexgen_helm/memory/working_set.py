@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,23 +20,12 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.page_tensors import CacheKey, PageShape, PageTensors
-from flexgen_helm.memory.pages import PageCounts
+from flexgen_helm.memory.pages import PageCounts, Residency, StagedPages
 from flexgen_helm.memory.staging import NUM_BUFFERS, StagingBuffer, StagingRing
 from flexgen_helm.types import Resource, Tier
 
 TRANSFER_BYTES = 8 << 20
 """Pages travel together up to this size."""
-
-
-class StagedPages(NamedTuple):
-    """What a row touches of the pages that must be brought."""
-
-    pages: list[int]
-    """Their numbers, without repetition."""
-    reads: frozenset[int]
-    """Those that hold something when the row comes."""
-    writes: frozenset[int]
-    """Those that the row writes into."""
 
 
 class OffloadedPages(Protocol):
@@ -60,13 +48,6 @@ class OffloadedPages(Protocol):
 
     def close(self) -> None:
         """Remove what there is."""
-
-
-@dataclass(eq=False)
-class _Resident:
-    slot: int
-    users: int = 0
-    written: bool = False
 
 
 class _Batch(NamedTuple):
@@ -114,9 +95,8 @@ class WorkingSet:
         self._ring = StagingRing(device)
         self._shapes: dict[CacheKey, PageShape] = {}
         self._slots: dict[tuple[int, PageShape], PageTensors] = {}
-        self._resident: dict[tuple[int, int], _Resident] = {}
+        self._residency = Residency()
         self._num_slots = 0
-        self._free: list[int] = []
         self._last: Transfer | None = None
         self._failure: BaseException | None = None
         self._failure_seen = False
@@ -128,11 +108,10 @@ class WorkingSet:
             OutOfSpace: Or whatever else went wrong beside the computation, if nobody heard of it.
         """
         failure = self._drain()
-        self._resident.clear()
         if slots > self._num_slots:
             self._num_slots = slots
             self._slots.clear()
-        self._free = list(range(self._num_slots))[::-1]
+        self._residency.reset(self._num_slots)
         if failure is not None:
             raise failure
 
@@ -152,16 +131,8 @@ class WorkingSet:
 
     def load(self, j: int, staged: StagedPages) -> Loaded:
         """Start to bring a row's pages of layer j; `wait` before they are used, `release` after."""
-        missing: list[int] = []
-        slots: list[int] = []
-        for page in staged.pages:
-            resident = self._resident.get((j, page))
-            if resident is None:
-                resident = self._resident[j, page] = _Resident(self._free.pop())
-                missing += [page] if page in staged.reads else []
-            resident.users += 1
-            slots.append(resident.slot)
-        batches = list(self._batches(j, {page: self._resident[j, page].slot for page in missing}))
+        slots, missing = self._residency.load(j, staged)
+        batches = list(self._batches(j, missing))
         # Also where nothing is read: what leaves the slots must be gone before the row fills them.
         self._submit(lambda: self._bring(batches, f"load_cache {j}"))
         assert self._last is not None
@@ -177,15 +148,7 @@ class WorkingSet:
 
     def release(self, j: int, staged: StagedPages) -> Transfer | None:
         """A row has attended: write back what no other loaded row of layer j needs."""
-        leaving: dict[int, int] = {}
-        for page in staged.pages:
-            resident = self._resident[j, page]
-            resident.users -= 1
-            resident.written |= page in staged.writes
-            if not resident.users:
-                del self._resident[j, page]
-                self._free.append(resident.slot)
-                leaving |= {page: resident.slot} if resident.written else {}
+        leaving = self._residency.release(j, staged)
         if not leaving:
             return None
         batches = list(self._batches(j, leaving))

@@ -88,8 +88,8 @@ class PackedRows:
         self.model, self._cache = model, cache
         self._cpu_share = cpu_attention if cache.device.own_memory else 0.0
         self._host = HostAttention(cache.meter)
-        self._on_host: set[int] = set()
-        """Rows of the sweep, by identity, that attend on the CPU too."""
+        self._pages: dict[int, RowPages] = {}
+        """The pages of each row of the sweep, by the row's identity. Each keeps its row alive, so no other has its identity."""
         self._running: PackedRecording | None = None
         self._key = CacheKey(0, 0)
         model.use(Implementations(self._register(), EXPERTS_NAME))
@@ -109,20 +109,22 @@ class PackedRows:
         """Make room for a sweep's pages."""
         decode = [id(row) for row in sweep.rows if row.kind == "decode"]
         share = self._cpu_share
-        self._on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
-        pages = [RowPages(row, self._cache, host_attends=id(row) in self._on_host) for row in sweep.rows]
-        staged = rows_at_once(suspends=bool(self._on_host)) * max((len(found.staged.pages) for found in pages), default=0)
+        on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
+        self._pages = {id(row): RowPages(row, self._cache.pages, host_attends=id(row) in on_host) for row in sweep.rows}
+        most = max((len(pages.staged.pages) for pages in self._pages.values()), default=0)
+        staged = rows_at_once(suspends=bool(on_host)) * most
         host, _ = sweep.num_offloaded_pages
         self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages, host=host, staged=staged)
 
     def record(self, row: Row) -> PackedRecording:
-        """Note how the layers would be called for a row."""
+        """Note how the layers would be called for a row of the sweep that `reserve` made room for."""
         padding = row.size - row.num_tokens
         tokens = [token for segment in row.segments for token in segment.tokens] + [PADDING_TOKEN] * padding
         places = [position for segment in row.segments for position in range(segment.start, segment.end)] + [0] * padding
         ids, positions = torch.tensor([tokens, places], device=self.model.device)
-        host = self._host if id(row) in self._on_host else None
-        attention = RowAttention(row, self._cache, self.model.device, host)
+        pages = self._pages[id(row)]
+        host = self._host if pages.host_attends else None
+        attention = RowAttention(pages, self._cache, self.model.device, host)
         recording = PackedRecording(positions=positions, attention=attention)
         self.model.record(
             recording,

@@ -145,7 +145,7 @@ MUTANTS = (
     ),
     Mutant(
         name="working-set-forgets-what-was-written",
-        file="flexgen_helm/memory/working_set.py",
+        file="flexgen_helm/memory/pages.py",
         old="resident.written |= page in staged.writes",
         new="resident.written = page in staged.writes",
         tests=(TIERS, "tests/runtime/test_offload.py::test_placement_changes_no_bit"),
@@ -153,7 +153,7 @@ MUTANTS = (
     ),
     Mutant(
         name="working-set-released-too-early",
-        file="flexgen_helm/memory/working_set.py",
+        file="flexgen_helm/memory/pages.py",
         old="if not resident.users:",
         new="if resident.users <= 1:",
         tests=(TIERS,),
