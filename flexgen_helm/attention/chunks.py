@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexgen_helm.attention.calls import QUERY_PAD, ChunkCall
+from flexgen_helm.attention.calls import ChunkCall
 from flexgen_helm.attention.kernels import ChunkOutput, attend_chunk
 from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS
+from flexgen_helm.attention.visits import QUERY_PAD
 from flexgen_helm.memory.page_tensors import PageTensors
 from flexgen_helm.memory.pages import PAGE_TOKENS
 

@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexgen_helm.attention.calls import ChunkCall, MaskRule, Window, as_index, plan_attention
+from flexgen_helm.attention.calls import ChunkCall, Window, as_index, plan_attention
 from flexgen_helm.attention.chunks import Kernel, LocatedPages, attend_call
 from flexgen_helm.attention.host import HostAttention, rest
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
+from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.page_tensors import CacheKey, PageTensors

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexgen_helm.attention.calls import WINDOW_CHUNKS
+from flexgen_helm.attention.visits import WINDOW_CHUNKS
 from flexgen_helm.loading.assembly import FEW_TOKENS
 from flexgen_helm.model.layers import layers_of, num_layers_of_every_kind
 from flexgen_helm.types import ResolvedPolicy

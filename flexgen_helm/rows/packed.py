@@ -14,8 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import causal_mask_function
 
-from flexgen_helm.attention.calls import MaskRule
 from flexgen_helm.attention.host import HostAttention
+from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import UnsupportedModel

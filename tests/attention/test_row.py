@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_helm.attention.calls import MaskRule
+from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.memory.page_tensors import CacheKey

@@ -3,39 +3,40 @@
 from tests.mutants.mutant import Mutant
 
 ROWS = "tests/attention/test_row.py::test_rows_equal_dense_attention"
+VISITS = "tests/attention/test_visits.py::test_every_pair_that_causality_allows_is_in_exactly_one_visit"
 TIERS = "tests/attention/test_tiers.py::test_answers_do_not_depend_on_where_pages_rest"
 LOADS = "tests/rows/test_self_check.py::test_an_honest_model_is_stable"
 
 MUTANTS = (
     Mutant(
         name="attention-first-chunk-left-out",
-        file="flexgen_helm/attention/calls.py",
+        file="flexgen_helm/attention/visits.py",
         old="range((segment.end - 1) // CHUNK_TOKENS + 1)",
         new="range(segment.start // CHUNK_TOKENS, (segment.end - 1) // CHUNK_TOKENS + 1)",
-        tests=(ROWS,),
+        tests=(VISITS, ROWS),
         why="tokens forget what is more than a chunk of keys before them",
     ),
     Mutant(
         name="attention-last-chunk-left-out",
-        file="flexgen_helm/attention/calls.py",
+        file="flexgen_helm/attention/visits.py",
         old="range((segment.end - 1) // CHUNK_TOKENS + 1)",
         new="range((segment.end - 1) // CHUNK_TOKENS)",
-        tests=(ROWS,),
+        tests=(VISITS, ROWS),
         why="tokens do not see themselves",
     ),
     Mutant(
         name="attention-window-forgotten",
         file="flexgen_helm/attention/calls.py",
-        old="if not (self.rule.causal_only and",
-        new="if not (",
+        old='if group.kind == "own" or not self.rule.causal_only:',
+        new='if group.kind == "own":',
         tests=(ROWS,),
         why="sliding windows see whole chunks",
     ),
     Mutant(
         name="attention-own-chunk-unmasked",
         file="flexgen_helm/attention/calls.py",
-        old="first_visit.last > (first_visit.chunk + 1) * CHUNK_TOKENS",
-        new="first_visit.last > first_visit.chunk * CHUNK_TOKENS",
+        old='if group.kind == "own" or not',
+        new="if not",
         tests=(ROWS,),
         why="tokens see later ones",
     ),
