@@ -13,7 +13,7 @@ from flexgen_helm.attention.calls import ChunkCall
 from flexgen_helm.attention.chunks import Kernel, LocatedPages
 from flexgen_helm.attention.kernels import ChunkOutput
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.page_tensors import PageTensors
+from flexgen_helm.memory.page_format import PageTensors
 
 
 def rest() -> None:
@@ -46,7 +46,7 @@ class HostAttention:
 
         def attend(call: ChunkCall) -> ChunkOutput:
             pages = LocatedPages(store, call.pages[0].numbers, None)
-            num_bytes = len(pages.numbers) * sum(x[0].nbytes for x in store)
+            num_bytes = len(pages.numbers) * store.format.num_bytes
             with torch.inference_mode(), self._meter.span("cpu_attention", name, num_bytes):
                 return kernel(call, queries, [pages])
 

@@ -17,7 +17,7 @@ from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_c
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.memory.link import Transfer
-from flexgen_helm.memory.page_tensors import CacheKey, PageTensors
+from flexgen_helm.memory.page_format import CacheKey, PageTensors
 from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PAGE_TOKENS, Place
 from flexgen_helm.memory.working_set import Loaded
@@ -61,12 +61,12 @@ class _Writes:
         """Write a layer's new K and V ``[T, H_kv, D]``, then copy into the pages that part here."""
         for place, rows, (pages, tokens) in self._new:
             pages = locate(place, pages)
-            for target, x in zip(stores[place], new, strict=True):
-                target[pages, :, tokens] = x[rows].to(target.device)
+            for (part, stored), x in zip(stores[place].parts, new, strict=True):
+                part.write(stored, pages, tokens, x[rows])
         for (source_place, target_place), (source_pages, source_tokens), (pages, tokens) in self._moves:
             source_pages, pages = locate(source_place, source_pages), locate(target_place, pages)
-            for source, target in zip(stores[source_place], stores[target_place], strict=True):
-                target[pages, :, tokens] = source[source_pages, :, source_tokens].to(target.device)
+            for (part, source), (_, target) in zip(stores[source_place].parts, stores[target_place].parts, strict=True):
+                part.write(target, pages, tokens, part.read(source, source_pages, source_tokens))
 
     def _copy(self, segment: Segment) -> None:
         if segment.copy is not None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.memory.device import Device
-from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.page_format import CacheKey
 from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.rows import Row, Segment
@@ -100,7 +100,7 @@ def test_whose_tokens_were_bad_is_noted_and_pages_stay_finite(dtype: torch.dtype
     row.mark(attention.bad.nonzero()[:, 0].tolist())
     assert [owner.finite for owner in owners] == [True, False]
     stored = cache.tensors(CacheKey(0, 0), k, v, ["device"])["device"]
-    assert all(bool(x.isfinite().all()) for x in stored)
+    assert all(bool(x.isfinite().all()) for x in stored.tensors)
 
 
 def test_the_largest_numbers_are_no_error() -> None:

@@ -22,7 +22,7 @@ from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import DiskFull, PolicyError
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.page_format import CacheKey
 from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.rows import Row, Segment

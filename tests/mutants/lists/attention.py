@@ -162,7 +162,7 @@ MUTANTS = (
     ),
     Mutant(
         name="disk-pages-of-all-layers-in-one-place",
-        file="flexgen_helm/memory/page_file.py",
+        file="flexgen_helm/memory/page_stores.py",
         old="yield self._begins[key] + pages[begin] * size",
         new="yield pages[begin] * size",
         tests=(TIERS,),
