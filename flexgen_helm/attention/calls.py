@@ -28,7 +28,6 @@ outputs of R <= 4 chunks; here R = 2::
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -169,7 +168,7 @@ class _Planner:
             padded, first = _padded(rows, group.num_queries, self.row_size)
             real += range(len(queries) + first, len(queries) + first + len(rows))
             queries += padded
-            outputs += self._outputs(visits[0].chunk, rows)
+            outputs += [self._output(visits[0].chunk, t) for t in rows]
         mask = dead = None
         if group.kind == "own" or not self.rule.causal_only:
             allowed = self._allowed([visit for visits in group.chunks for visit in visits])
@@ -194,24 +193,23 @@ class _Planner:
         if not visits:
             return None
         rows = [visit.rows[0] for visit in visits]
-        outputs = [t for visit in visits for t in self._outputs(visit.chunk, visit.rows)]
+        outputs = [self._output(visit.chunk, t) for visit, t in zip(visits, rows, strict=True)]
         mask = self._additive(allowed[seen])[:, None, None]
         indices = (self._index(rows), slice(len(rows)))
         call = ChunkCall(self._placed(visits), len(visits), *indices, True, mask, None, self._index(outputs))
         return _Planned(call, outputs)
 
-    def _outputs(self, chunk: int, rows: Sequence[int]) -> list[int]:
-        """The window outputs of tokens at some row positions, from one chunk."""
-        begin = chunk % WINDOW_CHUNKS * self.row_size
-        return [begin + t for t in rows]
+    def _output(self, chunk: int, t: int) -> int:
+        """The window output of the token at row position t, from one chunk."""
+        return chunk % WINDOW_CHUNKS * self.row_size + t
 
     def _placed(self, visits: list[Visit]) -> list[PlacedPages]:
         """The pages of all visits' chunks, by their place."""
         by_place: dict[Place, list[tuple[int, int]]] = defaultdict(list)
         pages = [(page, visit.segment.kept) for visit in visits for page in visit.pages]
         for i, (page, kept) in enumerate(pages):
-            place = self.pages.place(page, kept=kept)
-            by_place[place].append((self.pages.index(page, place), i))
+            place, index = self.pages.find(page, kept=kept)
+            by_place[place].append((index, i))
         return [
             PlacedPages(place, *torch.tensor(found, device=self.device).T)
             if len(by_place) > 1

@@ -77,8 +77,7 @@ class _Writes:
                 self._copies[self._spot(segment, target, i)] = self._copies.get(spot, spot)
 
     def _spot(self, segment: Segment, page: int, token: int) -> _Spot:
-        place = self._pages.place(page, kept=segment.kept)
-        return place, self._pages.index(page, place), token
+        return *self._pages.find(page, kept=segment.kept), token
 
     def _columns(self, place: Place, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         pages, tokens = torch.tensor(rows, device=HOST if place == "host" else self._device).T.contiguous()

@@ -22,31 +22,29 @@ class RowPages:
             host_attends: Whether the CPU attends to chunks of keys whose pages are all on the host, beside the device.
         """
         self.row, self.host_attends = row, host_attends
-        self._map = page_map
         kept = [segment for segment in row.segments if segment.kept]
         touched: dict[int, None] = {}
         for segment in kept:
             touched |= dict.fromkeys([*segment_table(segment), *(segment.copy or ())[:1]])
-        self._on_host = _host_pages(kept, page_map) if host_attends else frozenset()
-        self.places: set[Place] = {self.place(page, kept=True) for page in touched}
+        on_host = _host_pages(kept, page_map) if host_attends else frozenset()
+        places: dict[int, Place] = {page: "host" if page in on_host else page_map.place(page) for page in touched}
+        self.places: set[Place] = set(places.values())
         """All places of the row's pages."""
         if len(kept) < len(row.segments):
             self.places.add("transient")
-        self.staged = _staged([page for page in touched if self.place(page, kept=True) == "staged"], kept)
+        self.staged = _staged([page for page, place in places.items() if place == "staged"], kept)
         """The pages that must be brought."""
-        self._order = {page: i for i, page in enumerate(self.staged.pages)}
+        order = {page: i for i, page in enumerate(self.staged.pages)}
+        self._found = {
+            page: (place, order[page] if place == "staged" else page_map.index(page)) for page, place in places.items()
+        }
 
-    def place(self, page: int, *, kept: bool) -> Place:
-        """The place where attention reads a page."""
-        if not kept:
-            return "transient"
-        return "host" if page in self._on_host else self._map.place(page)
+    def find(self, page: int, *, kept: bool) -> tuple[Place, int]:
+        """The place where attention reads a page of the row, and the page's number among those of the place.
 
-    def index(self, page: int, place: Place) -> int:
-        """The number of a page among those of its place: for staged pages, their order in `staged.pages`."""
-        if place == "staged":
-            return self._order[page]
-        return page if place == "transient" else self._map.index(page)
+        Staged pages are numbered by their order in `staged.pages`.
+        """
+        return self._found[page] if kept else ("transient", page)
 
 
 def _host_pages(segments: list[Segment], page_map: PageMap) -> frozenset[int]:

@@ -105,14 +105,16 @@ def row_groups(pages: RowPages) -> list[list[VisitGroup]]:
 
 def visit_places(pages: RowPages, visit: Visit) -> frozenset[Place]:
     """The places of a visit's pages."""
-    return frozenset(pages.place(page, kept=visit.segment.kept) for page in visit.pages)
+    return frozenset([pages.find(page, kept=visit.segment.kept)[0] for page in visit.pages])
 
 
 def _window_groups(pages: RowPages, visits: list[Visit]) -> list[VisitGroup]:
-    own = [visit for visit in visits if visit.is_own]
+    own: list[Visit] = []
     together: dict[tuple[bool, int, tuple[int, ...]], list[Visit]] = defaultdict(list)
     for visit in visits:
-        if not visit.is_own:
+        if visit.is_own:
+            own.append(visit)
+        else:
             together[visit.segment.kept, visit.chunk, visit.pages].append(visit)
     if pages.row.kind == "decode":
         alone = [group[0] for group in together.values() if len(group) == 1]
