@@ -16,9 +16,9 @@ from flexgen_helm.memory.page_format import PageTensors
 from flexgen_helm.memory.pages import PAGE_TOKENS
 
 GATHERED_BYTES = 256 << 20
-"""K and V that are gathered at a time."""
+"""Bytes of K and V that are gathered at a time on a GPU."""
 GATHERED_BYTES_PER_THREAD = 1 << 20
-"""The same on a CPU, in whose cache they stay (runs/LOG.md)."""
+"""Bytes of K and V that are gathered at a time and thread on a CPU, in whose cache they stay (runs/LOG.md)."""
 
 
 class LocatedPages(NamedTuple):
@@ -63,12 +63,12 @@ def attend_call(call: ChunkCall, q: Tensor, pages: list[LocatedPages], *, scale:
 
 
 def _stacked_queries(picked: Tensor, num_kv: int) -> Tensor:
-    """From ``[B, M, H, D]`` to ``[B, H, M, D]``."""
+    """Put heads first: ``[B, M, H, D]`` to ``[B, H, M, D]``."""
     return picked.transpose(1, 2)
 
 
 def _single_queries(picked: Tensor, num_kv: int) -> Tensor:
-    """From ``[B, 1, H, D]`` to ``[B, H_kv, 16, D]``: the query heads of a K/V head are the rows of one product."""
+    """Make the query heads of a K/V head the rows of one product: ``[B, 1, H, D]`` to ``[B, H_kv, 16, D]``, padded."""
     b, _, h, d = picked.shape
     groups = h // num_kv
     padded = picked.new_zeros(b, num_kv, -(-groups // QUERY_PAD) * QUERY_PAD, d)
@@ -77,7 +77,7 @@ def _single_queries(picked: Tensor, num_kv: int) -> Tensor:
 
 
 def _single_output(part: ChunkOutput, num_heads: int) -> ChunkOutput:
-    """Back from ``[B, 16, H_kv, Dv]`` to ``[B, 1, H, Dv]``, likewise the log-sum-exps."""
+    """Undo `_single_queries`: ``[B, 16, H_kv, Dv]`` to ``[B, 1, H, Dv]``, likewise the log-sum-exps."""
     b, _, num_kv, dim = part.output.shape
     groups = num_heads // num_kv
     output = part.output[:, :groups].transpose(1, 2).reshape(b, 1, num_heads, dim)

@@ -34,14 +34,17 @@ class HostAttention:
     def begin(
         self, name: str, calls: Sequence[ChunkCall], queries: Tensor, store: PageTensors, kernel: Kernel
     ) -> list[Future[ChunkOutput]]:
-        """Start what the chunks of some calls say to queries ``[T, H, D]`` on the CPU.
+        """Start some calls on the CPU.
 
         Args:
             name: Of the spans in the meter.
-            calls: All pages of which are on the host.
-            queries: The queries.
-            store: K and V on the host.
+            calls: Calls whose pages are all on the host.
+            queries: The row's queries ``[T, H, D]``, in host memory.
+            store: The layer's pages on the host.
             kernel: Computes a call.
+
+        Returns:
+            The future of each call's output.
         """
 
         def attend(call: ChunkCall) -> ChunkOutput:

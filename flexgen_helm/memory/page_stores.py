@@ -1,4 +1,4 @@
-"""Where kept pages are stored: in tensors that grow, in host memory, or in a file on disk."""
+"""Storage of pages: in tensors that grow, in host memory, or in a file on disk."""
 
 from __future__ import annotations
 

@@ -57,20 +57,25 @@ class PagedCache:
         self._host = HostPages(0 if pool is None else pool.capacities.host)
         self.device = device
         """The device that computes attention."""
+        stores = {} if pool is None else self._offloaded(pool, offload_folder)
+        self._working = WorkingSet(stores, pool.capacities, device, meter) if pool is not None and stores else None
+        self._held = (0, 0)
+        self.bytes_per_token: dict[CacheKey, int] = {}
+        """Bytes of K and V of one token in each attention call, known once a row went through all layers."""
+
+    def _offloaded(self, pool: PagePool, offload_folder: Path | None) -> dict[Tier, OffloadedPages]:
+        """The pages of each tier that attention cannot read in place."""
         stores: dict[Tier, OffloadedPages] = {}
-        if pool is not None and pool.capacities.host and device.own_memory:
+        if pool.capacities.host and self.device.own_memory:
             stores["host"] = self._host
-        if pool is not None and pool.capacities.disk:
+        if pool.capacities.disk:
             if offload_folder is None:
                 raise PolicyError(
                     "A part of the K/V cache belongs on disk, but no offload_folder was given. Name one, or give cache shares "
                     "without disk."
                 )
             stores["disk"] = DiskPages(offload_folder, pool.capacities.disk, page_bytes=pool.page_bytes)
-        self._working = WorkingSet(stores, pool.capacities, device, meter) if pool is not None and stores else None
-        self._held = (0, 0)
-        self.bytes_per_token: dict[CacheKey, int] = {}
-        """Bytes of K and V of one token in each attention call, known once a row went through all layers."""
+        return stores
 
     @property
     def working(self) -> WorkingSet:

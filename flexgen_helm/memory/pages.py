@@ -17,7 +17,7 @@ PAGE_TOKENS = 32
 
 
 Place = Literal["transient", "device", "host", "staged"]
-"""Where attention reads a page: among the layer's transient pages, kept on the device, kept on the host, or in a slot."""
+"""The place where attention reads a page: among the layer's transient pages, kept on the device or the host, or in a slot."""
 
 
 def num_pages(start: int, end: int) -> int:
@@ -134,7 +134,7 @@ class PagePool:
 
 @dataclass(frozen=True)
 class PageMap:
-    """Where the kept pages are, from their numbers alone.
+    """The tier and place of every kept page, from its number alone.
 
     Attributes:
         capacities: Pages of each tier; None: every page is on the device.

@@ -76,9 +76,9 @@ class PackedRows:
 
         Args:
             model: The model.
-            cache: Where K and V are.
-            cpu_attention: Share of the decode rows that attend on the CPU to what is on the host, where the device has a
-                memory of its own.
+            cache: Holds K and V.
+            cpu_attention: Share of the decode rows for which the CPU attends to chunks of keys that are on the host, where the
+                device has a memory of its own.
 
         Raises:
             UnsupportedModel: If it takes no positions.
@@ -89,7 +89,7 @@ class PackedRows:
         self._cpu_share = cpu_attention if cache.device.own_memory else 0.0
         self._host = HostAttention(cache.meter)
         self._pages: dict[int, RowPages] = {}
-        """The pages of each row of the sweep, by the row's identity. Each keeps its row alive, so no other has its identity."""
+        """The pages of each row of the sweep, by the row's identity; each keeps its row alive, so that no other row has it."""
         self._running: PackedRecording | None = None
         self._key = CacheKey(0, 0)
         model.use(Implementations(self._register(), EXPERTS_NAME))
@@ -106,7 +106,7 @@ class PackedRows:
         return True
 
     def reserve(self, sweep: Sweep) -> None:
-        """Make room for a sweep's pages."""
+        """Make room for a sweep's pages; its rows may be recorded after it."""
         decode = [id(row) for row in sweep.rows if row.kind == "decode"]
         share = self._cpu_share
         on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
