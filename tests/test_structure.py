@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,16 @@ LAYERS = (
 """Folders and files of the package. Each may use those before it, and none behind it."""
 LAZY = {("__init__", "runtime")}
 """`flexgen_helm.Engine` is imported at its first use, so that the plugin needs no torch."""
+WITHOUT_TORCH = (
+    "plugin",
+    "reports.runs",
+    "schedule.packed",
+    "schedule.single",
+    "attention.visits",
+    "policy.memory_plan",
+    "policy.bound",
+)
+"""What HELM lists, and what a cost model or a simulator of schedules imports."""
 MOST_LINES = 400
 MOST_FILES = 22
 
@@ -79,6 +91,12 @@ def test_no_circle_within_a_folder() -> None:
 
 def test_only_the_package_itself_is_lazy() -> None:
     assert {(here, there) for _, here, there in arrows() if here == "__init__" and there in LAYERS[4:]} == LAZY
+
+
+def test_plans_and_schedules_need_no_torch() -> None:
+    names = ", ".join(f"{PACKAGE.name}.{module}" for module in WITHOUT_TORCH)
+    code = f"import {names}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_files_and_folders_are_small() -> None:

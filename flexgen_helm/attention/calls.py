@@ -1,95 +1,93 @@
-"""Which queries of a row meet which chunk of keys (docs/architecture.md "Attention in fixed splits").
+"""Kernel calls of a row's attention: the groups of `flexgen_helm.attention.visits` as tensors of indices, masks and pages.
 
-Keys come in chunks of 128 by absolute position, and a kernel always gets a whole one: what a chunk does not hold yet is masked.
-A product over fewer keys is cheaper and gives other bits (measured, see runs/LOG.md). A chunk that several sequences share is
-met once, by all their queries together. A plan is made once per row and mask rule and used by every layer.
+A kernel always gets whole chunks of 128 keys: keys that a chunk does not hold yet are masked. A product over fewer keys is
+cheaper and gives other bits (measured, see runs/LOG.md). Calls are planned once per row and mask rule, for all layers.
+
+Five index spaces, in a prefill row of T = 32 tokens: A's positions 120 to 139, B's 0 to 9, two of padding. A window has the
+outputs of R <= 4 chunks; here R = 2::
+
+    row position t    0 ........ 7 | 8 ............ 19 | 20 ........ 29 | 30 31
+    token             A120 .. A127 | A128 ...... A139  | B0 ........ B9 | padding
+    chunk 0           own          | shared            | own            |
+    chunk 1                        | own               |                |
+
+    call of the own chunks, B = 3, M = 16 queries for each, padded by their neighbours in the row:
+                            A, chunk 0      A, chunk 1      B, chunk 0
+    padded query i    0 ............ 15 | 16 .......... 31 | 32 .......... 47    B * M
+    queries[i] = t    0 ............ 15 | 8 ........... 23 | 16 .......... 31
+    real query n      0 ..... 7         | 8 ...... 19      |    20 ... 29
+    real[n] = i       0 ..... 7         | 16 ..... 27      |    36 ... 45
+    outputs[n]        0 ..... 7         | 40 ..... 51      |    20 ... 29
+
+    call of the shared chunk, B = 1: queries 8 to 23, real 0 to 11, outputs 8 to 19.
+
+    window output     r * T + t is what the token at t gets from the window's r-th chunk; R * T of them
+    absent            30 to 39, 52 to 63: no call writes there
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, NoReturn
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF
-from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS, RowPages, segment_table
-from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.memory.paged_cache import Place
-from flexgen_helm.schedule.rows import Row, Segment
-
-WINDOW_CHUNKS = 4
-"""Chunks of keys whose outputs are held until they are merged; chunks of other windows never meet in one call."""
-QUERY_PAD = 16
-OWN_QUERIES = (16, 32, 64, 96, 128)
-"""Numbers of queries to which those of a sequence's last chunk are padded."""
-
-
-@dataclass(frozen=True)
-class MaskRule:
-    """The model's own mask, as a predicate over positions."""
-
-    allowed: Callable[[Tensor, Tensor], Tensor]
-    """(query positions ``[M, 1]``, key positions ``[M, L]`` or ``[1, L]``) -> bool ``[M, L]``."""
-    causal_only: bool
-    """Whether it is plain causality, so that chunks before a query's own are seen whole."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self._refuse()
-
-    def __getitem__(self, index: object) -> NoReturn:
-        self._refuse()
-
-    def __radd__(self, other: object) -> NoReturn:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise UnsupportedModel("it uses the attention mask as a tensor; packed rows have none")
-
+from flexgen_helm.attention.masks import MaskRule
+from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
+from flexgen_helm.attention.visits import WINDOW_CHUNKS, Visit, VisitGroup, row_groups
+from flexgen_helm.memory.pages import Place
 
 Index = slice | Tensor
-"""Consecutive rows as a slice, which costs no copy, others as ``[n]`` indices."""
+"""Indices ``[n]``; consecutive ones as a slice, which costs no copy."""
 
 
 def as_index(values: list[int], device: torch.device) -> Index:
-    """The shortest form of an index."""
+    """The shortest form of some indices."""
     if values == list(range(values[0], values[0] + len(values))):
         return slice(values[0], values[0] + len(values))
     return torch.tensor(values, device=device)
 
 
-class PagePart(NamedTuple):
-    """Those pages of a call that are at one place."""
+class PlacedPages(NamedTuple):
+    """Those pages of a call that are at one place, P of the call's 4 * B.
+
+    Attributes:
+        place: The place.
+        numbers: ``[P]``: their numbers among the pages of the place.
+        which: ``[P]``: which of the call's pages they are, four to a chunk. None: all of them, in order.
+    """
 
     place: Place
     numbers: Tensor
-    """Of the pages among those of the place."""
     which: Tensor | None
-    """Which of the call's pages they are, four to a chunk; None: all, in order."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class ChunkCall:
-    """One kernel call over B chunks: M queries each, those of several sequences among them, or one query each (single)."""
+    """One kernel call over B chunks of L = 128 keys, with M queries for each; N of the B * M queries are real.
 
-    pages: list[PagePart]
+    Attributes:
+        pages: The call's pages, by their place.
+        num_chunks: B.
+        queries: ``[B * M]``: the row position of each padded query.
+        real: ``[N]``: which padded queries are no padding.
+        single: Whether M is 1, so that the heads of a query are the rows of a product.
+        mask: ``[B, 1, M, L]``, additive, of the queries' dtype. None: every key is seen.
+        dead: ``[N]`` bool: the real queries to which the mask shows nothing of their chunk. None: there are none.
+        outputs: ``[N]``: the window output r * T + t of each real query.
+    """
+
+    pages: list[PlacedPages]
     num_chunks: int
     queries: Index
-    """Positions in the row: B * M, padded, or B (single)."""
     real: Index
-    """Which of ``queries`` are not padding."""
     single: bool
     mask: Tensor | None
-    """Additive: ``[B, 1, M, L]`` or ``[B, 1, 1, L]`` (single)."""
     dead: Tensor | None
-    """Bool for each real query: those to which the mask shows nothing of this chunk."""
-    outputs: Index = field(default_factory=lambda: slice(0))
-    """Where the outputs go: row t of the window's r-th chunk is at r * T + t."""
+    outputs: Index
 
     @property
     def is_on_host(self) -> bool:
@@ -97,182 +95,134 @@ class ChunkCall:
         return all(part.place == "host" for part in self.pages)
 
     def moved_to(self, device: torch.device) -> ChunkCall:
-        """The same call, computed elsewhere; its answers are put where they belong as before."""
+        """The same call, computed on another device. `dead` and `outputs` stay: its answers go where they went before."""
         queries, real = (x if isinstance(x, slice) else x.to(device) for x in (self.queries, self.real))
         mask = None if self.mask is None else self.mask.to(device)
         pages = [part._replace(numbers=part.numbers.to(device)) for part in self.pages]
         return replace(self, pages=pages, queries=queries, real=real, mask=mask)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Window:
-    """All calls of a row over a few consecutive chunks."""
+    """All calls of a row of T tokens over R <= 4 consecutive chunks.
+
+    Attributes:
+        calls: Calls that the device computes.
+        host_calls: Calls that the CPU computes, beside the others.
+        num_chunks: R.
+        absent: The window outputs that no call writes, because a query does not attend to every chunk.
+    """
 
     calls: list[ChunkCall]
     host_calls: list[ChunkCall]
-    """Those that are computed on the CPU, beside the others."""
     num_chunks: int
     absent: Tensor
-    """Where no call writes, see `ChunkCall.outputs`: queries that do not meet every chunk."""
 
 
-class _Visit(NamedTuple):
-    """Queries ``[first, last)`` by absolute position of the segment that begins at ``offset`` in the row, over one chunk."""
-
-    segment: Segment
-    offset: int
-    chunk: int
-    first: int
-    last: int
-    pages: tuple[int, ...]
-
-    @property
-    def num_queries(self) -> int:
-        return self.last - self.first
-
-    @property
-    def row_range(self) -> range:
-        return range(self.offset + self.first - self.segment.start, self.offset + self.last - self.segment.start)
-
-
-def plan_attention(row: Row, pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> list[Window]:
+def plan_attention(pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> list[Window]:
     """Plan a row's attention, in windows in order of position, of which there is at least one.
 
     Args:
-        row: The row; its padding attends to nothing.
-        pages: Where its pages are.
+        pages: The row and its pages. Padding of the row attends to nothing.
         rule: Mask of the layers that will use this plan.
-        dtype: Of the queries.
+        dtype: The dtype of the queries and of the masks.
         device: Where masks and indices go.
     """
-    return _Planner(row, pages, rule, dtype, device).plan()
+    planner = _Planner(pages, rule, dtype, device)
+    windows = [planner.window(groups) for groups in row_groups(pages)]
+    return [window for window in windows if window.calls or window.host_calls] or windows[:1]
+
+
+class _Planned(NamedTuple):
+    call: ChunkCall
+    outputs: list[int]
 
 
 class _Planner:
-    def __init__(self, row: Row, pages: RowPages, rule: MaskRule, dtype: torch.dtype, device: torch.device) -> None:
-        self.row, self.pages, self.rule, self.dtype, self.device = row, pages, rule, dtype, device
-        self.calls: list[ChunkCall] = []
-        self.met: list[list[tuple[int, int]]] = []
-        """For each call, the position in the row and the chunk of each real query."""
+    """Makes tensors of groups of visits. No tensor is read back but whether the mask shows anything."""
 
-    def plan(self) -> list[Window]:
-        """Sort the visits of each window into as few kernel calls as possible."""
-        by_window: dict[int, list[tuple[_Visit, bool]]] = defaultdict(list)
-        for visit, is_own in self._visits():
-            by_window[visit.chunk // WINDOW_CHUNKS].append((visit, is_own))
-        windows = [self._window(by_window[i]) for i in sorted(by_window)]
-        return [window for window in windows if window.calls or window.host_calls] or windows[:1]
+    def __init__(self, pages: RowPages, rule: MaskRule, dtype: torch.dtype, device: torch.device) -> None:
+        self.pages, self.rule, self.dtype, self.device = pages, rule, dtype, device
+        self.row_size = pages.row.size
 
-    def _window(self, visits: list[tuple[_Visit, bool]]) -> Window:
-        self.calls, self.met = [], []
-        together: dict[tuple[bool, int, tuple[int, ...]], list[_Visit]] = {}
-        own: list[_Visit] = []
-        for visit, is_own in visits:
-            if is_own:
-                own.append(visit)
-            else:
-                together.setdefault((visit.segment.kept, visit.chunk, visit.pages), []).append(visit)
-        if self.row.kind == "decode":
-            self._singles([group[0] for group in together.values() if len(group) == 1] + own)
-            together = {key: group for key, group in together.items() if len(group) > 1}
-        else:
-            self._own_chunks(own)
-        for group in together.values():
-            self._stacked([group], -(-sum(visit.num_queries for visit in group) // QUERY_PAD) * QUERY_PAD)
-        return self._placed()
+    def window(self, groups: list[VisitGroup]) -> Window:
+        """The calls of a window; groups to which the mask shows nothing are left out."""
+        made = [self._single(group) if group.kind == "single" else self._stacked(group) for group in groups]
+        planned = [x for x in made if x is not None]
+        num_chunks = 1 + max((max(x.outputs) for x in planned), default=0) // self.row_size
+        absent = torch.ones(num_chunks * self.row_size, dtype=torch.bool, device=self.device)
+        for call, _ in planned:
+            absent[call.outputs] = False
+        away = [call for call, _ in planned if self.pages.host_attends and call.is_on_host]
+        here = [call for call, _ in planned if call not in away]
+        away = [call.moved_to(torch.device("cpu")) for call in away]
+        return Window(here, away, num_chunks, absent.nonzero()[:, 0])
 
-    def _visits(self) -> Iterator[tuple[_Visit, bool]]:
-        offset = 0
-        for segment in self.row.segments:
-            table = segment_table(segment)
-            for chunk in range((segment.end - 1) // CHUNK_TOKENS + 1):
-                low, high = chunk * CHUNK_TOKENS, (chunk + 1) * CHUNK_TOKENS
-                found = table[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES]
-                pages = tuple(found + found[-1:] * (CHUNK_PAGES - len(found)))
-                if segment.end > high:
-                    yield _Visit(segment, offset, chunk, max(segment.start, high), segment.end, pages), False
-                first, last = max(segment.start, low), min(segment.end, high)
-                if first < last:
-                    yield _Visit(segment, offset, chunk, first, last, pages), True
-            offset += len(segment.tokens)
-
-    def _own_chunks(self, visits: list[_Visit]) -> None:
-        """Each sequence's last chunk: as many as possible in one call, padded to one of a few numbers of queries."""
-        buckets: dict[tuple[frozenset[Place], int], list[list[_Visit]]] = defaultdict(list)
-        for visit in visits:
-            size = next(size for size in OWN_QUERIES if size >= visit.num_queries)
-            buckets[self._places(visit), size].append([visit])
-        for (_, size), groups in buckets.items():
-            self._stacked(groups, size)
-
-    def _stacked(self, groups: list[list[_Visit]], size: int) -> None:
-        """Each group's queries meet the chunk that they share; all groups in one call, padded to ``size`` queries."""
+    def _stacked(self, group: VisitGroup) -> _Planned | None:
+        """Own or shared chunks: for each chunk the queries of its visits, padded to as many for every chunk."""
         queries: list[int] = []
         real: list[int] = []
-        met: list[tuple[int, int]] = []
-        for group in groups:
-            rows = [t for visit in group for t in visit.row_range]
-            padded, first = _padded(rows, size, self.row.size)
+        outputs: list[int] = []
+        for visits in group.chunks:
+            rows = [t for visit in visits for t in visit.rows]
+            padded, first = _padded(rows, group.num_queries, self.row_size)
             real += range(len(queries) + first, len(queries) + first + len(rows))
             queries += padded
-            met += [(t, group[0].chunk) for t in rows]
+            outputs += [self._output(visits[0].chunk, t) for t in rows]
         mask = dead = None
-        first_visit = groups[0][0]
-        if not (self.rule.causal_only and first_visit.last > (first_visit.chunk + 1) * CHUNK_TOKENS):
-            positions = [p for group in groups for visit in group for p in range(visit.first, visit.last)]
-            allowed = self._allowed(positions, [chunk for _, chunk in met])
+        if group.kind == "own" or not self.rule.causal_only:
+            allowed = self._allowed([visit for visits in group.chunks for visit in visits])
             seen = allowed.any(-1)
             if not bool(seen.any()):
-                return
+                return None
             dead = None if bool(seen.all()) else ~seen
             full = torch.ones(len(queries), CHUNK_TOKENS, dtype=torch.bool, device=self.device)
             full[self._index(real)] = allowed | ~seen[:, None]
-            mask = self._additive(full).view(len(groups), 1, size, CHUNK_TOKENS)
+            mask = self._additive(full).view(len(group.chunks), 1, group.num_queries, CHUNK_TOKENS)
+        pages = self._placed([visits[0] for visits in group.chunks])
         indices = (self._index(queries), self._index(real))
-        self.calls.append(ChunkCall(self._parts([group[0] for group in groups]), len(groups), *indices, False, mask, dead))
-        self.met.append(met)
+        call = ChunkCall(pages, len(group.chunks), *indices, False, mask, dead, self._index(outputs))
+        return _Planned(call, outputs)
 
-    def _singles(self, visits: list[_Visit]) -> None:
-        """Single queries meet a chunk each, all whose pages are at the same place in one call."""
-        by_places: dict[frozenset[Place], list[_Visit]] = defaultdict(list)
-        for visit in visits:
-            by_places[self._places(visit)].append(visit)
-        for group in by_places.values():
-            self._single(group)
-
-    def _single(self, visits: list[_Visit]) -> None:
-        allowed = self._allowed([visit.first for visit in visits], [visit.chunk for visit in visits])
+    def _single(self, group: VisitGroup) -> _Planned | None:
+        """One query for each chunk; those to which the mask shows nothing are left out."""
+        visits = [visit for (visit,) in group.chunks]
+        allowed = self._allowed(visits)
         seen = allowed.any(-1)
         visits = [visit for visit, alive in zip(visits, seen.tolist(), strict=True) if alive]
         if not visits:
-            return
-        rows = [visit.row_range[0] for visit in visits]
+            return None
+        rows = [visit.rows[0] for visit in visits]
+        outputs = [self._output(visit.chunk, t) for visit, t in zip(visits, rows, strict=True)]
         mask = self._additive(allowed[seen])[:, None, None]
-        self.calls.append(ChunkCall(self._parts(visits), len(visits), self._index(rows), slice(len(rows)), True, mask, None))
-        self.met.append([(t, visit.chunk) for t, visit in zip(rows, visits, strict=True)])
+        indices = (self._index(rows), slice(len(rows)))
+        call = ChunkCall(self._placed(visits), len(visits), *indices, True, mask, None, self._index(outputs))
+        return _Planned(call, outputs)
 
-    def _places(self, visit: _Visit) -> frozenset[Place]:
-        return frozenset(self.pages.place(page, kept=visit.segment.kept) for page in visit.pages)
+    def _output(self, chunk: int, t: int) -> int:
+        """The window output of the token at row position t, from one chunk."""
+        return chunk % WINDOW_CHUNKS * self.row_size + t
 
-    def _parts(self, visits: list[_Visit]) -> list[PagePart]:
+    def _placed(self, visits: list[Visit]) -> list[PlacedPages]:
         """The pages of all visits' chunks, by their place."""
         by_place: dict[Place, list[tuple[int, int]]] = defaultdict(list)
         pages = [(page, visit.segment.kept) for visit in visits for page in visit.pages]
         for i, (page, kept) in enumerate(pages):
-            place = self.pages.place(page, kept=kept)
-            by_place[place].append((self.pages.index(page, place), i))
+            place, index = self.pages.find(page, kept=kept)
+            by_place[place].append((index, i))
         return [
-            PagePart(place, *torch.tensor(found, device=self.device).T)
+            PlacedPages(place, *torch.tensor(found, device=self.device).T)
             if len(by_place) > 1
-            else PagePart(place, torch.tensor([index for index, _ in found], device=self.device), None)
+            else PlacedPages(place, torch.tensor([index for index, _ in found], device=self.device), None)
             for place, found in by_place.items()
         ]
 
-    def _allowed(self, positions: list[int], chunks: list[int]) -> Tensor:
-        """Which keys of its chunk each query sees: ``[len(positions), 128]``."""
+    def _allowed(self, visits: list[Visit]) -> Tensor:
+        """Which keys of its chunk each query of some visits sees: bool ``[queries, 128]``."""
+        positions = [position for visit in visits for position in range(visit.first, visit.last)]
+        begins = [CHUNK_TOKENS * visit.chunk for visit in visits for _ in range(visit.num_queries)]
         q = torch.tensor(positions, device=self.device)[:, None]
-        begin = CHUNK_TOKENS * torch.tensor(chunks, device=self.device)[:, None]
-        k = torch.arange(CHUNK_TOKENS, device=self.device)[None] + begin
+        k = torch.arange(CHUNK_TOKENS, device=self.device)[None] + torch.tensor(begins, device=self.device)[:, None]
         return self.rule.allowed(q, k) & (k <= q)
 
     def _index(self, values: list[int]) -> Index:
@@ -281,21 +231,9 @@ class _Planner:
     def _additive(self, allowed: Tensor) -> Tensor:
         return torch.zeros(allowed.shape, dtype=self.dtype, device=self.device).masked_fill_(~allowed, NEG_INF)
 
-    def _placed(self) -> Window:
-        """Give every call its places among the window's outputs."""
-        num_chunks = max((chunk % WINDOW_CHUNKS + 1 for met in self.met for _, chunk in met), default=1)
-        absent = torch.ones(num_chunks * self.row.size, dtype=torch.bool, device=self.device)
-        for call, met in zip(self.calls, self.met, strict=True):
-            call.outputs = self._index([chunk % WINDOW_CHUNKS * self.row.size + t for t, chunk in met])
-            absent[call.outputs] = False
-        away = [call for call in self.calls if self.pages.host_attends and call.is_on_host]
-        here = [call for call in self.calls if call not in away]
-        away = [call.moved_to(torch.device("cpu")) for call in away]
-        return Window(here, away, num_chunks, absent.nonzero()[:, 0])
-
 
 def _padded(rows: list[int], count: int, row_size: int) -> tuple[list[int], int]:
-    """Pad query rows to ``count``, by their neighbours where they are consecutive; the second is where they begin."""
+    """Pad row positions to ``count``, by their neighbours where they are consecutive; the second is where they begin."""
     if rows[-1] - rows[0] == len(rows) - 1 and count <= row_size:
         start = min(rows[0], row_size - count)
         return list(range(start, start + count)), rows[0] - start

@@ -13,7 +13,7 @@ from flexgen_helm.attention.calls import ChunkCall
 from flexgen_helm.attention.chunks import Kernel, LocatedPages
 from flexgen_helm.attention.kernels import ChunkOutput
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.page_tensors import PageTensors
+from flexgen_helm.memory.page_format import PageTensors
 
 
 def rest() -> None:
@@ -34,19 +34,22 @@ class HostAttention:
     def begin(
         self, name: str, calls: Sequence[ChunkCall], queries: Tensor, store: PageTensors, kernel: Kernel
     ) -> list[Future[ChunkOutput]]:
-        """Start what the chunks of some calls say to queries ``[T, H, D]`` on the CPU.
+        """Start some calls on the CPU.
 
         Args:
             name: Of the spans in the meter.
-            calls: All pages of which are on the host.
-            queries: The queries.
-            store: K and V on the host.
+            calls: Calls whose pages are all on the host.
+            queries: The row's queries ``[T, H, D]``, in host memory.
+            store: The layer's pages on the host.
             kernel: Computes a call.
+
+        Returns:
+            The future of each call's output.
         """
 
         def attend(call: ChunkCall) -> ChunkOutput:
             pages = LocatedPages(store, call.pages[0].numbers, None)
-            num_bytes = len(pages.numbers) * sum(x[0].nbytes for x in store)
+            num_bytes = len(pages.numbers) * store.format.num_bytes
             with torch.inference_mode(), self._meter.span("cpu_attention", name, num_bytes):
                 return kernel(call, queries, [pages])
 

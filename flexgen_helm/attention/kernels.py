@@ -15,22 +15,27 @@ NEG_INF = float("-inf")
 
 
 class ChunkOutput(NamedTuple):
-    """What a chunk of keys says: ``output [B, M, H, Dv]`` normalised within the chunk, ``lse [B, M, H]`` in fp32."""
+    """Attention over single chunks of keys.
+
+    Attributes:
+        output: ``[B, M, H, Dv]``, normalised within the chunk.
+        lse: ``[B, M, H]`` in fp32: log-sum-exp of the scores.
+    """
 
     output: Tensor
     lse: Tensor
 
 
 def attend_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None) -> ChunkOutput:
-    """Attend to one chunk.
+    """Attend to B chunks of keys, each with M queries of its own.
 
     Args:
         q: ``[B, H, M, D]``, M a multiple of 16.
-        k: ``[B, H_kv, L, D]``, H a multiple of H_kv, L the size of a chunk.
+        k: ``[B, H_kv, L, D]``, H a multiple of H_kv, L = 128 the size of a chunk.
         v: ``[B, H_kv, L, Dv]``.
         mask: Additive, broadcastable to ``[B, 1, M, L]``, of q's dtype; None where every key is seen.
         scale: Factor of the scores.
-        softcap: Scores become ``softcap * tanh(score / softcap)`` (Gemma 2); None: they stay.
+        softcap: Scores become ``softcap * tanh(score / softcap)`` (Gemma 2). None: they stay.
     """
     if q.device.type != "cpu" or softcap is not None or v.shape[-1] > q.shape[-1]:
         return _attend_matmul(q, k, v, mask, scale, softcap)
@@ -44,7 +49,7 @@ def attend_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale:
 
 
 def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> ChunkOutput:
-    """The same by hand, for what the fused kernel lacks: softcap, wider values, other devices."""
+    """Do the same in plain products, for softcap, values wider than keys, and devices without the fused kernel."""
     b, h, m, _ = q.shape
     groups = h // k.shape[1]
     folded = q.float().reshape(b, k.shape[1], groups * m, -1)
@@ -63,7 +68,13 @@ def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
 
 
 class Merged(NamedTuple):
-    """What all chunks so far say to T queries: ``total [T, H, Dv] / den [T, H]``, weighted relative to ``top [T, H]``; fp32."""
+    """Attention of T queries over all chunks so far, in fp32: ``total / den``.
+
+    Attributes:
+        top: ``[T, H]``: the largest log-sum-exp, relative to which chunks are weighted.
+        den: ``[T, H]``: sum of the weights.
+        total: ``[T, H, Dv]``: weighted sum of the outputs.
+    """
 
     top: Tensor
     den: Tensor
@@ -74,9 +85,9 @@ def merge_chunks(before: Merged | None, outputs: Tensor, lse: Tensor) -> Merged:
     """Merge some chunks of every query, in increasing order of position, with those before them.
 
     Args:
-        before: Of earlier positions; overwritten. None: there are none.
-        outputs: ``[R, T, H, Dv]`` fp32: what each of the T queries got from each of R chunks, zeros where it met none.
-        lse: ``[R, T, H]`` fp32, -inf where it met none.
+        before: The chunks at earlier positions; overwritten. None: there are none.
+        outputs: ``[R, T, H, Dv]`` fp32: output of each of T queries from each of R chunks, zeros where it does not attend.
+        lse: ``[R, T, H]`` fp32, -inf where it does not attend.
     """
     top = lse.amax(0)
     if before is not None:
@@ -97,7 +108,7 @@ def merge_chunks(before: Merged | None, outputs: Tensor, lse: Tensor) -> Merged:
 
 
 def normalised(merged: Merged, sinks: Tensor | None) -> Tensor:
-    """The answers ``[T, H, Dv]`` in fp32, zeros for queries that met no chunk.
+    """Finish a merge: attention ``[T, H, Dv]`` in fp32, zeros for queries that attend to no chunk.
 
     Args:
         merged: All chunks; overwritten.

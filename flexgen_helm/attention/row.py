@@ -1,4 +1,4 @@
-"""Attention of one row: append its K and V to the pages, attend chunk by chunk, merge."""
+"""Attention of one row: store its K and V in the pages, attend chunk by chunk, merge."""
 
 from __future__ import annotations
 
@@ -10,36 +10,39 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexgen_helm.attention.calls import ChunkCall, MaskRule, Window, as_index, plan_attention
+from flexgen_helm.attention.calls import ChunkCall, Window, as_index, plan_attention
 from flexgen_helm.attention.chunks import Kernel, LocatedPages, attend_call
 from flexgen_helm.attention.host import HostAttention, rest
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
+from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.memory.link import Transfer
-from flexgen_helm.memory.page_tensors import CacheKey, PageTensors
-from flexgen_helm.memory.paged_cache import PagedCache, Place
-from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.memory.page_format import CacheKey, PageTensors
+from flexgen_helm.memory.paged_cache import PagedCache
+from flexgen_helm.memory.pages import PAGE_TOKENS, Place
 from flexgen_helm.memory.working_set import Loaded
-from flexgen_helm.schedule.rows import Row, Segment
+from flexgen_helm.schedule.rows import Segment
 
 HOST = torch.device("cpu")
 LARGEST_KEY = 2.0**58
-"""A masked score must stay finite: products with a query of this size, summed over 4,096 elements, do in fp32."""
+"""Keys up to this size leave masked scores finite: products with as large a query, summed over 4,096 elements, do in fp32."""
+QKV = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values."""
 Locate = Callable[[Place, Tensor], Tensor]
-"""From numbers of pages at a place to where they are in its tensors."""
+"""Turns numbers of pages ``[n]`` at a place into their indices in the place's tensors: for staged pages, their slots."""
 _Spot = tuple[Place, int, int]
-"""A token's place, the number of its page there, and where it is in the page."""
+"""A stored token: its place, the number of its page there, and its place in the page."""
 
 
 class _Writes:
-    """Where a row's tokens go, and which tokens of shared pages are copied beside them."""
+    """Plan of a row's writes: its own tokens, and the tokens of a page in which sequences part, copied to the new page."""
 
-    def __init__(self, row: Row, pages: RowPages, device: torch.device) -> None:
+    def __init__(self, pages: RowPages, device: torch.device) -> None:
         self._pages, self._device = pages, device
         new: dict[Place, list[tuple[int, int, int]]] = defaultdict(list)
         self._copies: dict[_Spot, _Spot] = {}
         offset = 0
-        for segment in row.segments:
+        for segment in pages.row.segments:
             self._copy(segment)
             for i, position in enumerate(range(segment.start, segment.end)):
                 place, page, token = self._spot(segment, segment.table[position // PAGE_TOKENS], position % PAGE_TOKENS)
@@ -57,15 +60,15 @@ class _Writes:
         ]
 
     def apply(self, stores: Mapping[Place, PageTensors], locate: Locate, new: tuple[Tensor, Tensor]) -> None:
-        """Write a layer's new K and V ``[T, H_kv, D]``, then copy into the pages that part here."""
+        """Write a layer's new K and V ``[T, H_kv, D]``, then copy what parting sequences share of a page."""
         for place, rows, (pages, tokens) in self._new:
             pages = locate(place, pages)
-            for target, x in zip(stores[place], new, strict=True):
-                target[pages, :, tokens] = x[rows].to(target.device)
+            for (part, stored), x in zip(stores[place].parts, new, strict=True):
+                part.write(stored, pages, tokens, x[rows])
         for (source_place, target_place), (source_pages, source_tokens), (pages, tokens) in self._moves:
             source_pages, pages = locate(source_place, source_pages), locate(target_place, pages)
-            for source, target in zip(stores[source_place], stores[target_place], strict=True):
-                target[pages, :, tokens] = source[source_pages, :, source_tokens].to(target.device)
+            for (part, source), (_, target) in zip(stores[source_place].parts, stores[target_place].parts, strict=True):
+                part.write(target, pages, tokens, part.read(source, source_pages, source_tokens))
 
     def _copy(self, segment: Segment) -> None:
         if segment.copy is not None:
@@ -76,8 +79,7 @@ class _Writes:
                 self._copies[self._spot(segment, target, i)] = self._copies.get(spot, spot)
 
     def _spot(self, segment: Segment, page: int, token: int) -> _Spot:
-        place = self._pages.place(page, kept=segment.kept)
-        return place, self._pages.index(page, place), token
+        return *self._pages.find(page, kept=segment.kept), token
 
     def _columns(self, place: Place, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         pages, tokens = torch.tensor(rows, device=HOST if place == "host" else self._device).T.contiguous()
@@ -85,7 +87,12 @@ class _Writes:
 
 
 class _Outputs:
-    """What a row's T queries got from the chunks of a window: ``[R, T, H, Dv]`` and log-sum-exps ``[R, T, H]``, fp32."""
+    """Outputs of a row's T queries for each of a window's R chunks, in fp32.
+
+    Attributes:
+        outputs: ``[R, T, H, Dv]``, zeros where a query does not attend to a chunk.
+        lse: ``[R, T, H]``, -inf there.
+    """
 
     def __init__(self, window: Window, q: Tensor, value_dim: int) -> None:
         shape = (window.num_chunks, *q.shape[:2])
@@ -94,7 +101,7 @@ class _Outputs:
         self.outputs.flatten(0, 1)[window.absent] = 0.0
 
     def keep(self, call: ChunkCall, part: ChunkOutput) -> None:
-        """Put the answers to a call in their places."""
+        """Put the outputs of a call in their places."""
         output, lse = part.output.to(self.lse.device), part.lse.to(self.lse.device)
         if call.dead is not None:
             output.masked_fill_(call.dead[:, None, None], 0.0)
@@ -106,26 +113,27 @@ class _Outputs:
 class RowAttention:
     """The attention of one row, layer after layer. Its plan is made once for each mask rule."""
 
-    def __init__(self, row: Row, cache: PagedCache, device: torch.device, host: HostAttention | None = None) -> None:
+    def __init__(self, pages: RowPages, cache: PagedCache, device: torch.device, host: HostAttention | None = None) -> None:
         """Plan nothing yet.
 
         Args:
-            row: The row.
-            cache: Where K and V are.
-            device: Where attention is computed.
-            host: Computes it on the CPU for chunks of keys that are on the host as a whole; None: they are brought.
+            pages: The row and its pages.
+            cache: Holds K and V.
+            device: The device that computes attention.
+            host: Computes attention on the CPU for chunks of keys that are on the host as a whole. Needed where
+                `RowPages.host_attends` says so.
         """
-        self._row, self._cache, self._device, self._host = row, cache, device, host
-        self._pages = RowPages(row, cache, host_attends=host is not None)
-        self._writes = _Writes(row, self._pages, device)
-        self._plans: dict[int, list[Window]] = {}
+        assert host is not None or not pages.host_attends
+        self._pages, self._cache, self._device, self._host = pages, cache, device, host
+        self._writes = _Writes(pages, device)
+        self._plans: dict[MaskRule, list[Window]] = {}
         self._loaded: dict[int, Loaded] = {}
-        """By layer, what was brought for this row."""
-        self.bad = torch.zeros(row.size, dtype=torch.bool, device=device)
-        """Tokens ``[T]`` whose K or V was not finite in a layer so far."""
+        """The row's staged pages of each layer that was loaded and not stored yet."""
+        self.bad = torch.zeros(pages.row.size, dtype=torch.bool, device=device)
+        """``[T]``: whether a token's K or V was not finite in a layer so far."""
 
     def load(self, j: int) -> Transfer | None:
-        """Start to bring the pages of layer j that are not where attention reads them."""
+        """Start to bring the row's staged pages of layer j. None: it has none."""
         if not self._pages.staged.pages:
             return None
         if j not in self._loaded:
@@ -133,30 +141,23 @@ class RowAttention:
         return self._loaded[j].arriving
 
     def store(self, j: int) -> Transfer | None:
-        """Start to write back what layer j wrote into them; nothing happens before they were loaded."""
+        """Start to write back the staged pages that layer j wrote. None: nothing is to be written, or nothing was loaded."""
         if self._loaded.pop(j, None) is None:
             return None
         return self._cache.working.release(j, self._pages.staged)
 
     def attend(
-        self,
-        key: CacheKey,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        rule: MaskRule,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        self, key: CacheKey, qkv: QKV, rule: MaskRule, *, scale: float, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
-        """Attention of the row's tokens in one layer.
+        """Store the row's new K and V of one layer and attend.
 
         Args:
-            key: Layer and attention call.
+            key: The attention call.
             qkv: Queries ``[T, H, D]``, keys ``[T, H_kv, D]``, values ``[T, H_kv, Dv]``, positions already encoded.
-            rule: The layer's mask; the same object for all layers that share it.
+            rule: The layer's mask. Layers that hold an equal rule share a plan.
             scale: Factor of the scores.
             softcap: See `attend_chunk`.
-            sinks: ``[H]`` logits, see `merge_chunks`.
+            sinks: ``[H]`` logits, see `normalised`. None: there are none.
 
         Returns:
             ``[T, H, Dv]`` in the dtype of the values.
@@ -184,10 +185,10 @@ class RowAttention:
         return normalised(merged, sinks).to(qkv[2].dtype)
 
     def _cleaned(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V as they may be stored: zeros for tokens that are not finite, which are noted in `bad`.
+        """K and V with zeros for tokens that are not finite, which are noted in `bad`.
 
-        Masks do not hide NaN and infinity: what is masked is added to -inf and multiplied by 0. So pages hold finite numbers
-        only, whoever reads or reuses them, and who sees such a token has no answer.
+        Masks do not hide NaN and infinity: a masked score is added to -inf and its value multiplied by 0. So pages hold finite
+        numbers only, whoever reads or reuses them, and a sequence with such a token has no answer.
         """
         good = _peak(k) <= min(LARGEST_KEY, torch.finfo(k.dtype).max)
         good &= _peak(v) <= torch.finfo(v.dtype).max
@@ -201,7 +202,7 @@ class RowAttention:
     def _begin_on_host(
         self, name: str, windows: list[Window], q: Tensor, stores: Mapping[Place, PageTensors], kernel: Kernel
     ) -> list[list[Future[ChunkOutput]]]:
-        """Start what is computed on the CPU; for each window the answers to its calls there."""
+        """Start the calls that the CPU computes: for each window the futures of its `host_calls`."""
         if not any(window.host_calls for window in windows):
             return [[] for _ in windows]
         assert self._host is not None
@@ -209,7 +210,7 @@ class RowAttention:
         return [self._host.begin(name, window.host_calls, queries, stores["host"], kernel) for window in windows]
 
     def _locate(self, j: int) -> Locate:
-        """Wait for the pages of layer j that had to be brought; returns where all pages are."""
+        """Wait for the row's staged pages of layer j."""
         if not self._pages.staged.pages:
             return lambda place, index: index
         self.load(j)
@@ -218,9 +219,9 @@ class RowAttention:
         return lambda place, index: slots[index] if place == "staged" else index
 
     def _plan(self, rule: MaskRule, q: Tensor) -> list[Window]:
-        if id(rule) not in self._plans:
-            self._plans[id(rule)] = plan_attention(self._row, self._pages, rule, dtype=q.dtype, device=self._device)
-        return self._plans[id(rule)]
+        if rule not in self._plans:
+            self._plans[rule] = plan_attention(self._pages, rule, dtype=q.dtype, device=self._device)
+        return self._plans[rule]
 
 
 def _peak(x: Tensor) -> Tensor:

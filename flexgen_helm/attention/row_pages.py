@@ -1,62 +1,60 @@
-"""Where the pages of a row are, and which of them must be brought before it attends."""
+"""The pages of a row: where attention reads each, and which must be brought before it attends. Plain Python without torch."""
 
 from __future__ import annotations
 
-from flexgen_helm.memory.paged_cache import PagedCache, Place
-from flexgen_helm.memory.pages import PAGE_TOKENS
-from flexgen_helm.memory.working_set import StagedPages
+from flexgen_helm.memory.pages import PAGE_TOKENS, PageMap, Place, StagedPages
 from flexgen_helm.schedule.rows import Row, Segment
 
 CHUNK_TOKENS = 128
+"""Keys in a chunk, by absolute position: attention works in chunks of this size."""
 CHUNK_PAGES = CHUNK_TOKENS // PAGE_TOKENS
 
 
 class RowPages:
-    """The pages that a row touches."""
+    """The pages that a row touches. Made once per row and sweep."""
 
-    def __init__(self, row: Row, cache: PagedCache, *, host_attends: bool = False) -> None:
-        """Sort them.
+    def __init__(self, row: Row, page_map: PageMap, *, host_attends: bool = False) -> None:
+        """Sort the pages by their place.
 
         Args:
-            row: The row.
-            cache: Says which tier has which page.
-            host_attends: Whether chunks of keys that are on the host as a whole are met there.
+            row: The row. Its segments' page tables are final.
+            page_map: Says which tier has which page.
+            host_attends: Whether the CPU attends to chunks of keys whose pages are all on the host, beside the device.
         """
-        self._cache, self.host_attends = cache, host_attends
+        self.row, self.host_attends = row, host_attends
         kept = [segment for segment in row.segments if segment.kept]
         touched: dict[int, None] = {}
         for segment in kept:
             touched |= dict.fromkeys([*segment_table(segment), *(segment.copy or ())[:1]])
-        self._on_host = _host_pages(kept, cache) if host_attends else frozenset()
-        self.places: set[Place] = {self.place(page, kept=True) for page in touched}
-        """Where they are."""
+        on_host = _host_pages(kept, page_map) if host_attends else frozenset()
+        places: dict[int, Place] = {page: "host" if page in on_host else page_map.place(page) for page in touched}
+        self.places: set[Place] = set(places.values())
+        """All places of the row's pages."""
         if len(kept) < len(row.segments):
             self.places.add("transient")
-        self.staged = _staged([page for page in touched if self.place(page, kept=True) == "staged"], kept)
-        """Those that must be brought."""
-        self._order = {page: i for i, page in enumerate(self.staged.pages)}
+        self.staged = _staged([page for page, place in places.items() if place == "staged"], kept)
+        """The pages that must be brought."""
+        order = {page: i for i, page in enumerate(self.staged.pages)}
+        self._found = {
+            page: (place, order[page] if place == "staged" else page_map.index(page)) for page, place in places.items()
+        }
 
-    def place(self, page: int, *, kept: bool) -> Place:
-        """Where attention finds a page."""
-        if not kept:
-            return "transient"
-        return "host" if page in self._on_host else self._cache.place(page)
+    def find(self, page: int, *, kept: bool) -> tuple[Place, int]:
+        """The place where attention reads a page of the row, and the page's number among those of the place.
 
-    def index(self, page: int, place: Place) -> int:
-        """The number of a page among those of its place."""
-        if place == "staged":
-            return self._order[page]
-        return page if place == "transient" else self._cache.index(page)
+        Staged pages are numbered by their order in `staged.pages`.
+        """
+        return self._found[page] if kept else ("transient", page)
 
 
-def _host_pages(segments: list[Segment], cache: PagedCache) -> frozenset[int]:
-    """Host pages of which no chunk holds pages of other tiers, directly or by way of other chunks."""
+def _host_pages(segments: list[Segment], page_map: PageMap) -> frozenset[int]:
+    """Host pages that share no chunk with pages of other tiers, directly or by way of other chunks."""
     chunks = {
         frozenset(table[i : i + CHUNK_PAGES])
         for table in map(segment_table, segments)
         for i in range(0, len(table), CHUNK_PAGES)
     }
-    elsewhere = {page for chunk in chunks for page in chunk if cache.tier_of(page) != "host"}
+    elsewhere = {page for chunk in chunks for page in chunk if page_map.tier_of(page) != "host"}
     while mixed := [chunk for chunk in chunks if chunk & elsewhere]:
         elsewhere.update(*mixed)
         chunks.difference_update(mixed)
@@ -76,5 +74,5 @@ def _staged(pages: list[int], segments: list[Segment]) -> StagedPages:
 
 
 def segment_table(segment: Segment) -> list[int]:
-    """Pages of a segment's sequence up to its end; those that come later hold nothing yet."""
+    """Pages of a segment's sequence up to its end; later pages hold nothing yet."""
     return segment.table[: (segment.end - 1) // PAGE_TOKENS + 1]

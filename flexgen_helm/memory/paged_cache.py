@@ -1,15 +1,14 @@
-"""K and V of every page: one tensor pair per (layer, attention call) where they are kept, one shared pair where they are not.
+"""The K/V cache of a model: the tensors of every page, per layer and attention call.
 
 Work that generates at most one token needs K and V only inside the layer being computed, since a block is traversed column
-by column: its pages are *transient*, and every layer writes over the last one's. Kept pages that rest where attention cannot
-read them are *staged*: brought into the working set for the rows that touch them.
+by column: its pages are *transient*, and every layer overwrites those of the last one. Kept pages that are stored where
+attention cannot read them are *staged*: brought into slots for the rows that touch them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,14 +16,11 @@ from torch import Tensor
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.page_file import DiskPages
-from flexgen_helm.memory.page_tensors import CacheKey, GrowingPages, HostPages, PageShape, PageTensors
-from flexgen_helm.memory.pages import PagePool
-from flexgen_helm.memory.working_set import OffloadedPages, WorkingSet
+from flexgen_helm.memory.page_format import CacheKey, PageFormat, PageTensors
+from flexgen_helm.memory.page_stores import HOST, DiskPages, GrowingPages, HostPages, OffloadedPages
+from flexgen_helm.memory.pages import PageMap, PagePool, Place
+from flexgen_helm.memory.working_set import WorkingSet
 from flexgen_helm.types import Tier
-
-Place = Literal["transient", "device", "host", "staged"]
-"""Where attention finds a page: with the layer's transient ones, kept on the device, on the host, or in the working set."""
 
 
 class PagedCache:
@@ -43,10 +39,10 @@ class PagedCache:
 
         Args:
             pool: Says how many pages each tier has; None: a device without bound.
-            device: Where attention is computed. Host pages are staged where it has a memory of its own.
-            dtype: In which K and V are stored; None: as they come.
-            offload_folder: Where the file of pages on disk goes; it is removed at `close`.
-            meter: Is told of what is moved and held.
+            device: The device that computes attention. Host pages are staged where it has a memory of its own.
+            dtype: The dtype in which K and V are stored; None: as they come.
+            offload_folder: The folder for the file of pages on disk, which goes at `close`.
+            meter: Counts the bytes that are moved and held.
 
         Raises:
             PolicyError: If there are pages on disk and no folder for them.
@@ -54,43 +50,36 @@ class PagedCache:
         """
         meter = Meter(device.torch_device) if meter is None else meter
         self._dtype, self.meter = dtype, meter
-        self._capacities = None if pool is None else pool.capacities
+        self.pages = PageMap(None if pool is None else pool.capacities, device.own_memory)
+        """Which tier and place each kept page has."""
         self._kept = GrowingPages(None if pool is None else pool.capacities.device)
         self._transient = GrowingPages(None)
         self._host = HostPages(0 if pool is None else pool.capacities.host)
         self.device = device
-        """Where attention is computed."""
+        """The device that computes attention."""
+        stores = {} if pool is None else self._offloaded(pool, offload_folder)
+        self._working = WorkingSet(stores, pool.capacities, device, meter) if pool is not None and stores else None
+        self._held = (0, 0)
+        self.bytes_per_token: dict[CacheKey, int] = {}
+        """Bytes of K and V of one token in each attention call, known once a row went through all layers."""
+
+    def _offloaded(self, pool: PagePool, offload_folder: Path | None) -> dict[Tier, OffloadedPages]:
+        """The pages of each tier that attention cannot read in place."""
         stores: dict[Tier, OffloadedPages] = {}
-        if pool is not None and pool.capacities.host and device.own_memory:
+        if pool.capacities.host and self.device.own_memory:
             stores["host"] = self._host
-        if pool is not None and pool.capacities.disk:
+        if pool.capacities.disk:
             if offload_folder is None:
                 raise PolicyError(
                     "A part of the K/V cache belongs on disk, but no offload_folder was given. Name one, or give cache shares "
                     "without disk."
                 )
             stores["disk"] = DiskPages(offload_folder, pool.capacities.disk, page_bytes=pool.page_bytes)
-        self._working = WorkingSet(stores, pool.capacities, device, meter) if pool is not None and stores else None
-        self._held = (0, 0)
-        self.bytes_per_token: dict[CacheKey, int] = {}
-        """Bytes of K and V of one token in each attention call, known once a row went through all layers."""
-
-    def tier_of(self, page: int) -> Tier:
-        """Where a kept page rests."""
-        return "device" if self._capacities is None else self._capacities.tier_of(page)
-
-    def place(self, page: int) -> Place:
-        """Where attention finds a kept page."""
-        tier = self.tier_of(page)
-        return "staged" if tier == "disk" or (tier == "host" and self.device.own_memory) else tier
-
-    def index(self, page: int) -> int:
-        """Where a kept page is among those of its tier."""
-        return page if self._capacities is None else page - self._capacities.first(self._capacities.tier_of(page))
+        return stores
 
     @property
     def working(self) -> WorkingSet:
-        """The pages that were brought from elsewhere."""
+        """The staged pages."""
         assert self._working is not None, "no tier of this cache is staged"
         return self._working
 
@@ -98,7 +87,7 @@ class PagedCache:
         """Make room for so many pages of each kind; tensors follow at their next use.
 
         Raises:
-            DiskFull: Or whatever else pages met on their way to where they rest, if nobody heard of it.
+            DiskFull: Or any other error of an earlier transfer that was not raised yet.
         """
         self._kept.reserve(kept)
         self._transient.reserve(transient)
@@ -111,19 +100,21 @@ class PagedCache:
         return x if self._dtype is None else x.to(self._dtype)
 
     def tensors(self, key: CacheKey, k: Tensor, v: Tensor, places: Iterable[Place]) -> dict[Place, PageTensors]:
-        """Storage of one attention call at some places, for K and V like ``k`` and ``v`` ``[T, heads, dim]``."""
-        shape = PageShape.of(k, v)
-        self.bytes_per_token[key] = shape.num_bytes_per_token
+        """The pages of one attention call at some places, for K and V like ``k`` and ``v`` ``[T, num_heads, dim]``."""
+        page_format = PageFormat.plain(k, v)
+        self.bytes_per_token[key] = page_format.num_bytes_per_token
         if self._working is not None:
-            self._working.register(key, shape)
+            self._working.register(key, page_format)
         found: dict[Place, PageTensors] = {}
         for place in places:
             if place == "transient":
-                found[place] = self._transient.tensors(CacheKey(-1, key.call), shape)
+                found[place] = self._transient.tensors(CacheKey(-1, key.call), page_format, k.device)
             elif place == "staged":
-                found[place] = self.working.tensors(key, shape)
+                found[place] = self.working.tensors(key, page_format)
+            elif place == "device":
+                found[place] = self._kept.tensors(key, page_format, k.device)
             else:
-                found[place] = (self._kept if place == "device" else self._host).tensors(key, shape)
+                found[place] = self._host.tensors(key, page_format, HOST)
         self._measure()
         return found
 
@@ -135,6 +126,6 @@ class PagedCache:
             self.meter.hold("host", "cache", held[1])
 
     def close(self) -> None:
-        """Stop what runs beside the computation and remove what is on disk."""
+        """Stop transfers and remove the file on disk."""
         if self._working is not None:
             self._working.close()

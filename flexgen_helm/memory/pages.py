@@ -1,14 +1,27 @@
-"""Accounting of K/V pages: which are free, and on which tier. `flexgen_helm.memory.paged_cache` holds their tensors."""
+"""Accounting of K/V pages by their numbers, without tensors: which are free, on which tier each is, and in which slot.
+
+`PagePool` hands numbers out, `PageMap` tells tiers, `Residency` tells slots. `flexgen_helm.memory.paged_cache` holds the
+tensors. A scheduler and a simulator need only what is here.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.types import TIERS, Shares, Tier
 
 PAGE_TOKENS = 32
 """Tokens in a page, by absolute position (docs/architecture.md)."""
+TRANSFER_BYTES = 8 << 20
+"""Pages travel together up to this many bytes."""
+NUM_BUFFERS = 3
+"""Buffers through which pages pass: one is filled, one travels, one is emptied."""
+
+
+Place = Literal["transient", "device", "host", "staged"]
+"""The place where attention reads a page: among the layer's transient pages, kept on the device or the host, or in a slot."""
 
 
 def num_pages(start: int, end: int) -> int:
@@ -17,14 +30,14 @@ def num_pages(start: int, end: int) -> int:
 
 
 class PageCounts(NamedTuple):
-    """So many pages on each tier. As capacities they are ranges of page numbers too: device first, then host, then disk."""
+    """Pages on each tier. As capacities they are ranges of page numbers too: device first, then host, then disk."""
 
     device: int
     host: int = 0
     disk: int = 0
 
     def tier_of(self, page: int) -> Tier:
-        """Where a page lies."""
+        """The tier that stores a page."""
         return "device" if page < self.device else "host" if page < self.device + self.host else "disk"
 
     def first(self, tier: Tier) -> int:
@@ -68,7 +81,7 @@ class PagePool:
             host: Pages in host memory.
             disk: Pages on disk.
             shares: Of the pages in use on each tier, as far as there is room; a full tier's share goes to the others.
-            page_bytes: K and V of a page in all layers.
+            page_bytes: Bytes of K and V of a page in all layers.
         """
         self.capacities, self.page_bytes = PageCounts(capacity, host, disk), page_bytes
         self._shares = dict(zip(TIERS, shares, strict=True))
@@ -121,3 +134,106 @@ class PagePool:
         """Give pages back."""
         for page in reversed(pages):
             self._tiers[self.capacities.tier_of(page)].free.append(page)
+
+
+@dataclass(frozen=True)
+class PageMap:
+    """The tier and place of every kept page, from its number alone.
+
+    Attributes:
+        capacities: Pages of each tier; None: every page is on the device.
+        own_memory: Whether the device has a memory of its own, so that attention cannot read host pages in place.
+    """
+
+    capacities: PageCounts | None = None
+    own_memory: bool = False
+
+    def tier_of(self, page: int) -> Tier:
+        """The tier that stores a kept page."""
+        return "device" if self.capacities is None else self.capacities.tier_of(page)
+
+    def place(self, page: int) -> Place:
+        """The place where attention reads a kept page."""
+        tier = self.tier_of(page)
+        return "staged" if tier == "disk" or (tier == "host" and self.own_memory) else tier
+
+    def index(self, page: int) -> int:
+        """The number of a kept page among those of its tier, from 0."""
+        return page if self.capacities is None else page - self.capacities.first(self.capacities.tier_of(page))
+
+
+class StagedPages(NamedTuple):
+    """Pages that a row touches and attention cannot read where they are stored."""
+
+    pages: list[int]
+    """Their numbers, without repetition."""
+    reads: frozenset[int]
+    """Those that hold something when the row comes."""
+    writes: frozenset[int]
+    """Those that the row writes into."""
+
+
+class SlotPlan(NamedTuple):
+    """The slots of a row's staged pages."""
+
+    slots: list[int]
+    """The slot of each of `StagedPages.pages`."""
+    missing: dict[int, int]
+    """Page to slot, for the pages whose content must be brought."""
+
+
+@dataclass(eq=False)
+class _Resident:
+    slot: int
+    users: int = 0
+    written: bool = False
+
+
+class Residency:
+    """Which staged pages are in which slot, and which loaded rows still need them.
+
+    A slot holds one page of one layer. A page that several loaded rows of a layer touch has one slot: it is missing for the
+    first of them only, and leaves after the last of them.
+    """
+
+    def __init__(self) -> None:
+        """There are no slots yet."""
+        self._resident: dict[tuple[int, int], _Resident] = {}
+        self._free: list[int] = []
+
+    def reset(self, num_slots: int) -> None:
+        """Forget all pages and have slots ``0 .. num_slots - 1``."""
+        self._resident.clear()
+        self._free = list(range(num_slots))[::-1]
+
+    def load(self, j: int, staged: StagedPages) -> SlotPlan:
+        """Give each of a row's pages of layer j a slot, or the one that it has already."""
+        slots: list[int] = []
+        missing: dict[int, int] = {}
+        for page in staged.pages:
+            resident = self._resident.get((j, page))
+            if resident is None:
+                resident = self._resident[j, page] = _Resident(self._free.pop())
+                if page in staged.reads:
+                    missing[page] = resident.slot
+            resident.users += 1
+            slots.append(resident.slot)
+        return SlotPlan(slots, missing)
+
+    def release(self, j: int, staged: StagedPages) -> dict[int, int]:
+        """Take back the slots of the pages that no other loaded row of layer j needs.
+
+        Returns:
+            Page to slot, for those of them that were written and must be stored before their slot is filled again.
+        """
+        leaving: dict[int, int] = {}
+        for page in staged.pages:
+            resident = self._resident[j, page]
+            resident.users -= 1
+            resident.written |= page in staged.writes
+            if not resident.users:
+                del self._resident[j, page]
+                self._free.append(resident.slot)
+                if resident.written:
+                    leaving[page] = resident.slot
+        return leaving

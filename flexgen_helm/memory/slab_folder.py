@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -19,7 +20,6 @@ from flexgen_helm.errors import CorruptFile, DiskFull
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO, file_error
 from flexgen_helm.memory.slab import SlabLayout
-from flexgen_helm.memory.usage import free_disk_bytes
 
 _TEMPORARY = ".slab-"
 
@@ -73,7 +73,8 @@ class SlabFolder:
             DiskFull: If there is less space than they need.
         """
         needed = sum(self._layouts[j].num_bytes for j in missing)
-        free = free_disk_bytes(self.path)
+        with _clear_errors(self.path):
+            free = shutil.disk_usage(self.path).free
         if needed > free:
             raise DiskFull(
                 f"Weights on disk need {gib(needed)} more in {self.path}, which has {gib(free)} free. "

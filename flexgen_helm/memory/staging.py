@@ -9,26 +9,30 @@ from torch import Tensor
 
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.device import Device
-
-NUM_BUFFERS = 3
+from flexgen_helm.memory.pages import NUM_BUFFERS
 
 
 class StagingBuffer:
-    """Host memory, pinned for a GPU, and a twin on the device where that has a memory of its own."""
+    """A piece of host memory, pinned for a GPU, with a twin on a device that has a memory of its own.
+
+    Attributes:
+        host: uint8 ``[bytes]``.
+        twin: The same on the device; ``host`` itself where the device uses the host's memory.
+    """
 
     def __init__(self, num_bytes: int, device: Device) -> None:
         self.host = allocate(num_bytes, pin=device.is_gpu)
         self.twin = torch.empty_like(self.host, device=device.torch_device) if device.own_memory else self.host
         self.futures: list[Future[None]] = []
-        """What still reads or fills the host side."""
+        """Reads and writes of the host side that go on."""
         self._event = torch.cuda.Event() if device.is_gpu else None
 
     def to_device(self, num_bytes: int) -> None:
-        """Copy the beginning to the twin."""
+        """Start to copy the first bytes to the twin; work that the device does after it finds them there."""
         self._copy(self.host[:num_bytes], self.twin[:num_bytes])
 
     def to_host(self, num_bytes: int) -> None:
-        """Copy the beginning of the twin to the host; `finish` says when it is there."""
+        """Start to copy the first bytes of the twin to the host; they are there after `finish`."""
         self._copy(self.twin[:num_bytes], self.host[:num_bytes])
 
     def _copy(self, source: Tensor, target: Tensor) -> None:
@@ -38,7 +42,11 @@ class StagingBuffer:
             self._event.record()
 
     def finish(self) -> None:
-        """Wait until nothing is on its way in the buffer; raises what went wrong."""
+        """Wait until nothing is on its way in the buffer.
+
+        Raises:
+            OutOfSpace: Or any other error of a read or write, once.
+        """
         futures, self.futures = self.futures, []
         wait(futures)
         for future in futures:
@@ -48,7 +56,7 @@ class StagingBuffer:
 
 
 class StagingRing:
-    """A few buffers of the same size, in turn."""
+    """`NUM_BUFFERS` buffers of the same size, used in turn."""
 
     def __init__(self, device: Device) -> None:
         """Nothing is allocated yet."""
@@ -57,7 +65,7 @@ class StagingRing:
         self._turn = 0
 
     def next(self, num_bytes: int) -> StagingBuffer:
-        """The buffer that was used longest ago, with room for so many bytes, once nothing is on its way in it."""
+        """Wait for the buffer that was used longest ago and return it, with room for so many bytes."""
         if not self._buffers or len(self._buffers[0].host) < num_bytes:
             self.finish()
             self._buffers = []  # before the new ones are there
@@ -68,12 +76,12 @@ class StagingRing:
         return buffer
 
     def finish(self) -> None:
-        """Wait for all buffers."""
+        """Wait for all buffers; raises like `StagingBuffer.finish`."""
         for buffer in self._buffers:
             buffer.finish()
 
     def abandon(self) -> None:
-        """Wait for all buffers after a failure, whatever becomes of them."""
+        """Wait for all buffers after a failure; raises nothing."""
         for buffer in self._buffers:
             wait(buffer.futures)
             buffer.futures = []

@@ -1,18 +1,16 @@
-"""Pages that rest on the host or on disk, brought to the device for the rows that touch them.
+"""Transfers of pages that are stored on the host or on disk, to and from slots on the device.
 
-A row's pages are loaded before it attends and written back once no loaded row needs them, so that a page which several rows
-of a layer touch is moved once. All transfers run in one thread, in the order in which they were asked for: a page is never
-read before it was written, and a place never filled before it was emptied.
+A row's pages are loaded before it attends and written back once no loaded row needs them; `Residency` says which. All transfers
+run in one thread, in the order in which they were asked for: a page is never read before it was written, and a slot never
+filled before it was emptied.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,60 +18,18 @@ from torch import Tensor
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.page_tensors import CacheKey, PageShape, PageTensors
-from flexgen_helm.memory.pages import PageCounts
-from flexgen_helm.memory.staging import NUM_BUFFERS, StagingBuffer, StagingRing
+from flexgen_helm.memory.page_format import CacheKey, PageFormat, PageTensors
+from flexgen_helm.memory.page_stores import OffloadedPages
+from flexgen_helm.memory.pages import NUM_BUFFERS, TRANSFER_BYTES, PageCounts, Residency, StagedPages
+from flexgen_helm.memory.staging import StagingBuffer, StagingRing
 from flexgen_helm.types import Resource, Tier
-
-TRANSFER_BYTES = 8 << 20
-"""Pages travel together up to this size."""
-
-
-class StagedPages(NamedTuple):
-    """What a row touches of the pages that must be brought."""
-
-    pages: list[int]
-    """Their numbers, without repetition."""
-    reads: frozenset[int]
-    """Those that hold something when the row comes."""
-    writes: frozenset[int]
-    """Those that the row writes into."""
-
-
-class OffloadedPages(Protocol):
-    """Where pages rest. Pages are numbered from the tier's first one here."""
-
-    def register(self, key: CacheKey, shape: PageShape) -> None:
-        """Make room for an attention call."""
-
-    def transfer_bytes(self, shape: PageShape) -> int:
-        """Bytes of a page in a transfer."""
-
-    def view(self, shape: PageShape, buffer: Tensor, count: int) -> PageTensors:
-        """The pages of a transfer in a buffer of bytes."""
-
-    def read(self, key: CacheKey, shape: PageShape, pages: list[int], buffer: Tensor) -> list[Future[None]]:
-        """Start to copy pages into a buffer."""
-
-    def write(self, key: CacheKey, shape: PageShape, pages: list[int], buffer: Tensor) -> list[Future[None]]:
-        """Start to copy pages out of a buffer."""
-
-    def close(self) -> None:
-        """Remove what there is."""
-
-
-@dataclass(eq=False)
-class _Resident:
-    slot: int
-    users: int = 0
-    written: bool = False
 
 
 class _Batch(NamedTuple):
     """Pages of one attention call that travel together."""
 
     key: CacheKey
-    shape: PageShape
+    page_format: PageFormat
     tier: Tier
     pages: list[int]
     slots: list[int]
@@ -89,86 +45,87 @@ class _Flight(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A row's pages on the device."""
+    """A row's pages on the device.
+
+    Attributes:
+        slots: ``[pages]``: the slot of each of `StagedPages.pages`.
+        arriving: Their transfer.
+    """
 
     slots: Tensor
-    """Where each of `StagedPages.pages` is: ``[pages]``."""
     arriving: Transfer
 
 
 class WorkingSet:
-    """Slots on the device, each for one page of whatever layer is being computed."""
+    """Slots on the device, each for a page of the layer that is being computed, and the transfers that fill and empty them."""
 
     def __init__(self, stores: Mapping[Tier, OffloadedPages], capacities: PageCounts, device: Device, meter: Meter) -> None:
         """Allocate nothing yet.
 
         Args:
-            stores: Of the tiers whose pages are brought.
-            capacities: Pages of each tier.
-            device: Where attention is computed.
-            meter: Is told of what is moved and held.
+            stores: The pages of each tier that attention cannot read in place.
+            capacities: Number of pages of each tier.
+            device: The device that computes attention and has the slots.
+            meter: Counts the bytes that are moved and held.
         """
         self._stores, self._capacities, self._meter = stores, capacities, meter
         self._device, self._own_memory = device.torch_device, device.own_memory
         self._link = Link(device.torch_device, "cache")
         self._ring = StagingRing(device)
-        self._shapes: dict[CacheKey, PageShape] = {}
-        self._slots: dict[tuple[int, PageShape], PageTensors] = {}
-        self._resident: dict[tuple[int, int], _Resident] = {}
+        self._formats: dict[CacheKey, PageFormat] = {}
+        self._slots: dict[tuple[int, PageFormat], PageTensors] = {}
+        self._residency = Residency()
         self._num_slots = 0
-        self._free: list[int] = []
         self._last: Transfer | None = None
         self._failure: BaseException | None = None
         self._failure_seen = False
 
     def reserve(self, slots: int) -> None:
-        """Forget what is here, and have at least so many slots.
+        """Wait for all transfers, forget all pages, and have at least so many slots.
 
         Raises:
-            OutOfSpace: Or whatever else went wrong beside the computation, if nobody heard of it.
+            OutOfSpace: Or any other error of an earlier transfer, if no `wait` has raised it.
         """
         failure = self._drain()
-        self._resident.clear()
         if slots > self._num_slots:
             self._num_slots = slots
             self._slots.clear()
-        self._free = list(range(self._num_slots))[::-1]
+        self._residency.reset(self._num_slots)
         if failure is not None:
             raise failure
 
-    def register(self, key: CacheKey, shape: PageShape) -> None:
-        """Make room for an attention call where pages rest."""
-        self._shapes[key] = shape
+    def register(self, key: CacheKey, page_format: PageFormat) -> None:
+        """Make room for an attention call in all stores."""
+        self._formats[key] = page_format
         for store in self._stores.values():
-            store.register(key, shape)
+            store.register(key, page_format)
 
-    def tensors(self, key: CacheKey, shape: PageShape) -> PageTensors:
+    def tensors(self, key: CacheKey, page_format: PageFormat) -> PageTensors:
         """The slots as an attention call sees them."""
-        if (key.call, shape) not in self._slots:
-            self._slots[key.call, shape] = shape.allocate(self._num_slots, self._device)
-            held = sum(tensor.nbytes for pair in self._slots.values() for tensor in pair)
+        if (key.call, page_format) not in self._slots:
+            self._slots[key.call, page_format] = page_format.allocate(self._num_slots, self._device)
+            held = sum(slots.num_bytes for slots in self._slots.values())
             self._meter.hold("device", "cache slots", held)
-        return self._slots[key.call, shape]
+        return self._slots[key.call, page_format]
 
     def load(self, j: int, staged: StagedPages) -> Loaded:
-        """Start to bring a row's pages of layer j; `wait` before they are used, `release` after."""
-        missing: list[int] = []
-        slots: list[int] = []
-        for page in staged.pages:
-            resident = self._resident.get((j, page))
-            if resident is None:
-                resident = self._resident[j, page] = _Resident(self._free.pop())
-                missing += [page] if page in staged.reads else []
-            resident.users += 1
-            slots.append(resident.slot)
-        batches = list(self._batches(j, {page: self._resident[j, page].slot for page in missing}))
+        """Start to bring a row's pages of layer j. The caller waits before it uses them, and releases them after.
+
+        A page that an earlier row loaded and nobody released yet is not brought again.
+        """
+        slots, missing = self._residency.load(j, staged)
+        batches = list(self._batches(j, missing))
         # Also where nothing is read: what leaves the slots must be gone before the row fills them.
         self._submit(lambda: self._bring(batches, f"load_cache {j}"))
         assert self._last is not None
         return Loaded(torch.tensor(slots, dtype=torch.long, device=self._device), self._last)
 
     def wait(self, loaded: Loaded) -> None:
-        """Let the computation that follows see a row's pages; raises what went wrong on any earlier way."""
+        """Let the computation that follows see a row's pages.
+
+        Raises:
+            OutOfSpace: Or any other error of this or an earlier transfer.
+        """
         try:
             loaded.arriving.wait()
         except BaseException:
@@ -176,24 +133,19 @@ class WorkingSet:
             raise
 
     def release(self, j: int, staged: StagedPages) -> Transfer | None:
-        """A row has attended: write back what no other loaded row of layer j needs."""
-        leaving: dict[int, int] = {}
-        for page in staged.pages:
-            resident = self._resident[j, page]
-            resident.users -= 1
-            resident.written |= page in staged.writes
-            if not resident.users:
-                del self._resident[j, page]
-                self._free.append(resident.slot)
-                leaving |= {page: resident.slot} if resident.written else {}
-        if not leaving:
-            return None
+        """Start to write back the pages that a row of layer j has written, once no other loaded row needs them.
+
+        Returns:
+            The transfer; None: nothing is to be written.
+        """
+        leaving = self._residency.release(j, staged)
         batches = list(self._batches(j, leaving))
-        self._submit(lambda: self._take_away(batches, f"store_cache {j}"))
-        return self._last
+        if batches:
+            self._submit(lambda: self._take_away(batches, f"store_cache {j}"))
+        return self._last if batches else None
 
     def close(self) -> None:
-        """Stop transfers and remove what is on disk."""
+        """Stop transfers and close the stores."""
         self._link.close()
         for store in self._stores.values():
             store.close()
@@ -202,7 +154,7 @@ class WorkingSet:
         self._last = self._link.submit(lambda: self._run(work))
 
     def _run(self, work: Callable[[], None]) -> None:
-        """Do nothing more after a failure: what follows may need what was lost."""
+        """Do some work unless earlier work failed: it may need the pages that were lost."""
         if self._failure is not None:
             raise self._failure
         try:
@@ -213,7 +165,7 @@ class WorkingSet:
             raise
 
     def _drain(self) -> BaseException | None:
-        """Wait for all transfers; returns what went wrong in them, unless somebody heard of it."""
+        """Wait for all transfers; returns their error, unless a `wait` has raised it."""
         if self._last is not None:
             with suppress(BaseException):  # it is in _failure
                 self._last.wait()
@@ -222,41 +174,39 @@ class WorkingSet:
         return unheard
 
     def _batches(self, j: int, places: Mapping[int, int]) -> Iterator[_Batch]:
-        """Pages of layer j and their slots, sorted by tier and number: neighbours travel together."""
+        """Sort pages of layer j, given with their slots, by tier and number, so that neighbours travel together."""
         by_tier: dict[Tier, list[int]] = {tier: [] for tier in self._stores}
         for page in sorted(places):
             by_tier[self._capacities.tier_of(page)].append(page)
-        for key in [key for key in self._shapes if key.layer == j]:
-            shape = self._shapes[key]
-            self.tensors(key, shape)
+        for key, page_format in [call for call in self._formats.items() if call[0].layer == j]:
+            self.tensors(key, page_format)
             for tier, pages in by_tier.items():
-                size = max(1, TRANSFER_BYTES // self._stores[tier].transfer_bytes(shape))
+                size = max(1, TRANSFER_BYTES // self._stores[tier].transfer_bytes(page_format))
                 for part in (pages[i : i + size] for i in range(0, len(pages), size)):
                     indices = [page - self._capacities.first(tier) for page in part]
-                    yield _Batch(key, shape, tier, indices, [places[page] for page in part])
+                    yield _Batch(key, page_format, tier, indices, [places[page] for page in part])
 
     def _bring(self, batches: list[_Batch], name: str) -> None:
         flights: deque[_Flight] = deque()
         for batch in batches:
             if len(flights) == NUM_BUFFERS:
                 self._arrive(flights.popleft(), name)
-            flight = self._flight(batch)
-            store = self._stores[batch.tier]
-            flight.buffer.futures += store.read(batch.key, batch.shape, batch.pages, flight.buffer.host)
-            flights.append(flight)
+            flights.append(self._flight(batch))
+            store, buffer = self._stores[batch.tier], flights[-1].buffer
+            buffer.futures += store.read(batch.key, batch.page_format, batch.pages, buffer.host)
         for flight in flights:
             self._arrive(flight, name)
 
     def _arrive(self, flight: _Flight, name: str) -> None:
-        (key, shape, tier, pages, slots), buffer = flight.batch, flight.buffer
+        (key, page_format, tier, pages, slots), buffer = flight.batch, flight.buffer
         buffer.finish()
         if tier == "disk":
             self._meter.add("disk_read", name, flight.begun, self._meter.now(), flight.num_bytes)
         with self._on_link("host_to_device", flight, name):
             buffer.to_device(flight.num_bytes)
         index = torch.tensor(slots, device=self._device)
-        arrived = self._stores[tier].view(shape, buffer.twin, len(pages))
-        for target, source in zip(self.tensors(key, shape), arrived, strict=True):
+        arrived = self._stores[tier].view(page_format, buffer.twin, len(pages))
+        for target, source in zip(self.tensors(key, page_format).tensors, arrived.tensors, strict=True):
             target.index_copy_(0, index, source)
 
     def _take_away(self, batches: list[_Batch], name: str) -> None:
@@ -266,8 +216,9 @@ class WorkingSet:
                 self._put_down(flights.popleft(), name)
             flight = self._flight(batch)
             index = torch.tensor(batch.slots, device=self._device)
-            leaving = self._stores[batch.tier].view(batch.shape, flight.buffer.twin, len(batch.pages))
-            for source, target in zip(self.tensors(batch.key, batch.shape), leaving, strict=True):
+            leaving = self._stores[batch.tier].view(batch.page_format, flight.buffer.twin, len(batch.pages))
+            slots = self.tensors(batch.key, batch.page_format)
+            for source, target in zip(slots.tensors, leaving.tensors, strict=True):
                 target.copy_(source.index_select(0, index))
             with self._on_link("device_to_host", flight, name):
                 flight.buffer.to_host(flight.num_bytes)
@@ -277,20 +228,20 @@ class WorkingSet:
         self._ring.finish()
 
     def _put_down(self, flight: _Flight, name: str) -> None:
-        (key, shape, tier, pages, _), buffer = flight.batch, flight.buffer
+        (key, page_format, tier, pages, _), buffer = flight.batch, flight.buffer
         buffer.finish()
         begun = self._meter.now()
-        buffer.futures += self._stores[tier].write(key, shape, pages, buffer.host)
+        buffer.futures += self._stores[tier].write(key, page_format, pages, buffer.host)
         for future in buffer.futures[-1:]:
             future.add_done_callback(lambda _: self._meter.add("disk_write", name, begun, self._meter.now(), flight.num_bytes))
 
     def _flight(self, batch: _Batch) -> _Flight:
-        page_bytes = self._stores[batch.tier].transfer_bytes(batch.shape)
+        page_bytes = self._stores[batch.tier].transfer_bytes(batch.page_format)
         buffer = self._ring.next(max(TRANSFER_BYTES, page_bytes))
         return _Flight(batch, buffer, page_bytes * len(batch.pages), self._meter.now())
 
     def _on_link(self, resource: Resource, flight: _Flight, name: str) -> AbstractContextManager[None]:
-        """Without a memory of the device's own nothing travels between disk and device but what the disk itself moves."""
+        """Measure a copy between host and device. Pages on disk need none where the device uses the host's memory."""
         if flight.batch.tier == "disk" and not self._own_memory:
             return nullcontext()
         return self._meter.span(resource, name, flight.num_bytes)

@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flexgen_helm.memory.pages import PAGE_TOKENS
-from flexgen_helm.memory.staging import NUM_BUFFERS
-from flexgen_helm.memory.working_set import TRANSFER_BYTES
+from flexgen_helm.memory.pages import NUM_BUFFERS, PAGE_TOKENS, TRANSFER_BYTES
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.schedule.operations import rows_at_once
 from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexgen_helm.attention.calls import WINDOW_CHUNKS
+from flexgen_helm.attention.visits import WINDOW_CHUNKS
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.types import ResolvedPolicy
 

@@ -14,13 +14,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import causal_mask_function
 
-from flexgen_helm.attention.calls import MaskRule
 from flexgen_helm.attention.host import HostAttention
+from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.memory.link import Transfer
-from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.page_format import CacheKey
 from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.model.cache_argument import cache_places
 from flexgen_helm.model.experts import EXPERTS_NAME, sliced_experts
@@ -76,9 +76,9 @@ class PackedRows:
 
         Args:
             model: The model.
-            cache: Where K and V are.
-            cpu_attention: Share of the decode rows that attend on the CPU to what is on the host, where the device has a
-                memory of its own.
+            cache: Holds K and V.
+            cpu_attention: Share of the decode rows for which the CPU attends to chunks of keys that are on the host, where the
+                device has a memory of its own.
 
         Raises:
             UnsupportedModel: If it takes no positions.
@@ -88,8 +88,8 @@ class PackedRows:
         self.model, self._cache = model, cache
         self._cpu_share = cpu_attention if cache.device.own_memory else 0.0
         self._host = HostAttention(cache.meter)
-        self._on_host: set[int] = set()
-        """Rows of the sweep, by identity, that attend on the CPU too."""
+        self._pages: dict[int, RowPages] = {}
+        """The pages of each row of the sweep, by the row's identity; each keeps its row alive, so that no other row has it."""
         self._running: PackedRecording | None = None
         self._key = CacheKey(0, 0)
         model.use(Implementations(self._register(), EXPERTS_NAME))
@@ -106,23 +106,25 @@ class PackedRows:
         return True
 
     def reserve(self, sweep: Sweep) -> None:
-        """Make room for a sweep's pages."""
+        """Make room for a sweep's pages; its rows may be recorded after it."""
         decode = [id(row) for row in sweep.rows if row.kind == "decode"]
         share = self._cpu_share
-        self._on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
-        pages = [RowPages(row, self._cache, host_attends=id(row) in self._on_host) for row in sweep.rows]
-        staged = rows_at_once(suspends=bool(self._on_host)) * max((len(found.staged.pages) for found in pages), default=0)
+        on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
+        self._pages = {id(row): RowPages(row, self._cache.pages, host_attends=id(row) in on_host) for row in sweep.rows}
+        most = max((len(pages.staged.pages) for pages in self._pages.values()), default=0)
+        staged = rows_at_once(suspends=bool(on_host)) * most
         host, _ = sweep.num_offloaded_pages
         self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages, host=host, staged=staged)
 
     def record(self, row: Row) -> PackedRecording:
-        """Note how the layers would be called for a row."""
+        """Note how the layers would be called for a row of the sweep that `reserve` made room for."""
         padding = row.size - row.num_tokens
         tokens = [token for segment in row.segments for token in segment.tokens] + [PADDING_TOKEN] * padding
         places = [position for segment in row.segments for position in range(segment.start, segment.end)] + [0] * padding
         ids, positions = torch.tensor([tokens, places], device=self.model.device)
-        host = self._host if id(row) in self._on_host else None
-        attention = RowAttention(row, self._cache, self.model.device, host)
+        pages = self._pages[id(row)]
+        host = self._host if pages.host_attends else None
+        attention = RowAttention(pages, self._cache, self.model.device, host)
         recording = PackedRecording(positions=positions, attention=attention)
         self.model.record(
             recording,

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_helm.attention.calls import MaskRule
+from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row import RowAttention
-from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.memory.page_format import CacheKey
 from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.schedule.rows import Row, Segment
@@ -99,7 +100,7 @@ class Machine:
 
     def run(self, kind: RowKind, size: int, pieces: list[tuple[int, int, int]]) -> None:
         segments = [Segment((0,) * (b - a), a, self.tables[i], True) for i, a, b in pieces]
-        row = RowAttention(Row(kind, size, segments), self.cache, torch.device("cpu"))
+        row = RowAttention(RowPages(Row(kind, size, segments), self.cache.pages), self.cache, torch.device("cpu"))
         parts = [torch.cat([self.inputs[i][x][a:b] for i, a, b in pieces]) for x in range(3)]
         q, k, v = (torch.cat([part, torch.zeros(size - len(part), *part.shape[1:])]) for part in parts)
         scale = self.heads.dim**-0.5
@@ -189,7 +190,7 @@ def test_pages_parted_in_one_row_are_copied_before_they_are_read() -> None:
         Segment((0,) * 4, 10, tables[1], True, (0, 1, 10)),
         Segment((0,) * 4, 14, tables[2], True, (1, 2, 14)),
     ]
-    row = RowAttention(Row("prefill", 32, segments), machine.cache, torch.device("cpu"))
+    row = RowAttention(RowPages(Row("prefill", 32, segments), machine.cache.pages), machine.cache, torch.device("cpu"))
     bounds = [(0, 0, 10), (1, 10, 14), (2, 14, 18)]
     q, k, v = (torch.cat([*(base[i][x][a:b] for i, a, b in bounds), torch.zeros(14, 2, 16)]) for x in range(3))
     out = row.attend(KEY, (q, k, v), CAUSAL, scale=0.25, softcap=None, sinks=None)

@@ -22,7 +22,7 @@ from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import DiskFull, PolicyError
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.page_format import CacheKey
 from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.rows import Row, Segment
@@ -56,11 +56,11 @@ class TieredMachine(Machine):
         """Run rows through all layers, column by column."""
         made = [self._row(*row) for row in rows]
         host = [self.host if row.kind == "decode" and self.cache.device.own_memory else None for row in made]
-        pages = [RowPages(row, self.cache, host_attends=h is not None) for row, h in zip(made, host, strict=True)]
+        pages = [RowPages(row, self.cache.pages, host_attends=h is not None) for row, h in zip(made, host, strict=True)]
         staged = 2 * max(len(found.staged.pages) for found in pages)
         high = self.pool.high_water
         self.cache.reserve(kept=high.device, host=high.host, transient=0, staged=staged)
-        attentions = [RowAttention(row, self.cache, self.device, h) for row, h in zip(made, host, strict=True)]
+        attentions = [RowAttention(found, self.cache, self.device, h) for found, h in zip(pages, host, strict=True)]
         squares = [(j, k) for j in range(NUM_LAYERS) for k in range(len(rows))]
         for square, following in zip(squares, [*squares[1:], None], strict=True):
             if ahead and following is not None:
@@ -269,9 +269,9 @@ def test_tiers_beside_a_gpu(tmp_path: Path, cpu_attention: bool) -> None:
     """Pages that are brought change no bit; attention on the CPU rounds differently."""
     cuda = torch.device("cuda")
     heads, options, lengths = Heads(6, 2, 16, 16), Options(sinks=True), [330, 280, 300, 170]
-    plain = TieredMachine(heads, options, lengths, 160, PagePool(60), device=cuda)
+    plain = TieredMachine(heads, options, lengths, 160, PagePool(60), device=Device(cuda))
     pool = PagePool(60, host=60, disk=60, shares=(0.2, 0.4, 0.4))
-    tiered = TieredMachine(heads, options, lengths, 160, pool, device=cuda, offload_folder=tmp_path)
+    tiered = TieredMachine(heads, options, lengths, 160, pool, device=Device(cuda), offload_folder=tmp_path)
     tiered.host = HostAttention(Meter(cuda)) if cpu_attention else None
     begins = [0] + [160] * 3
     for machine in (plain, tiered):

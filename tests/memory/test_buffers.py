@@ -11,7 +11,7 @@ import torch
 
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.memory.buffers import PAGE, allocate, lazy_zeros, padded
-from flexgen_helm.memory.page_tensors import CacheKey
+from flexgen_helm.memory.page_format import CacheKey
 from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
 from tests.memory.alone import alone
@@ -70,7 +70,7 @@ def test_kept_pages_that_grow_leave_nothing_behind() -> None:
     for pages in range(0, capacity + 1, 64):
         cache.reserve(kept=pages, transient=0)
         for j in range(num_layers):
-            for x in cache.tensors(CacheKey(j, 0), k, k, ["device"])["device"]:
+            for x in cache.tensors(CacheKey(j, 0), k, k, ["device"])["device"].tensors:
                 x[max(0, pages - 64) : pages] = 1.0
         peak = max(peak, resident_bytes() - before)
     assert peak == pytest.approx(capacity * num_layers * page_bytes, rel=0.05)

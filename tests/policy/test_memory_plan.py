@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.memory.amounts import parse_max_memory, parse_size
-from flexgen_helm.memory.staging import NUM_BUFFERS
+from flexgen_helm.memory.pages import NUM_BUFFERS, TRANSFER_BYTES
 from flexgen_helm.memory.tiers import interleave
-from flexgen_helm.memory.working_set import TRANSFER_BYTES
 from flexgen_helm.policy.cache_plan import CACHE_SHARE, CachePlan
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes

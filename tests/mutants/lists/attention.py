@@ -3,39 +3,42 @@
 from tests.mutants.mutant import Mutant
 
 ROWS = "tests/attention/test_row.py::test_rows_equal_dense_attention"
+VISITS = "tests/attention/test_visits.py::test_every_pair_that_causality_allows_is_in_exactly_one_visit"
 TIERS = "tests/attention/test_tiers.py::test_answers_do_not_depend_on_where_pages_rest"
+RESIDENCY = "tests/memory/test_residency.py"
+WORKING_SET = "tests/memory/test_working_set.py"
 LOADS = "tests/rows/test_self_check.py::test_an_honest_model_is_stable"
 
 MUTANTS = (
     Mutant(
         name="attention-first-chunk-left-out",
-        file="flexgen_helm/attention/calls.py",
+        file="flexgen_helm/attention/visits.py",
         old="range((segment.end - 1) // CHUNK_TOKENS + 1)",
         new="range(segment.start // CHUNK_TOKENS, (segment.end - 1) // CHUNK_TOKENS + 1)",
-        tests=(ROWS,),
+        tests=(VISITS, ROWS),
         why="tokens forget what is more than a chunk of keys before them",
     ),
     Mutant(
         name="attention-last-chunk-left-out",
-        file="flexgen_helm/attention/calls.py",
+        file="flexgen_helm/attention/visits.py",
         old="range((segment.end - 1) // CHUNK_TOKENS + 1)",
         new="range((segment.end - 1) // CHUNK_TOKENS)",
-        tests=(ROWS,),
+        tests=(VISITS, ROWS),
         why="tokens do not see themselves",
     ),
     Mutant(
         name="attention-window-forgotten",
         file="flexgen_helm/attention/calls.py",
-        old="if not (self.rule.causal_only and",
-        new="if not (",
+        old='if group.kind == "own" or not self.rule.causal_only:',
+        new='if group.kind == "own":',
         tests=(ROWS,),
         why="sliding windows see whole chunks",
     ),
     Mutant(
         name="attention-own-chunk-unmasked",
         file="flexgen_helm/attention/calls.py",
-        old="first_visit.last > (first_visit.chunk + 1) * CHUNK_TOKENS",
-        new="first_visit.last > first_visit.chunk * CHUNK_TOKENS",
+        old='if group.kind == "own" or not',
+        new="if not",
         tests=(ROWS,),
         why="tokens see later ones",
     ),
@@ -145,7 +148,7 @@ MUTANTS = (
     ),
     Mutant(
         name="working-set-forgets-what-was-written",
-        file="flexgen_helm/memory/working_set.py",
+        file="flexgen_helm/memory/pages.py",
         old="resident.written |= page in staged.writes",
         new="resident.written = page in staged.writes",
         tests=(TIERS, "tests/runtime/test_offload.py::test_placement_changes_no_bit"),
@@ -153,18 +156,58 @@ MUTANTS = (
     ),
     Mutant(
         name="working-set-released-too-early",
-        file="flexgen_helm/memory/working_set.py",
+        file="flexgen_helm/memory/pages.py",
         old="if not resident.users:",
         new="if resident.users <= 1:",
-        tests=(TIERS,),
+        tests=(RESIDENCY, TIERS),
         why="a page's slot is taken away from a row that still attends",
     ),
     Mutant(
         name="disk-pages-of-all-layers-in-one-place",
-        file="flexgen_helm/memory/page_file.py",
+        file="flexgen_helm/memory/page_stores.py",
         old="yield self._begins[key] + pages[begin] * size",
         new="yield pages[begin] * size",
-        tests=(TIERS,),
+        tests=(RESIDENCY, TIERS),
         why="layers overwrite each other's K and V on disk",
+    ),
+    Mutant(
+        name="pages-loaded-before-they-are-stored",
+        file="flexgen_helm/memory/working_set.py",
+        old="self._ring.finish()",
+        new="pass",
+        tests=(WORKING_SET,),
+        why="a sequence that comes back from the disk has old keys",
+    ),
+    Mutant(
+        name="pages-moved-after-a-failure",
+        file="flexgen_helm/memory/working_set.py",
+        old="if self._failure is not None:",
+        new="if False:",
+        tests=(WORKING_SET,),
+        why="pages that a full disk lost are read as if they were there",
+    ),
+    Mutant(
+        name="pages-failure-untold",
+        file="flexgen_helm/memory/working_set.py",
+        old="unheard = None if self._failure_seen else",
+        new="unheard = None if self._failure else",
+        tests=(WORKING_SET,),
+        why="a full disk at the end of a sweep is not noticed",
+    ),
+    Mutant(
+        name="pages-host-read-in-place",
+        file="flexgen_helm/memory/pages.py",
+        old='(tier == "host" and self.own_memory)',
+        new='(tier == "host" and not self.own_memory)',
+        tests=(RESIDENCY, TIERS),
+        why="a GPU reads pages that are not on it",
+    ),
+    Mutant(
+        name="staging-buffer-reused-too-early",
+        file="flexgen_helm/memory/staging.py",
+        old="        buffer = self._buffers[self._turn]\n        buffer.finish()",
+        new="        buffer = self._buffers[self._turn]",
+        tests=("tests/memory/test_staging.py",),
+        why="a page on its way to disk is overwritten by the next",
     ),
 )

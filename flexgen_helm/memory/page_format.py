@@ -1,0 +1,207 @@
+"""The stored form of K/V pages: their bytes, allocation, and how tokens get in and out.
+
+Stored pages of K, and those of V, are one tensor each, whose first dimension counts pages. Whole pages can so be moved between
+tensors of the same format, and through buffers of bytes, without knowing it. All else asks the format.
+
+A *sealed* page is quantised, and will be a page of another `PartFormat`: `write` is for exact pages only, a sealed page is made
+of a full exact one, and `gather` dequantises it. A query attends to its own chunk in the exact form and to every earlier chunk
+in the sealed form, so every chunk of a kernel call has the same form: the call's pages come with the tensors of that form, and
+no kernel sees a difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.memory.buffers import lazy_zeros
+from flexgen_helm.memory.pages import PAGE_TOKENS
+
+
+class CacheKey(NamedTuple):
+    """An attention call of a model: some layers attend more than once.
+
+    Attributes:
+        layer: The layer.
+        call: Number of the call in the layer, from 0.
+    """
+
+    layer: int
+    call: int
+
+
+class PartFormat(Protocol):
+    """The stored form of one part of pages, either K or V, of one attention call."""
+
+    @property
+    def num_heads(self) -> int:
+        """Number of K/V heads."""
+
+    @property
+    def dim(self) -> int:
+        """Elements of a token in one head."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which attention reads."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one stored page."""
+
+    def allocate(self, pages: int, device: torch.device) -> Tensor:
+        """Stored pages ``[pages, ...]`` that read as zeros.
+
+        What a mask hides is multiplied by 0, which must not meet a NaN of uninitialised memory.
+        """
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """Bytes ``[pages, num_bytes]``, uint8, as stored pages."""
+
+    def write(self, stored: Tensor, pages: Tensor, tokens: Tensor, new: Tensor) -> None:
+        """Store tokens.
+
+        Args:
+            stored: Stored pages.
+            pages: ``[n]``: the page of each token.
+            tokens: ``[n]``: its place in the page, below 32.
+            new: ``[n, num_heads, dim]``, on any device.
+        """
+
+    def read(self, stored: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
+        """The tokens ``[n, num_heads, dim]`` that `write` stored."""
+
+    def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Whole pages of single heads, as attention reads them.
+
+        Args:
+            stored: Stored pages.
+            rows: ``[n]``: page * num_heads + head.
+            out: ``[n, 32 * dim]`` to fill; None: a new tensor.
+
+        Returns:
+            ``[n, 32 * dim]`` of `dtype`: the 32 tokens of each page and head, one behind the other.
+        """
+
+
+@dataclass(frozen=True)
+class PlainPart:
+    """K or V stored as it is: ``[pages, num_heads, 32, dim]``, heads first, so that the tokens of a head are one stretch."""
+
+    num_heads: int
+    dim: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one page."""
+        return self.num_heads * PAGE_TOKENS * self.dim * self.dtype.itemsize
+
+    def allocate(self, pages: int, device: torch.device) -> Tensor:
+        """Zeros; on a CPU a page of memory is taken with its first use."""
+        num_bytes = pages * self.num_bytes
+        zeros = lazy_zeros(num_bytes) if device.type == "cpu" else torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        return zeros.view(self.dtype).view(pages, self.num_heads, PAGE_TOKENS, self.dim)
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """Bytes ``[pages, num_bytes]``, uint8, as pages."""
+        return buffer.view(self.dtype).view(-1, self.num_heads, PAGE_TOKENS, self.dim)
+
+    def write(self, stored: Tensor, pages: Tensor, tokens: Tensor, new: Tensor) -> None:
+        """Store tokens ``[n, num_heads, dim]``."""
+        stored[pages, :, tokens] = new.to(stored.device)
+
+    def read(self, stored: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
+        """The tokens ``[n, num_heads, dim]`` at some places."""
+        return stored[pages, :, tokens]
+
+    def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Copy pages of single heads: ``[n, 32 * dim]``."""
+        return torch.index_select(stored.view(-1, PAGE_TOKENS * self.dim), 0, rows, out=out)
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """The stored form of the pages of one attention call: one of K and one of V, each usable without the other.
+
+    Attributes:
+        k: The form of K.
+        v: The form of V: as many heads, a head size of its own.
+    """
+
+    k: PartFormat
+    v: PartFormat
+
+    @classmethod
+    def plain(cls, k: Tensor, v: Tensor) -> PageFormat:
+        """The format that stores tokens ``[T, num_heads, dim]`` as they are."""
+        return cls(*(PlainPart(x.shape[1], x.shape[2], x.dtype) for x in (k, v)))
+
+    @property
+    def parts(self) -> tuple[PartFormat, PartFormat]:
+        """K and V."""
+        return self.k, self.v
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one stored page, K and V together."""
+        return self.k.num_bytes + self.v.num_bytes
+
+    @property
+    def num_bytes_per_token(self) -> int:
+        """Bytes of one stored token, K and V together."""
+        return self.num_bytes // PAGE_TOKENS
+
+    def allocate(self, pages: int, device: torch.device, old: list[Tensor] | None = None) -> PageTensors:
+        """Pages that read as zeros.
+
+        Args:
+            pages: Their number.
+            device: Where they are.
+            old: Stored K and V that the first pages take over. They leave the list as they are copied, so that never both are
+                there twice.
+        """
+        new = []
+        for part in self.parts:
+            new.append(part.allocate(pages, device))
+            if old:
+                new[-1][: len(old[0])] = old[0]
+                del old[0]
+        return PageTensors(self, *new)
+
+    def view(self, k: Tensor, v: Tensor) -> PageTensors:
+        """Bytes ``[pages, bytes]`` of K and of V, one page a row, as pages."""
+        return PageTensors(self, self.k.view(k), self.v.view(v))
+
+
+@dataclass(frozen=True, eq=False)
+class PageTensors:
+    """Pages of one attention call at one place.
+
+    Attributes:
+        format: Their form.
+        k: Stored K, the first dimension counts pages.
+        v: Stored V, likewise.
+    """
+
+    format: PageFormat
+    k: Tensor
+    v: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Stored K and V."""
+        return self.k, self.v
+
+    @property
+    def parts(self) -> tuple[tuple[PartFormat, Tensor], tuple[PartFormat, Tensor]]:
+        """K and V, each with its form."""
+        return (self.format.k, self.k), (self.format.v, self.v)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages."""
+        return self.k.nbytes + self.v.nbytes

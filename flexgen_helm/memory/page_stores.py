@@ -1,0 +1,189 @@
+"""Storage of pages: in tensors that grow, in host memory, or in a file on disk."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.errors import DiskFull
+from flexgen_helm.memory.amounts import gib
+from flexgen_helm.memory.buffers import padded
+from flexgen_helm.memory.direct_io import DirectFile, DiskIO
+from flexgen_helm.memory.page_format import CacheKey, PageFormat, PageTensors
+
+GROWTH = 1.5
+"""Storage that is too small is made larger by at least this factor, since growing copies what is stored."""
+HOST = torch.device("cpu")
+
+
+class GrowingPages:
+    """Tensors of one kind of pages, which grow with the highest number in use."""
+
+    def __init__(self, capacity: int | None) -> None:
+        """Nothing is allocated yet.
+
+        Args:
+            capacity: There will never be more pages; None: no bound.
+        """
+        self._capacity = capacity
+        self.num_bytes = 0
+        """Bytes of all tensors when all their pages are in use."""
+        self._pages = 0
+        self._tensors: dict[tuple[CacheKey, PageFormat], PageTensors] = {}
+
+    def reserve(self, pages: int) -> None:
+        """Make room for pages numbered below this; tensors follow at their next use."""
+        if pages > self._pages:
+            grown = max(pages, int(GROWTH * self._pages))
+            self._pages = grown if self._capacity is None else min(grown, self._capacity)
+
+    def tensors(self, key: CacheKey, page_format: PageFormat, device: torch.device) -> PageTensors:
+        """The pages of one attention call, made or made larger on a device where they are missing or too few."""
+        found = self._tensors.get((key, page_format))
+        if found is not None and len(found.k) >= self._pages:
+            return found
+        old = [] if found is None else list(found.tensors)
+        del found
+        self._tensors.pop((key, page_format), None)
+        new = self._tensors[key, page_format] = page_format.allocate(self._pages, device, old)
+        self.num_bytes = sum(tensors.num_bytes for tensors in self._tensors.values())
+        return new
+
+
+class OffloadedPages(Protocol):
+    """Pages that attention cannot read where they are stored: they travel as bytes.
+
+    They are numbered from 0, the first page of their tier.
+    """
+
+    def register(self, key: CacheKey, page_format: PageFormat) -> None:
+        """Make room for an attention call."""
+
+    def transfer_bytes(self, page_format: PageFormat) -> int:
+        """Bytes of a page in a transfer."""
+
+    def view(self, page_format: PageFormat, buffer: Tensor, count: int) -> PageTensors:
+        """The ``count`` pages of a transfer in a buffer of bytes."""
+
+    def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+        """Start to copy pages into a buffer of bytes; the futures say when they are there."""
+
+    def write(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+        """Start to copy pages out of a buffer of bytes; the futures say when they are stored."""
+
+    def close(self) -> None:
+        """Remove what there is."""
+
+
+class HostPages(GrowingPages):
+    """Pages in host memory. In transfers all K comes first, then all V."""
+
+    def register(self, key: CacheKey, page_format: PageFormat) -> None:
+        """Make room for an attention call."""
+        self.tensors(key, page_format, HOST)
+
+    def transfer_bytes(self, page_format: PageFormat) -> int:
+        """Bytes of a page in a transfer: the page itself."""
+        return page_format.num_bytes
+
+    def view(self, page_format: PageFormat, buffer: Tensor, count: int) -> PageTensors:
+        """The pages of a transfer in a buffer of bytes."""
+        k, v = (count * part.num_bytes for part in page_format.parts)
+        return page_format.view(buffer[:k].view(count, -1), buffer[k : k + v].view(count, -1))
+
+    def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+        """Copy pages into a buffer; nothing is left to wait for."""
+        index = torch.tensor(pages)
+        leaving = self.view(page_format, buffer, len(pages))
+        for source, target in zip(self._tensors[key, page_format].tensors, leaving.tensors, strict=True):
+            torch.index_select(source, 0, index, out=target)
+        return []
+
+    def write(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+        """Copy pages out of a buffer; nothing is left to wait for."""
+        index = torch.tensor(pages)
+        arrived = self.view(page_format, buffer, len(pages))
+        for target, source in zip(self._tensors[key, page_format].tensors, arrived.tensors, strict=True):
+            target.index_copy_(0, index, source)
+        return []
+
+    def close(self) -> None:
+        """Do nothing: memory goes with its last use."""
+
+
+class DiskPages:
+    """Pages in a file, a record for each page of each attention call, K before V.
+
+    The file has no name, so that it is gone at `close`, or with the process.
+    """
+
+    def __init__(self, folder: Path, capacity: int, *, page_bytes: int) -> None:
+        """Make the file.
+
+        Args:
+            folder: Where it goes.
+            capacity: Pages that it may hold.
+            page_bytes: Bytes of K and V of a page in all layers.
+
+        Raises:
+            DiskFull: If the folder has less room than that.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        free, needed = shutil.disk_usage(folder).free, capacity * page_bytes
+        if needed > free:
+            raise DiskFull(
+                f"The K/V cache needs {gib(needed)} in {folder}, which has {gib(free)} free. Free space, "
+                "name another offload_folder, or give the disk a smaller share of the cache."
+            )
+        path = folder / f"kv_{os.getpid()}_{secrets.token_hex(4)}.pages"
+        self._file = DirectFile(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        path.unlink()  # so that nothing stays, whatever ends the process
+        self._file.path = folder  # which errors can name
+        self._io, self._capacity = DiskIO(), capacity
+        self._begins: dict[CacheKey, int] = {}
+        self._end = 0
+
+    def register(self, key: CacheKey, page_format: PageFormat) -> None:
+        """Make room for an attention call."""
+        if key not in self._begins:
+            self._begins[key] = self._end
+            self._end += self._capacity * self.transfer_bytes(page_format)
+
+    def transfer_bytes(self, page_format: PageFormat) -> int:
+        """Bytes of a record, which direct access wants to be whole pages of memory."""
+        return padded(page_format.num_bytes)
+
+    def view(self, page_format: PageFormat, buffer: Tensor, count: int) -> PageTensors:
+        """The pages of a transfer in a buffer of bytes."""
+        k, v = (part.num_bytes for part in page_format.parts)
+        records = buffer[: count * self.transfer_bytes(page_format)].view(count, -1)
+        return page_format.view(records[:, :k], records[:, k : k + v])
+
+    def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+        """Start to read pages into a buffer."""
+        return [self._io.read(self._file, *part) for part in self._runs(key, page_format, pages, buffer)]
+
+    def write(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+        """Start to write pages out of a buffer."""
+        return [self._io.write(self._file, *part) for part in self._runs(key, page_format, pages, buffer)]
+
+    def close(self) -> None:
+        """Give the space back."""
+        self._io.close()
+        self._file.close()
+
+    def _runs(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Neighbours in the file as one range: where it begins, and its part of the buffer."""
+        size, begin = self.transfer_bytes(page_format), 0
+        for i in range(1, len(pages) + 1):
+            if i == len(pages) or pages[i] != pages[i - 1] + 1:
+                yield self._begins[key] + pages[begin] * size, buffer[begin * size : i * size]
+                begin = i

@@ -1,0 +1,67 @@
+"""The pages of a row against what its tokens touch, one by one."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
+from flexgen_helm.memory.pages import PAGE_TOKENS, PageCounts, PageMap
+from flexgen_helm.schedule.rows import Row, Segment
+
+CAPACITIES = PageCounts(12, 12, 100)
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> list[Segment]:
+    """Sequences with pages of any tiers; some part from others inside a page."""
+    found: list[Segment] = []
+    free = list(draw(st.permutations(range(60))))
+    source = free.pop()
+    for _ in range(draw(st.integers(1, 4))):
+        start, count = draw(st.integers(0, 200)), draw(st.integers(1, 70))
+        table = [free.pop() for _ in range(-(-(start + count) // PAGE_TOKENS))]
+        partial = start % PAGE_TOKENS
+        parts = partial and draw(st.booleans())
+        copy = (source, table[start // PAGE_TOKENS], partial) if parts else None
+        found.append(Segment((0,) * count, start, table, kept=draw(st.booleans()), copy=copy))
+    return found
+
+
+@settings(derandomize=True, max_examples=80)
+@given(segments(), st.booleans())
+def test_pages_hold_what_tokens_touch(parts: list[Segment], own_memory: bool) -> None:
+    page_map = PageMap(CAPACITIES, own_memory)
+    pages = RowPages(Row("prefill", 512, parts), page_map)
+    read: set[int] = set()
+    written: set[int] = set()
+    for segment in (segment for segment in parts if segment.kept):
+        written |= {segment.table[position // PAGE_TOKENS] for position in range(segment.start, segment.end)}
+        copied = set(segment.table[segment.start // PAGE_TOKENS :][:1]) if segment.copy is not None else set()
+        read |= {segment.table[position // PAGE_TOKENS] for position in range(segment.start)} - copied
+        read |= {segment.copy[0]} if segment.copy is not None else set()
+    touched = read | written
+    staged = {page for page in touched if page_map.place(page) == "staged"}
+    assert len(pages.staged.pages) == len(staged)
+    assert set(pages.staged.pages) == staged
+    assert pages.staged.reads == read & staged
+    assert pages.staged.writes == written & staged
+    places = {page_map.place(page) for page in touched} | {"transient" for segment in parts if not segment.kept}
+    assert pages.places == places
+    for page in touched:
+        place, index = pages.find(page, kept=True)
+        assert place == page_map.place(page)
+        assert index == (pages.staged.pages.index(page) if place == "staged" else page_map.index(page))
+    assert pages.find(7, kept=False) == ("transient", 7)
+
+
+def test_the_host_attends_to_chunks_that_are_there_as_a_whole() -> None:
+    """Pages 12 to 23 are on the host. A page that another chunk has with a page of the device is staged in both."""
+    per_chunk = CHUNK_TOKENS // PAGE_TOKENS
+    whole, mixed, shares = [12, 13, 14, 15], [16, 17, 0, 18], [16, 19, 20, 21]
+    assert {len(chunk) for chunk in (whole, mixed, shares)} == {per_chunk}
+    row = Row("decode", 16, [Segment((0,), CHUNK_TOKENS - 1, table) for table in (whole, mixed, shares)])
+    pages = RowPages(row, PageMap(CAPACITIES, own_memory=True), host_attends=True)
+    assert [pages.find(page, kept=True) for page in whole] == [("host", i) for i in range(4)]
+    assert {pages.find(page, kept=True)[0] for page in (16, 17, 18, 19, 20, 21)} == {"staged"}
+    assert pages.find(0, kept=True) == ("device", 0)
