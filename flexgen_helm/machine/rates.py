@@ -45,8 +45,7 @@ def measure_rates(
     dtype: torch.dtype,
     *,
     matrix: tuple[int, int],
-    prefill_tokens: int,
-    decode_tokens: int,
+    row_tokens: tuple[int, int],
     used: Collection[str],
     folder: Path | None,
 ) -> Rates:
@@ -56,8 +55,7 @@ def measure_rates(
         device: Where the matrices were multiplied.
         dtype: Of the weights.
         matrix: Outputs and inputs of the matrix whose products are measured.
-        prefill_tokens: Tokens of a prefill row.
-        decode_tokens: Tokens of a decode row.
+        row_tokens: Tokens of a prefill row and of a decode row.
         used: Resources that moved bytes, and "cpu_attention" if the CPU attended.
         folder: On the disk; None where the run used none.
 
@@ -65,8 +63,8 @@ def measure_rates(
         FlexGenError: If the disk cannot be measured.
     """
     rates = {
-        "prefill": product_rate(device, dtype, prefill_tokens, matrix),
-        "decode": product_rate(device, dtype, decode_tokens, matrix),
+        "prefill": product_rate(device, dtype, row_tokens[0], matrix),
+        "decode": product_rate(device, dtype, row_tokens[1], matrix),
         "read": read_rate(device),
     }
     if {"host_to_device", "device_to_host"} & set(used):

@@ -24,7 +24,7 @@ from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import shapes_of
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
 from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space
-from flexgen_helm.runtime.load_model import Blueprint, load_and_check, plain_formats, slab_identity
+from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats, slab_identity
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.work import Scheduler
 from flexgen_helm.types import (
@@ -92,27 +92,32 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
     blueprint = _draw(source, options)
     placed = load_and_check(blueprint)
     log_choice(placed.loaded, placed.checked)
-    device, plan, meter, folder = options.device, blueprint.plan, blueprint.meter, blueprint.folder
-    for tier, count in plan.weights.resident_bytes.items():
-        meter.hold(tier, "resident weights", count)
-    policy = replace(blueprint.policy, weights=plan.weights.shares)
-    kv_dtype = options.kv_dtype or source.dtype
-    hidden = None
+    for tier, count in blueprint.plan.weights.resident_bytes.items():
+        blueprint.meter.hold(tier, "resident weights", count)
     try:
-        if policy.cache[2] or policy.hidden[2]:
-            make_folder(folder)
-        left = plan.left(free_space(device, folder))
-        cache_bytes = plan.cache.capacities(left)
-        page_bytes = plan.page_bytes(placed.checked.verdict.cache_bytes_per_token)
-        storage = CacheStorage(cache_bytes, page_bytes, device=device, kv_dtype=kv_dtype, folder=folder, meter=meter)
-        keep_all = options.order != "zigzag"
-        rows, scheduler = make_rows(placed.checked, policy, storage, block_tokens=plan.block_tokens(left), keep_all=keep_all)
-        if policy.hidden != (1.0, 0.0, 0.0):
-            hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)
+        return _assemble(blueprint, placed, options)
     except BaseException:
         if placed.weights is not None:
             placed.weights.close()
         raise
+
+
+def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions) -> Parts:
+    """Make what plans and computes the rows of a model that is loaded."""
+    device, plan, meter, folder = options.device, blueprint.plan, blueprint.meter, blueprint.folder
+    policy = replace(blueprint.policy, weights=plan.weights.shares)
+    kv_dtype = options.kv_dtype or blueprint.source.dtype
+    if policy.cache[2] or policy.hidden[2]:
+        make_folder(folder)
+    left = plan.left(free_space(device, folder))
+    cache_bytes = plan.cache.capacities(left)
+    page_bytes = plan.page_bytes(placed.checked.verdict.cache_bytes_per_token)
+    storage = CacheStorage(cache_bytes, page_bytes, device=device, kv_dtype=kv_dtype, folder=folder, meter=meter)
+    keep_all = options.order != "zigzag"
+    rows, scheduler = make_rows(placed.checked, policy, storage, block_tokens=plan.block_tokens(left), keep_all=keep_all)
+    hidden = None
+    if policy.hidden != (1.0, 0.0, 0.0):
+        hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)
     executor = (OverlappedExecutor if policy.overlap else SerialExecutor)(
         rows, head_slice=policy.gpu_batch_size, order=options.order, weights=placed.weights, hidden=hidden, meter=meter
     )

@@ -67,7 +67,7 @@ class Engine:
         self._run_lock = threading.RLock()
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913 - options of users, by keyword
         cls,
         name_or_path: str,
         *,
@@ -212,8 +212,7 @@ class Engine:
             parts.device.torch_device,
             model.dtype,
             matrix=sizes.widest,
-            prefill_tokens=self.policy.gpu_batch_tokens,
-            decode_tokens=self.policy.gpu_batch_size,
+            row_tokens=(self.policy.gpu_batch_tokens, self.policy.gpu_batch_size),
             used=[name for name, count in stats.bytes_moved.items() if count],
             folder=parts.folder if parts.folder.exists() else None,
         )

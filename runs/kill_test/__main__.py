@@ -84,34 +84,48 @@ def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: i
     for _ in range(20 + 5 * kills):
         if tally.kills == kills:
             break
-        process = disturbed.start()
         # Loading takes longer than answering: every other kill waits for a number of new answers, not for a time.
         at = moments.uniform(0, seconds) if tally.kills % 2 else math.inf
-        _wait(process, disturbed, at, len(durable) + moments.randint(1, MOST_NEW_ANSWERS))
-        process.kill()
-        process.join()
-        tally.kills += process.exitcode != 0
-        bar.update(process.exitcode != 0)
-        now = journal_keys(disturbed.suite_folder)
-        finished = process.exitcode == 0 or (_complete(disturbed, expected) and not now)
-        computed = set(disturbed.computed.read_text().split()) if disturbed.computed.exists() else set()
-        assert not computed & set(durable), "an answer was computed again after it was durable"
-        if not finished:
-            assert now[: len(durable)] == durable, "a finished answer is lost"
-            assert len(computed - set(now)) <= 1, "answers were not durable when they were finished"
-            assert process.exitcode == -9, f"the command failed; see {disturbed.output_path / 'log.txt'}"
-        stage = _stage(durable, now, finished)
-        tally.during[stage] = tally.during.get(stage, 0) + 1
-        tally.most_resumed = max(tally.most_resumed, len(durable))
-        durable = now
-        if finished:
-            _compare(disturbed, expected, tally)
-            durable = []
+        durable = _kill_once(disturbed, expected, durable, (at, moments.randint(1, MOST_NEW_ANSWERS)), tally)
+        bar.update(tally.kills - bar.n)
     bar.close()
     assert tally.kills == kills, "the suite ends before it can be killed: ask for more instances"
     _run_to_the_end(disturbed)
     _compare(disturbed, expected, tally)
     return tally
+
+
+def _kill_once(
+    command: Command, expected: dict[str, object], durable: list[str], moment: tuple[float, int], tally: Tally
+) -> list[str]:
+    """Start a suite, kill it and see what it left; returns the answers that are durable now.
+
+    Args:
+        command: The suite.
+        expected: Files of the undisturbed suite.
+        durable: Answers that earlier commands left.
+        moment: Seconds and number of new answers, of which the first that is reached is the moment of the kill.
+        tally: Is told what happened.
+    """
+    process = command.start()
+    _wait(process, command, moment[0], len(durable) + moment[1])
+    process.kill()
+    process.join()
+    tally.kills += process.exitcode != 0
+    now = journal_keys(command.suite_folder)
+    finished = process.exitcode == 0 or (_complete(command, expected) and not now)
+    computed = set(command.computed.read_text().split()) if command.computed.exists() else set()
+    assert not computed & set(durable), "an answer was computed again after it was durable"
+    if not finished:
+        assert now[: len(durable)] == durable, "a finished answer is lost"
+        assert len(computed - set(now)) <= 1, "answers were not durable when they were finished"
+        assert process.exitcode == -9, f"the command failed; see {command.output_path / 'log.txt'}"
+    stage = _stage(durable, now, finished)
+    tally.during[stage] = tally.during.get(stage, 0) + 1
+    tally.most_resumed = max(tally.most_resumed, len(durable))
+    if finished:
+        _compare(command, expected, tally)
+    return [] if finished else now
 
 
 def _wait(process: BaseProcess, command: Command, seconds: float, answers: int) -> None:

@@ -115,7 +115,7 @@ def test_weights_are_hidden_from_the_break_even_block_on(
 
 def test_only_what_a_run_used_is_measured(tmp_path: Path) -> None:
     measure = partial(
-        measure_rates, torch.device("cpu"), torch.float32, matrix=(1024, 1024), prefill_tokens=64, decode_tokens=16
+        measure_rates, torch.device("cpu"), torch.float32, matrix=(1024, 1024), row_tokens=(64, 16)
     )
     rates = measure(used=(), folder=tmp_path)
     assert 1e8 < rates.decode < 1e15
