@@ -18,7 +18,7 @@ from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.model.recorder import Recording
-from flexgen_helm.schedule.operations import Operation, Order, sweep_operations
+from flexgen_helm.schedule.operations import Operation, Order, head_unit, sweep_operations
 from flexgen_helm.schedule.rows import LogitRequest, Row, Sweep, halved
 
 logger = logging.getLogger(__name__)
@@ -170,19 +170,20 @@ class SerialExecutor:
     def _run_sweep(self, run: _Run, on_logits: LogitsHandler, on_operation: Callable[[Operation], None] | None) -> None:
         num_slots = self._weights.num_slots if self._weights is not None else 0
         for operation in sweep_operations(
-            self._order, self.num_layers, len(run.recordings), streamed=self._streamed, num_slots=num_slots
+            self._order, self.num_layers, run.num_rows, streamed=self._streamed, num_slots=num_slots
         ):
-            if operation == ("release_weights", self.num_layers, -1):
+            if operation.kind == "finish":
                 self._finish(run, on_logits)
-            self._perform(run, operation)
+            else:
+                self._perform(run, operation)
             if on_operation is not None:
                 on_operation(operation)
-        if self.num_layers not in self._streamed:
-            self._finish(run, on_logits)
 
     def _perform(self, run: _Run, operation: Operation) -> None:
         kind, j, k = operation
-        if kind in ("load_weights", "release_weights"):
+        if kind == "record":
+            run.record(k)
+        elif kind in ("load_weights", "release_weights"):
             self._move_weights(operation)
         elif kind == "compute":
             if run.layer != j:
@@ -222,7 +223,7 @@ class SerialExecutor:
         self._weights.finish(j)
 
     def _finish(self, run: _Run, on_logits: LogitsHandler) -> None:
-        self._use_weights(self.num_layers)
+        self._use_weights(head_unit(self.num_layers))
         run.mark()
         requested = run.requested()
         while requested:
@@ -306,10 +307,12 @@ class _Run:
         self._final: dict[int, Tensor] = {}
         self.layer = -1
         """Whose weights are in use."""
+        self.num_rows = len(sweep.rows)
         self.recordings: list[Any] = []
-        for k, row in enumerate(sweep.rows):
-            self.recordings.append(rows.record(row))
-            self._store_hidden(k)
+
+    def record(self, k: int) -> None:
+        """Note how the layers would be called for row k."""
+        self.recordings.append(self._rows.record(self._sweep.rows[k]))
 
     def move(self, operation: Operation) -> Waitable | None:
         """Start what an operation moves."""

@@ -154,8 +154,8 @@ MUTANTS = (
     Mutant(
         name="operations-hidden-state-stays-out",
         file="flexgen_helm/schedule/operations.py",
-        old="if moves_on and square[0] < num_layers - 1:",
-        new="if moves_on and square[0] < num_layers - 2:",
+        old="last=j == head - 1",
+        new="last=j >= head - 2",
         tests=("tests/schedule/test_operations.py",),
         why="the last layer gets no hidden state",
     ),
