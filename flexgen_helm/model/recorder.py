@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ EAGER = Implementations("eager", "eager")
 class Recording:
     """A row between record and finish: its layer calls and its hidden state."""
 
+    hidden_moves: ClassVar[bool] = True
     calls: list[LayerCall] = field(default_factory=list)
     hidden: Tensor | None = None
     """``[1, T, ...]``, or ``[streams, 1, T, ...]`` for models with several residual streams."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import FlexGenError, OutOfSpace, UnsupportedModel
-from flexgen_helm.execution.serial import SerialExecutor
+from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.model.layers import num_layers_of_every_kind
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.schedule.rows import LogitRequest, Sweep
@@ -146,7 +146,7 @@ def compared_requests(length: int, start: int, end: int) -> list[LogitRequest]:
     return [LogitRequest(i - start, ((marker, i),), ()) for i in compared(length) if start <= i < end]
 
 
-def sweep_logprobs(executor: SerialExecutor, sweep: Sweep) -> list[Tensor]:
+def sweep_logprobs(executor: Executor, sweep: Sweep) -> list[Tensor]:
     """Log-probabilities ``[requested, vocab]`` of each segment of a sweep, in order; all have some of `compared_requests`."""
     found: list[tuple[Node, Tensor]] = []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,10 +38,14 @@ class SingleRecording(Recording):
 class JointRecording:
     """Decoding sequences side by side: a recording for each, of one token."""
 
+    hidden_moves: ClassVar[bool] = False
+    """Each part keeps its own, which is small."""
     parts: list[SingleRecording]
     size: int
     """Tokens with which the weights meet; what is missing is padding."""
     arriving: dict[int, Transfer | None] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    """Nothing: see `hidden_moves`."""
 
     @property
     def tokens(self) -> Tensor:

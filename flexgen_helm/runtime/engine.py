@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from flexgen_helm.errors import DiskFull, FlexGenError, InvalidJob, JobFailed, OutOfSpace, PolicyError
-from flexgen_helm.execution.serial import OverlappedExecutor, SerialExecutor
+from flexgen_helm.execution.overlapped import OverlappedExecutor
+from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.generation.prepare import PreparedJob, prepare
 from flexgen_helm.generation.vocabulary import Vocabulary
 from flexgen_helm.loading.source import named_dtype, open_dummy, open_model

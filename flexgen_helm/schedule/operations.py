@@ -13,17 +13,15 @@ from typing import Literal, NamedTuple
 
 Order = Literal["zigzag", "row"]
 OperationKind = Literal[
-    *(
-        "record",
-        "load_weights",
-        "release_weights",
-        "load_cache",
-        "load_hidden",
-        "compute",
-        "store_cache",
-        "store_hidden",
-        "finish",
-    )
+    "record",
+    "load_weights",
+    "release_weights",
+    "load_cache",
+    "load_hidden",
+    "compute",
+    "store_cache",
+    "store_hidden",
+    "finish",
 ]
 
 
