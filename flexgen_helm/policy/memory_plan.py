@@ -19,7 +19,7 @@ from flexgen_helm.model.layers import layers_of, refuse_shared_layers
 from flexgen_helm.policy.shortage import describe_shortage, pool_name
 from flexgen_helm.policy.weight_plan import EMBEDDINGS, LOADED_AT_ONCE, Space, WeightPlan
 from flexgen_helm.policy.working_memory import cache_bytes_per_token, checking_bytes, first_layers_bytes, working_bytes
-from flexgen_helm.schedule.operations import rows_at_once
+from flexgen_helm.schedule.dependencies import rows_at_once
 from flexgen_helm.types import TIERS, ResolvedPolicy, RunStats, Shares, Tier
 
 FITS_SHARE = 0.8

@@ -25,7 +25,7 @@ from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.model.cache_argument import cache_places
 from flexgen_helm.model.experts import EXPERTS_NAME, sliced_experts
 from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording
-from flexgen_helm.schedule.operations import rows_at_once
+from flexgen_helm.schedule.dependencies import rows_at_once
 from flexgen_helm.schedule.rows import Row, Sweep
 
 HARMLESS_ARGUMENTS = frozenset(

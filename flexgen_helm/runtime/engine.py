@@ -37,7 +37,8 @@ from flexgen_helm.runtime.building import Parts, Placing, build, free_space, mak
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.progress import Progress
 from flexgen_helm.runtime.worker import Snapshot, Worker
-from flexgen_helm.schedule.operations import ORDERS, Order, rows_at_once
+from flexgen_helm.schedule.dependencies import rows_at_once
+from flexgen_helm.schedule.operations import ORDERS, Order
 from flexgen_helm.types import EngineInfo, Job, Policy, Result, RunStats
 
 logger = logging.getLogger(__name__)

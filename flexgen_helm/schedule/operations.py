@@ -130,8 +130,3 @@ def _step(square: _Square, following: _Square | None, *, last: bool) -> Iterator
     yield Operation("store_cache", *square)
     if moves_on and not last:
         yield Operation("store_hidden", *square)
-
-
-def rows_at_once(*, suspends: bool) -> int:
-    """Rows whose pages are brought at a time: the one that computes, the next, and one that rests while the CPU attends."""
-    return 3 if suspends else 2
