@@ -61,6 +61,12 @@ class Rows(Protocol[AnyRecording]):
     def store_cache(self, j: int, recording: AnyRecording) -> Transfer | None:
         """Start to bring what layer j added to a row's cache to where it is stored."""
 
+    def use_suspender(self, suspend: Callable[[], None]) -> None:
+        """Take what a layer call may use while it waits for the CPU: `suspend` returns when the call must go on.
+
+        Without one, a call just waits.
+        """
+
     def bad_tokens(self, recording: AnyRecording) -> Tensor | None:
         """Tokens ``[T]`` of a row, gone through all layers, whose K or V was not finite; None: that shows in their logits."""
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from flexgen_helm.execution.interfaces import AnyRecording, LogitsHandler, Rows
 from flexgen_helm.execution.serial import SerialExecutor
-from flexgen_helm.execution.suspended_calls import RestingCalls
+from flexgen_helm.execution.suspended_calls import SuspendedCalls
 from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.schedule.operations import Operation
 
@@ -33,7 +33,8 @@ class OverlappedExecutor(SerialExecutor[AnyRecording]):
     def __init__(self, rows: Rows[AnyRecording], **options: Any) -> None:
         """See `SerialExecutor`."""
         super().__init__(rows, **options)
-        self._suspended = RestingCalls()
+        self._suspended = SuspendedCalls()
+        rows.use_suspender(self._suspended.suspend)
 
     def _perform(self, run: SweepRun[AnyRecording], operation: Operation) -> None:
         kind, j, k = operation

@@ -156,6 +156,10 @@ class PackedRows:
                 f"layer {j} ({type(self.model.layers[j]).__name__}) does not call transformers' attention interface"
             )
 
+    def use_suspender(self, suspend: Callable[[], None]) -> None:
+        """Take what a layer call uses while the CPU attends for it."""
+        self._host.suspend = suspend
+
     def bad_tokens(self, recording: PackedRecording) -> Tensor:
         """Tokens ``[T]`` whose K or V was not finite: their pages hold zeros instead."""
         return recording.attention.bad
@@ -209,7 +213,7 @@ class PackedRows:
         qkv = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = recording.attention.attend(current, qkv, attention_mask, scale=scale, softcap=softcap, sinks=s_aux)[None]
-        # While this call rested, that of another row ran.
+        # While this call was suspended, that of another row ran.
         self._running, self._key = recording, current._replace(call=current.call + 1)
         return output
 
