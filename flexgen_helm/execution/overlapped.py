@@ -58,8 +58,9 @@ class OverlappedExecutor(SerialExecutor[AnyRecording]):
         self._suspended.drop()
         super()._give_up()
 
-    def _weights_started(self, j: int) -> None:
-        pass
+    def _load_weights(self, j: int) -> None:
+        assert self._weights is not None
+        self._weights.begin(j)
 
     def _move(self, run: SweepRun[AnyRecording], operation: Operation) -> None:
         run.move(operation)

@@ -142,8 +142,11 @@ class SerialExecutor(Generic[AnyRecording]):
         kind, j, k = operation
         if kind == "record":
             run.record(k)
-        elif kind in ("load_weights", "release_weights"):
-            self._move_weights(operation)
+        elif kind == "load_weights":
+            self._load_weights(j)
+        elif kind == "release_weights":
+            self._release_weights(j)
+            run.layer = -1  # a model of one layer meets it again at once, in another place
         elif kind == "compute":
             if run.layer != j:
                 self._use_weights(j)
@@ -164,22 +167,19 @@ class SerialExecutor(Generic[AnyRecording]):
     def _busy(self, name: str) -> AbstractContextManager[None]:
         return self._meter.span("device", name) if self._meter is not None else nullcontext()
 
-    def _move_weights(self, operation: Operation) -> None:
+    def _load_weights(self, j: int) -> None:
         assert self._weights is not None
-        if operation.kind == "load_weights":
-            self._weights.begin(operation.j)
-            self._weights_started(operation.j)
-        else:
-            self._weights.release(operation.j)
+        self._weights.begin(j)
+        self._weights.finish(j)
+
+    def _release_weights(self, j: int) -> None:
+        assert self._weights is not None
+        self._weights.release(j)
 
     def _use_weights(self, j: int) -> None:
         if j in self._streamed:
             assert self._weights is not None
             self._weights.use(j)
-
-    def _weights_started(self, j: int) -> None:
-        assert self._weights is not None
-        self._weights.finish(j)
 
     def _finish(self, run: SweepRun[AnyRecording], on_logits: LogitsHandler) -> None:
         self._use_weights(head_unit(self.num_layers))

@@ -5,6 +5,7 @@ from tests.mutants.mutant import Mutant
 PACKED = "tests/schedule/test_packed.py"
 SINGLE = "tests/schedule/test_single.py"
 TREE = "tests/schedule/test_tree.py"
+OVERLAPPED = "tests/execution/test_overlapped.py"
 
 MUTANTS = (
     Mutant(
@@ -177,5 +178,45 @@ MUTANTS = (
             "tests/runtime/test_exactness.py::test_level_c[llama]",
         ),
         why="a job is answered before its completions have ended",
+    ),
+    Mutant(
+        name="overlap-weights-released-under-a-suspended-call",
+        file="flexgen_helm/execution/overlapped.py",
+        old='if kind == "release_weights" or (kind',
+        new="if (kind",
+        tests=(OVERLAPPED,),
+        why="a layer call goes on with the weights of another layer",
+    ),
+    Mutant(
+        name="overlap-layer-changes-under-a-suspended-call",
+        file="flexgen_helm/execution/overlapped.py",
+        old=' or (kind == "compute" and j != run.layer)',
+        new="",
+        tests=(OVERLAPPED,),
+        why="a layer call goes on with the weights of another layer",
+    ),
+    Mutant(
+        name="overlap-row-loaded-while-it-is-computed",
+        file="flexgen_helm/execution/overlapped.py",
+        old="self._suspended.end(k)",
+        new="self._suspended.drop",
+        tests=(OVERLAPPED,),
+        why="the pages of a row change while it attends",
+    ),
+    Mutant(
+        name="overlap-weights-of-one-layer-stay-bound",
+        file="flexgen_helm/execution/serial.py",
+        old="run.layer = -1  # a model",
+        new="run.layer = j  # a model",
+        tests=(OVERLAPPED,),
+        why="a model of one layer reads weights where others have come since",
+    ),
+    Mutant(
+        name="needs-of-weights-forgotten",
+        file="flexgen_helm/schedule/dependencies.py",
+        old='Operation("load_weights", j), Operation("load_cache", j, k)',
+        new='Operation("load_cache", j, k)',
+        tests=(OVERLAPPED,),
+        why="a simulated time is shorter than any real one",
     ),
 )
