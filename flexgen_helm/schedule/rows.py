@@ -6,10 +6,13 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from flexgen_helm.schedule.tree import Node
+from flexgen_helm.schedule.tree import Node, Scores, SequencePages
 from flexgen_helm.types import ResolvedPolicy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(eq=False)
@@ -24,21 +27,27 @@ class State:
 
 @dataclass(eq=False)
 class Continuation:
-    """One completion of a prompt: what was generated, and where its own K and V are."""
+    """One completion of a prompt: what was generated, and what it carries from one sweep to the next."""
 
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)
     done: bool = False
-    own_pages: list[int] = field(default_factory=list)
-    table: list[int] = field(default_factory=list)
-    copy: tuple[int, int, int] | None = None
-    """Like `NodePages.copy`: the page in which the continuation parts from its prompt."""
-    in_tail: bool = False
-    """Whether the continuation begins in the rest of its prompt's last page."""
+    pages: SequencePages | None = None
+    """In packed rows: where its K and V are, while they are anywhere."""
     state: State | None = None
-    """In single rows: what the continuation carries from one sweep to the next."""
+    """In single rows: what it carries from one sweep to the next."""
     finite: bool = True
     """Like `Node.finite`, of its own tokens."""
+
+    def step(self, best: int | None, logits: Tensor, logprobs: Tensor) -> None:
+        """Take or refuse the next token; whoever makes completions says how.
+
+        Args:
+            best: The most likely token; None: ``logits`` are not finite.
+            logits: ``[vocab]``.
+            logprobs: ``[vocab]``, the unwarped model's.
+        """
+        raise NotImplementedError
 
 
 class LogitRequest(NamedTuple):
@@ -46,8 +55,8 @@ class LogitRequest(NamedTuple):
 
     offset: int
     """Tokens before it in the row."""
-    targets: tuple[tuple[Node, int], ...]
-    """(node, i): the log-probability of ``node.tokens[i]`` is read here and stored in ``node.logprobs[i]``."""
+    targets: tuple[tuple[Scores, int], ...]
+    """(scores, i): the log-probability of ``scores.tokens[i]`` is read here and stored in ``scores.logprobs[i]``."""
     continuations: tuple[Continuation, ...]
     """Completions whose next token is chosen here."""
 
