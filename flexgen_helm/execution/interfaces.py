@@ -1,4 +1,4 @@
-"""What executors are told and what they ask: a model that computes rows of one kind, and who takes its logits."""
+"""Interfaces of an executor: the rows that it computes, their recordings, and those who hear of operations and logits."""
 
 from __future__ import annotations
 

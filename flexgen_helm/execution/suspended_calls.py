@@ -18,7 +18,7 @@ class _Call:
     run: greenlet
     busy: Callable[[], AbstractContextManager[None]]
     left: list[Callable[[], None]] = field(default_factory=list)
-    """What follows it."""
+    """Work that follows it."""
 
     def go_on(self) -> None:
         with self.busy():

@@ -39,7 +39,7 @@ class SweepRun(Generic[AnyRecording]):
         self._bad: dict[int, Tensor] = {}
         self._final: dict[int, Tensor] = {}
         self.layer = -1
-        """Whose weights are in use."""
+        """The layer whose weights are in use; -1: none."""
 
     @property
     def num_rows(self) -> int:

@@ -29,7 +29,7 @@ GATHER_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where the worker stands; counts are since the engine was made."""
+    """The worker's progress; counts are since the engine was made."""
 
     sweeps: int = 0
     prompt_tokens: int = 0

@@ -1,4 +1,4 @@
-"""When an operation may begin: what must have ended before it, as plain data.
+"""Dependencies of operations as plain data: what must have ended before each of them may begin.
 
 The overlapped executor obeys these rules (`tests/execution/test_overlapped.py` compares the two), and a simulator of time
 follows them. Operations are told by their number in the order of `sweep_operations`, since a unit's weights may be loaded
@@ -87,7 +87,7 @@ class _Walk:
         self._settled: frozenset[int] = frozenset()
         """Work of the device that has ended before anything that follows begins."""
         self._suspended: dict[int, tuple[int, frozenset[int]]] = {}
-        """By row, in order: the number of a call that may not have ended, and what it needs."""
+        """Calls that may not have ended, in order: for each row its number and what it needs."""
         self._latest: dict[Operation, int] = {}
         self._released: frozenset[int] = frozenset()
         self._layer = -1

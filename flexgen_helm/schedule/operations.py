@@ -80,10 +80,8 @@ def sweep_operations(
 ) -> Iterator[Operation]:
     """Generate the operations of a sweep.
 
-    All rows are recorded first. What a row needs is loaded before the row before it is computed, which hides the transfer.
-    Weights of a streamed unit are loaded as soon as a slot is free, so that theirs hides behind all rows of the layers before;
-    at the end of a sweep they are the first ones of the next sweep. A row that goes on to the next layer at once keeps its
-    hidden state on the device, and after the model's last layer only what the output head needs of it is kept.
+    All rows are recorded first. Weights of a streamed unit are loaded as soon as a slot is free, so that their transfer hides
+    behind all rows of the layers before; at the end of a sweep they are the first ones of the next sweep.
 
     Args:
         order: Which layer meets which row when.
@@ -95,20 +93,14 @@ def sweep_operations(
     """
     layers = range(num_layers) if layers is None else layers
     head = head_unit(num_layers)
-    visits = [*ORDERS[order](layers, num_rows)]
-    if layers.stop == num_layers:
-        visits.append(Visit(head, range(0)))
+    visits = _visits(order, layers, num_rows, head)
     due = cycle([visit.j for visit in visits if visit.j in streamed])
-    for k in range(num_rows):
-        yield Operation("record", layers.start - 1, k)
-        yield Operation("store_hidden", layers.start - 1, k)
+    yield from _records(layers.start - 1, num_rows)
     for j in islice(due, num_slots):
         yield Operation("load_weights", j)
     squares = [_Square(visit.j, k) for visit in visits for k in visit.rows]
     following = iter([*squares[1:], None])
-    if squares:
-        yield Operation("load_cache", *squares[0])
-        yield Operation("load_hidden", *squares[0])
+    yield from _loads(squares[0] if squares else None, hidden=True)
     for j, rows in visits:
         for k in rows:
             yield from _step(_Square(j, k), next(following), last=j == head - 1)
@@ -119,13 +111,32 @@ def sweep_operations(
             yield Operation("load_weights", next(due))
 
 
+def _visits(order: Order, layers: range, num_rows: int, head: int) -> list[Visit]:
+    """Return the visits of all layers and, behind the model's last one, of the output head."""
+    return [*ORDERS[order](layers, num_rows), *([Visit(head, range(0))] if layers.stop == head else [])]
+
+
+def _records(j: int, num_rows: int) -> Iterator[Operation]:
+    for k in range(num_rows):
+        yield Operation("record", j, k)
+        yield Operation("store_hidden", j, k)
+
+
+def _loads(square: _Square | None, *, hidden: bool) -> Iterator[Operation]:
+    if square is not None:
+        yield Operation("load_cache", *square)
+        if hidden:
+            yield Operation("load_hidden", *square)
+
+
 def _step(square: _Square, following: _Square | None, *, last: bool) -> Iterator[Operation]:
-    """Compute a square while the row of the following one is loaded; nothing is stored of the model's last layer."""
+    """Compute a square; the row of the following one is loaded before it, which hides the transfer.
+
+    A row that goes on to the next layer at once keeps its hidden state on the device. The last layer's is not stored: only what
+    the output head needs of it is kept.
+    """
     moves_on = following is None or following.k != square.k
-    if following is not None:
-        yield Operation("load_cache", *following)
-        if moves_on:
-            yield Operation("load_hidden", *following)
+    yield from _loads(following, hidden=moves_on)
     yield Operation("compute", *square)
     yield Operation("store_cache", *square)
     if moves_on and not last:

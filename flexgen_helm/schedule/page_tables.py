@@ -1,4 +1,4 @@
-"""Which pages hold the K and V of nodes and completions."""
+"""Page tables: the pages that hold the K and V of nodes and completions, given and taken back."""
 
 from __future__ import annotations
 

@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class State:
-    """What a single row's sequence carries from one sweep to the next. It lives as long as this object."""
+    """The cache that a single row's sequence carries from one sweep to the next. It lives as long as this object."""
 
     origin: State | None = None
-    """Whose content it begins with a copy of; None: with nothing."""
+    """It begins with a copy of this one's content; None: with nothing."""
     content: object = None
     """The runtime's; nothing here looks into it."""
 
 
 @dataclass(eq=False)
 class Continuation:
-    """One completion of a prompt: what was generated, and what it carries from one sweep to the next."""
+    """One completion of a prompt: the tokens generated so far, and the cache that it carries from one sweep to the next."""
 
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)
     done: bool = False
     pages: SequencePages | None = None
-    """In packed rows: where its K and V are, while they are anywhere."""
+    """In packed rows: pages of its own K and V; None: it has none now."""
     state: State | None = None
-    """In single rows: what it carries from one sweep to the next."""
+    """In single rows: its cache."""
     finite: bool = True
-    """Like `Node.finite`, of its own tokens."""
+    """Whether K, V and logits of its own tokens were finite numbers."""
 
     def step(self, best: int | None, logits: Tensor, logprobs: Tensor) -> None:
         """Take or refuse the next token; whoever makes completions says how.
@@ -77,7 +77,7 @@ class Segment:
     state: State | None = None
     """In single rows, instead of pages."""
     owner: Node | Continuation | None = None
-    """Whose tokens these are; None: nobody's who asks whether they were finite."""
+    """The tokens are its own, and it is told if they are not finite; None: nobody asks."""
 
     @property
     def end(self) -> int:

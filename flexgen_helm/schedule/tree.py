@@ -19,11 +19,11 @@ class Node:
     tokens: tuple[int, ...]
     children: list[Node] = field(default_factory=list)
     scores: Scores | None = None
-    """Of ``tokens``, when a prompt in the subtree is scored."""
+    """Log-probabilities of ``tokens``; None: no prompt in the subtree is scored."""
     users: int = 0
     """Unfinished work that still needs this node's K and V in later sweeps."""
     pages: NodePages | None = None
-    """Where K and V are, while they are anywhere."""
+    """Pages of its K and V; None: it has none now."""
     num_seen: int = 0
     """Tokens that were computed at least once."""
     finite: bool = True

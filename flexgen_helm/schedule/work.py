@@ -57,7 +57,7 @@ class Scheduler(Protocol):
         """Memory for what sequences carry from one sweep to the next."""
 
     def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
-        """What a prompt of ``length`` tokens needs of it alone, with completions of at most ``limits`` new tokens each."""
+        """Return what a prompt of ``length`` tokens needs of that memory, with completions of at most ``limits`` tokens."""
 
     def add(self, works: list[PromptWork]) -> None:
         """Take work in."""

@@ -65,9 +65,9 @@ class Log:
         self.ended: set[int] = set()
         self.queues = {name: Queue(self) for name in QUEUES.values()}
         self._behind: dict[int, frozenset[int]] = {}
-        """By operation: itself and all that must have ended before it, those before it in its queue included."""
+        """For each operation itself and all that must have ended before it, those before it in its queue included."""
         self._explained: set[int] = set()
-        """What operations that have begun had to wait for."""
+        """Operations for which those that have begun had to wait."""
 
     def number(self, operation: Operation) -> int:
         """The number of an operation that is asked for now."""
@@ -172,7 +172,7 @@ class FakeRows:
         self._log = log
         self.num_layers = log.case.num_layers
         self.layers: dict[int, int] = {}
-        """Where each row is."""
+        """The layer of each row."""
         self._suspend: Callable[[], None] = lambda: None
         self._rows: list[Row] = []
 

@@ -22,7 +22,7 @@ class Spec:
     limits: tuple[tuple[int, int], ...]
 
     def completion(self, limit: int, end: int) -> list[int]:
-        """What a completion consists of."""
+        """The tokens of a completion."""
         tokens: list[int] = []
         while len(tokens) < min(limit, end):
             tokens.append(hash((*self.tokens, *tokens)) % 5)

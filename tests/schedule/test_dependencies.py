@@ -1,4 +1,4 @@
-"""What operations need, against what the data of a sweep says."""
+"""Dependencies of operations, against the data that each of them reads."""
 
 from __future__ import annotations
 
