@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from greenlet import getcurrent
 from torch import Tensor
 
 from flexgen_helm.attention.calls import ChunkCall
@@ -16,11 +15,8 @@ from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.page_format import PageTensors
 
 
-def rest() -> None:
-    """Let whoever runs this call, as a greenlet, go on with something else; returns when there is nothing else to do."""
-    runner = getcurrent().parent
-    if runner is not None:
-        runner.switch()
+def _just_wait() -> None:
+    """Leave the call that waits as it is."""
 
 
 class HostAttention:
@@ -29,6 +25,8 @@ class HostAttention:
     def __init__(self, meter: Meter) -> None:
         """Nothing runs before the first call."""
         self._meter = meter
+        self.suspend: Callable[[], None] = _just_wait
+        """Called by a layer call that waits for the thread, so that something else may be computed."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="flexgen-helm-attention")
 
     def begin(

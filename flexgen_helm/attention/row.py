@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexgen_helm.attention.calls import ChunkCall, Window, as_index, plan_attention
 from flexgen_helm.attention.chunks import Kernel, LocatedPages, attend_call
-from flexgen_helm.attention.host import HostAttention, rest
+from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
@@ -176,8 +176,8 @@ class RowAttention:
             for call in window.calls:
                 pages = [LocatedPages(stores[x.place], locate(x.place, x.numbers), x.which) for x in call.pages]
                 outputs.keep(call, kernel(call, q, pages))
-            if any(not future.done() for future in futures):
-                rest()
+            if self._host is not None and any(not future.done() for future in futures):
+                self._host.suspend()
             for call, future in zip(window.host_calls, futures, strict=True):
                 outputs.keep(call, future.result())
             merged = merge_chunks(merged, outputs.outputs, outputs.lse)

@@ -1,4 +1,4 @@
-"""Layer calls that rest while the CPU attends for them, so that the device computes another row meanwhile."""
+"""Layer calls that are suspended while the CPU attends for them, so that the device computes another row meanwhile."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
 
-MOST_RESTING = 1
-"""Calls that rest beside the one that runs: each holds its row's activations, and the CPU works for one at a time."""
+from flexgen_helm.schedule.dependencies import MOST_SUSPENDED
 
 
 @dataclass(eq=False)
@@ -19,39 +18,48 @@ class _Call:
     run: greenlet
     busy: Callable[[], AbstractContextManager[None]]
     left: list[Callable[[], None]] = field(default_factory=list)
-    """What follows it."""
+    """Work that follows it."""
 
     def go_on(self) -> None:
         with self.busy():
             self.run.switch()
 
 
-class RestingCalls:
-    """Calls of one layer, each for a row of its own, of which some wait at `flexgen_helm.attention.host.rest`."""
+class SuspendedCalls:
+    """Calls of one layer, each for a row of its own, of which some wait in `suspend`."""
 
     def __init__(self) -> None:
-        """Nothing rests."""
-        self._resting: deque[_Call] = deque()
+        """Nothing is suspended yet."""
+        self._calls: deque[_Call] = deque()
+        self._hub: greenlet | None = None
+        """Whoever runs the calls."""
 
     def run(self, k: int, call: Callable[[], None], busy: Callable[[], AbstractContextManager[None]]) -> None:
-        """Run a row's call to its end, or to where it rests; earlier ones end first if too many would rest.
+        """Run a row's call to its end, or to where it is suspended; earlier ones end first if there are too many then.
 
         Args:
             k: The row.
             call: Its call.
             busy: Entered whenever the device computes for it.
         """
-        started = _Call(k, greenlet(call), busy)
-        self._resting.append(started)
+        self._hub = getcurrent()
+        started = _Call(k, greenlet(call, self._hub), busy)
+        self._calls.append(started)
         started.go_on()
         if started.run.dead:
-            self._resting.remove(started)
-        while len(self._resting) > MOST_RESTING:
+            self._calls.remove(started)
+        while len(self._calls) > MOST_SUSPENDED:
             self._end_first()
 
+    def suspend(self) -> None:
+        """Let something else be computed, if one of these calls asks for it; returns when its end is needed."""
+        running = getcurrent()
+        if self._hub is not None and any(call.run is running for call in self._calls):
+            self._hub.switch()
+
     def defer(self, k: int, work: Callable[[], None]) -> bool:
-        """Whether the call of row k rests; then the work is done when it has ended."""
-        for call in self._resting:
+        """Return whether the call of row k is suspended; then the work is done when it has ended."""
+        for call in self._calls:
             if call.k == k:
                 call.left.append(work)
                 return True
@@ -59,18 +67,18 @@ class RestingCalls:
 
     def end(self, k: int | None = None) -> None:
         """Bring the call of row k to its end, with those before it; None: all of them."""
-        while self._resting and (k is None or k in {call.k for call in self._resting}):
+        while self._calls and (k is None or k in {call.k for call in self._calls}):
             self._end_first()
 
     def drop(self) -> None:
-        """Give up what rests: after an error it would keep its tensors."""
-        while self._resting:
-            self._resting.popleft().run.throw()
+        """Give up what is suspended: after an error it would keep its tensors."""
+        while self._calls:
+            self._calls.popleft().run.throw()
 
     def _end_first(self) -> None:
-        call = self._resting[0]
+        call = self._calls[0]
         while not call.run.dead:
             call.go_on()
-        self._resting.popleft()
+        self._calls.popleft()
         for work in call.left:
             work()

@@ -14,7 +14,7 @@ from flexgen_helm.helm.model_files import read_limits
 class FlexGenWindowService(LocalWindowService):
     """Cuts prompts to the model's context."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - HELM's signature
         self,
         service: TokenizerService,
         tokenizer_name: str,

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ EAGER = Implementations("eager", "eager")
 class Recording:
     """The state of one row of T tokens between record and finish: its layer calls and its current hidden state."""
 
+    hidden_moves: ClassVar[bool] = True
     calls: list[LayerCall] = field(default_factory=list)
     """One call for each layer, in their order."""
     hidden: Tensor | None = None

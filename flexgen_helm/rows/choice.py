@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
-from flexgen_helm.execution.serial import Rows
+from flexgen_helm.execution.interfaces import Rows
 from flexgen_helm.generation.job_errors import not_finite
 from flexgen_helm.loading.source import LoadedModel
 from flexgen_helm.memory.device import Device
@@ -118,7 +118,7 @@ class CacheStorage:
 
 def make_rows(
     checked: CheckedModel, policy: ResolvedPolicy, storage: CacheStorage, *, block_tokens: int, keep_all: bool
-) -> tuple[Rows, Scheduler]:
+) -> tuple[Rows[Any], Scheduler]:
     """What computes a model's rows and what plans them.
 
     Args:

@@ -25,7 +25,7 @@ from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.model.cache_argument import cache_places
 from flexgen_helm.model.experts import EXPERTS_NAME, sliced_experts
 from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording
-from flexgen_helm.schedule.operations import rows_at_once
+from flexgen_helm.schedule.dependencies import rows_at_once
 from flexgen_helm.schedule.rows import Row, Sweep
 
 HARMLESS_ARGUMENTS = frozenset(
@@ -158,6 +158,10 @@ class PackedRows:
                 f"layer {j} ({type(self.model.layers[j]).__name__}) does not call transformers' attention interface"
             )
 
+    def use_suspender(self, suspend: Callable[[], None]) -> None:
+        """Take what a layer call uses while the CPU attends for it."""
+        self._host.suspend = suspend
+
     def bad_tokens(self, recording: PackedRecording) -> Tensor:
         """Tokens ``[T]`` whose K or V was not finite: their pages hold zeros instead."""
         return recording.attention.bad
@@ -185,7 +189,7 @@ class PackedRows:
         ExpertsInterface.register(EXPERTS_NAME, sliced_experts)
         return name
 
-    def _attend(
+    def _attend(  # noqa: PLR0913 - transformers' signature
         self,
         query: Tensor,
         key: Tensor,
@@ -211,7 +215,7 @@ class PackedRows:
         qkv = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = recording.attention.attend(current, qkv, attention_mask, scale=scale, softcap=softcap, sinks=s_aux)[None]
-        # While this call rested, that of another row ran.
+        # While this call was suspended, that of another row ran.
         self._running, self._key = recording, current._replace(call=current.call + 1)
         return output
 

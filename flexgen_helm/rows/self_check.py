@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import FlexGenError, OutOfSpace, UnsupportedModel
-from flexgen_helm.execution.serial import SerialExecutor
+from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.model.layers import num_layers_of_every_kind
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.schedule.rows import LogitRequest, Sweep
-from flexgen_helm.schedule.tree import Node
+from flexgen_helm.schedule.tree import Scores
 
 TOLERANCE = 1e-3
 """Largest difference of a log-probability in fp32: 16 times what equal models show, 18 times below what wrong ones do."""
@@ -141,14 +141,14 @@ def require_numbers(logprobs: list[Tensor]) -> None:
 
 
 def compared_requests(length: int, start: int, end: int) -> list[LogitRequest]:
-    """Wants for what is `compared` of a sequence's tokens ``[start, end)``, as `sweep_logprobs` tells segments apart."""
-    marker = Node(None, 0, ())
+    """Requests for what is `compared` of a sequence's tokens ``[start, end)``, as `sweep_logprobs` tells segments apart."""
+    marker = Scores(())
     return [LogitRequest(i - start, ((marker, i),), ()) for i in compared(length) if start <= i < end]
 
 
-def sweep_logprobs(executor: SerialExecutor, sweep: Sweep) -> list[Tensor]:
+def sweep_logprobs(executor: Executor, sweep: Sweep) -> list[Tensor]:
     """Log-probabilities ``[requested, vocab]`` of each segment of a sweep, in order; all have some of `compared_requests`."""
-    found: list[tuple[Node, Tensor]] = []
+    found: list[tuple[Scores, Tensor]] = []
 
     def keep(logit_requests: list[LogitRequest], logits: Tensor) -> None:
         found.extend(

@@ -7,8 +7,10 @@ and replayed, so that each layer's weights are touched once for all rows of a bl
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,10 +39,14 @@ class SingleRecording(Recording):
 class JointRecording:
     """Decoding sequences side by side: a recording for each, of one token."""
 
+    hidden_moves: ClassVar[bool] = False
+    """Each part keeps its own, which is small."""
     parts: list[SingleRecording]
     size: int
     """Tokens with which the weights meet; what is missing is padding."""
     arriving: dict[int, Transfer | None] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    """Nothing: see `hidden_moves`."""
 
     @property
     def tokens(self) -> Tensor:
@@ -107,6 +113,9 @@ class SingleRows:
             return
         calls = [partial(self.model.replay, j, part) for part in recording.parts]
         run_in_lockstep(self.model.layers[j], calls, size=recording.size)
+
+    def use_suspender(self, suspend: Callable[[], None]) -> None:
+        """Ignore it: the model's own attention never waits for the CPU."""
 
     def bad_tokens(self, recording: SingleRecording | JointRecording) -> None:
         """Nothing: a sequence's cache is its own, and what is not finite in it reaches its logits as in transformers."""

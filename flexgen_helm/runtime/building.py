@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.execution.serial import OverlappedExecutor, SerialExecutor
+from flexgen_helm.execution.interfaces import Executor
+from flexgen_helm.execution.overlapped import OverlappedExecutor
+from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.loading.source import LoadedModel, ModelSource, dtype_name
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.hidden_store import HiddenStore
@@ -74,7 +76,7 @@ class Parts:
     cache_bytes: Mapping[Tier, int]
     """Room for K and V on each tier."""
     scheduler: Scheduler
-    executor: SerialExecutor
+    executor: Executor
     folder: Path
     """For everything on disk; it may not exist."""
     meter: Meter

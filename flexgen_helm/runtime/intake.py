@@ -38,13 +38,7 @@ class Generation(Continuation):
     """Why it ended without an answer."""
 
     def step(self, best: int | None, logits: Tensor, logprobs: Tensor) -> None:
-        """Choose the next token, or end with an error, which is of this completion alone.
-
-        Args:
-            best: The most likely token; None: ``logits`` are not finite.
-            logits: ``[vocab]``.
-            logprobs: ``[vocab]``, the unwarped model's.
-        """
+        """Choose the next token, or end with an error, which is of this completion alone."""
         self.finite = self.finite and self.work.finite and best is not None
         self.done = self.done or not self.finite
         if best is None or self.done:
@@ -164,18 +158,16 @@ class Intake:
 def answer(logit_requests: list[LogitRequest], logits: Tensor) -> None:
     """Store the log-probabilities and choose the tokens that were waiting for ``logits`` ``[len(requests), vocab]``, fp32."""
     logprobs = torch.log_softmax(logits, -1)
-    targets = [(row, node, i) for row, request in enumerate(logit_requests) for node, i in request.targets]
+    targets = [(row, scores, i) for row, request in enumerate(logit_requests) for scores, i in request.targets]
     if targets:
-        tokens = torch.tensor([node.tokens[i] for _, node, i in targets], device=logits.device)
+        tokens = torch.tensor([scores.tokens[i] for _, scores, i in targets], device=logits.device)
         picked = logprobs[torch.tensor([row for row, _, _ in targets], device=logits.device), tokens].tolist()
-        for (_, node, i), logprob in zip(targets, picked, strict=True):
-            assert node.logprobs is not None
-            node.logprobs[i] = logprob
+        for (_, scores, i), logprob in zip(targets, picked, strict=True):
+            scores.logprobs[i] = logprob
     if any(request.continuations for request in logit_requests):
         best = most_likely(logits)
         for row, request in enumerate(logit_requests):
             for continuation in request.continuations:
-                assert isinstance(continuation, Generation)
                 continuation.step(best[row], logits[row], logprobs[row])
 
 
@@ -195,5 +187,5 @@ def _completion_key(prepared: PreparedJob, index: int) -> Hashable:
 
 
 def _prompt_logprobs(work: PromptWork) -> list[float]:
-    values = [value for node in work.node.path() for value in node.logprobs or ()]
+    values = [value for node in work.node.path() if node.scores is not None for value in node.scores.logprobs]
     return [0.0 if value is None else value for value in values]

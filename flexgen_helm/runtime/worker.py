@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, OutOfSpace
-from flexgen_helm.execution.serial import SerialExecutor
+from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.generation.job_errors import of_one_job
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
@@ -29,7 +29,7 @@ GATHER_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where the worker stands; counts are since the engine was made."""
+    """The worker's progress; counts are since the engine was made."""
 
     sweeps: int = 0
     prompt_tokens: int = 0
@@ -55,9 +55,7 @@ among 2**31."""
 class Worker:
     """Owns scheduler and executor. All computation happens in its thread."""
 
-    def __init__(
-        self, scheduler: Scheduler, executor: SerialExecutor, intake: Intake, meter: Meter, device: torch.device
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, intake: Intake, meter: Meter, device: torch.device) -> None:
         self._scheduler, self._executor, self._intake, self._meter = scheduler, executor, intake, meter
         self._device = device
         self._arrived: list[Ticket] = []

@@ -1,1 +1,1 @@
-"""What is computed when: prefix tree, rows, admission, operations. No torch."""
+"""The schedule: prefix tree, rows, admission, operations and what they depend on. No torch."""

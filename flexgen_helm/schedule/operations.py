@@ -2,7 +2,7 @@
 
 Square (layer j, row k) needs (j - 1, k), and (j, k') for the rows k' that hold its prefix. Rows are ordered so that a prefix
 comes first, so both orders below are legal. Every executor runs operations in the order in which they are generated; an
-overlapped one only starts what it loads and stores, and waits where the result is needed.
+overlapped one only starts what it loads and stores, and waits where the result is needed (`dependencies.py`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,27 @@ from itertools import cycle, islice
 from typing import Literal, NamedTuple
 
 Order = Literal["zigzag", "row"]
+OperationKind = Literal[
+    "record",
+    "load_weights",
+    "release_weights",
+    "load_cache",
+    "load_hidden",
+    "compute",
+    "store_cache",
+    "store_hidden",
+    "finish",
+]
 
 
 class Operation(NamedTuple):
-    """One step of a sweep: ``kind`` on layer ``j``, for row ``k`` (-1 where the step is not about a row)."""
+    """One step of a sweep: ``kind`` on unit ``j``, for row ``k`` (-1 where the step is not about a row).
 
-    kind: Literal["load_weights", "release_weights", "load_cache", "load_hidden", "compute", "store_cache", "store_hidden"]
+    Units are numbered as in `head_unit`. `record` gives a row the hidden state that the layer before the first would give, so
+    its j is one less than that of the first layer. `store_hidden` brings away what layer j, or recording, gave.
+    """
+
+    kind: OperationKind
     j: int
     k: int = -1
 
@@ -29,66 +44,100 @@ class Visit(NamedTuple):
     rows: range
 
 
-def zigzag_order(num_layers: int, num_rows: int) -> Iterator[Visit]:
+class _Square(NamedTuple):
+    """A layer and a row that goes through it."""
+
+    j: int
+    k: int
+
+
+def head_unit(num_layers: int) -> int:
+    """Number of the output head among the units that are computed in turn; layers have 0 to ``num_layers - 1``."""
+    return num_layers
+
+
+def zigzag_order(layers: range, num_rows: int) -> Iterator[Visit]:
     """Column by column: a layer's weights are loaded once for all rows of the block."""
-    return (Visit(j, range(num_rows)) for j in range(num_layers))
+    return (Visit(j, range(num_rows)) for j in layers)
 
 
-def row_order(num_layers: int, num_rows: int) -> Iterator[Visit]:
+def row_order(layers: range, num_rows: int) -> Iterator[Visit]:
     """Row by row, as most systems do: every row loads all weights again."""
-    return (Visit(j, range(k, k + 1)) for k in range(num_rows) for j in range(num_layers))
+    return (Visit(j, range(k, k + 1)) for k in range(num_rows) for j in layers)
 
 
-ORDERS: dict[Order, Callable[[int, int], Iterator[Visit]]] = {"zigzag": zigzag_order, "row": row_order}
+ORDERS: dict[Order, Callable[[range, int], Iterator[Visit]]] = {"zigzag": zigzag_order, "row": row_order}
 
 
 def sweep_operations(
-    order: Order, num_layers: int, num_rows: int, *, streamed: Collection[int] = (), num_slots: int = 0
+    order: Order,
+    num_layers: int,
+    num_rows: int,
+    *,
+    layers: range | None = None,
+    streamed: Collection[int] = (),
+    num_slots: int = 0,
 ) -> Iterator[Operation]:
     """Generate the operations of a sweep.
 
-    What a row needs is loaded before the row before it is computed, which hides the transfer. Weights of a streamed layer are
-    loaded as soon as a slot is free, so that theirs hides behind all rows of the layers before; at the end of a sweep they are
-    the first ones of the next sweep. A row that goes on to the next layer at once keeps its hidden state on the device, and
-    after the last layer only what the output head needs of it is kept.
+    All rows are recorded first. Weights of a streamed unit are loaded as soon as a slot is free, so that their transfer hides
+    behind all rows of the layers before; at the end of a sweep they are the first ones of the next sweep.
 
     Args:
         order: Which layer meets which row when.
-        num_layers: Layers that every row goes through.
+        num_layers: Layers of the model.
         num_rows: Rows of the sweep.
-        streamed: Layers whose weights do not stay on the device; num_layers itself stands for the output head.
+        layers: Those that are computed here; None: all. The output head is computed where the last one is.
+        streamed: Units whose weights do not stay on the device.
         num_slots: How many of them lie on the device at a time.
     """
-    visits = [*ORDERS[order](num_layers, num_rows), Visit(num_layers, range(0))]
+    layers = range(num_layers) if layers is None else layers
+    head = head_unit(num_layers)
+    visits = _visits(order, layers, num_rows, head)
     due = cycle([visit.j for visit in visits if visit.j in streamed])
+    yield from _records(layers.start - 1, num_rows)
     for j in islice(due, num_slots):
         yield Operation("load_weights", j)
-    squares = [(visit.j, k) for visit in visits for k in visit.rows]
-    following = iter([*squares[1:], (num_layers, -1)])
-    if squares:
-        yield Operation("load_cache", *squares[0])
-        yield Operation("load_hidden", *squares[0])
+    squares = [_Square(visit.j, k) for visit in visits for k in visit.rows]
+    following = iter([*squares[1:], None])
+    yield from _loads(squares[0] if squares else None, hidden=True)
     for j, rows in visits:
         for k in rows:
-            yield from _step((j, k), next(following), num_layers)
+            yield from _step(_Square(j, k), next(following), last=j == head - 1)
+        if j == head:
+            yield Operation("finish", head)
         if j in streamed:
             yield Operation("release_weights", j)
             yield Operation("load_weights", next(due))
 
 
-def _step(square: tuple[int, int], following: tuple[int, int], num_layers: int) -> Iterator[Operation]:
-    """Compute a square while the next one's row is loaded; (num_layers, -1) follows the last one."""
-    moves_on = following[1] != square[1]
-    if following[0] < num_layers:
-        yield Operation("load_cache", *following)
-        if moves_on:
-            yield Operation("load_hidden", *following)
+def _visits(order: Order, layers: range, num_rows: int, head: int) -> list[Visit]:
+    """Return the visits of all layers and, behind the model's last one, of the output head."""
+    return [*ORDERS[order](layers, num_rows), *([Visit(head, range(0))] if layers.stop == head else [])]
+
+
+def _records(j: int, num_rows: int) -> Iterator[Operation]:
+    for k in range(num_rows):
+        yield Operation("record", j, k)
+        yield Operation("store_hidden", j, k)
+
+
+def _loads(square: _Square | None, *, hidden: bool) -> Iterator[Operation]:
+    if square is not None:
+        yield Operation("load_cache", *square)
+        if hidden:
+            yield Operation("load_hidden", *square)
+
+
+def _step(square: _Square, following: _Square | None, *, last: bool) -> Iterator[Operation]:
+    """Compute a square; the row of the following one is loaded before it, which hides the transfer.
+
+    A row that goes on to the next layer at once keeps its hidden state on the device. The last layer's is not stored: only what
+    the output head needs of it is kept.
+    """
+    moves_on = following is None or following.k != square.k
+    yield from _loads(following, hidden=moves_on)
     yield Operation("compute", *square)
     yield Operation("store_cache", *square)
-    if moves_on and square[0] < num_layers - 1:
+    if moves_on and not last:
         yield Operation("store_hidden", *square)
-
-
-def rows_at_once(*, suspends: bool) -> int:
-    """Rows whose pages are brought at a time: the one that computes, the next, and one that rests while the CPU attends."""
-    return 3 if suspends else 2

@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Sequence
 
 from flexgen_helm.memory.pages import PagePool, num_pages
-from flexgen_helm.schedule.page_tables import Placement
-from flexgen_helm.schedule.rows import Continuation, LogitRequest, Segment, Sweep, pack_decode, pack_prefill
-from flexgen_helm.schedule.tree import Node, build_tree, common_prefix_length
-from flexgen_helm.schedule.work import PromptWork, decode_position
+from flexgen_helm.schedule.page_tables import Placement, continuation_pages
+from flexgen_helm.schedule.prompt_gate import PromptGate
+from flexgen_helm.schedule.rows import Continuation, Segment, Sweep, pack_decode, pack_prefill
+from flexgen_helm.schedule.scoring import ScoringQueue
+from flexgen_helm.schedule.segments import decode_segment, prompt_segment
+from flexgen_helm.schedule.tree import Node, Scores, build_tree
+from flexgen_helm.schedule.work import PromptWork
 from flexgen_helm.types import ResolvedPolicy
-
-CUT_FROM = 0.75
-"""A block of scoring work is cut where neighbours share least, in the last quarter of its tokens."""
 
 
 class PackedScheduler:
@@ -29,23 +29,22 @@ class PackedScheduler:
             block_tokens: Prompt tokens of a sweep.
             pool: Pages that may be kept.
             keep_all: Whether K and V of scoring work are kept for every layer, as orders other than the column order need.
-            prompt_row_cost: Time of a row of prompts in units of a sweep that only decodes, see `_worthwhile`.
+            prompt_row_cost: Time of a row of prompts in units of a sweep that only decodes, see `PromptGate`.
         """
         self._policy = policy
         self._block_tokens = block_tokens
         self._pool = pool
         self._placement = Placement(pool)
-        self._keep_all, self._prompt_row_cost = keep_all, prompt_row_cost
+        self._keep_all = keep_all
+        self._gate = PromptGate(row_tokens=policy.gpu_batch_tokens, block_tokens=block_tokens, row_cost=prompt_row_cost)
         self._waiting: deque[PromptWork] = deque()
         self._filling: list[PromptWork] = []
         self._decoding: list[tuple[PromptWork, Continuation]] = []
-        self._scoring: deque[PromptWork] = deque()
+        self._scoring = ScoringQueue(self._reserve_scored)
         self._in_sweep: list[Node] = []
         self._swept: list[PromptWork] = []
         self._ends: dict[Node, PromptWork] = {}
         self._prompt_tokens_left = 0
-        self._idle_share = 0.0
-        """Of the slots, by prompts that wait for their row to fill, summed over sweeps."""
 
     @property
     def capacity_bytes(self) -> int:
@@ -56,7 +55,7 @@ class PackedScheduler:
         """Kept pages of a prompt alone; one that generates at most one token needs none in column order."""
         if max(limits, default=0) <= 1 and not self._keep_all:
             return 0
-        pages = num_pages(0, length) + sum(_continuation_pages(length, limit) for limit in limits)
+        pages = num_pages(0, length) + sum(continuation_pages(length, limit) for limit in limits)
         return pages * self._pool.page_bytes
 
     def add(self, works: list[PromptWork]) -> None:
@@ -66,8 +65,8 @@ class PackedScheduler:
             self._ends[node] = work
             for upper in node.path():
                 upper.users += work.generating
-                if work.score and upper.logprobs is None:
-                    upper.logprobs = [None] * len(upper.tokens)
+                if work.score and upper.scores is None:
+                    upper.scores = Scores(upper.tokens)
         nodes = {node for work in works for node in work.node.path()}
         self._prompt_tokens_left += sum(len(node.tokens) for node in nodes)
         ordered = sorted(works, key=lambda work: work.tokens)
@@ -91,15 +90,17 @@ class PackedScheduler:
     def next_sweep(self) -> Sweep:
         """Plan one sweep: every live completion takes a step, prompts fill the block's tokens."""
         self._in_sweep, self._swept, self._placement.num_transient = [], [], 0
-        decode = [_decode_segment(work, continuation) for work, continuation in self._decoding]
+        decode = [decode_segment(work, continuation) for work, continuation in self._decoding]
         prefill: list[Segment] = []
-        tokens = self._worthwhile(self._take_prompts())
+        tokens = self._let_in(self._take_prompts())
         used = 0
         for work in self._filling:
             if used == tokens:
                 break
             used += self._schedule(work, prefill, tokens - used)
-        for work in self._scoring_block(self._block_tokens - used, alone=not decode and not prefill):
+        block = self._scoring.take(self._block_tokens - used, alone=not decode and not prefill)
+        self._swept.extend(block.answered)
+        for work in block.works:
             self._schedule(work, prefill, None)
         rows = pack_prefill(prefill, self._policy) + pack_decode(decode, self._policy)
         device, *offloaded = self._pool.high_water
@@ -109,8 +110,7 @@ class PackedScheduler:
         """Account for a sweep that was computed and whose logit requests were answered; returns the work that is complete."""
         scoring = [work for work in self._swept if not work.generating]
         for work in scoring:
-            answered = self._finish_scoring(work)
-            assert answered, "a scored prompt was left without an answer"
+            assert work.answered(), "a scored prompt was left without an answer"
         finished = list(dict.fromkeys(scoring))
         for node in self._in_sweep:
             if node.users == 0:
@@ -135,18 +135,13 @@ class PackedScheduler:
         """Drop all work after a failure; returns what was dropped."""
         dropped = list(dict.fromkeys([*self._waiting, *self._filling, *(work for work, _ in self._decoding), *self._scoring]))
         for work in dropped:
-            for node in work.node.path():
-                self._placement.drop(node)
-            for continuation in work.continuations:
-                self._placement.drop_continuation(continuation, work.node)
+            self._placement.drop_prompt(work.node, work.continuations)
         self._waiting.clear()
         self._scoring.clear()
         self._filling, self._decoding = [], []
         self._ends.clear()
         self._prompt_tokens_left = 0
         return dropped
-
-    # Generating work -------------------------------------------------------------------------------------------------
 
     def _take_prompts(self) -> int:
         """Admit prompts as long as the block has room for them; returns the tokens that are missing of those admitted."""
@@ -164,112 +159,45 @@ class PackedScheduler:
             tokens += missing(work)
         return tokens
 
-    def _worthwhile(self, tokens: int) -> int:
-        """How many of the missing prompt tokens are computed in this sweep.
-
-        A row costs the same however few tokens are in it. While more prompts wait for memory, those that do not fill a row wait
-        for what finished sequences make room for, until their idle slots have cost as much as the padding would: never more
-        than twice as bad as what turns out best.
-        """
-        if tokens >= self._block_tokens:
-            return self._block_tokens
-        rest = tokens % self._policy.gpu_batch_tokens
-        if not (rest and self._waiting and self._decoding) or self._scoring:
-            self._idle_share = 0.0
-            return tokens
-        idle = rest / tokens * sum(len(work.continuations) for work in self._filling)
-        self._idle_share += idle / (idle + len(self._decoding))
-        if self._idle_share < self._prompt_row_cost * (1 - rest / self._policy.gpu_batch_tokens):
-            return tokens - rest
-        self._idle_share = 0.0
-        return tokens
+    def _let_in(self, missing: int) -> int:
+        """Return how many of the prompt tokens that are missing are computed in this sweep."""
+        return self._gate.let_in(
+            missing,
+            filling=sum(len(work.continuations) for work in self._filling),
+            decoding=len(self._decoding),
+            more_wait=bool(self._waiting) and not self._scoring,
+        )
 
     def _admit(self, work: PromptWork) -> bool:
         """Reserve slots and pages for a prompt and all its completions, so that nothing is ever pre-empted."""
         taken = len(self._decoding) + sum(len(filling.continuations) for filling in self._filling)
         if taken and taken + len(work.continuations) > self._policy.block_size:
             return False
-        path = work.node.path()
-        if not self._fits(work, path) and not taken:
-            self._drop_prefixes()
-        if not self._fits(work, path):
+        if self._placement.reserve(work.node, work.continuations):
+            return True
+        if taken:
             return False
-        for node in path:
-            self._placement.place(node, kept=True)
-        for continuation in work.continuations:
-            self._placement.place_continuation(continuation, work.node)
-        return True
-
-    def _fits(self, work: PromptWork, path: list[Node]) -> bool:
-        return self._placement.fits(
-            self._placement.missing(path) + sum(_continuation_pages(len(work.tokens), limit) for limit in work.limits)
-        )
+        self._drop_prefixes()
+        return self._placement.reserve(work.node, work.continuations)
 
     def _drop_prefixes(self) -> None:
         """Drop what earlier work left behind for later, when nothing is live that would free pages: it is computed again."""
         for work in (*self._waiting, *self._scoring):
-            for node in work.node.path():
-                self._placement.drop(node)
+            self._placement.drop_prompt(work.node)
 
     def _retire(self, work: PromptWork) -> None:
-        work.done = True
         for node in work.node.path():
             node.users -= 1
             if node.users == 0:
                 self._placement.drop(node)
 
-    # Scoring work ----------------------------------------------------------------------------------------------------
-
-    def _scoring_block(self, budget: int, *, alone: bool) -> list[PromptWork]:
-        """Take scoring work for one sweep, whole prompts only, cut where the next shares least with the last."""
-        block: list[PromptWork] = []
-        cost: list[int] = [0]
-        shared: list[int] = []
-        while self._scoring and (cost[-1] < budget):
-            work = self._scoring[0]
-            if self._finish_scoring(work):
-                self._swept.append(self._scoring.popleft())
-                continue
-            common = common_prefix_length(block[-1].tokens, work.tokens) if block else 0
-            total = cost[-1] + len(work.tokens) - common
-            if total > budget and (block or not alone):
-                break
-            if self._kept(work) and not self._reserve_kept(work):
-                break
-            block.append(self._scoring.popleft())
-            shared.append(common)
-            cost.append(total)
-        cut = self._cut(block, shared, cost, budget) if self._scoring else len(block)
-        self._scoring.extendleft(reversed(block[cut:]))
-        return block[:cut]
-
-    def _cut(self, block: list[PromptWork], shared: list[int], cost: list[int], budget: int) -> int:
-        """Where to end a full block: at its end, or earlier in its last quarter if less of a prefix is computed again there."""
-        best, least = len(block), common_prefix_length(block[-1].tokens, self._scoring[0].tokens) if block else 0
-        for i in range(len(block) - 1, 0, -1):
-            if cost[i] < CUT_FROM * budget:
-                break
-            if shared[i] < least:
-                best, least = i, shared[i]
-        return best
-
     def _kept(self, work: PromptWork) -> bool:
         """Whether scoring work shares its tree with generating work, whose pages it then reads."""
         return self._keep_all or work.node.path()[0].users > 0
 
-    def _reserve_kept(self, work: PromptWork) -> bool:
-        path = work.node.path()
-        if not self._placement.fits(self._placement.missing(path)):
-            return False
-        for node in path:
-            self._placement.place(node, kept=True)
-        return True
-
-    def _finish_scoring(self, work: PromptWork) -> bool:
-        work.done = work.done or (work.scored() and all(continuation.done for continuation in work.continuations))
-        return work.done
-
-    # Segments --------------------------------------------------------------------------------------------------------
+    def _reserve_scored(self, work: PromptWork) -> bool:
+        """Reserve the pages that scoring work leaves to generating work, if any; returns whether there was room for them."""
+        return not self._kept(work) or self._placement.reserve(work.node)
 
     def _schedule(self, work: PromptWork, segments: list[Segment], budget: int | None) -> int:
         """Append what is missing of a prompt, up to ``budget`` tokens; returns the number of tokens."""
@@ -291,54 +219,14 @@ class PackedScheduler:
     def _segment(self, node: Node, count: int) -> Segment:
         pages = node.pages
         assert pages is not None
-        offset = pages.scheduled
+        segment = prompt_segment(node, pages.scheduled, count, self._ends.get(node))
         pages.scheduled += count
         self._in_sweep.append(node)
         self._prompt_tokens_left -= max(0, pages.scheduled - node.num_seen)
         node.num_seen = max(node.num_seen, pages.scheduled)
-        logit_requests = self._logit_requests(node, offset, count)
-        copy = pages.copy if offset == 0 else None
-        tokens, start = node.tokens[offset : offset + count], node.start + offset
-        return Segment(tokens, start, pages.table, pages.kept, copy, logit_requests, owner=node)
-
-    def _logit_requests(self, node: Node, offset: int, count: int) -> list[LogitRequest]:
-        logit_requests: list[LogitRequest] = []
-        inner = range(offset, min(offset + count, len(node.tokens) - 1))
-        if node.logprobs is not None:
-            logit_requests = [LogitRequest(i - offset, ((node, i + 1),), ()) for i in inner if node.logprobs[i + 1] is None]
-        if offset + count == len(node.tokens):
-            # First tokens are chosen whenever the prompt's last token is computed, be it for other work before admission.
-            last = tuple((c, 0) for c in node.children if c.logprobs is not None and c.logprobs[0] is None)
-            work = self._ends.get(node)
-            continuations = (
-                tuple(continuation for continuation in work.continuations if not continuation.tokens)
-                if work is not None
-                else ()
-            )
-            if last or continuations:
-                logit_requests.append(LogitRequest(count - 1, last, continuations))
-        return logit_requests
+        return segment
 
 
 def _filled(work: PromptWork) -> bool:
     pages = work.node.pages
     return pages is not None and pages.scheduled == len(work.node.tokens)
-
-
-def _decode_segment(work: PromptWork, continuation: Continuation) -> Segment:
-    copy = continuation.copy if len(continuation.tokens) == 1 else None
-    logit_requests = [LogitRequest(0, (), (continuation,))]
-    return Segment(
-        (continuation.tokens[-1],),
-        decode_position(work, continuation),
-        continuation.table,
-        True,
-        copy,
-        logit_requests,
-        owner=continuation,
-    )
-
-
-def _continuation_pages(length: int, max_new_tokens: int) -> int:
-    """Pages of a completion's own behind a prompt of ``length`` tokens; its last token is never attended to."""
-    return num_pages(length, length + max_new_tokens - 1)

@@ -1,22 +1,12 @@
-"""Which pages hold the K and V of nodes and completions."""
+"""Page tables: the pages that hold the K and V of nodes and completions, given and taken back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
 from flexgen_helm.schedule.rows import Continuation
-from flexgen_helm.schedule.tree import Node, NodePages
-
-
-class _Span(NamedTuple):
-    """Pages for a run of positions; see the fields of `NodePages`."""
-
-    own: list[int]
-    table: list[int]
-    copy: tuple[int, int, int] | None
-    in_tail: bool
+from flexgen_helm.schedule.tree import Node, NodePages, SequencePages
 
 
 class Placement:
@@ -35,23 +25,26 @@ class Placement:
         """Give a node its pages, if it has none; its parent has them already."""
         if node.pages is None:
             above = node.parent.pages if node.parent is not None else None
-            node.pages = NodePages(kept, *self._continue_behind(above, node.start, node.end, kept=kept))
+            pages = self._continue_behind(above, node.start, node.end, kept=kept)
+            node.pages = NodePages(pages.own, pages.table, pages.copy, pages.in_tail, kept=kept)
 
-    def place_continuation(self, continuation: Continuation, node: Node) -> None:
-        """Give a completion of the prompt that ends at ``node`` its pages; its last token is never attended to."""
-        assert node.pages is not None
-        last = node.end + continuation.max_new_tokens - 1
-        continuation.own_pages, continuation.table, continuation.copy, continuation.in_tail = self._continue_behind(
-            node.pages, node.end, last, kept=True
-        )
+    def reserve(self, node: Node, continuations: Sequence[Continuation] = ()) -> bool:
+        """Give the prompt that ends at a node its kept pages, and completions of it theirs.
 
-    def missing(self, path: Iterable[Node]) -> int:
-        """Kept pages that a path still needs."""
-        return sum(_own_pages(node) for node in path if node.pages is None)
-
-    def fits(self, count: int) -> bool:
-        """Whether so many kept pages are free."""
-        return count <= self._pool.num_free
+        Returns:
+            False, and nothing is given, if fewer pages are free than they need.
+        """
+        path = node.path()
+        needed = sum(_own_pages(upper) for upper in path if upper.pages is None)
+        needed += sum(continuation_pages(node.end, continuation.max_new_tokens) for continuation in continuations)
+        if needed > self._pool.num_free:
+            return False
+        for upper in path:
+            self.place(upper, kept=True)
+        for continuation in continuations:
+            last = node.end + continuation.max_new_tokens - 1
+            continuation.pages = self._continue_behind(node.pages, node.end, last, kept=True)
+        return True
 
     def drop(self, node: Node) -> None:
         """Take a node's pages back; those of its children are gone already or go with it."""
@@ -64,30 +57,44 @@ class Placement:
         node.pages = None
 
     def drop_continuation(self, continuation: Continuation, node: Node) -> None:
-        """Take a completion's pages back."""
-        self._pool.release(continuation.own_pages)
-        if continuation.in_tail and node.pages is not None:
+        """Take a completion's pages back, if it has any."""
+        if continuation.pages is None:
+            return
+        self._pool.release(continuation.pages.own)
+        if continuation.pages.in_tail and node.pages is not None:
             node.pages.tail_free = True
-        continuation.own_pages, continuation.in_tail = [], False
+        continuation.pages = None
 
-    def _continue_behind(self, above: NodePages | None, start: int, end: int, *, kept: bool) -> _Span:
+    def drop_prompt(self, node: Node, continuations: Sequence[Continuation] = ()) -> None:
+        """Take back the pages of the prompt that ends at a node, and those of completions of it."""
+        for upper in node.path():
+            self.drop(upper)
+        for continuation in continuations:
+            self.drop_continuation(continuation, node)
+
+    def _continue_behind(self, above: NodePages | None, start: int, end: int, *, kept: bool) -> SequencePages:
         """Pages for positions ``[start, end)`` behind a node."""
         shared, partial = divmod(start, PAGE_TOKENS)
         if above is None or not partial or end <= start:
             own = self._allocate(num_pages(start, end), kept)
-            return _Span(own, (above.table[:shared] if above else []) + own, None, False)
+            return SequencePages(own, (above.table[:shared] if above else []) + own, None, False)
         if above.tail_free:
             above.tail_free = False
             own = self._allocate(num_pages(start + PAGE_TOKENS - partial, end), kept)
-            return _Span(own, above.table[: shared + 1] + own, None, True)
+            return SequencePages(own, above.table[: shared + 1] + own, None, True)
         own = self._allocate(num_pages(start, end), kept)
-        return _Span(own, above.table[:shared] + own, (above.table[shared], own[0], partial), False)
+        return SequencePages(own, above.table[:shared] + own, (above.table[shared], own[0], partial), False)
 
     def _allocate(self, count: int, kept: bool) -> list[int]:
         if kept:
             return self._pool.allocate(count)
         self.num_transient += count
         return list(range(self.num_transient - count, self.num_transient))
+
+
+def continuation_pages(length: int, max_new_tokens: int) -> int:
+    """Pages of a completion's own behind a prompt of ``length`` tokens; its last token is never attended to."""
+    return num_pages(length, length + max_new_tokens - 1)
 
 
 def _own_pages(node: Node) -> int:

@@ -6,39 +6,48 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from flexgen_helm.schedule.tree import Node
+from flexgen_helm.schedule.tree import Node, Scores, SequencePages
 from flexgen_helm.types import ResolvedPolicy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(eq=False)
 class State:
-    """What a single row's sequence carries from one sweep to the next. It lives as long as this object."""
+    """The cache that a single row's sequence carries from one sweep to the next. It lives as long as this object."""
 
     origin: State | None = None
-    """Whose content it begins with a copy of; None: with nothing."""
+    """It begins with a copy of this one's content; None: with nothing."""
     content: object = None
     """The runtime's; nothing here looks into it."""
 
 
 @dataclass(eq=False)
 class Continuation:
-    """One completion of a prompt: what was generated, and where its own K and V are."""
+    """One completion of a prompt: the tokens generated so far, and the cache that it carries from one sweep to the next."""
 
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)
     done: bool = False
-    own_pages: list[int] = field(default_factory=list)
-    table: list[int] = field(default_factory=list)
-    copy: tuple[int, int, int] | None = None
-    """Like `NodePages.copy`: the page in which the continuation parts from its prompt."""
-    in_tail: bool = False
-    """Whether the continuation begins in the rest of its prompt's last page."""
+    pages: SequencePages | None = None
+    """In packed rows: pages of its own K and V; None: it has none now."""
     state: State | None = None
-    """In single rows: what the continuation carries from one sweep to the next."""
+    """In single rows: its cache."""
     finite: bool = True
-    """Like `Node.finite`, of its own tokens."""
+    """Whether K, V and logits of its own tokens were finite numbers."""
+
+    def step(self, best: int | None, logits: Tensor, logprobs: Tensor) -> None:
+        """Take or refuse the next token; whoever makes completions says how.
+
+        Args:
+            best: The most likely token; None: ``logits`` are not finite.
+            logits: ``[vocab]``.
+            logprobs: ``[vocab]``, the unwarped model's.
+        """
+        raise NotImplementedError
 
 
 class LogitRequest(NamedTuple):
@@ -46,8 +55,8 @@ class LogitRequest(NamedTuple):
 
     offset: int
     """Tokens before it in the row."""
-    targets: tuple[tuple[Node, int], ...]
-    """(node, i): the log-probability of ``node.tokens[i]`` is read here and stored in ``node.logprobs[i]``."""
+    targets: tuple[tuple[Scores, int], ...]
+    """(scores, i): the log-probability of ``scores.tokens[i]`` is read here and stored in ``scores.logprobs[i]``."""
     continuations: tuple[Continuation, ...]
     """Completions whose next token is chosen here."""
 
@@ -68,7 +77,7 @@ class Segment:
     state: State | None = None
     """In single rows, instead of pages."""
     owner: Node | Continuation | None = None
-    """Whose tokens these are; None: nobody's who asks whether they were finite."""
+    """The tokens are its own, and it is told if they are not finite; None: nobody asks."""
 
     @property
     def end(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexgen_helm.schedule.rows import Continuation, LogitRequest, Row, Segment, State, Sweep, pack_decode
-from flexgen_helm.schedule.tree import Node
+from flexgen_helm.schedule.tree import Node, Scores
 from flexgen_helm.schedule.work import PromptWork, decode_position
 from flexgen_helm.types import ResolvedPolicy
 
@@ -50,7 +50,7 @@ class SingleScheduler:
     def add(self, works: list[PromptWork]) -> None:
         """Take work in."""
         for work in works:
-            work.node = Node(None, 0, work.tokens, logprobs=[None] * len(work.tokens) if work.score else None)
+            work.node = Node(None, 0, work.tokens, scores=Scores(work.tokens) if work.score else None)
             (self._generating if work.generating else self._scoring).append(work)
 
     def has_work(self) -> bool:
@@ -136,7 +136,8 @@ class SingleScheduler:
 def _prompt_row(work: PromptWork) -> Row:
     state = State()
     last = len(work.tokens) - 1
-    logit_requests = [LogitRequest(i, ((work.node, i + 1),), ()) for i in range(last)] if work.score else []
+    scores = work.node.scores
+    logit_requests = [LogitRequest(i, ((scores, i + 1),), ()) for i in range(last)] if scores is not None else []
     if work.continuations:
         logit_requests.append(LogitRequest(last, (), tuple(work.continuations)))
         _hand_on(state, work.continuations)

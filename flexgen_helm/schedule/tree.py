@@ -18,12 +18,12 @@ class Node:
     start: int
     tokens: tuple[int, ...]
     children: list[Node] = field(default_factory=list)
-    logprobs: list[float | None] | None = None
-    """Log-probability of each of ``tokens`` given what precedes it, when a prompt in the subtree is scored; None: not yet."""
+    scores: Scores | None = None
+    """Log-probabilities of ``tokens``; None: no prompt in the subtree is scored."""
     users: int = 0
     """Unfinished work that still needs this node's K and V in later sweeps."""
     pages: NodePages | None = None
-    """Where K and V are, while they are anywhere."""
+    """Pages of its K and V; None: it has none now."""
     num_seen: int = 0
     """Tokens that were computed at least once."""
     finite: bool = True
@@ -45,20 +45,38 @@ class Node:
 
 
 @dataclass(eq=False)
-class NodePages:
-    """Pages that hold the K and V of a node's tokens."""
+class Scores:
+    """Log-probabilities of consecutive tokens, each given all that precedes it."""
+
+    tokens: tuple[int, ...]
+    logprobs: list[float | None] = field(init=False)
+    """None: not yet known."""
+
+    def __post_init__(self) -> None:
+        self.logprobs = [None] * len(self.tokens)
+
+
+@dataclass(eq=False)
+class SequencePages:
+    """Pages that hold the K and V of consecutive tokens, which go on behind a node."""
+
+    own: list[int]
+    """Pages that belong to these tokens alone, those of the prefix not among them."""
+    table: list[int]
+    """Pages of the whole sequence, from position 0 up to the last of these tokens."""
+    copy: tuple[int, int, int] | None
+    """(source page, own page, tokens): what must be copied before the first token attends, where another sequence goes on in
+    the last page of the prefix."""
+    in_tail: bool
+    """Whether these tokens begin in the rest of the prefix's last page."""
+
+
+@dataclass(eq=False, kw_only=True)
+class NodePages(SequencePages):
+    """Pages of a node's tokens."""
 
     kept: bool
     """Kept over sweeps and for every layer, or only inside the layer being computed."""
-    own: list[int]
-    """Pages that belong to this node, those of its parents not among them."""
-    table: list[int]
-    """Pages of the whole prefix from position 0 up to the node's end."""
-    copy: tuple[int, int, int] | None
-    """(source page, own page, tokens): what must be copied before the node's first token attends, where another child goes on
-    in its parent's last page."""
-    in_tail: bool
-    """Whether the node begins in the rest of its parent's last page."""
     tail_free: bool = True
     """Whether the rest of the node's last page is nobody's: its first child, or first completion, goes on there."""
     scheduled: int = 0

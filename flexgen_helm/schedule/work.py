@@ -18,7 +18,6 @@ class PromptWork:
     score: bool
     continuations: list[Continuation]
     node: Node = field(init=False)
-    done: bool = False
 
     @property
     def limits(self) -> list[int]:
@@ -39,7 +38,12 @@ class PromptWork:
         """Whether nothing is left to ask of the prompt itself."""
         if not self.score:
             return True
-        return all(None not in node.logprobs[node.start == 0 :] for node in self.node.path() if node.logprobs is not None)
+        found = [(node.start, node.scores) for node in self.node.path()]
+        return all(scores is None or None not in scores.logprobs[start == 0 :] for start, scores in found)
+
+    def answered(self) -> bool:
+        """Whether nothing is left to ask of the prompt nor of its completions."""
+        return self.scored() and all(continuation.done for continuation in self.continuations)
 
 
 class Scheduler(Protocol):
@@ -53,7 +57,7 @@ class Scheduler(Protocol):
         """Memory for what sequences carry from one sweep to the next."""
 
     def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
-        """What a prompt of ``length`` tokens needs of it alone, with completions of at most ``limits`` new tokens each."""
+        """Return what a prompt of ``length`` tokens needs of that memory, with completions of at most ``limits`` tokens."""
 
     def add(self, works: list[PromptWork]) -> None:
         """Take work in."""

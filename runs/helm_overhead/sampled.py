@@ -72,7 +72,7 @@ TIMED: dict[str, tuple[str, ...]] = {
         "flexgen_helm.schedule.packed:PackedScheduler.tokens_left",
     ),
     "recording": ("flexgen_helm.rows.packed:PackedRows.reserve", "flexgen_helm.rows.packed:PackedRows.record"),
-    "layers": ("flexgen_helm.execution.serial:_Run.compute",),
+    "layers": ("flexgen_helm.execution.sweep_run:SweepRun.compute",),
     "logits": ("flexgen_helm.execution.serial:SerialExecutor._logits", "flexgen_helm.runtime.worker:Worker._on_logits"),
 }
 """Methods that the engine's thread calls, none within another, as ``module:class.method``."""

@@ -74,7 +74,7 @@ class Agreement:
         return self.equal + self.ties + self.other
 
 
-def run_accelerate(
+def run_accelerate(  # noqa: PLR0913 - a setting of the contender each
     work: Work, model: Path, dtype: str, limits: Limits, scratch: Path, *, batch_sizes: Sequence[int], memory_bytes: int
 ) -> Theirs:
     """Let Accelerate answer batches of growing size.

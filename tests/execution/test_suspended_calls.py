@@ -1,4 +1,4 @@
-"""Layer calls that rest: the device goes on with another row, and what follows a call waits for its end."""
+"""Layer calls that are suspended: the device goes on with another row, and what follows a call waits for its end."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from greenlet import greenlet
 
 from flexgen_helm import Engine, Job, Policy
-from flexgen_helm.attention.host import rest
-from flexgen_helm.execution.suspended_calls import RestingCalls
+from flexgen_helm.execution.suspended_calls import SuspendedCalls
 from tests.jobs import random_tokens
 from tests.workbench import OWN_MEMORY, Workbench
 
 
-def call(log: list[str], name: str, num_rests: int = 1) -> Callable[[], None]:
-    """Notes where it is; each rest is one attention on the CPU."""
+def call(calls: SuspendedCalls, log: list[str], name: str, times: int = 1) -> Callable[[], None]:
+    """Notes where it is; each time that it is suspended is one attention on the CPU."""
 
     def run() -> None:
         try:
-            for i in range(num_rests):
+            for i in range(times):
                 log.append(f"{name}{i}")
-                rest()
+                calls.suspend()
             log.append(f"{name} ends")
         finally:
             log.append(f"{name} left")
@@ -31,46 +31,65 @@ def call(log: list[str], name: str, num_rests: int = 1) -> Callable[[], None]:
     return run
 
 
-def test_one_rests_while_the_next_runs_and_what_follows_it_waits() -> None:
+def test_one_is_suspended_while_the_next_runs_and_what_follows_it_waits() -> None:
     log: list[str] = []
-    resting = RestingCalls()
+    calls = SuspendedCalls()
     for k, name in enumerate("abc"):
-        resting.run(k, call(log, name, num_rests=k), nullcontext)
-        if not resting.defer(k, partial(log.append, f"store {name}")):
+        calls.run(k, call(calls, log, name, times=k), nullcontext)
+        if not calls.defer(k, partial(log.append, f"store {name}")):
             log.append(f"store {name} at once")
     first = ["a ends", "a left", "store a at once", "b0", "c0", "b ends", "b left", "store b"]
     assert log == first
-    resting.end(0)
+    calls.end(0)
     assert log == first
-    resting.end(2)
+    calls.end(2)
     assert log == [*first, "c1", "c ends", "c left", "store c"]
 
 
-def test_after_an_error_nothing_rests() -> None:
+def test_after_an_error_nothing_is_suspended() -> None:
     log: list[str] = []
-    resting = RestingCalls()
-    resting.run(0, call(log, "a"), nullcontext)
+    calls = SuspendedCalls()
+    calls.run(0, call(calls, log, "a"), nullcontext)
 
     def faulty() -> None:
         raise ValueError("of this row")
 
     with pytest.raises(ValueError, match="of this row"):
-        resting.run(1, faulty, nullcontext)
-    resting.drop()
+        calls.run(1, faulty, nullcontext)
+    calls.drop()
     assert log == ["a0", "a left"]
-    resting.end()
-    resting.run(1, call(log, "b", num_rests=0), nullcontext)
+    calls.end()
+    calls.run(1, call(calls, log, "b", times=0), nullcontext)
     assert log[2:] == ["b ends", "b left"]
 
 
-def test_without_anyone_to_go_on_it_does_not_rest() -> None:
+def test_a_call_that_was_not_started_here_just_waits() -> None:
+    """Neither outside of any greenlet, nor in somebody else's, whose parent must not be woken."""
     log: list[str] = []
-    call(log, "a")()
+    calls = SuspendedCalls()
+    call(calls, log, "a")()
     assert log == ["a0", "a ends", "a left"]
+    others = greenlet(call(calls, log, "b"))
+    others.switch()
+    assert others.dead
+    assert log[3:] == ["b0", "b ends", "b left"]
+
+
+def test_calls_go_back_to_the_greenlet_that_runs_them() -> None:
+    log: list[str] = []
+    calls = SuspendedCalls()
+
+    def executor() -> None:
+        calls.run(0, call(calls, log, "a"), nullcontext)
+        log.append("goes on")
+        calls.end()
+
+    greenlet(executor).switch()
+    assert log == ["a0", "goes on", "a ends", "a left"]
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_rows_rest_in_the_engine_while_the_cpu_attends(bench: Workbench, tmp_path: Path, overlap: bool) -> None:
+def test_rows_are_suspended_in_the_engine_while_the_cpu_attends(bench: Workbench, tmp_path: Path, overlap: bool) -> None:
     """Between the two times that a decode row has the device in a layer, another row has it."""
     policy = Policy(16, 4, 32, cache=(0, 1, 0), overlap=overlap)
     jobs = [Job(token_ids=random_tokens(seed, 130), max_new_tokens=2, ignore_eos=True) for seed in range(64)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from flexgen_helm.errors import PolicyError
-from flexgen_helm.execution.serial import OverlappedExecutor
+from flexgen_helm.execution.overlapped import OverlappedExecutor
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.state_store import StateStore
 from flexgen_helm.model.recorder import RecordedModel

@@ -114,9 +114,7 @@ def test_weights_are_hidden_from_the_break_even_block_on(
 
 
 def test_only_what_a_run_used_is_measured(tmp_path: Path) -> None:
-    measure = partial(
-        measure_rates, torch.device("cpu"), torch.float32, matrix=(1024, 1024), row_tokens=(64, 16)
-    )
+    measure = partial(measure_rates, torch.device("cpu"), torch.float32, matrix=(1024, 1024), row_tokens=(64, 16))
     rates = measure(used=(), folder=tmp_path)
     assert 1e8 < rates.decode < 1e15
     assert 1e8 < rates.prefill < 1e15

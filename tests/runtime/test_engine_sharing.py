@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 
 from flexgen_helm import Job
-from flexgen_helm.execution.serial import LogitsHandler, SerialExecutor
+from flexgen_helm.execution.interfaces import LogitsHandler
+from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import Sweep
 from tests.jobs import job_mixes, random_tokens
@@ -101,7 +102,7 @@ def test_each_layer_is_loaded_once_for_all_jobs_of_a_sweep(
     operations: list[list[Operation]] = []
     run = SerialExecutor.run
 
-    def noted(executor: SerialExecutor, sweep: Sweep, on_logits: LogitsHandler, on_operation: OnOperation) -> None:
+    def noted(executor: SerialExecutor[Any], sweep: Sweep, on_logits: LogitsHandler, on_operation: OnOperation) -> None:
         def note(operation: Operation) -> None:
             operations[-1].append(operation)
             on_operation(operation)

@@ -42,7 +42,7 @@ def failing_sweeps(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Sweep], boo
     """Sweeps that fail behind their second operation, as they come."""
     run, failed = SerialExecutor.run, list[Sweep]()
 
-    def faulty(self: SerialExecutor, sweep: Sweep, on_logits: Any, on_operation: Any = None) -> None:
+    def faulty(self: SerialExecutor[Any], sweep: Sweep, on_logits: Any, on_operation: Any = None) -> None:
         count = iter(range(10**6))
 
         def at(operation: Operation) -> None:

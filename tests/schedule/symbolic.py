@@ -22,7 +22,7 @@ class Spec:
     limits: tuple[tuple[int, int], ...]
 
     def completion(self, limit: int, end: int) -> list[int]:
-        """What a completion consists of."""
+        """The tokens of a completion."""
         tokens: list[int] = []
         while len(tokens) < min(limit, end):
             tokens.append(hash((*self.tokens, *tokens)) % 5)
@@ -76,10 +76,9 @@ class Machine:
         for request in segment.logit_requests:
             if request.offset != offset:
                 continue
-            for node, index in request.targets:
-                assert node.start + index == len(prefix)
-                assert node.logprobs is not None
-                node.logprobs[index] = hash((*prefix, node.tokens[index])) % 97
+            for scores, index in request.targets:
+                assert scores.logprobs[index] is None
+                scores.logprobs[index] = hash((*prefix, scores.tokens[index])) % 97
             for continuation in request.continuations:
                 prompt, end = self.ends[continuation]
                 assert (*prompt, *continuation.tokens) == prefix
@@ -106,5 +105,5 @@ def assert_answers(scheduler: Scheduler, machine: Machine, specs: list[Spec], *,
             spec.completion(*limits) for limits in spec.limits
         ]
         if spec.score:
-            found = [value for node in work.node.path() for value in node.logprobs or ()]
+            found = [value for node in work.node.path() if node.scores is not None for value in node.scores.logprobs]
             assert found[1:] == [hash(spec.tokens[: i + 1]) % 97 for i in range(1, len(spec.tokens))]

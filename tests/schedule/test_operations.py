@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_helm.schedule.operations import ORDERS, Operation, Order, sweep_operations
+from flexgen_helm.schedule.operations import ORDERS, Operation, Order, head_unit, sweep_operations
 
 SWEEPS = {"order": st.sampled_from(sorted(ORDERS)), "num_layers": st.integers(1, 6), "num_rows": st.integers(1, 4)}
 
@@ -25,7 +25,41 @@ def test_every_square_is_computed_once_and_after_what_it_needs(order: Order, num
 def test_columns_load_each_layer_once_and_rows_load_it_once_each(order: Order, loads: int) -> None:
     operations = list(sweep_operations(order, 4, 3, streamed=range(4), num_slots=1))
     assert sum(o.kind == "release_weights" for o in operations) == loads
-    assert operations[0] == Operation("load_weights", 0)
+    assert operations[6] == Operation("load_weights", 0)
+
+
+@given(**SWEEPS, data=st.data())
+def test_rows_are_recorded_before_anything_is_loaded_and_the_head_comes_last(
+    order: Order, num_layers: int, num_rows: int, data: st.DataObject
+) -> None:
+    head = head_unit(num_layers)
+    streamed = data.draw(st.sets(st.integers(0, head)))
+    operations = list(sweep_operations(order, num_layers, num_rows, streamed=streamed, num_slots=min(1, len(streamed))))
+    recorded = [step for k in range(num_rows) for step in (Operation("record", -1, k), Operation("store_hidden", -1, k))]
+    assert operations[: 2 * num_rows] == recorded
+    assert sum(o.kind == "record" for o in operations) == num_rows
+    behind = operations[operations.index(Operation("finish", head)) + 1 :]
+    if head in streamed:
+        assert [o.kind for o in behind] == ["release_weights", "load_weights"]
+        assert behind[0].j == head
+    else:
+        assert behind == []
+
+
+@given(**SWEEPS, data=st.data())
+def test_parts_of_the_layers_together_compute_what_all_of_them_do(
+    order: Order, num_layers: int, num_rows: int, data: st.DataObject
+) -> None:
+    cut = data.draw(st.integers(0, num_layers - 1))
+    stages = [list(sweep_operations(order, num_layers, num_rows, layers=part)) for part in (range(cut), range(cut, num_layers))]
+    whole = list(sweep_operations(order, num_layers, num_rows))
+    for kind in ("compute", "store_cache", "load_cache"):
+        found = [o for stage in stages for o in stage if o.kind == kind]
+        assert sorted(found) == sorted(o for o in whole if o.kind == kind)
+    assert [[o.kind for o in stage].count("finish") for stage in stages] == [0, 1]
+    if cut:
+        assert {o.k for o in stages[0] if o.kind == "store_hidden" and o.j == cut - 1} == set(range(num_rows))
+        assert [o for o in stages[1] if o.kind == "record"] == [Operation("record", cut - 1, k) for k in range(num_rows)]
 
 
 @given(**SWEEPS, data=st.data())
@@ -69,6 +103,8 @@ def test_a_row_is_loaded_before_it_is_computed_and_stored_after(order: Order, nu
             assert (j, k) in caches
         elif kind == "store_cache":
             caches.remove((j, k))
+        elif kind == "record":
+            on_device.add(k)
         elif kind == "store_hidden":
             on_device.remove(k)
             assert j < num_layers - 1

@@ -97,7 +97,7 @@ def test_a_large_block_computes_each_prefix_once(specs: list[Spec]) -> None:
 
 
 def prompt_tokens_by_sweep(new_tokens: int, prompt_row_cost: float) -> list[int]:
-    """Of eight prompts of 32 tokens, two to a row, where memory holds five."""
+    """Eight prompts of 32 tokens, two to a row, where memory holds five."""
     policy = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64, block_tokens=64)
     specs = [Spec((i + 2,) * 32, False, ((new_tokens, new_tokens),)) for i in range(8)]
     machine = PagedMachine(policy, specs)

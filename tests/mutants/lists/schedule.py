@@ -5,6 +5,7 @@ from tests.mutants.mutant import Mutant
 PACKED = "tests/schedule/test_packed.py"
 SINGLE = "tests/schedule/test_single.py"
 TREE = "tests/schedule/test_tree.py"
+OVERLAPPED = "tests/execution/test_overlapped.py"
 
 MUTANTS = (
     Mutant(
@@ -50,8 +51,8 @@ MUTANTS = (
     Mutant(
         name="pages-of-a-completion-leak",
         file="flexgen_helm/schedule/page_tables.py",
-        old="self._pool.release(continuation.own_pages)",
-        new="continuation.own_pages.clear()",
+        old="self._pool.release(continuation.pages.own)",
+        new="continuation.pages.own.clear()",
         tests=(PACKED,),
         why="memory for the cache runs out in a long run",
     ),
@@ -89,17 +90,17 @@ MUTANTS = (
     ),
     Mutant(
         name="scores-shifted-by-a-token",
-        file="flexgen_helm/schedule/packed.py",
-        old="LogitRequest(i - offset, ((node, i + 1),), ())",
-        new="LogitRequest(i - offset, ((node, i),), ())",
+        file="flexgen_helm/schedule/segments.py",
+        old="LogitRequest(i - offset, ((scores, i + 1),), ())",
+        new="LogitRequest(i - offset, ((scores, i),), ())",
         tests=(PACKED,),
         why="a token gets the log-probability of the one before it",
     ),
     Mutant(
         name="scores-of-a-branch-never-asked",
-        file="flexgen_helm/schedule/packed.py",
-        old="last = tuple((c, 0) for c in node.children if",
-        new="last = tuple((c, 0) for c in node.children[:1] if",
+        file="flexgen_helm/schedule/segments.py",
+        old="[child.scores for child in node.children]",
+        new="[child.scores for child in node.children[:1]]",
         tests=(PACKED,),
         why="the first token behind a shared prefix has no log-probability",
     ),
@@ -154,8 +155,8 @@ MUTANTS = (
     Mutant(
         name="operations-hidden-state-stays-out",
         file="flexgen_helm/schedule/operations.py",
-        old="if moves_on and square[0] < num_layers - 1:",
-        new="if moves_on and square[0] < num_layers - 2:",
+        old="last=j == head - 1",
+        new="last=j >= head - 2",
         tests=("tests/schedule/test_operations.py",),
         why="the last layer gets no hidden state",
     ),
@@ -177,5 +178,45 @@ MUTANTS = (
             "tests/runtime/test_exactness.py::test_level_c[llama]",
         ),
         why="a job is answered before its completions have ended",
+    ),
+    Mutant(
+        name="overlap-weights-released-under-a-suspended-call",
+        file="flexgen_helm/execution/overlapped.py",
+        old='if kind == "release_weights" or (kind',
+        new="if (kind",
+        tests=(OVERLAPPED,),
+        why="a layer call goes on with the weights of another layer",
+    ),
+    Mutant(
+        name="overlap-layer-changes-under-a-suspended-call",
+        file="flexgen_helm/execution/overlapped.py",
+        old=' or (kind == "compute" and j != run.layer)',
+        new="",
+        tests=(OVERLAPPED,),
+        why="a layer call goes on with the weights of another layer",
+    ),
+    Mutant(
+        name="overlap-row-loaded-while-it-is-computed",
+        file="flexgen_helm/execution/overlapped.py",
+        old="self._suspended.end(k)",
+        new="self._suspended.drop",
+        tests=(OVERLAPPED,),
+        why="the pages of a row change while it attends",
+    ),
+    Mutant(
+        name="overlap-weights-of-one-layer-stay-bound",
+        file="flexgen_helm/execution/serial.py",
+        old="run.layer = -1  # a model",
+        new="run.layer = j  # a model",
+        tests=(OVERLAPPED,),
+        why="a model of one layer reads weights where others have come since",
+    ),
+    Mutant(
+        name="needs-of-weights-forgotten",
+        file="flexgen_helm/schedule/dependencies.py",
+        old='Operation("load_weights", j), Operation("load_cache", j, k)',
+        new='Operation("load_cache", j, k)',
+        tests=(OVERLAPPED,),
+        why="a simulated time is shorter than any real one",
     ),
 )

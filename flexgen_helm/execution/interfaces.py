@@ -1,0 +1,91 @@
+"""Interfaces of an executor: the rows that it computes, their recordings, and those who hear of operations and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from flexgen_helm.memory.link import Transfer
+from flexgen_helm.schedule.operations import Operation
+from flexgen_helm.schedule.rows import LogitRequest, Row, Sweep
+
+LogitsHandler = Callable[[list[LogitRequest], Tensor], None]
+"""Takes the logit requests of a slice of the output head and their logits ``[len(requests), vocab]`` in fp32."""
+OperationHandler = Callable[[Operation], None]
+"""Is told of each operation that was performed; an exception from it ends the sweep."""
+
+
+class Recording(Protocol):
+    """A row of which is known how its layers are called, between two of these calls."""
+
+    hidden: Tensor | None
+    """Its hidden state; None while it is stored elsewhere."""
+
+    @property
+    def hidden_moves(self) -> bool:
+        """Whether the hidden state may be stored on another tier between two layers."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """The hidden state with tokens in front: ``[T, ...]``."""
+
+
+AnyRecording = TypeVar("AnyRecording", bound=Recording)
+
+
+class Rows(Protocol[AnyRecording]):
+    """A model that computes rows of one kind, each of which it records in a form of its own."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that every row goes through."""
+
+    @property
+    def can_be_halved(self) -> bool:
+        """Whether a sweep that was given up may be repeated in smaller rows."""
+
+    def reserve(self, sweep: Sweep) -> None:
+        """Make room for what a sweep stores."""
+
+    def record(self, row: Row) -> AnyRecording:
+        """Note how the layers would be called for a row."""
+
+    def load_cache(self, j: int, recording: AnyRecording) -> Transfer | None:
+        """Start to bring what layer j needs of a row's cache to the device."""
+
+    def replay(self, j: int, recording: AnyRecording) -> None:
+        """Run layer j on a recorded row, once its cache is there."""
+
+    def store_cache(self, j: int, recording: AnyRecording) -> Transfer | None:
+        """Start to bring what layer j added to a row's cache to where it is stored."""
+
+    def use_suspender(self, suspend: Callable[[], None]) -> None:
+        """Take what a layer call may use while it waits for the CPU: `suspend` returns when the call must go on.
+
+        Without one, a call just waits.
+        """
+
+    def bad_tokens(self, recording: AnyRecording) -> Tensor | None:
+        """Tokens ``[T]`` of a row, gone through all layers, whose K or V was not finite; None: that shows in their logits."""
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``[P, ...]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
+
+    def close(self) -> None:
+        """Give back what the cache holds beside memory."""
+
+
+class Executor(Protocol):
+    """Computes sweeps, one at a time."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that every row goes through in a sweep."""
+
+    def run(self, sweep: Sweep, on_logits: LogitsHandler, on_operation: OperationHandler | None = None) -> None:
+        """Compute all rows of a sweep, then the logits that they request."""
+
+    def close(self) -> None:
+        """Stop what runs beside the computation."""
