@@ -11,7 +11,7 @@ from torch import Tensor
 from flexgen_helm.attention.calls import ChunkCall
 from flexgen_helm.attention.chunks import Kernel, LocatedPages
 from flexgen_helm.attention.kernels import ChunkOutput
-from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.memory.page_format import PageTensors
 
 
@@ -30,12 +30,12 @@ class HostAttention:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="flexgen-helm-attention")
 
     def begin(
-        self, name: str, calls: Sequence[ChunkCall], queries: Tensor, store: PageTensors, kernel: Kernel
+        self, activity: Activity, calls: Sequence[ChunkCall], queries: Tensor, store: PageTensors, kernel: Kernel
     ) -> list[Future[ChunkOutput]]:
         """Start some calls on the CPU.
 
         Args:
-            name: Of the spans in the meter.
+            activity: What the meter is told.
             calls: Calls whose pages are all on the host.
             queries: The row's queries ``[T, H, D]``, in host memory.
             store: The layer's pages on the host.
@@ -48,7 +48,7 @@ class HostAttention:
         def attend(call: ChunkCall) -> ChunkOutput:
             pages = LocatedPages(store, call.pages[0].numbers, None)
             num_bytes = len(pages.numbers) * store.format.num_bytes
-            with torch.inference_mode(), self._meter.span("cpu_attention", name, num_bytes):
+            with torch.inference_mode(), self._meter.span("cpu_attention", activity, num_bytes):
                 return kernel(call, queries, [pages])
 
         return [self._pool.submit(attend, call) for call in calls]

@@ -17,6 +17,7 @@ from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_c
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.memory.link import Transfer
+from flexgen_helm.memory.meter import Activity
 from flexgen_helm.memory.page_format import CacheKey, PageTensors
 from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.memory.pages import PAGE_TOKENS, Place
@@ -169,7 +170,7 @@ class RowAttention:
         self._writes.apply(stores, locate, (k, v))
         windows = self._plan(rule, q)
         kernel = partial(attend_call, scale=scale, softcap=softcap)
-        beside = self._begin_on_host(f"compute {key.layer}", windows, q, stores, kernel)
+        beside = self._begin_on_host(Activity("compute", str(key.layer)), windows, q, stores, kernel)
         merged: Merged | None = None
         for window, futures in zip(windows, beside, strict=True):
             outputs = _Outputs(window, q, v.shape[-1])
@@ -200,14 +201,14 @@ class RowAttention:
         return torch.where(kept, k, 0.0), torch.where(kept, v, 0.0)
 
     def _begin_on_host(
-        self, name: str, windows: list[Window], q: Tensor, stores: Mapping[Place, PageTensors], kernel: Kernel
+        self, activity: Activity, windows: list[Window], q: Tensor, stores: Mapping[Place, PageTensors], kernel: Kernel
     ) -> list[list[Future[ChunkOutput]]]:
         """Start the calls that the CPU computes: for each window the futures of its `host_calls`."""
         if not any(window.host_calls for window in windows):
             return [[] for _ in windows]
         assert self._host is not None
         queries = q.cpu()
-        return [self._host.begin(name, window.host_calls, queries, stores["host"], kernel) for window in windows]
+        return [self._host.begin(activity, window.host_calls, queries, stores["host"], kernel) for window in windows]
 
     def _locate(self, j: int) -> Locate:
         """Wait for the row's staged pages of layer j."""

@@ -24,6 +24,7 @@ from flexgen_helm.execution.interfaces import AnyRecording, LogitsHandler, Rows
 from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.execution.suspended_calls import SuspendedCalls
 from flexgen_helm.execution.sweep_run import SweepRun
+from flexgen_helm.memory.meter import Activity
 from flexgen_helm.schedule.operations import Operation
 
 
@@ -48,7 +49,7 @@ class OverlappedExecutor(SerialExecutor[AnyRecording]):
 
     def _compute(self, run: SweepRun[AnyRecording], j: int, k: int) -> None:
         call = partial(run.compute, j, k, last=j == self.num_layers - 1)
-        self._suspended.run(k, call, partial(self._busy, f"compute {j},{k}"))
+        self._suspended.run(k, call, partial(self._busy, Activity("compute", f"{j},{k}")))
 
     def _finish(self, run: SweepRun[AnyRecording], on_logits: LogitsHandler) -> None:
         self._suspended.end()

@@ -21,7 +21,7 @@ from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.execution.interfaces import AnyRecording, LogitsHandler, OperationHandler, Rows
 from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.memory.hidden_store import HiddenStore
-from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.schedule.operations import Operation, Order, head_unit, sweep_operations
 from flexgen_helm.schedule.rows import LogitRequest, Sweep, halved
@@ -156,7 +156,7 @@ class SerialExecutor(Generic[AnyRecording]):
             self._move(run, operation)
 
     def _compute(self, run: SweepRun[AnyRecording], j: int, k: int) -> None:
-        with self._busy(f"compute {j},{k}"):
+        with self._busy(Activity("compute", f"{j},{k}")):
             run.compute(j, k, last=j == self.num_layers - 1)
 
     def _move(self, run: SweepRun[AnyRecording], operation: Operation) -> None:
@@ -164,8 +164,8 @@ class SerialExecutor(Generic[AnyRecording]):
         if transfer is not None:
             transfer.wait()
 
-    def _busy(self, name: str) -> AbstractContextManager[None]:
-        return self._meter.span("device", name) if self._meter is not None else nullcontext()
+    def _busy(self, activity: Activity) -> AbstractContextManager[None]:
+        return self._meter.span("device", activity) if self._meter is not None else nullcontext()
 
     def _load_weights(self, j: int) -> None:
         assert self._weights is not None
@@ -207,7 +207,7 @@ class SerialExecutor(Generic[AnyRecording]):
             hidden = torch.stack(tokens)
             padded = hidden.new_zeros(self._head_slice, *hidden.shape[1:])
             padded[: len(tokens)] = hidden
-            with self._busy("head"):
+            with self._busy(Activity("finish")):
                 return self._rows.finish(padded)[: len(tokens)].float()
         except torch.OutOfMemoryError as error:
             message = str(error)

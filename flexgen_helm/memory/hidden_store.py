@@ -16,7 +16,7 @@ from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.direct_io import file_error
 from flexgen_helm.memory.link import Link, Transfer
-from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.types import TIERS, Resource, Shares, Tier
 
@@ -205,11 +205,11 @@ class HiddenStore:
         return target[0]
 
     def _write(self, place: _Place, k: int, hidden: Tensor) -> None:
-        with self._meter.span(place.writes, f"store_hidden {k}", hidden.nbytes):
+        with self._meter.span(place.writes, Activity("store_hidden", str(k)), hidden.nbytes):
             place.write(hidden)
 
     def _read(self, place: _Place, k: int, target: list[Tensor]) -> None:
-        with self._meter.span(place.reads, f"load_hidden {k}", self._sizes.get(k, 0)):
+        with self._meter.span(place.reads, Activity("load_hidden", str(k)), self._sizes.get(k, 0)):
             target.append(place.read(self._device))
 
     def close(self) -> None:

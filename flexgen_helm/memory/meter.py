@@ -7,26 +7,39 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from flexgen_helm.memory.usage import used_bytes
 from flexgen_helm.types import RESOURCES, Resource, RunStats, SweepStats, Tier
 
-WEIGHTS = "load_weights"
-"""First word of the name of a span that moves weights."""
+ActivityKind = Literal[
+    "plan", "record", "compute", "finish", "load_weights", "load_cache", "store_cache", "load_hidden", "store_hidden"
+]
+"""What a resource does: the kinds of operations, and planning a sweep."""
 ON_STREAM: frozenset[Resource] = frozenset({"device", "host_to_device", "device_to_host"})
 """What a GPU does after the call that asks for it has returned."""
 _Mark = float | torch.cuda.Event
 _Anchor = tuple[torch.cuda.Event | None, float]
 
 
+class Activity(NamedTuple):
+    """What is done, and for which layer and row."""
+
+    kind: ActivityKind
+    where: str = ""
+    """Layer, row, or "layer,row"."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.where}".rstrip()
+
+
 class Span(NamedTuple):
     """Something that a resource did, from begin to end in seconds since the run began."""
 
     resource: Resource
-    name: str
+    activity: Activity
     begin: float
     end: float
     num_bytes: int = 0
@@ -35,8 +48,8 @@ class Span(NamedTuple):
 class _Running:
     """A span of which the end may not be known yet; times on a GPU are events after an anchor of known time."""
 
-    def __init__(self, resource: Resource, name: str, num_bytes: int, begin: _Mark, anchor: _Anchor) -> None:
-        self.resource, self.name, self.num_bytes = resource, name, num_bytes
+    def __init__(self, resource: Resource, activity: Activity, num_bytes: int, begin: _Mark, anchor: _Anchor) -> None:
+        self.resource, self.activity, self.num_bytes = resource, activity, num_bytes
         self.begin: _Mark = begin
         self.end: _Mark | None = None
         self._anchor = anchor
@@ -73,7 +86,7 @@ class Meter:
         self._idle = self._most = 0
 
     @contextmanager
-    def span(self, resource: Resource, name: str, num_bytes: int = 0) -> Iterator[None]:
+    def span(self, resource: Resource, activity: Activity, num_bytes: int = 0) -> Iterator[None]:
         """Measure what happens inside, at one resource.
 
         On a GPU, times of the device and of its links are those of events on the current stream: open a span
@@ -81,20 +94,20 @@ class Meter:
 
         Args:
             resource: What is busy meanwhile.
-            name: Such as "load_weights 3" or "compute 3,1": the operation first.
+            activity: What it does.
             num_bytes: What is moved, or read by attention on the CPU.
         """
         anchor = self._anchor  # first: a begin must not lie before it
-        span = _Running(resource, name, num_bytes, self._mark(resource), anchor)
+        span = _Running(resource, activity, num_bytes, self._mark(resource), anchor)
         self._note(span)
         try:
             yield
         finally:
             span.end = self._mark(resource)
 
-    def add(self, resource: Resource, name: str, begin: float, end: float, num_bytes: int = 0) -> None:
+    def add(self, resource: Resource, activity: Activity, begin: float, end: float, num_bytes: int = 0) -> None:
         """Note what happened elsewhere, between two times of `now`. What lies before the sweep that runs is cut off."""
-        span = _Running(resource, name, num_bytes, begin, self._anchor)
+        span = _Running(resource, activity, num_bytes, begin, self._anchor)
         span.end = end
         self._note(span)
 
@@ -134,7 +147,7 @@ class Meter:
             begin, end = self._window, self.now()
             done, busy = self._sort(end)
             seconds = {name: covered_seconds(intervals, begin, end) for name, intervals in busy.items()}
-            moved = _sums(done), _sums(span for span in done if span.name.split(" ", 1)[0] == WEIGHTS)
+            moved = _sums(done), _sums(span for span in done if span.activity.kind == "load_weights")
             tokens = prompt_tokens, decode_tokens, generated_tokens
             self._sweeps.append(SweepStats(begin - self._begun, end - begin, *tokens, *moved, seconds))
             if self.spans is not None:
@@ -171,7 +184,7 @@ class Meter:
             if begin is None or end is None:
                 self._running.append(span)
             else:
-                done.append(Span(span.resource, span.name, begin - self._begun, end - self._begun, span.num_bytes))
+                done.append(Span(span.resource, span.activity, begin - self._begun, end - self._begun, span.num_bytes))
         return done, busy
 
     def _mark(self, resource: Resource) -> _Mark:

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from flexgen_helm.memory.buffers import allocate
-from flexgen_helm.memory.meter import WEIGHTS, Meter
+from flexgen_helm.memory.meter import Activity, Meter
 
 
 class SlabSource(Protocol):
@@ -112,7 +112,7 @@ class ReadAhead:
     def _read(self, j: int, into: Tensor) -> Future[None]:
         meter, begin, size = self._meter, self._meter.now(), self._sizes[j]
         reading = self._source.read(j, into)
-        reading.add_done_callback(lambda _: meter.add("disk_read", f"{WEIGHTS} {j}", begin, meter.now(), size))
+        reading.add_done_callback(lambda _: meter.add("disk_read", Activity("load_weights", str(j)), begin, meter.now(), size))
         return reading
 
     def _holder(self, j: int) -> _Buffer | None:

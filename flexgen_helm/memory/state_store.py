@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.memory.link import Link, Transfer
-from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.types import Resource
 
 
@@ -51,12 +51,12 @@ class StateStore:
     def load(self, j: int, states: Sequence[OwnedState]) -> Transfer | None:
         """Start to bring what layer j keeps for some sequences to the device."""
         moved = [state.content for state in states if self._on_host(state.owner) or self._is_elsewhere(state.content)]
-        return self._submit("host_to_device", f"load_cache {j}", moved, self._device)
+        return self._submit("host_to_device", Activity("load_cache", str(j)), moved, self._device)
 
     def store(self, j: int, states: Sequence[OwnedState]) -> Transfer | None:
         """Start to bring it back to the host."""
         moved = [state.content for state in states if self._on_host(state.owner)]
-        return self._submit("device_to_host", f"store_cache {j}", moved, torch.device("cpu"))
+        return self._submit("device_to_host", Activity("store_cache", str(j)), moved, torch.device("cpu"))
 
     def settle(self) -> None:
         """Wait for all that was started; raises what went wrong."""
@@ -79,7 +79,7 @@ class StateStore:
             self._placed += self._rests[owner]
         return self._rests[owner]
 
-    def _submit(self, resource: Resource, name: str, moved: list[object], target: torch.device) -> Transfer | None:
+    def _submit(self, resource: Resource, activity: Activity, moved: list[object], target: torch.device) -> Transfer | None:
         if not moved:
             return None
 
@@ -87,7 +87,7 @@ class StateStore:
 
         def move() -> None:
             spots = [spot for content in moved for spot in _spots(content)]
-            with self._meter.span(resource, name, sum(spot.holder[spot.key].nbytes for spot in spots)):
+            with self._meter.span(resource, activity, sum(spot.holder[spot.key].nbytes for spot in spots)):
                 for holder, key in spots:
                     holder[key] = holder[key].to(target, copy=True)
                     if computing is not None and holder[key].is_cuda:

@@ -13,7 +13,7 @@ from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
-from flexgen_helm.memory.meter import WEIGHTS, Meter
+from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.memory.read_ahead import ReadAhead, SlabSource
 from flexgen_helm.memory.slab import Binding, SlabFormat
 
@@ -180,7 +180,7 @@ class WeightStore:
         form, count = self._units[j].format, self._units[j].format.stored.num_bytes
         arrival = target if form.in_place else self._arrival
         if arrival is not None:
-            with self._meter.span("host_to_device", f"{WEIGHTS} {j}", count):
+            with self._meter.span("host_to_device", Activity("load_weights", str(j)), count):
                 arrival[:count].copy_(stored[:count], non_blocking=True)
             stored = arrival
         if not form.in_place:

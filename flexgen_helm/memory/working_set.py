@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
-from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.memory.page_format import CacheKey, PageFormat, PageTensors
 from flexgen_helm.memory.page_stores import OffloadedPages
 from flexgen_helm.memory.pages import NUM_BUFFERS, TRANSFER_BYTES, PageCounts, Residency, StagedPages
@@ -116,7 +116,7 @@ class WorkingSet:
         slots, missing = self._residency.load(j, staged)
         batches = list(self._batches(j, missing))
         # Also where nothing is read: what leaves the slots must be gone before the row fills them.
-        self._submit(lambda: self._bring(batches, f"load_cache {j}"))
+        self._submit(lambda: self._bring(batches, Activity("load_cache", str(j))))
         assert self._last is not None
         return Loaded(torch.tensor(slots, dtype=torch.long, device=self._device), self._last)
 
@@ -141,7 +141,7 @@ class WorkingSet:
         leaving = self._residency.release(j, staged)
         batches = list(self._batches(j, leaving))
         if batches:
-            self._submit(lambda: self._take_away(batches, f"store_cache {j}"))
+            self._submit(lambda: self._take_away(batches, Activity("store_cache", str(j))))
         return self._last if batches else None
 
     def close(self) -> None:
@@ -186,62 +186,64 @@ class WorkingSet:
                     indices = [page - self._capacities.first(tier) for page in part]
                     yield _Batch(key, page_format, tier, indices, [places[page] for page in part])
 
-    def _bring(self, batches: list[_Batch], name: str) -> None:
+    def _bring(self, batches: list[_Batch], activity: Activity) -> None:
         flights: deque[_Flight] = deque()
         for batch in batches:
             if len(flights) == NUM_BUFFERS:
-                self._arrive(flights.popleft(), name)
+                self._arrive(flights.popleft(), activity)
             flights.append(self._flight(batch))
             store, buffer = self._stores[batch.tier], flights[-1].buffer
             buffer.futures += store.read(batch.key, batch.page_format, batch.pages, buffer.host)
         for flight in flights:
-            self._arrive(flight, name)
+            self._arrive(flight, activity)
 
-    def _arrive(self, flight: _Flight, name: str) -> None:
+    def _arrive(self, flight: _Flight, activity: Activity) -> None:
         (key, page_format, tier, pages, slots), buffer = flight.batch, flight.buffer
         buffer.finish()
         if tier == "disk":
-            self._meter.add("disk_read", name, flight.begun, self._meter.now(), flight.num_bytes)
-        with self._on_link("host_to_device", flight, name):
+            self._meter.add("disk_read", activity, flight.begun, self._meter.now(), flight.num_bytes)
+        with self._on_link("host_to_device", flight, activity):
             buffer.to_device(flight.num_bytes)
         index = torch.tensor(slots, device=self._device)
         arrived = self._stores[tier].view(page_format, buffer.twin, len(pages))
         for target, source in zip(self.tensors(key, page_format).tensors, arrived.tensors, strict=True):
             target.index_copy_(0, index, source)
 
-    def _take_away(self, batches: list[_Batch], name: str) -> None:
+    def _take_away(self, batches: list[_Batch], activity: Activity) -> None:
         flights: deque[_Flight] = deque()
         for batch in batches:
             if len(flights) == NUM_BUFFERS - 1:
-                self._put_down(flights.popleft(), name)
+                self._put_down(flights.popleft(), activity)
             flight = self._flight(batch)
             index = torch.tensor(batch.slots, device=self._device)
             leaving = self._stores[batch.tier].view(batch.page_format, flight.buffer.twin, len(batch.pages))
             slots = self.tensors(batch.key, batch.page_format)
             for source, target in zip(slots.tensors, leaving.tensors, strict=True):
                 target.copy_(source.index_select(0, index))
-            with self._on_link("device_to_host", flight, name):
+            with self._on_link("device_to_host", flight, activity):
                 flight.buffer.to_host(flight.num_bytes)
             flights.append(flight)
         for flight in flights:
-            self._put_down(flight, name)
+            self._put_down(flight, activity)
         self._ring.finish()
 
-    def _put_down(self, flight: _Flight, name: str) -> None:
+    def _put_down(self, flight: _Flight, activity: Activity) -> None:
         (key, page_format, tier, pages, _), buffer = flight.batch, flight.buffer
         buffer.finish()
         begun = self._meter.now()
         buffer.futures += self._stores[tier].write(key, page_format, pages, buffer.host)
         for future in buffer.futures[-1:]:
-            future.add_done_callback(lambda _: self._meter.add("disk_write", name, begun, self._meter.now(), flight.num_bytes))
+            future.add_done_callback(
+                lambda _: self._meter.add("disk_write", activity, begun, self._meter.now(), flight.num_bytes)
+            )
 
     def _flight(self, batch: _Batch) -> _Flight:
         page_bytes = self._stores[batch.tier].transfer_bytes(batch.page_format)
         buffer = self._ring.next(max(TRANSFER_BYTES, page_bytes))
         return _Flight(batch, buffer, page_bytes * len(batch.pages), self._meter.now())
 
-    def _on_link(self, resource: Resource, flight: _Flight, name: str) -> AbstractContextManager[None]:
+    def _on_link(self, resource: Resource, flight: _Flight, activity: Activity) -> AbstractContextManager[None]:
         """Measure a copy between host and device. Pages on disk need none where the device uses the host's memory."""
         if flight.batch.tier == "disk" and not self._own_memory:
             return nullcontext()
-        return self._meter.span(resource, name, flight.num_bytes)
+        return self._meter.span(resource, activity, flight.num_bytes)

@@ -88,7 +88,7 @@ def _resource_events(resource: str, first_row: int, spans: list[Span]) -> list[d
             events += _row_names(first_row + row, title(resource) + (f" ({row + 1})" if row else ""))
         heapq.heappush(free, (span.end, row))
         arguments = {"bytes": span.num_bytes} if span.num_bytes else {}
-        events.append(_event(span.name, resource, first_row + row, span.begin, span.end, arguments))
+        events.append(_event(str(span.activity), resource, first_row + row, span.begin, span.end, arguments))
     return events
 
 

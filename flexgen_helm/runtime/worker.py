@@ -15,7 +15,7 @@ from torch import Tensor
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, OutOfSpace
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.generation.job_errors import of_one_job
-from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import LogitRequest, Sweep
@@ -129,7 +129,7 @@ class Worker:
 
     def _step(self) -> None:
         self._take_in()
-        with self._meter.span("scheduler", "plan"):
+        with self._meter.span("scheduler", Activity("plan")):
             sweep = self._scheduler.next_sweep()
         self._rows_in_sweep, self._operations, self._left = len(sweep.rows), 0, self._scheduler.tokens_left()
         if sweep.rows:

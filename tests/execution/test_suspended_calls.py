@@ -97,5 +97,5 @@ def test_rows_are_suspended_in_the_engine_while_the_cpu_attends(bench: Workbench
         engine.meter.spans = []
         engine.run(jobs)
         spans = sorted((span for span in engine.meter.spans if span.resource == "device"), key=lambda span: span.begin)
-    names = [span.name for span in spans]
+    names = [str(span.activity) for span in spans]
     assert any(first == last != between for first, between, last in zip(names, names[1:], names[2:], strict=False)) == overlap

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_helm.memory.meter import Meter, covered_seconds
+from flexgen_helm.memory.meter import Activity, Meter, covered_seconds
 from flexgen_helm.types import RunStats
 
 CPU = torch.device("cpu")
@@ -42,17 +42,17 @@ def test_sweeps_share_out_what_spans_them() -> None:
     clock = Clock()
     meter = Meter(CPU, clock)
     meter.begin_run()
-    read = meter.span("disk_read", "load_weights 0", num_bytes=80)
-    with meter.span("device", "compute 0,0"):
+    read = meter.span("disk_read", Activity("load_weights", "0"), num_bytes=80)
+    with meter.span("device", Activity("compute", "0,0")):
         clock.seconds += 1
         read.__enter__()
-    with meter.span("device", "compute 0,1"):
+    with meter.span("device", Activity("compute", "0,1")):
         clock.seconds += 2
     clock.seconds += 1
     meter.end_sweep(prompt_tokens=7, decode_tokens=0, generated_tokens=1)
     clock.seconds += 1
     read.__exit__(None, None, None)
-    with meter.span("disk_read", "load_cache 0,0", num_bytes=5):
+    with meter.span("disk_read", Activity("load_cache", "0,0"), num_bytes=5):
         clock.seconds += 2
     meter.end_sweep(prompt_tokens=0, decode_tokens=3, generated_tokens=3)
     stats = RunStats()
@@ -73,8 +73,8 @@ def test_what_was_done_elsewhere_counts_once_where_it_overlaps() -> None:
     meter = Meter(CPU, clock)
     meter.begin_run()
     clock.seconds += 10
-    meter.add("disk_read", "load_weights 1", 101, 105, 10)
-    meter.add("disk_read", "load_weights 2", 103, 107, 10)
+    meter.add("disk_read", Activity("load_weights", "1"), 101, 105, 10)
+    meter.add("disk_read", Activity("load_weights", "2"), 103, 107, 10)
     meter.end_sweep(0, 0, 0)
     stats = RunStats()
     meter.end_run(stats)
@@ -84,13 +84,13 @@ def test_what_was_done_elsewhere_counts_once_where_it_overlaps() -> None:
 def test_an_error_ends_a_span_and_runs_do_not_mix() -> None:
     clock = Clock()
     meter = Meter(CPU, clock)
-    with meter.span("device", "compute 0,0"):  # no run: not kept
+    with meter.span("device", Activity("compute", "0,0")):  # no run: not kept
         clock.seconds += 1
     meter.end_sweep(1, 0, 1)
     meter.spans = []
     for _ in range(2):
         meter.begin_run()
-        with contextlib.suppress(ValueError), meter.span("device", "compute 0,0"):
+        with contextlib.suppress(ValueError), meter.span("device", Activity("compute", "0,0")):
             clock.seconds += 2
             raise ValueError
         meter.end_sweep(1, 0, 1)
@@ -125,7 +125,7 @@ def test_threads_lose_nothing() -> None:
 
     def work() -> None:
         for i in range(500):
-            with meter.span("host_to_device", f"load_cache {i},0", num_bytes=1):
+            with meter.span("host_to_device", Activity("load_cache", f"{i},0"), num_bytes=1):
                 pass
 
     def sweep() -> None:
@@ -181,12 +181,12 @@ def test_what_a_gpu_does_behind_the_host_counts_when_it_does_it(monkeypatch: pyt
     meter.spans = []
     meter.begin_run()
     lag[0] = 2
-    with meter.span("device", "compute 0,0"), meter.span("disk_read", "load_weights 1"):
+    with meter.span("device", Activity("compute", "0,0")), meter.span("disk_read", Activity("load_weights", "1")):
         clock.seconds += 1
     clock.seconds += 1.5
     lag[0] = 0
     meter.end_sweep(0, 0, 0)
-    assert [span.name for span in meter.spans] == ["load_weights 1"]
+    assert [str(span.activity) for span in meter.spans] == ["load_weights 1"]
     clock.seconds += 1.5
     meter.end_sweep(0, 0, 0)
     stats = RunStats()
@@ -208,11 +208,11 @@ def test_a_gpu_is_timed_by_its_own_events() -> None:
     meter.spans = []
     meter.begin_run()
     begun = meter.now()
-    with meter.span("device", "compute 0,0"):
+    with meter.span("device", Activity("compute", "0,0")):
         for _ in range(20):
             x @ x
     asked = meter.now() - begun
-    with torch.cuda.stream(stream), meter.span("host_to_device", "load_weights 1", num_bytes=source.nbytes):
+    with torch.cuda.stream(stream), meter.span("host_to_device", Activity("load_weights", "1"), num_bytes=source.nbytes):
         target.copy_(source, non_blocking=True)
     torch.cuda.synchronize()
     passed = meter.now() - begun

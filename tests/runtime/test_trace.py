@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.memory.meter import Span
+from flexgen_helm.memory.meter import Activity, Span
 from flexgen_helm.runtime.trace import write_trace
 from flexgen_helm.types import RESOURCES, SweepStats
 
@@ -22,7 +22,12 @@ SWEEPS = [
 ]
 TIMES = st.floats(0, 3, allow_nan=False)
 SPANS = st.lists(
-    st.builds(lambda resource, a, b: Span(resource, "op 1", min(a, b), max(a, b), 7), st.sampled_from(RESOURCES), TIMES, TIMES),
+    st.builds(
+        lambda resource, a, b: Span(resource, Activity("compute", "1"), min(a, b), max(a, b), 7),
+        st.sampled_from(RESOURCES),
+        TIMES,
+        TIMES,
+    ),
     max_size=12,
 )
 
@@ -52,8 +57,8 @@ def test_every_span_stands_in_a_row_of_its_resource_and_none_overlap_there(spans
 
 
 def test_times_are_microseconds_and_sweeps_say_what_bound_them(tmp_path: Path) -> None:
-    events = events_of(tmp_path / "trace.json", [Span("disk_read", "load_weights 3", 0.25, 1.75, 10)])
-    read = next(event for event in events if event["name"] == "load_weights 3")
+    events = events_of(tmp_path / "trace.json", [Span("disk_read", Activity("load_weights", "3"), 0.25, 1.75, 10)])
+    read = next(event for event in events if event["name"] == Activity("load_weights", "3"))
     assert (read["ts"], read["dur"], read["args"]) == (250_000, 1_500_000, {"bytes": 10})
     sweeps = [event for event in events if event.get("cat") == "sweep"]
     assert [(event["ts"], event["dur"]) for event in sweeps] == [(0, 2e6), (2e6, 1e6)]
