@@ -13,7 +13,8 @@ import flexgen_helm
 PACKAGE = Path(flexgen_helm.__file__).parent
 LAYERS = (
     *("errors", "types", "options", "cache_folder"),
-    *("memory", "machine", "model", "loading", "generation", "schedule", "attention", "execution", "policy", "rows", "runtime"),
+    *("memory", "kv_cache", "machine", "model", "loading", "generation"),
+    *("schedule", "attention", "execution", "policy", "rows", "runtime"),
     *("helm", "reports", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
 )
 """Folders and files of the package. Each may use those before it, and none behind it."""

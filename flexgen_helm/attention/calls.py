@@ -38,7 +38,7 @@ from flexgen_helm.attention.kernels import NEG_INF
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
 from flexgen_helm.attention.visits import WINDOW_CHUNKS, Visit, VisitGroup, row_groups
-from flexgen_helm.memory.pages import Place
+from flexgen_helm.kv_cache.pages import Place
 
 Index = slice | Tensor
 """Indices ``[n]``; consecutive ones as a slice, which costs no copy."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from flexgen_helm.attention.calls import ChunkCall
 from flexgen_helm.attention.chunks import Kernel, LocatedPages
 from flexgen_helm.attention.kernels import ChunkOutput
+from flexgen_helm.kv_cache.page_format import PageTensors
 from flexgen_helm.memory.meter import Activity, Meter
-from flexgen_helm.memory.page_format import PageTensors
 
 
 def _just_wait() -> None:

@@ -16,12 +16,12 @@ from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.kv_cache.page_format import CacheKey, PageTensors
+from flexgen_helm.kv_cache.paged_cache import PagedCache
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Place
+from flexgen_helm.kv_cache.working_set import Loaded
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.meter import Activity
-from flexgen_helm.memory.page_format import CacheKey, PageTensors
-from flexgen_helm.memory.paged_cache import PagedCache
-from flexgen_helm.memory.pages import PAGE_TOKENS, Place
-from flexgen_helm.memory.working_set import Loaded
 from flexgen_helm.schedule.rows import Segment
 
 HOST = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexgen_helm.memory.pages import PAGE_TOKENS, PageMap, Place, StagedPages
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageMap, Place, StagedPages
 from flexgen_helm.schedule.rows import Row, Segment
 
 CHUNK_TOKENS = 128

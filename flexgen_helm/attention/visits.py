@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS, RowPages, segment_table
-from flexgen_helm.memory.pages import Place
+from flexgen_helm.kv_cache.pages import Place
 from flexgen_helm.schedule.rows import Row, Segment
 
 WINDOW_CHUNKS = 4

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flexgen_helm.memory.pages import NUM_BUFFERS, PAGE_TOKENS, TRANSFER_BYTES
+from flexgen_helm.kv_cache.pages import NUM_BUFFERS, PAGE_TOKENS, TRANSFER_BYTES
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.schedule.dependencies import rows_at_once
 from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier

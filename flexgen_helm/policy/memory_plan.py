@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexgen_helm.errors import PolicyError
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 from flexgen_helm.memory.amounts import gib
-from flexgen_helm.memory.pages import PAGE_TOKENS
 from flexgen_helm.policy import working_memory
 from flexgen_helm.policy.cache_plan import CachePlan
 from flexgen_helm.policy.model_shapes import ModelShapes

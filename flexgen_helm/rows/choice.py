@@ -13,12 +13,12 @@ import torch
 from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
 from flexgen_helm.execution.interfaces import Rows
 from flexgen_helm.generation.job_errors import not_finite
+from flexgen_helm.kv_cache.paged_cache import PagedCache
+from flexgen_helm.kv_cache.pages import PagePool
+from flexgen_helm.kv_cache.state_store import StateStore
 from flexgen_helm.loading.source import LoadedModel
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.paged_cache import PagedCache
-from flexgen_helm.memory.pages import PagePool
-from flexgen_helm.memory.state_store import StateStore
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.rows.packed_check import check_packed

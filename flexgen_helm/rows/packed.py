@@ -19,9 +19,9 @@ from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.kv_cache.page_format import CacheKey
+from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.memory.link import Transfer
-from flexgen_helm.memory.page_format import CacheKey
-from flexgen_helm.memory.paged_cache import PagedCache
 from flexgen_helm.model.cache_argument import cache_places
 from flexgen_helm.model.experts import EXPERTS_NAME, sliced_experts
 from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from flexgen_helm.errors import PolicyError
+from flexgen_helm.kv_cache.state_store import OwnedState, StateStore
 from flexgen_helm.memory.link import Transfer
-from flexgen_helm.memory.state_store import OwnedState, StateStore
 from flexgen_helm.model.cache_argument import cache_parameter
 from flexgen_helm.model.recorder import RecordedModel, Recording
 from flexgen_helm.rows.lockstep import run_in_lockstep

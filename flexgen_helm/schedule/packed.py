@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from flexgen_helm.memory.pages import PagePool, num_pages
+from flexgen_helm.kv_cache.pages import PagePool, num_pages
 from flexgen_helm.schedule.page_tables import Placement, continuation_pages
 from flexgen_helm.schedule.prompt_gate import PromptGate
 from flexgen_helm.schedule.rows import Continuation, Segment, Sweep, pack_decode, pack_prefill

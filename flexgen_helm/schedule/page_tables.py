@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PagePool, num_pages
 from flexgen_helm.schedule.rows import Continuation
 from flexgen_helm.schedule.tree import Node, NodePages, SequencePages
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
-from flexgen_helm.memory.page_format import CacheKey
-from flexgen_helm.memory.paged_cache import PagedCache
-from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.page_format import CacheKey
+from flexgen_helm.kv_cache.paged_cache import PagedCache
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 from flexgen_helm.schedule.rows import Row, Segment
 
 KEY = CacheKey(0, 0)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
-from flexgen_helm.memory.pages import PAGE_TOKENS, PageCounts, PageMap
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageMap
 from flexgen_helm.schedule.rows import Row, Segment
 
 CAPACITIES = PageCounts(12, 12, 100)

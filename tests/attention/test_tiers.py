@@ -20,11 +20,11 @@ from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import DiskFull, PolicyError
+from flexgen_helm.kv_cache.page_format import CacheKey
+from flexgen_helm.kv_cache.paged_cache import PagedCache
+from flexgen_helm.kv_cache.pages import PagePool, num_pages
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.page_format import CacheKey
-from flexgen_helm.memory.paged_cache import PagedCache
-from flexgen_helm.memory.pages import PagePool, num_pages
 from flexgen_helm.schedule.rows import Row, Segment
 from flexgen_helm.types import RunStats
 from tests.attention.test_row import RULES, Heads, Machine, Options, RowKind, dense, num_shared, random_rows

@@ -16,7 +16,7 @@ from flexgen_helm.attention.calls import Index, plan_attention
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS, RowPages
 from flexgen_helm.attention.visits import OWN_QUERIES, QUERY_PAD, WINDOW_CHUNKS, row_groups, row_visits
-from flexgen_helm.memory.pages import PAGE_TOKENS, PageCounts, PageMap
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageMap
 from flexgen_helm.schedule.rows import Row, Segment
 
 CAUSAL = MaskRule(lambda q, k: k <= q, True)

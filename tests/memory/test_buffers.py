@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from flexgen_helm.errors import OutOfSpace
+from flexgen_helm.kv_cache.page_format import CacheKey
+from flexgen_helm.kv_cache.paged_cache import PagedCache
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PagePool
 from flexgen_helm.memory.buffers import PAGE, allocate, lazy_zeros, padded
-from flexgen_helm.memory.page_format import CacheKey
-from flexgen_helm.memory.paged_cache import PagedCache
-from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool
 from tests.memory.alone import alone
 
 SIZE = 64 * 2**20

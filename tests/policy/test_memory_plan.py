@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from flexgen_helm.errors import PolicyError
+from flexgen_helm.kv_cache.pages import NUM_BUFFERS, TRANSFER_BYTES
 from flexgen_helm.memory.amounts import parse_max_memory, parse_size
-from flexgen_helm.memory.pages import NUM_BUFFERS, TRANSFER_BYTES
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.cache_plan import CACHE_SHARE, CachePlan
 from flexgen_helm.policy.memory_plan import MemoryPlan

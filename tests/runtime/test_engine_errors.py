@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from flexgen_helm import Engine, Job, Result
 from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob, JobFailed, OutOfSpace
-from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 from flexgen_helm.policy.cache_plan import CACHE_SHARE
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.types import TIERS

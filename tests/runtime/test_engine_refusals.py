@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexgen_helm import Engine, Job
 from flexgen_helm.errors import FlexGenError, InvalidJob, UnsupportedModel
-from flexgen_helm.memory.paged_cache import PagedCache
+from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.packed import PackedRows
 from tests.jobs import random_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from flexgen_helm.memory.pages import PAGE_TOKENS, PagePool, num_pages
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PagePool, num_pages
 from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.rows import Continuation, Segment, Sweep
 from flexgen_helm.schedule.work import PromptWork

@@ -5,8 +5,8 @@ from tests.mutants.mutant import Mutant
 ROWS = "tests/attention/test_row.py::test_rows_equal_dense_attention"
 VISITS = "tests/attention/test_visits.py::test_every_pair_that_causality_allows_is_in_exactly_one_visit"
 TIERS = "tests/attention/test_tiers.py::test_answers_do_not_depend_on_where_pages_rest"
-RESIDENCY = "tests/memory/test_residency.py"
-WORKING_SET = "tests/memory/test_working_set.py"
+RESIDENCY = "tests/kv_cache/test_residency.py"
+WORKING_SET = "tests/kv_cache/test_working_set.py"
 LOADS = "tests/rows/test_self_check.py::test_an_honest_model_is_stable"
 
 MUTANTS = (
@@ -148,7 +148,7 @@ MUTANTS = (
     ),
     Mutant(
         name="working-set-forgets-what-was-written",
-        file="flexgen_helm/memory/pages.py",
+        file="flexgen_helm/kv_cache/pages.py",
         old="resident.written |= page in staged.writes",
         new="resident.written = page in staged.writes",
         tests=(TIERS, "tests/runtime/test_offload.py::test_placement_changes_no_bit"),
@@ -156,7 +156,7 @@ MUTANTS = (
     ),
     Mutant(
         name="working-set-released-too-early",
-        file="flexgen_helm/memory/pages.py",
+        file="flexgen_helm/kv_cache/pages.py",
         old="if not resident.users:",
         new="if resident.users <= 1:",
         tests=(RESIDENCY, TIERS),
@@ -164,7 +164,7 @@ MUTANTS = (
     ),
     Mutant(
         name="disk-pages-of-all-layers-in-one-place",
-        file="flexgen_helm/memory/page_stores.py",
+        file="flexgen_helm/kv_cache/page_stores.py",
         old="yield self._begins[key] + pages[begin] * size",
         new="yield pages[begin] * size",
         tests=(RESIDENCY, TIERS),
@@ -172,7 +172,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-loaded-before-they-are-stored",
-        file="flexgen_helm/memory/working_set.py",
+        file="flexgen_helm/kv_cache/working_set.py",
         old="self._ring.finish()",
         new="pass",
         tests=(WORKING_SET,),
@@ -180,7 +180,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-moved-after-a-failure",
-        file="flexgen_helm/memory/working_set.py",
+        file="flexgen_helm/kv_cache/working_set.py",
         old="if self._failure is not None:",
         new="if False:",
         tests=(WORKING_SET,),
@@ -188,7 +188,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-failure-untold",
-        file="flexgen_helm/memory/working_set.py",
+        file="flexgen_helm/kv_cache/working_set.py",
         old="unheard = None if self._failure_seen else",
         new="unheard = None if self._failure else",
         tests=(WORKING_SET,),
@@ -196,7 +196,7 @@ MUTANTS = (
     ),
     Mutant(
         name="pages-host-read-in-place",
-        file="flexgen_helm/memory/pages.py",
+        file="flexgen_helm/kv_cache/pages.py",
         old='(tier == "host" and self.own_memory)',
         new='(tier == "host" and not self.own_memory)',
         tests=(RESIDENCY, TIERS),
@@ -204,10 +204,10 @@ MUTANTS = (
     ),
     Mutant(
         name="staging-buffer-reused-too-early",
-        file="flexgen_helm/memory/staging.py",
+        file="flexgen_helm/kv_cache/staging.py",
         old="        buffer = self._buffers[self._turn]\n        buffer.finish()",
         new="        buffer = self._buffers[self._turn]",
-        tests=("tests/memory/test_staging.py",),
+        tests=("tests/kv_cache/test_staging.py",),
         why="a page on its way to disk is overwritten by the next",
     ),
 )

@@ -82,10 +82,10 @@ MUTANTS = (
     ),
     Mutant(
         name="pool-hands-a-page-out-twice",
-        file="flexgen_helm/memory/pages.py",
+        file="flexgen_helm/kv_cache/pages.py",
         old="self.high_water += count - len(reused)",
         new="self.high_water = max(self.high_water, count - len(reused))",
-        tests=("tests/memory/test_pages.py::test_no_page_is_handed_out_twice",),
+        tests=("tests/kv_cache/test_pages.py::test_no_page_is_handed_out_twice",),
         why="two sequences write into one page",
     ),
     Mutant(

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexgen_helm.memory import working_set
+from flexgen_helm.kv_cache import working_set
+from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat
+from flexgen_helm.kv_cache.page_stores import HostPages
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, StagedPages
+from flexgen_helm.kv_cache.working_set import Loaded, WorkingSet
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.page_format import CacheKey, PageFormat
-from flexgen_helm.memory.page_stores import HostPages
-from flexgen_helm.memory.pages import PAGE_TOKENS, PageCounts, StagedPages
-from flexgen_helm.memory.working_set import Loaded, WorkingSet
 
 CPU = torch.device("cpu")
 KEY = CacheKey(0, 0)

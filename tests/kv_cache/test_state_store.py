@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.execution.overlapped import OverlappedExecutor
+from flexgen_helm.kv_cache.state_store import StateStore
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.state_store import StateStore
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.single import SingleRows, cache_bytes, check_cache_shares
 from flexgen_helm.schedule.operations import Order

@@ -7,9 +7,9 @@ from concurrent.futures import Future, wait
 import torch
 from torch import Tensor
 
+from flexgen_helm.kv_cache.pages import NUM_BUFFERS
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.device import Device
-from flexgen_helm.memory.pages import NUM_BUFFERS
 
 
 class StagingBuffer:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexgen_helm.memory.page_format import PageFormat
-from flexgen_helm.memory.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.page_format import PageFormat
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 
 CPU = torch.device("cpu")
 NUM_PAGES, NUM_HEADS, K_DIM, V_DIM = 5, 3, 8, 6

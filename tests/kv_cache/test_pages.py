@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.errors import OutOfSpace
-from flexgen_helm.memory.pages import PAGE_TOKENS, PageCounts, PagePool, num_pages
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PagePool, num_pages
 from flexgen_helm.types import TIERS, Shares
 
 CAPACITIES = st.builds(PageCounts, st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))

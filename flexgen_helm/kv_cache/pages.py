@@ -1,6 +1,6 @@
 """Accounting of K/V pages by their numbers, without tensors: which are free, on which tier each is, and in which slot.
 
-`PagePool` hands numbers out, `PageMap` tells tiers, `Residency` tells slots. `flexgen_helm.memory.paged_cache` holds the
+`PagePool` hands numbers out, `PageMap` tells tiers, `Residency` tells slots. `flexgen_helm.kv_cache.paged_cache` holds the
 tensors. A scheduler and a simulator need only what is here.
 """
 

@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 import torch
 
+from flexgen_helm.kv_cache.pages import NUM_BUFFERS
+from flexgen_helm.kv_cache.staging import StagingBuffer, StagingRing
 from flexgen_helm.memory.device import CPU, Device
-from flexgen_helm.memory.pages import NUM_BUFFERS
-from flexgen_helm.memory.staging import StagingBuffer, StagingRing
 
 OWN_MEMORY = Device(torch.device("cpu"), own_memory=True)
 

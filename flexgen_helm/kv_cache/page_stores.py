@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import DiskFull
+from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.buffers import padded
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO
-from flexgen_helm.memory.page_format import CacheKey, PageFormat, PageTensors
 
 GROWTH = 1.5
 """Storage that is too small is made larger by at least this factor, since growing copies what is stored."""

@@ -17,8 +17,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 from flexgen_helm.memory.buffers import lazy_zeros
-from flexgen_helm.memory.pages import PAGE_TOKENS
 
 
 class CacheKey(NamedTuple):

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors
+from flexgen_helm.kv_cache.page_stores import OffloadedPages
+from flexgen_helm.kv_cache.pages import NUM_BUFFERS, TRANSFER_BYTES, PageCounts, Residency, StagedPages
+from flexgen_helm.kv_cache.staging import StagingBuffer, StagingRing
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Activity, Meter
-from flexgen_helm.memory.page_format import CacheKey, PageFormat, PageTensors
-from flexgen_helm.memory.page_stores import OffloadedPages
-from flexgen_helm.memory.pages import NUM_BUFFERS, TRANSFER_BYTES, PageCounts, Residency, StagedPages
-from flexgen_helm.memory.staging import StagingBuffer, StagingRing
 from flexgen_helm.types import Resource, Tier
 
 

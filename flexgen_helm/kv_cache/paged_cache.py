@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import PolicyError
+from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors
+from flexgen_helm.kv_cache.page_stores import HOST, DiskPages, GrowingPages, HostPages, OffloadedPages
+from flexgen_helm.kv_cache.pages import PageMap, PagePool, Place
+from flexgen_helm.kv_cache.working_set import WorkingSet
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.page_format import CacheKey, PageFormat, PageTensors
-from flexgen_helm.memory.page_stores import HOST, DiskPages, GrowingPages, HostPages, OffloadedPages
-from flexgen_helm.memory.pages import PageMap, PagePool, Place
-from flexgen_helm.memory.working_set import WorkingSet
 from flexgen_helm.types import Tier
 
 

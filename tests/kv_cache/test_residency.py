@@ -10,14 +10,14 @@ from typing import NamedTuple
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_helm.memory.pages import PageCounts, PageMap, Residency, StagedPages
+from flexgen_helm.kv_cache.pages import PageCounts, PageMap, Residency, StagedPages
 from flexgen_helm.types import TIERS
 
 NUM_PAGES, NUM_LAYERS, MOST_ROWS = 8, 2, 3
 
 
 def test_numbers_of_pages_need_no_torch() -> None:
-    code = "import flexgen_helm.memory.pages, sys; assert 'torch' not in sys.modules"
+    code = "import flexgen_helm.kv_cache.pages, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
