@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,3 +112,24 @@ def test_files_and_folders_are_small() -> None:
     assert not large
     counts = {path.parent: len(list(path.parent.glob("*.py"))) for path in PACKAGE.rglob("__init__.py")}
     assert max(counts.values()) <= MOST_FILES
+
+
+def test_the_architecture_pages_picture_shows_every_folder_in_order() -> None:
+    page = (Path(__file__).parents[1] / "docs/architecture.md").read_text()
+    picture = page.split("```")[1]
+    names = [re.split(r"  {2,}", line)[0].split() for line in picture.strip().splitlines()]
+    shown = [name for line in reversed(names) for name in line]
+    assert sorted(shown) == sorted(LAYERS)
+    places = {name: i for i, line in enumerate(reversed(names)) for name in line}
+    assert not [
+        f"{path.relative_to(PACKAGE)} imports {there}"
+        for path, here, there in arrows()
+        if here != "__init__" and there in places and places[there] > places[here]
+    ]
+
+
+def test_the_architecture_page_names_files_that_exist() -> None:
+    page = (Path(__file__).parents[1] / "docs/architecture.md").read_text()
+    named = re.findall(r"`([a-z_]+/[a-z_]+\.py)`", page)
+    assert len(named) > 20
+    assert [name for name in named if not (PACKAGE / name).is_file() and name != "tests/test_structure.py"] == []

@@ -25,7 +25,7 @@ FILL_SHARE = 0.9
 """Share of a tier that is filled where a model fits on none, and of this what the cache may have before weights: each sweep
 reads the weights once for all sequences, so that memory is worth more for another sequence than for another layer."""
 LOADED_AT_ONCE = 2
-"""Times the largest part that loading takes: as it is read, and as it is stored."""
+"""Times the largest unit that loading takes: as it is read, and as it is stored."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class MemoryPlan:
     def _filling_shares(self) -> Shares:
         """Shares of weights where the device has what a full cache leaves of it, then the host, and the disk all else."""
         space, own_memory = self.space, self.space.own_memory
-        total, largest = self.shapes.total_bytes, self.shapes.largest_bytes  # shares are real to within a part
+        total, largest = self.shapes.total_bytes, self.shapes.largest_bytes  # shares are real to within a unit
         slots = (self.policy.prefetch + 1) * max(self.shapes.bound_bytes.values())
         cache_bytes, least = self.cache.full_bytes(self.policy.block_size), self.cache.least_bytes
 

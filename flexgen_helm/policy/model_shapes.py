@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 EMBEDDINGS = -1
-"""Number of the embedding tables among the parts of a model. Layers have 0 to L - 1, and the output head has L."""
+"""Number of the embedding tables among the units of a model. Layers have 0 to L - 1, and the output head has L."""
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class ModelShapes:
 
     Attributes:
         num_layers: Decoder layers, L.
-        stored_bytes: Bytes of every part as it is stored and as it travels. What is small and outside of the layers counts as
-            embeddings. The head is a part only where it has weights of its own.
-        bound_bytes: Bytes of every layer, and of the head if it is a part, as the device computes with it.
-        unpacks: Whether stored and bound form differ, so that every part needs a slot on the device.
+        stored_bytes: Bytes of every unit as it is stored and as it travels. What is small and outside of the layers counts as
+            embeddings. The head is a unit only where it has weights of its own.
+        bound_bytes: Bytes of every layer, and of the head if it is a unit, as the device computes with it.
+        unpacks: Whether stored and bound form differ, so that every unit needs a slot on the device.
         vocab_size: Rows of the embedding table.
         hidden_size: Elements of a token's hidden state.
         num_heads: Query heads of a layer.
@@ -47,12 +47,12 @@ class ModelShapes:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all parts as they are stored."""
+        """Bytes of all units as they are stored."""
         return sum(self.stored_bytes.values())
 
     @property
     def largest_bytes(self) -> int:
-        """Bytes of the largest part as it is stored."""
+        """Bytes of the largest unit as it is stored."""
         return max(self.stored_bytes.values())
 
     @property

@@ -1,4 +1,4 @@
-"""The tier of every part of a model, and the bytes that weights take of each."""
+"""The tier of every unit of a model, and the bytes that weights take of each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flexgen_helm.types import TIERS, Shares, Tier
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Where the parts of a model are stored."""
+    """Where the units of a model are stored."""
 
     shapes: ModelShapes
     tiers: Mapping[int, Tier]
-    """By part, see `ModelShapes`."""
+    """By unit, see `ModelShapes`."""
     own_memory: bool
     """Whether the device has a memory of its own."""
     prefetch: int
@@ -25,7 +25,7 @@ class WeightPlan:
 
     @classmethod
     def by_shares(cls, shapes: ModelShapes, shares: Shares, *, own_memory: bool, prefetch: int) -> WeightPlan:
-        """Spread the parts evenly over the tiers, in the order in which they are used (FlexGen section 4.3; whole layers here).
+        """Spread the units evenly over the tiers, in the order in which they are used (FlexGen section 4.3; whole layers here).
 
         Embedding tables, of which rows are taken, are never on disk.
         """
@@ -57,7 +57,7 @@ class WeightPlan:
 
     @property
     def num_slots(self) -> int:
-        """Streamed parts that are loaded at a time."""
+        """Streamed units that are loaded at a time."""
         return min(self.prefetch + 1, len(self.streamed))
 
     @property
@@ -101,6 +101,6 @@ class WeightPlan:
             if size
         )
 
-    def _sums(self, parts: Iterable[int], tiers: Iterable[Tier]) -> dict[Tier, int]:
-        chosen = list(parts)
+    def _sums(self, units: Iterable[int], tiers: Iterable[Tier]) -> dict[Tier, int]:
+        chosen = list(units)
         return {tier: sum(self.shapes.stored_bytes[j] for j in chosen if self.tiers[j] == tier) for tier in tiers}

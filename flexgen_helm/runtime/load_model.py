@@ -67,8 +67,8 @@ class PlacedModel:
 
 def plain_formats(model: PreTrainedModel) -> dict[int, SlabFormat]:
     """Return the formats of layers and head of a model on the meta device, uncompressed."""
-    parts = [*layers_of(model), *filter(None, [own_head(model)])]
-    return {j: Plain.of(part) for j, part in enumerate(parts)}
+    units = [*layers_of(model), *filter(None, [own_head(model)])]
+    return {j: Plain.of(unit) for j, unit in enumerate(units)}
 
 
 def slab_identity(weights: WeightNumerics) -> dict[str, str]:

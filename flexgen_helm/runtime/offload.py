@@ -1,4 +1,4 @@
-"""Puts the parts of a model where a plan says, while it is loaded, and makes what brings them to the device."""
+"""Puts the units of a model where a plan says, while it is loaded, and makes what brings them to the device."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Offloader:
         """Open the folder of slabs, and check its space, if the plan puts anything on disk.
 
         Args:
-            plan: Where each part goes.
-            formats: How each part is stored; of layers, and of the output head where it has weights of its own.
+            plan: Where each unit goes.
+            formats: How each unit is stored; of layers, and of the output head where it has weights of its own.
             device: Where the matrices are multiplied.
             folder: For slabs on disk.
             identity: Of the weights; slabs of others are never used.
@@ -83,7 +83,7 @@ class Offloader:
             self._stored[j] = memory.to(self._device.torch_device) if tier == "device" else memory
 
     def store(self, model: PreTrainedModel, layers: list[nn.Module], meter: Meter) -> WeightStore | None:
-        """Make what brings streamed parts to the device, once the model is loaded; None if everything stays there."""
+        """Make what brings streamed units to the device, once the model is loaded; None if everything stays there."""
         plan, head = self._plan, len(layers)
         if plan.own_memory and plan.tiers[EMBEDDINGS] == "host":
             keep_on_host(model, self._device.torch_device)

@@ -37,7 +37,7 @@ class Operation(NamedTuple):
     k: int = -1
 
 
-class Visit(NamedTuple):
+class Turn(NamedTuple):
     """A layer, and the rows that go through it before the next layer's turn."""
 
     j: int
@@ -56,17 +56,17 @@ def head_unit(num_layers: int) -> int:
     return num_layers
 
 
-def zigzag_order(layers: range, num_rows: int) -> Iterator[Visit]:
+def zigzag_order(layers: range, num_rows: int) -> Iterator[Turn]:
     """Column by column: a layer's weights are loaded once for all rows of the block."""
-    return (Visit(j, range(num_rows)) for j in layers)
+    return (Turn(j, range(num_rows)) for j in layers)
 
 
-def row_order(layers: range, num_rows: int) -> Iterator[Visit]:
+def row_order(layers: range, num_rows: int) -> Iterator[Turn]:
     """Row by row, as most systems do: every row loads all weights again."""
-    return (Visit(j, range(k, k + 1)) for k in range(num_rows) for j in layers)
+    return (Turn(j, range(k, k + 1)) for k in range(num_rows) for j in layers)
 
 
-ORDERS: dict[Order, Callable[[range, int], Iterator[Visit]]] = {"zigzag": zigzag_order, "row": row_order}
+ORDERS: dict[Order, Callable[[range, int], Iterator[Turn]]] = {"zigzag": zigzag_order, "row": row_order}
 
 
 def sweep_operations(
@@ -93,15 +93,15 @@ def sweep_operations(
     """
     layers = range(num_layers) if layers is None else layers
     head = head_unit(num_layers)
-    visits = _visits(order, layers, num_rows, head)
-    due = cycle([visit.j for visit in visits if visit.j in streamed])
+    turns = _turns(order, layers, num_rows, head)
+    due = cycle([turn.j for turn in turns if turn.j in streamed])
     yield from _records(layers.start - 1, num_rows)
     for j in islice(due, num_slots):
         yield Operation("load_weights", j)
-    squares = [_Square(visit.j, k) for visit in visits for k in visit.rows]
+    squares = [_Square(turn.j, k) for turn in turns for k in turn.rows]
     following = iter([*squares[1:], None])
     yield from _loads(squares[0] if squares else None, hidden=True)
-    for j, rows in visits:
+    for j, rows in turns:
         for k in rows:
             yield from _step(_Square(j, k), next(following), last=j == head - 1)
         if j == head:
@@ -111,9 +111,9 @@ def sweep_operations(
             yield Operation("load_weights", next(due))
 
 
-def _visits(order: Order, layers: range, num_rows: int, head: int) -> list[Visit]:
-    """Return the visits of all layers and, behind the model's last one, of the output head."""
-    return [*ORDERS[order](layers, num_rows), *([Visit(head, range(0))] if layers.stop == head else [])]
+def _turns(order: Order, layers: range, num_rows: int, head: int) -> list[Turn]:
+    """Return the turns of all layers and, behind the model's last one, of the output head."""
+    return [*ORDERS[order](layers, num_rows), *([Turn(head, range(0))] if layers.stop == head else [])]
 
 
 def _records(j: int, num_rows: int) -> Iterator[Operation]:
