@@ -16,9 +16,9 @@ import torch
 from transformers import Cache
 
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.model.recorder import LayerCall, Place, RecordedModel, Recording
+from flexgen_helm.model.recorder import ArgumentKey, LayerCall, RecordedModel, Recording
 
-Places = list[frozenset[Place]]
+Places = list[frozenset[ArgumentKey]]
 """For each layer, the arguments that are the cache."""
 
 

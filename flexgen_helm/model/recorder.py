@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.model.layers import FirstLayers, layers_path
 
-Place = int | str
+ArgumentKey = int | str
 """Identifies an argument of a layer: its position after the hidden state (from 0), or its keyword."""
 
 
@@ -35,11 +35,11 @@ class LayerCall(NamedTuple):
     kwargs: dict[str, Any]
     """Keyword arguments other than ``hidden_states``."""
 
-    def items(self) -> list[tuple[Place, Any]]:
+    def items(self) -> list[tuple[ArgumentKey, Any]]:
         """Return every argument with its place."""
         return [*enumerate(self.args), *self.kwargs.items()]
 
-    def with_value(self, places: Collection[Place], value: Any) -> LayerCall:
+    def with_value(self, places: Collection[ArgumentKey], value: Any) -> LayerCall:
         """Return a copy of the call that passes ``value`` at each of ``places``; places that the call lacks are ignored."""
         args = tuple(value if place in places else own for place, own in enumerate(self.args))
         return self._replace(args=args, kwargs={name: value if name in places else own for name, own in self.kwargs.items()})

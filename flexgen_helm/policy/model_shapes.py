@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from flexgen_helm.schedule.operations import head_unit
+
 EMBEDDINGS = -1
 """Number of the embedding tables among the units of a model. Layers have 0 to L - 1, and the output head has L."""
 
@@ -58,7 +60,7 @@ class ModelShapes:
     @property
     def has_own_head(self) -> bool:
         """Whether the output head has weights of its own."""
-        return self.num_layers in self.bound_bytes
+        return head_unit(self.num_layers) in self.bound_bytes
 
     @property
     def cache_bytes_per_token(self) -> int:

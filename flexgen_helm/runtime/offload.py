@@ -19,6 +19,7 @@ from flexgen_helm.memory.weight_store import Unit, WeightStore
 from flexgen_helm.model.embeddings import keep_on_host
 from flexgen_helm.policy.model_shapes import EMBEDDINGS
 from flexgen_helm.policy.weight_plan import WeightPlan
+from flexgen_helm.schedule.operations import head_unit
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Offloader:
 
     def store(self, model: PreTrainedModel, layers: list[nn.Module], meter: Meter) -> WeightStore | None:
         """Make what brings streamed units to the device, once the model is loaded; None if everything stays there."""
-        plan, head = self._plan, len(layers)
+        plan, head = self._plan, head_unit(len(layers))
         if plan.own_memory and plan.tiers[EMBEDDINGS] == "host":
             keep_on_host(model, self._device.torch_device)
         if not plan.streamed:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from flexgen_helm.kv_cache.pages import PagePool, num_pages
-from flexgen_helm.schedule.page_tables import Placement, continuation_pages
+from flexgen_helm.schedule.page_tables import PageTables, continuation_pages
 from flexgen_helm.schedule.prompt_gate import PromptGate
 from flexgen_helm.schedule.rows import Continuation, Segment, Sweep, pack_decode, pack_prefill
 from flexgen_helm.schedule.scoring import ScoringQueue
@@ -34,7 +34,7 @@ class PackedScheduler:
         self._policy = policy
         self._block_tokens = block_tokens
         self._pool = pool
-        self._placement = Placement(pool)
+        self._tables = PageTables(pool)
         self._keep_all = keep_all
         self._gate = PromptGate(row_tokens=policy.gpu_batch_tokens, block_tokens=block_tokens, row_cost=prompt_row_cost)
         self._waiting: deque[PromptWork] = deque()
@@ -89,7 +89,7 @@ class PackedScheduler:
 
     def next_sweep(self) -> Sweep:
         """Plan one sweep: every live completion takes a step, prompts fill the block's tokens."""
-        self._in_sweep, self._swept, self._placement.num_transient = [], [], 0
+        self._in_sweep, self._swept, self._tables.num_transient = [], [], 0
         decode = [decode_segment(work, continuation) for work, continuation in self._decoding]
         prefill: list[Segment] = []
         tokens = self._let_in(self._take_prompts())
@@ -104,7 +104,7 @@ class PackedScheduler:
             self._schedule(work, prefill, None)
         rows = pack_prefill(prefill, self._policy) + pack_decode(decode, self._policy)
         device, *offloaded = self._pool.high_water
-        return Sweep(rows, device, self._placement.num_transient, (offloaded[0], offloaded[1]))
+        return Sweep(rows, device, self._tables.num_transient, (offloaded[0], offloaded[1]))
 
     def end_sweep(self) -> list[PromptWork]:
         """Account for a sweep that was computed and whose logit requests were answered; returns the work that is complete."""
@@ -114,7 +114,7 @@ class PackedScheduler:
         finished = list(dict.fromkeys(scoring))
         for node in self._in_sweep:
             if node.users == 0:
-                self._placement.drop(node)
+                self._tables.drop(node)
         for work in [work for work in self._filling if _filled(work)]:
             self._filling.remove(work)
             self._decoding.extend((work, continuation) for continuation in work.continuations)
@@ -123,7 +123,7 @@ class PackedScheduler:
         for work in dict.fromkeys(ended):
             for continuation in work.continuations:
                 if continuation.done:
-                    self._placement.drop_continuation(continuation, work.node)
+                    self._tables.drop_continuation(continuation, work.node)
             if all(continuation.done for continuation in work.continuations):
                 self._retire(work)
                 finished.append(work)
@@ -135,7 +135,7 @@ class PackedScheduler:
         """Drop all work after a failure; returns what was dropped."""
         dropped = list(dict.fromkeys([*self._waiting, *self._filling, *(work for work, _ in self._decoding), *self._scoring]))
         for work in dropped:
-            self._placement.drop_prompt(work.node, work.continuations)
+            self._tables.drop_prompt(work.node, work.continuations)
         self._waiting.clear()
         self._scoring.clear()
         self._filling, self._decoding = [], []
@@ -173,23 +173,23 @@ class PackedScheduler:
         taken = len(self._decoding) + sum(len(filling.continuations) for filling in self._filling)
         if taken and taken + len(work.continuations) > self._policy.block_size:
             return False
-        if self._placement.reserve(work.node, work.continuations):
+        if self._tables.reserve(work.node, work.continuations):
             return True
         if taken:
             return False
         self._drop_prefixes()
-        return self._placement.reserve(work.node, work.continuations)
+        return self._tables.reserve(work.node, work.continuations)
 
     def _drop_prefixes(self) -> None:
         """Drop what earlier work left behind for later, when nothing is live that would free pages: it is computed again."""
         for work in (*self._waiting, *self._scoring):
-            self._placement.drop_prompt(work.node)
+            self._tables.drop_prompt(work.node)
 
     def _retire(self, work: PromptWork) -> None:
         for node in work.node.path():
             node.users -= 1
             if node.users == 0:
-                self._placement.drop(node)
+                self._tables.drop(node)
 
     def _kept(self, work: PromptWork) -> bool:
         """Whether scoring work shares its tree with generating work, whose pages it then reads."""
@@ -197,7 +197,7 @@ class PackedScheduler:
 
     def _reserve_scored(self, work: PromptWork) -> bool:
         """Reserve the pages that scoring work leaves to generating work, if any; returns whether there was room for them."""
-        return not self._kept(work) or self._placement.reserve(work.node)
+        return not self._kept(work) or self._tables.reserve(work.node)
 
     def _schedule(self, work: PromptWork, segments: list[Segment], budget: int | None) -> int:
         """Append what is missing of a prompt, up to ``budget`` tokens; returns the number of tokens."""
@@ -205,7 +205,7 @@ class PackedScheduler:
         used = 0
         kept = work.generating or self._kept(work)
         for node in work.node.path():
-            self._placement.place(node, kept=kept)
+            self._tables.place(node, kept=kept)
             assert node.pages is not None
             missing = len(node.tokens) - node.pages.scheduled
             count = missing if budget is None else min(missing, budget - used)

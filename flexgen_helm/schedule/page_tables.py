@@ -9,7 +9,7 @@ from flexgen_helm.schedule.rows import Continuation
 from flexgen_helm.schedule.tree import Node, NodePages, SequencePages
 
 
-class Placement:
+class PageTables:
     """Gives pages to nodes and completions, and takes them back.
 
     Whole pages of a prefix are shared. In the page where sequences part, the first goes on behind the prefix and the others
