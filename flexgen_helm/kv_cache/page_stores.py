@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,6 +17,7 @@ from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.buffers import padded
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO
+from flexgen_helm.memory.usage import free_disk_bytes
 
 GROWTH = 1.5
 """Storage that is too small is made larger by at least this factor, since growing copies what is stored."""
@@ -137,7 +137,7 @@ class DiskPages:
             DiskFull: If the folder has less room than that.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        free, needed = shutil.disk_usage(folder).free, capacity * page_bytes
+        free, needed = free_disk_bytes(folder), capacity * page_bytes
         if needed > free:
             raise DiskFull(
                 f"The K/V cache needs {gib(needed)} in {folder}, which has {gib(free)} free. Free space, "

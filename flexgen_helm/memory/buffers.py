@@ -73,7 +73,7 @@ def _pin(memory: Tensor, owner: ctypes.Array[ctypes.c_ubyte]) -> None:
     status = runtime.cudaHostRegister(memory.data_ptr(), len(memory), 0)
     if int(status) != 0:
         raise OutOfSpace(
-            f"{len(memory) / 2**30:.2f} GiB could not be pinned (CUDA status {int(status)}). Raise the limit of locked memory "
+            f"{gib(len(memory))} could not be pinned (CUDA status {int(status)}). Raise the limit of locked memory "
             "(ulimit -l), or put a smaller share on the host."
         )
     weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())

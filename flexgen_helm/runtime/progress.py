@@ -14,7 +14,8 @@ from tqdm import tqdm
 from flexgen_helm.types import LINKS, FinishReason, Result, RunStats
 
 if TYPE_CHECKING:
-    from flexgen_helm.runtime.worker import Snapshot
+    from flexgen_helm.memory.amounts import gib
+from flexgen_helm.runtime.worker import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -216,11 +217,11 @@ def summary(stats: RunStats) -> str:
         f"{stats.generated_tokens:,} generated",
         f"{stats.sweeps:,} sweeps",
         f"{tokens / max(stats.seconds, 1e-9):,.0f} tokens/s",
-        f"peak memory {stats.peak_bytes / 2**30:.2f} GiB",
+        f"peak memory {gib(stats.peak_bytes)}",
     ]
     for link in (link for link in LINKS if stats.bytes_moved.get(link)):
         moved, busy = stats.bytes_moved[link], stats.busy_seconds.get(link, 0.0)
-        parts.append(f"{link.replace('_', ' ')} {moved / 2**30:.2f} GiB at {moved / 1e9 / max(busy, 1e-9):.2f} GB/s")
+        parts.append(f"{link.replace('_', ' ')} {gib(moved)} at {moved / 1e9 / max(busy, 1e-9):.2f} GB/s")
     if stats.bytes_moved:
-        parts += [f"at most {count / 2**30:.2f} GiB on {tier}" for tier, count in stats.tier_peak_bytes.items()]
+        parts += [f"at most {gib(count)} on {tier}" for tier, count in stats.tier_peak_bytes.items()]
     return ", ".join(parts)
