@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Never, TextIO
 
 from tqdm import tqdm
 
+from flexgen_helm.memory.amounts import gib
 from flexgen_helm.types import LINKS, FinishReason, Result, RunStats
 
 if TYPE_CHECKING:
-    from flexgen_helm.memory.amounts import gib
-from flexgen_helm.runtime.worker import Snapshot
+    from flexgen_helm.runtime.worker import Snapshot
 
 logger = logging.getLogger(__name__)
 
