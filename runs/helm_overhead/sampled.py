@@ -61,7 +61,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "rest of the runner": ("*:run_all",),
 }
 """Functions of each step, as ``module:function``; ``*`` stands for anything."""
-WAITS = ("threading:wait", "flexgen_helm.runtime.engine:_run")
+WAITS = ("threading:wait", "flexgen_helm.runtime.run:_finished")
 """Innermost Python functions of a main thread that waits for others."""
 TIMED: dict[str, tuple[str, ...]] = {
     "conversion": ("flexgen_helm.runtime.intake:Intake.merge", "flexgen_helm.runtime.intake:Intake.result"),

@@ -51,7 +51,7 @@ def test_innermost_known_function_decides() -> None:
     run_all, run_one = "flexgen_helm.helm.runner:run_all", "helm.benchmark.runner:run_one"
     metric = "helm.benchmark.metrics.basic_metrics:evaluate"
     assert step_of(stack("__main__:main", "helm.benchmark.run:helm_run")) == START
-    assert step_of(stack(run_all, "flexgen_helm.runtime.engine:_run")) == WAITING
+    assert step_of(stack(run_all, "flexgen_helm.runtime.run:_finished")) == WAITING
     assert step_of(stack(run_all, run_one, "json:dumps")) == "writing"
     assert step_of(stack(run_all, run_one, metric, "flexgen_helm.helm.tokenizer:tokenize")) == "metrics"
     assert step_of(stack(run_all, "flexgen_helm.helm.workload:run", "flexgen_helm.helm.response_cache:lookup")) == "lookup"
