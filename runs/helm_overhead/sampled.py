@@ -39,6 +39,7 @@ STEPS: dict[str, tuple[str, ...]] = {
         "flexgen_helm.helm.requests:*",
         "flexgen_helm.helm.workload:*",
         "flexgen_helm.runtime.engine:run",
+        "flexgen_helm.runtime.run:*",
         "flexgen_helm.generation.prepare:*",
         "helm.benchmark.executor:*",
     ),
