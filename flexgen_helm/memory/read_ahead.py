@@ -62,7 +62,7 @@ class ReadAhead:
             # Among the free buffers, take the one whose slab is needed last.
             buffer = max((buffer for buffer in self._buffers if not buffer.taken), key=lambda buffer: self._turns(j, buffer.j))
             if buffer.reading is not None:
-                buffer.reading.exception()  # what nobody waited for must not write into the buffer any more
+                buffer.reading.exception()  # a read that nobody waited for must not write into the buffer any more
             buffer.j, buffer.reading = j, self._read(j, buffer.memory)
         buffer.taken = True
 

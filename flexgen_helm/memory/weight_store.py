@@ -167,7 +167,7 @@ class WeightStore:
             self._bring(memory, target, j)
             return
         assert self._disk is not None
-        self._disk.free_all()  # what was read ahead may be for a sweep that was given up, or in another order
+        self._disk.free_all()  # slabs in them may be for a sweep that was given up, or in another order
         self._disk.start_from(j)
         self._bring(self._disk.take(j), target, j)
         if target.is_cuda:

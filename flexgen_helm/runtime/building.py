@@ -93,7 +93,7 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
         UnsupportedModel: If the model would be computed wrongly, or its layers cannot be placed as the policy says.
         PolicyError: If the plan needs more memory than may be used, or the policy asks for something impossible.
         CorruptFile: If files are missing or torn.
-        DiskFull: If there is no space for what the plan puts on disk.
+        DiskFull: If there is no space for everything that the plan puts on disk.
     """
     blueprint = _draw(source, options)
     placed = load_and_check(blueprint)

@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 class Engine:
     """A loaded causal language model that answers jobs in large blocks.
 
-    Answers do not depend on neighbours, order or block sizes; see `Policy` for what they depend on. All methods may be called
-    from any thread.
+    Answers do not depend on other jobs, their order or block sizes. `Engine.numerics` names everything else that decides
+    them. All methods may be called from any thread.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -108,7 +108,7 @@ class Engine:
             UnsupportedModel: If the model would be computed wrongly.
             PolicyError: If a number of the policy is out of range, or its plan does not fit.
             CorruptFile: If files of the model or of the offload folder cannot be read.
-            DiskFull: If the offload folder has no space for what the policy puts there.
+            DiskFull: If the offload folder has no space for everything that the policy puts there.
         """
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")

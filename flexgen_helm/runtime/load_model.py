@@ -82,7 +82,7 @@ def load_and_check(blueprint: Blueprint) -> PlacedModel:
     Raises:
         UnsupportedModel: If the model would be computed wrongly, or its layers cannot be placed one by one.
         CorruptFile: If files are missing or torn.
-        DiskFull: If there is no space for what the plan puts on disk.
+        DiskFull: If there is no space for everything that the plan puts on disk.
     """
     source, weights = blueprint.source, blueprint.plan.weights
     if not weights.is_resident:

@@ -38,7 +38,7 @@ class Snapshot:
     prompt_tokens_left: int = 0
     """Prompt tokens that sweeps after the current one will compute."""
     new_tokens_left: int = 0
-    """Most tokens that later sweeps can generate; end tokens and stop strings may end completions earlier."""
+    """Most tokens that could still be generated when the current sweep was planned; completions may end earlier."""
     sweep_share: float = 0.0
     """Share of the current sweep's operations that are done."""
 
