@@ -1,4 +1,4 @@
-"""Throughput as FlexGen's paper defines it: a block of prompts of one length, answers of one length, both phases run."""
+"""Benchmark of throughput as FlexGen's paper defines it: prompts of one length, answers of one length, both phases run."""
 
 from __future__ import annotations
 
@@ -19,26 +19,31 @@ if TYPE_CHECKING:
 
 
 FITTING_SECONDS = 40.0
-"""What the last run of ``measure_fitting`` may take; with those before it and loading, a command takes about a minute."""
+"""Seconds for the last run of ``measure_fitting``; with earlier runs and loading, a command takes about a minute."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a benchmark asks."""
+    """Prompts and answers of a benchmark."""
 
     prompt_len: int
-    """Tokens of every prompt; the first ones differ, so that nothing is shared."""
+    """Tokens of every prompt; all first tokens differ, so that no prefix is shared."""
     gen_len: int
     """Tokens of every answer; end tokens do not end it."""
     num_prompts: int
+    """Number of prompts."""
     score: bool = False
-    """Whether prompts are only read, as for multiple choice: an answer has one token then."""
+    """Whether prompts are only read, as for multiple choice; then an answer has one token."""
 
     def jobs(self, vocab_size: int, seed: int) -> list[Job]:
-        """Make the jobs.
+        """Make the jobs, with random prompts.
+
+        Args:
+            vocab_size: Tokens of the vocabulary.
+            seed: Seed of the random prompts.
 
         Raises:
-            InvalidJob: If there are more prompts than tokens with which they could begin.
+            InvalidJob: If there are more prompts than tokens in the vocabulary.
         """
         if self.num_prompts > vocab_size:
             raise InvalidJob(
@@ -55,48 +60,50 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a benchmark found. Rates are tokens per second, None where there was no such phase."""
+    """Result of a benchmark. Rates are tokens per second, and None if there was no such phase."""
 
     model: str
+    """Name of the model."""
     workload: Workload
     engine: EngineInfo
     stats: RunStats = field(repr=False)
     load_seconds: float
+    """Seconds that it took to make the engine."""
 
     @property
     def prefill_seconds(self) -> float:
-        """Time of the sweeps that read prompts; where there are more of them than fit into one, others decode meanwhile."""
+        """Seconds of the sweeps that read prompts. If prompts need several sweeps, earlier ones decode in the later sweeps."""
         return sum(sweep.seconds for sweep in self._prefill)
 
     @property
     def decode_seconds(self) -> float:
-        """Time of the sweeps in which all that happens is decoding."""
+        """Seconds of the sweeps that only decode."""
         return sum(sweep.seconds for sweep in self._decode)
 
     @property
     def throughput(self) -> float:
-        """Generated tokens over the time of both phases."""
+        """Generated tokens per second of both phases."""
         return self.stats.generated_tokens / self.stats.seconds
 
     @property
     def prefill_rate(self) -> float | None:
-        """Prompt tokens that were really computed."""
+        """Computed prompt tokens per second of the sweeps that read prompts."""
         return _rate(sum(sweep.prompt_tokens for sweep in self._prefill), self.prefill_seconds)
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens generated in sweeps that only decode."""
+        """Tokens generated per second of the sweeps that only decode."""
         return _rate(sum(sweep.generated_tokens for sweep in self._decode), self.decode_seconds)
 
     @property
     def share_of_products(self) -> float | None:
-        """Share of the time that multiplying matrices at full rate would have taken; None where rates are unknown."""
+        """Share of the run's time that its matrix products take at the measured rate; None if rates are unknown."""
         least = self.stats.least_seconds.get("products")
         return None if least is None else least / self.stats.seconds
 
     @property
     def gb_per_second(self) -> dict[str, float]:
-        """Of each link, while it was busy."""
+        """Rate of each link while it was busy, in 10**9 bytes per second."""
         moved, busy = self.stats.bytes_moved, self.stats.busy_seconds
         return {link: moved[link] / 1e9 / busy[link] for link in LINKS if moved.get(link) and busy.get(link)}
 
@@ -109,7 +116,7 @@ class Measurement:
         return [sweep for sweep in self.stats.per_sweep if not sweep.prompt_tokens]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything measured and derived, for JSON."""
+        """Return all measured and derived values as plain data for JSON."""
         derived = ("throughput", "prefill_seconds", "decode_seconds", "prefill_rate", "decode_rate", "share_of_products")
         return {
             "model": self.model,
@@ -124,7 +131,7 @@ class Measurement:
         }
 
     def lines(self) -> list[str]:
-        """Return what a person reads."""
+        """Return the report for people, in lines."""
         stats, work = self.stats, self.workload
         generated = stats.generated_tokens // max(work.num_prompts, 1)
         taken, read = stats.peak_bytes - stats.idle_bytes, stats.prompt_tokens_computed / stats.seconds
@@ -175,12 +182,12 @@ def measure(
     """Run a benchmark.
 
     Args:
-        engine: Of the model.
-        workload: What to ask.
-        model: How it is called in the report.
-        load_seconds: How long it took to make the engine.
-        warm_up: Whether other prompts of the same form are run before, with two new tokens each.
-        trace: File for a timeline.
+        engine: Engine of the model.
+        workload: Prompts and answers.
+        model: Name of the model in the report.
+        load_seconds: Seconds that it took to make the engine.
+        warm_up: Whether to run other prompts of the same form before, with two new tokens each.
+        trace: File for a timeline; None: no timeline.
 
     Raises:
         InvalidJob: If the lengths do not fit into the model's context.
@@ -194,16 +201,16 @@ def measure(
 
 
 def measure_fitting(engine: Engine, workload: Workload, *, say: Callable[[str], None], **options: Any) -> Measurement:
-    """Run a benchmark of as many prompts, up to one block, as take about ``FITTING_SECONDS`` here.
+    """Run a benchmark of as many prompts, up to one block, as take about ``FITTING_SECONDS`` on this machine.
 
-    Every run is of the lengths that were asked, and says how many prompts the next one may have: rows are padded and
-    weights are streamed once for all, so that more prompts take less than proportionally longer. The last run counts.
+    Every run has the lengths of the workload. Its time decides the number of prompts of the next run: rows are padded and
+    weights are streamed once for all, so time grows less than proportionally with prompts. The last run counts.
 
     Args:
-        engine: Of the model.
-        workload: Of the fewest prompts.
-        say: Told what was chosen and why.
-        options: As in ``measure``.
+        engine: Engine of the model.
+        workload: Workload of the first run, with the fewest prompts.
+        say: Function that gets a line about each choice.
+        options: Other arguments of ``measure``.
     """
     most = min(engine.policy.block_size, engine.vocab_size)
     while True:
@@ -214,7 +221,7 @@ def measure_fitting(engine: Engine, workload: Workload, *, say: Callable[[str], 
             return measured
         workload = replace(workload, num_prompts=min(most, max(count + 1, int(count * FITTING_SECONDS / seconds))))
         say(f"{count:,} prompts: {seconds:.1f} s, so the next run has {workload.num_prompts:,}.")
-        options["warm_up"] = False  # the run before has done that
+        options["warm_up"] = False  # the run before has warmed up
 
 
 def _rate(count: float, seconds: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Where the package keeps what it fetched, converted or measured, and how a folder gets there untorn."""
+"""Cache folder: holds everything that the package fetched, converted or measured, in folders that are built once."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from flexgen_helm.errors import OutOfSpace
 
 
 def cache_folder() -> Path:
-    """Return ``$FLEXGEN_HELM_CACHE``, or ``~/.cache/flexgen_helm`` where it is unset or empty. It may not exist yet."""
+    """Return ``$FLEXGEN_HELM_CACHE``, or ``~/.cache/flexgen_helm`` if it is unset or empty. The folder may not exist yet."""
     return Path(os.environ.get("FLEXGEN_HELM_CACHE") or "~/.cache/flexgen_helm").expanduser()
 
 
 def build_once(target: Path, build: Callable[[Path], None], *, needed_bytes: int) -> Path:
     """Return ``target``, a folder that ``build`` fills if it does not exist yet.
 
-    ``build`` works in a folder beside the target that is renamed when it returns, so a killed build leaves nothing
-    behind that looks finished. Of two processes that build at once, the second to finish drops its copy.
+    ``build`` works in a folder next to the target that is renamed when it returns, so a killed build leaves nothing
+    that looks finished. If two processes build at once, the second to finish drops its copy.
 
     Args:
-        target: The folder to return. Its parents are created.
-        build: Fills the empty folder that it is given.
-        needed_bytes: Free disk space without which the build is not even started.
+        target: Folder to return. Its parents are created.
+        build: Function that fills the empty folder given to it.
+        needed_bytes: Free disk space without which the build is not started.
 
     Raises:
         OutOfSpace: If the file system of ``target`` has less than ``needed_bytes`` free.

@@ -1,4 +1,4 @@
-"""The command `flexgen-helm`. Everything that needs torch is loaded when a command runs, so that --help is quick."""
+"""The command `flexgen-helm`. Modules that need torch are imported when a command runs, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
 
 AGAIN = "The same command starts again from the beginning."
-"""What can be said of an interrupted command that keeps nothing."""
+"""Text for an interrupted command that keeps no results."""
 EngineLoader = Callable[[argparse.Namespace], "Engine"]
 
 
 def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None = None) -> int:
-    """Run the command line and return the exit code: 0, 2 after an error of the user's, or that of HELM.
+    """Run the command line and return the exit code: 0, 2 after an error of the user's, 130 if interrupted, or HELM's code.
 
     Args:
         argv: Arguments without the program's name; None: those of the process.
-        load_engine: Makes the engine from the parsed arguments.
+        load_engine: Function that makes the engine from the parsed arguments; None: load it with `Engine.from_pretrained`.
     """
     try:
         args = _parser(load_engine or _load_engine).parse_args(argv)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
 
 @contextmanager
 def _progress_on_screen() -> Iterator[None]:
-    """Show the lines that stand for a bar where standard error is no terminal."""
+    """Show the lines that replace a progress bar if standard error is no terminal."""
     logger, handler = logging.getLogger("flexgen_helm.runtime.progress"), logging.StreamHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -181,7 +181,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _read_prompt(file: str) -> str:
-    """Return the text of a file or of standard input as its bytes are, but for a byte-order mark at the beginning."""
+    """Return the text of a file or of standard input unchanged, without a byte-order mark at the beginning."""
     source = "standard input" if file == "-" else f"the prompt file {file}"
     try:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()

@@ -11,7 +11,7 @@ from flexgen_helm.types import Policy
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how it is computed."""
+    """Add options that choose a model, its dtype, its device and its rows."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="M", help="model folder, or name on the model hub")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
@@ -22,7 +22,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
-    """Where weights, K/V cache and hidden states lie."""
+    """Add options that place weights, K/V cache and hidden states on tiers."""
     add = parser.add_argument_group("placement").add_argument
     policy = "sizes and shares, as JSON or as weights=0.2:0.8:0,prefetch=2 (shares are device:host:disk)"
     add("--policy", type=parse_policy, metavar="P", help=policy)
@@ -36,12 +36,12 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trace_option(parser: argparse.ArgumentParser) -> None:
-    """For commands that run the engine themselves."""
+    """Add the option for a timeline, for commands that run the engine themselves."""
     parser.add_argument("--trace", type=Path, metavar="F", help="write a timeline that https://ui.perfetto.dev opens")
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    """What `bench` asks."""
+    """Add the options of `bench`."""
     add = parser.add_argument_group("benchmark").add_argument
     add("--dummy-weights", action="store_true", help="random weights; --model may be a config's name, such as facebook/opt-30b")
     add("--prompt-len", type=_positive, default=512, metavar="N", help="tokens of each prompt (%(default)s)")
@@ -59,7 +59,7 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
-    """What `generate` asks."""
+    """Add the options of `generate`."""
     group = parser.add_argument_group("generation")
     add = group.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
@@ -80,7 +80,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_suite_options(parser: argparse.ArgumentParser) -> None:
-    """What `eval` asks."""
+    """Add the options of `eval`."""
     add = parser.add_argument_group("evaluation").add_argument
     suite = "a suite that comes with this package (quickstart, mmlu, flexgen_paper), or the path of a run_entries.conf"
     add("--suite", required=True, metavar="S", help=suite)
@@ -98,7 +98,7 @@ def _positive(text: str) -> int:
 
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that say how a model is computed, where they were given, as YAML can hold them."""
+    """Return the options that the user gave for the engine, such as dtype and policy, as plain data for YAML."""
     names = ("dtype", "device", "rows", "policy", "max_memory", "offload_folder", "kv_dtype")
     given = {name: getattr(args, name) for name in names}
     chosen = {name: value for name, value in given.items() if value not in (None, "auto")}

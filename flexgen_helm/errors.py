@@ -4,7 +4,7 @@ import errno
 from collections.abc import Mapping
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Of an `OSError`: a disk, a quota or a file size limit is exhausted."""
+"""Values of `OSError.errno` that mean an exhausted disk, quota or file size limit."""
 
 
 class FlexGenError(Exception):
@@ -12,19 +12,19 @@ class FlexGenError(Exception):
 
 
 class UnsupportedModel(FlexGenError):
-    """The model would be computed wrongly, so it is refused by name and reason."""
+    """A model that would be computed wrongly, refused with its name and the reason."""
 
 
 class InvalidJob(FlexGenError):
     """A job that cannot be served: empty prompt, longer than the context, a field out of range."""
 
     def __init__(self, message: str, **values: object) -> None:
-        """Say what is wrong.
+        """Make the error.
 
         Args:
-            message: With ``values``, a format string, in which ``{max_new_tokens}`` and other names of `JOB_WORDS` stand for
-                the words of whoever reads it.
-            values: What the other fields of the format string stand for.
+            message: Text that says what is wrong. With ``values`` it is a format string, in which ``{max_new_tokens}`` and
+                other names of `JOB_WORDS` are replaced by the reader's words.
+            values: Values of the other fields of the format string.
         """
         self._format, self._values = message, values
         super().__init__(self.in_words(JOB_WORDS))
@@ -35,7 +35,7 @@ class InvalidJob(FlexGenError):
 
 
 JOB_WORDS = {name: name for name in ("max_new_tokens", "top_logprobs", "num_completions", "seed")} | {"jobs": "jobs"}
-"""What messages call the fields of a job."""
+"""Words of messages for the fields of a job."""
 
 
 class NotFinite(InvalidJob):
@@ -43,23 +43,23 @@ class NotFinite(InvalidJob):
 
 
 class JobFailed(FlexGenError):
-    """A job that met an error in code; no other job is affected."""
+    """A job for which code failed; no other job is affected."""
 
 
 class PolicyError(FlexGenError):
-    """A policy that cannot be honoured on this model and machine."""
+    """A policy that is invalid, or that this model and machine cannot satisfy."""
 
 
 class OutOfSpace(FlexGenError):
-    """Memory or disk is too small for what was asked; the message names both sizes."""
+    """A lack of memory or disk space; the message names the needed and the available bytes."""
 
 
 class DiskFull(OutOfSpace):
-    """A file cannot be written any further; the message says what was kept and how to go on."""
+    """A lack of disk space while a file is written; the message says what was kept and how to continue."""
 
 
 class CorruptFile(FlexGenError):
-    """A file that is torn, missing or not what its checksum says."""
+    """A file that is torn or missing, or whose checksum is wrong."""
 
 
 class ScenarioError(FlexGenError):

@@ -1,4 +1,4 @@
-"""Texts of the command line that stand for a policy and for amounts of memory. No torch."""
+"""Parsers for the command line's texts of a policy and of amounts of memory. No torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ POLICY_FORM = "Give JSON, or name=value pairs such as `gpu_batch_size=64,weights
 
 
 def parse_policy(text: str) -> Policy:
-    """Return the policy that a text names.
+    """Return the policy for a text: JSON, or pairs such as ``gpu_batch_size=64,weights=0.2:0.8:0``.
 
     Raises:
-        PolicyError: If the text cannot be read, names a field that does not exist, or gives a field a value out of its range.
+        PolicyError: If the text cannot be read, names an unknown field, or gives a field a value out of its range.
     """
     try:
         fields = json.loads(text) if text.lstrip().startswith("{") else dict(_pair(part) for part in text.split(","))
@@ -30,7 +30,7 @@ def parse_policy(text: str) -> Policy:
 
 
 def parse_max_memory(text: str) -> dict[str, str]:
-    """Return amounts by tier, as in ``device=15GiB,host=100GiB``; what they mean is left to the engine.
+    """Return amounts by tier for a text such as ``device=15GiB,host=100GiB``; the engine parses the amounts.
 
     Raises:
         PolicyError: If the text has another form.

@@ -1,4 +1,4 @@
-"""Plain dataclasses that travel between the layers of the package. No torch, no HELM."""
+"""Plain dataclasses that the folders of the package exchange. No torch, no HELM."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from flexgen_helm.errors import FlexGenError, PolicyError
 FinishReason = Literal["length", "stop", "endoftext"]
 Tier = Literal["device", "host", "disk"]
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
-"""Where the matrices are multiplied (a GPU, or the CPU when there is none), RAM, and files, from fast to slow."""
+"""Tiers from fast to slow: device (a GPU, or the CPU if there is none), host (RAM) and disk (files)."""
 Shares = tuple[float, float, float]
-"""Of something, on each of TIERS; they add up to 1."""
+"""Shares on device, host and disk, in the order of TIERS; they add up to 1."""
 ROUNDING = 1e-6
-"""How far shares may be from adding up to 1."""
+"""Largest difference between the sum of shares and 1."""
 Resource = Literal["device", "cpu_attention", "host_to_device", "device_to_host", "disk_read", "disk_write", "scheduler"]
 RESOURCES: tuple[Resource, ...] = (
     "device",
@@ -27,18 +27,18 @@ RESOURCES: tuple[Resource, ...] = (
     "disk_write",
     "scheduler",
 )
-"""What can be busy during a sweep, each beside the others."""
+"""Resources that can be busy during a sweep, in parallel with each other."""
 LINKS: tuple[Resource, ...] = ("host_to_device", "device_to_host", "disk_read", "disk_write")
 """Resources that move bytes between tiers."""
 DEFAULT_NEW_TOKENS = 16
 
 
 class TokenLogprob(NamedTuple):
-    """One candidate token.
+    """One candidate token and its log-probability.
 
     Attributes:
-        token_id: Its number in the vocabulary.
-        logprob: Natural logarithm of its probability under the model, whatever ``temperature`` and ``top_p`` are.
+        token_id: Number of the token in the vocabulary.
+        logprob: Natural logarithm of its probability under the model, before ``temperature`` and ``top_p``.
     """
 
     token_id: int
@@ -52,11 +52,11 @@ class Job:
     Give one of ``prompt``, ``token_ids`` and ``messages``.
 
     Attributes:
-        prompt: Text. It is tokenised without special tokens. Where the tokenizer itself would add a BOS token, the model's
-            input gets one and the result does not show it.
-        token_ids: The prompt as token ids, taken as they are.
+        prompt: Text of the prompt. It is tokenised without special tokens. If the tokenizer itself would add a BOS token, the
+            model's input gets one and the result does not show it.
+        token_ids: Token ids of the prompt, used unchanged.
         messages: A conversation: ``role`` (system, user or assistant) and ``content`` of each turn. The model's own chat
-            template formats it and adds its special tokens. A chat template is applied to nothing else.
+            template formats it and adds its special tokens. No chat template is applied to ``prompt`` and ``token_ids``.
         max_new_tokens: Most generated tokens of each completion. None: 0 with ``score_prompt``, else 16.
         temperature: 0 to 0.001: the most likely token. Above: samples of the model's distribution at this temperature.
         top_p: Nucleus sampling: the smallest set of tokens whose probability reaches this value, above 0 and at most 1.
@@ -95,7 +95,7 @@ class Completion:
         token_ids: Every token up to the one in which the stop string begins, the end token included.
         token_texts: Text of each token. A token that holds part of a character is written as ``bytes:\xe2\x80``, a special
             token as its literal text.
-        logprobs: Natural logarithm of each token's probability under the model, whatever ``temperature`` and ``top_p`` are.
+        logprobs: Natural logarithm of each token's probability under the model, before ``temperature`` and ``top_p``.
         top_logprobs: The ``Job.top_logprobs`` most likely candidates at each step, best first.
         finish_reason: "length" (``max_new_tokens`` reached), "stop" (a stop string) or "endoftext" (an end token).
         num_text_tokens: Number of tokens that contribute to ``text``: not the end token, and not a token at whose start a
@@ -116,12 +116,12 @@ class Result:
     """The answer to one job.
 
     Attributes:
-        completions: ``Job.num_completions`` of them, none with ``max_new_tokens=0``.
-        prompt_token_ids: The prompt's own tokens, without a BOS token that was added to the input.
+        completions: Completions, ``Job.num_completions`` of them; none with ``max_new_tokens=0``.
+        prompt_token_ids: Tokens of the prompt, without a BOS token that was added to the input.
         prompt_token_texts: Text of each prompt token, as in ``Completion.token_texts``. Empty without ``Job.score_prompt``.
-        prompt_logprobs: With ``Job.score_prompt``: natural logarithm of the probability of each prompt token, 0.0 for a first
-            token that has nothing before it. Else None.
-        error: With ``on_error="return"``: why this job could not be served. Then all else is empty.
+        prompt_logprobs: Natural logarithm of the probability of each prompt token; 0.0 for a first token without a BOS token
+            before it. None without ``Job.score_prompt``.
+        error: Error for which this job was not served, with ``on_error="return"``. Then all other fields are empty.
     """
 
     completions: list[Completion] = field(default_factory=list)
@@ -137,27 +137,27 @@ OPTIONAL_COUNTS = ("gpu_batch_size", "gpu_batch_tokens", "block_tokens")
 
 @dataclass(frozen=True)
 class Policy:
-    """Sizes and places of the computation (FlexGen sections 3 and 4; docs/offloading.md has a table of the defaults).
+    """Sizes and placement of the computation (FlexGen sections 3 and 4; docs/offloading.md has a table of the defaults).
 
     ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics. The others change no bit of an answer, with one
     exception: on a GPU, attention computed on the CPU rounds differently.
 
     Attributes:
-        gpu_batch_size: Sequences in a decode row, always so many: missing ones are padding. Also the positions in a slice of
-            the output head. None: chosen by device, never by what else the policy names.
+        gpu_batch_size: Sequences in a decode row; a row with fewer is padded. Also the positions in a slice of the output
+            head. None: chosen by device, never by other fields of the policy.
         num_gpu_batches: Decode rows in a block. A block decodes ``gpu_batch_size * num_gpu_batches`` sequences at once.
-        gpu_batch_tokens: Tokens in a prefill row, always so many: missing ones are padding. None: chosen by device.
-        block_tokens: Prompt tokens computed in one sweep. None: chosen from the memory that is free.
-        weights: Shares of the weights on device, host and disk, in whole layers. None: everything on the device if it fits;
-            else the device is filled, then the host, and the remaining layers are on disk.
+        gpu_batch_tokens: Tokens in a prefill row; a row with fewer is padded. None: chosen by device.
+        block_tokens: Prompt tokens computed in one sweep. None: chosen by the free memory.
+        weights: Shares of the weights on device, host and disk, in whole layers. None: everything is on the device if it
+            fits; else the device is filled, then the host, and the remaining layers are on disk.
         cache: Shares of the K/V cache on device, host and disk.
         hidden: Shares of the rows whose hidden states are stored on device, host and disk between two layers.
         cpu_attention: Share of the decode rows whose attention to the host's part of the cache is computed on the CPU.
-        prefetch: Layers that are loaded ahead. ``prefetch + 1`` layers are on the device in addition to those that stay there.
+        prefetch: Layers that are loaded ahead. ``prefetch + 1`` layers are on the device in addition to the resident ones.
         overlap: Whether transfers and computation overlap.
 
     Raises:
-        PolicyError: A field is out of its range.
+        PolicyError: If a field is out of its range.
     """
 
     gpu_batch_size: int | None = None
@@ -190,14 +190,14 @@ class Policy:
 
 @dataclass(frozen=True)
 class ResolvedPolicy(Policy):
-    """A policy whose row sizes are decided."""
+    """A policy whose row sizes (``gpu_batch_size`` and ``gpu_batch_tokens``) are decided."""
 
     gpu_batch_size: int = field(kw_only=True)
     gpu_batch_tokens: int = field(kw_only=True)
 
     @property
     def block_size(self) -> int:
-        """Number of sequences that decode in one sweep."""
+        """Most sequences that decode in one sweep."""
         return self.gpu_batch_size * self.num_gpu_batches
 
 
@@ -217,7 +217,7 @@ def _is_share(value: object) -> bool:
 
 @dataclass(frozen=True)
 class SweepStats:
-    """What one sweep did, measured. Its time begins where that of the sweep before it ends."""
+    """Measurements of one sweep. Its time begins when the time of the sweep before it ends."""
 
     begin: float
     """Seconds since the run began."""
@@ -227,103 +227,106 @@ class SweepStats:
     decode_tokens: int
     """Tokens that went through the layers in decode rows."""
     generated_tokens: int
-    """Tokens chosen at the end of the sweep, the first ones of its prompts among them."""
+    """Tokens chosen at the end of the sweep, including the first ones after its prompts."""
     bytes_moved: dict[str, int] = field(default_factory=dict)
-    """On each resource, by transfers that ended in this sweep; of ``cpu_attention`` the K and V that it read."""
+    """Bytes that each resource moved in transfers that ended in this sweep; for ``cpu_attention`` bytes of K and V read."""
     weight_bytes_moved: dict[str, int] = field(default_factory=dict)
-    """Of them, those of weights."""
+    """Part of ``bytes_moved`` that is weights."""
     busy_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds in which a resource did at least one thing."""
+    """Seconds in which each resource did at least one thing."""
 
     @property
     def bound_by(self) -> str | None:
-        """The resource that was busy longest."""
+        """Resource that was busy longest; None if none was measured."""
         return max(self.busy_seconds, key=self.busy_seconds.__getitem__, default=None)
 
 
 @dataclass
 class RunStats:
-    """What one ``Engine.run`` did, measured."""
+    """Measurements of one ``Engine.run``."""
 
     num_jobs: int = 0
     prompt_tokens_asked: int = 0
     """Sum of the prompt lengths of all jobs, as if each were computed alone."""
     prompt_tokens_computed: int = 0
-    """Prompt tokens that went through the layers: identical jobs and shared prefixes once, padding not counted."""
+    """Prompt tokens that went through the layers; identical jobs and shared prefixes count once, padding not at all."""
     generated_tokens: int = 0
     sweeps: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
-    """Highest resident memory of this process in bytes (device memory on a GPU) seen during the run."""
+    """Highest resident memory of this process in bytes (device memory on a GPU) during the run."""
     idle_bytes: int = 0
-    """The same when the run began, the model loaded: what the run itself took is the difference."""
+    """Resident memory of this process in bytes (device memory on a GPU) when the run began, with the model loaded."""
     tier_peak_bytes: dict[str, int] = field(default_factory=dict)
-    """Highest sum of what weights, slots, buffers, K and V held on each tier during the run."""
+    """Most bytes that weights, slots, buffers, K and V together held on each tier during the run."""
     bytes_moved: dict[str, int] = field(default_factory=dict)
-    """On each of LINKS, and K and V read by ``cpu_attention``."""
+    """Bytes moved on each of LINKS, and bytes of K and V read by ``cpu_attention``."""
     busy_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds in which each of RESOURCES did at least one thing."""
     limit_seconds: float | None = None
-    """The least time in which this machine could have done it, from ``Engine.with_limit``; None: not known."""
+    """Least seconds in which this machine could have done the run, from ``Engine.with_limit``; None: not known."""
     least_seconds: dict[str, float] = field(default_factory=dict)
-    """What each resource alone would have needed at least; see ``flexgen_helm.policy.roofline``."""
+    """Least seconds that each resource alone would have needed (``flexgen_helm.policy.roofline``)."""
     per_sweep: list[SweepStats] = field(default_factory=list, repr=False)
+    """Measurements of each sweep, in order."""
 
     @property
     def roofline_efficiency(self) -> float | None:
-        """The limit over the time taken; None: not known."""
+        """Ratio of the limit to the time taken; None: not known."""
         return self.limit_seconds / self.seconds if self.limit_seconds is not None and self.seconds else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything in plain types; of the sweeps, how many of them each resource bound."""
+        """Return all fields in plain types; `per_sweep` becomes the number of sweeps that each resource bound."""
         bound_by = Counter(sweep.bound_by for sweep in self.per_sweep if sweep.bound_by)
         return asdict(replace(self, per_sweep=[])) | {"per_sweep": {"bound_by": dict(bound_by)}}
 
 
 @dataclass(frozen=True)
 class WeightNumerics:
-    """Everything that the bits of the weights depend on: the identity of a slab."""
+    """Everything that decides the bits of the weights; it identifies a slab."""
 
     digest: str
     """Digest of the model's files."""
     dtype: str
-    """In which the weights are computed, such as "float32"."""
+    """Dtype of the weights when a layer computes, such as "float32"."""
     scheme: str = "plain"
-    """How they are compressed; "plain": not at all."""
+    """Name of the compression; "plain": none."""
     statistics: str = ""
-    """Digest of the statistics that the compression was fitted to; empty without any."""
+    """Digest of the statistics to which the compression was fitted; empty: none."""
 
 
 @dataclass(frozen=True)
 class CacheNumerics:
-    """How K and V are stored and read."""
+    """The form in which K and V are stored and read."""
 
     dtype: str
-    """In which attention computes with them."""
+    """Dtype in which attention reads K and V, such as "float32"."""
     format: str = "plain"
-    """How pages are compressed; "plain": not at all."""
+    """Name of the pages' compression; "plain": none."""
     sparsity: float = 1.0
-    """Share of the values that a query reads; 1: all of them."""
+    """Share of V that a query reads; 1: all."""
 
 
 @dataclass(frozen=True)
 class RowNumerics:
-    """How sequences are laid side by side."""
+    """Kind and sizes of the rows in which sequences are computed."""
 
     kind: str
-    """"packed" or "single"."""
+    """"packed" (many sequences share a row) or "single" (one sequence in a row)."""
     gpu_batch_size: int
+    """Sequences in a decode row."""
     gpu_batch_tokens: int
+    """Tokens in a prefill row."""
 
 
 @dataclass(frozen=True)
 class MachineNumerics:
-    """Which kernels compute."""
+    """The kernels that compute."""
 
     device: str
     """"cpu" or "cuda"."""
     attention: str = "device"
-    """Where decode rows attend: "device", or "host" on a GPU whose cache is partly on the host."""
+    """Tier on which decode rows attend: "device", or "host" on a GPU whose cache is partly on the host."""
     matmul: str = "torch"
     """Library of the matrix products."""
     compiled: bool = False
@@ -332,9 +335,9 @@ class MachineNumerics:
 
 @dataclass(frozen=True)
 class Numerics:
-    """Everything besides the job that decides the bits of an answer. Placement is no part of it.
+    """Everything besides the job that decides the bits of an answer. Placement is not part of it.
 
-    Cache keys, journals, slabs on disk and reports tell engines apart by it, or by one of its parts.
+    Cache keys, journals, slabs on disk and reports identify an engine by it, or by one of its parts.
     """
 
     weights: WeightNumerics
@@ -342,14 +345,14 @@ class Numerics:
     rows: RowNumerics
     machine: MachineNumerics
     engine: int
-    """Version of the code, raised when it may change a bit."""
+    """Version of the code, raised with every change that may change a bit of an answer."""
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Numerics:
-        """Return what `dataclasses.asdict` made plain.
+        """Return the numerics for a dictionary that `dataclasses.asdict` made.
 
         Raises:
-            TypeError: It is of another version: fields are missing or unknown.
+            TypeError: If fields are missing or unknown, because another version of the package made the dictionary.
         """
         kinds = {"weights": WeightNumerics, "cache": CacheNumerics, "rows": RowNumerics, "machine": MachineNumerics}
         return cls(**{name: kinds[name](**value) if name in kinds else value for name, value in plain.items()})
@@ -357,16 +360,17 @@ class Numerics:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine holds and by what its answers are decided."""
+    """Description of an engine: its policy, its numerics, and its bytes on each tier."""
 
     policy: ResolvedPolicy
     numerics: Numerics
     bits_per_weight: float
+    """Average bits of a weight."""
     bits_per_cache_element: float
-    """Of K and V, or of whatever state a model keeps in their place."""
+    """Bits of an element of K and V, or of other state that a model keeps in their place."""
     weight_bytes: dict[str, int]
     """Bytes of weights on each tier: device, host, disk."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
-    """Memory of weights, slots and buffers on each tier as planned before anything was allocated."""
+    """Bytes of weights, slots and buffers on each tier, planned before anything was allocated."""
     cache_bytes: dict[str, int] = field(default_factory=dict)
-    """Room for K and V on each tier, taken as it is needed."""
+    """Most bytes of K and V on each tier; they are allocated when they are needed."""

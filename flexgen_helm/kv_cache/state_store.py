@@ -1,4 +1,4 @@
-"""Caches of transformers, one for each sequence, of which some rest on the host between two calls of a layer."""
+"""State store: keeps transformers' own caches of some sequences on the host while no layer uses them."""
 
 from __future__ import annotations
 
@@ -15,61 +15,62 @@ from flexgen_helm.types import Resource
 
 
 class OwnedState(NamedTuple):
-    """What one layer keeps for one sequence: an object whose attributes, and lists and dictionaries of them, hold tensors."""
+    """The state that one layer keeps for one sequence, such as a layer of transformers' cache."""
 
     owner: Hashable
     """The sequence."""
     content: object
+    """Object with tensors as attributes, directly or in lists and dictionaries."""
 
 
 class _Spot(NamedTuple):
-    """Where a tensor is kept."""
+    """A place that holds a tensor: an entry of a dictionary or list."""
 
     holder: Any
     key: Any
 
 
 class StateStore:
-    """Moves states as a whole: to the device before a layer is called, to the host after it."""
+    """Moves whole states between device and host: to the device before a layer is called, to the host after it."""
 
     def __init__(self, device: torch.device, *, share: float, meter: Meter | None = None) -> None:
-        """Nothing is moved yet.
+        """Move nothing before the first call.
 
         Args:
-            device: Where layers are computed.
-            share: Of the sequences, evenly, whose states rest on the host.
-            meter: Is told of what is moved.
+            device: Device on which layers are computed.
+            share: Share of the sequences whose states are stored on the host; they are spread evenly.
+            meter: Measures the transfers.
         """
         self._device, self._share = device, share
         self._meter = Meter(device) if meter is None else meter
         self._link = Link(device, "cache")
         self._rests: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-        """Whether a sequence's states rest on the host."""
+        """Whether a sequence's states are stored on the host."""
         self._seen = self._placed = 0
         self._last: Transfer | None = None
 
     def load(self, j: int, states: Sequence[OwnedState]) -> Transfer | None:
-        """Start to bring what layer j keeps for some sequences to the device."""
+        """Start to bring the states that layer j keeps for some sequences to the device; return None if all are there."""
         moved = [state.content for state in states if self._on_host(state.owner) or self._is_elsewhere(state.content)]
         return self._submit("host_to_device", Activity("load_cache", str(j)), moved, self._device)
 
     def store(self, j: int, states: Sequence[OwnedState]) -> Transfer | None:
-        """Start to bring it back to the host."""
+        """Start to bring the states of layer j back to the host; return None if all stay on the device."""
         moved = [state.content for state in states if self._on_host(state.owner)]
         return self._submit("device_to_host", Activity("store_cache", str(j)), moved, torch.device("cpu"))
 
     def settle(self) -> None:
-        """Wait for all that was started; raises what went wrong."""
+        """Wait for all transfers that were started; raise the error of the last one if it failed."""
         last, self._last = self._last, None
         if last is not None:
             last.wait()
 
     def close(self) -> None:
-        """Stop moving."""
+        """Stop moving states."""
         self._link.close()
 
     def _is_elsewhere(self, content: object) -> bool:
-        """Whether a state is not on the device though it shall stay there: copies of one that rests on the host begin there."""
+        """Return whether a state is not on the device. A copy of a state that is stored on the host begins on the host."""
         return any(holder[key].device.type != self._device.type for holder, key in _spots(content))
 
     def _on_host(self, owner: Hashable) -> bool:

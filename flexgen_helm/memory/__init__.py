@@ -1,1 +1,1 @@
-"""Where tensors live: pages of the K/V cache and the memory at hand."""
+"""Tensors on device, host and disk: weights, hidden states, the links that copy them, and the meter that measures a run."""

@@ -1,4 +1,4 @@
-"""What the C library does with memory that was freed."""
+"""Settings of the C library's allocator: how it returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ _MIB = 2**20
 
 
 def return_freed_memory() -> None:
-    """Hand back what the C library keeps of freed tensors up to 32 MiB: without this, a layer more after a few layers."""
+    """Return freed tensors of up to 32 MiB to the system; otherwise the C library keeps the size of a layer of them."""
     trim = _function("malloc_trim")
     if trim is not None:
         trim(0)
 
 
 class LargeTensorMaps:
-    """Gives tensors of a mebibyte or more mappings of their own, which go with them, while anyone in this process wants it.
+    """A switch: tensors of 1 MiB or more get memory mappings of their own, which are unmapped when the tensors are freed.
 
-    Else the library keeps what is freed of up to 32 MiB, in heaps of 64 MiB for each thread: activations of 4 to 16 MiB left
-    390 MB of holes there. The price is a page fault for every 4 KiB: nothing to a model that does not fit into memory, a
-    fifth of the time to one of 135 M parameters.
+    It is on while at least one user has called `begin` and not `end`. While it is off, the C library keeps freed memory up to
+    32 MiB in heaps of 64 MiB per thread: activations of 4 to 16 MiB left 390 MB of holes there. The price is a page fault for
+    every 4 KiB. It is negligible for a model that does not fit into memory, and a fifth of the time with 135 M parameters.
     """
 
     def __init__(self) -> None:
-        """Nobody wants it."""
+        """Begin without users: the switch is off."""
         self._lock = threading.Lock()
         self._users = 0
 
     def begin(self) -> None:
-        """Ask for it."""
+        """Add a user: the first one switches the mappings on."""
         self._change(1)
 
     def end(self) -> None:
-        """Ask for it no longer; the last one gives the thresholds back at which the library itself arrives."""
+        """Remove a user: the last one restores the thresholds at which the C library itself arrives."""
         self._change(-1)
 
     def _change(self, users: int) -> None:
@@ -48,9 +48,9 @@ class LargeTensorMaps:
 
 
 LARGE_TENSOR_MAPS = LargeTensorMaps()
-"""One for the process, since these are settings of its C library: an engine that closes must not change those of another."""
+"""The switch of this process. All engines share its C library, so closing one engine must not change another's settings."""
 
 
 def _function(name: str) -> Callable[..., int] | None:
-    """Of the C library; None where it is not glibc."""
+    """Return a function of the C library; None if the C library is not glibc."""
     return getattr(ctypes.CDLL(None), name, None)

@@ -1,4 +1,4 @@
-"""How much of each tier may be used: what the user allows, else what is free."""
+"""Amounts of memory: parse those that a user gives, and format those that a message shows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ UNITS = {
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)},
 }
-"""Factors of the suffixes that accelerate knows: GiB is 2**30 bytes, GB is 10**9."""
+"""Bytes for each suffix that *accelerate* knows: GiB is 2**30, GB is 10**9."""
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Z]*)\s*")
 
 MaxMemory = Mapping[str, int | str]
-"""Most bytes of each tier, such as ``{"device": "15GiB", "host": "100GiB"}``; what is not named is what is free."""
+"""Most bytes of each tier, such as ``{"device": "15GiB", "host": "100GiB"}``; a tier without an entry may use what is free."""
 
 
 def parse_size(size: int | str) -> int:
@@ -36,7 +36,7 @@ def parse_size(size: int | str) -> int:
 
 
 def parse_max_memory(given: MaxMemory | None) -> dict[Tier, int]:
-    """Return the bytes that may be used of each tier that is named.
+    """Return the most bytes of each tier that the user names.
 
     Raises:
         PolicyError: If a tier does not exist or an amount cannot be understood.
@@ -51,11 +51,11 @@ def parse_max_memory(given: MaxMemory | None) -> dict[Tier, int]:
 
 
 def gib(num_bytes: float, *, up: bool = False) -> str:
-    """A number of bytes for messages.
+    """Return a number of bytes as text for messages, such as "1.50 GiB".
 
     Args:
-        num_bytes: The number.
-        up: Whether to round up: who allows what a message asks for must not be refused again.
+        num_bytes: Number of bytes.
+        up: Whether to round up. A user who allows what a message asks for must not be refused again.
     """
     if num_bytes < 1:
         return "0 bytes"

@@ -1,4 +1,4 @@
-"""Memory at page boundaries: there before its first use, as direct reads and copies to a GPU need it, or with its use."""
+"""Host memory at page boundaries: with all pages present for direct reads and GPU copies, or with pages added on first use."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.memory.amounts import gib
 
 PAGE = 4096
-"""Direct I/O wants addresses, offsets and lengths in multiples of this many bytes."""
+"""Bytes of a memory page: direct I/O needs addresses, offsets and lengths that are multiples of it."""
 
 
 def padded(num_bytes: int) -> int:
-    """Round up to whole pages."""
+    """Round a number of bytes up to whole pages."""
     return -(-num_bytes // PAGE) * PAGE
 
 
 def allocate(num_bytes: int, *, pin: bool = False) -> Tensor:
-    """Return memory of its own, at a page boundary, with all pages present: untouched ones make a first read four times slower.
+    """Allocate host memory at a page boundary with all pages present; absent pages make a first read four times slower.
 
     Args:
-        num_bytes: Rounded up to whole pages.
-        pin: Whether a GPU copies from it beside the computation. Exactly these pages are pinned; torch's own pinned memory
-            is rounded up to a power of two.
+        num_bytes: Bytes to allocate, rounded up to whole pages.
+        pin: Whether to pin the pages, so that a GPU can copy from them while it computes. Exactly these pages are pinned;
+            torch's own pinned memory is rounded up to a power of two.
 
     Returns:
         uint8 ``[bytes]``; freed with the last tensor that views it.
 
     Raises:
-        OutOfSpace: If there is not so much memory.
+        OutOfSpace: If the memory cannot be allocated or pinned.
     """
     pages = _mapped(num_bytes)
     with contextlib.suppress(OSError):  # a kernel without huge pages; with them direct reads take half of the CPU's time
@@ -48,12 +48,13 @@ def allocate(num_bytes: int, *, pin: bool = False) -> Tensor:
 
 
 def lazy_zeros(num_bytes: int) -> Tensor:
-    """Return zeros, of which each page takes memory from its first use on; all are given back with the last tensor.
+    """Return zeros ``[num_bytes]`` (uint8) whose pages take memory from their first use; freed with the last tensor.
 
-    What the C library allocates up to 32 MiB it may keep: caches that grow layer by layer took twice their size.
+    The mapping bypasses the C library, which may keep freed memory up to 32 MiB: caches that grow layer by layer took twice
+    their size there.
 
     Raises:
-        OutOfSpace: If there is not so much memory.
+        OutOfSpace: If the memory cannot be allocated.
     """
     return torch.frombuffer(_mapped(num_bytes), dtype=torch.uint8)[:num_bytes]
 

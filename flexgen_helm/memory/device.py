@@ -1,4 +1,4 @@
-"""Where the matrices are multiplied, and whether that has a memory of its own."""
+"""The device: the processor that multiplies the matrices, and whether it has a memory of its own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Device:
     """The device tier: a GPU, or the CPU when there is none.
 
     Attributes:
-        torch_device: Where the matrices are multiplied.
-        own_memory: Whether its memory is not the host's. A GPU always has its own. Tests give a CPU its own as well, so that
-            everything takes the ways that a GPU needs.
+        torch_device: The torch device that multiplies the matrices.
+        own_memory: Whether the device has a memory apart from the host's. A GPU always has. Tests set it for a CPU too, which
+            then takes every path that a GPU takes.
     """
 
     torch_device: torch.device
@@ -33,14 +33,14 @@ class Device:
 
 
 CPU = Device(torch.device("cpu"))
-"""The CPU with the host's memory."""
+"""The CPU, which uses the host's memory."""
 
 
 def resolve_device(given: str | Device) -> Device:
-    """Return the device that a name means; a `Device` stays as it is.
+    """Return the device for a name: "auto", "cpu", "cuda" or "cuda:N". A `Device` is returned unchanged.
 
     Raises:
-        FlexGenError: If there is no such device.
+        FlexGenError: If the name is unknown, or torch sees no CUDA GPU.
     """
     if isinstance(given, Device):
         return given

@@ -1,4 +1,4 @@
-"""Reads and writes of files past the page cache, in pieces, by a few threads."""
+"""Direct I/O: a few threads read and write files in pieces, bypassing the page cache."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from flexgen_helm.memory.buffers import PAGE
 logger = logging.getLogger(__name__)
 
 PIECE = 4 * 2**20
-"""Bytes of a request to the disk. With a quarter of it the threads lose a tenth of the disk's rate to one another."""
+"""Bytes of one request to the disk. At a quarter of it, contention between the threads costs a tenth of the disk's rate."""
 
 
 class DirectFile:
-    """An open file. It lies beside the page cache where the file system allows that."""
+    """An open file that is read and written without the page cache, if its file system supports direct I/O."""
 
     def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
-        """Open it.
+        """Open the file.
 
         Args:
-            path: The file.
-            flags: As for `os.open`.
+            path: Path of the file.
+            flags: Flags for `os.open`.
 
         Raises:
-            CorruptFile: If there is no such file.
-            DiskFull: If there is no space for a new one.
-            FlexGenError: If it cannot be opened for another reason.
+            CorruptFile: If the file does not exist.
+            DiskFull: If there is no space for a new file.
+            FlexGenError: If the file cannot be opened for another reason.
         """
         self.path = path
         self.is_direct = True
@@ -51,13 +51,22 @@ class DirectFile:
             raise file_error(path, error) from error
 
     def close(self) -> None:
-        """Close it, once no request is on its way; may be called twice."""
+        """Close the file. No request may be running; a second call does nothing."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
     def read(self, offset: int, into: Tensor) -> None:
-        """Fill memory, in this thread."""
+        """Fill memory (uint8 ``[bytes]``) from the file, in this thread.
+
+        Args:
+            offset: First byte to read.
+            into: Memory to fill.
+
+        Raises:
+            CorruptFile: If the file ends too early.
+            FlexGenError: If the file cannot be read.
+        """
         view, done = into.numpy().data, 0
         while done < len(view):
             count = self._call(os.preadv, [view[done:]], offset + done)
@@ -68,7 +77,16 @@ class DirectFile:
             os.posix_fadvise(self.descriptor, offset, done, os.POSIX_FADV_DONTNEED)
 
     def write(self, offset: int, memory: Tensor) -> None:
-        """Write memory, in this thread."""
+        """Write memory (uint8 ``[bytes]``) to the file, in this thread.
+
+        Args:
+            offset: First byte to write in the file.
+            memory: Content.
+
+        Raises:
+            DiskFull: If there is no space left.
+            FlexGenError: If the file cannot be written for another reason.
+        """
         view, done = memory.numpy().data, 0
         while done < len(view):
             count = self._call(os.pwritev, [view[done:]], offset + done)
@@ -89,7 +107,7 @@ class DirectFile:
             raise file_error(self.path, error) from error
 
     def _leave_direct(self) -> None:
-        """Some file systems refuse direct access only here; and all do so right before a size limit within a page."""
+        """Turn direct I/O off: some file systems refuse it only in calls, and all refuse it just before a size limit."""
         flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self.is_direct = False
@@ -97,22 +115,26 @@ class DirectFile:
 
 @dataclass(eq=False)
 class _Request:
-    """Pieces that are done together."""
+    """A read or write of several pieces."""
 
     file: DirectFile
     is_write: bool
     then: Callable[[], None] | None = None
     left: int = 0
-    """Pieces that are not done."""
+    """Pieces that have not ended."""
     done: Future[None] = field(default_factory=Future)
     error: BaseException | None = None
 
 
 class DiskIO:
-    """Threads that read and write. Every method may be called from any thread."""
+    """A pool of threads that read and write files. All methods may be called from any thread."""
 
     def __init__(self, num_threads: int = 4) -> None:
-        """Nothing runs before the first request."""
+        """Start no thread before the first request.
+
+        Args:
+            num_threads: Requests to the disk at a time.
+        """
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="flexgen-helm-disk")
         self._lock = threading.Lock()
         self._closed = self._has_warned = False
@@ -121,23 +143,33 @@ class DiskIO:
         """Start to fill memory from a file.
 
         Args:
-            file: Is not closed before the future is done.
-            offset: Where to begin, a multiple of PAGE.
-            into: uint8 ``[bytes]``, whole pages at a page boundary, not to be touched before the future is done.
-            then: Called by an I/O thread when all is there.
+            file: File to read; must stay open until the future is done.
+            offset: First byte in the file, a multiple of PAGE.
+            into: uint8 ``[bytes]``, whole pages at a page boundary; must not be touched until the future is done.
+            then: Function that an I/O thread calls when all bytes have arrived.
 
         Returns:
-            Done when the memory is filled and ``then`` has returned, or when no thread touches it any more after an error:
-            CorruptFile if the file is too short, FlexGenError if it cannot be read, and whatever ``then`` raises.
+            A future that is done when the memory is filled and ``then`` has returned. It raises CorruptFile if the file is too
+            short, FlexGenError if it cannot be read, and whatever ``then`` raises. After an error, too, no thread touches the
+            memory any more.
         """
         return self._start(_Request(file, False, then), offset, into)
 
     def write(self, file: DirectFile, offset: int, memory: Tensor) -> Future[None]:
-        """Start to write memory to a file; as `read`, but the future raises DiskFull where there is no more space."""
+        """Start to write memory to a file.
+
+        Args:
+            file: File to write; must stay open until the future is done.
+            offset: First byte in the file, a multiple of PAGE.
+            memory: uint8 ``[bytes]``, whole pages at a page boundary; must not be touched until the future is done.
+
+        Returns:
+            A future that raises DiskFull if there is no space left, FlexGenError if the file cannot be written otherwise.
+        """
         return self._start(_Request(file, True), offset, memory)
 
     def close(self) -> None:
-        """Wait for what is being read or written; what has not begun yet fails."""
+        """Wait for pieces that are being read or written; pieces that have not begun fail."""
         self._closed = True
         self._pool.shutdown()
 
@@ -182,7 +214,7 @@ class DiskIO:
 
 
 def file_error(path: Path, error: OSError) -> FlexGenError:
-    """Say what became of a file under an offload folder, and what to do."""
+    """Return the error to raise for a file in an offload folder: DiskFull, CorruptFile (missing), else FlexGenError."""
     if error.errno in DISK_FULL_ERRNOS:
         return DiskFull(f"{path} cannot be written: {error.strerror}. Free some space, or give another offload_folder.")
     if error.errno == errno.ENOENT:

@@ -1,4 +1,4 @@
-"""Hidden states of a block's rows between two layers, on the tiers of a policy."""
+"""Hidden states of a sweep's rows between two layers, stored on the tiers that the policy gives them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flexgen_helm.types import TIERS, Resource, Shares, Tier
 
 
 class _Place(Protocol):
-    """Where a row's hidden state rests, and what is busy on the way."""
+    """The place in which one row's hidden state is stored, and the resources that transfers to and from it keep busy."""
 
     tier: Tier
     writes: Resource
@@ -34,7 +34,7 @@ class _Place(Protocol):
 
 
 class _Host:
-    """A tensor of its own in RAM."""
+    """A place in RAM: a tensor for each row."""
 
     tier: Tier = "host"
     writes: Resource = "device_to_host"
@@ -55,7 +55,7 @@ class _Host:
 
 
 class _File:
-    """One file for the rows of a sweep. It has no name, so that nothing of it stays."""
+    """One file for the rows of a sweep. It has no name, so the system deletes it with the process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.end = folder, 0
@@ -65,7 +65,7 @@ class _File:
             raise file_error(folder, error) from error
 
     def take(self, num_bytes: int) -> int:
-        """Where the next bytes go."""
+        """Reserve bytes at the end of the file and return their offset."""
         self.end += num_bytes
         return self.end - num_bytes
 
@@ -86,7 +86,7 @@ class _File:
 
 
 class _Disk:
-    """A part of the file."""
+    """A place on disk: a part of the file."""
 
     tier: Tier = "disk"
     writes: Resource = "disk_write"
@@ -126,16 +126,16 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class HiddenStore:
-    """Takes a row's hidden state in when its layer is done and hands it out for the next one."""
+    """Stores each row's hidden state between two layers, on device, host or disk, and brings it back for the next layer."""
 
     def __init__(self, shares: Shares, *, device: Device, folder: Path, meter: Meter) -> None:
-        """Nothing is allocated yet.
+        """Allocate nothing before the first sweep.
 
         Args:
-            shares: Of the rows, on each tier.
-            device: Where the matrices are multiplied. Without a memory of its own, what is on the host is in place.
-            folder: For hidden states on disk.
-            meter: Is told of what is moved.
+            shares: Shares of the rows that are stored on each tier.
+            device: The device that computes. If it has no memory of its own, hidden states on the host are used in place.
+            folder: Folder of the file for hidden states on disk.
+            meter: Measures the transfers.
         """
         self._meter = meter
         self._shares, self._folder = shares, folder
@@ -150,7 +150,11 @@ class HiddenStore:
         self._file: _File | None = None
 
     def begin_sweep(self, num_rows: int) -> None:
-        """Forget the last sweep and decide which rows rest where."""
+        """Forget the last sweep and choose a tier for each row.
+
+        Args:
+            num_rows: Rows of the sweep that begins.
+        """
         for content in (self._places, self._kept, self._sizes, self._leaving, self._arriving):
             content.clear()
         self._held = dict.fromkeys(TIERS, 0)
@@ -166,7 +170,7 @@ class HiddenStore:
             self._link = Link(self._device, "hidden")
 
     def store(self, k: int, hidden: Tensor) -> Transfer | None:
-        """Take in the hidden state of row k."""
+        """Start to store the hidden state of row k; return None if it stays where it is."""
         if k not in self._places:
             self._kept[k] = hidden
             return None
@@ -180,7 +184,7 @@ class HiddenStore:
         return self._leaving[k]
 
     def load(self, k: int) -> Transfer | None:
-        """Start to bring the hidden state of row k to the device, if it has left."""
+        """Start to bring the hidden state of row k to the device; return None if it never left."""
         if k not in self._leaving:
             return None
         assert self._link is not None
@@ -190,10 +194,11 @@ class HiddenStore:
         return transfer
 
     def take(self, k: int) -> Tensor:
-        """Wait for the hidden state of row k.
+        """Wait for the hidden state of row k and return it on the device.
 
         Raises:
             DiskFull: If there was no space to store it.
+            CorruptFile: If the file ends too early.
         """
         if k in self._kept:
             return self._kept.pop(k)
@@ -213,7 +218,7 @@ class HiddenStore:
             target.append(place.read(self._device))
 
     def close(self) -> None:
-        """Stop copying and drop everything."""
+        """Stop copying and drop all hidden states."""
         if self._link is not None:
             self._link.close()
         if self._file is not None:

@@ -1,4 +1,4 @@
-"""Copies between host and device that run beside the computation."""
+"""Links: threads and streams that copy between tiers in parallel with the computation."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ import torch
 
 
 class Transfer(Protocol):
-    """Something on its way."""
+    """A copy that was started and may not have ended."""
 
     def wait(self) -> None:
-        """Let the computation that follows see what arrives; raises what went wrong on the way."""
+        """Make the computation that follows see the copied data; raise the error of the copy if it failed."""
 
 
 class Started:
-    """What a thread does, and on a GPU what the stream of its copies does after that."""
+    """A transfer that a link's thread runs; on a GPU it ends when the link's stream has done its copies."""
 
     def __init__(self, future: Future[torch.cuda.Event | None], device: torch.device) -> None:
         self._future, self._device = future, device
 
     def wait(self) -> None:
-        """Wait for the thread; the GPU waits for itself."""
+        """Wait for the thread; on a GPU the current stream waits for the copies, not this thread."""
         event = self._future.result()
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
 
 
 class Link:
-    """A thread, and on a GPU a stream, in which work runs in the order of its submission."""
+    """A thread, and on a GPU a stream, that runs copies in the order in which they were submitted."""
 
     def __init__(self, device: torch.device, name: str) -> None:
-        """Nothing runs before the first work is submitted."""
+        """Start no thread before the first copy is submitted.
+
+        Args:
+            device: Device whose streams the copies follow.
+            name: End of the thread's name.
+        """
         self._device = device
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"flexgen-helm-{name}")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def submit(self, work: Callable[[], None]) -> Transfer:
-        """Run work after everything that the computation has been asked for so far."""
+        """Run a function in the link's thread; on a GPU its copies wait for everything on the current stream so far."""
         before = None
         if self._stream is not None:
             before = torch.cuda.Event()
@@ -47,7 +52,7 @@ class Link:
         return Started(self._pool.submit(self._run, work, before), self._device)
 
     def close(self) -> None:
-        """Wait for what runs, drop what does not."""
+        """Wait for the copy that runs and drop those that have not begun."""
         self._pool.shutdown(cancel_futures=True)
 
     def _run(self, work: Callable[[], None], before: torch.cuda.Event | None) -> torch.cuda.Event | None:
@@ -61,7 +66,7 @@ class Link:
                 try:
                     work()
                 except BaseException:
-                    self._stream.synchronize()  # what was begun must not go on in memory that others get
+                    self._stream.synchronize()  # its copies must not continue in memory that is used again
                     raise
                 after = torch.cuda.Event()
                 after.record(self._stream)

@@ -1,4 +1,4 @@
-"""What a run moves, how long each resource is busy, and the most memory that it holds."""
+"""Meter: measures the bytes that a run moves, the time that each resource is busy, and the most memory held."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from flexgen_helm.types import RESOURCES, Resource, RunStats, SweepStats, Tier
 ActivityKind = Literal[
     "plan", "record", "compute", "finish", "load_weights", "load_cache", "store_cache", "load_hidden", "store_hidden"
 ]
-"""What a resource does: the kinds of operations, and planning a sweep."""
+"""Kinds of work that a resource does: the kinds of operations, and planning a sweep."""
 ON_STREAM: frozenset[Resource] = frozenset({"device", "host_to_device", "device_to_host"})
-"""What a GPU does after the call that asks for it has returned."""
+"""Resources whose work a GPU does on a stream, after the call that starts it has returned."""
 _Mark = float | torch.cuda.Event
 _Anchor = tuple[torch.cuda.Event | None, float]
 
 
 class Activity(NamedTuple):
-    """What is done, and for which layer and row."""
+    """Work that a resource does: its kind, layer and row."""
 
     kind: ActivityKind
     where: str = ""
@@ -36,7 +36,7 @@ class Activity(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Something that a resource did, from begin to end in seconds since the run began."""
+    """An interval in which a resource was busy with one activity; begin and end are seconds since the run began."""
 
     resource: Resource
     activity: Activity
@@ -46,7 +46,7 @@ class Span(NamedTuple):
 
 
 class _Running:
-    """A span of which the end may not be known yet; times on a GPU are events after an anchor of known time."""
+    """A span whose end may not be known yet; times on a GPU are events after an anchor of known time."""
 
     def __init__(self, resource: Resource, activity: Activity, num_bytes: int, begin: _Mark, anchor: _Anchor) -> None:
         self.resource, self.activity, self.num_bytes = resource, activity, num_bytes
@@ -55,7 +55,7 @@ class _Running:
         self._anchor = anchor
 
     def times(self) -> tuple[float | None, float | None]:
-        """Begin and end, None where they have not happened."""
+        """Return begin and end in seconds; None for one that has not happened."""
         return self._seconds(self.begin), self._seconds(self.end)
 
     def _seconds(self, mark: _Mark | None) -> float | None:
@@ -70,11 +70,16 @@ class Meter:
     """Measures the runs of one engine, sweep by sweep. Every method may be called from any thread."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Nothing is noted before `begin_run` but the memory held."""
+        """Record only the memory held until `begin_run` is called.
+
+        Args:
+            device: Device whose memory and streams are measured.
+            clock: Function that returns the time in seconds.
+        """
         self.now = clock
-        """The time in seconds, for `add`."""
+        """Clock in seconds; `add` takes its times."""
         self.spans: list[Span] | None = None
-        """What the last run did, if this was a list when it began; it grows with every operation."""
+        """Spans of the last run, one or more for every operation; recorded only if this was a list when the run began."""
         self._device = device
         self._lock = threading.Lock()
         self._arenas: dict[tuple[Tier, str], int] = {}
@@ -87,17 +92,17 @@ class Meter:
 
     @contextmanager
     def span(self, resource: Resource, activity: Activity, num_bytes: int = 0) -> Iterator[None]:
-        """Measure what happens inside, at one resource.
+        """Measure the body of a `with` statement as one span of a resource.
 
-        On a GPU, times of the device and of its links are those of events on the current stream: open a span
-        after the stream was told what to wait for, and in the thread and under the stream that does the work.
+        On a GPU, times of the device and of its links are those of events on the current stream. Open a span
+        after the stream was told what to wait for, in the thread and under the stream that does the work.
 
         Args:
-            resource: What is busy meanwhile.
-            activity: What it does.
-            num_bytes: What is moved, or read by attention on the CPU.
+            resource: Resource that is busy during the body.
+            activity: Work that it does.
+            num_bytes: Bytes that are moved, or that attention on the CPU reads.
         """
-        anchor = self._anchor  # first: a begin must not lie before it
+        anchor = self._anchor  # first: no begin may be before it
         span = _Running(resource, activity, num_bytes, self._mark(resource), anchor)
         self._note(span)
         try:
@@ -106,24 +111,38 @@ class Meter:
             span.end = self._mark(resource)
 
     def add(self, resource: Resource, activity: Activity, begin: float, end: float, num_bytes: int = 0) -> None:
-        """Note what happened elsewhere, between two times of `now`. What lies before the sweep that runs is cut off."""
+        """Record a span that was timed elsewhere. The part of it before the current sweep does not count.
+
+        Args:
+            resource: Resource that was busy.
+            activity: Work that it did.
+            begin: Begin, a time of `now`.
+            end: End, a time of `now`.
+            num_bytes: Bytes that were moved.
+        """
         span = _Running(resource, activity, num_bytes, begin, self._anchor)
         span.end = end
         self._note(span)
 
     def hold(self, tier: Tier, arena: str, num_bytes: int) -> None:
-        """Say how much memory an arena, such as "weights" or "slots", holds on a tier from now on; 0 when it is freed."""
+        """Record the memory that an arena holds on a tier from now on.
+
+        Args:
+            tier: Tier of the memory.
+            arena: Name of its use, such as "weights" or "slots".
+            num_bytes: Bytes held; 0 when it is freed.
+        """
         with self._lock:
             self._arenas[tier, arena] = num_bytes
             held = sum(count for (place, _), count in self._arenas.items() if place == tier)
             self._peaks[tier] = max(self._peaks.get(tier, 0), held)
 
     def sample(self) -> None:
-        """Look how much memory the process has now; cheap enough for every operation."""
+        """Measure the memory of the process now and keep the maximum; cheap enough for every operation."""
         self._most = max(self._most, used_bytes(self._device))
 
     def begin_run(self) -> None:
-        """Forget the run before, but not what is held."""
+        """Begin to measure a run: forget the run before it, keep the memory held."""
         with self._lock:
             self._running, self._sweeps, self._peaks = [], [], {}
             self.spans = None if self.spans is None else []
@@ -134,12 +153,12 @@ class Meter:
             self._idle = self._most = used_bytes(self._device)
 
     def end_sweep(self, prompt_tokens: int, decode_tokens: int, generated_tokens: int) -> None:
-        """Close the time of a sweep, which began at the end of the one before; what still runs counts until now.
+        """End the measurement of a sweep, which began at the end of the sweep before. Spans that still run count until now.
 
         Args:
             prompt_tokens: Tokens that went through the layers in prefill rows.
-            decode_tokens: Those in decode rows.
-            generated_tokens: Tokens that were chosen at the end, for all completions.
+            decode_tokens: Tokens that went through the layers in decode rows.
+            generated_tokens: Tokens that were chosen at the end of the sweep, for all completions.
         """
         with self._lock:
             if self._sweeps is None:
@@ -156,7 +175,7 @@ class Meter:
             self._set_anchor()
 
     def end_run(self, stats: RunStats) -> None:
-        """Put what was measured since `begin_run` into the stats of a run."""
+        """End the run and write everything measured since `begin_run` into its stats."""
         with self._lock:
             stats.per_sweep, self._sweeps, self._running = self._sweeps or [], None, []
             stats.tier_peak_bytes = dict(self._peaks)
@@ -173,7 +192,7 @@ class Meter:
                 self._running.append(span)
 
     def _sort(self, now: float) -> tuple[list[Span], dict[str, list[tuple[float, float]]]]:
-        """Take out the spans that have ended, and return in which intervals each resource was busy until now."""
+        """Remove and return the spans that have ended, and the intervals in which each resource was busy until now."""
         done: list[Span] = []
         busy: dict[str, list[tuple[float, float]]] = defaultdict(list)
         running, self._running = self._running, []
@@ -195,7 +214,7 @@ class Meter:
         return event
 
     def _set_anchor(self) -> None:
-        """Tie the time of the GPU to that of the host; anew for each sweep, since an event's time has 24 bits."""
+        """Relate the GPU's time to the host's; repeated for each sweep, because an event's time has only 24 bits."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
@@ -212,7 +231,7 @@ def _sums(spans: Iterable[Span]) -> dict[str, int]:
 
 
 def covered_seconds(intervals: Iterable[tuple[float, float]], begin: float, end: float) -> float:
-    """Length of the union of intervals, of which what lies outside of [begin, end] does not count."""
+    """Return the length in seconds of the union of intervals, cut to [begin, end]."""
     covered, last = 0.0, begin
     for since, until in sorted(intervals):
         since, until = max(since, last), min(until, end)

@@ -1,4 +1,4 @@
-"""Slabs on disk, read ahead of their use."""
+"""Read-ahead: slabs on disk are read into buffers before they are used."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from flexgen_helm.memory.meter import Activity, Meter
 
 
 class SlabSource(Protocol):
-    """Where slabs are read from."""
+    """A source from which slabs are read, such as a folder on disk."""
 
     def read(self, j: int, into: Tensor) -> Future[None]:
-        """Start to read slab j into the beginning of a buffer."""
+        """Start to read slab j into the first bytes of a buffer (uint8); the future raises the error of the read."""
 
     def close(self) -> None:
-        """Stop reading; may be called twice."""
+        """Stop reading; a second call does nothing."""
 
 
 @dataclass(eq=False)
@@ -36,44 +36,44 @@ class _Buffer:
 
 
 class ReadAhead:
-    """A few buffers that hold the slabs needed next; layers come in a fixed cycle, so the next ones are known."""
+    """A few host buffers that hold the slabs needed next; layers come in a fixed cycle, so the next ones are known."""
 
     def __init__(self, source: SlabSource, sizes: Mapping[int, int], *, num_buffers: int, pin: bool, meter: Meter) -> None:
         """Allocate the buffers.
 
         Args:
-            source: Of the slabs.
+            source: Source from which the slabs are read.
             sizes: Bytes of each slab on disk by its number, in the order of their use.
             num_buffers: Slabs in memory at a time.
-            pin: Whether a GPU copies from the buffers.
-            meter: Is told of what is read.
+            pin: Whether to pin the buffers, so that a GPU can copy from them.
+            meter: Measures the reads.
         """
         self._source, self._slabs, self._sizes, self._meter = source, list(sizes), dict(sizes), meter
         self._buffers = [_Buffer(allocate(max(sizes.values()), pin=pin)) for _ in range(num_buffers)]
         meter.hold("host", "read ahead", num_buffers * max(sizes.values()))
 
     def start(self, j: int) -> None:
-        """Read slab j into a buffer, unless one has it already; the buffer is its until `free`."""
+        """Start to read slab j into a free buffer, unless a buffer has it; keep that buffer for slab j until `free`."""
         buffer = self._holder(j)
         if buffer is not None and not buffer.taken and buffer.failed:
             buffer.j = -1  # the disk may answer now
             buffer = None
         if buffer is None:
-            # The one that is needed last among those that are free.
+            # Among the free buffers, take the one whose slab is needed last.
             buffer = max((buffer for buffer in self._buffers if not buffer.taken), key=lambda buffer: self._turns(j, buffer.j))
             if buffer.reading is not None:
-                buffer.reading.exception()  # what nobody waited for must not write into the buffer any more
+                buffer.reading.exception()  # a read that nobody waited for must not write into the buffer any more
             buffer.j, buffer.reading = j, self._read(j, buffer.memory)
         buffer.taken = True
 
     def start_from(self, j: int) -> None:
-        """Read slab j and those that follow it, into all buffers."""
+        """Start to read slab j and the slabs after it, one for each buffer."""
         place = self._slabs.index(j)
         for i in range(len(self._buffers)):
             self.start(self._slabs[(place + i) % len(self._slabs)])
 
     def start_behind(self, j: int) -> None:
-        """Read the slabs that follow j into all buffers; that of j is free."""
+        """Start to read the slabs after j, one for each buffer; the buffer of slab j must be free."""
         self.start_from(self._slabs[(self._slabs.index(j) + 1) % len(self._slabs)])
 
     def take(self, j: int) -> Tensor:
@@ -94,18 +94,18 @@ class ReadAhead:
         return buffer.memory
 
     def free(self, j: int) -> None:
-        """Let another slab have the buffer of slab j."""
+        """Free the buffer of slab j for another slab."""
         buffer = self._holder(j)
         if buffer is not None:
             buffer.taken = False
 
     def free_all(self) -> None:
-        """Let other slabs have all buffers."""
+        """Free all buffers for other slabs."""
         for buffer in self._buffers:
             buffer.taken = False
 
     def forget_all(self) -> None:
-        """Free all buffers and read again what was in them."""
+        """Free all buffers and forget their content, so that every slab is read again."""
         for buffer in self._buffers:
             buffer.j, buffer.taken = -1, False
 
@@ -119,7 +119,7 @@ class ReadAhead:
         return next((buffer for buffer in self._buffers if buffer.j == j), None)
 
     def _turns(self, j: int, other: int) -> int:
-        """How many slabs after j the other one is needed; one that holds nothing is never needed."""
+        """Return how many slabs after j the other one is needed; an empty buffer (-1) counts as needed last."""
         if other < 0:
             return len(self._slabs)
         return (self._slabs.index(other) - self._slabs.index(j)) % len(self._slabs)

@@ -1,4 +1,4 @@
-"""A module's weights as one contiguous slab: the form in which it is stored, and the form that its parameters are views of."""
+"""Slabs: a module's weights as contiguous memory, in the form that is stored and in the form that its parameters view."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flexgen_helm.memory.buffers import padded
 
 ALIGNMENT = 256
-"""Bytes at whose multiples tensors begin, as torch's own GPU allocator has it."""
+"""Bytes: each tensor begins at a multiple of it, as in torch's own GPU allocator."""
 
 
 @dataclass(frozen=True)
@@ -20,38 +20,38 @@ class SlabTensor:
     """A tensor within a slab."""
 
     names: tuple[str, ...]
-    """Where it stands in the module: several places where weights are tied."""
+    """Names of the tensor in the module; several if weights are tied."""
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """Its first byte, from the beginning of the slab."""
+    """Offset in bytes from the beginning of the slab."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor itself."""
+        """Bytes of the tensor without padding."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def view(self, memory: Tensor) -> Tensor:
-        """The tensor in a slab."""
+        """Return the tensor as a view of a slab (uint8)."""
         return memory[self.offset : self.offset + self.num_bytes].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
 class SlabLayout:
-    """Where a module's parameters and persistent buffers lie in its slab."""
+    """Layout of a slab: the offset of each parameter and persistent buffer of a module."""
 
     tensors: tuple[SlabTensor, ...]
     num_bytes: int
-    """Whole pages."""
+    """Bytes of the slab, in whole pages."""
 
     def to_json(self) -> dict[str, Any]:
-        """The layout as plain data."""
+        """Return the layout as plain data for JSON."""
         tensors = [[list(t.names), str(t.dtype).removeprefix("torch."), list(t.shape), t.offset] for t in self.tensors]
         return {"num_bytes": self.num_bytes, "tensors": tensors}
 
 
 def layout_of(module: nn.Module) -> SlabLayout:
-    """Lay out a module's parameters and persistent buffers one behind the other; they may be on the meta device."""
+    """Return a layout with a module's parameters and persistent buffers in order; they may be on the meta device."""
     offset, tensors = 0, []
     for names, tensor in _tensors(module):
         found = SlabTensor(names, tensor.dtype, tuple(tensor.shape), offset)
@@ -68,10 +68,10 @@ def pack(module: nn.Module, layout: SlabLayout, memory: Tensor) -> None:
 
 
 class SlabFormat(Protocol):
-    """How a module's parameters and persistent buffers become a stored slab, and how they come back.
+    """A form of stored weights: packs a module's parameters and persistent buffers into a stored slab and unpacks them.
 
-    The stored slab lies on a tier, is checksummed on disk, and travels over links. The module's parameters are views of the
-    bound slab. Scales, maps and codes of a compressed format are tensors of its stored layout.
+    The stored slab is kept on a tier, is checksummed on disk, and is copied over links. The module's parameters are views of
+    the bound slab. Scales, maps and codes of a compressed format are tensors of its stored layout.
     """
 
     @property
@@ -84,18 +84,18 @@ class SlabFormat(Protocol):
 
     @property
     def in_place(self) -> bool:
-        """Whether the stored slab can be bound as it is, so that `unpack` is never called."""
+        """Whether parameters can be views of the stored slab itself, so that `unpack` is never called."""
 
     def pack(self, module: nn.Module, stored: Tensor) -> None:
         """Write the module's tensors into a stored slab: uint8 ``[at least stored.num_bytes]`` on the CPU."""
 
     def unpack(self, stored: Tensor, bound: Tensor) -> None:
-        """Fill a bound slab from a stored one, both uint8 on the device; runs in the thread and stream of the copies."""
+        """Fill a bound slab from a stored slab, both uint8 on the device; called in the thread and stream of the link."""
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Weights as they are: the stored slab is the bound slab."""
+    """Format of uncompressed weights: the stored slab is the bound slab."""
 
     bound: SlabLayout
 
@@ -106,20 +106,20 @@ class Plain:
 
     @property
     def stored(self) -> SlabLayout:
-        """The bound layout."""
+        """Layout of the stored slab, equal to the bound one."""
         return self.bound
 
     @property
     def in_place(self) -> bool:
-        """Always."""
+        """Whether parameters can be views of the stored slab: always."""
         return True
 
     def pack(self, module: nn.Module, stored: Tensor) -> None:
-        """Copy the module's tensors one behind the other."""
+        """Copy the module's tensors into a stored slab in order."""
         pack(module, self.bound, stored)
 
     def unpack(self, stored: Tensor, bound: Tensor) -> None:
-        """Copy the slab; the runtime binds the stored one instead."""
+        """Copy the slab. The runtime never calls it, because it binds the stored slab."""
         bound[: self.bound.num_bytes].copy_(stored[: self.bound.num_bytes], non_blocking=True)
 
 
@@ -127,29 +127,29 @@ class Binding:
     """Points a module's parameters and persistent buffers at slabs."""
 
     def __init__(self, module: nn.Module, layout: SlabLayout) -> None:
-        """Find the places; the module keeps its submodules from now on."""
+        """Find the module's tensors. Its submodules must not be replaced afterwards."""
         self.layout = layout
         self._places = [(tensor, [_owner(module, name) for name in tensor.names]) for tensor in layout.tensors]
 
     def bind(self, memory: Tensor) -> None:
-        """Make them views of a slab (uint8 ``[at least layout.num_bytes]``), on whatever device it is."""
+        """Make the parameters and buffers views of a slab (uint8 ``[at least layout.num_bytes]``) on any device."""
         for tensor, places in self._places:
             self._set(places, tensor.view(memory))
 
     def to_meta(self) -> None:
-        """Leave them without values."""
+        """Put the parameters and buffers on the meta device, without values."""
         for tensor, places in self._places:
             self._set(places, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
     def _set(self, places: list[tuple[dict[str, Any], str, bool]], value: Tensor) -> None:
         parameter = nn.Parameter(value, requires_grad=False) if any(is_parameter for *_, is_parameter in places) else value
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers makes it anew
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers initialises it again
         for owner, name, is_parameter in places:
             owner[name] = parameter if is_parameter else value
 
 
 def _owner(module: nn.Module, path: str) -> tuple[dict[str, Any], str, bool]:
-    """The dictionary in which a tensor stands, its key, and whether it is a parameter."""
+    """Return the dictionary that holds a tensor, its key there, and whether it is a parameter."""
     prefix, _, name = path.rpartition(".")
     owner = module.get_submodule(prefix)
     is_parameter = name in owner._parameters
@@ -157,7 +157,7 @@ def _owner(module: nn.Module, path: str) -> tuple[dict[str, Any], str, bool]:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """A module's parameters and persistent buffers, each once with all its names."""
+    """Yield a module's parameters and persistent buffers, each once with all its names."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():

@@ -1,4 +1,4 @@
-"""Slabs on disk: a file for each, and beside it one that says what it holds."""
+"""Slabs on disk: for each slab a file with its bytes and a file with its description."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _TEMPORARY = ".slab-"
 
 
 class SlabFolder:
-    """Slabs of one model in one folder.
+    """A folder with the slabs of one model.
 
-    A file has its name only when it is complete and on the disk, and its description comes after it, so that a process may be
-    killed at any moment. Equal identities and layouts give equal bytes, so several processes may use a folder, and even write
-    it, at the same time.
+    A file gets its name only when it is complete and on the disk. Its description is written after it. So a process may be
+    killed at any moment. Equal identities and layouts give equal bytes, so several processes may read and write a folder at
+    the same time.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, str], layouts: Mapping[int, SlabLayout]) -> None:
-        """Open or make the folder.
+        """Open the folder, or make it.
 
         Args:
-            path: The folder.
-            identity: What the weights depend on, such as their digest and dtype.
-            layouts: Of the slabs that will be asked for; others that are there stay.
+            path: Path of the folder.
+            identity: Everything that decides the bytes of the weights, such as their digest and dtype.
+            layouts: Layouts of the slabs that will be used, by number. Other slabs in the folder are kept.
 
         Raises:
-            CorruptFile: If it holds slabs of another identity or of other layouts.
+            CorruptFile: If the folder holds slabs of another identity or of other layouts.
             DiskFull: If there is no space even for a description.
-            FlexGenError: If it cannot be used.
+            FlexGenError: If the folder cannot be used.
         """
         self.path, self._layouts = path, dict(layouts)
         self._identity = dict(identity)
@@ -63,14 +63,17 @@ class SlabFolder:
         self._io = DiskIO()
 
     def missing(self) -> list[int]:
-        """Numbers of the slabs that are not there, or not whole."""
+        """Return the numbers of the slabs that are missing or incomplete."""
         return [j for j in self._layouts if j not in self._checksums or _size(self._file(j)) != self._layouts[j].num_bytes]
 
     def check_space(self, missing: Iterable[int]) -> None:
-        """Make sure that slabs can be written.
+        """Check that there is space for slabs.
+
+        Args:
+            missing: Numbers of the slabs that will be written.
 
         Raises:
-            DiskFull: If there is less space than they need.
+            DiskFull: If the disk has less free space than they need.
         """
         needed = sum(self._layouts[j].num_bytes for j in missing)
         with _clear_errors(self.path):
@@ -85,12 +88,12 @@ class SlabFolder:
         """Write slab j and wait until it is on the disk.
 
         Args:
-            j: Its number.
+            j: Number of the slab.
             memory: uint8 ``[at least its layout's num_bytes]`` at a page boundary.
 
         Raises:
-            DiskFull: If there is no space left; slabs that are complete are kept.
-            FlexGenError: If it cannot be written for another reason.
+            DiskFull: If there is no space left; complete slabs are kept.
+            FlexGenError: If the slab cannot be written for another reason.
         """
         memory = memory[: self._layouts[j].num_bytes]
         with self._new_file(self._file(j)) as temporary:
@@ -110,12 +113,12 @@ class SlabFolder:
         """Start to read slab j.
 
         Args:
-            j: Its number.
-            into: uint8 ``[at least its layout's num_bytes]`` at a page boundary, not to be touched before the future is done.
+            j: Number of the slab.
+            into: uint8 ``[at least its layout's num_bytes]`` at a page boundary; must not be touched until the future is done.
 
         Returns:
-            Done when it is there. It raises CorruptFile if the slab is missing or torn, or, at its first read, is not what was
-            written.
+            A future that is done when the slab has arrived. It raises CorruptFile if the slab is missing or torn, or if its
+            checksum, which is computed at the first read, is wrong.
         """
         into = into[: self._layouts[j].num_bytes]
         try:
@@ -129,7 +132,7 @@ class SlabFolder:
         return reading
 
     def close(self) -> None:
-        """Wait for what is being read, drop what is not."""
+        """Wait for reads that run, drop those that have not begun, and release the folder."""
         self._io.close()
         lock, self._lock = self._lock, -1
         if lock >= 0:
@@ -144,7 +147,7 @@ class SlabFolder:
         self._verified.add(j)
 
     def _tidy(self) -> None:
-        """Remove what killed processes left half written, unless another process is at work; its lock ends with it."""
+        """Remove incomplete files of killed processes, unless another process uses the folder; a lock ends with its process."""
         with contextlib.suppress(OSError):  # file systems without locks
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for path in self.path.glob(f"{_TEMPORARY}*"):
@@ -153,7 +156,7 @@ class SlabFolder:
             fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def _claim(self) -> None:
-        """Write whose slabs these are, or see that they are ours; of several processes one is first."""
+        """Write the identity of the slabs, or check that it is ours; one of several processes is first."""
         path = self.path / "slabs.json"
         if not path.exists():
             self._save(path, self._identity, once=True)
@@ -189,7 +192,7 @@ class SlabFolder:
 
     @contextlib.contextmanager
     def _new_file(self, path: Path, *, once: bool = False) -> Iterator[Path]:
-        """A file to fill, which then replaces the one at the path, or, if ``once``, gives way to it."""
+        """Yield a temporary file to fill; it then replaces the file at the path, or, if ``once``, is dropped if that exists."""
         with _clear_errors(path):
             descriptor, name = tempfile.mkstemp(dir=self.path, prefix=_TEMPORARY)
             os.close(descriptor)
@@ -214,7 +217,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    """What a description says; None if there is none, or if it is torn."""
+    """Return the content of a description; None if it is missing or torn."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

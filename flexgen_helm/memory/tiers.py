@@ -1,4 +1,4 @@
-"""Which part goes to which tier, so that shares are real to within one part."""
+"""Placement: a tier for each part, so that the realised shares differ from those asked for by at most one part."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from flexgen_helm.types import TIERS, Shares, Tier
 
 
 def interleave(sizes: Sequence[int], shares: Shares) -> list[Tier]:
-    """Spread parts evenly over the tiers, in their order.
+    """Spread parts evenly over the tiers.
 
-    Each part goes where it brings the realised shares closest to those asked for, so that no stretch of layers has all the
-    slow ones (FlexGen section 4.3 shares; its own code places whole tensors by a step function).
+    Each part goes to the tier that brings the realised shares closest to those asked for, so that slow parts are never
+    neighbours without need (FlexGen section 4.3 shares; its own code places whole tensors by a step function).
 
     Args:
         sizes: Bytes of each part, such as a layer.
-        shares: Of the bytes, on each tier.
+        shares: Shares of the bytes on each tier.
 
     Returns:
-        The tier of each part.
+        The tier of each part, in the order of `sizes`.
     """
     placed = dict.fromkeys(TIERS, 0)
     tiers: list[Tier] = []

@@ -1,4 +1,4 @@
-"""Memory at hand, and how much of it this process holds."""
+"""Free memory of the machine, and memory in use by this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexgen_helm.errors import PolicyError
 
 
 class _Files(NamedTuple):
-    """How a version of memory cgroups calls its files, and what the page cache is called in its memory.stat."""
+    """File names of one version of memory cgroups, and its names for the page cache in memory.stat."""
 
     folder: str
     limit: str
@@ -27,11 +27,11 @@ VERSION_2 = _Files("", "memory.max", "memory.current", "", "file_mapped")
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
-    """Memory that may still be taken where the matrices are multiplied, in bytes; limits of memory cgroups count.
+    """Return the bytes of a device's memory that may still be allocated; limits of memory cgroups count.
 
     Args:
         device: A GPU, or the CPU.
-        root: Where /proc and /sys are.
+        root: Folder that contains /proc and /sys.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -41,10 +41,10 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def free_disk_bytes(folder: Path) -> int:
-    """Return the bytes that are free on the disk of a folder, which need not exist yet.
+    """Return the free bytes on the disk of a folder, which need not exist yet.
 
     Raises:
-        PolicyError: If that cannot be known.
+        PolicyError: If the system cannot say.
     """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
@@ -54,7 +54,7 @@ def free_disk_bytes(folder: Path) -> int:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Memory in use now, in bytes: allocated on a GPU, else resident in this process."""
+    """Return the bytes in use now: allocated by torch on a GPU, else resident in this process."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -62,9 +62,9 @@ def used_bytes(device: torch.device) -> int:
 
 
 def _cgroups_free(root: Path) -> Iterator[int]:
-    """What each cgroup of this process leaves: its own, and all above it, whose limits hold as well.
+    """Yield the free bytes of this process's cgroup and of all cgroups above it, whose limits apply too.
 
-    A container may see the path that its cgroup has outside of it: of such a path only the mount itself is there.
+    A container may see the path that its cgroup has outside of it; only the mount itself exists of such a path.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -92,5 +92,5 @@ def _group_free(folder: Path, files: _Files) -> Iterator[int]:
         inactive, active, mapped = (
             int(stat.get(files.prefix + name, 0)) for name in ("inactive_file", "active_file", files.mapped)
         )
-        # What is mapped may be the program itself, which would be read again and again.
+        # Mapped files may be the program itself, which would be read again and again.
         yield int(limit) - int(used) + max(inactive, inactive + active - mapped)

@@ -1,4 +1,4 @@
-"""Weights of the layers: where they are stored, and how they come to the device when their turn comes (FlexGen section 4.1)."""
+"""Weight store: brings the weights of each layer to the device when they are needed (FlexGen section 4.1)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from flexgen_helm.memory.slab import Binding, SlabFormat
 
 @dataclass(frozen=True)
 class Unit:
-    """A layer, or the output head, whose weights do not stay on the device."""
+    """A layer or the output head whose weights are streamed: they are loaded for every use."""
 
     binding: Binding
     format: SlabFormat
     memory: Tensor | None
-    """Its stored slab in memory; None: on disk."""
+    """Stored slab in memory; None if it is on disk."""
 
 
 @dataclass(eq=False)
@@ -37,11 +37,11 @@ class _Slot:
 
 
 class WeightStore:
-    """Lends streamed weights to their modules, a few at a time.
+    """Streams weights to the device: a few units at a time have their parameters bound.
 
-    Where the device has a memory of its own there are static slots, into which a slab is copied as a whole. Without one,
-    modules use stored slabs in place, and what is on disk is read where it is used. A format that is not used in place needs
-    slots everywhere: a stored slab is copied, then unpacked into a slot.
+    If the device has a memory of its own, a slab is copied as a whole into one of a few static slots. If not, parameters are
+    views of the stored slab, and a slab on disk is read into a host buffer. A format that is not used in place needs slots on
+    every device: its stored slab is copied, then unpacked into a slot.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class WeightStore:
         source: SlabSource | None,
         meter: Meter,
     ) -> None:
-        """Allocate slots.
+        """Allocate the slots.
 
         Args:
-            units: By layer number; the output head has the number after the last layer.
-            device: Where the matrices are multiplied.
+            units: Streamed units by layer number; the output head has the number after the last layer.
+            device: The device that computes.
             num_slots: Streamed units on the device at a time.
-            source: Of the slabs on disk.
-            meter: Is told of what is moved.
+            source: Source of the slabs on disk; None if there are none.
+            meter: Measures the transfers.
         """
         self._meter, self._source = meter, source
         self.streamed = frozenset(units)
-        """Units that must be loaded before they are used, by layer number."""
+        """Layer numbers of the units that must be loaded before they are used."""
         self.num_slots = min(num_slots, len(units))
         self._units = dict(units)
         on_disk = {j: unit.format.stored.num_bytes for j, unit in sorted(units.items()) if unit.memory is None}
@@ -76,7 +76,7 @@ class WeightStore:
         self._slots: list[_Slot] = []
         self._link: Link | None = None
         self._arrival: Tensor | None = None
-        """Where a stored slab waits on the device to be unpacked; transfers come one after the other, so one is enough."""
+        """Device memory in which a stored slab waits to be unpacked; one is enough, because transfers are sequential."""
         unpacked = [unit.format for unit in units.values() if not unit.format.in_place]
         if units and (device.own_memory or unpacked):
             largest = max(unit.format.bound.num_bytes for unit in units.values())
@@ -92,7 +92,7 @@ class WeightStore:
             LARGE_TENSOR_MAPS.begin()
 
     def begin(self, j: int) -> None:
-        """Start to load unit j, unless it is there or on its way."""
+        """Start to load unit j, unless it is loaded or being loaded."""
         if self._link is None:
             if self._disk is not None and self._units[j].memory is None:
                 self._disk.start(j)
@@ -104,19 +104,19 @@ class WeightStore:
         slot.taken = True
 
     def finish(self, j: int) -> None:
-        """Wait until unit j is there.
+        """Wait until unit j is loaded.
 
         Raises:
-            CorruptFile: If its slab cannot be read.
+            CorruptFile: If its slab cannot be read or is torn.
         """
         self._memory(j)
 
     def use(self, j: int) -> None:
-        """Wait for unit j and point its module's parameters at it; they hold until `release`."""
+        """Wait for unit j and make its module's parameters views of it; they are valid until `release`."""
         self._units[j].binding.bind(self._memory(j))
 
     def release(self, j: int) -> None:
-        """Let another unit have the place of unit j."""
+        """Free the slot or buffer of unit j for another unit."""
         slot = self._slot(j)
         if slot is not None:
             slot.taken = False
@@ -124,14 +124,14 @@ class WeightStore:
             self._disk.free(j)
 
     def release_all(self) -> None:
-        """Let other units have all places: the sweep was given up."""
+        """Free all slots and buffers and forget their content, after a sweep was given up."""
         for slot in self._slots:
             slot.j, slot.taken = -1, False
         if self._link is None and self._disk is not None:
             self._disk.forget_all()
 
     def close(self) -> None:
-        """Stop loading, and close the source of slabs; may be called twice."""
+        """Stop loading and close the source of slabs; a second call does nothing."""
         if self._maps_large_tensors:
             self._maps_large_tensors = False
             LARGE_TENSOR_MAPS.end()
@@ -161,13 +161,13 @@ class WeightStore:
         return next((slot for slot in self._slots if slot.j == j), None)
 
     def _fill(self, target: Tensor, j: int) -> None:
-        """Copy slab j to the device, and let the disk go on with the slabs that come next."""
+        """Load slab j into a slot, then start to read the next slabs from disk."""
         memory = self._units[j].memory
         if memory is not None:
             self._bring(memory, target, j)
             return
         assert self._disk is not None
-        self._disk.free_all()  # what was read ahead may be for a sweep that was given up, or in another order
+        self._disk.free_all()  # slabs in them may be for a sweep that was given up, or in another order
         self._disk.start_from(j)
         self._bring(self._disk.take(j), target, j)
         if target.is_cuda:

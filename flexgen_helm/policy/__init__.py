@@ -1,1 +1,1 @@
-"""Row sizes, memory plan, roofline: what is decided before anything is allocated."""
+"""Policy: row sizes, memory plan and roofline, all decided from sizes before anything is allocated."""

@@ -1,4 +1,4 @@
-"""What held a run up, in words, and what would make it shorter. Loads no torch."""
+"""Bottleneck of a run, in words, with advice that would make it shorter. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from flexgen_helm.types import RunStats
 
 
 class Bound(NamedTuple):
-    """What a run waited for most."""
+    """The bottleneck of a run: the work that took most of its time."""
 
     what: str
+    """The work, in words."""
     advice: str
-    """What would help."""
+    """A change that would make the run shorter."""
 
 
 MORE_PROMPTS = "more prompts at a time (num_gpu_batches, block_tokens), so that each reading of the weights serves more of them"
@@ -42,11 +43,11 @@ BOUNDS = {
     "device": Bound("multiplying matrices", "a faster device, or a number format in which it multiplies faster (dtype)"),
     "scheduler": Bound("planning the sweeps", "larger rows (gpu_batch_size, gpu_batch_tokens), which are part of the numerics"),
 }
-"""By resource, and by what it moved or read where that makes a difference."""
+"""Bottlenecks by resource, or by the data that the resource moved or read if that changes the advice."""
 
 
 def bound_of(stats: RunStats) -> Bound | None:
-    """Return what most of a run's time was spent on; None where nothing was computed."""
+    """Return the bottleneck in which a run spent most of its time; None if nothing was computed."""
     seconds: defaultdict[str, float] = defaultdict(float)
     for sweep in stats.per_sweep:
         if sweep.bound_by is not None:

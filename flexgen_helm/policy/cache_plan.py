@@ -1,4 +1,4 @@
-"""Bytes that K and V take of each tier, with the room through which they pass."""
+"""Cache plan: the bytes that K and V take on each tier, slots and transfer buffers included."""
 
 from __future__ import annotations
 
@@ -12,35 +12,41 @@ from flexgen_helm.schedule.dependencies import rows_at_once
 from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier
 
 CACHE_SHARE = 0.95
-"""Share of what is left of a tier that K and V may take; no estimate knows all of it."""
+"""Share of a tier's remaining bytes that K and V may take; the margin is for errors of the estimates."""
 SEQUENCE_TOKENS = 512
-"""Length of the sequences for which weights leave room."""
+"""Tokens of a sequence for whose K and V the weights leave room."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """How a cache in a policy's shares lies on the tiers."""
+    """A plan of the K/V cache: its shares on the tiers, and the bytes that they take."""
 
     shares: Shares
     bytes_per_token: int
     """K and V of one token in all layers."""
     num_layers: int
-    """Pages are brought to the device one layer at a time; stored ones grow K of a layer, then V, and so on."""
+    """Decoder layers. Pages are brought to the device one layer at a time; stored ones grow K of a layer, then V, and so on."""
     rows_at_once: int
-    """Rows whose pages are on the device at a time; one row may have all pages of a layer."""
+    """Rows whose pages are loaded on the device at a time; one row may need all pages of a layer."""
     own_memory: bool
     """Whether the device has a memory of its own; else device and host are the same RAM."""
 
     @classmethod
     def of(cls, shapes: ModelShapes, policy: ResolvedPolicy, *, own_memory: bool) -> CachePlan:
-        """Plan the cache of a model."""
+        """Plan the cache of a model.
+
+        Args:
+            shapes: Sizes of the model.
+            policy: Policy with the shares of the cache.
+            own_memory: Whether the device has a memory of its own.
+        """
         suspends = own_memory and policy.cpu_attention > 0
         rows = rows_at_once(suspends=suspends)
         return cls(policy.cache, shapes.cache_bytes_per_token, shapes.num_layers, rows, own_memory)
 
     @property
     def taken(self) -> dict[Tier, float]:
-        """Bytes that one byte of the cache takes of each tier; without a device memory of its own, of host and disk."""
+        """Bytes taken on each tier for one byte of cache; only host and disk if the device has no memory of its own."""
         taken: dict[Tier, float] = dict(zip(TIERS, self.shares, strict=True))
         ram = TIERS[0]
         if not self.own_memory:
@@ -58,7 +64,7 @@ class CachePlan:
 
     @property
     def least_bytes(self) -> dict[Tier, int]:
-        """Bytes of each tier with which `capacities` hold one sequence; on each tier a page may be cut."""
+        """Least bytes of each tier for which `capacities` hold one sequence, with a page more on each tier for rounding."""
         rounding = PAGE_TOKENS * sum(share > 0 for share in self.shares)
         sequence = (SEQUENCE_TOKENS + rounding) * self.bytes_per_token
         return {
@@ -67,11 +73,15 @@ class CachePlan:
         }
 
     def full_bytes(self, block_size: int) -> int:
-        """Return the bytes of a cache in which a block's sequences have their usual length."""
+        """Return the bytes of K and V of a block.
+
+        Args:
+            block_size: Sequences of the block, of `SEQUENCE_TOKENS` tokens each.
+        """
         return block_size * SEQUENCE_TOKENS * self.bytes_per_token
 
     def capacities(self, left: Mapping[Tier, int]) -> dict[Tier, int]:
-        """Return the bytes of the cache on each tier: as many as fit into what is left, in the policy's shares.
+        """Return the bytes of the cache on each tier: as many as fit into the remaining memory, in the policy's shares.
 
         Args:
             left: Bytes of each tier that may still be used.

@@ -1,6 +1,6 @@
-"""How many bytes an engine takes of each tier, decided from sizes before anything is allocated (FlexGen section 4.3).
+"""Memory plan: the bytes that an engine takes on each tier, computed before anything is allocated (FlexGen section 4.3).
 
-This is the one place that computes bytes: weights, cache and working memory have a file each, and are put together here.
+Weights, cache and working memory are computed in a file each and added here. Nothing else computes bytes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from flexgen_helm.types import TIERS, ResolvedPolicy, RunStats, Shares, Tier
 FITS_SHARE = 0.8
 """A model fits on the device if it takes at most this share of it: K, V, hidden states and logits need the remaining memory."""
 FILL_SHARE = 0.9
-"""Share of a tier that is filled where a model fits on none, and of this what the cache may have before weights: each sweep
-reads the weights once for all sequences, so that memory is worth more for another sequence than for another layer."""
+"""Share of a tier that is filled if a model fits on none, and share of that which the cache may take before the weights.
+Each sweep reads the weights once for all sequences, so memory is worth more for another sequence than for another layer."""
 LOADED_AT_ONCE = 2
-"""Times the largest unit that loading takes: as it is read, and as it is stored."""
+"""Copies of the largest unit that loading holds at a time: as it is read, and as it is stored."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class MemoryPlan:
 
     @classmethod
     def of(cls, shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> MemoryPlan:
-        """Plan an engine.
+        """Plan the memory of an engine.
 
         Args:
-            shapes: Of the model.
-            policy: Its shares of weights; None: everything on the device if it fits, else device, host and disk are filled in
-                this order.
-            space: What may be used of each tier.
+            shapes: Sizes of the model.
+            policy: Policy with the shares of weights. If they are None, everything is put on the device if it fits, else
+                device, host and disk are filled in this order.
+            space: Bytes of each tier that may be used.
 
         Raises:
-            PolicyError: If it does not fit where the policy puts it.
+            PolicyError: If the engine does not fit where the policy puts it.
         """
         whole = cls._placed(shapes, policy, space, (1.0, 0.0, 0.0))
         on_disk = cls._placed(shapes, policy, space, (0.0, 0.0, 1.0))
@@ -73,12 +73,12 @@ class MemoryPlan:
 
     @property
     def working_bytes(self) -> int:
-        """Bytes that computing takes on the device."""
+        """Bytes of working memory on the device: activations, hidden states and logits."""
         return working_memory.working_bytes(self.shapes, self.policy)
 
     @property
     def checking_bytes(self) -> int:
-        """Bytes that the self-check takes besides the layers that it checks."""
+        """Bytes that the self-check takes in addition to the layers that it checks."""
         return working_memory.checking_bytes(self.shapes, self.policy)
 
     @property
@@ -88,7 +88,7 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> dict[Tier, int]:
-        """Bytes of each tier that are needed at some time, with the smallest cache; device and host as one if they are."""
+        """Most bytes that each tier needs at any time, with the smallest cache; one sum as host if device and host are one."""
         weights, shapes = self.weights, self.shapes
         peak, stored = dict(weights.needed_bytes), weights.weight_bytes
         peak["device"] += self.working_bytes
@@ -106,7 +106,7 @@ class MemoryPlan:
         return peak
 
     def left(self, free: Mapping[Tier, int]) -> dict[Tier, int]:
-        """Return what may be used of each tier besides the weights, which are loaded, and the least that computing takes.
+        """Return the bytes of each tier that remain once weights are loaded and working memory is reserved.
 
         Args:
             free: Bytes of each tier that are free now.
@@ -119,7 +119,11 @@ class MemoryPlan:
         return {tier: max(0, min(free[tier], available[tier] - needed[tier]) - working[tier]) for tier in TIERS}
 
     def block_tokens(self, left: Mapping[Tier, int]) -> int:
-        """Return the prompt tokens of a block: the policy's, or as many as fit well into what is left."""
+        """Return the prompt tokens of a block: the policy's, or as many as fit well into the remaining memory.
+
+        Args:
+            left: Bytes of each tier that may still be used.
+        """
         return working_memory.block_tokens(self.shapes, self.policy, left["device"])
 
     def page_bytes(self, bytes_per_token: int) -> int:
@@ -131,10 +135,10 @@ class MemoryPlan:
         return PAGE_TOKENS * bytes_per_token * self.shapes.kv_itemsize // self.shapes.itemsize
 
     def exceeded(self, stats: RunStats) -> str | None:
-        """Say where a run held more than the user allows, by what was measured; None: nowhere.
+        """Return a text that names the tiers on which a run held more than the user allows; None if there are none.
 
-        What the runtime allocates is known by tier. What the computation took besides counts for the device: how far the
-        process grew during the run, less what of the growth was the runtime's.
+        The runtime's own allocations are known by tier. Those of the computation count for the device: the growth of the
+        process during the run, minus the growth of the runtime's allocations.
         """
         own_memory, needed = self.space.own_memory, self.weights.needed_bytes
         held = {tier: stats.tier_peak_bytes.get(tier, 0) for tier in TIERS}
@@ -158,9 +162,9 @@ class MemoryPlan:
         return self.shapes.total_bytes <= FITS_SHARE * self.space.of("device") and self.has_room
 
     def _filling_shares(self) -> Shares:
-        """Shares of weights where the device has what a full cache leaves of it, then the host, and the disk all else."""
+        """Return the shares of weights that fill the memory left by a full cache: the device first, then host, then disk."""
         space, own_memory = self.space, self.space.own_memory
-        total, largest = self.shapes.total_bytes, self.shapes.largest_bytes  # shares are real to within a unit
+        total, largest = self.shapes.total_bytes, self.shapes.largest_bytes  # realised shares may differ by a unit
         slots = (self.policy.prefetch + 1) * max(self.shapes.bound_bytes.values())
         cache_bytes, least = self.cache.full_bytes(self.policy.block_size), self.cache.least_bytes
 
@@ -183,7 +187,7 @@ class MemoryPlan:
 
 
 def least_memory(*plans: MemoryPlan) -> dict[Tier, int]:
-    """Return the bytes of device and host that the plan needs which needs least of both."""
+    """Return the bytes of device and host that the smallest of several plans needs, by their sum."""
     needs: list[dict[Tier, int]] = [
         {tier: count for tier, count in plan.peak_bytes.items() if tier != "disk"} for plan in plans
     ]

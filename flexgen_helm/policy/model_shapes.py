@@ -13,12 +13,12 @@ EMBEDDINGS = -1
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """What of a model decides how many bytes it takes.
+    """Sizes of a model that decide how many bytes it takes.
 
     Attributes:
         num_layers: Decoder layers, L.
-        stored_bytes: Bytes of every unit as it is stored and as it travels. What is small and outside of the layers counts as
-            embeddings. The head is a unit only where it has weights of its own.
+        stored_bytes: Bytes of every unit as it is stored and copied. Small weights outside of the layers count as embeddings.
+            The head is a unit only if it has weights of its own.
         bound_bytes: Bytes of every layer, and of the head if it is a unit, as the device computes with it.
         unpacks: Whether stored and bound form differ, so that every unit needs a slot on the device.
         vocab_size: Rows of the embedding table.
@@ -26,11 +26,11 @@ class ModelShapes:
         num_heads: Query heads of a layer.
         num_kv_heads: Heads of K and of V.
         head_dim: Elements of a head.
-        outputs_per_token: Elements that the matrices of the widest layer put out for one token.
+        outputs_per_token: Outputs of all matrices of the widest layer for one token, in elements.
         itemsize: Bytes of an element of hidden states and weights.
         kv_itemsize: Bytes of an element of K and V.
-        first_layers_bytes: Bytes of the model that is checked first: so many of the first layers that one of every kind is
-            among them, and a part of the vocabulary.
+        first_layers_bytes: Bytes of the small model that is checked first: the first layers up to one of every kind, and a
+            part of the vocabulary.
     """
 
     num_layers: int

@@ -1,8 +1,8 @@
-"""What the machine could reach at best: a bound from measured rates, to judge a run by.
+"""Roofline: the least time in which this machine could do a run, from measured rates.
 
-A sweep takes at least as long as its slowest resource if all of them work beside each other: links and disk for what must
-pass them, memory for the weights that are read, matrix products for what every token meets, the CPU for the K and V to which
-it attends (the quantities of FlexGen section 4.3).
+A sweep takes at least as long as its slowest resource if all resources work in parallel: links and disk for the bytes that
+are moved, memory for the weights that are read, matrix products for every token, the CPU for the K and V to which it attends
+(the quantities of FlexGen section 4.3).
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from flexgen_helm.machine.rates import Rates
 from flexgen_helm.types import RunStats, SweepStats
 
 LEAST_WIDTH = 1024
-"""Outputs and inputs of the smallest matrix whose products are measured: smaller ones would measure the calls."""
+"""Outputs and inputs of the smallest matrix whose products are measured; smaller ones would measure the overhead of calls."""
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """What a sweep has to do with the weights of the decoder layers and of the output head."""
+    """Sizes of the decoder layers and the output head, and the bytes of weights that a sweep must move."""
 
     num_bytes: int
+    """Bytes of all weights."""
     active_weights: float
-    """Entries of the layers' matrices that a token meets; of a mixture of experts those of its experts."""
+    """Elements of the layers' matrices by which a token is multiplied; in a mixture of experts only those of its experts."""
     head_weights: int = 0
-    """Entries of the output head's matrix, which a token meets if another one is chosen behind it."""
+    """Elements of the output head's matrix, which multiplies only tokens whose logits are needed."""
     from_host: int = 0
-    """Bytes that a sweep brings to the device from the host."""
+    """Bytes of weights that a sweep brings from the host to the device."""
     from_disk: int = 0
-    """Bytes that it brings from the disk."""
+    """Bytes of weights that a sweep reads from the disk."""
     own_memory: bool = False
-    """Whether what comes from the disk has to pass a link from the host to the device."""
+    """Whether the device has a memory of its own, so that bytes from the disk also pass the link from host to device."""
     widest: tuple[int, int] = (LEAST_WIDTH, LEAST_WIDTH)
     """Outputs and inputs of the largest matrix."""
 
@@ -48,18 +49,18 @@ def layer_sizes(
     from_disk: int = 0,
     own_memory: bool = False,
 ) -> LayerSizes | None:
-    """Count the weights of decoder layers, which may be on meta.
+    """Count the weights of decoder layers, which may be on the meta device.
 
     Args:
         layers: All decoder layers.
-        experts_per_token: From the config of a mixture of experts.
+        experts_per_token: Experts that a token uses, from the config; None if the config does not say.
         head: The output head.
         from_host: Bytes of weights that a sweep in column order must bring from the host.
-        from_disk: The same from the disk.
+        from_disk: Bytes of weights that a sweep in column order must read from the disk.
         own_memory: Whether the device has a memory of its own.
 
     Returns:
-        The sizes; None for a mixture of experts whose config does not say how many of them a token meets.
+        The sizes; None for a mixture of experts whose config does not say how many experts a token uses.
     """
     num_bytes, active, widest = 0, 0.0, (LEAST_WIDTH, LEAST_WIDTH)
     for module in (module for layer in layers for module in layer.modules()):
@@ -81,11 +82,11 @@ def layer_sizes(
 
 
 def with_limit(stats: RunStats, sizes: LayerSizes, rates: Rates) -> RunStats:
-    """Return a run's stats with the least time in which its sweeps could have been computed: their slowest resources, in turn.
+    """Return a run's stats with its limit: the sum over its sweeps of the time that the slowest resource needs at least.
 
-    Weights count once in each sweep however often they were moved, other transfers as they were measured. A token takes two
-    operations for each weight that it is multiplied with. Scores of attention, K and V that the device reads from its own
-    memory, and padding are left out. An estimate: rates move with what else the machine does, and weights that stay in a
+    Weights count once in each sweep, however often they were moved; other transfers count as measured. A token takes two
+    operations for each weight by which it is multiplied. Attention scores, K and V that the device reads from its own
+    memory, and padding are left out. The limit is an estimate: rates change with the machine's other load, and weights in a
     processor's cache are read faster than memory.
     """
     sweeps = [sweep_seconds(sweep, sizes, rates) for sweep in stats.per_sweep]
@@ -94,7 +95,7 @@ def with_limit(stats: RunStats, sizes: LayerSizes, rates: Rates) -> RunStats:
 
 
 def sweep_seconds(sweep: SweepStats, sizes: LayerSizes, rates: Rates) -> dict[str, float]:
-    """The least time that each resource needs for a sweep, in seconds, by the name of its rate."""
+    """Return the least time in seconds that each resource needs for a sweep, by the name of its rate."""
     from_disk = {"disk_read": sizes.from_disk, "host_to_device": sizes.from_disk * sizes.own_memory + sizes.from_host}
     seconds = {"read": sizes.num_bytes / rates.read}
     for link in ("host_to_device", "device_to_host", "disk_read", "disk_write", "cpu_attention"):

@@ -1,4 +1,4 @@
-"""Row sizes: by model, machine and limits only, never by what waits (row sizes are numerics)."""
+"""Row sizes: chosen by device and policy only, never by the jobs that wait, because they are numerics."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.types import Policy, ResolvedPolicy
 
 VECTOR = 16
-"""Elementwise kernels give other bits in the scalar tail of each thread's share (AVX-512: 16 floats)."""
+"""Floats in a vector register (AVX-512). Elementwise kernels give other bits in the scalar tail of each thread's share."""
 GPU_ROWS = (256, 4096)
 """(gpu_batch_size, gpu_batch_tokens) on a GPU."""
 CPU_ROWS = (64, 512)
-"""The same on a CPU, for throughput."""
+"""(gpu_batch_size, gpu_batch_tokens) on a CPU, for throughput."""
 SMALL_CPU_ROWS = (16, 64)
-"""The same on a CPU for a few requests at a time, where padding would cost more than large rows gain."""
+"""(gpu_batch_size, gpu_batch_tokens) on a CPU for a few requests at a time: padding would cost more than large rows gain."""
 
 
 def resolved(policy: Policy | None, device: Device, *, few_requests: bool = False) -> ResolvedPolicy:
-    """Decide the row sizes that a policy leaves open. What else it names does not change them.
+    """Decide the row sizes that a policy leaves open. Its other fields do not change them.
 
     Args:
-        policy: What the user names; None: nothing.
-        device: Where the matrices are multiplied.
+        policy: Policy of the user; None if there is none.
+        device: The device that computes.
         few_requests: Whether requests come a few at a time, as in HELM's client.
     """
     policy = Policy() if policy is None else policy

@@ -1,4 +1,4 @@
-"""Reads the sizes of a model that is on the meta device."""
+"""Model sizes, read from a transformers model that may be on the meta device."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def shapes_of(model: PreTrainedModel, formats: Mapping[int, SlabFormat], kv_dtyp
     """Read the sizes of a model.
 
     Args:
-        model: On any device, such as meta.
-        formats: Slab formats of its layers, and of its output head where that has weights of its own.
-        kv_dtype: In which K and V are stored.
+        model: The model, on any device, such as meta.
+        formats: Slab formats of its layers, and of its output head if that has weights of its own.
+        kv_dtype: Dtype in which K and V are stored.
     """
     layers = layers_of(model)
     vocab, hidden = _table(model).shape
@@ -56,7 +56,7 @@ def own_head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def setting(model: PreTrainedModel, name: str) -> int | None:
-    """Return a number of the config, if it is one for all layers."""
+    """Return an integer of the config; None if it is missing or differs between layers."""
     try:
         found = getattr(model.config.get_text_config(decoder=True), name, None)
     except RuntimeError:  # one for each layer
@@ -71,7 +71,7 @@ def _first_layers_bytes(model: PreTrainedModel, layers: list[nn.Module]) -> int:
 
 
 def _outputs(layer: nn.Module, num_experts: int | None) -> int:
-    """Elements that the matrices of a layer put out for a token; stacked experts count as far as a token visits them."""
+    """Return the outputs of a layer's matrices for one token, in elements; only the experts that a token uses count."""
     shapes = [p.shape for p in layer.parameters() if p.dim() > 1]
     return sum(shape[0] if len(shape) == 2 else shape[1] * min(shape[0], num_experts or shape[0]) for shape in shapes)
 

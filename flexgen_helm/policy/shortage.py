@@ -1,4 +1,4 @@
-"""Refusals of a plan that needs more memory than may be used, in terms of what the user has set."""
+"""Shortage: explains a plan that needs more memory than may be used, in terms of the user's settings."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from flexgen_helm.types import Policy, Tier
 
 @dataclass(frozen=True)
 class Shortage:
-    """A plan that does not fit."""
+    """A memory plan that does not fit."""
 
     peak_bytes: Mapping[Tier, int]
-    """Bytes of each tier that it needs at some time."""
+    """Most bytes of each tier that the plan needs at any time."""
     least_bytes: Mapping[Tier, int]
     """Bytes of device and host in the placement that needs least."""
     working_bytes: int
+    """Bytes of working memory on the device."""
     checking_bytes: int
+    """Bytes that the self-check takes in addition to the layers that it checks."""
     weights: str
-    """Where the weights are, in words."""
+    """Placement of the weights, in words."""
     space: Space
-    """What may be used."""
+    """Bytes of each tier that may be used."""
 
 
 def describe_shortage(plan: Shortage, policy: Policy) -> str:
-    """Say what a plan lacks, in how little memory the model runs, and what to change.
+    """Return a message: the memory that a plan lacks, the least in which the model runs, and what to change.
 
     Args:
-        plan: The plan.
-        policy: What the user asked for.
+        plan: The plan that does not fit.
+        policy: Policy that the user gave.
     """
     least, space = plan.least_bytes, plan.space
     if any(count > space.of(tier) for tier, count in least.items()):
@@ -65,7 +67,7 @@ def _amounts(counts: Mapping[Tier, int], space: Space) -> str:
 
 
 def _allowed(counts: Mapping[Tier, int], space: Space) -> str:
-    """What may be used, and whether the user limits it or the machine."""
+    """Return the bytes that may be used, in words, and whether the user or the machine limits them."""
     parts = []
     for tier in counts:
         amount = gib(space.of(tier)) + (f" of {pool_name(tier, own_memory=space.own_memory)}" if len(counts) > 1 else "")

@@ -1,4 +1,4 @@
-"""How much of each tier may be used."""
+"""Space: the bytes of each tier that an engine may use."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from flexgen_helm.types import TIERS, Tier
 
 @dataclass(frozen=True)
 class Space:
-    """Bytes that may be used of each tier."""
+    """Bytes of each tier that an engine may use."""
 
     available: Mapping[Tier, int]
     own_memory: bool
-    """Whether the device has a memory of its own; else device and host are the same RAM, and `available` says it for both."""
+    """Whether the device has a memory of its own; if not, device and host are one RAM and `available` has it for both."""
     limits: Mapping[Tier, int] = field(default_factory=dict)
-    """What the user allows, of the tiers that are named."""
+    """Most bytes that the user allows, for the tiers that the user names."""
 
     def limited(self, tier: Tier) -> bool:
-        """Whether it is the user who limits a tier, and not what is free."""
+        """Return whether the user limits a tier, and not the free memory."""
         named = [tier] if self.own_memory or tier == "disk" else [tier for tier in TIERS[:2] if tier in self.limits]
         return any(t in self.limits for t in named) and sum(self.limits[t] for t in named) <= self.available[tier]
 
     def of(self, tier: Tier) -> int:
-        """Bytes of a tier."""
+        """Return the bytes of a tier that may be used."""
         return self.available[tier]
 
 
 def pool_name(tier: Tier, *, own_memory: bool) -> str:
-    """Name a tier's space for messages: on a CPU, device and host are one memory."""
+    """Return the name of a tier's space for messages; without device memory of its own, device and host are one."""
     if tier == "disk":
         return "disk space"
     return f"{tier} memory" if own_memory else "memory"

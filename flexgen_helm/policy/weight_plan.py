@@ -1,4 +1,4 @@
-"""The tier of every unit of a model, and the bytes that weights take of each."""
+"""Weight plan: the tier of every unit of a model, and the bytes that weights take on each tier."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from flexgen_helm.types import TIERS, Shares, Tier
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Where the units of a model are stored."""
+    """A tier for every unit of a model: embeddings, layers and output head."""
 
     shapes: ModelShapes
     tiers: Mapping[int, Tier]
-    """By unit, see `ModelShapes`."""
+    """Tier of each unit, by its number: -1 for embeddings, 0 to L - 1 for layers, L for an output head of its own."""
     own_memory: bool
     """Whether the device has a memory of its own."""
     prefetch: int
-    """Parts that are loaded ahead."""
+    """Units that are loaded ahead of their use."""
 
     @classmethod
     def by_shares(cls, shapes: ModelShapes, shares: Shares, *, own_memory: bool, prefetch: int) -> WeightPlan:
-        """Spread the units evenly over the tiers, in the order in which they are used (FlexGen section 4.3; whole layers here).
+        """Spread the units evenly over the tiers, in the order of their use (FlexGen section 4.3; whole layers here).
 
-        Embedding tables, of which rows are taken, are never on disk.
+        Embedding tables are never on disk, because single rows of them are read.
         """
         order = sorted(shapes.stored_bytes)
         tiers = dict(zip(order, interleave([shapes.stored_bytes[j] for j in order], shares), strict=True))
@@ -41,23 +41,23 @@ class WeightPlan:
 
     @property
     def streamed(self) -> list[int]:
-        """Layers, and the output head, that are loaded whenever their turn comes."""
+        """Numbers of the units that are loaded for every use."""
         elsewhere = TIERS[1:] if self.own_memory else TIERS[2:]
         return [j for j in self.shapes.bound_bytes if self.shapes.unpacks or self.tiers[j] in elsewhere]
 
     @property
     def is_resident(self) -> bool:
-        """Whether all weights stay where they are used."""
+        """Whether all weights are used where they are stored, so that none are loaded."""
         return not self.streamed and (not self.own_memory or self.tiers[EMBEDDINGS] == "device")
 
     @property
     def on_disk(self) -> list[int]:
-        """Parts that are stored in slab files."""
+        """Numbers of the units that are stored in slab files."""
         return [j for j in self.shapes.bound_bytes if self.tiers[j] == "disk"]
 
     @property
     def num_slots(self) -> int:
-        """Streamed units that are loaded at a time."""
+        """Streamed units that are on the device at a time."""
         return min(self.prefetch + 1, len(self.streamed))
 
     @property
@@ -73,12 +73,12 @@ class WeightPlan:
 
     @property
     def bytes_per_sweep(self) -> dict[str, int]:
-        """Bytes that a sweep in column order brings to the device, ``from_host`` and ``from_disk``."""
+        """Bytes of weights that a sweep in column order brings to the device, as ``from_host`` and ``from_disk``."""
         return {f"from_{tier}": count for tier, count in self._sums(self.streamed, TIERS[1:]).items()}
 
     @property
     def shares(self) -> Shares:
-        """The realised shares."""
+        """Realised shares of the weights on device, host and disk, in whole units."""
         total, found = max(1, self.shapes.total_bytes), self.weight_bytes
         return found["device"] / total, found["host"] / total, found["disk"] / total
 
@@ -94,7 +94,7 @@ class WeightPlan:
         return needed
 
     def describe(self) -> str:
-        """Say in a few words where the weights are."""
+        """Return the bytes and shares of weights on each tier, in words."""
         return ", ".join(
             f"{gib(size)} ({share:.0%}) on the {tier}"
             for (tier, size), share in zip(self.weight_bytes.items(), self.shares, strict=True)

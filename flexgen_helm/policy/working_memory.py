@@ -1,4 +1,4 @@
-"""Bytes that loading, checking and computing take in addition to weights and cache, before anything is allocated."""
+"""Working memory: the bytes that checking and computing take in addition to weights and cache, estimated from sizes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.types import ResolvedPolicy
 
 HIDDEN_COPIES = 4
-"""A token's hidden state, its rotary table and its K and V in one layer, in units of the hidden state."""
+"""Bytes of a token's hidden state, rotary table, and K and V in one layer, in units of the hidden state."""
 LOGITS_COPIES = 3
-"""Logits in fp32, their log-probabilities, and what is sorted or summed of them."""
+"""Tensors of the size of the logits in fp32: logits, log-probabilities, and a sorted or summed copy."""
 HIDDEN_SHARE = 0.1
 """Share of the memory left that a block's hidden states may take beyond those of the smallest block."""
 MOST_BLOCK_TOKENS = 16_384
-"""Larger blocks gain nothing where weights stay, and finish their first job later."""
+"""Most prompt tokens of a block. Larger blocks gain nothing if weights are resident, and finish their first job later."""
 FP32 = 4
 """Bytes of a float32."""
 
 
 def working_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
-    """Estimate the most that computing takes: activations of a row, the smallest block, a slice of the head.
+    """Estimate the most bytes that computing takes: a row's activations, the smallest block's hidden states, a slice's logits.
 
-    The outputs of all matrices of a layer count as if they were there at once.
+    The outputs of all matrices of a layer count as if they existed at the same time.
     """
     row = shapes.outputs_per_token + 2 * shapes.hidden_size + (WINDOW_CHUNKS + 1) * shapes.num_heads * shapes.head_dim
     head = policy.gpu_batch_size * shapes.vocab_size * LOGITS_COPIES
@@ -29,22 +29,27 @@ def working_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
 
 
 def checking_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
-    """Estimate what the self-check takes besides the model; first layers in 16 bits are copied in fp32."""
+    """Estimate the bytes of the self-check in addition to the model; first layers in 16 bits are copied in fp32."""
     copies = 0 if shapes.itemsize == FP32 else FP32 // shapes.itemsize
     return copies * shapes.first_layers_bytes + working_bytes(shapes, policy)
 
 
 def block_bytes(shapes: ModelShapes, num_tokens: int) -> int:
-    """Return what so many prompt tokens keep between two layers."""
+    """Return the bytes that prompt tokens keep between two layers.
+
+    Args:
+        shapes: Sizes of the model.
+        num_tokens: Number of prompt tokens.
+    """
     return num_tokens * shapes.hidden_size * shapes.itemsize * HIDDEN_COPIES
 
 
 def least_block_tokens(policy: ResolvedPolicy) -> int:
-    """Return the prompt tokens of the smallest block that is planned."""
+    """Return the number of prompt tokens of the smallest block that is planned."""
     return policy.block_tokens or policy.num_gpu_batches * policy.gpu_batch_tokens
 
 
 def block_tokens(shapes: ModelShapes, policy: ResolvedPolicy, left: int) -> int:
-    """Return the prompt tokens of a block: the policy's, or as many as fit well into ``left`` bytes."""
+    """Return the number of prompt tokens of a block: the policy's, or as many as fit well into ``left`` bytes."""
     fitting = int(HIDDEN_SHARE * left) // block_bytes(shapes, 1)
     return policy.block_tokens or max(least_block_tokens(policy), min(MOST_BLOCK_TOKENS, fitting))

@@ -1,4 +1,4 @@
-"""Packed or single rows: which of them a model runs in, and what each needs."""
+"""Choice between packed and single rows for a model, and construction of the chosen rows and their scheduler."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ Kind = Literal["packed", "single"]
 KindChoice = Literal["auto", "packed", "single"]
 ALTERNATIVE = "Evaluate it with HELM's own HuggingFaceClient."
 PROMPT_ROW_COST = 3.0
-"""Of the scheduler, on a CPU (runs/LOG.md). On a GPU a row of prompts hides behind the weights that a sweep brings."""
+"""Time of a prefill row on a CPU, in units of a sweep that only decodes (measured in runs/LOG.md). On a GPU it is 0: loading
+the weights takes longer than the row."""
 CHECKS: dict[Kind, Callable[..., Verdict]] = {"packed": check_packed, "single": check_single}
 
 
@@ -48,14 +49,14 @@ class CheckedModel:
     model: RecordedModel
     verdict: Verdict
     not_packed: str | None
-    """Why it does not run in packed rows, where those were tried."""
+    """Reason why the model does not run in packed rows; None if it does, or if they were not tried."""
 
 
 def validated_kind(rows: str) -> KindChoice:
     """Return the kind of rows that a user asked for.
 
     Raises:
-        FlexGenError: If there is no such kind.
+        FlexGenError: If the kind is unknown.
     """
     if rows not in ("auto", *CHECKS):
         raise FlexGenError(f"rows is {rows!r}. Give 'auto', {' or '.join(map(repr, CHECKS))}.")
@@ -63,10 +64,15 @@ def validated_kind(rows: str) -> KindChoice:
 
 
 def check_model(loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice) -> CheckedModel:
-    """Check a model in the kind of rows that was asked for; with "auto" in packed ones, then in single ones.
+    """Check a model in one kind of rows; "auto" tries packed rows, then single rows.
+
+    Args:
+        loaded: The model.
+        policy: Policy with the row sizes.
+        rows: Kind of rows that the user asked for.
 
     Raises:
-        UnsupportedModel: If it would be computed wrongly.
+        UnsupportedModel: If the model would be computed wrongly.
     """
     name = f"{loaded.name} ({loaded.model.config.model_type})"
     refusals: dict[str, str] = {}
@@ -90,7 +96,7 @@ def check_model(loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice) -
 
 
 def log_choice(loaded: LoadedModel, checked: CheckedModel) -> None:
-    """Say in one line which kind of rows was chosen and why, where it is not the usual one."""
+    """Log why a model runs in single rows, and whether it failed the bit-stability check; log nothing in the usual case."""
     name = f"{loaded.name} ({loaded.model.config.model_type})"
     if checked.not_packed is not None:
         logger.info("%s runs in single rows (one sequence per row), because in packed rows %s", name, checked.not_packed)
@@ -103,7 +109,7 @@ def log_choice(loaded: LoadedModel, checked: CheckedModel) -> None:
 
 @dataclass(frozen=True)
 class CacheStorage:
-    """Where K and V, or whatever else sequences keep between sweeps, may be stored."""
+    """Storage for K and V, or for other state that sequences keep between sweeps."""
 
     capacities: Mapping[Tier, int]
     """Bytes on each tier."""
@@ -111,7 +117,7 @@ class CacheStorage:
     """Bytes of a page in all layers, in packed rows."""
     device: Device
     kv_dtype: torch.dtype
-    """In which K and V are kept."""
+    """Dtype in which K and V are stored."""
     folder: Path
     meter: Meter
 
@@ -119,14 +125,14 @@ class CacheStorage:
 def make_rows(
     checked: CheckedModel, policy: ResolvedPolicy, storage: CacheStorage, *, block_tokens: int, keep_all: bool
 ) -> tuple[Rows[Any], Scheduler]:
-    """What computes a model's rows and what plans them.
+    """Make the rows object that computes a model, and the scheduler that plans its sweeps.
 
     Args:
-        checked: The model.
-        policy: Its sizes and shares.
-        storage: For what sequences keep.
+        checked: The model, with the kind of rows that it passed.
+        policy: Row sizes and shares.
+        storage: Storage for K and V or other state.
         block_tokens: Prompt tokens in a sweep.
-        keep_all: Whether operations come in another order than the column order.
+        keep_all: Whether the operations have another order than the column order, which needs K and V of all layers.
 
     Raises:
         PolicyError: If the policy asks for something that rows of this kind cannot do.

@@ -1,8 +1,8 @@
-"""Calls of one layer, side by side: each for a sequence of its own, and all rest where they need the same weights.
+"""Lockstep: runs several calls of one layer, each for its own sequence, and multiplies with each weight once for all of them.
 
-A decoded token is a vector, and every vector that meets a matrix reads the whole of it from memory. So the calls of single
-rows rest where they reach a linear layer or a mixture of experts; when all of them rest, those that wait for the same module
-meet its weights together, in slices of a fixed number of tokens, which makes a token's bits independent of its neighbours.
+A product of one decoded token with a matrix reads the whole matrix from memory. So each call is suspended when it reaches a
+linear layer or a mixture of experts. When all calls are suspended, those that wait for the same module are computed together,
+in slices of a fixed number of tokens. The fixed number makes a token's bits independent of its neighbours.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from transformers.pytorch_utils import Conv1D
 from flexgen_helm.model.experts import sliced_experts
 
 TOKENWISE = (nn.Linear.forward, Conv1D.forward)
-"""Not subclasses with a forward of their own: grouped ones do not work token by token."""
+"""Forwards that work token by token. Subclasses with a forward of their own are excluded: grouped ones do not."""
 Work = Callable[..., Tensor]
-"""Tensors with the same leading shape in, a tensor with that leading shape out."""
+"""A function from tensors ``[..., features]`` with equal leading shape to one tensor with that leading shape."""
 
 
 class _Request(NamedTuple):
-    """What a call rests for."""
+    """Work for which a call is suspended, with its inputs."""
 
     work: Work
     inputs: tuple[Tensor, ...]
 
 
 def run_in_lockstep(layer: nn.Module, calls: Sequence[Callable[[], None]], *, size: int) -> None:
-    """Run calls that all go through one layer.
+    """Run calls of one layer and compute its linear layers and experts for all calls at once.
 
     Args:
-        layer: The module whose linear layers and experts are worked for all calls at once.
-        calls: Each for one row.
-        size: Tokens in a slice; what is missing in the last is padding.
+        layer: The layer that all calls run.
+        calls: One call for each row; takes and returns nothing.
+        size: Tokens in a slice; the last slice is padded to it.
     """
-    with _resting(layer):
+    with _suspending_forwards(layer):
         rows = [greenlet(call) for call in calls]
         try:
             waiting: dict[greenlet, _Request] = {}
@@ -53,7 +53,7 @@ def run_in_lockstep(layer: nn.Module, calls: Sequence[Callable[[], None]], *, si
         finally:
             for row in rows:
                 if row and not row.dead:
-                    row.throw()  # after an error: what rests holds tensors
+                    row.throw()  # after an error: suspended calls hold tensors
 
 
 def _switch(row: greenlet, answer: Tensor | None, waiting: dict[greenlet, _Request]) -> None:
@@ -63,7 +63,7 @@ def _switch(row: greenlet, answer: Tensor | None, waiting: dict[greenlet, _Reque
 
 
 def _answers(waiting: dict[greenlet, _Request], size: int) -> dict[greenlet, Tensor]:
-    """Work all requests, those for the same module together; the answers are in the order of the requests."""
+    """Compute all requests, those for the same module together; the answers are in the order of the requests."""
     answers: dict[greenlet, Tensor] = {}
     for work in dict.fromkeys(request.work for request in waiting.values()):
         rows = [row for row, request in waiting.items() if request.work is work]
@@ -73,7 +73,7 @@ def _answers(waiting: dict[greenlet, _Request], size: int) -> dict[greenlet, Ten
 
 
 def _worked_together(work: Work, inputs: list[tuple[Tensor, ...]], size: int) -> list[Tensor]:
-    """Outputs of ``work`` for each of several calls' inputs ``[..., features]``, worked in slices of ``size`` tokens."""
+    """Return the output of ``work`` for each call's inputs ``[..., features]``, computed in slices of ``size`` tokens."""
     shapes = [first.shape[:-1] for first, *_ in inputs]
     tokens = [torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in column]) for column in zip(*inputs, strict=True)]
     count = len(tokens[0])
@@ -85,14 +85,14 @@ def _worked_together(work: Work, inputs: list[tuple[Tensor, ...]], size: int) ->
 
 
 @contextmanager
-def _resting(layer: nn.Module) -> Iterator[None]:
-    """Make a layer's modules with large weights hand their work to whoever runs the calls."""
+def _suspending_forwards(layer: nn.Module) -> Iterator[None]:
+    """Make a layer's modules with large weights suspend their call and hand their work to this greenlet."""
     hub = getcurrent()
     patched: list[nn.Module] = []
     for module in layer.modules():
         work = _joint_work(module)
         if work is not None:
-            module.__dict__["forward"] = _rest(work, hub)
+            module.__dict__["forward"] = _suspending_forward(work, hub)
             patched.append(module)
     try:
         yield
@@ -102,7 +102,7 @@ def _resting(layer: nn.Module) -> Iterator[None]:
 
 
 def _joint_work(module: nn.Module) -> Work | None:
-    """What a module does to any number of tokens, if its weights are worth meeting together."""
+    """Return the function that a module applies to any number of tokens; None if its weights are small."""
     if type(module).forward in TOKENWISE:
         own: Work = module.forward
         return own
@@ -111,7 +111,7 @@ def _joint_work(module: nn.Module) -> Work | None:
     return None
 
 
-def _rest(work: Work, hub: greenlet) -> Callable[..., Any]:
+def _suspending_forward(work: Work, hub: greenlet) -> Callable[..., Any]:
     def forward(*inputs: Tensor) -> Any:
         return work(*inputs) if getcurrent() is hub else hub.switch(_Request(work, inputs))
 

@@ -1,4 +1,4 @@
-"""Packed rows: the tokens of many sequences side by side, with our attention and K and V in pages."""
+"""Packed rows: tokens of many sequences in one row, with this package's attention and with K and V in pages."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ HARMLESS_ARGUMENTS = frozenset(
         *("output_attentions", "output_hidden_states", "return_dict", "logits_to_keep"),
     )
 )
-"""Arguments of an attention function that change nothing beside what our mask, positions and scale already say."""
+"""Arguments of an attention function that change nothing in addition to our mask, positions and scale."""
 PADDING_TOKEN = 0
 _names = itertools.count()
 
 
 @dataclass(kw_only=True)
 class PackedRecording(Recording):
-    """A recorded row of many sequences."""
+    """A recorded row that holds tokens of many sequences."""
 
     positions: Tensor
-    """``[T]``, of each token in its own sequence."""
+    """Position of each token in its own sequence, ``[T]``."""
     attention: RowAttention
+    """Attention of the row's queries to K and V in pages."""
 
 
 class _CacheProbe:
-    """Stands in for the cache at replay: K and V pass through, the past length of every token is right, all else is refused."""
+    """A stand-in for the cache at replay: returns K and V unchanged, knows each token's past length, and refuses all else."""
 
     def __init__(self, positions: Tensor) -> None:
         self.__dict__["_past"] = positions - torch.arange(len(positions), device=positions.device)
@@ -69,19 +70,19 @@ class _CacheProbe:
 
 
 class PackedRows:
-    """Computes rows of a fixed size in which many sequences lie side by side."""
+    """Computes packed rows: rows of a fixed size that hold tokens of many sequences."""
 
     def __init__(self, model: RecordedModel, cache: PagedCache, *, cpu_attention: float = 0.0) -> None:
         """Make the model call our attention.
 
         Args:
             model: The model.
-            cache: Holds K and V.
-            cpu_attention: Share of the decode rows for which the CPU attends to chunks of keys that are on the host, where the
-                device has a memory of its own.
+            cache: Cache that stores K and V in pages.
+            cpu_attention: Share of the decode rows for which the CPU attends to chunks of keys that are stored on the host.
+                Ignored if the device has no memory of its own.
 
         Raises:
-            UnsupportedModel: If it takes no positions.
+            UnsupportedModel: If the model's forward takes no ``position_ids``.
         """
         if not model.takes("position_ids"):
             raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
@@ -89,7 +90,7 @@ class PackedRows:
         self._cpu_share = cpu_attention if cache.device.own_memory else 0.0
         self._host = HostAttention(cache.meter)
         self._pages: dict[int, RowPages] = {}
-        """The pages of each row of the sweep, by the row's identity; each keeps its row alive, so that no other row has it."""
+        """Pages of each row of the sweep, by the row's `id`; they keep their rows alive, so that no `id` is used twice."""
         self._running: PackedRecording | None = None
         self._key = CacheKey(0, 0)
         model.use(Implementations(self._register(), EXPERTS_NAME))
@@ -97,16 +98,20 @@ class PackedRows:
 
     @property
     def num_layers(self) -> int:
-        """Layers that every row goes through."""
+        """Number of decoder layers."""
         return len(self.model.layers)
 
     @property
     def can_be_halved(self) -> bool:
-        """K and V of a row are stored again at the same places."""
+        """Whether a sweep may be repeated in smaller rows: always, because K and V are stored again in the same pages."""
         return True
 
     def reserve(self, sweep: Sweep) -> None:
-        """Make room for a sweep's pages; its rows may be recorded after it."""
+        """Allocate a sweep's pages; its rows may be recorded afterwards.
+
+        Args:
+            sweep: The sweep that will be computed next.
+        """
         decode = [id(row) for row in sweep.rows if row.kind == "decode"]
         share = self._cpu_share
         on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
@@ -117,7 +122,7 @@ class PackedRows:
         self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages, host=host, staged=staged)
 
     def record(self, row: Row) -> PackedRecording:
-        """Note how the layers would be called for a row of the sweep that `reserve` made room for."""
+        """Record how each layer is called for a row of the sweep given to `reserve`, without computing layers."""
         padding = row.size - row.num_tokens
         tokens = [token for segment in row.segments for token in segment.tokens] + [PADDING_TOKEN] * padding
         places = [position for segment in row.segments for position in range(segment.start, segment.end)] + [0] * padding
@@ -139,15 +144,19 @@ class PackedRows:
         return recording
 
     def load_cache(self, j: int, recording: PackedRecording) -> Transfer | None:
-        """Start to bring the pages of layer j that attention cannot read where they are; the layer waits for them."""
+        """Start to load the pages of layer j that attention cannot read where they are stored; the layer waits for them."""
         return recording.attention.load(j)
 
     def store_cache(self, j: int, recording: PackedRecording) -> Transfer | None:
-        """Start to write back what layer j changed in such pages; must follow every replay."""
+        """Start to write back the loaded pages that layer j changed; must follow every replay."""
         return recording.attention.store(j)
 
     def replay(self, j: int, recording: PackedRecording) -> None:
-        """Run layer j on a row."""
+        """Run layer j on a row.
+
+        Raises:
+            UnsupportedModel: If the layer does not call transformers' attention interface, or calls it in an unknown way.
+        """
         self._running, self._key = recording, CacheKey(j, 0)
         try:
             self.model.replay(j, recording)
@@ -159,24 +168,24 @@ class PackedRows:
             )
 
     def use_suspender(self, suspend: Callable[[], None]) -> None:
-        """Take what a layer call uses while the CPU attends for it."""
+        """Set the function that suspends a layer call while the CPU attends for it."""
         self._host.suspend = suspend
 
     def bad_tokens(self, recording: PackedRecording) -> Tensor:
-        """Tokens ``[T]`` whose K or V was not finite: their pages hold zeros instead."""
+        """Return which tokens ``[T]`` had K or V that was not finite; their pages hold zeros instead."""
         return recording.attention.bad
 
     def close(self) -> None:
-        """Remove what the cache holds on disk, and end what runs beside the computation."""
+        """Remove the cache's file on disk and end the threads that run in parallel with the computation."""
         self._host.close()
         self._cache.close()
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``[P, ...]`` of the last layer to logits ``[P, vocab]``."""
+        """Return the logits ``[P, vocab]`` for hidden states ``[P, ...]`` of the last layer."""
         return self.model.finish(hidden)
 
     def _register(self) -> str:
-        # The library's registries live as long as the process; the model must not.
+        # The registries of transformers live as long as the process; the model must not.
         owner, name = weakref.ref(self), f"flexgen_helm_{next(_names)}"
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
@@ -200,7 +209,7 @@ class PackedRows:
         s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The attention function of transformers' interface: ``[1, H, T, D]`` in, ``[1, T, H, Dv]`` out."""
+        """Attend as transformers' interface asks: ``[1, H, T, D]`` in, ``[1, T, H, Dv]`` out."""
         unknown = sorted(n for n, v in kwargs.items() if v is not None and v is not False and n not in HARMLESS_ARGUMENTS)
         if unknown:
             raise UnsupportedModel(f"it calls attention with unsupported arguments: {', '.join(unknown)}")
@@ -221,7 +230,7 @@ class PackedRows:
 
 
 def _mask_rule(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> MaskRule:
-    """The mask function of transformers' interface: the model's own predicate instead of a tensor."""
+    """Return the model's own predicate as the mask, where transformers' interface expects a tensor."""
 
     def allowed(q: Tensor, k: Tensor) -> Tensor:
         zero = torch.zeros((), dtype=torch.long, device=q.device)

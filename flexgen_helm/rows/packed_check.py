@@ -1,4 +1,4 @@
-"""Self-check of packed rows: sequences side by side, cut and continued, against each of them alone."""
+"""Self-check of packed rows: sequences packed, cut and continued are compared with each of them alone."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from flexgen_helm.schedule.tree import Node
 from flexgen_helm.types import ResolvedPolicy
 
 FAR_POSITION = 16_384
+"""Largest position of the neighbour that must not change a sequence."""
 CUTS: Cuts = ((21, 11), (13, 12))
-"""Packed in one row, continued in the next, in the other order."""
+"""Two sequences that are packed into one row and continued in the next row in the other order."""
 LONG_CUTS: Cuts = ((300, 187), (29, 7))
+"""Two sequences of which the first has several chunks of keys, for the first layers only."""
 
 
 def check_packed(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
@@ -31,7 +33,7 @@ def check_packed(model: RecordedModel, policy: ResolvedPolicy, *, max_length: in
     16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
 
     Raises:
-        UnsupportedModel: If they differ, or if the model does anything that packed rows cannot honour.
+        UnsupportedModel: If they differ, or if the model does anything that packed rows do not support.
     """
     with self_check.as_refusal():
         exact = self_check.in_fp32(model)
@@ -66,7 +68,7 @@ def _difference(model: RecordedModel, policy: ResolvedPolicy, max_length: int, c
 
 
 def _bit_stable(model: RecordedModel, policy: ResolvedPolicy, max_length: int) -> bool:
-    """Level B over several chunks of keys, on the first layers: neither neighbours nor cuts change a bit."""
+    """Return whether neither neighbours nor cuts change a bit (level B), over several chunks of keys, on the first layers."""
     with self_check.first_layers(model) as few:
         sequences = self_check.random_sequences(few, LONG_CUTS, max_length)
         packed = _packed(few, policy, sequences, LONG_CUTS)
@@ -76,7 +78,7 @@ def _bit_stable(model: RecordedModel, policy: ResolvedPolicy, max_length: int) -
 
 
 def _packed(model: RecordedModel, policy: ResolvedPolicy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
-    """Log-probabilities ``[compared, vocab]`` of each sequence, both packed into rows, cut, and continued in later rows."""
+    """Return log-probabilities ``[compared, vocab]`` of two sequences that are packed, cut, and continued in later rows."""
     a, b = self_check.cut_points(sequences, cuts)
     first = _segments(sequences, [(0, 0, a), (1, 0, b)])
     second = _segments(sequences, [(1, b, len(sequences[1])), (0, a, len(sequences[0]))])
@@ -85,7 +87,7 @@ def _packed(model: RecordedModel, policy: ResolvedPolicy, sequences: list[Tokens
 
 
 def _segments(sequences: list[Tokens], cuts: list[tuple[int, int, int]]) -> list[Segment]:
-    """Segments (sequence, first, last); each sequence has pages of its own."""
+    """Return a segment for each cut (sequence, start, end); each sequence has pages of its own."""
     size = max(num_pages(0, len(tokens)) for tokens in sequences)
     tables = [list(range(i * size, (i + 1) * size)) for i in range(len(sequences))]
     logit_requests = [self_check.compared_requests(len(sequences[i]), a, b) for i, a, b in cuts]
@@ -124,7 +126,7 @@ def _run(
 def _beside_far_neighbour(
     model: RecordedModel, policy: ResolvedPolicy, tokens: Tokens, max_length: int, cache: PagedCache
 ) -> Tensor:
-    """A short sequence beside one near the end of the context, whose page table is one page over and over."""
+    """Run a short sequence next to one near the end of the context, whose page table repeats one page."""
     near = _whole(tokens)[0]
     start = min(max_length, FAR_POSITION) - 3
     far = Segment(tokens[:3], start, [len(near.table)] * (start // PAGE_TOKENS + 2))

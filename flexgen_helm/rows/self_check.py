@@ -1,4 +1,4 @@
-"""Self-check at load, what both kinds of rows have in common: what would be silently wrong is refused before the first job."""
+"""Self-check at load, shared by both kinds of rows: a model that would be silently wrong is refused before the first job."""
 
 from __future__ import annotations
 
@@ -20,62 +20,68 @@ from flexgen_helm.schedule.rows import LogitRequest, Sweep
 from flexgen_helm.schedule.tree import Scores
 
 TOLERANCE = 1e-3
-"""Largest difference of a log-probability in fp32: 16 times what equal models show, 18 times below what wrong ones do."""
+"""Largest accepted difference of a log-probability in fp32: 16 times that of correct models, 1/18 of that of wrong ones."""
 ALL_COMPARED = 32
-"""Length up to which all positions of a sequence are compared."""
+"""Length in tokens up to which all positions of a sequence are compared."""
 STRIDE = 8
+"""Every eighth position of a longer sequence is compared, and its last eight."""
 Tokens = tuple[int, ...]
 Cuts = Sequence[tuple[int, int]]
-"""(length, first part) of each sequence."""
+"""(length, tokens before the cut) of each sequence."""
 
 
 class NotNumbers(UnsupportedModel):
-    """The model gives NaN or infinity for the random tokens of the self-check, in rows of whatever kind."""
+    """A model whose log-probabilities are NaN for the random tokens of the self-check, in any kind of rows."""
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer adds to the cache, in bytes."""
+    """Bytes that one layer adds to the cache."""
 
     per_token: tuple[int, ...]
-    """For each token: in packed rows K and V of each attention call, in single rows all of it as one."""
+    """Bytes for each token: in packed rows of K and V of each attention call, in single rows one sum."""
     per_sequence: int = 0
-    """For each sequence of any length beside it."""
+    """Bytes for each sequence, of any length, in addition to those for its tokens."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the self-check measured on this machine."""
+    """Result of a self-check that a model passed, measured on this machine."""
 
     worst_difference: float
-    """Against transformers' own forward, over all log-probabilities."""
+    """Largest difference from transformers' own forward, over all log-probabilities."""
     bit_stable: bool
-    """Whether sequences among others gave the bits of sequences alone (level B)."""
+    """Whether sequences gave the same bits among others and alone (level B)."""
     layers: tuple[LayerCache, ...]
-    """Of the model that was checked, in its dtype."""
+    """Cache sizes of each layer of the model that was checked, in its dtype."""
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What a token adds to the cache, all layers together."""
+        """Bytes that a token adds to the cache in all layers."""
         return sum(sum(layer.per_token) for layer in self.layers)
 
     @property
     def cache_bytes_per_sequence(self) -> int:
-        """What a sequence of any length keeps beside it."""
+        """Bytes that a sequence of any length adds to the cache in all layers, in addition to those for its tokens."""
         return sum(layer.per_sequence for layer in self.layers)
 
     def of_all_layers(self, kinds: Sequence[int]) -> Verdict:
-        """The verdict on a model of which the first layers were checked.
+        """Return the verdict for the whole model, after its first layers were checked.
 
         Args:
-            kinds: For each layer of the whole model the first one of its kind; see `flexgen_helm.model.layers.layer_kinds`.
+            kinds: For each layer of the whole model, the number of the first layer of its kind (`layer_kinds`).
         """
         return dataclasses.replace(self, layers=tuple(self.layers[kind] for kind in kinds))
 
 
 @contextmanager
 def as_refusal() -> Iterator[None]:
-    """Turn an error in a model's own code into a refusal."""
+    """Turn an error in a model's own code into a refusal.
+
+    Raises:
+        UnsupportedModel: If the model's code fails.
+        OutOfSpace: If the self-check needs more memory than there is.
+    """
     try:
         with torch.inference_mode():
             yield
@@ -90,28 +96,28 @@ def as_refusal() -> Iterator[None]:
 
 
 def random_sequences(model: RecordedModel, cuts: Cuts, max_length: int) -> list[Tokens]:
-    """Sequences to compare on, not longer than the context."""
+    """Return random token sequences with the lengths in `cuts`, at most ``max_length`` tokens each."""
     vocab = model.model.config.get_text_config(decoder=True).vocab_size
-    # Neither of the first ids, which are often special, nor of the rest of a large vocabulary, which may be image tokens.
+    # The first ids are often special, and the last ids of a large vocabulary may be image tokens: both are left out.
     top, chance = min(vocab, 50_000), random.Random(17)
     return [tuple(chance.randrange(top // 50, top) for _ in range(min(length, max_length))) for length, _ in cuts]
 
 
 def cut_points(sequences: list[Tokens], cuts: Cuts) -> list[int]:
-    """Where each sequence is cut, so that something is left behind the cut."""
+    """Return the number of tokens before each sequence's cut, so that at least one token is left after it."""
     return [min(cut, len(tokens) - 1) for tokens, (_, cut) in zip(sequences, cuts, strict=True)]
 
 
 def compared(length: int) -> list[int]:
-    """Positions of a sequence whose log-probabilities are compared: not all of a long one, since vocabularies are large."""
+    """Return the positions of a sequence whose log-probabilities are compared; a sample of a long one, to save memory."""
     return [i for i in range(length) if length <= ALL_COMPARED or i % STRIDE == STRIDE - 1 or i >= length - STRIDE]
 
 
 def plain_logprobs(model: RecordedModel, sequences: list[Tokens]) -> list[Tensor]:
-    """Log-probabilities ``[compared, vocab]`` of each sequence alone, by transformers' own forward.
+    """Return log-probabilities ``[compared, vocab]`` of each sequence alone, by transformers' own forward.
 
     Raises:
-        NotNumbers: If they are none.
+        NotNumbers: If any of them is NaN.
     """
     found = []
     with model.plain() as plain:
@@ -125,29 +131,29 @@ def plain_logprobs(model: RecordedModel, sequences: list[Tokens]) -> list[Tensor
 
 
 def worst_difference(expected: list[Tensor], got: list[Tensor]) -> float:
-    """Largest difference of any entry; infinite where one side is not a number. Equal infinities are equal."""
+    """Return the largest absolute difference of any entry; infinite if one side is NaN. Equal infinities are equal."""
     differences = [torch.where(a == b, 0.0, a - b) for a, b in zip(expected, got, strict=True)]
     return max(float(difference.abs().nan_to_num(torch.inf).max()) for difference in differences)
 
 
 def require_numbers(logprobs: list[Tensor]) -> None:
-    """Refuse a model by whose log-probabilities nothing can be compared; -inf is that of a token that the model suppresses.
+    """Refuse log-probabilities that cannot be compared. -inf is accepted: the model suppresses such a token.
 
     Raises:
-        NotNumbers: If there is NaN among them.
+        NotNumbers: If any of them is NaN.
     """
     if any(bool(found.isnan().any()) for found in logprobs):
         raise NotNumbers("its log-probabilities of random tokens are not finite")
 
 
 def compared_requests(length: int, start: int, end: int) -> list[LogitRequest]:
-    """Requests for what is `compared` of a sequence's tokens ``[start, end)``, as `sweep_logprobs` tells segments apart."""
+    """Return requests for the `compared` positions in ``[start, end)`` of a sequence, marked for `sweep_logprobs`."""
     marker = Scores(())
     return [LogitRequest(i - start, ((marker, i),), ()) for i in compared(length) if start <= i < end]
 
 
 def sweep_logprobs(executor: Executor, sweep: Sweep) -> list[Tensor]:
-    """Log-probabilities ``[requested, vocab]`` of each segment of a sweep, in order; all have some of `compared_requests`."""
+    """Run a sweep and return log-probabilities ``[requested, vocab]`` of each segment with `compared_requests`, in order."""
     found: list[tuple[Scores, Tensor]] = []
 
     def keep(logit_requests: list[LogitRequest], logits: Tensor) -> None:
@@ -162,7 +168,7 @@ def sweep_logprobs(executor: Executor, sweep: Sweep) -> list[Tensor]:
 
 
 def in_fp32(model: RecordedModel) -> RecordedModel:
-    """The model itself, or an fp32 copy of its first layers that holds one layer of every kind."""
+    """Return the model if it is in fp32, else an fp32 copy of its first layers that holds one layer of every kind."""
     if model.model.dtype == torch.float32:
         return model
     with model.shortened(num_layers_of_every_kind(model.model, model.layers)) as short:
@@ -172,6 +178,6 @@ def in_fp32(model: RecordedModel) -> RecordedModel:
 
 @contextmanager
 def first_layers(model: RecordedModel) -> Iterator[RecordedModel]:
-    """The model cut to its first layers, so that one of every kind is left."""
+    """Yield the model cut to its first layers, so that one of every kind is left."""
     with model.shortened(num_layers_of_every_kind(model.model, model.layers)) as short:
         yield RecordedModel(short, own=model.own)

@@ -1,7 +1,7 @@
-"""Single rows: one sequence a row, with a cache of transformers and the model's own attention.
+"""Single rows: one sequence in a row, with transformers' own cache and the model's own attention.
 
-For models that keep state beside attention, attend in their own way or take positions from elsewhere. Layers are still recorded
-and replayed, so that each layer's weights are touched once for all rows of a block; nothing is shared between sequences.
+They serve models that keep state other than K and V, attend in their own way or take positions from elsewhere. Layers are
+still recorded and replayed, so each layer's weights are loaded once for all rows of a block. Sequences share nothing.
 """
 
 from __future__ import annotations
@@ -28,44 +28,47 @@ from flexgen_helm.types import Shares
 
 @dataclass(kw_only=True)
 class SingleRecording(Recording):
-    """A recorded row of one sequence."""
+    """A recorded row that holds one sequence."""
 
     state: State
+    """Cache of the sequence."""
     arriving: dict[int, Transfer | None] = field(default_factory=dict)
-    """By layer, what was started to bring its cache."""
+    """Transfer that brings the cache of each layer, by layer number; None if nothing is moved."""
 
 
 @dataclass
 class JointRecording:
-    """Decoding sequences side by side: a recording for each, of one token."""
+    """A recorded decode row: one recording of one token for each of several sequences."""
 
     hidden_moves: ClassVar[bool] = False
-    """Each part keeps its own, which is small."""
+    """Whether hidden states are stored on other tiers between two layers: never, each part keeps its own, which is small."""
     parts: list[SingleRecording]
+    """Recordings, one for each sequence."""
     size: int
-    """Tokens with which the weights meet; what is missing is padding."""
+    """Tokens that are multiplied with the weights at once; the last slice is padded to it."""
     arriving: dict[int, Transfer | None] = field(default_factory=dict)
+    """Transfer that brings the caches of each layer, by layer number; None if nothing is moved."""
     hidden: Tensor | None = None
-    """Nothing: see `hidden_moves`."""
+    """Always None: the parts keep the hidden states."""
 
     @property
     def tokens(self) -> Tensor:
-        """Their hidden states: ``[sequences, ...]``."""
+        """Hidden states of all sequences: ``[sequences, ...]``."""
         return torch.cat([part.tokens for part in self.parts])
 
 
 class SingleRows:
-    """Computes rows of one sequence each. Sequences that decode are computed side by side."""
+    """Computes single rows: one sequence in a prefill row, and sequences that decode in lockstep."""
 
     def __init__(self, model: RecordedModel, store: StateStore | None = None) -> None:
-        """Leave the model as transformers made it, but for the order in which its layers are called.
+        """Make the model use its own attention.
 
         Args:
             model: The model.
-            store: Moves caches that rest on the host; None: all stay on the device.
+            store: Store that moves caches between device and host; None if all caches stay on the device.
 
         Raises:
-            UnsupportedModel: If it takes no cache.
+            UnsupportedModel: If the model's forward takes no cache.
         """
         self.model, self._store = model, store
         model.use(model.own)
@@ -73,26 +76,26 @@ class SingleRows:
 
     @property
     def num_layers(self) -> int:
-        """Layers that every row goes through."""
+        """Number of decoder layers."""
         return len(self.model.layers)
 
     @property
     def can_be_halved(self) -> bool:
-        """Caches have grown already."""
+        """Whether a sweep may be repeated in smaller rows: never, because the caches have grown already."""
         return False
 
     def reserve(self, sweep: Sweep) -> None:
-        """Caches grow as they are filled; those that begin as copies need what the last sweep stored."""
+        """Wait for the last sweep's transfers, because caches that begin as copies need them. Caches grow when filled."""
         if self._store is not None:
             self._store.settle()
 
     def record(self, row: Row) -> SingleRecording | JointRecording:
-        """Note how the layers would be called for a row; caches are filled when they are."""
+        """Record how each layer is called for a row, without computing layers; the cache is filled at replay."""
         parts = [self._record(segment) for segment in row.segments]
         return JointRecording(parts, row.size) if row.kind == "decode" else parts[0]
 
     def load_cache(self, j: int, recording: SingleRecording | JointRecording) -> Transfer | None:
-        """Start to bring what layer j keeps for a row's sequences to the device; the layer waits for it."""
+        """Start to bring the caches of layer j of a row's sequences to the device; the layer waits for them."""
         if self._store is None:
             return None
         if j not in recording.arriving:
@@ -100,7 +103,7 @@ class SingleRows:
         return recording.arriving[j]
 
     def store_cache(self, j: int, recording: SingleRecording | JointRecording) -> Transfer | None:
-        """Start to bring it back to where it rests; must follow every replay."""
+        """Start to bring the caches of layer j back to where they are stored; must follow every replay."""
         return None if self._store is None else self._store.store(j, _states(j, recording))
 
     def replay(self, j: int, recording: SingleRecording | JointRecording) -> None:
@@ -118,7 +121,7 @@ class SingleRows:
         """Ignore it: the model's own attention never waits for the CPU."""
 
     def bad_tokens(self, recording: SingleRecording | JointRecording) -> None:
-        """Nothing: a sequence's cache is its own, and what is not finite in it reaches its logits as in transformers."""
+        """Return None: a sequence's cache is its own, so NaN or infinity in it shows in its logits, as in transformers."""
 
     def close(self) -> None:
         """Stop moving caches."""
@@ -126,7 +129,7 @@ class SingleRows:
             self._store.close()
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``[P, ...]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
+        """Return the logits ``[P, vocab]`` for hidden states ``[P, ...]`` of the last layer, of any rows."""
         return self.model.finish(hidden)
 
     def _record(self, segment: Segment) -> SingleRecording:
@@ -152,7 +155,7 @@ class SingleRows:
 
 
 def _states(j: int, recording: SingleRecording | JointRecording) -> list[OwnedState]:
-    """What layer j keeps for each sequence of a row."""
+    """Return the cache of layer j of each sequence of a row."""
     states = [part.state for part in (recording.parts if isinstance(recording, JointRecording) else [recording])]
     caches = [(state, state.content) for state in states]
     return [
@@ -163,10 +166,13 @@ def _states(j: int, recording: SingleRecording | JointRecording) -> list[OwnedSt
 
 
 def check_cache_shares(shares: Shares) -> None:
-    """See to it that caches of single rows are where they can be.
+    """Check that a policy puts no caches of single rows on disk.
+
+    Args:
+        shares: Shares of the cache on device, host and disk.
 
     Raises:
-        PolicyError: If a share of them belongs on disk.
+        PolicyError: If the share on disk is more than 0.
     """
     if shares[2] > 0:
         raise PolicyError(
@@ -176,7 +182,7 @@ def check_cache_shares(shares: Shares) -> None:
 
 
 def cache_bytes(cache: object) -> int:
-    """Bytes of all tensors that a cache holds, however its layers keep them."""
+    """Return the bytes of all tensors that a cache holds, in attributes, lists or dictionaries of any depth."""
     if isinstance(cache, Tensor):
         return cache.nbytes
     parts = cache if isinstance(cache, dict | list | tuple) else vars(cache) if hasattr(cache, "__dict__") else ()

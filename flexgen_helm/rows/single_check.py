@@ -1,4 +1,4 @@
-"""Self-check of single rows: prompts and what follows them token by token, against transformers' forward of the whole."""
+"""Self-check of single rows: prompts continued token by token are compared with transformers' forward of the whole text."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flexgen_helm.schedule.rows import Row, Segment, State, Sweep, pack_decode
 from flexgen_helm.types import ResolvedPolicy
 
 CUTS: Cuts = ((21, 16), (13, 8), (6, 1))
-"""Longer behind the cut than a short convolution; and a prompt of one token, which some models take for a step of decoding."""
+"""Sequences that continue longer than a short convolution, and a prompt of one token, which some models take for decoding."""
 LONG_CUTS: Cuts = ((300, 295), (29, 24))
-"""Over the chunks in which state space models scan, on the first layers only."""
+"""Sequences longer than the chunks in which state space models scan, for the first layers only."""
 
 
 def check_single(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
@@ -28,7 +28,7 @@ def check_single(model: RecordedModel, policy: ResolvedPolicy, *, max_length: in
     16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
 
     Raises:
-        UnsupportedModel: If they differ, or if the model's code does not work in single rows.
+        UnsupportedModel: If they differ, or if the model's code fails in single rows.
     """
     with self_check.as_refusal():
         exact = self_check.in_fp32(model)
@@ -56,7 +56,7 @@ def _difference(model: RecordedModel, policy: ResolvedPolicy, cuts: Cuts, max_le
 
 
 def _in_single_rows(model: RecordedModel, policy: ResolvedPolicy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
-    """Log-probabilities ``[compared, vocab]`` of each sequence."""
+    """Return log-probabilities ``[compared, vocab]`` of each sequence, computed in single rows."""
     executor = SerialExecutor(SingleRows(model), head_slice=policy.gpu_batch_size)
     states = [State() for _ in sequences]
     ends = self_check.cut_points(sequences, cuts)
@@ -76,7 +76,7 @@ def _segment(tokens: Tokens, start: int, end: int, state: State) -> Segment:
 
 
 def _layer_caches(model: RecordedModel, long: Tokens, short: Tokens) -> tuple[LayerCache, ...]:
-    """Bytes that each layer keeps for each token and for each sequence, from two prompts."""
+    """Return the bytes that each layer keeps for each token and for each sequence, from a long and a short prompt."""
     found = []
     for most, least in zip(_kept_bytes(model, long), _kept_bytes(model, short), strict=True):
         per_token = max(0, -(-(most - least) // max(1, len(long) - len(short))))
@@ -85,7 +85,7 @@ def _layer_caches(model: RecordedModel, long: Tokens, short: Tokens) -> tuple[La
 
 
 def _kept_bytes(model: RecordedModel, tokens: Tokens) -> list[int]:
-    """Bytes that each layer adds to the cache of a prompt."""
+    """Return the bytes that each layer adds to the cache of a prompt."""
     rows, state = SingleRows(model), State()
     recording = rows.record(Row("prefill", len(tokens), [_segment(tokens, 0, len(tokens), state)]))
     sizes = [0]

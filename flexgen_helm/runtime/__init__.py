@@ -1,1 +1,1 @@
-"""The engine: model loading, record and replay, executor, sampling, results."""
+"""The engine: puts itself together, takes jobs in, runs sweeps and gives results out."""

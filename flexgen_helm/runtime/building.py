@@ -1,4 +1,4 @@
-"""Puts an engine together: decide what goes where, load and check the model, make what plans and computes its rows."""
+"""Construction of an engine: plan its memory, load and check the model, make its scheduler and executor."""
 
 from __future__ import annotations
 
@@ -41,55 +41,59 @@ from flexgen_helm.types import (
 )
 
 NUMERICS_VERSION = 3
-"""Raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
+"""Version of the numerics: raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What a user asks for besides the model itself."""
+    """Options that a user gives for an engine in addition to the model."""
 
     device: Device
     policy: Policy | None = None
-    """None: everything is chosen."""
+    """Policy of the user; None: everything is chosen."""
     rows: KindChoice = "auto"
     order: Order = "zigzag"
     kv_dtype: torch.dtype | None = None
-    """In which K and V are stored and attended to; None: the model's."""
+    """Dtype in which K and V are stored and attention reads them; None: the model's."""
     limits: Mapping[Tier, int] = field(default_factory=dict)
-    """Most bytes of the tiers that are named."""
+    """Most bytes of the tiers that the user names."""
     folder: Path | None = None
-    """For everything on disk; None: under the cache folder."""
+    """Folder for everything on disk; None: a folder under the cache folder."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an engine is made of."""
+    """The parts of an engine."""
 
     loaded: LoadedModel
     checked: CheckedModel
     device: Device
     policy: ResolvedPolicy
-    """With the realised shares of weights."""
+    """Policy with the realised shares of weights."""
     numerics: Numerics
     kv_dtype: torch.dtype
     plan: MemoryPlan
     cache_bytes: Mapping[Tier, int]
-    """Room for K and V on each tier."""
+    """Bytes for K and V on each tier."""
     scheduler: Scheduler
     executor: Executor
     folder: Path
-    """For everything on disk; it may not exist."""
+    """Folder for everything on disk; it may not exist."""
     meter: Meter
 
 
 def build(source: ModelSource, options: EngineOptions) -> Parts:
     """Make the parts of an engine.
 
+    Args:
+        source: Model folder with its config and tokenizer.
+        options: Options of the user.
+
     Raises:
         UnsupportedModel: If the model would be computed wrongly, or its layers cannot be placed as the policy says.
         PolicyError: If the plan needs more memory than may be used, or the policy asks for something impossible.
         CorruptFile: If files are missing or torn.
-        DiskFull: If there is no space for what the plan puts on disk.
+        DiskFull: If there is no space for everything that the plan puts on disk.
     """
     blueprint = _draw(source, options)
     placed = load_and_check(blueprint)
@@ -105,7 +109,7 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
 
 
 def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions) -> Parts:
-    """Make what plans and computes the rows of a model that is loaded."""
+    """Make the scheduler and the executor of a loaded model."""
     device, plan, meter, folder = options.device, blueprint.plan, blueprint.meter, blueprint.folder
     policy = replace(blueprint.policy, weights=plan.weights.shares)
     kv_dtype = options.kv_dtype or blueprint.source.dtype
@@ -154,7 +158,7 @@ def numerics_of(
 
 
 def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
-    """Decide everything that can be decided before a weight is read."""
+    """Decide everything that can be decided before weights are read."""
     whole = _empty(source)
     weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
     folder = options.folder or _default_folder(weights)

@@ -1,4 +1,4 @@
-"""The engine: a model that answers batches of jobs. Usable without HELM."""
+"""The engine: a loaded model that answers batches of jobs. It needs no HELM."""
 
 from __future__ import annotations
 
@@ -37,29 +37,33 @@ logger = logging.getLogger(__name__)
 class Engine:
     """A loaded causal language model that answers jobs in large blocks.
 
-    Answers do not depend on neighbours, order or block sizes; see `Policy` for what they depend on. All methods may be called
-    from any thread.
+    Answers do not depend on other jobs, their order or block sizes. `Engine.numerics` names everything else that decides
+    them. All methods may be called from any thread.
     """
 
     def __init__(self, parts: Parts) -> None:
-        """Take over the parts of an engine and start to wait for jobs; callers want `from_pretrained`."""
+        """Start to wait for jobs. Users call `from_pretrained` instead.
+
+        Args:
+            parts: Parts of the engine, which it owns from now on.
+        """
         loaded = parts.loaded
         self.policy = parts.policy
-        """With the shares of weights that were realised."""
+        """Policy with the realised shares of weights."""
         self.tokenizer: PreTrainedTokenizerBase | None = loaded.tokenizer
         self.max_length = loaded.max_length
         """Context in tokens: input and new tokens together."""
         self.vocab_size = loaded.vocab_size
         self.stats = RunStats()
-        """What the last `run` did."""
+        """Measurements of the last `run`."""
         self.meter = parts.meter
-        """Measures the runs of this engine."""
+        """Meter of this engine's runs."""
         self.self_check = parts.checked.verdict
-        """What the self-check at load found."""
+        """Result of the self-check at load."""
         self.rows: Kind = parts.checked.kind
-        """Whether many sequences share a row or each has its own."""
+        """Kind of rows: "packed" (many sequences share a row) or "single" (one sequence in a row)."""
         self.numerics = parts.numerics
-        """Everything besides the job that decides the bits of an answer: what belongs into a cache key."""
+        """Everything besides the job that decides the bits of an answer; it belongs in a cache key."""
         self._parts = parts
         vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
         intake = Intake(vocabulary, loaded.end_token_ids, dtype=loaded.model.dtype, kv_dtype=parts.kv_dtype)
@@ -88,22 +92,23 @@ class Engine:
             name_or_path: A model folder, or a name on the model hub.
             dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; a `Device` gives a CPU a memory of its own.
-            policy: Sizes and places. What it leaves open is chosen by device and memory.
-            max_memory: Most bytes of "device", "host" and "disk", as numbers or texts such as "15GiB"; what is not named is
-                what is free. On a CPU, device and host are one memory, of which their sum may be used.
-            offload_folder: For weights, cache and hidden states on disk; None: under the cache folder.
-            kv_dtype: In which K and V are kept and met: "float32", "bfloat16" or "float16"; None: in the model's.
-            revision: Of a hub name.
-            order: Order of a sweep's operations. It changes no bit.
-            rows: "packed", "single" (one sequence a row, for models that packed rows cannot serve), or "auto": the
-                first of them that computes the model rightly.
-            dummy_weights: Whether weights are made up, for benchmarks; then a config is enough.
+            policy: Sizes and placement. Fields that are None are chosen by device and memory.
+            max_memory: Most bytes of "device", "host" and "disk", as numbers or texts such as "15GiB"; a tier without an entry
+                may use what is free. On a CPU, device and host are one memory, and their sum counts.
+            offload_folder: Folder for weights, cache and hidden states on disk; None: a folder under the cache folder.
+            kv_dtype: Dtype in which K and V are stored and attention reads them: "float32", "bfloat16" or "float16"; None:
+                the model's.
+            revision: Branch, tag or commit of a model on the hub.
+            order: Order of a sweep's operations, "zigzag" or "row". It changes no bit.
+            rows: "packed", "single" (one sequence in a row, for models that packed rows cannot serve), or "auto": the
+                first of them that passes the self-check.
+            dummy_weights: Whether to use random weights, for benchmarks; then a config is enough.
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
             PolicyError: If a number of the policy is out of range, or its plan does not fit.
             CorruptFile: If files of the model or of the offload folder cannot be read.
-            DiskFull: If the offload folder has no space for what the policy puts there.
+            DiskFull: If the offload folder has no space for everything that the policy puts there.
         """
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
@@ -129,22 +134,22 @@ class Engine:
         on_error: Literal["raise", "return"] = "raise",
         progress: bool | TextIO | None = None,
     ) -> list[Result]:
-        """Answer jobs; all are validated before the first sweep.
+        """Answer jobs. All are validated before the first sweep.
 
         Args:
-            jobs: Any number and mix.
-            on_result: Called with (index, result) at the sweep in which a job finishes, from the calling thread.
+            jobs: Jobs of any number and mix.
+            on_result: Function that the calling thread calls with (index, result) at the sweep in which a job finishes.
             on_error: "raise": the first invalid job ends the call; "return": it gets `Result.error` and the others run.
-            progress: Whether to show a bar on standard error, or the stream to show it on. Where that is no terminal, a line
-                says every 30 seconds how far the run is; with None it is in the log.
+            progress: Whether to show a bar on standard error, or the stream to show it on. If that is no terminal, a line
+                every 30 seconds shows the progress. None: a bar if standard error is a terminal, else lines in the log.
 
         Returns:
-            One result for each job, in their order.
+            One result for each job, in the order of the jobs.
 
         Raises:
-            InvalidJob: A job that cannot be served, with ``on_error="raise"``; `NotFinite` if its numbers are not finite.
-            JobFailed: A job that met an error in code, with ``on_error="raise"``.
-            OutOfSpace: A job whose K and V can never fit.
+            InvalidJob: If a job cannot be served and ``on_error`` is "raise"; `NotFinite` if its numbers are not finite.
+            JobFailed: If code fails for one job and ``on_error`` is "raise".
+            OutOfSpace: If the K and V of a job can never fit and ``on_error`` is "raise".
         """
         if isinstance(jobs, Job):
             raise FlexGenError("run takes a list of jobs, but got one job. Write engine.run([job]).")
@@ -168,17 +173,18 @@ class Engine:
         return [result for result in results if result is not None]
 
     def submit(self, job: Job) -> Future[Result]:
-        """Answer one job in the background; it joins at the next sweep. Thread-safe.
+        """Answer one job in the background; it joins the next sweep. May be called from any thread.
 
         Raises:
-            InvalidJob: At once, if the job cannot be served.
+            InvalidJob: If the job cannot be served; raised at once.
+            OutOfSpace: If its K and V can never fit; raised at once.
         """
         ticket = Ticket(self._prepare(job))
         self._worker.put([ticket])
         return ticket.future
 
     def describe(self) -> EngineInfo:
-        """Return what the engine holds and by what its answers are decided."""
+        """Return the engine's policy, numerics and bytes on each tier."""
         parts, weights = self._parts, self._parts.plan.weights
         modules = nn.ModuleList([parts.loaded.model, *parts.checked.model.layers])  # stand-ins are in the layers' place
         parameters = list(modules.parameters())
@@ -194,9 +200,9 @@ class Engine:
         )
 
     def with_limit(self, stats: RunStats) -> RunStats:
-        """Return a run's stats with the least time that this machine needs for its layers, from rates measured now.
+        """Return a run's stats with the least time that this machine needs for them, from rates measured now.
 
-        See `flexgen_helm.policy.roofline`. Where nothing was computed or the bound is unknown, they have none.
+        The stats are returned unchanged if nothing was computed or the limit is unknown (`flexgen_helm.policy.roofline`).
         """
         parts, model = self._parts, self._parts.loaded.model
         sizes = layer_sizes(
@@ -219,7 +225,7 @@ class Engine:
         return with_limit(stats, sizes, rates)
 
     def close(self) -> None:
-        """Stop computing. What is in flight is cancelled; memory is freed with the engine itself."""
+        """Stop computing. Jobs that are not answered are cancelled; memory is freed with the engine itself."""
         self._worker.close()
 
     def __enter__(self) -> Engine:

@@ -1,4 +1,4 @@
-"""How much of each tier is free for an engine now."""
+"""Free space: the bytes of each tier that an engine may use now."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from flexgen_helm.policy.space import Space
 from flexgen_helm.types import TIERS, Tier
 
 PROCESS_BYTES = 128 * 2**20
-"""Memory of threads, of the workspaces of libraries, and of what allocators do not give back."""
+"""Bytes reserved for threads, for workspaces of libraries, and for memory that allocators do not return."""
 
 
 def measure_space(device: Device, limits: Mapping[Tier, int], folder: Path) -> Space:
-    """Return what may be used of each tier: what is free, and no more than the user allows.
+    """Return the bytes of each tier that may be used: the free bytes, but no more than the user allows.
 
     Args:
-        device: Where the matrices are multiplied.
+        device: The device that computes.
         limits: Most bytes of the tiers that the user names.
-        folder: For everything on disk; it may not exist. Slabs that are there already need no more space.
+        folder: Folder for everything on disk; it may not exist. Slabs that it already holds count as free space.
 
     Raises:
         PolicyError: If the folder cannot be used.
@@ -36,7 +36,12 @@ def measure_space(device: Device, limits: Mapping[Tier, int], folder: Path) -> S
 
 
 def free_space(device: Device, folder: Path) -> dict[Tier, int]:
-    """Return the bytes of each tier that are free now, without what any process takes as it goes on."""
+    """Return the bytes of each tier that are free now, minus a reserve for the process itself (`PROCESS_BYTES`).
+
+    Args:
+        device: The device that computes.
+        folder: Folder for everything on disk; it may not exist.
+    """
     host = free_bytes(CPU.torch_device)
     free: dict[Tier, int] = {"device": free_bytes(device.torch_device), "host": host, "disk": free_disk_bytes(folder)}
     return free | {tier: max(0, free[tier] - PROCESS_BYTES) for tier in TIERS[:2]}
@@ -46,7 +51,7 @@ def make_folder(folder: Path) -> None:
     """Make the offload folder.
 
     Raises:
-        FlexGenError: If it cannot be made.
+        FlexGenError: If the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

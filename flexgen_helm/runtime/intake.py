@@ -1,4 +1,7 @@
-"""From jobs to work and back: equal prompts become one piece of work, equal completions are generated once."""
+"""Intake: merges jobs into work for the scheduler and makes results of it.
+
+Equal prompts become one piece of work, and equal completions are generated once.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,25 @@ NEG_INF = float("-inf")
 
 @dataclass(eq=False, kw_only=True)
 class Generation(Continuation):
-    """A completion in the making: how its tokens are chosen and collected."""
+    """A completion while it is generated: chooses and collects its tokens."""
 
     job: Job
     builder: CompletionBuilder
     stream: UniformStream | None
-    """Random numbers; None: greedy."""
+    """Random numbers in [0, 1) for its samples; None: greedy."""
     work: PromptWork
-    """Its prompt."""
+    """Work of its prompt."""
     error: FlexGenError | None = None
-    """Why it ended without an answer."""
+    """Error that ended it; None: it has not failed."""
 
     def step(self, best: int | None, logits: Tensor, logprobs: Tensor) -> None:
-        """Choose the next token, or end with an error, which is of this completion alone."""
+        """Choose the next token. An error ends this completion and no other.
+
+        Args:
+            best: Most likely token; None if the logits are not finite.
+            logits: fp32 ``[vocab]``.
+            logprobs: Log-probabilities of the model, ``[vocab]``.
+        """
         self.finite = self.finite and self.work.finite and best is not None
         self.done = self.done or not self.finite
         if best is None or self.done:
@@ -49,7 +58,7 @@ class Generation(Continuation):
             self.error, self.done = of_one_job(error), True
 
     def append(self, token_id: int, logprobs: Tensor) -> None:
-        """Take the next token; ``logprobs`` ``[vocab]`` are the unwarped model's at this step."""
+        """Append the next token; ``logprobs`` ``[vocab]`` are the model's at this step, before temperature and top_p."""
         top = top_candidates(logprobs, self.job.top_logprobs) if self.job.top_logprobs else []
         top = [candidate for candidate in top if candidate.logprob > NEG_INF]  # the model suppresses the others
         self.tokens.append(token_id)
@@ -58,7 +67,7 @@ class Generation(Continuation):
 
 @dataclass(eq=False)
 class Ticket:
-    """A job on its way through the engine."""
+    """A job on its way through the engine: its work, its completions and the future of its result."""
 
     prepared: PreparedJob
     future: Future[Result] = field(default_factory=Future)
@@ -66,17 +75,17 @@ class Ticket:
     generations: list[Generation] = field(default_factory=list)
 
     def begin_anew(self) -> None:
-        """Forget what was computed for it; the answer will be the same."""
+        """Forget everything computed for the job, so that it is computed again with the same answer."""
         self.work, self.generations = None, []
 
     def answered(self) -> bool:
-        """Whether all that the job asks for is there; its work may go on for others with the same prompt."""
+        """Return whether the job is answered; its work may continue for other jobs with the same prompt."""
         scored = not self.prepared.job.score_prompt or (self.work is not None and self.work.scored())
         return scored and all(generation.done for generation in self.generations)
 
 
 class Intake:
-    """Makes work of tickets and results of finished work, for one model."""
+    """Merges tickets into work, and makes results of finished work, for one model."""
 
     def __init__(
         self,
@@ -86,20 +95,20 @@ class Intake:
         dtype: torch.dtype = torch.float32,
         kv_dtype: torch.dtype | None = None,
     ) -> None:
-        """Take over what results are made of.
+        """Keep the model's properties that results and errors need.
 
         Args:
-            vocabulary: Of the tokenizer, None if there is none.
+            vocabulary: Vocabulary of the tokenizer; None if there is no tokenizer.
             end_token_ids: Tokens that end a text.
-            dtype: Of the model, which errors name.
-            kv_dtype: In which K and V are kept; None: in the model's.
+            dtype: Dtype of the model, for errors.
+            kv_dtype: Dtype in which K and V are stored, for errors; None: the model's.
         """
         self._vocabulary = vocabulary
         self._end_token_ids = end_token_ids
         self._dtypes = dtype, kv_dtype
 
     def merge(self, tickets: Iterable[Ticket]) -> list[PromptWork]:
-        """Make work of tickets: one piece for each distinct input."""
+        """Merge tickets into work: one piece for each distinct input. Each ticket then knows its work and completions."""
         works: dict[tuple[int, ...], PromptWork] = {}
         generations: dict[Hashable, Generation] = {}
         for ticket in tickets:
@@ -116,11 +125,11 @@ class Intake:
         return list(works.values())
 
     def result(self, ticket: Ticket) -> Result:
-        """Assemble the answer to a ticket whose work is done.
+        """Return the result of a ticket whose work is done.
 
         Raises:
-            NotFinite: A number that it needs is not finite.
-            FlexGenError: A completion could not be made.
+            NotFinite: If a number that the result needs is not finite.
+            FlexGenError: If a completion failed.
         """
         prepared, work = ticket.prepared, ticket.work
         assert work is not None
@@ -156,7 +165,12 @@ class Intake:
 
 
 def answer(logit_requests: list[LogitRequest], logits: Tensor) -> None:
-    """Store the log-probabilities and choose the tokens that were waiting for ``logits`` ``[len(requests), vocab]``, fp32."""
+    """Store the log-probabilities and choose the tokens that need some logits.
+
+    Args:
+        logit_requests: Requests, one for each row of the logits.
+        logits: fp32 ``[requests, vocab]``.
+    """
     logprobs = torch.log_softmax(logits, -1)
     targets = [(row, scores, i) for row, request in enumerate(logit_requests) for scores, i in request.targets]
     if targets:
@@ -180,7 +194,7 @@ def _next_token(generation: Generation, best: int, logits: Tensor) -> int:
 
 
 def _completion_key(prepared: PreparedJob, index: int) -> Hashable:
-    """Everything that decides one completion of a given input: greedy ones do not depend on seed, top_p or index."""
+    """Return everything that decides one completion of a given input; greedy ones do not depend on seed, top_p or index."""
     job = prepared.job
     draw = None if prepared.is_greedy else (job.temperature, job.top_p, job.seed or 0, index)
     return draw, job.max_new_tokens, frozenset(job.stop), job.top_logprobs, job.ignore_eos

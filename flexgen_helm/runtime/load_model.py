@@ -1,4 +1,4 @@
-"""Loads a model to where its plan puts it, after the self-check of what a refusal needs."""
+"""Loading: checks a model, and loads its units to the tiers of the plan."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from flexgen_helm.types import ResolvedPolicy, WeightNumerics
 logger = logging.getLogger(__name__)
 
 LARGE_BYTES = 2 * 2**30
-"""Larger models are checked on their first layers before the other layers are read: a refusal takes seconds."""
+"""Bytes of weights. Larger models are checked on their first layers before all are read, so that a refusal takes seconds."""
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """Everything that is decided before a weight is read."""
+    """Everything about an engine that is decided before weights are read."""
 
     source: ModelSource
     whole: PreTrainedModel
@@ -44,45 +44,45 @@ class Blueprint:
     device: Device
     policy: ResolvedPolicy
     rows: KindChoice
-    """Kind of rows that was asked for."""
+    """Kind of rows that the user asked for."""
     formats: Mapping[int, SlabFormat]
-    """How layers and head are stored."""
+    """Slab formats of the layers and of an output head with weights of its own, by number."""
     plan: MemoryPlan
     weights: WeightNumerics
     """Identity of the slabs."""
     folder: Path
-    """For everything on disk; it may not exist."""
+    """Folder for everything on disk; it may not exist."""
     meter: Meter
 
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """A model that is loaded, checked and placed."""
+    """A loaded and checked model whose weights are on their tiers."""
 
     loaded: LoadedModel
     checked: CheckedModel
     weights: WeightStore | None
-    """Brings weights to the device; None: all of them stay there."""
+    """Store that brings streamed weights to the device; None: all weights are resident."""
 
 
 def plain_formats(model: PreTrainedModel) -> dict[int, SlabFormat]:
-    """Return the formats of layers and head of a model on the meta device, uncompressed."""
+    """Return uncompressed slab formats by unit number, for the layers and an output head with weights of its own."""
     units = [*layers_of(model), *filter(None, [own_head(model)])]
     return {j: Plain.of(unit) for j, unit in enumerate(units)}
 
 
 def slab_identity(weights: WeightNumerics) -> dict[str, str]:
-    """Return everything that the bytes of a model's slabs depend on; transformers names and fuses their tensors."""
+    """Return everything that decides the bytes of a model's slabs, with transformers' version: it names and fuses tensors."""
     return {**asdict(weights), "transformers": transformers_version}
 
 
 def load_and_check(blueprint: Blueprint) -> PlacedModel:
-    """Load a model to where the plan puts it, and check it.
+    """Check a model and load its units to the tiers of the plan.
 
     Raises:
         UnsupportedModel: If the model would be computed wrongly, or its layers cannot be placed one by one.
         CorruptFile: If files are missing or torn.
-        DiskFull: If there is no space for what the plan puts on disk.
+        DiskFull: If there is no space for everything that the plan puts on disk.
     """
     source, weights = blueprint.source, blueprint.plan.weights
     if not weights.is_resident:
@@ -98,7 +98,7 @@ def load_and_check(blueprint: Blueprint) -> PlacedModel:
 
 
 def _load_offloaded(blueprint: Blueprint, first: tuple[Kind, Verdict, str | None]) -> PlacedModel:
-    """Load a model of which the first layers were checked, layer by layer, to where the plan puts them."""
+    """Load a model layer by layer to the tiers of the plan, after its first layers were checked."""
     kind, verdict, not_packed = first
     verdict = verdict.of_all_layers(layer_kinds(blueprint.whole, layers_of(blueprint.whole)))
     offloader = Offloader(
@@ -119,7 +119,7 @@ def _load_offloaded(blueprint: Blueprint, first: tuple[Kind, Verdict, str | None
 
 
 def _check_first_layers(blueprint: Blueprint, policy: ResolvedPolicy) -> tuple[Kind, Verdict, str | None]:
-    """Check the first layers, which are read again with the whole model: so a refusal takes seconds."""
+    """Check the first layers, so that a refusal takes seconds; they are read again with the whole model."""
     source, plan = blueprint.source, blueprint.plan
     if blueprint.device.own_memory and plan.shapes.first_layers_bytes + plan.checking_bytes > plan.space.of("device"):
         logger.info("%s: the first layers are checked on the CPU, since the device has no room for their copy", source.name)

@@ -1,4 +1,4 @@
-"""Puts the units of a model where a plan says, while it is loaded, and makes what brings them to the device."""
+"""Offloader: stores each unit of a model on its tier during loading, and makes the weight store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class Offloader:
-    """Keeps the layers of a model that is being loaded (a `flexgen_helm.loading.assembly.LayerKeeper`)."""
+    """Stores the layers of a model on the tiers of a plan while it is loaded.
+
+    It is a `flexgen_helm.loading.assembly.LayerKeeper`.
+    """
 
     def __init__(
         self,
@@ -36,18 +39,18 @@ class Offloader:
         folder: Path,
         identity: Mapping[str, str],
     ) -> None:
-        """Open the folder of slabs, and check its space, if the plan puts anything on disk.
+        """Open the folder of slabs and check its space, if the plan puts anything on disk.
 
         Args:
-            plan: Where each unit goes.
-            formats: How each unit is stored; of layers, and of the output head where it has weights of its own.
-            device: Where the matrices are multiplied.
-            folder: For slabs on disk.
-            identity: Of the weights; slabs of others are never used.
+            plan: Plan with the tier of each unit.
+            formats: Slab formats by unit number, for the layers and an output head with weights of its own.
+            device: The device that computes.
+            folder: Folder for slabs on disk.
+            identity: Identity of the weights. Slabs with another identity are never used.
 
         Raises:
             CorruptFile: If the folder holds slabs of other weights.
-            DiskFull: If there is no space for those that are missing.
+            DiskFull: If there is no space for the slabs that are missing.
         """
         self._plan, self._formats, self._device = plan, formats, device
         self._slabs: SlabFolder | None = None
@@ -62,15 +65,23 @@ class Offloader:
         self._stored: dict[int, Tensor] = {}
 
     def has(self, j: int) -> bool:
-        """Whether layer j lies in a slab on disk already."""
+        """Return whether the slab of layer j is already on disk."""
         return j in self._written
 
     def keep(self, j: int, layer: nn.Module) -> None:
-        """Take a layer's weights to its tier."""
+        """Store a layer's weights on its tier.
+
+        Args:
+            j: Number of the layer.
+            layer: The layer, filled with its weights.
+
+        Raises:
+            DiskFull: If there is no space for its slab.
+        """
         form, tier = self._formats[j], self._plan.tiers[j]
         binding = Binding(layer, form.bound)
         if j not in self._plan.streamed and not self._device.is_gpu:
-            return  # where they are is where they are used
+            return  # weights are used where they are
         memory = allocate(form.stored.num_bytes, pin=self._device.is_gpu and tier == "host")
         form.pack(layer, memory)
         if tier == "device" and form.in_place:
@@ -84,7 +95,13 @@ class Offloader:
             self._stored[j] = memory.to(self._device.torch_device) if tier == "device" else memory
 
     def store(self, model: PreTrainedModel, layers: list[nn.Module], meter: Meter) -> WeightStore | None:
-        """Make what brings streamed units to the device, once the model is loaded; None if everything stays there."""
+        """Make the weight store of a loaded model; None if all weights are resident.
+
+        Args:
+            model: The loaded model.
+            layers: Its decoder layers.
+            meter: Measures the transfers.
+        """
         plan, head = self._plan, head_unit(len(layers))
         if plan.own_memory and plan.tiers[EMBEDDINGS] == "host":
             keep_on_host(model, self._device.torch_device)

@@ -1,4 +1,4 @@
-"""One progress bar for a run: requests, sweeps, tokens per second, and the time that the work left will take."""
+"""Progress bar of a run: requests, sweeps, tokens per second, and the estimated time left."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 0.1
-"""The bar is drawn at most this often: it is told of every row of every layer."""
+"""Least seconds between two drawings of the bar; it is updated after every operation."""
 
 LINE_SECONDS = 30.0
-"""Where there is no terminal for a bar, a line says as often how far a run is."""
+"""Seconds between two lines of progress if there is no terminal for a bar."""
 
 _STEPS = 1000
 
@@ -31,19 +31,25 @@ _DECAY = 0.9
 """Weight of a sweep relative to the one after it."""
 
 _ALIKE = 0.9
-"""Sweeps whose mixes of prompts and decoding are this much alike (squared cosine) cannot tell their costs apart."""
+"""Squared cosine above which the mixes of prompts and decoding in sweeps are too similar to tell their costs apart."""
 
 
 class TimeLeft:
-    """Estimates the time that a run still needs, from what its sweeps have cost so far.
+    """Estimates the time that a run still needs, from the time of its sweeps so far.
 
-    A prompt token has a cost, and so has a decode step, which is nearly the same for few sequences as for many because
-    rows have a fixed size; both are fitted to the last sweeps by least squares. New tokens are foreseen from the
-    budgets left and from how often a token so far was the last of its completion before the budget was used up.
+    A prompt token has a cost, and a decode step has a cost. That of a decode step is nearly the same for few sequences as for
+    many, because rows have a fixed size. Both costs are fitted to the last sweeps by least squares. The number of new tokens
+    is estimated from the remaining budgets and from the share of tokens that ended their completion early.
     """
 
     def __init__(self, num_requests: int, *, since: Snapshot, clock: Callable[[], float]) -> None:
-        """Start at ``since``, the state before a run of ``num_requests`` requests."""
+        """Start with the state before a run.
+
+        Args:
+            num_requests: Requests of the run.
+            since: The worker's progress before the run.
+            clock: Function that returns the time in seconds.
+        """
         self._clock = clock
         self._began = clock()
         self._since = self._now = self._sweep_end = since
@@ -55,14 +61,18 @@ class TimeLeft:
         self._pp = self._ps = self._ss = self._pt = self._st = 0.0
 
     def ended(self, reasons: Sequence[FinishReason]) -> None:
-        """Count a request that has ended, and how each of its completions did."""
+        """Count a request that has ended.
+
+        Args:
+            reasons: Finish reasons of its completions.
+        """
         self._requests_left -= 1
         self._requests_done += 1
         self._completions_done += len(reasons)
         self._ended_early += sum(reason != "length" for reason in reasons)
 
     def observe(self, snapshot: Snapshot) -> None:
-        """Take in the state after an operation; every one must be shown, in their order."""
+        """Record the state after an operation. It must be called for every operation, in their order."""
         if snapshot.sweeps != self._now.sweeps:
             end, now = self._sweep_end, self._clock()
             self._sequences = snapshot.generated_tokens - end.generated_tokens
@@ -72,7 +82,7 @@ class TimeLeft:
         self._now = snapshot
 
     def seconds(self) -> float | None:
-        """Return the estimate in seconds, None in a first sweep that others follow: nothing is known of their cost."""
+        """Return the estimate in seconds; None during a first sweep that others follow, because their cost is unknown."""
         now, elapsed = self._now, self._clock() - self._began
         started = now.sweep_share > 0
         this_sweep = elapsed * (1 - now.sweep_share) / now.sweep_share if started else 0.0
@@ -104,7 +114,7 @@ class TimeLeft:
 
     def _costs(self) -> tuple[float, float]:
         """Return seconds for a prompt token and for a new token."""
-        # Waiting prompts will fill the block again; without any, those that live now are all that is left.
+        # Waiting prompts will fill the block again; without any, only the live sequences are left.
         sequences = max(self._most_sequences if self._now.prompt_tokens_left else self._sequences, 1)
         if not self._pp:
             return self._st / self._ss / sequences, self._st / self._ss / sequences
@@ -121,7 +131,7 @@ class TimeLeft:
 
 
 class Progress:
-    """The bar of one run, or lines where there is no terminal. It moves within a sweep, so that a long one never looks hung."""
+    """The bar of one run, or lines if there is no terminal. It moves within a sweep, so that a long one never looks hung."""
 
     def __init__(
         self,
@@ -131,14 +141,14 @@ class Progress:
         shown: bool | TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Begin.
+        """Begin to show progress.
 
         Args:
             num_requests: Requests of this run.
-            since: Counts before the run.
-            shown: True: a bar on stderr; False: nothing; None: a bar where stderr is a terminal, else lines in the log; a
-                stream: a bar there if it is a terminal, else lines there.
-            clock: Seconds, for tests.
+            since: The worker's progress before the run.
+            shown: True: a bar on stderr; False: nothing; None: a bar if stderr is a terminal, else lines in the log; a
+                stream: a bar on it if it is a terminal, else lines.
+            clock: Function that returns the time in seconds, for tests.
         """
         self._num_requests = num_requests
         self._num_done = 0
@@ -158,12 +168,16 @@ class Progress:
         self._in_lines = self._bar.disable and not isinstance(shown, bool)
 
     def request_done(self, result: Result | None = None) -> None:
-        """Count one finished request; with its result, early ends are foreseen as often as they happen."""
+        """Count one finished request.
+
+        Args:
+            result: Its result, from which the estimate learns how often completions end early.
+        """
         self._num_done += 1
         self._time_left.ended([completion.finish_reason for completion in result.completions] if result else [])
 
     def update(self, snapshot: Snapshot) -> None:
-        """Take in the state after an operation; cheap, and drawn only so often."""
+        """Record the state after an operation, and draw the bar if it was not drawn for `REFRESH_SECONDS`."""
         self._time_left.observe(snapshot)
         self._last = snapshot
         now = self._clock()
@@ -179,7 +193,7 @@ class Progress:
         self._bar.set_description_str(self.line())
 
     def line(self) -> str:
-        """Return what the bar says, without the bar."""
+        """Return the text of the bar: requests, sweep, tokens per second and time left."""
         last, seconds = self._last, max(self._clock() - self._began, 1e-9)
         tokens = (last.prompt_tokens - self._since.prompt_tokens) + (last.generated_tokens - self._since.generated_tokens)
         left = self._time_left.seconds()
@@ -203,13 +217,13 @@ class Progress:
         return text
 
     def _share(self) -> float:
-        """Share of the run's time that has passed, below 1 until it is closed."""
+        """Return the share of the run's time that has passed, at most 0.99."""
         elapsed, left = self._clock() - self._began, self._time_left.seconds()
         return 0.0 if left is None or elapsed <= 0 else min(elapsed / (elapsed + left), 0.99)
 
 
 def summary(stats: RunStats) -> str:
-    """Return one line on what a run did; where something was moved, how fast, and what was held on each tier."""
+    """Return one line about a run: counts and rates, and if bytes were moved the links' rates and each tier's peak."""
     tokens = stats.prompt_tokens_computed + stats.generated_tokens
     parts = [
         f"{stats.num_jobs:,} requests in {stats.seconds:.1f} s: {stats.prompt_tokens_asked:,} prompt tokens asked",

@@ -1,4 +1,4 @@
-"""One run of an engine: hands jobs in, gives results out as they finish, measures meanwhile."""
+"""One run of an engine: submits jobs, returns results when they finish, and measures."""
 
 from __future__ import annotations
 
@@ -22,29 +22,32 @@ OnError = Literal["raise", "return"]
 
 
 class Run:
-    """Jobs that are answered together."""
+    """A run: jobs that are answered and measured together."""
 
     def __init__(
         self, worker: Worker, meter: Meter, tickets: dict[int, Ticket], results: list[Result | None], on_error: OnError
     ) -> None:
-        """Hand nothing in yet.
+        """Prepare the run without submitting jobs.
 
         Args:
-            worker: Computes.
-            meter: Measures.
-            tickets: Valid jobs by their index.
-            results: One place for each job; those of the tickets are filled.
+            worker: Worker that computes the jobs.
+            meter: Meter that measures the run.
+            tickets: Tickets of the valid jobs, by index.
+            results: List with an entry for each job; the run fills the entries of the tickets.
             on_error: Whether an error of one job ends the run or becomes its result.
         """
         self._worker, self._meter, self._on_error = worker, meter, on_error
         self._tickets, self._results = tickets, results
 
     def answer(self, on_result: Callable[[int, Result], None] | None, shown: bool | TextIO | None) -> RunStats:
-        """Answer all jobs; returns what was measured.
+        """Answer all jobs and return what was measured.
 
         Args:
-            on_result: Called with (index, result) when a job finishes.
-            shown: Whether, or on which stream, progress is shown.
+            on_result: Function that is called with (index, result) when a job finishes.
+            shown: Whether to show progress, or the stream on which to show it.
+
+        Raises:
+            FlexGenError: If a job fails and `on_error` is "raise", or if all jobs are given up.
         """
         worker, meter = self._worker, self._meter
         meter.begin_run()
@@ -70,7 +73,7 @@ class Run:
             watch.progress.close()
 
     def _finished(self) -> Iterator[int]:
-        """Hand all jobs in; yields the index of each when it has ended."""
+        """Submit all jobs and yield the index of each when it has ended."""
         finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index, ticket in self._tickets.items():
             ticket.future.add_done_callback(functools.partial(_put, finished, index))
@@ -80,7 +83,7 @@ class Run:
 
 
 class _Watch:
-    """Sees every operation of a run: draws the bar and notes the memory in use."""
+    """An observer of every operation of a run: draws the bar and measures the memory in use."""
 
     def __init__(self, meter: Meter, num_jobs: int, since: Snapshot, shown: bool | TextIO | None) -> None:
         self._meter, self._begin = meter, time.perf_counter()
@@ -97,7 +100,7 @@ class _Watch:
 def _result(index: int, ticket: Ticket, on_error: OnError) -> Result:
     try:
         return ticket.future.result()
-    except (InvalidJob, OutOfSpace, JobFailed) as error:  # of this job alone
+    except (InvalidJob, OutOfSpace, JobFailed) as error:  # caused by this job alone
         if on_error == "return":
             return Result(error=error)
         if isinstance(error, DiskFull):

@@ -1,4 +1,4 @@
-"""A run as a timeline, in the trace event format of Chrome, which https://ui.perfetto.dev opens."""
+"""Timeline of a run in Chrome's trace event format, which https://ui.perfetto.dev opens."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 
 PROCESS = 1
 ROWS_EACH = 100
-"""Rows of one resource are numbered in its own hundred, which also puts them in order."""
+"""Row numbers reserved for each resource in the timeline; they also order the resources."""
 
 
 @contextmanager
 def traced(engine: Engine, path: Path | None) -> Iterator[None]:
-    """Write what an engine's next run does into a file; None: nothing.
+    """Write the timeline of the run in the body of a `with` statement into a file.
+
+    Args:
+        engine: Engine that runs.
+        path: File, which is replaced; None: write nothing.
 
     Raises:
-        FlexGenError: Before the run, if the file cannot be written.
+        FlexGenError: If the file cannot be written; raised before the run.
     """
     if path is None:
         yield
@@ -41,12 +45,12 @@ def traced(engine: Engine, path: Path | None) -> Iterator[None]:
 
 
 def write_trace(path: Path, spans: Sequence[Span], sweeps: Sequence[SweepStats]) -> None:
-    """Write what a run did and when.
+    """Write a timeline of spans and sweeps into a file.
 
     Args:
-        path: Of the file, which is replaced.
-        spans: Of the run.
-        sweeps: Of the run.
+        path: File, which is replaced.
+        spans: Spans of the run.
+        sweeps: Measurements of the run's sweeps.
 
     Raises:
         FlexGenError: If the file cannot be written.
@@ -61,7 +65,7 @@ def write_trace(path: Path, spans: Sequence[Span], sweeps: Sequence[SweepStats])
 
 
 def title(resource: str) -> str:
-    """A resource as it is printed."""
+    """Return the name of a resource for people, such as "disk read"."""
     return resource.replace("_", " ")
 
 
@@ -76,7 +80,7 @@ def _sweep_events(sweeps: Sequence[SweepStats]) -> list[dict[str, Any]]:
 
 
 def _resource_events(resource: str, first_row: int, spans: list[Span]) -> list[dict[str, Any]]:
-    """Spread spans over as many rows as overlap: what stands in one row must not."""
+    """Spread spans over several rows of the timeline, because spans in one row must not overlap."""
     events: list[dict[str, Any]] = []
     free: list[tuple[float, int]] = []
     num_rows = 0
@@ -98,7 +102,7 @@ def _row_names(row: int, name: str) -> Iterable[dict[str, Any]]:
 
 
 def _event(name: str, category: str, row: int, begin: float, end: float, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A complete event; times are microseconds, whole nanoseconds so that what follows in a row does not overlap."""
+    """Return a complete event. Times are microseconds, rounded to nanoseconds so that neighbours do not overlap."""
     since, until = round(begin * 1e9), round(end * 1e9)
     times = {"ts": since / 1e3, "dur": (until - since) / 1e3}
     return {"ph": "X", "name": name, "cat": category, "pid": PROCESS, "tid": row, **times, "args": arguments}

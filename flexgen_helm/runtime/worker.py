@@ -1,4 +1,4 @@
-"""The thread that sweeps: takes tickets in at sweep boundaries and gives results out at the sweep in which they finish."""
+"""Worker: the thread that runs sweeps. It takes tickets in before each sweep and gives results out after it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from flexgen_helm.schedule.work import PromptWork, Scheduler
 logger = logging.getLogger(__name__)
 
 GATHER_SECONDS = 0.01
-"""How long an idle worker waits for company after the first ticket: threads that submit together share a sweep."""
+"""Seconds that an idle worker waits after the first ticket, so that threads that submit together share a sweep."""
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,29 @@ class Snapshot:
 
     sweeps: int = 0
     prompt_tokens: int = 0
+    """Prompt tokens that were computed."""
     generated_tokens: int = 0
     prompt_tokens_left: int = 0
+    """Prompt tokens that sweeps after the current one will compute."""
     new_tokens_left: int = 0
-    """At most; end tokens and stop strings may come earlier."""
+    """Most tokens that could still be generated when the current sweep was planned; completions may end earlier."""
     sweep_share: float = 0.0
     """Share of the current sweep's operations that are done."""
 
 
 class _Cancelled(Exception):
-    """Ends a sweep that nobody waits for any more."""
+    """The end of a sweep that nobody waits for any more."""
 
 
 NOT_OF_ONE_JOB = (_Cancelled, DiskFull, CorruptFile, OSError)
-"""Failures that no job can cause."""
+"""Errors that no single job can cause."""
 MOST_FAILURES = 32
-"""So many sweeps may fail without an answer between them; then no job is the cause, and all are given up. Halving finds one job
-among 2**31."""
+"""Sweeps that may fail without an answer between them. After that, no single job is the cause, and all jobs are given up.
+Halving finds one job among 2**31."""
 
 
 class Worker:
-    """Owns scheduler and executor. All computation happens in its thread."""
+    """Owns scheduler and executor, and runs all computation in a thread of its own."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, intake: Intake, meter: Meter, device: torch.device) -> None:
         self._scheduler, self._executor, self._intake, self._meter = scheduler, executor, intake, meter
@@ -62,10 +64,10 @@ class Worker:
         self._signal = threading.Condition()
         self._closing = self._cancelling = False
         self._joining: list[Ticket] = []
-        """On their way from `_arrived` to `_tickets`."""
+        """Tickets on their way from `_arrived` to `_tickets`."""
         self._tickets: dict[PromptWork, list[Ticket]] = defaultdict(list)
         self._apart: deque[list[Ticket]] = deque()
-        """Tickets of a sweep that failed, computed group by group, so that the failure meets those alone who cause it."""
+        """Tickets of a sweep that failed, computed group by group, so that only the tickets that cause the error fail."""
         self._failures = 0
         """Sweeps that failed since the last answer."""
         self._shared: list[PromptWork] = []
@@ -75,12 +77,12 @@ class Worker:
         self._left = (0, 0)
         self.snapshot = Snapshot()
         self.watch: Callable[[Snapshot], None] | None = None
-        """Called from the worker's thread after every operation of a sweep."""
+        """Function that the worker's thread calls after every operation of a sweep."""
         self._thread = threading.Thread(target=self._loop, name="flexgen-helm", daemon=True)
         self._thread.start()
 
     def put(self, tickets: list[Ticket]) -> None:
-        """Hand tickets in; they join at the next sweep.
+        """Submit tickets; they join the next sweep.
 
         Raises:
             FlexGenError: If the worker was closed.
@@ -92,7 +94,7 @@ class Worker:
             self._signal.notify()
 
     def cancel(self) -> None:
-        """Drop everything in flight, at the end of the current operation; its futures fail."""
+        """Drop all tickets after the current operation; their futures fail."""
         with self._signal:
             if self._closing:
                 return
@@ -101,7 +103,7 @@ class Worker:
             self._signal.wait_for(lambda: not self._cancelling or self._closing)
 
     def close(self) -> None:
-        """Stop after the current operation; what is in flight fails."""
+        """Stop the thread after the current operation; the futures of all tickets fail."""
         with self._signal:
             self._closing = self._cancelling = True
             self._signal.notify_all()
@@ -110,7 +112,7 @@ class Worker:
 
     def _loop(self) -> None:
         if self._device.index is not None and self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # of this thread; libraries' kernels are launched on the current one
+            torch.cuda.set_device(self._device)  # per thread; libraries launch kernels on the current device
         while True:
             with self._signal:
                 idle = not self._scheduler.has_work() and not self._apart
@@ -122,9 +124,9 @@ class Worker:
                 if self._cancelling:
                     raise _Cancelled
                 self._step()
-            except BaseException as error:  # whoever waits must hear of it; the thread itself goes on
+            except BaseException as error:  # callers that wait must get it; the thread itself continues
                 self._fail(error)
-                if self._closing and not self._cancelling:  # all of whom it was to tell have heard
+                if self._closing and not self._cancelling:  # all waiting callers have got the error
                     return
 
     def _step(self) -> None:
@@ -154,11 +156,11 @@ class Worker:
                 try:
                     ticket.future.set_result(self._intake.result(ticket))
                     self._failures = 0
-                except Exception as error:  # of this ticket alone
+                except Exception as error:  # caused by this ticket alone
                     ticket.future.set_exception(of_one_job(error))
 
     def _refuse_what_never_fits(self) -> None:
-        """Jobs fit one by one, but those with the same prompt are one piece of work, whose completions may not."""
+        """Refuse work that never fits: its jobs fit one by one, but not all completions of their common prompt together."""
         works, capacity = self._scheduler.abandon(), self._scheduler.capacity_bytes
         too_large = [work for work in works if self._scheduler.bytes_needed(len(work.tokens), work.limits) > capacity]
         error = OutOfSpace(
@@ -209,7 +211,7 @@ class Worker:
             self.watch(self.snapshot)
 
     def _fail(self, error: BaseException) -> None:
-        """A sweep failed. If one job may be the cause, find it by halves; else all are given up."""
+        """Handle a failed sweep: if one job may be the cause, find it by halving, else give up all jobs."""
         self._scheduler.abandon()
         tickets = self._joining + [ticket for waiting in self._tickets.values() for ticket in waiting]
         self._tickets.clear()
@@ -230,7 +232,7 @@ class Worker:
         _refuse(tickets, error)
 
     def _set_apart(self, tickets: list[Ticket], error: Exception) -> None:
-        """Begin the jobs of a sweep that failed anew, in two halves; one that fails alone has its error."""
+        """Compute the jobs of a failed sweep again in two halves; a job that fails alone gets the error."""
         if len(tickets) <= 1:
             logger.error("a job failed: %s: %s", type(error).__name__, error)
             _refuse(tickets, of_one_job(error))
