@@ -5,7 +5,7 @@ Operations come in the order of `schedule/operations.py`, and one thread perform
 * What moves is only started: weights by `WeightStore.begin`, hidden states by `HiddenStore`, K and V by `Rows`. Each of the
   three has a thread that moves one thing after the other, so a load finds what an earlier store of the same thing left.
   On a GPU a transfer begins once the device has done all that it was given before.
-* A layer's weights are waited for before its first row of a visit, those of the output head before `finish`.
+* A layer's weights are waited for before its first row of a turn, those of the output head before `finish`.
 * A row's hidden state is waited for when its layer is called (`SweepRun.compute`), its K and V when the layer attends.
 * A layer call whose attention the CPU does is suspended, so that the device computes the next row meanwhile.
   It ends when another call is suspended behind it, when the same row is needed again, before weights are released or

@@ -1,7 +1,7 @@
 """The executor that performs one operation after the other and waits for each: the specification of every other executor.
 
 It waits for a transfer where it starts it, so nothing is ever on its way while something is computed. Weights are waited for
-at `load_weights`, and bound to their module before the first row of a visit. Whoever would suspend a layer call waits instead.
+at `load_weights`, and bound to their module before the first row of a turn. Whoever would suspend a layer call waits instead.
 
 When the device's memory does not suffice, rows are halved and the sweep is repeated as long as nothing was answered; slices of
 the output head are halved one by one.
@@ -146,7 +146,7 @@ class SerialExecutor(Generic[AnyRecording]):
             self._load_weights(j)
         elif kind == "release_weights":
             self._release_weights(j)
-            run.layer = -1  # a model of one layer meets it again at once, in another place
+            run.layer = -1  # a model of one layer is due again at once, in another slot
         elif kind == "compute":
             if run.layer != j:
                 self._use_weights(j)
