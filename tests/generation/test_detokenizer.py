@@ -91,7 +91,7 @@ def test_text_at_a_start_is_the_text(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
-@settings(EXAMPLES, max_examples=25)
+@settings(EXAMPLES, max_examples=12)
 @given(data=st.data())
 def test_random_bytes_decode_as_the_whole(kind: str, data: st.DataObject) -> None:
     """Tokens of a model that babbles: broken characters anywhere, in long runs too."""

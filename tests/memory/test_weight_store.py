@@ -94,7 +94,7 @@ class Parts:
 
 @pytest.mark.parametrize("form", [Plain, Halved])
 @pytest.mark.parametrize("device", [CPU, OWN_MEMORY], ids=["shared memory", "own memory"])
-@settings(deadline=None, max_examples=30)
+@settings(derandomize=True, deadline=None, max_examples=30)
 @given(on_disk=st.sets(st.integers(0, NUM_PARTS - 1)), num_slots=st.integers(1, NUM_PARTS), sweeps=st.integers(1, 3))
 def test_every_part_has_its_weights_in_the_cycle_of_sweeps(
     device: Device, form: type[Plain] | type[Halved], on_disk: set[int], num_slots: int, sweeps: int

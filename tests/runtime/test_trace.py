@@ -39,7 +39,7 @@ def events_of(path: Path, spans: list[Span]) -> list[dict[str, Any]]:
     return events
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(spans=SPANS)
 def test_every_span_stands_in_a_row_of_its_resource_and_none_overlap_there(spans: list[Span], tmp_path: Path) -> None:
     events = events_of(tmp_path / "trace.json", spans)

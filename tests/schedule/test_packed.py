@@ -57,7 +57,7 @@ def pages_alone(work: PromptWork) -> int:
     )
 
 
-@settings(derandomize=True, max_examples=300, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(derandomize=True, max_examples=200, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(SPECS, POLICIES, st.integers(0, 40), st.booleans(), st.integers(1, 10), st.sampled_from([0.0, 3.0]))
 def test_every_answer_comes_from_the_right_prefix(
     specs: list[Spec], policy: ResolvedPolicy, spare: int, keep_all: bool, first: int, prompt_row_cost: float
