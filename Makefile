@@ -6,7 +6,8 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '$(PROBE)' 2
 BIN := .venv/bin
 # Two processes of one thread: several OpenMP threads on busy cores are slower than one, and tests are small.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-PYTEST := pytest -q --numprocesses 2 --dist loadfile
+# tests/conftest.py puts the longest files first; xdist would put those with most tests first.
+PYTEST := pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env lint test test-all test-versions demo clean
 

@@ -15,12 +15,32 @@ from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
 from tests.workbench import Workbench
 
+TESTS = Path(__file__).parent
 LATER = {"5.21": ("[olmo_hybrid]", "where_single_rows_are_forced[gemma2]"), "5.23": ("tensor_that_the_library_makes",)}
 """By version of transformers, parts of the names of tests that need it. Older ones refuse these models by name at load."""
 
 
+LONGEST_FILES = (
+    "runtime/test_exactness.py",
+    "runtime/test_offload.py",
+    "runtime/test_real_model.py",
+    "helm/test_equality.py",
+    "runs/test_kill.py",
+    "survey/test_survey.py",
+    "evaluation/test_evaluate.py",
+    "loading/test_first_layers.py",
+    "test_pages.py",
+    "loading/test_loading_memory.py",
+    "helm/test_hybrids.py",
+    "generation/test_detokenizer.py",
+)
+"""Files that take longest. They come first, so that no process is left with one of them at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what an older transformers, which is allowed, cannot do."""
+    """Puts the longest files first, and skips what an older transformers, which is allowed, cannot do."""
+    order = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(str(item.path.relative_to(TESTS)), len(order)))
     for version, names in LATER.items():
         if Version(transformers.__version__) < Version(version):
             for item in items:
