@@ -31,8 +31,6 @@ class SuspendedCalls:
     def __init__(self) -> None:
         """Nothing is suspended yet."""
         self._calls: deque[_Call] = deque()
-        self._hub: greenlet | None = None
-        """Whoever runs the calls."""
 
     def run(self, k: int, call: Callable[[], None], busy: Callable[[], AbstractContextManager[None]]) -> None:
         """Run a row's call to its end, or to where it is suspended; earlier ones end first if there are too many then.
@@ -42,8 +40,7 @@ class SuspendedCalls:
             call: Its call.
             busy: Entered whenever the device computes for it.
         """
-        self._hub = getcurrent()
-        started = _Call(k, greenlet(call, self._hub), busy)
+        started = _Call(k, greenlet(call, getcurrent()), busy)
         self._calls.append(started)
         started.go_on()
         if started.run.dead:
@@ -54,8 +51,9 @@ class SuspendedCalls:
     def suspend(self) -> None:
         """Let something else be computed, if one of these calls asks for it; returns when its end is needed."""
         running = getcurrent()
-        if self._hub is not None and any(call.run is running for call in self._calls):
-            self._hub.switch()
+        # Not kept in a field: a thread whose main greenlet outlives it takes 50 ms to end.
+        if running.parent is not None and any(call.run is running for call in self._calls):
+            running.parent.switch()
 
     def defer(self, k: int, work: Callable[[], None]) -> bool:
         """Return whether the call of row k is suspended; then the work is done when it has ended."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
 
 from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.execution.suspended_calls import SuspendedCalls
@@ -99,3 +101,19 @@ def test_rows_are_suspended_in_the_engine_while_the_cpu_attends(bench: Workbench
         spans = sorted((span for span in engine.meter.spans if span.resource == "device"), key=lambda span: span.begin)
     names = [str(span.activity) for span in spans]
     assert any(first == last != between for first, between, last in zip(names, names[1:], names[2:], strict=False)) == overlap
+
+
+def test_a_thread_that_ran_calls_leaves_nothing_behind() -> None:
+    """A main greenlet that outlives its thread makes the thread's end search the whole heap for what holds it."""
+    suspended, hubs = SuspendedCalls(), list[weakref.ref[greenlet]]()
+
+    def work() -> None:
+        hubs.append(weakref.ref(getcurrent()))
+        for k in range(3):
+            suspended.run(k, call(suspended, [], "a"), nullcontext)
+        suspended.end()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert hubs[0]() is None
