@@ -108,7 +108,7 @@ class Window:
 
     Attributes:
         calls: Calls that the device computes.
-        host_calls: Calls that the CPU computes, beside the others.
+        host_calls: Calls that the CPU computes while the device computes the others.
         num_chunks: R.
         absent: The window outputs that no call writes, because a query does not attend to every chunk.
     """

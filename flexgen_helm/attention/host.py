@@ -1,4 +1,4 @@
-"""Attention on the CPU where a part of the cache lives, beside what the device computes (FlexGen section 4.3)."""
+"""Attention on the CPU for chunks that are stored on the host, while the device computes (FlexGen section 4.3)."""
 
 from __future__ import annotations
 

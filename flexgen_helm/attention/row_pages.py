@@ -19,7 +19,7 @@ class RowPages:
         Args:
             row: The row. Its segments' page tables are final.
             page_map: Says which tier has which page.
-            host_attends: Whether the CPU attends to chunks of keys whose pages are all on the host, beside the device.
+            host_attends: Whether the CPU attends to chunks of keys whose pages are all on the host.
         """
         self.row, self.host_attends = row, host_attends
         kept = [segment for segment in row.segments if segment.kept]

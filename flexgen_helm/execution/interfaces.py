@@ -74,7 +74,7 @@ class Rows(Protocol[AnyRecording]):
         """Hidden states ``[P, ...]`` of the last layer, of any rows, to logits ``[P, vocab]``."""
 
     def close(self) -> None:
-        """Give back what the cache holds beside memory."""
+        """Stop threads of the cache and remove its files."""
 
 
 class Executor(Protocol):
@@ -88,4 +88,4 @@ class Executor(Protocol):
         """Compute all rows of a sweep, then the logits that they request."""
 
     def close(self) -> None:
-        """Stop what runs beside the computation."""
+        """Stop all transfers and close what is on disk."""

@@ -89,7 +89,7 @@ class SerialExecutor(Generic[AnyRecording]):
                 self._halve_rows(sweep, message)
 
     def close(self) -> None:
-        """Stop what runs beside the computation."""
+        """Stop all transfers and close what is on disk."""
         for part in (self._weights, self._hidden, self._rows):
             if part is not None:
                 part.close()

@@ -54,7 +54,7 @@ class PausingExecutor(Executor):
 class PausableRun:
     """One run entry, whose requests can be read before they are answered, and whose files appear when they are complete.
 
-    HELM adapts, executes, evaluates and writes a run in one function. It is called unchanged in a greenlet, which rests
+    HELM adapts, executes, evaluates and writes a run in one function. It is called unchanged in a greenlet, which pauses
     while others adapt: threads would do as well, if HELM imported no module that wants to be in the main thread. Each
     run finds the global random state as it left it, so files are the same as if the runs had followed each other.
     HELM takes a run whose files exist for complete, so they are written elsewhere and moved when all of them are there.

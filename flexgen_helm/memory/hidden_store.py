@@ -21,7 +21,7 @@ from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.types import TIERS, Resource, Shares, Tier
 
 
-class _Place(Protocol):
+class _Storage(Protocol):
     """The place in which one row's hidden state is stored, and the resources that transfers to and from it keep busy."""
 
     tier: Tier
@@ -97,28 +97,28 @@ class _Disk:
         self._form = torch.empty(0)
 
     def write(self, hidden: Tensor) -> None:
-        resting = hidden.cpu().contiguous()
+        stored = hidden.cpu().contiguous()
         if self._offset < 0:  # a row's hidden state keeps its size
-            self._offset = self._file.take(resting.nbytes)
-        self._form = resting.new_empty(1).expand(resting.shape)
+            self._offset = self._file.take(stored.nbytes)
+        self._form = stored.new_empty(1).expand(stored.shape)
         try:
-            self._file.write(self._offset, _bytes_of(resting))
+            self._file.write(self._offset, _bytes_of(stored))
         except OSError as error:
             if error.errno not in DISK_FULL_ERRNOS:
                 raise file_error(self._file.folder, error) from error
             raise DiskFull(
-                f"The hidden states of a row ({gib(resting.nbytes)}, behind {gib(self._offset)} of other rows) could not be "
+                f"The hidden states of a row ({gib(stored.nbytes)}, behind {gib(self._offset)} of other rows) could not be "
                 f"written into {self._file.folder} ({error}). Free space there, give another offload_folder, or set "
                 "hidden=(1, 0, 0) in the policy."
             ) from error
 
     def read(self, device: torch.device) -> Tensor:
-        resting = torch.empty(self._form.shape, dtype=self._form.dtype)
+        stored = torch.empty(self._form.shape, dtype=self._form.dtype)
         try:
-            self._file.read(self._offset, _bytes_of(resting))
+            self._file.read(self._offset, _bytes_of(stored))
         except OSError as error:
             raise file_error(self._file.folder, error) from error
-        return resting.to(device)
+        return stored.to(device)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -140,7 +140,7 @@ class HiddenStore:
         self._meter = meter
         self._shares, self._folder = shares, folder
         self._device, self._own_memory = device.torch_device, device.own_memory
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, _Storage] = {}
         self._kept: dict[int, Tensor] = {}
         self._sizes: dict[int, int] = {}
         self._held = dict.fromkeys(TIERS, 0)
@@ -209,11 +209,11 @@ class HiddenStore:
             target[0].record_stream(torch.cuda.current_stream(self._device))
         return target[0]
 
-    def _write(self, place: _Place, k: int, hidden: Tensor) -> None:
+    def _write(self, place: _Storage, k: int, hidden: Tensor) -> None:
         with self._meter.span(place.writes, Activity("store_hidden", str(k)), hidden.nbytes):
             place.write(hidden)
 
-    def _read(self, place: _Place, k: int, target: list[Tensor]) -> None:
+    def _read(self, place: _Storage, k: int, target: list[Tensor]) -> None:
         with self._meter.span(place.reads, Activity("load_hidden", str(k)), self._sizes.get(k, 0)):
             target.append(place.read(self._device))
 

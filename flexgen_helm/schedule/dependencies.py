@@ -23,7 +23,7 @@ from flexgen_helm.schedule.operations import Operation, OperationKind
 from flexgen_helm.types import Resource, Tier
 
 MOST_SUSPENDED = 1
-"""Layer calls that are suspended beside the one that runs: each holds its row's activations, and the CPU attends for one."""
+"""Most layer calls that are suspended while another runs: each holds its row's activations, and the CPU attends for one."""
 QUEUES: dict[OperationKind, Literal["weights", "cache", "hidden"]] = {
     "load_weights": "weights",
     "load_cache": "cache",
@@ -113,7 +113,7 @@ class _Walk:
         return needed
 
     def _own_needs(self, operation: Operation) -> frozenset[int]:
-        """Return what an operation needs beside the device's work before it."""
+        """Return what an operation needs in addition to the device's work before it."""
         kind, j, k = operation
         if kind == "load_weights":
             return self._released

@@ -84,7 +84,7 @@ def sweep_operations(
     behind all rows of the layers before; at the end of a sweep they are the first ones of the next sweep.
 
     Args:
-        order: Which layer meets which row when.
+        order: Order in which rows go through layers.
         num_layers: Layers of the model.
         num_rows: Rows of the sweep.
         layers: Those that are computed here; None: all. The output head is computed where the last one is.

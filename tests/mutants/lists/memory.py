@@ -159,7 +159,7 @@ MUTANTS = (
     Mutant(
         name="hidden-rows-on-one-place",
         file="flexgen_helm/memory/hidden_store.py",
-        old="self._file.take(resting.nbytes)",
+        old="self._file.take(stored.nbytes)",
         new="0",
         tests=(HIDDEN,),
         why="rows overwrite each other's hidden states on disk",
