@@ -26,7 +26,10 @@ WITHOUT_TORCH = (
     "reports.runs",
     "schedule.packed",
     "schedule.single",
+    "schedule.dependencies",
+    "kv_cache.pages",
     "attention.visits",
+    "attention.row_pages",
     "policy.memory_plan",
     "policy.bound",
 )

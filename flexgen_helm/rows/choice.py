@@ -150,9 +150,8 @@ def make_rows(
         capacity = sum(storage.capacities.values())
         single = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity, size=size)
         return SingleRows(checked.model, store), single
-    page_bytes = storage.page_bytes
-    on_device, on_host, on_disk = (storage.capacities[tier] // page_bytes for tier in TIERS)
-    pool = PagePool(on_device, host=on_host, disk=on_disk, shares=policy.cache, page_bytes=page_bytes)
+    on_device, on_host, on_disk = (storage.capacities[tier] // storage.page_bytes for tier in TIERS)
+    pool = PagePool(on_device, host=on_host, disk=on_disk, shares=policy.cache, page_bytes=storage.page_bytes)
     cache = PagedCache(
         pool,
         device=device,

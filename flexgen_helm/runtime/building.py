@@ -128,18 +128,18 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         rows, head_slice=policy.gpu_batch_size, order=options.order, weights=placed.weights, hidden=hidden, meter=meter
     )
     return Parts(
-        placed.loaded,
-        placed.checked,
-        device,
-        policy,
-        numerics_of(blueprint.weights, placed.checked, policy, device, kv_dtype),
-        kv_dtype,
-        plan,
-        cache_bytes,
-        scheduler,
-        executor,
-        folder,
-        meter,
+        loaded=placed.loaded,
+        checked=placed.checked,
+        device=device,
+        policy=policy,
+        numerics=numerics_of(blueprint.weights, placed.checked, policy, device, kv_dtype),
+        kv_dtype=kv_dtype,
+        plan=plan,
+        cache_bytes=cache_bytes,
+        scheduler=scheduler,
+        executor=executor,
+        folder=folder,
+        meter=meter,
     )
 
 

@@ -65,7 +65,11 @@ class Engine:
         self.numerics = parts.numerics
         """Everything besides the job that decides the bits of an answer; it belongs in a cache key."""
         self._parts = parts
-        vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
+        try:
+            vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
+        except BaseException:
+            parts.executor.close()
+            raise
         intake = Intake(vocabulary, loaded.end_token_ids, dtype=loaded.model.dtype, kv_dtype=parts.kv_dtype)
         self._worker = Worker(parts.scheduler, parts.executor, intake, parts.meter, parts.device.torch_device)
         self._run_lock = threading.RLock()
