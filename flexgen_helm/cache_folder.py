@@ -16,6 +16,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FLEXGEN_HELM_CACHE") or "~/.cache/flexgen_helm").expanduser()
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file of which readers find the old text or the new one, never a part, even if several processes write it.
+
+    Args:
+        file: File to write. Its parents are created.
+        text: The new content.
+
+    Raises:
+        OSError: If it cannot be written; then the old file stays.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
 def build_once(target: Path, build: Callable[[Path], None], *, needed_bytes: int) -> Path:
     """Return ``target``, a folder that ``build`` fills if it does not exist yet.
 

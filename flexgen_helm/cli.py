@@ -20,9 +20,9 @@ from flexgen_helm.cli_options import (
     add_bench_options,
     add_job_options,
     add_model_options,
+    add_observation_options,
     add_placement_options,
     add_suite_options,
-    add_trace_option,
     engine_arguments,
 )
 from flexgen_helm.errors import FlexGenError, InvalidJob
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
     """
     try:
         args = _parser(load_engine or _load_engine).parse_args(argv)
-        with _progress_on_screen():
+        with _log_on_screen("flexgen_helm" if args.verbose else "flexgen_helm.runtime.progress"):
             status: int = args.run(args)
     except FlexGenError as error:
         message = " ".join(str(error).split())
@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
 
 
 @contextmanager
-def _progress_on_screen() -> Iterator[None]:
-    """Show the lines that replace a progress bar if standard error is no terminal."""
-    logger, handler = logging.getLogger("flexgen_helm.runtime.progress"), logging.StreamHandler()
+def _log_on_screen(name: str) -> Iterator[None]:
+    """Show what a logger says, which includes the lines that replace a progress bar if standard error is no terminal."""
+    logger, handler = logging.getLogger(name), logging.StreamHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -85,7 +85,7 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     )
     add_model_options(generate)
     add_placement_options(generate)
-    add_trace_option(generate)
+    add_observation_options(generate)
     add_job_options(generate)
     generate.set_defaults(run=partial(_generate, load_engine=load_engine), few_requests=True)
     bench = commands.add_parser(
@@ -95,7 +95,7 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     )
     add_model_options(bench)
     add_placement_options(bench)
-    add_trace_option(bench)
+    add_observation_options(bench)
     add_bench_options(bench)
     bench.set_defaults(run=partial(_bench, load_engine=load_engine), few_requests=False)
     evaluate = commands.add_parser(
@@ -157,12 +157,13 @@ def _generate(args: argparse.Namespace, load_engine: EngineLoader) -> int:
         )
         for prompt in prompts
     ]
-    from flexgen_helm.runtime.trace import traced
-
     completions = len(prompts) * args.num_completions
     _say(f"{args.model}: {len(prompts)} prompts, {completions} completions of at most {args.max_new_tokens} tokens")
-    with load_engine(args) as engine, traced(engine, args.trace):
-        results = engine.run(jobs)
+    with load_engine(args) as engine:
+        from flexgen_helm.runtime.trace import traced
+
+        with traced(engine, args.trace):
+            results = engine.run(jobs)
     for prompt, result in zip(prompts, results, strict=True):
         if args.json:
             print(json.dumps(_as_json(prompt, result), ensure_ascii=False))
@@ -207,17 +208,23 @@ def _as_json(prompt: str, result: Result) -> dict[str, object]:
 
 
 def _load_engine(args: argparse.Namespace) -> Engine:
+    begun = time.perf_counter()
     from transformers.utils import logging
 
     from flexgen_helm.memory.device import resolve_device
     from flexgen_helm.policy.row_sizes import resolved
     from flexgen_helm.runtime.engine import Engine
 
+    imported = time.perf_counter()
     logging.disable_progress_bar()
     policy = resolved(args.policy, resolve_device(args.device), few_requests=args.few_requests)
-    given = {name: getattr(args, name, None) for name in ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights")}
+    names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck")
+    given = {name: getattr(args, name, None) for name in names}
     options = {name: value for name, value in given.items() if value}
-    return Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)
+    engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)
+    if args.verbose:
+        _say(f"{args.model}: {imported - begun:.1f} s of imports, {time.perf_counter() - imported:.1f} s of loading")
+    return engine
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     rows = ["auto", "packed", "single"]
     group.add_argument("--rows", default="auto", choices=rows, help="several sequences per row, or one (%(default)s)")
+    group.add_argument("--recheck", action="store_true", help="repeat the self-check, though the model passed it before here")
 
 
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +36,11 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
     add("--kv-dtype", choices=dtypes, help="dtype of the K/V cache (default: the model's; changes results)")
 
 
-def add_trace_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option for a timeline, for commands that run the engine themselves."""
+def add_observation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that show what happens, for commands that run the engine themselves."""
     parser.add_argument("--trace", type=Path, metavar="F", help="write a timeline that https://ui.perfetto.dev opens")
+    seconds = "also print the engine's log, and the seconds of imports and of loading"
+    parser.add_argument("-v", "--verbose", action="store_true", help=seconds)
 
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -99,9 +102,9 @@ def _positive(text: str) -> int:
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that the user gave for the engine, such as dtype and policy, as plain data for YAML."""
-    names = ("dtype", "device", "rows", "policy", "max_memory", "offload_folder", "kv_dtype")
+    names = ("dtype", "device", "rows", "policy", "max_memory", "offload_folder", "kv_dtype", "recheck")
     given = {name: getattr(args, name) for name in names}
-    chosen = {name: value for name, value in given.items() if value not in (None, "auto")}
+    chosen = {name: value for name, value in given.items() if value not in (None, "auto", False)}
     if "policy" in chosen:
         plain = vars(Policy())
         named = {name: value for name, value in vars(chosen["policy"]).items() if value != plain[name]}

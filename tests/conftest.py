@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import transformers
 from packaging.version import Version
 
 from flexgen_helm.assets import smollm2_folder
+from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
 from tests.workbench import Workbench
 
@@ -57,6 +59,39 @@ def pytest_configure() -> None:
     wanted = os.environ.get("FLEXGEN_HELM_TRANSFORMERS")
     if wanted and Version(wanted) != Version(transformers.__version__):
         raise pytest.UsageError(f"transformers {wanted} is to be tested, but {transformers.__version__} is imported")
+
+
+FETCHED = ("assets", "random_models")
+"""Folders of the cache folder that every run of the tests uses; everything else, such as verdicts, is a run's own."""
+
+
+def _link_fetched(cache: Path, shared: Path) -> None:
+    """Makes a cache folder that holds only what was fetched or made once; two processes may make it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    for name in FETCHED:
+        (shared / name).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (cache / name).symlink_to(shared / name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Gives this run a cache folder, so that its processes check equal models once; returns the user's."""
+    shared, root = cache_folder().resolve(), tmp_path_factory.getbasetemp()
+    cache = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"
+    _link_fetched(cache, shared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEXGEN_HELM_CACHE", str(cache))
+        yield shared
+
+
+@pytest.fixture(autouse=True)
+def _own_verdicts(request: pytest.FixtureRequest, shared_cache: Path) -> None:
+    """Gives a test that patches anything a cache folder of its own: a patched check must decide for no other test."""
+    if "monkeypatch" in request.fixturenames:
+        cache = request.getfixturevalue("tmp_path_factory").mktemp("cache")
+        _link_fetched(cache, shared_cache)
+        request.getfixturevalue("monkeypatch").setenv("FLEXGEN_HELM_CACHE", str(cache))
 
 
 @pytest.fixture(scope="session")

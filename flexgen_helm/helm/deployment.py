@@ -28,7 +28,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "client_spec": ("class_name", "args"),
     ARGUMENTS: (
         *("name_or_path", "dtype", "device", "policy", "max_memory", "offload_folder", "kv_dtype", "revision", "order"),
-        *("rows", "dummy_weights"),
+        *("rows", "dummy_weights", "recheck"),
     ),
     POLICY: tuple(field.name for field in dataclasses.fields(Policy)),
     "window_service_spec": ("class_name", "args"),

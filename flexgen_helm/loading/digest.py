@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
-from flexgen_helm.cache_folder import cache_folder
+from flexgen_helm.cache_folder import cache_folder, write_whole
 from flexgen_helm.loading.model_names import SMALL_FILES
 
 FILES = ("*.safetensors", *SMALL_FILES, "additional_chat_templates/*.jinja")
@@ -56,15 +54,9 @@ class _Memo:
         return self._known[key]
 
     def save(self) -> None:
-        """Write the memo if it has new digests. An error of writing is ignored."""
+        """Write the memo if it has new digests, without files that are gone. An error of writing is ignored."""
         if not self._new:
             return
+        kept = {key: digest for key, digest in self._known.items() if Path(key.rsplit(":", 4)[0]).exists()}
         with contextlib.suppress(OSError):  # only a memo: if the disk is full, the digests are computed again the next time
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False)  # noqa: SIM115
-            try:
-                with temporary:
-                    json.dump(self._known, temporary, indent=1)
-                os.replace(temporary.name, self._file)
-            except OSError:
-                os.unlink(temporary.name)
+            write_whole(self._file, json.dumps(kept, indent=1))

@@ -42,14 +42,21 @@ CHECKS: dict[Kind, Callable[..., Verdict]] = {"packed": check_packed, "single": 
 
 
 @dataclass(frozen=True)
-class CheckedModel:
-    """A model that passed the self-check of one kind of rows."""
+class Passed:
+    """What the self-check found of a model that passed it in one kind of rows."""
 
     kind: Kind
-    model: RecordedModel
     verdict: Verdict
     not_packed: str | None
     """Reason why the model does not run in packed rows; None if it does, or if they were not tried."""
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model that runs in the kind of rows in which it passed the self-check."""
+
+    model: RecordedModel
+    passed: Passed
 
 
 def validated_kind(rows: str) -> KindChoice:
@@ -89,18 +96,18 @@ def check_model(loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice) -
             except UnsupportedModel as error:
                 refusals[kind] = str(error)  # the error itself would keep the check's tensors
                 continue
-            return CheckedModel(kind, model, verdict, refusals.get("packed"))
+            return CheckedModel(model, Passed(kind, verdict, refusals.get("packed")))
     reasons = "; ".join(f"in {kind} rows {error}" for kind, error in refusals.items())
     alternative = "Leave rows at 'auto' to try single rows." if rows == "packed" else ALTERNATIVE
     raise UnsupportedModel(f"{name} would be computed wrongly: {reasons}. {alternative}")
 
 
-def log_choice(loaded: LoadedModel, checked: CheckedModel) -> None:
+def log_choice(loaded: LoadedModel, passed: Passed) -> None:
     """Log why a model runs in single rows, and whether it failed the bit-stability check; log nothing in the usual case."""
     name = f"{loaded.name} ({loaded.model.config.model_type})"
-    if checked.not_packed is not None:
-        logger.info("%s runs in single rows (one sequence per row), because in packed rows %s", name, checked.not_packed)
-    if not checked.verdict.bit_stable:
+    if passed.not_packed is not None:
+        logger.info("%s runs in single rows (one sequence per row), because in packed rows %s", name, passed.not_packed)
+    if not passed.verdict.bit_stable:
         logger.info(
             "%s: on this machine results may differ in the last digits depending on the batch (the bit-stability check failed)",
             name,
@@ -138,8 +145,8 @@ def make_rows(
         PolicyError: If the policy asks for something that rows of this kind cannot do.
         DiskFull: If there is no space for the cache's share on disk.
     """
-    verdict, device = checked.verdict, storage.device
-    if checked.kind == "single":
+    verdict, device = checked.passed.verdict, storage.device
+    if checked.passed.kind == "single":
         check_cache_shares(policy.cache)
         if storage.kv_dtype != checked.model.model.dtype:
             raise PolicyError("kv_dtype cannot be set in single rows: the model's own cache has its dtype. Leave it out.")

@@ -24,7 +24,7 @@ from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import shapes_of
-from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
+from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, Passed, log_choice, make_rows
 from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space
 from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats, slab_identity
 from flexgen_helm.schedule.operations import Order
@@ -59,6 +59,8 @@ class EngineOptions:
     """Most bytes of the tiers that the user names."""
     folder: Path | None = None
     """Folder for everything on disk; None: a folder under the cache folder."""
+    recheck: bool = False
+    """Whether the self-check is repeated though an equal one passed before."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
     """
     blueprint = _draw(source, options)
     placed = load_and_check(blueprint)
-    log_choice(placed.loaded, placed.checked)
+    log_choice(placed.loaded, placed.checked.passed)
     for tier, count in blueprint.plan.weights.resident_bytes.items():
         blueprint.meter.hold(tier, "resident weights", count)
     try:
@@ -111,13 +113,12 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
 def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions) -> Parts:
     """Make the scheduler and the executor of a loaded model."""
     device, plan, meter, folder = options.device, blueprint.plan, blueprint.meter, blueprint.folder
-    policy = replace(blueprint.policy, weights=plan.weights.shares)
-    kv_dtype = options.kv_dtype or blueprint.source.dtype
+    policy, kv_dtype = replace(blueprint.policy, weights=plan.weights.shares), blueprint.kv_dtype
     if policy.cache[2] or policy.hidden[2]:
         make_folder(folder)
     left = plan.left(free_space(device, folder))
     cache_bytes = plan.cache.capacities(left)
-    page_bytes = plan.page_bytes(placed.checked.verdict.cache_bytes_per_token)
+    page_bytes = plan.page_bytes(placed.checked.passed.verdict.cache_bytes_per_token)
     storage = CacheStorage(cache_bytes, page_bytes, device=device, kv_dtype=kv_dtype, folder=folder, meter=meter)
     keep_all = options.order != "zigzag"
     rows, scheduler = make_rows(placed.checked, policy, storage, block_tokens=plan.block_tokens(left), keep_all=keep_all)
@@ -132,7 +133,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         checked=placed.checked,
         device=device,
         policy=policy,
-        numerics=numerics_of(blueprint.weights, placed.checked, policy, device, kv_dtype),
+        numerics=numerics_of(blueprint.weights, placed.checked.passed, policy, device, kv_dtype),
         kv_dtype=kv_dtype,
         plan=plan,
         cache_bytes=cache_bytes,
@@ -144,14 +145,14 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
 
 
 def numerics_of(
-    weights: WeightNumerics, checked: CheckedModel, policy: ResolvedPolicy, device: Device, kv_dtype: torch.dtype
+    weights: WeightNumerics, passed: Passed, policy: ResolvedPolicy, device: Device, kv_dtype: torch.dtype
 ) -> Numerics:
     """Return everything besides the job that decides the bits of an answer."""
     on_host = device.is_gpu and policy.cpu_attention > 0 and policy.cache[1] > 0
     return Numerics(
         weights,
         CacheNumerics(dtype_name(kv_dtype)),
-        RowNumerics(checked.kind, policy.gpu_batch_size, policy.gpu_batch_tokens),
+        RowNumerics(passed.kind, policy.gpu_batch_size, policy.gpu_batch_tokens),
         MachineNumerics(device.torch_device.type, attention="host" if on_host else "device"),
         NUMERICS_VERSION,
     )
@@ -162,12 +163,23 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     whole = _empty(source)
     weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
     folder = options.folder or _default_folder(weights)
-    policy = resolved(options.policy, options.device)
+    policy, kv_dtype = resolved(options.policy, options.device), options.kv_dtype or source.dtype
     formats = plain_formats(whole)
-    shapes = shapes_of(whole, formats, options.kv_dtype or source.dtype)
-    plan = MemoryPlan.of(shapes, policy, measure_space(options.device, options.limits, folder))
-    meter = Meter(options.device.torch_device)
-    return Blueprint(source, whole, options.device, policy, options.rows, formats, plan, weights, folder, meter)
+    plan = MemoryPlan.of(shapes_of(whole, formats, kv_dtype), policy, measure_space(options.device, options.limits, folder))
+    return Blueprint(
+        source=source,
+        whole=whole,
+        device=options.device,
+        policy=policy,
+        rows=options.rows,
+        kv_dtype=kv_dtype,
+        recheck=options.recheck,
+        formats=formats,
+        plan=plan,
+        weights=weights,
+        folder=folder,
+        meter=Meter(options.device.torch_device),
+    )
 
 
 def _default_folder(weights: WeightNumerics) -> Path:

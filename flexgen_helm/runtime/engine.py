@@ -58,9 +58,9 @@ class Engine:
         """Measurements of the last `run`."""
         self.meter = parts.meter
         """Meter of this engine's runs."""
-        self.self_check = parts.checked.verdict
+        self.self_check = parts.checked.passed.verdict
         """Result of the self-check at load."""
-        self.rows: Kind = parts.checked.kind
+        self.rows: Kind = parts.checked.passed.kind
         """Kind of rows: "packed" (many sequences share a row) or "single" (one sequence in a row)."""
         self.numerics = parts.numerics
         """Everything besides the job that decides the bits of an answer; it belongs in a cache key."""
@@ -89,6 +89,7 @@ class Engine:
         order: Order = "zigzag",
         rows: KindChoice = "auto",
         dummy_weights: bool = False,
+        recheck: bool = False,
     ) -> Engine:
         """Load a model.
 
@@ -107,6 +108,8 @@ class Engine:
             rows: "packed", "single" (one sequence in a row, for models that packed rows cannot serve), or "auto": the
                 first of them that passes the self-check.
             dummy_weights: Whether to use random weights, for benchmarks; then a config is enough.
+            recheck: Whether to repeat the self-check. Otherwise what it found is kept in the cache folder, and it is repeated
+                if the model, the row sizes, the code, the libraries, the processor, the threads or the device changed.
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
@@ -124,6 +127,7 @@ class Engine:
             None if kv_dtype is None else named_dtype("kv_dtype", kv_dtype),
             parse_max_memory(max_memory),
             Path(offload_folder) if offload_folder else None,
+            recheck,
         )
         warn_if_untested()
         where = options.device.torch_device

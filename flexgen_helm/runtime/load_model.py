@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from flexgen_helm.loading.source import LoadedModel, ModelSource
+from flexgen_helm.loading.source import LoadedModel, ModelSource, dtype_name
 from flexgen_helm.memory.allocator import return_freed_memory
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.device import CPU, Device
@@ -23,9 +24,9 @@ from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import own_head
-from flexgen_helm.rows.choice import CheckedModel, Kind, KindChoice, check_model
-from flexgen_helm.rows.self_check import Verdict
+from flexgen_helm.rows.choice import CheckedModel, KindChoice, Passed, check_model
 from flexgen_helm.runtime.offload import Offloader
+from flexgen_helm.runtime.verdicts import Check, recall, remember
 from flexgen_helm.types import ResolvedPolicy, WeightNumerics
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ class Blueprint:
     policy: ResolvedPolicy
     rows: KindChoice
     """Kind of rows that the user asked for."""
+    kv_dtype: torch.dtype
+    """Dtype in which K and V are stored and attention reads them."""
+    recheck: bool
+    """Whether the self-check is repeated though an equal one passed before."""
     formats: Mapping[int, SlabFormat]
     """Slab formats of the layers and of an output head with weights of its own, by number."""
     plan: MemoryPlan
@@ -89,18 +94,33 @@ def load_and_check(blueprint: Blueprint) -> PlacedModel:
         refuse_shared_layers(blueprint.whole)
         logger.info("%s does not fit on the device: weights %s", source.name, weights.describe())
         return _load_offloaded(blueprint, _check_first_layers(blueprint, blueprint.policy))
-    size = blueprint.plan.shapes.total_bytes
+    check = _check_of(blueprint, source, blueprint.policy, whole=True)
+    passed, size = _recall(blueprint, check), blueprint.plan.shapes.total_bytes
     if size > LARGE_BYTES:
-        _check_first_layers(blueprint, resolved(None, blueprint.device, few_requests=True))
+        if passed is None:
+            _check_first_layers(blueprint, resolved(None, blueprint.device, few_requests=True))
         logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
     loaded = source.load()
-    return PlacedModel(loaded, check_model(loaded, blueprint.policy, blueprint.rows), None)
+    if passed is not None:
+        return PlacedModel(loaded, CheckedModel(RecordedModel(loaded.model), passed), None)
+    checked = check_model(loaded, blueprint.policy, blueprint.rows)
+    remember(check, checked.passed)
+    return PlacedModel(loaded, checked, None)
 
 
-def _load_offloaded(blueprint: Blueprint, first: tuple[Kind, Verdict, str | None]) -> PlacedModel:
+def _check_of(blueprint: Blueprint, source: ModelSource, policy: ResolvedPolicy, *, whole: bool) -> Check:
+    """Return the self-check of a model, or of its first layers, under a policy."""
+    kv_dtype = dtype_name(blueprint.kv_dtype)
+    return Check(blueprint.weights, policy, blueprint.rows, kv_dtype=kv_dtype, device=source.device, whole=whole)
+
+
+def _recall(blueprint: Blueprint, check: Check) -> Passed | None:
+    return None if blueprint.recheck else recall(blueprint.source.name, check)
+
+
+def _load_offloaded(blueprint: Blueprint, first: Passed) -> PlacedModel:
     """Load a model layer by layer to the tiers of the plan, after its first layers were checked."""
-    kind, verdict, not_packed = first
-    verdict = verdict.of_all_layers(layer_kinds(blueprint.whole, layers_of(blueprint.whole)))
+    verdict = first.verdict.of_all_layers(layer_kinds(blueprint.whole, layers_of(blueprint.whole)))
     offloader = Offloader(
         blueprint.plan.weights,
         blueprint.formats,
@@ -115,18 +135,20 @@ def _load_offloaded(blueprint: Blueprint, first: tuple[Kind, Verdict, str | None
     except BaseException:
         offloader.close()
         raise
-    return PlacedModel(loaded, CheckedModel(kind, model, verdict, not_packed), store)
+    return PlacedModel(loaded, CheckedModel(model, replace(first, verdict=verdict)), store)
 
 
-def _check_first_layers(blueprint: Blueprint, policy: ResolvedPolicy) -> tuple[Kind, Verdict, str | None]:
+def _check_first_layers(blueprint: Blueprint, policy: ResolvedPolicy) -> Passed:
     """Check the first layers, so that a refusal takes seconds; they are read again with the whole model."""
     source, plan = blueprint.source, blueprint.plan
     if blueprint.device.own_memory and plan.shapes.first_layers_bytes + plan.checking_bytes > plan.space.of("device"):
         logger.info("%s: the first layers are checked on the CPU, since the device has no room for their copy", source.name)
         source, policy = replace(source, device=CPU.torch_device), resolved(None, CPU, few_requests=True)
-    checked = check_model(source.first_layers(), policy, blueprint.rows)
-    found = checked.kind, checked.verdict, checked.not_packed
-    del checked
-    gc.collect()
-    return_freed_memory()
-    return found
+    check = _check_of(blueprint, source, policy, whole=False)
+    passed = _recall(blueprint, check)
+    if passed is None:
+        passed = check_model(source.first_layers(), policy, blueprint.rows).passed
+        remember(check, passed)
+        gc.collect()
+        return_freed_memory()
+    return passed

@@ -19,6 +19,7 @@ from flexgen_helm.helm import known
 from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.run_record import RUN_FILE, WORKLOAD_FILE
+from flexgen_helm.runtime import identity
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import FakeLoader, run_spec
 from tests.helm.files import FILES, read, timeless
@@ -84,17 +85,21 @@ def other_arguments(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deploy(name_or_path=str(model), dtype="bfloat16")
 
 
+def a_check_that_is_repeated(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deploy(name_or_path=str(model), recheck=True)
+
+
 def other_policy(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deploy(name_or_path=str(model), policy={"gpu_batch_size": 32})
 
 
 def other_code(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "_of_code", lambda: {"package": "changed"})
+    monkeypatch.setattr(identity, "code_identity", lambda: {"package": "changed"})
 
 
 def other_library(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known._of_code.cache_clear()
-    monkeypatch.setattr(known, "version", lambda name: f"{name} of tomorrow")
+    identity.code_identity.cache_clear()
+    monkeypatch.setattr(identity, "version", lambda name: f"{name} of tomorrow")
 
 
 def other_threads(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,14 +119,23 @@ def no_record(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def fresh_code() -> Iterator[None]:
     yield
-    known._of_code.cache_clear()
+    identity.code_identity.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_code")
 @pytest.mark.parametrize(
     "change",
     [
-        *(touched, other_tokenizer, other_arguments, other_policy, other_code, other_library, other_threads),
+        *(
+            touched,
+            other_tokenizer,
+            other_arguments,
+            a_check_that_is_repeated,
+            other_policy,
+            other_code,
+            other_library,
+            other_threads,
+        ),
         *(torn_record, no_record),
     ],
 )
@@ -157,6 +171,7 @@ def test_what_is_recalled_is_what_a_real_engine_says(tmp_path: Path, monkeypatch
     with Engine.from_pretrained(**arguments) as engine:
         known.remember(arguments, engine.describe())
         assert known.recall(arguments) == engine.describe()
+        assert known.recall({**arguments, "recheck": True}) is None
     assert known.recall({**arguments, "dummy_weights": True}) is None
 
 

@@ -107,9 +107,9 @@ def test_verdict_on_first_layers_is_that_on_all(kind: str, dtype: torch.dtype, t
     config = tiny_config(kind, DEEP[kind])
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     source = open_model(str(tmp_path), dtype=str(dtype).removeprefix("torch."), device=torch.device("cpu"))
-    expected = check_model(source.load(), POLICY, "auto")
+    expected = check_model(source.load(), POLICY, "auto").passed
     few = read_first_layers("org/model", tmp_path, config, device=torch.device("cpu"), dtype=dtype)
-    found = check_model(replace(source.load(), model=few), POLICY, "auto")
+    found = check_model(replace(source.load(), model=few), POLICY, "auto").passed
     whole = empty_model("", config, dtype)
     verdict = found.verdict.of_all_layers(layer_kinds(whole, layers_of(whole)))
     assert (found.kind, verdict.layers) == (expected.kind, expected.verdict.layers)
