@@ -63,7 +63,7 @@ def _of_model(arguments: EngineArguments) -> dict[str, Any]:
 
 
 def _of_surroundings(arguments: EngineArguments) -> dict[str, Any]:
+    from flexgen_helm.machine.identity import code_identity, machine_identity
     from flexgen_helm.memory.device import resolve_device
-    from flexgen_helm.runtime.identity import code_identity, machine_identity
 
     return {**code_identity(), **machine_identity(resolve_device(arguments.get("device", "auto")).torch_device)}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from flexgen_helm.model.linear import product_of
 
 EXPERTS_NAME = "flexgen_helm_slices"
 """Name of `sliced_experts` in transformers' registry of experts functions."""
@@ -53,4 +56,4 @@ def _work(experts: nn.Module, expert: int, inputs: Tensor) -> Tensor:
 def _linear(experts: nn.Module, name: str, expert: int, inputs: Tensor) -> Tensor:
     weight = getattr(experts, name)[expert]
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-    return nn.functional.linear(inputs, weight.T if experts.is_transposed else weight, bias)
+    return linear(inputs, weight.T, bias) if experts.is_transposed else product_of(experts)(inputs, weight, bias)

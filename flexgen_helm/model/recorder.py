@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.machine.matmul import Matmul, faster_matmul
 from flexgen_helm.model.layers import FirstLayers, layers_path
+from flexgen_helm.model.linear import pack_weights, use_matmul
 
 ArgumentKey = int | str
 """Identifies an argument of a layer: its position after the hidden state (from 0), or its keyword."""
@@ -148,9 +150,12 @@ class RecordedModel:
         chosen = Implementations(config._attn_implementation or "eager", config._experts_implementation or "eager")
         self.own: Implementations = chosen if own is None else own
         """The implementations that transformers chose for this model."""
+        self.matmul: Matmul = faster_matmul(self.device, model.dtype)
+        """Library of the products of linear layers and experts."""
         self._in_use = self.own
         self._path = layers_path(model)
         self._stack = model.get_submodule(self._path)
+        self._modules = list(model.modules())
         self.layers: list[nn.Module] = list(self._stack.children())
         self._stand_ins = nn.ModuleList([_StandIn(self, j, layer) for j, layer in enumerate(self.layers)])
         self._parameters = frozenset(inspect.signature(model.forward).parameters)
@@ -166,7 +171,15 @@ class RecordedModel:
     def use(self, implementations: Implementations) -> None:
         """Set the attention and experts functions with which layers are recorded and replayed."""
         self._in_use = implementations
-        self._install(self._stand_ins, implementations)
+        self._install(self._stand_ins, implementations, self.matmul)
+
+    def pack_weights(self, num_tokens: tuple[int, ...]) -> None:
+        """Pack weights for the library of the products, which changes no bit; `plain` cannot be used afterwards.
+
+        Args:
+            num_tokens: Numbers of tokens in a row.
+        """
+        pack_weights(self._modules, num_tokens)
 
     def record(self, recording: AnyRecording, **inputs: Any) -> AnyRecording:
         """Run the model's forward without its layers and note how it calls each of them.
@@ -225,8 +238,8 @@ class RecordedModel:
 
     @contextmanager
     def plain(self) -> Iterator[PreTrainedModel]:
-        """Yield the model with its own layer list and transformers' eager implementations; stand-ins return afterwards."""
-        self._install(self._stack, EAGER)
+        """Yield the model with its own layer list, products and eager implementations; stand-ins return afterwards."""
+        self._install(self._stack, EAGER, "torch")
         try:
             yield self.model
         finally:
@@ -244,8 +257,9 @@ class RecordedModel:
         inputs["logits_to_keep"] = torch.arange(ids.shape[1], device=ids.device)
         return self.model(**{name: value for name, value in inputs.items() if self.takes(name)})
 
-    def _install(self, layers: nn.Module, implementations: Implementations) -> None:
+    def _install(self, layers: nn.Module, implementations: Implementations, matmul: Matmul) -> None:
         self.model.set_submodule(self._path, layers)
+        use_matmul(self._modules, matmul)
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # a model type whose attention cannot be set warns every time
         try:

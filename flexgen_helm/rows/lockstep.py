@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flexgen_helm.model.experts import sliced_experts
+from flexgen_helm.model.linear import TOKENWISE, has_experts
 
-TOKENWISE = (nn.Linear.forward, Conv1D.forward)
-"""Forwards that work token by token. Subclasses with a forward of their own are excluded: grouped ones do not."""
 Work = Callable[..., Tensor]
 """A function from tensors ``[..., features]`` with equal leading shape to one tensor with that leading shape."""
 
@@ -103,10 +102,10 @@ def _suspending_forwards(layer: nn.Module) -> Iterator[None]:
 
 def _joint_work(module: nn.Module) -> Work | None:
     """Return the function that a module applies to any number of tokens; None if its weights are small."""
-    if type(module).forward in TOKENWISE:
+    if type(module).forward in (*TOKENWISE, Conv1D.forward):
         own: Work = module.forward
         return own
-    if hasattr(module, "is_concatenated"):  # set by transformers on experts that its interface can work in other ways
+    if has_experts(module):
         return lambda tokens, experts, weights: sliced_experts(module, tokens, experts, weights)
     return None
 

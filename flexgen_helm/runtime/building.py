@@ -24,7 +24,7 @@ from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import shapes_of
-from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, Passed, log_choice, make_rows
+from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
 from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space
 from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats, slab_identity
 from flexgen_helm.schedule.operations import Order
@@ -40,7 +40,7 @@ from flexgen_helm.types import (
     WeightNumerics,
 )
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Version of the numerics: raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
 
 
@@ -116,6 +116,8 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     policy, kv_dtype = replace(blueprint.policy, weights=plan.weights.shares), blueprint.kv_dtype
     if policy.cache[2] or policy.hidden[2]:
         make_folder(folder)
+    if not device.own_memory:
+        placed.checked.model.pack_weights((policy.gpu_batch_size, policy.gpu_batch_tokens))
     left = plan.left(free_space(device, folder))
     cache_bytes = plan.cache.capacities(left)
     page_bytes = plan.page_bytes(placed.checked.passed.verdict.cache_bytes_per_token)
@@ -133,7 +135,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         checked=placed.checked,
         device=device,
         policy=policy,
-        numerics=numerics_of(blueprint.weights, placed.checked.passed, policy, device, kv_dtype),
+        numerics=numerics_of(blueprint.weights, placed.checked, policy, device, kv_dtype),
         kv_dtype=kv_dtype,
         plan=plan,
         cache_bytes=cache_bytes,
@@ -145,15 +147,15 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
 
 
 def numerics_of(
-    weights: WeightNumerics, passed: Passed, policy: ResolvedPolicy, device: Device, kv_dtype: torch.dtype
+    weights: WeightNumerics, checked: CheckedModel, policy: ResolvedPolicy, device: Device, kv_dtype: torch.dtype
 ) -> Numerics:
     """Return everything besides the job that decides the bits of an answer."""
     on_host = device.is_gpu and policy.cpu_attention > 0 and policy.cache[1] > 0
     return Numerics(
         weights,
         CacheNumerics(dtype_name(kv_dtype)),
-        RowNumerics(passed.kind, policy.gpu_batch_size, policy.gpu_batch_tokens),
-        MachineNumerics(device.torch_device.type, attention="host" if on_host else "device"),
+        RowNumerics(checked.passed.kind, policy.gpu_batch_size, policy.gpu_batch_tokens),
+        MachineNumerics(device.torch_device.type, "host" if on_host else "device", checked.model.matmul),
         NUMERICS_VERSION,
     )
 

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 
 from flexgen_helm.cache_folder import cache_folder, write_whole
+from flexgen_helm.machine.identity import code_identity, machine_identity
 from flexgen_helm.rows.choice import Kind, KindChoice, Passed
 from flexgen_helm.rows.self_check import LayerCache, Verdict
-from flexgen_helm.runtime.identity import code_identity, machine_identity
 from flexgen_helm.types import ResolvedPolicy, WeightNumerics
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,111 @@
+"""Libraries for the matrix products of linear layers: torch's own choice, or oneDNN, and which is faster on this machine.
+
+On a CPU torch multiplies fp32 matrices with MKL, whose kernels know no AVX-512 on processors of AMD: oneDNN is 1.7 to 2.6 times
+faster there. oneDNN can also keep a weight in the layout that its kernels read, *packed*, without another bit in any product.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flexgen_helm.cache_folder import cache_folder, write_whole
+from flexgen_helm.machine.identity import machine_identity
+
+logger = logging.getLogger(__name__)
+
+Matmul = Literal["torch", "onednn"]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""A function like `torch.nn.functional.linear`: inputs ``[..., in]``, weight ``[out, in]`` and bias ``[out]`` to
+``[..., out]``."""
+MEASURED_SHAPE = (1536, 576)
+MEASURED_TOKENS = (64, 512)
+ROUNDS = 40
+MARGIN = 1.1
+"""oneDNN is chosen unless it is slower by this factor unpacked: packed weights make up for less."""
+
+
+def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply with oneDNN, as torch's compiler does.
+
+    Args:
+        inputs: ``[..., in]``.
+        weight: ``[out, in]``, contiguous or `packed`.
+        bias: ``[out]``, or None.
+
+    Returns:
+        ``[..., out]``.
+    """
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return output
+
+
+PRODUCTS: dict[Matmul, Product] = {"torch": linear, "onednn": onednn_linear}
+
+
+def packed(weight: Tensor, num_tokens: int) -> Tensor:
+    """Return a weight ``[out, in]`` in the layout that oneDNN's kernels read; only `onednn_linear` can use it.
+
+    Args:
+        weight: The weight.
+        num_tokens: The usual number of tokens of a product. Others are served as well.
+    """
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, num_tokens)
+    return result
+
+
+def faster_matmul(device: torch.device, dtype: torch.dtype) -> Matmul:
+    """Return the library that is faster for a dtype on this machine. It is measured once, and kept in the cache folder."""
+    if device.type != "cpu" or not _onednn_serves(dtype):
+        return "torch"
+    measured = {"torch": torch.__version__, "dtype": str(dtype), **machine_identity(device)}
+    file = cache_folder() / "matmul" / f"{sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return _faster(json.loads(file.read_text(encoding="utf-8"))["seconds"])
+    seconds = measure_products(dtype)
+    with suppress(OSError):
+        write_whole(file, json.dumps({**measured, "seconds": seconds}, indent=1))
+    chosen = _faster(seconds)
+    figures = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in seconds.items())
+    logger.info("matrix products in %s by %s: the same ones took %s", dtype, chosen, figures)
+    return chosen
+
+
+def measure_products(dtype: torch.dtype) -> dict[str, float]:
+    """Return the seconds that each library takes for the same products on the CPU, the shortest of many rounds."""
+    weight = torch.rand(MEASURED_SHAPE).to(dtype)
+    inputs = [torch.rand(count, MEASURED_SHAPE[1]).to(dtype) for count in MEASURED_TOKENS]
+    seconds: dict[str, float] = dict.fromkeys(PRODUCTS, math.inf)
+    with torch.inference_mode():
+        for _ in range(ROUNDS):
+            for name, product in PRODUCTS.items():
+                begun = time.perf_counter()
+                for x in inputs:
+                    product(x, weight, None)
+                seconds[name] = min(seconds[name], time.perf_counter() - begun)
+    return seconds
+
+
+def _faster(seconds: dict[str, float]) -> Matmul:
+    return "onednn" if seconds["onednn"] < MARGIN * seconds["torch"] else "torch"
+
+
+def _onednn_serves(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported = {
+        torch.float32: lambda: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in supported and bool(supported[dtype]())

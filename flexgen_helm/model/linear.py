@@ -1,0 +1,78 @@
+"""Linear layers of a model whose products another library computes, and whose weights may be packed for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from flexgen_helm.machine.matmul import PRODUCTS, Matmul, Product, onednn_linear, packed
+
+PRODUCT_NAME = "flexgen_helm_product"
+"""Attribute of a module with experts: the function that multiplies with their weights."""
+
+
+class OneDNNLinear(nn.Linear):
+    """A linear layer that multiplies with oneDNN. Its weight may be packed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply ``[..., in]`` to ``[..., out]``."""
+        return onednn_linear(input, self.weight, self.bias)
+
+
+LINEAR_CLASSES: dict[Matmul, type[nn.Linear]] = {"torch": nn.Linear, "onednn": OneDNNLinear}
+TOKENWISE = tuple(kind.forward for kind in LINEAR_CLASSES.values())
+"""Forwards that work token by token. Grouped and quantised linear layers have a forward of their own."""
+
+
+def use_matmul(modules: Iterable[nn.Module], matmul: Matmul) -> None:
+    """Make linear layers and experts multiply by a library; with "torch" they are as transformers made them.
+
+    Args:
+        modules: Modules with all their submodules. Subclasses of `nn.Linear` are left as they are.
+        matmul: The library.
+    """
+    for module in modules:
+        if type(module) in LINEAR_CLASSES.values():
+            module.__class__ = LINEAR_CLASSES[matmul]
+        elif has_experts(module):
+            module.__dict__[PRODUCT_NAME] = PRODUCTS[matmul]
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Return whether a module holds experts that transformers' interface can work in other ways."""
+    return hasattr(module, "is_concatenated")
+
+
+def product_of(experts: nn.Module) -> Product:
+    """Return the function that multiplies with the weights of experts."""
+    found: Product = experts.__dict__.get(PRODUCT_NAME, linear)
+    return found
+
+
+def pack_weights(modules: Iterable[nn.Module], num_tokens: tuple[int, ...]) -> None:
+    """Pack the weights of linear layers that use oneDNN, if no product changes by a bit.
+
+    Weights that are used elsewhere too, such as an embedding's, and those that are elsewhere, stay as they are.
+
+    Args:
+        modules: Modules with all their submodules.
+        num_tokens: Numbers of tokens with which the weights are multiplied.
+    """
+    found = list(modules)
+    uses = Counter(id(parameter) for module in found for parameter in module._parameters.values())
+    linears = [x for x in found if type(x) is OneDNNLinear and uses[id(x.weight)] == 1 and not x.weight.is_meta]
+    samples = {(module.weight.shape, module.weight.dtype): module.weight for module in linears}
+    if all(_same_bits(weight, count) for weight in samples.values() for count in num_tokens):
+        for module in linears:
+            module.weight = nn.Parameter(packed(module.weight.detach(), max(num_tokens)), requires_grad=False)
+
+
+def _same_bits(weight: Tensor, num_tokens: int) -> bool:
+    """Return whether a packed weight gives the same bits as the weight itself."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    inputs = torch.randn(num_tokens, weight.shape[1], generator=generator).to(weight.dtype)
+    return torch.equal(onednn_linear(inputs, weight), onednn_linear(inputs, packed(weight, num_tokens)))
