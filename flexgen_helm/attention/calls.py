@@ -28,7 +28,7 @@ outputs of R <= 4 chunks; here R = 2::
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -89,32 +89,18 @@ class ChunkCall:
     dead: Tensor | None
     outputs: Index
 
-    @property
-    def is_on_host(self) -> bool:
-        """Whether all its pages are on the host."""
-        return all(part.place == "host" for part in self.pages)
-
-    def moved_to(self, device: torch.device) -> ChunkCall:
-        """The same call, computed on another device. `dead` and `outputs` stay: its answers go where they went before."""
-        queries, real = (x if isinstance(x, slice) else x.to(device) for x in (self.queries, self.real))
-        mask = None if self.mask is None else self.mask.to(device)
-        pages = [part._replace(numbers=part.numbers.to(device)) for part in self.pages]
-        return replace(self, pages=pages, queries=queries, real=real, mask=mask)
-
 
 @dataclass(frozen=True)
 class Window:
     """All calls of a row of T tokens over R <= 4 consecutive chunks.
 
     Attributes:
-        calls: Calls that the device computes.
-        host_calls: Calls that the CPU computes while the device computes the others.
+        calls: The calls.
         num_chunks: R.
         absent: The window outputs that no call writes, because a query does not attend to every chunk.
     """
 
     calls: list[ChunkCall]
-    host_calls: list[ChunkCall]
     num_chunks: int
     absent: Tensor
 
@@ -130,7 +116,7 @@ def plan_attention(pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, devic
     """
     planner = _Planner(pages, rule, dtype, device)
     windows = [planner.window(groups) for groups in row_groups(pages)]
-    return [window for window in windows if window.calls or window.host_calls] or windows[:1]
+    return [window for window in windows if window.calls] or windows[:1]
 
 
 class _Planned(NamedTuple):
@@ -153,10 +139,7 @@ class _Planner:
         absent = torch.ones(num_chunks * self.row_size, dtype=torch.bool, device=self.device)
         for call, _ in planned:
             absent[call.outputs] = False
-        away = [call for call, _ in planned if self.pages.host_attends and call.is_on_host]
-        here = [call for call, _ in planned if call not in away]
-        away = [call.moved_to(torch.device("cpu")) for call in away]
-        return Window(here, away, num_chunks, absent.nonzero()[:, 0])
+        return Window([call for call, _ in planned], num_chunks, absent.nonzero()[:, 0])
 
     def _stacked(self, group: VisitGroup) -> _Planned | None:
         """Own or shared chunks: for each chunk the queries of its visits, padded to as many for every chunk."""

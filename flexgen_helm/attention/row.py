@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from flexgen_helm.attention.calls import ChunkCall, Window, as_index, plan_attention
-from flexgen_helm.attention.chunks import Kernel, LocatedPages, attend_call
+from flexgen_helm.attention.chunks import LocatedPages, attend_call
+from flexgen_helm.attention.decode import DecodeAttention, DecodePlan
 from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.masks import MaskRule
@@ -29,6 +29,8 @@ LARGEST_KEY = 2.0**58
 """Keys up to this size leave masked scores finite: products with as large a query, summed over 4,096 elements, do in fp32."""
 QKV = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values."""
+Stores = Mapping[Place, PageTensors]
+"""Pages of a layer by their place."""
 Locate = Callable[[Place, Tensor], Tensor]
 """Turns numbers of pages ``[n]`` at a place into their indices in the place's tensors: for staged pages, their slots."""
 _Spot = tuple[Place, int, int]
@@ -60,7 +62,7 @@ class _Writes:
             for pair, x in copies.items()
         ]
 
-    def apply(self, stores: Mapping[Place, PageTensors], locate: Locate, new: tuple[Tensor, Tensor]) -> None:
+    def apply(self, stores: Stores, locate: Locate, new: tuple[Tensor, Tensor]) -> None:
         """Write a layer's new K and V ``[T, H_kv, D]``, then copy what parting sequences share of a page."""
         for place, rows, (pages, tokens) in self._new:
             pages = locate(place, pages)
@@ -114,20 +116,27 @@ class _Outputs:
 class RowAttention:
     """The attention of one row, layer after layer. Its plan is made once for each mask rule."""
 
-    def __init__(self, pages: RowPages, cache: PagedCache, device: torch.device, host: HostAttention | None = None) -> None:
+    def __init__(
+        self,
+        pages: RowPages,
+        cache: PagedCache,
+        device: torch.device,
+        decode: DecodeAttention | None = None,
+        host: HostAttention | None = None,
+    ) -> None:
         """Plan nothing yet.
 
         Args:
             pages: The row and its pages.
             cache: Holds K and V.
-            device: The device that computes attention.
-            host: Computes attention on the CPU for chunks of keys that are on the host as a whole. Needed where
-                `RowPages.host_attends` says so.
+            device: The device that computes the row.
+            decode: Attends on the CPU, for decode rows. None: the device attends call by call.
+            host: Lets it run beside the device. None: the device waits.
         """
-        assert host is not None or not pages.host_attends
-        self._pages, self._cache, self._device, self._host = pages, cache, device, host
+        self._pages, self._cache, self._device, self._decode, self._host = pages, cache, device, decode, host
         self._writes = _Writes(pages, device)
         self._plans: dict[MaskRule, list[Window]] = {}
+        self._decode_plans: dict[MaskRule, list[DecodePlan]] = {}
         self._loaded: dict[int, Loaded] = {}
         """The row's staged pages of each layer that was loaded and not stored yet."""
         self.bad = torch.zeros(pages.row.size, dtype=torch.bool, device=device)
@@ -168,22 +177,43 @@ class RowAttention:
         stores = self._cache.tensors(key, k, v, self._pages.places)
         locate = self._locate(key.layer)
         self._writes.apply(stores, locate, (k, v))
-        windows = self._plan(rule, q)
-        kernel = partial(attend_call, scale=scale, softcap=softcap)
-        beside = self._begin_on_host(Activity("compute", str(key.layer)), windows, q, stores, kernel)
+        if self._decode is not None:
+            merged = self._decoded(key.layer, q, rule, stores, scale=scale, softcap=softcap)
+        else:
+            merged = self._in_calls(q, rule, stores, locate, scale=scale, softcap=softcap)
+        return normalised(merged, sinks).to(qkv[2].dtype)
+
+    def _in_calls(
+        self, q: Tensor, rule: MaskRule, stores: Stores, locate: Locate, *, scale: float, softcap: float | None
+    ) -> Merged:
+        """Attend on the device, kernel call by kernel call."""
+        if rule not in self._plans:
+            self._plans[rule] = plan_attention(self._pages, rule, dtype=q.dtype, device=self._device)
         merged: Merged | None = None
-        for window, futures in zip(windows, beside, strict=True):
-            outputs = _Outputs(window, q, v.shape[-1])
+        for window in self._plans[rule]:
+            outputs = _Outputs(window, q, next(iter(stores.values())).format.v.dim)
             for call in window.calls:
                 pages = [LocatedPages(stores[x.place], locate(x.place, x.numbers), x.which) for x in call.pages]
-                outputs.keep(call, kernel(call, q, pages))
-            if self._host is not None and any(not future.done() for future in futures):
-                self._host.suspend()
-            for call, future in zip(window.host_calls, futures, strict=True):
-                outputs.keep(call, future.result())
+                outputs.keep(call, attend_call(call, q, pages, scale=scale, softcap=softcap))
             merged = merge_chunks(merged, outputs.outputs, outputs.lse)
         assert merged is not None
-        return normalised(merged, sinks).to(qkv[2].dtype)
+        return merged
+
+    def _decoded(self, j: int, q: Tensor, rule: MaskRule, stores: Stores, *, scale: float, softcap: float | None) -> Merged:
+        """Attend on the CPU, in one pass."""
+        decode = self._decode
+        assert decode is not None
+        if rule not in self._decode_plans:
+            self._decode_plans[rule] = decode.plan(self._pages, rule)
+        plans = self._decode_plans[rule]
+        slots = self._loaded[j].slots if self._pages.staged.pages else None
+        work = partial(decode.attend, plans, q.cpu(), stores, slots, scale=scale, softcap=softcap)
+        if self._host is None:
+            return work()
+        page_bytes = next(iter(stores.values())).format.num_bytes
+        num_bytes = sum(plan.pages.size for plan in plans) * page_bytes
+        merged = self._host.attend(Activity("compute", str(j)), num_bytes, work)
+        return Merged(*(x.to(q.device) for x in merged))
 
     def _cleaned(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V with zeros for tokens that are not finite, which are noted in `bad`.
@@ -200,16 +230,6 @@ class RowAttention:
         kept = good[:, None, None]
         return torch.where(kept, k, 0.0), torch.where(kept, v, 0.0)
 
-    def _begin_on_host(
-        self, activity: Activity, windows: list[Window], q: Tensor, stores: Mapping[Place, PageTensors], kernel: Kernel
-    ) -> list[list[Future[ChunkOutput]]]:
-        """Start the calls that the CPU computes: for each window the futures of its `host_calls`."""
-        if not any(window.host_calls for window in windows):
-            return [[] for _ in windows]
-        assert self._host is not None
-        queries = q.cpu()
-        return [self._host.begin(activity, window.host_calls, queries, stores["host"], kernel) for window in windows]
-
     def _locate(self, j: int) -> Locate:
         """Wait for the row's staged pages of layer j."""
         if not self._pages.staged.pages:
@@ -218,11 +238,6 @@ class RowAttention:
         slots = self._loaded[j].slots
         self._cache.working.wait(self._loaded[j])
         return lambda place, index: slots[index] if place == "staged" else index
-
-    def _plan(self, rule: MaskRule, q: Tensor) -> list[Window]:
-        if rule not in self._plans:
-            self._plans[rule] = plan_attention(self._pages, rule, dtype=q.dtype, device=self._device)
-        return self._plans[rule]
 
 
 def _peak(x: Tensor) -> Tensor:

@@ -19,15 +19,16 @@ class RowPages:
         Args:
             row: The row. Its segments' page tables are final.
             page_map: Says which tier has which page.
-            host_attends: Whether the CPU attends to chunks of keys whose pages are all on the host.
+            host_attends: Whether the CPU attends beside a device with a memory of its own, and so reads host pages in place.
         """
         self.row, self.host_attends = row, host_attends
         kept = [segment for segment in row.segments if segment.kept]
         touched: dict[int, None] = {}
         for segment in kept:
             touched |= dict.fromkeys([*segment_table(segment), *(segment.copy or ())[:1]])
-        on_host = _host_pages(kept, page_map) if host_attends else frozenset()
-        places: dict[int, Place] = {page: "host" if page in on_host else page_map.place(page) for page in touched}
+        places: dict[int, Place] = {
+            page: "host" if host_attends and page_map.tier_of(page) == "host" else page_map.place(page) for page in touched
+        }
         self.places: set[Place] = set(places.values())
         """All places of the row's pages."""
         if len(kept) < len(row.segments):
@@ -45,20 +46,6 @@ class RowPages:
         Staged pages are numbered by their order in `staged.pages`.
         """
         return self._found[page] if kept else ("transient", page)
-
-
-def _host_pages(segments: list[Segment], page_map: PageMap) -> frozenset[int]:
-    """Host pages that share no chunk with pages of other tiers, directly or by way of other chunks."""
-    chunks = {
-        frozenset(table[i : i + CHUNK_PAGES])
-        for table in map(segment_table, segments)
-        for i in range(0, len(table), CHUNK_PAGES)
-    }
-    elsewhere = {page for chunk in chunks for page in chunk if page_map.tier_of(page) != "host"}
-    while mixed := [chunk for chunk in chunks if chunk & elsewhere]:
-        elsewhere.update(*mixed)
-        chunks.difference_update(mixed)
-    return frozenset().union(*chunks)
 
 
 def _staged(pages: list[int], segments: list[Segment]) -> StagedPages:

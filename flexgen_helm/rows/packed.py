@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import causal_mask_function
 
+from flexgen_helm.attention.decode import DecodeAttention
 from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row import RowAttention
@@ -78,8 +79,8 @@ class PackedRows:
         Args:
             model: The model.
             cache: Cache that stores K and V in pages.
-            cpu_attention: Share of the decode rows for which the CPU attends to chunks of keys that are stored on the host.
-                Ignored if the device has no memory of its own.
+            cpu_attention: Share of the decode rows for which the CPU attends while the device computes other rows. Ignored if
+                the device has no memory of its own.
 
         Raises:
             UnsupportedModel: If the model's forward takes no ``position_ids``.
@@ -88,7 +89,7 @@ class PackedRows:
             raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
         self.model, self._cache = model, cache
         self._cpu_share = cpu_attention if cache.device.own_memory else 0.0
-        self._host = HostAttention(cache.meter)
+        self._decode, self._host = DecodeAttention(), HostAttention(cache.meter)
         self._pages: dict[int, RowPages] = {}
         """Pages of each row of the sweep, by the row's `id`; they keep their rows alive, so that no `id` is used twice."""
         self._running: PackedRecording | None = None
@@ -128,8 +129,9 @@ class PackedRows:
         places = [position for segment in row.segments for position in range(segment.start, segment.end)] + [0] * padding
         ids, positions = torch.tensor([tokens, places], device=self.model.device)
         pages = self._pages[id(row)]
-        host = self._host if pages.host_attends else None
-        attention = RowAttention(pages, self._cache, self.model.device, host)
+        on_cpu = row.kind == "decode" and (pages.host_attends or self.model.device.type == "cpu")
+        decode, host = self._decode if on_cpu else None, self._host if pages.host_attends else None
+        attention = RowAttention(pages, self._cache, self.model.device, decode, host)
         recording = PackedRecording(positions=positions, attention=attention)
         self.model.record(
             recording,
@@ -178,6 +180,7 @@ class PackedRows:
     def close(self) -> None:
         """Remove the cache's file on disk and end the threads that run in parallel with the computation."""
         self._host.close()
+        self._decode.close()
         self._cache.close()
 
     def finish(self, hidden: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def test_the_picture_of_a_window_is_true() -> None:
     row = Row("prefill", 32, [Segment((0,) * 20, 120, [0, 1, 2, 3, 4]), Segment((0,) * 10, 0, [5])])
     (window,) = plan_attention(RowPages(row, PageMap()), CAUSAL, dtype=torch.float32, device=CPU)
     own, shared = window.calls
-    assert (own.num_chunks, shared.num_chunks, window.num_chunks, window.host_calls) == (3, 1, 2, [])
+    assert (own.num_chunks, shared.num_chunks, window.num_chunks) == (3, 1, 2)
     assert values(own.queries) == [*range(16), *range(8, 24), *range(16, 32)]
     assert values(own.real) == [*range(8), *range(16, 28), *range(36, 46)]
     assert values(own.outputs) == [*range(8), *range(40, 52), *range(20, 30)]

@@ -19,7 +19,7 @@ from flexgen_helm.helm import known
 from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.run_record import RUN_FILE, WORKLOAD_FILE
-from flexgen_helm.runtime import identity
+from flexgen_helm.machine import identity
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import FakeLoader, run_spec
 from tests.helm.files import FILES, read, timeless

@@ -1,0 +1,163 @@
+"""Attention of decode rows on the CPU: one pass over the pages, without copies of K and V."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexgen_helm.attention.kernels import NEG_INF, Merged
+from flexgen_helm.attention.masks import MaskRule
+from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
+from flexgen_helm.attention.visits import Visit, row_visits
+from flexgen_helm.kv_cache.page_format import PageTensors
+from flexgen_helm.kv_cache.pages import Place
+
+PLACES: tuple[Place, ...] = ("device", "host", "staged")
+"""Places of pages that decode rows read."""
+BITS = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Numbers of the dtypes in `flexgen_helm.attention.decode_kernel`."""
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class DecodePlan:
+    """The C chunks of keys that queries of a decode row visit, in order of position, and their V visits.
+
+    Attributes:
+        places: ``[C, 4]``: the place of each page, by its number in `PLACES`.
+        pages: ``[C, 4]``: the page's number at its place.
+        begins: ``[C + 1]``: the first visit of each chunk.
+        rows: ``[V]``: the row position of each visit's query.
+        visible: ``[V]``: keys of the chunk up to the query's own.
+        masks: bool ``[V, 128]``: the keys that the mask shows; ``[0, 128]`` if it is plain causality.
+    """
+
+    places: Array
+    pages: Array
+    begins: Array
+    rows: Array
+    visible: Array
+    masks: Array
+
+    @classmethod
+    def of(cls, pages: RowPages, rule: MaskRule, rows: range) -> DecodePlan:
+        """Plan the attention of some row positions of a decode row. A chunk that several queries share is met once.
+
+        Args:
+            pages: The row and its pages.
+            rule: Mask of the layers that will use this plan.
+            rows: The row positions.
+        """
+        visits = [visit for visit in row_visits(pages.row) if visit.offset in rows]
+        masks = np.empty((0, CHUNK_TOKENS), np.bool_)
+        if visits and not rule.causal_only:
+            visits.sort(key=_chunk_key)
+            masks = _shown(visits, rule)
+            seen = masks.any(1)
+            visits, masks = list(itertools.compress(visits, seen.tolist())), masks[seen]
+        chunks = [list(group) for _, group in itertools.groupby(sorted(visits, key=_chunk_key), key=_chunk_key)]
+        found = [[pages.find(page, kept=True) for page in chunk[0].pages] for chunk in chunks]
+        return cls(
+            np.array([[PLACES.index(place) for place, _ in chunk] for chunk in found], np.int64).reshape(-1, 4),
+            np.array([[number for _, number in chunk] for chunk in found], np.int64).reshape(-1, 4),
+            np.array([0, *itertools.accumulate(map(len, chunks))], np.int64),
+            np.array([visit.offset for chunk in chunks for visit in chunk], np.int64),
+            np.array([_visible(visit) for chunk in chunks for visit in chunk], np.int64),
+            masks,
+        )
+
+    def located(self, slots: Tensor | None) -> Array:
+        """The numbers of all pages where those that are staged are in some slots ``[staged pages]``. None: none are."""
+        if slots is None:
+            return self.pages
+        staged = self.places == PLACES.index("staged")
+        return np.where(staged, slots.numpy()[np.where(staged, self.pages, 0)], self.pages)
+
+
+class DecodeAttention:
+    """Computes the attention of decode rows with all threads of torch. Queries are divided among them."""
+
+    def __init__(self) -> None:
+        """Start no thread before the first row that needs several."""
+        self._num_threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="flexgen-helm-decode")
+
+    def plan(self, pages: RowPages, rule: MaskRule) -> list[DecodePlan]:
+        """Plan a row's attention, in as many parts as queries are divided into."""
+        size = -(-pages.row.size // self._num_threads)
+        return [DecodePlan.of(pages, rule, range(i, i + size)) for i in range(0, pages.row.size, size)]
+
+    def attend(
+        self,
+        plans: list[DecodePlan],
+        q: Tensor,
+        stores: Mapping[Place, PageTensors],
+        slots: Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> Merged:
+        """Attend with all queries of a row.
+
+        Args:
+            plans: The row's plans.
+            q: ``[T, H, D]`` in host memory.
+            stores: The layer's pages by place, in host memory.
+            slots: ``[staged pages]``: the slot of each page that is staged. None: there are none.
+            scale: Factor of the scores.
+            softcap: See `flexgen_helm.attention.kernels.attend_chunk`.
+        """
+        # Numba takes most of a second to import, which an engine that only loads does not spend.
+        from flexgen_helm.attention.decode_kernel import attend_chunks
+
+        any_store = next(iter(stores.values()))
+        dtype = any_store.k.dtype
+        tensors = [stores.get(place, any_store) for place in PLACES]
+        k, v = (tuple(x.view(BITS[dtype]).numpy() for x in part) for part in ([t.k for t in tensors], [t.v for t in tensors]))
+        queries = q.float().contiguous().numpy()
+        top = np.full(queries.shape[:2], NEG_INF, np.float32)
+        den = np.zeros_like(top)
+        total = np.zeros((*top.shape, v[0].shape[-1]), np.float32)
+
+        def attend(plan: DecodePlan) -> None:
+            attend_chunks(
+                *(queries, k, v, KINDS[dtype]),
+                *(plan.places, plan.located(slots), plan.begins, plan.rows, plan.visible, plan.masks),
+                *(np.float32(scale), np.float32(softcap or 0.0), top, den, total),
+            )
+
+        if len(plans) == 1:
+            attend(plans[0])
+        else:
+            list(self._pool.map(attend, plans))
+        return Merged(torch.from_numpy(top) * math.log(2), torch.from_numpy(den), torch.from_numpy(total))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+
+def _chunk_key(visit: Visit) -> tuple[int, tuple[int, ...]]:
+    """What visits to the same chunk have in common."""
+    return visit.chunk, visit.pages
+
+
+def _visible(visit: Visit) -> int:
+    return min(CHUNK_TOKENS, visit.last - CHUNK_TOKENS * visit.chunk)
+
+
+def _shown(visits: list[Visit], rule: MaskRule) -> Array:
+    """Which keys of its chunk the query of each visit sees: bool ``[visits, 128]``."""
+    q = torch.tensor([visit.first for visit in visits])[:, None]
+    k = torch.tensor([visit.chunk for visit in visits])[:, None] * CHUNK_TOKENS + torch.arange(CHUNK_TOKENS)
+    shown: Array = (rule.allowed(q, k) & (k <= q)).numpy()
+    return shown
