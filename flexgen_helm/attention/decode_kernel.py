@@ -1,6 +1,6 @@
 """The loop that computes attention of decode rows on the CPU, compiled by Numba: K and V are read in their pages.
 
-It takes chunk after chunk of 128 keys, each K/V head, and each query that visits the chunk. A query's numbers follow from its own
+Its loops run over chunks of 128 keys, K/V heads, and the queries that visit the chunk. What a query gets follows from its own
 keys in this order alone: pages of 32 keys are computed as a whole, and keys that it does not see get weight 0. So neither
 neighbours nor the place of a page change a bit (levels B and A). Everything is computed in fp32.
 """

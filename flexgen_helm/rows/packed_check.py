@@ -15,16 +15,16 @@ from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows import self_check
 from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.rows.self_check import TOLERANCE, Cuts, LayerCache, Tokens, Verdict
-from flexgen_helm.schedule.rows import Segment, Sweep, pack_prefill
+from flexgen_helm.schedule.rows import Segment, Sweep, pack_decode, pack_prefill
 from flexgen_helm.schedule.tree import Node
 from flexgen_helm.types import ResolvedPolicy
 
 FAR_POSITION = 16_384
 """Largest position of the neighbour that must not change a sequence."""
 CUTS: Cuts = ((21, 11), (13, 12))
-"""Two sequences that are packed into one row and continued in the next row in the other order."""
-LONG_CUTS: Cuts = ((300, 187), (29, 7))
-"""Two sequences of which the first has several chunks of keys, for the first layers only."""
+"""Sequences that are packed into one row and continued in the next rows in the other order; a last token in a decode row."""
+LONG_CUTS: Cuts = ((300, 187), (29, 7), (200, 199), (130, 129))
+"""Sequences of which some have several chunks of keys, for the first layers only."""
 
 
 def check_packed(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
@@ -72,18 +72,25 @@ def _bit_stable(model: RecordedModel, policy: ResolvedPolicy, max_length: int) -
     with self_check.first_layers(model) as few:
         sequences = self_check.random_sequences(few, LONG_CUTS, max_length)
         packed = _packed(few, policy, sequences, LONG_CUTS)
-        alone = [_run(few, policy, _whole(tokens))[0] for tokens in sequences]
-    self_check.require_numbers(alone)
-    return all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
+        cuts = zip(sequences, self_check.cut_points(sequences, LONG_CUTS), strict=True)
+        # A last token is computed by other kernels if it is decoded, so it is decoded in both cases.
+        alone = [
+            _packed(few, policy, [tokens], [(len(tokens), cut)])
+            if cut == len(tokens) - 1
+            else _run(few, policy, _whole(tokens))
+            for tokens, cut in cuts
+        ]
+    self_check.require_numbers(packed)
+    return all(torch.equal(a, b) for a, (b,) in zip(packed, alone, strict=True))
 
 
 def _packed(model: RecordedModel, policy: ResolvedPolicy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
-    """Return log-probabilities ``[compared, vocab]`` of two sequences that are packed, cut, and continued in later rows."""
-    a, b = self_check.cut_points(sequences, cuts)
-    first = _segments(sequences, [(0, 0, a), (1, 0, b)])
-    second = _segments(sequences, [(1, b, len(sequences[1])), (0, a, len(sequences[0]))])
+    """Return log-probabilities ``[compared, vocab]`` of sequences that are packed, cut, and continued in later rows."""
+    points = list(enumerate(self_check.cut_points(sequences, cuts)))
+    first = _segments(sequences, [(i, 0, point) for i, point in points])
+    second = _segments(sequences, [(i, point, len(sequences[i])) for i, point in reversed(points)])
     parts = _run(model, policy, first, second)
-    return [torch.cat([parts[0], parts[3]]), torch.cat([parts[1], parts[2]])]
+    return [torch.cat(pair) for pair in zip(parts[: len(first)], reversed(parts[len(first) :]), strict=True)]
 
 
 def _segments(sequences: list[Tokens], cuts: list[tuple[int, int, int]]) -> list[Segment]:
@@ -108,19 +115,25 @@ def _run(
     second: Sequence[Segment] = (),
     cache: PagedCache | None = None,
 ) -> list[Tensor]:
-    """Run segments in one sweep, the second ones in rows of their own.
+    """Run segments in one sweep, the second ones in rows of their own: decode rows if they are single tokens.
 
     Returns:
-        Log-probabilities of each segment, in order; NaN if K or V of a token was not finite.
+        Log-probabilities of each segment that asks for any, in order; NaN if K or V of a token was not finite.
     """
     owners = [Node(None, segment.start, segment.tokens) for segment in (*first, *second)]
     for segment, owner in zip((*first, *second), owners, strict=True):
         segment.owner = owner
-    rows = pack_prefill(first, policy) + pack_prefill(second, policy)
+    several = [segment for segment in second if len(segment.tokens) > 1]
+    single = [segment for segment in second if len(segment.tokens) == 1]
+    rows = pack_prefill(first, policy) + pack_prefill(several, policy) + pack_decode(single, policy)
     num_kept = 1 + max(page for row in rows for segment in row.segments for page in segment.table)
     packed = PackedRows(model, PagedCache() if cache is None else cache)
     found = self_check.sweep_logprobs(SerialExecutor(packed, head_slice=policy.gpu_batch_size), Sweep(rows, num_kept))
-    return found if all(owner.finite for owner in owners) else [torch.full_like(logprobs, torch.nan) for logprobs in found]
+    if not all(owner.finite for owner in owners):
+        found = [torch.full_like(logprobs, torch.nan) for logprobs in found]
+    asked = [id(segment) for segment in (*first, *several, *single) if segment.logit_requests]
+    by_segment = dict(zip(asked, found, strict=True))
+    return [by_segment[id(segment)] for segment in (*first, *second) if segment.logit_requests]
 
 
 def _beside_far_neighbour(

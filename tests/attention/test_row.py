@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flexgen_helm.attention.decode import DecodeAttention
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
@@ -78,6 +79,8 @@ class Machine:
     def __init__(self, heads: Heads, options: Options, lengths: list[int], prefix: int) -> None:
         chance = torch.Generator().manual_seed(sum(lengths))
         self.options, self.cache, self.heads = options, PagedCache(), heads
+        self.decode: DecodeAttention | None = DecodeAttention()
+        """Attends for decode rows; None: their attention is computed call by call, as on a GPU."""
         self.sinks = torch.randn(heads.q, generator=chance) if options.sinks else None
         shapes = ((heads.q, heads.dim), (heads.kv, heads.dim), (heads.kv, heads.dim_v))
         self.inputs: list[QKV] = []
@@ -100,7 +103,8 @@ class Machine:
 
     def run(self, kind: RowKind, size: int, pieces: list[tuple[int, int, int]]) -> None:
         segments = [Segment((0,) * (b - a), a, self.tables[i], True) for i, a, b in pieces]
-        row = RowAttention(RowPages(Row(kind, size, segments), self.cache.pages), self.cache, torch.device("cpu"))
+        pages, decode = RowPages(Row(kind, size, segments), self.cache.pages), self.decode if kind == "decode" else None
+        row = RowAttention(pages, self.cache, torch.device("cpu"), decode)
         parts = [torch.cat([self.inputs[i][x][a:b] for i, a, b in pieces]) for x in range(3)]
         q, k, v = (torch.cat([part, torch.zeros(size - len(part), *part.shape[1:])]) for part in parts)
         scale = self.heads.dim**-0.5
@@ -151,20 +155,28 @@ OPTIONS = st.builds(Options, st.sampled_from(sorted(RULES)), st.sampled_from([No
     st.lists(st.integers(1, 600), min_size=1, max_size=5),
     st.sampled_from([0, 40, 300]),
     st.integers(0, 9),
+    st.booleans(),
 )
-def test_rows_equal_dense_attention(heads: Heads, options: Options, lengths: list[int], prefix: int, seed: int) -> None:
+def test_rows_equal_dense_attention(
+    heads: Heads, options: Options, lengths: list[int], prefix: int, seed: int, in_calls: bool
+) -> None:
     machine = Machine(heads, options, lengths, prefix)
+    if in_calls:
+        machine.decode = None
     for row in random_rows(lengths, prefix, seed):
         machine.run(*row)
     assert machine.worst() < 5e-6
 
 
+@pytest.mark.parametrize("in_calls", [False, True])
 @pytest.mark.parametrize("options", [Options(), Options("sliding"), Options(softcap=20.0), Options(sinks=True)], ids=str)
-def test_decode_behind_a_shared_prefix_has_the_bits_of_decode_alone(options: Options) -> None:
+def test_decode_behind_a_shared_prefix_has_the_bits_of_decode_alone(options: Options, in_calls: bool) -> None:
     lengths = [700, 650, 690, 610]
     alone = []
     for i, n in enumerate(lengths):
         machine = Machine(Heads(9, 3, 64, 64), options, lengths, 600)
+        if in_calls:
+            machine.decode = None
         for k, m in enumerate(lengths):
             for a in range(0 if k == 0 else 576, m, 64):
                 machine.run("prefill", 64, [(k, a, min(m, a + 64))])

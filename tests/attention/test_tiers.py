@@ -60,7 +60,11 @@ class TieredMachine(Machine):
         staged = 2 * max(len(found.staged.pages) for found in pages)
         high = self.pool.high_water
         self.cache.reserve(kept=high.device, host=high.host, transient=0, staged=staged)
-        attentions = [RowAttention(found, self.cache, self.device, h) for found, h in zip(pages, host, strict=True)]
+        on_cpu = [row.kind == "decode" and (h is not None or self.device == CPU) for row, h in zip(made, host, strict=True)]
+        attentions = [
+            RowAttention(found, self.cache, self.device, self.decode if here else None, h)
+            for found, here, h in zip(pages, on_cpu, host, strict=True)
+        ]
         squares = [(j, k) for j in range(NUM_LAYERS) for k in range(len(rows))]
         for square, following in zip(squares, [*squares[1:], None], strict=True):
             if ahead and following is not None:
