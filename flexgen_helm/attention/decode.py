@@ -84,11 +84,15 @@ class DecodePlan:
 
 
 class DecodeAttention:
-    """Computes the attention of decode rows with all threads of torch. Queries are divided among them."""
+    """Computes the attention of decode rows in several threads, among which queries are divided."""
 
-    def __init__(self) -> None:
-        """Start no thread before the first row that needs several."""
-        self._num_threads = torch.get_num_threads()
+    def __init__(self, num_threads: int | None = None) -> None:
+        """Start no thread before the first row.
+
+        Args:
+            num_threads: Number of threads. None: as many as torch uses.
+        """
+        self._num_threads = num_threads or torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="flexgen-helm-decode")
 
     def plan(self, pages: RowPages, rule: MaskRule) -> list[DecodePlan]:

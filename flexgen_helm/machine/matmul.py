@@ -46,6 +46,9 @@ def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     Returns:
         ``[..., out]``.
     """
+    if inputs.numel() == inputs.shape[-1]:
+        # The kernels for one token give packed weights other bits, so it is never alone.
+        return onednn_linear(inputs.reshape(1, -1).expand(2, -1), weight, bias)[0].view(*inputs.shape[:-1], -1)
     output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return output
 
