@@ -39,7 +39,7 @@ def main(task_file: str, answers_file: str) -> None:
         dtype=task["dtype"],
         max_model_len=task["max_length"],
         enable_prefix_caching=True,
-        block_size=task.get("block",BLOCK_TOKENS),
+        block_size=task.get("block", BLOCK_TOKENS),
     )
     loaded = time.perf_counter() - begun
     sampling = vllm.SamplingParams(
