@@ -29,12 +29,15 @@ VERSION_2 = _Files("", "memory.max", "memory.current", "", "file_mapped")
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
     """Return the bytes of a device's memory that may still be allocated; limits of memory cgroups count.
 
+    On a GPU, memory that torch has taken and does not use counts as free.
+
     Args:
         device: A GPU, or the CPU.
         root: Folder that contains /proc and /sys.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     lines = (root / "proc/meminfo").read_text().splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     return max(0, min([fields["MemAvailable"], *_cgroups_free(root)]))

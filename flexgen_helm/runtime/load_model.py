@@ -94,7 +94,10 @@ def load_and_check(blueprint: Blueprint) -> PlacedModel:
         _check_first_layers(blueprint, resolved(None, blueprint.device, few_requests=True))
         logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
     loaded = source.load()
-    return PlacedModel(loaded, check_model(loaded, blueprint.policy, blueprint.rows), None)
+    placed = PlacedModel(loaded, check_model(loaded, blueprint.policy, blueprint.rows), None)
+    if blueprint.device.is_gpu:
+        _free_what_is_left_of_checks()
+    return placed
 
 
 def _load_offloaded(blueprint: Blueprint, first: tuple[Kind, Verdict, str | None]) -> PlacedModel:
@@ -127,6 +130,11 @@ def _check_first_layers(blueprint: Blueprint, policy: ResolvedPolicy) -> tuple[K
     checked = check_model(source.first_layers(), policy, blueprint.rows)
     found = checked.kind, checked.verdict, checked.not_packed
     del checked
+    _free_what_is_left_of_checks()
+    return found
+
+
+def _free_what_is_left_of_checks() -> None:
+    """Free the models and caches that checks made, which are in circles, so that no plan counts them as taken."""
     gc.collect()
     return_freed_memory()
-    return found

@@ -85,6 +85,14 @@ def test_a_container_sees_its_limit_at_the_mount(tmp_path: Path) -> None:
     assert free_bytes(CPU, root) == 2 * GIB
 
 
+def test_what_torch_holds_of_a_gpu_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda:1")
+    found = {"mem_get_info": (3 * GIB, 16 * GIB), "memory_reserved": 12 * GIB, "memory_allocated": 2 * GIB}
+    for name, value in found.items():
+        monkeypatch.setattr(torch.cuda, name, {gpu: value}.__getitem__)
+    assert free_bytes(gpu) == (3 + 12 - 2) * GIB
+
+
 def test_this_machine() -> None:
     assert 2**20 < free_bytes(CPU) < 2**50
     assert 2**20 < used_bytes(CPU) < 2**40
