@@ -254,9 +254,9 @@ class RunStats:
     sweeps: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
-    """Highest resident memory of this process in bytes (device memory on a GPU) during the run."""
+    """Highest resident memory of this process in bytes (on a GPU, device memory that torch has taken) during the run."""
     idle_bytes: int = 0
-    """Resident memory of this process in bytes (device memory on a GPU) when the run began, with the model loaded."""
+    """The same when the run began, with the model loaded."""
     tier_peak_bytes: dict[str, int] = field(default_factory=dict)
     """Most bytes that weights, slots, buffers, K and V together held on each tier during the run."""
     bytes_moved: dict[str, int] = field(default_factory=dict)

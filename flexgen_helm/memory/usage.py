@@ -57,11 +57,36 @@ def free_disk_bytes(folder: Path) -> int:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Return the bytes in use now: allocated by torch on a GPU, else resident in this process."""
+    """Return the bytes in use now: taken by torch on a GPU, whether it uses them or not, else resident in this process."""
     if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
+        return int(torch.cuda.memory_reserved(device))
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
+
+
+class PeakBytes:
+    """The most bytes in use since the measuring began. torch notes them itself on a GPU; on a CPU they are sampled."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin to measure.
+
+        Args:
+            device: A GPU, or the CPU.
+        """
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.begun = self._most = used_bytes(device)
+        """Bytes in use when the measuring began."""
+
+    def sample(self) -> None:
+        """Measure now, where nobody else does; cheap enough for every operation."""
+        if self._device.type != "cuda":
+            self._most = max(self._most, used_bytes(self._device))
+
+    def bytes(self) -> int:
+        """Return the most bytes that were in use."""
+        return int(torch.cuda.max_memory_reserved(self._device)) if self._device.type == "cuda" else self._most
 
 
 def _cgroups_free(root: Path) -> Iterator[int]:

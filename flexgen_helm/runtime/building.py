@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from flexgen_helm.execution.overlapped import OverlappedExecutor
 from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.loading.source import LoadedModel, ModelSource, dtype_name
 from flexgen_helm.memory.device import Device
+from flexgen_helm.memory.device_limit import DEVICE_LIMITS
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.model.layers import layers_of
@@ -80,6 +82,8 @@ class Parts:
     folder: Path
     """Folder for everything on disk; it may not exist."""
     meter: Meter
+    held: ExitStack = field(default_factory=ExitStack)
+    """What is released when the engine is closed, after the executor."""
 
 
 def build(source: ModelSource, options: EngineOptions) -> Parts:
@@ -95,17 +99,20 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
         CorruptFile: If files are missing or torn.
         DiskFull: If there is no space for everything that the plan puts on disk.
     """
-    blueprint = _draw(source, options)
-    placed = load_and_check(blueprint)
-    log_choice(placed.loaded, placed.checked)
-    for tier, count in blueprint.plan.weights.resident_bytes.items():
-        blueprint.meter.hold(tier, "resident weights", count)
-    try:
-        return _assemble(blueprint, placed, options)
-    except BaseException:
-        if placed.weights is not None:
-            placed.weights.close()
-        raise
+    with ExitStack() as held:
+        held.enter_context(DEVICE_LIMITS.hold(options.device, options.limits.get("device")))
+        blueprint = _draw(source, options)
+        placed = load_and_check(blueprint)
+        log_choice(placed.loaded, placed.checked)
+        for tier, count in blueprint.plan.weights.resident_bytes.items():
+            blueprint.meter.hold(tier, "resident weights", count)
+        try:
+            parts = _assemble(blueprint, placed, options)
+        except BaseException:
+            if placed.weights is not None:
+                placed.weights.close()
+            raise
+        return replace(parts, held=held.pop_all())
 
 
 def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions) -> Parts:

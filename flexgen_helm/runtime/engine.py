@@ -69,6 +69,7 @@ class Engine:
             vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
         except BaseException:
             parts.executor.close()
+            parts.held.close()
             raise
         intake = Intake(vocabulary, loaded.end_token_ids, dtype=loaded.model.dtype, kv_dtype=parts.kv_dtype)
         self._worker = Worker(parts.scheduler, parts.executor, intake, parts.meter, parts.device.torch_device)
@@ -231,6 +232,7 @@ class Engine:
     def close(self) -> None:
         """Stop computing. Jobs that are not answered are cancelled; memory is freed with the engine itself."""
         self._worker.close()
+        self._parts.held.close()
 
     def __enter__(self) -> Engine:
         return self
