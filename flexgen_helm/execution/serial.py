@@ -22,6 +22,7 @@ from flexgen_helm.execution.interfaces import AnyRecording, LogitsHandler, Opera
 from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.out_of_memory import is_out_of_device_memory
 from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.schedule.operations import Operation, Order, head_unit, sweep_operations
 from flexgen_helm.schedule.rows import LogitRequest, Sweep, halved
@@ -80,12 +81,11 @@ class SerialExecutor(Generic[AnyRecording]):
                 try:
                     self._run_sweep(SweepRun(self._cut(sweep), self._rows, self._hidden), on_logits, on_operation)
                     return
-                except torch.OutOfMemoryError as error:
-                    message = str(error)  # the error itself would keep the sweep's tensors
-                except BaseException:
+                except BaseException as error:
                     self._give_up()
-                    raise
-                self._give_up()
+                    if not is_out_of_device_memory(error):
+                        raise
+                    message = str(error)  # the error itself would keep the sweep's tensors
                 self._halve_rows(sweep, message)
 
     def close(self) -> None:
@@ -196,7 +196,9 @@ class SerialExecutor(Generic[AnyRecording]):
         """Hand logits out. What is answered must not be answered again, so that this is never repeated."""
         try:
             on_logits(logit_requests, logits)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_device_memory(error):
+                raise
             raise OutOfSpace(
                 f"Choosing {len(logit_requests)} tokens does not fit into the device's memory ({error}). {REMEDY}"
             ) from error
@@ -209,7 +211,9 @@ class SerialExecutor(Generic[AnyRecording]):
             padded[: len(tokens)] = hidden
             with self._busy(Activity("finish")):
                 return self._rows.finish(padded)[: len(tokens)].float()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_device_memory(error):
+                raise
             message = str(error)
         self._head_slice = self._halved("The output head on", self._head_slice, message)
         return None

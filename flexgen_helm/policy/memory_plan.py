@@ -74,12 +74,12 @@ class MemoryPlan:
     @property
     def working_bytes(self) -> int:
         """Bytes of working memory on the device: activations, hidden states and logits."""
-        return working_memory.working_bytes(self.shapes, self.policy)
+        return self.space.scratch_bytes + working_memory.working_bytes(self.shapes, self.policy)
 
     @property
     def checking_bytes(self) -> int:
         """Bytes that the self-check takes in addition to the layers that it checks."""
-        return working_memory.checking_bytes(self.shapes, self.policy)
+        return self.space.scratch_bytes + working_memory.checking_bytes(self.shapes, self.policy)
 
     @property
     def has_room(self) -> bool:

@@ -17,6 +17,8 @@ class Space:
     """Whether the device has a memory of its own; if not, device and host are one RAM and `available` has it for both."""
     limits: Mapping[Tier, int] = field(default_factory=dict)
     """Most bytes that the user allows, for the tiers that the user names."""
+    scratch_bytes: int = 0
+    """Bytes of the device that attention takes for a moment, whatever the row sizes."""
 
     def limited(self, tier: Tier) -> bool:
         """Return whether the user limits a tier, and not the free memory."""

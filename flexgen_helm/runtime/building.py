@@ -22,6 +22,7 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.device_limit import DEVICE_LIMITS
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.workspaces import make_workspaces
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.row_sizes import resolved
@@ -122,6 +123,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     kv_dtype = options.kv_dtype or blueprint.source.dtype
     if policy.cache[2] or policy.hidden[2]:
         make_folder(folder)
+    make_workspaces(device, blueprint.source.dtype)
     left = plan.left(free_space(device, folder))
     cache_bytes = plan.cache.capacities(left)
     page_bytes = plan.page_bytes(placed.checked.verdict.cache_bytes_per_token)

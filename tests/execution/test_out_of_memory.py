@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,12 +23,18 @@ from tests.workbench import POLICY, Workbench
 JOBS = fixed_mix(5, 16)
 
 
-def on_a_small_device(own: Callable[..., Any], most: int, size: Callable[..., int]) -> Callable[..., Any]:
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+"""What torch raises where a GPU's memory ends outside of its allocator."""
+
+
+def on_a_small_device(
+    own: Callable[..., Any], most: int, size: Callable[..., int], error: Exception | None = None
+) -> Callable[..., Any]:
     """A method as it is on a device whose memory suffices for so many tokens."""
 
     def method(self: Any, *arguments: Any) -> Any:
         if size(*arguments) > most:
-            raise torch.OutOfMemoryError(f"no memory for {size(*arguments)} tokens")
+            raise error or torch.OutOfMemoryError(f"no memory for {size(*arguments)} tokens")
         return own(self, *arguments)
 
     return method
@@ -100,3 +107,18 @@ def test_what_does_not_fit_at_all_is_an_error(
             with pytest.raises(OutOfSpace, match="Lower gpu_batch_tokens"):
                 engine.run(JOBS)
         assert len(engine.run(JOBS)) == len(expected)
+
+
+@pytest.mark.parametrize("method", ["replay", "finish"])
+def test_memory_that_ends_in_a_library_halves_rows_too(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    size = in_second_layer if method == "replay" else len
+    policy = replace(POLICY, gpu_batch_size=32)
+    with Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=policy) as engine:
+        monkeypatch.setattr(PackedRows, method, on_a_small_device(getattr(PackedRows, method), 16, size, CUBLAS))
+        with caplog.at_level(logging.WARNING):
+            assert len(engine.run(JOBS)) == len(JOBS)
+    assert [record.getMessage().partition(" (CUDA")[0] for record in caplog.records] == [
+        f"{'A row of' if method == 'replay' else 'The output head on'} 32 tokens does not fit into the device's memory"
+    ]

@@ -230,6 +230,13 @@ def test_capacities_keep_shares_and_fit(
     assert not total or any(held[tier] >= CACHE_SHARE * mib[tier] - 100 for tier in held)
 
 
+def test_what_attention_takes_for_a_moment_leaves_less_for_the_cache(model: PreTrainedModel) -> None:
+    plain, scratch = (plan_of(model, policy(), dataclasses.replace(space(10), scratch_bytes=count)) for count in (0, GIB))
+    free: dict[Tier, int] = dict.fromkeys(TIERS, 20 * GIB)
+    assert plain.left(free)["device"] - scratch.left(free)["device"] == GIB
+    assert scratch.peak_bytes["device"] - plain.peak_bytes["device"] == GIB
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("15GiB", 15 * 2**30), ("1.5 GB", 1_500_000_000), ("300mib", 300 * 2**20), ("7KB", 7000), (12, 12), ("12", 12)],
