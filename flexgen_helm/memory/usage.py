@@ -38,9 +38,19 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    lines = (root / "proc/meminfo").read_text().splitlines()
-    fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    return max(0, min([fields["MemAvailable"], *_cgroups_free(root)]))
+    return max(0, min([_meminfo(root)["MemAvailable"], *(group.free for group in _cgroups(root))]))
+
+
+def total_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Return the bytes of a device's memory, taken or not; limits of memory cgroups count.
+
+    Args:
+        device: A GPU, or the CPU.
+        root: Folder that contains /proc and /sys.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return min([_meminfo(root)["MemTotal"], *(group.limit for group in _cgroups(root))])
 
 
 def free_disk_bytes(folder: Path) -> int:
@@ -89,8 +99,21 @@ class PeakBytes:
         return int(torch.cuda.max_memory_reserved(self._device)) if self._device.type == "cuda" else self._most
 
 
-def _cgroups_free(root: Path) -> Iterator[int]:
-    """Yield the free bytes of this process's cgroup and of all cgroups above it, whose limits apply too.
+def _meminfo(root: Path) -> dict[str, int]:
+    """Return what the kernel says of the machine's memory, in bytes."""
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+
+
+class _Group(NamedTuple):
+    """Bytes of a memory cgroup with a limit."""
+
+    limit: int
+    free: int
+
+
+def _cgroups(root: Path) -> Iterator[_Group]:
+    """Yield this process's cgroup and all cgroups above it, whose limits apply too, as far as they have a limit.
 
     A container may see the path that its cgroup has outside of it; only the mount itself exists of such a path.
     """
@@ -107,10 +130,10 @@ def _cgroups_free(root: Path) -> Iterator[int]:
         group = mount / path.lstrip("/")
         for folder in (group, *group.parents):
             if folder.is_relative_to(mount):
-                yield from _group_free(folder, files)
+                yield from _group(folder, files)
 
 
-def _group_free(folder: Path, files: _Files) -> Iterator[int]:
+def _group(folder: Path, files: _Files) -> Iterator[_Group]:
     try:
         limit, used = ((folder / name).read_text().strip() for name in (files.limit, files.used))
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -121,4 +144,4 @@ def _group_free(folder: Path, files: _Files) -> Iterator[int]:
             int(stat.get(files.prefix + name, 0)) for name in ("inactive_file", "active_file", files.mapped)
         )
         # Mapped files may be the program itself, which would be read again and again.
-        yield int(limit) - int(used) + max(inactive, inactive + active - mapped)
+        yield _Group(int(limit), int(limit) - int(used) + max(inactive, inactive + active - mapped))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -24,15 +25,18 @@ from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.workspaces import make_workspaces
 from flexgen_helm.model.layers import layers_of
+from flexgen_helm.policy.attention_place import attention_place
 from flexgen_helm.policy.memory_plan import MemoryPlan
+from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import shapes_of
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
-from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space
+from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space, whole_machine
 from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats, slab_identity
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.work import Scheduler
 from flexgen_helm.types import (
+    ON_DEVICE,
     CacheNumerics,
     MachineNumerics,
     Numerics,
@@ -42,6 +46,8 @@ from flexgen_helm.types import (
     Tier,
     WeightNumerics,
 )
+
+logger = logging.getLogger(__name__)
 
 NUMERICS_VERSION = 3
 """Version of the numerics: raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
@@ -131,7 +137,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     keep_all = options.order != "zigzag"
     rows, scheduler = make_rows(placed.checked, policy, storage, block_tokens=plan.block_tokens(left), keep_all=keep_all)
     hidden = None
-    if policy.hidden != (1.0, 0.0, 0.0):
+    if policy.hidden != ON_DEVICE:
         hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)
     executor = (OverlappedExecutor if policy.overlap else SerialExecutor)(
         rows, head_slice=policy.gpu_batch_size, order=options.order, weights=placed.weights, hidden=hidden, meter=meter
@@ -156,7 +162,7 @@ def numerics_of(
     weights: WeightNumerics, checked: CheckedModel, policy: ResolvedPolicy, device: Device, kv_dtype: torch.dtype
 ) -> Numerics:
     """Return everything besides the job that decides the bits of an answer."""
-    on_host = device.is_gpu and policy.cpu_attention > 0 and policy.cache[1] > 0
+    on_host = device.is_gpu and checked.kind == "packed" and policy.cpu_attention > 0 and policy.cache[1] > 0
     return Numerics(
         weights,
         CacheNumerics(dtype_name(kv_dtype)),
@@ -171,12 +177,24 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     whole = _empty(source)
     weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
     folder = options.folder or _default_folder(weights)
-    policy = resolved(options.policy, options.device)
     formats = plain_formats(whole)
     shapes = shapes_of(whole, formats, options.kv_dtype or source.dtype)
-    plan = MemoryPlan.of(shapes, policy, measure_space(options.device, options.limits, folder))
+    policy = _with_place(resolved(options.policy, options.device), shapes, options)
+    plan = MemoryPlan.of(shapes, policy, measure_space(options.device, options.limits, folder), options.policy)
     meter = Meter(options.device.torch_device)
     return Blueprint(source, whole, options.device, policy, options.rows, formats, plan, weights, folder, meter)
+
+
+def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOptions) -> ResolvedPolicy:
+    """Decide where decode rows attend and where K and V are, if the device has a memory of its own."""
+    if not options.device.own_memory:
+        return policy
+    machine = whole_machine(options.device, options.limits)
+    place = attention_place(options.policy or Policy(), policy, shapes, machine)
+    if place.reason is not None:
+        where = "on the CPU" if place.cpu_attention else "on the device"
+        logger.info("packed rows that decode attend %s: %s; `cpu_attention` names another place", where, place.reason)
+    return replace(policy, cpu_attention=place.cpu_attention, cache=place.cache)
 
 
 def _default_folder(weights: WeightNumerics) -> Path:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from flexgen_helm.attention.chunks import GATHERED_BYTES
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.device import CPU, Device
-from flexgen_helm.memory.usage import free_bytes, free_disk_bytes
+from flexgen_helm.memory.usage import free_bytes, free_disk_bytes, total_bytes
 from flexgen_helm.policy.space import Space
 from flexgen_helm.types import Tier
 
@@ -31,13 +32,20 @@ def measure_space(device: Device, limits: Mapping[Tier, int], folder: Path) -> S
     Raises:
         PolicyError: If the folder cannot be used.
     """
-    own_memory, free = device.own_memory, free_space(device, folder)
+    free = free_space(device, folder)
     free["disk"] += sum(path.stat().st_blocks * 512 for path in folder.glob("*.slab"))
-    available = {tier: min(count, limits.get(tier, count)) for tier, count in free.items()}
-    if not own_memory and {"device", "host"} & limits.keys():
-        ram = limits.get("device", 0) + limits.get("host", 0)
-        available["device"] = available["host"] = min(free["host"], ram)
-    return Space(available, own_memory, limits, scratch_bytes=GATHER_COPIES * GATHERED_BYTES if device.is_gpu else 0)
+    return _limited(free, device, limits)
+
+
+def whole_machine(device: Device, limits: Mapping[Tier, int]) -> Space:
+    """Return the bytes of each tier that the machine has and the user allows, taken or not. The disk is unlimited.
+
+    Args:
+        device: The device that computes.
+        limits: Most bytes of the tiers that the user names.
+    """
+    on_device, host = (total_bytes(where) for where in (device.torch_device, CPU.torch_device))
+    return _limited({**_without_reserve(device, on_device, host), "disk": sys.maxsize}, device, limits)
 
 
 def free_space(device: Device, folder: Path) -> dict[Tier, int]:
@@ -47,9 +55,22 @@ def free_space(device: Device, folder: Path) -> dict[Tier, int]:
         device: The device that computes.
         folder: Folder for everything on disk; it may not exist.
     """
-    on_device, host = free_bytes(device.torch_device), free_bytes(CPU.torch_device)
+    on_device, host = (free_bytes(where) for where in (device.torch_device, CPU.torch_device))
+    return {**_without_reserve(device, on_device, host), "disk": free_disk_bytes(folder)}
+
+
+def _without_reserve(device: Device, on_device: int, host: int) -> dict[Tier, int]:
     reserve = GPU_PROCESS_BYTES if device.is_gpu else PROCESS_BYTES
-    return {"device": max(0, on_device - reserve), "host": max(0, host - PROCESS_BYTES), "disk": free_disk_bytes(folder)}
+    return {"device": max(0, on_device - reserve), "host": max(0, host - PROCESS_BYTES)}
+
+
+def _limited(found: Mapping[Tier, int], device: Device, limits: Mapping[Tier, int]) -> Space:
+    available = {tier: min(count, limits.get(tier, count)) for tier, count in found.items()}
+    if not device.own_memory and {"device", "host"} & limits.keys():
+        ram = limits.get("device", 0) + limits.get("host", 0)
+        available["device"] = available["host"] = min(found["host"], ram)
+    scratch = GATHER_COPIES * GATHERED_BYTES if device.is_gpu else 0
+    return Space(available, device.own_memory, limits, is_gpu=device.is_gpu, scratch_bytes=scratch)
 
 
 def make_folder(folder: Path) -> None:
