@@ -2,8 +2,8 @@
 
 A GPU and a CPU round differently. So the place is numerics on a GPU, and one value for all sequences of an engine: with a
 share, an answer would depend on the row that a sequence gets, or on the tier that has room for its pages. The policy's
-`cpu_attention` names the place; else model, machine, limits and row sizes decide it. What is free at the moment does not, nor do
-other fields of the policy, nor dtype and compression: sizes are those of 16 bits for each element.
+`cpu_attention` names the place; else model, machine, limits and row sizes decide it. What is free at the moment does not, nor
+do other fields of the policy, nor dtype and compression: sizes are those of 16 bits for each element.
 
 On a CPU that plays a device with a memory of its own, bits are the same everywhere, and every share is allowed.
 """
