@@ -195,8 +195,7 @@ def test_what_a_gpu_does_behind_the_host_counts_when_it_does_it(monkeypatch: pyt
     assert (meter.spans[1].begin, meter.spans[1].end) == (2, 3)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu(needs="time of its own")
 def test_a_gpu_is_timed_by_its_own_events() -> None:
     """The calls return long before the products are done, and the copy runs beside them on a stream of its own."""
     device = torch.device("cuda")
