@@ -83,7 +83,6 @@ def test_more_memory_than_there_is(num_bytes: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_memory_copies_beside_the_host_and_is_unpinned_when_it_is_freed() -> None:
     for _ in range(3):  # an address that comes again can be pinned again
         memory = allocate(SIZE + 1, pin=True)

@@ -197,8 +197,7 @@ def test_what_a_gpu_does_behind_the_host_counts_when_it_does_it(monkeypatch: pyt
     assert (stats.idle_bytes, stats.peak_bytes) == (300, 700)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu(needs="time of its own")
 def test_a_gpu_is_timed_by_its_own_events() -> None:
     """The calls return long before the products are done, and the copy runs beside them on a stream of its own."""
     device = torch.device("cuda")
