@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.execution.overlapped import OverlappedExecutor
 from flexgen_helm.execution.serial import SerialExecutor
+from flexgen_helm.kv_cache.pages import num_pages
 from flexgen_helm.loading.source import LoadedModel, ModelSource, dtype_name
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.device_limit import DEVICE_LIMITS
@@ -106,7 +108,7 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
         CorruptFile: If files are missing or torn.
         DiskFull: If there is no space for everything that the plan puts on disk.
     """
-    with ExitStack() as held:
+    with options.device.current(), ExitStack() as held:
         held.enter_context(DEVICE_LIMITS.hold(options.device, options.limits.get("device")))
         blueprint = _draw(source, options)
         placed = load_and_check(blueprint)
@@ -131,8 +133,11 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         make_folder(folder)
     make_workspaces(device, blueprint.source.dtype)
     left = plan.left(free_space(device, folder))
-    cache_bytes = plan.cache.capacities(left)
     page_bytes = plan.page_bytes(placed.checked.verdict.cache_bytes_per_token)
+    most = math.inf
+    if device.is_gpu and placed.checked.kind == "packed":  # whose pages are made at once
+        most = policy.block_size * num_pages(0, placed.loaded.max_length) * page_bytes
+    cache_bytes = plan.cache.capacities(left, most)
     storage = CacheStorage(cache_bytes, page_bytes, device=device, kv_dtype=kv_dtype, folder=folder, meter=meter)
     keep_all = options.order != "zigzag"
     rows, scheduler = make_rows(placed.checked, policy, storage, block_tokens=plan.block_tokens(left), keep_all=keep_all)

@@ -72,7 +72,7 @@ class Engine:
             parts.held.close()
             raise
         intake = Intake(vocabulary, loaded.end_token_ids, dtype=loaded.model.dtype, kv_dtype=parts.kv_dtype)
-        self._worker = Worker(parts.scheduler, parts.executor, intake, parts.meter, parts.device.torch_device)
+        self._worker = Worker(parts.scheduler, parts.executor, intake, parts.meter, parts.device)
         self._run_lock = threading.RLock()
 
     @classmethod
