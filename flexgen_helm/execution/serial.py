@@ -4,7 +4,7 @@ It waits for a transfer where it starts it, so nothing is ever on its way while 
 at `load_weights`, and bound to their module before the first row of a turn. Whoever would suspend a layer call waits instead.
 
 When the device's memory does not suffice, rows are halved and the sweep is repeated as long as nothing was answered; slices of
-the output head are halved one by one.
+the output head are halved one by one. They stay small, unless even the smallest did not fit: then the sweep fails.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class SerialExecutor(Generic[AnyRecording]):
         """
         self._meter = meter
         self._rows, self._head_slice, self._order = rows, head_slice, order
+        self._whole_slice = head_slice
         self._weights, self._hidden = weights, hidden
         self._streamed = weights.streamed if weights is not None else frozenset()
         self.num_halvings = 0
@@ -111,6 +112,7 @@ class SerialExecutor(Generic[AnyRecording]):
 
     def _halved(self, what: str, size: int, message: str) -> int:
         if size // 2 < SMALLEST_ROW:
+            self.num_halvings, self._head_slice = 0, self._whole_slice  # the jobs of another run may be shorter
             raise OutOfSpace(f"{what} {size} tokens does not fit into the device's memory ({message}). {REMEDY}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

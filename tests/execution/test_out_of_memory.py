@@ -96,17 +96,31 @@ def test_answers_are_never_given_twice(bench: Workbench, monkeypatch: pytest.Mon
         assert engine.run(JOBS) == expected
 
 
-@pytest.mark.parametrize(("rows", "kind"), [("packed", PackedRows), ("single", SingleRows)])
-def test_what_does_not_fit_at_all_is_an_error(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch, rows: Any, kind: type[Any]
+@pytest.mark.parametrize(
+    ("rows", "kind", "method", "size"),
+    [
+        ("packed", PackedRows, "replay", lambda j, _: j),
+        ("packed", PackedRows, "finish", len),
+        ("single", SingleRows, "replay", lambda j, _: j),
+    ],
+)
+def test_what_does_not_fit_at_all_is_an_error_and_the_next_run_has_whole_rows(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, rows: Any, kind: type[Any], method: str, size: Callable[..., int]
 ) -> None:
-    with Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=POLICY, rows=rows) as engine:
-        expected = engine.run(JOBS)
+    policy, sizes = replace(POLICY, gpu_batch_size=32), list[int]()
+    with Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=policy, rows=rows) as engine:
+        expected, own = engine.run(JOBS), getattr(kind, method)
         with monkeypatch.context() as patch:
-            patch.setattr(kind, "replay", on_a_small_device(kind.replay, 0, lambda j, _: j))
+            patch.setattr(kind, method, on_a_small_device(own, 0, size))
             with pytest.raises(OutOfSpace, match="Lower gpu_batch_tokens"):
                 engine.run(JOBS)
-        assert len(engine.run(JOBS)) == len(expected)
+        if rows == "packed":
+            whole = PackedRows.record
+            monkeypatch.setattr(PackedRows, "record", lambda self, row: (sizes.append(row.size), whole(self, row))[1])
+            finish = PackedRows.finish
+            monkeypatch.setattr(PackedRows, "finish", lambda self, hidden: (sizes.append(len(hidden)), finish(self, hidden))[1])
+        assert engine.run(JOBS) == expected
+        assert set(sizes) <= {policy.gpu_batch_size, policy.gpu_batch_tokens}
 
 
 @pytest.mark.parametrize("method", ["replay", "finish"])
