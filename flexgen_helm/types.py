@@ -391,4 +391,6 @@ class EngineInfo:
     planned_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of weights, slots and buffers on each tier, planned before anything was allocated."""
     cache_bytes: dict[str, int] = field(default_factory=dict)
-    """Most bytes of K and V on each tier; they are allocated when they are needed."""
+    """Most bytes of K and V on each tier."""
+    bit_stable: bool | None = None
+    """Whether neighbours changed no bit in the self-check at load; None: not measured on the device that computes."""

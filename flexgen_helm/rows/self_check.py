@@ -51,8 +51,8 @@ class Verdict:
 
     worst_difference: float
     """Largest difference from transformers' own forward, over all log-probabilities."""
-    bit_stable: bool
-    """Whether sequences gave the same bits among others and alone (level B)."""
+    bit_stable: bool | None
+    """Whether sequences gave the same bits among others and alone (level B); None: not measured on the device that computes."""
     layers: tuple[LayerCache, ...]
     """Cache sizes of each layer of the model that was checked, in its dtype."""
 

@@ -202,6 +202,7 @@ class Engine:
             planned_bytes={str(tier): count for tier, count in weights.needed_bytes.items()},
             cache_bytes={str(tier): count for tier, count in parts.cache_bytes.items()},
             weight_bytes={str(tier): count for tier, count in weights.weight_bytes.items()},
+            bit_stable=self.self_check.bit_stable,
         )
 
     def with_limit(self, stats: RunStats) -> RunStats:

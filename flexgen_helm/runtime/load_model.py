@@ -122,13 +122,18 @@ def _load_offloaded(blueprint: Blueprint, first: tuple[Kind, Verdict, str | None
 
 
 def _check_first_layers(blueprint: Blueprint, policy: ResolvedPolicy) -> tuple[Kind, Verdict, str | None]:
-    """Check the first layers, so that a refusal takes seconds; they are read again with the whole model."""
+    """Check the first layers, so that a refusal takes seconds; they are read again with the whole model.
+
+    Where the device has no room for them they are checked on the CPU, which tells nothing of the bits of another device.
+    """
     source, plan = blueprint.source, blueprint.plan
     if blueprint.device.own_memory and plan.shapes.first_layers_bytes + plan.checking_bytes > plan.space.of("device"):
         logger.info("%s: the first layers are checked on the CPU, since the device has no room for their copy", source.name)
         source, policy = replace(source, device=CPU.torch_device), resolved(None, CPU, few_requests=True)
     checked = check_model(source.first_layers(), policy, blueprint.rows)
-    found = checked.kind, checked.verdict, checked.not_packed
+    same_device = source.device.type == blueprint.source.device.type
+    verdict = checked.verdict if same_device else replace(checked.verdict, bit_stable=None)
+    found = checked.kind, verdict, checked.not_packed
     del checked
     _free_what_is_left_of_checks()
     return found

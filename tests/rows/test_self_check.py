@@ -28,7 +28,7 @@ from tests.survey.configs import tiny_config
 POLICY = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64)
 
 
-def load(folder: Path) -> bool:
+def load(folder: Path) -> bool | None:
     with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY, rows="packed") as engine:
         return engine.self_check.bit_stable
 
