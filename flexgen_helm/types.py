@@ -264,7 +264,8 @@ class RunStats:
     sweeps: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
-    """Highest resident memory of this process in bytes (on a GPU, device memory that torch has taken) during the run."""
+    """Highest resident memory of this process in bytes (on a GPU, device memory that torch has taken) during the run; at the
+    ends of its sweeps, if this process held more before the run."""
     idle_bytes: int = 0
     """The same when the run began, with the model loaded."""
     tier_peak_bytes: dict[str, int] = field(default_factory=dict)

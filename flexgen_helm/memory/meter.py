@@ -137,11 +137,6 @@ class Meter:
             held = sum(count for (place, _), count in self._arenas.items() if place == tier)
             self._peaks[tier] = max(self._peaks.get(tier, 0), held)
 
-    def sample(self) -> None:
-        """Measure the memory of the process now and keep the maximum of the run; cheap enough for every operation."""
-        if self._memory is not None:
-            self._memory.sample()
-
     def begin_run(self) -> None:
         """Begin to measure a run: forget the run before it, keep the memory held."""
         with self._lock:
@@ -162,8 +157,9 @@ class Meter:
             generated_tokens: Tokens that were chosen at the end of the sweep, for all completions.
         """
         with self._lock:
-            if self._sweeps is None:
+            if self._sweeps is None or self._memory is None:
                 return
+            self._memory.sample()
             begin, end = self._window, self.now()
             done, busy = self._sort(end)
             seconds = {name: covered_seconds(intervals, begin, end) for name, intervals in busy.items()}

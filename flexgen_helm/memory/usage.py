@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +76,11 @@ def used_bytes(device: torch.device) -> int:
 
 
 class PeakBytes:
-    """The most bytes in use since the measuring began. torch notes them itself on a GPU; on a CPU they are sampled."""
+    """The most bytes in use since the measuring began.
+
+    torch notes them on a GPU. On a CPU the kernel notes the most of the process's whole life; if that was before, the samples
+    tell.
+    """
 
     def __init__(self, device: torch.device) -> None:
         """Begin to measure.
@@ -86,17 +91,27 @@ class PeakBytes:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.begun = self._most = used_bytes(device)
+        self.begun = self._sampled = used_bytes(device)
         """Bytes in use when the measuring began."""
+        self._before = _most_of_life()
 
     def sample(self) -> None:
-        """Measure now, where nobody else does; cheap enough for every operation."""
+        """Measure now, where torch does not."""
         if self._device.type != "cuda":
-            self._most = max(self._most, used_bytes(self._device))
+            self._sampled = max(self._sampled, used_bytes(self._device))
 
     def bytes(self) -> int:
         """Return the most bytes that were in use."""
-        return int(torch.cuda.max_memory_reserved(self._device)) if self._device.type == "cuda" else self._most
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_reserved(self._device))
+        most = _most_of_life()
+        return most if most > self._before else self._sampled
+
+
+def _most_of_life() -> int:
+    """Return the most bytes that were ever resident in this process; 0 where the kernel does not tell."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return 0 if found is None else int(found[1]) * 1024
 
 
 def _meminfo(root: Path) -> dict[str, int]:

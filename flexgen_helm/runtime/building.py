@@ -35,6 +35,7 @@ from flexgen_helm.policy.shapes_of_model import shapes_of
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
 from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space, whole_machine
 from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats, slab_identity
+from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.work import Scheduler
 from flexgen_helm.types import (
@@ -111,7 +112,8 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
     with options.device.current(), ExitStack() as held:
         held.enter_context(DEVICE_LIMITS.hold(options.device, options.limits.get("device")))
         blueprint = _draw(source, options)
-        placed = load_and_check(blueprint)
+        with PRECISE_PRODUCTS.hold():
+            placed = load_and_check(blueprint)
         log_choice(placed.loaded, placed.checked)
         for tier, count in blueprint.plan.weights.resident_bytes.items():
             blueprint.meter.hold(tier, "resident weights", count)

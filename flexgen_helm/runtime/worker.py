@@ -17,6 +17,7 @@ from flexgen_helm.generation.job_errors import of_one_job
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
+from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import LogitRequest, Sweep
 from flexgen_helm.schedule.work import PromptWork, Scheduler
@@ -138,7 +139,8 @@ class Worker:
         self._rows_in_sweep, self._operations, self._left = len(sweep.rows), 0, self._scheduler.tokens_left()
         if sweep.rows:
             before = self._generated
-            self._executor.run(sweep, self._on_logits, self._on_operation)
+            with PRECISE_PRODUCTS.hold():
+                self._executor.run(sweep, self._on_logits, self._on_operation)
             self._meter.end_sweep(sweep.num_prompt_tokens, sweep.num_decode_tokens, self._generated - before)
             self._count(sweep)
         finished = self._scheduler.end_sweep()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexgen_helm.memory.usage import free_bytes, total_bytes, used_bytes
+from flexgen_helm.memory.usage import PeakBytes, free_bytes, total_bytes, used_bytes
+from tests.memory.alone import alone
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -100,3 +101,14 @@ def test_what_torch_holds_of_a_gpu_and_does_not_use_is_free(monkeypatch: pytest.
 def test_this_machine() -> None:
     assert 2**20 < free_bytes(CPU) < 2**50
     assert 2**20 < used_bytes(CPU) < 2**40
+
+
+@alone
+def test_a_peak_is_what_the_kernel_saw_or_else_what_was_sampled() -> None:
+    for count, sampled in ((2**28, False), (2**26, True)):  # the second run holds less than the process held before
+        peak = PeakBytes(CPU)
+        ballast = torch.ones(count, dtype=torch.uint8)
+        if sampled:
+            peak.sample()
+        del ballast
+        assert 0.9 * count < peak.bytes() - peak.begun < 1.5 * count
