@@ -83,7 +83,7 @@ def measure_rates(
 def product_rate(device: torch.device, dtype: torch.dtype, num_tokens: int, matrix: tuple[int, int]) -> float:
     """Floating-point operations per second of ``num_tokens`` tokens meeting one matrix."""
     with torch.inference_mode():
-        x, weight = _random((num_tokens, matrix[1]), device, dtype), _random(matrix, device, dtype)
+        x, weight = random_numbers((num_tokens, matrix[1]), device, dtype), random_numbers(matrix, device, dtype)
         return _per_second(lambda: linear(x, weight), device) * 2 * num_tokens * matrix[0] * matrix[1]
 
 
@@ -122,14 +122,14 @@ def _much_memory(device: torch.device) -> Tensor:
     num_bytes = READ_BYTES[device.type]
     while True:
         try:
-            return _random((num_bytes // 4,), device, torch.float32)
+            return random_numbers((num_bytes // 4,), device, torch.float32)
         except torch.OutOfMemoryError:
             if num_bytes <= READ_BYTES["cpu"]:
                 raise
             num_bytes //= 2
 
 
-def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def random_numbers(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Normal numbers: a GPU that multiplies or moves equal ones needs less power, and clocks higher than in a run."""
     count = math.prod(shape)
     different = torch.randn(min(count, RANDOM_NUMBERS), generator=torch.Generator().manual_seed(0)).to(device, dtype)

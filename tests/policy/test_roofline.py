@@ -129,7 +129,7 @@ def test_only_what_a_run_used_is_measured(tmp_path: Path) -> None:
 
 def test_what_is_measured_is_random() -> None:
     """A GPU clocks higher on equal numbers."""
-    found = module._random((3, module.RANDOM_NUMBERS), torch.device("cpu"), torch.bfloat16)
+    found = module.random_numbers((3, module.RANDOM_NUMBERS), torch.device("cpu"), torch.bfloat16)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found[0], found[2])
     assert found[0].float().std() == pytest.approx(1, abs=0.01)
@@ -137,7 +137,7 @@ def test_what_is_measured_is_random() -> None:
 
 
 def test_less_memory_is_measured_where_an_engine_leaves_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, asked, room = module._random, list[int](), 300
+    own, asked, room = module.random_numbers, list[int](), 300
 
     def on_a_full_device(shape: tuple[int, ...], *others: Any) -> torch.Tensor:
         asked.append(4 * shape[0])
@@ -145,7 +145,7 @@ def test_less_memory_is_measured_where_an_engine_leaves_less(monkeypatch: pytest
             raise torch.OutOfMemoryError("no memory")
         return own(shape, *others)
 
-    monkeypatch.setattr(module, "_random", on_a_full_device)
+    monkeypatch.setattr(module, "random_numbers", on_a_full_device)
     monkeypatch.setattr(module, "READ_BYTES", {"meta": 1024, "cpu": 128})
     assert module._much_memory(torch.device("meta")).nbytes == 256
     assert asked == [1024, 512, 256]
