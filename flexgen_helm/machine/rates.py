@@ -132,7 +132,7 @@ def _much_memory(device: torch.device) -> Tensor:
 def random_numbers(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Normal numbers: a GPU that multiplies or moves equal ones needs less power, and clocks higher than in a run."""
     count = math.prod(shape)
-    different = torch.randn(min(count, RANDOM_NUMBERS), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    different = torch.randn(min(count, RANDOM_NUMBERS), generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
     return different.repeat(-(-count // len(different)))[:count].view(shape)
 
 

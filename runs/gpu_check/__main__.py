@@ -23,7 +23,7 @@ NO_GPU = 2
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("gpu_check", __doc__)
+    parser: argparse.ArgumentParser = make_parser("gpu_check", __doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), metavar="DIR", help="for the results (gpu_check)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to see that every part runs")
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], help="only these")

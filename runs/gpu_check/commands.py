@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ def run_tests(sizes: Sizes) -> dict[str, Any]:
     files = sorted(str(path) for path in TESTS.rglob("test_*.py") if MARK in path.read_text(encoding="utf-8"))
     if not files:
         return {"missing": f"There are no tests in {TESTS.absolute()}. Run the command in a checkout."}
-    # Options of the command line are not those of the checkout, which may name plugins that are not here.
     status, output = _run("pytest", "-m", "gpu", "-rfE", "-p", "no:cacheprovider", *sizes.pytest, *files)
     return {"status": status, "summary": output.splitlines()[-1] if output else "", "output": output[-20_000:]}
 
@@ -57,7 +55,12 @@ generate, score = (partial(bench, kind) for kind in ("generation", "scoring"))
 
 
 def _run(module: str, *arguments: str) -> tuple[int, str]:
-    """Run a module in a process of its own, and return its status and what it printed; its log goes to ours."""
-    command: Sequence[str] = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", module, *arguments]
-    ended = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    return ended.returncode, ended.stdout.strip()
+    """Run a module in a process of its own, and return its status and what it printed, which goes to our log meanwhile."""
+    command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", module, *arguments]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines).strip()

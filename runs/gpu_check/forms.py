@@ -16,6 +16,8 @@ from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 
 KEYS = 128
 """Keys of a chunk."""
+MESSAGE = 150
+"""Characters of an error that are shown."""
 ROWS = 16
 """Rows that are compared."""
 Forms = Iterator[tuple[str, Callable[[], Tensor]]]
@@ -41,8 +43,8 @@ def _compared(forms: Forms) -> dict[str, Any]:
         (_, first), *others = forms
         expected = first()
         found = {name: compute() for name, compute in others}
-    except (ImportError, TypeError, RuntimeError) as error:
-        return {"missing": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    except (ImportError, AttributeError, TypeError, RuntimeError) as error:
+        return {"missing": f"{type(error).__name__}: {str(error)[:MESSAGE]}"}
     different = {name: float((rows.double() - expected.double()).abs().max()) for name, rows in found.items()}
     different = {name: worst for name, worst in different.items() if not torch.equal(found[name], expected)}
     return {
@@ -94,9 +96,19 @@ def _varlen(sizes: Sizes) -> Forms:
 
             def compute(batch: int = batch, queries: int = queries) -> Tensor:
                 last = q[: batch * keys].view(batch, keys, *shape[1:])[:, keys - queries :].flatten(0, 1).contiguous()
-                ends = [torch.arange(batch + 1, dtype=torch.int32, device=device) * each for each in (queries, keys)]
-                options: dict[str, Any] = {"window_size": (-1, 0), "num_splits": 1}
-                rows = varlen_attn(last, k[: batch * keys], v[: batch * keys], *ends, queries, keys, **options)
+                steps = torch.arange(batch + 1, dtype=torch.int32, device=device)
+                rows = varlen_attn(
+                    last,
+                    k[: batch * keys],
+                    v[: batch * keys],
+                    cu_seq_q=steps * queries,
+                    cu_seq_k=steps * keys,
+                    max_q=queries,
+                    max_k=keys,
+                    window_size=(-1, 0),
+                    num_splits=1,
+                )
+                assert isinstance(rows, Tensor)
                 return rows[queries - ROWS : queries]
 
             yield f"B {batch} M {queries}", compute

@@ -34,7 +34,12 @@ PARTS = (
     Part("tests", "Do the tests marked gpu pass?", 100, run_tests),
     Part("forms", "Do the same rows have the same bits in products of other forms?", 40, compare_forms),
     Part("cpu_attention", "How fast does the CPU attend, alone and beside copies of weights?", 50, measure_cpu_attention),
-    Part("copies", "How long does a small copy wait for a large one, and do both directions hinder each other?", 30, measure_copies),
+    Part(
+        "copies",
+        "How long does a small copy wait for a large one, and do both directions hinder each other?",
+        30,
+        measure_copies,
+    ),
     Part("generation", "How fast does OPT-30B generate 32 tokens behind 512 with 15 GiB?", 190, generate),
     Part("scoring", "How fast does it score prompts as long as five examples?", 110, score),
 )

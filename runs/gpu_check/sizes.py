@@ -34,7 +34,7 @@ class Sizes:
     bench: tuple[str, ...] = ("--model", "facebook/opt-30b", "--dtype", "bfloat16", "--max-memory", "device=15GiB")
     generation: tuple[str, ...] = ("--prompt-len", "512", "--gen-len", "32", "--num-prompts", "80")
     scoring: tuple[str, ...] = ("--score", "--prompt-len", "700", "--num-prompts", "128")
-    pytest: tuple[str, ...] = ("-q",)
+    pytest: tuple[str, ...] = ("-v",)
 
     @property
     def torch_device(self) -> torch.device:
