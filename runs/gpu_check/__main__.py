@@ -16,7 +16,7 @@ import torch
 from flexgen_helm.runs.command_line import make_parser
 from flexgen_helm.runs.gpu_check.parts import PARTS
 from flexgen_helm.runs.gpu_check.process import run_part
-from flexgen_helm.runs.gpu_check.report import write_report
+from flexgen_helm.runs.gpu_check.report import succeeded, write_report
 
 NO_GPU = 2
 
@@ -40,10 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part in PARTS:
         if options.parts is None or part.name in options.parts:
             found[part.name] = run_part(part, dry_run=options.dry_run)
-            print(f"{part.name}: {found[part.name].get('error', 'done')} ({found[part.name]['seconds']:.0f} s)", flush=True)
+            said = found[part.name].get("error", "done" if succeeded(found[part.name]) else "failed")
+            print(f"{part.name}: {said} ({found[part.name]['seconds']:.0f} s)", flush=True)
             write_report(options.out, found)
     print(f"written: {options.out / 'gpu_check.md'}")
-    return 1 if any("error" in of_part or of_part["result"].get("status") for of_part in found.values()) else 0
+    return 0 if all(map(succeeded, found.values())) else 1
 
 
 if __name__ == "__main__":

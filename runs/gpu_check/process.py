@@ -17,8 +17,8 @@ from typing import Any
 from flexgen_helm.runs.gpu_check.parts import PARTS, Part
 from flexgen_helm.runs.gpu_check.sizes import TINY, Sizes
 
-LOG_CHARACTERS = 4000
-"""Of what a part printed, the end that is kept if it did not succeed."""
+LOG_CHARACTERS = 20_000
+"""Of what a part printed, the end that is kept."""
 
 
 def run_part(part: Part, *, dry_run: bool) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def run_part(part: Part, *, dry_run: bool) -> dict[str, Any]:
         dry_run: Whether in tiny sizes on the CPU.
 
     Returns:
-        ``seconds``, and ``result`` or ``error`` with the ``log``.
+        ``seconds``, ``log``, and ``result`` or ``error``.
     """
     with tempfile.TemporaryDirectory() as name:
         file, log = Path(name, "result.json"), Path(name, "log")
@@ -46,10 +46,9 @@ def run_part(part: Part, *, dry_run: bool) -> dict[str, Any]:
                 error = f"not done within {part.limit_s} s"
             finally:
                 _kill(process)
-        seconds = time.perf_counter() - begun
-        if file.exists():
-            return {"seconds": seconds, **json.loads(file.read_text(encoding="utf-8"))}
-        return {"seconds": seconds, "error": error, "log": log.read_text(errors="replace")[-LOG_CHARACTERS:]}
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"error": error}
+        printed = log.read_text(encoding="utf-8", errors="replace")[-LOG_CHARACTERS:]
+        return {"seconds": time.perf_counter() - begun, **found, "log": printed}
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -60,11 +59,12 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def measured(part: Part, sizes: Sizes) -> dict[str, Any]:
-    """Return a part's ``result``; where packages are missing or something fails, the ``error`` and where it was."""
+    """Return a part's ``result``; where packages are missing or something fails the ``error``, and print where it was."""
     try:
         return {"result": part.measure(sizes)}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}", "log": traceback.format_exc()[-LOG_CHARACTERS:]}
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def main(arguments: list[str]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from flexgen_helm.runs.gpu_check.parts import PARTS
 
-LONG = frozenset({"output", "measurement"})
-"""Keys of results that are shown as they are, or in the JSON file alone."""
+HIDDEN = "measurement"
+"""Key of results that is in the JSON file alone."""
 
 
 def write_report(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -36,21 +36,26 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             continue
         yield f"`{part.name}`, {of_part['seconds']:.0f} of at most {part.limit_s} s."
         if "error" in of_part:
-            yield from (f"\n**{of_part['error']}**", *_block(of_part["log"]))
+            yield f"\n**{of_part['error']}**"
         else:
-            yield from _result(of_part["result"])
+            yield from _result({name: value for name, value in of_part["result"].items() if name != HIDDEN})
+        if not succeeded(of_part):
+            yield from ("\n```", of_part["log"], "```")
+
+
+def succeeded(of_part: Mapping[str, Any]) -> bool:
+    """Return whether a part has a result, and the command behind it, if there is one, ended well."""
+    return "error" not in of_part and not of_part["result"].get("status")
 
 
 def _result(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield one table of plain values, one of dictionaries with equal keys, and one of each list."""
-    plain = {name: value for name, value in result.items() if name not in LONG and not isinstance(value, dict | list)}
+    plain = {name: value for name, value in result.items() if not isinstance(value, dict | list)}
     yield from _table([{"": name, "value": value} for name, value in plain.items()])
-    yield from _table([{"": name, **value} for name, value in result.items() if name not in LONG and isinstance(value, dict)])
+    yield from _table([{"": name, **value} for name, value in result.items() if isinstance(value, dict)])
     for value in result.values():
         if isinstance(value, list):
             yield from _table(value)
-    if "output" in result:
-        yield from _block(result["output"])
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -67,7 +72,3 @@ def _line(cells: Sequence[str]) -> str:
 
 def _text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/").replace("\n", " ")
-
-
-def _block(text: str) -> Iterator[str]:
-    yield from ("\n```", text, "```")

@@ -82,7 +82,7 @@ def test_forms_with_other_bits_are_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_function_that_this_torch_lacks_is_said() -> None:
     def lacking() -> Any:
-        yield "alone", getattr(importlib.import_module("torch.nn.attention"), "no_such_function")
+        yield "alone", importlib.import_module("torch.nn.attention").no_such_function
 
     assert "no_such_function" in forms._compared(lacking())["missing"]
 
@@ -108,13 +108,16 @@ def test_a_benchmark_gives_its_figures(tmp_path: Path) -> None:
     assert commands.generate(replace(tiny, generation=("--no-such-option",)))["status"] == 2
 
 
-def test_only_files_with_marked_tests_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_files_with_marked_tests_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     for name, mark in (("test_a.py", "gpu"), ("test_b.py", "slow")):
         (tmp_path / name).write_text(f"import pytest\n\n@pytest.mark.{mark}\ndef test_it():\n    assert True\n")
     monkeypatch.setattr(commands, "TESTS", tmp_path)
-    found = commands.run_tests(TINY)
-    assert "test_a.py::test_it" in found["output"]
-    assert "test_b" not in found["output"]
+    assert commands.run_tests(TINY)["status"] == 0
+    printed = capfd.readouterr().out
+    assert "test_a.py::test_it" in printed
+    assert "test_b" not in printed
     monkeypatch.setattr(commands, "TESTS", tmp_path / "gone")
     assert "Run the command in a checkout" in commands.run_tests(TINY)["missing"]
 
@@ -127,32 +130,35 @@ def test_a_part_is_a_process_with_a_time_limit() -> None:
     assert time.monotonic() - begun < 60
 
 
-def test_a_part_that_fails_says_where() -> None:
+def test_a_part_that_fails_says_where(capsys: pytest.CaptureFixture[str]) -> None:
     def fails(sizes: Sizes) -> dict[str, Any]:
         raise ModuleNotFoundError("No module named 'greenlet'")
 
     found = measured(Part("some", "Some?", 1, fails), TINY)
     assert found["error"] == "ModuleNotFoundError: No module named 'greenlet'"
-    assert "in fails" in found["log"]
-    lines = list(page({"machine": {"seconds": 1.0, **found}}))
+    log = capsys.readouterr().err
+    assert "in fails" in log
+    lines = list(page({"machine": {"seconds": 1.0, **found, "log": log}}))
     assert "\n**ModuleNotFoundError: No module named 'greenlet'**" in lines
+    assert log in lines
 
 
 def test_a_run_that_is_cut_keeps_the_parts_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(part: Part, *, dry_run: bool) -> dict[str, Any]:
         if part is PARTS[2]:
             raise KeyboardInterrupt
-        return {"seconds": 1.0, "result": {"dry": dry_run}}
+        return {"seconds": 1.0, "log": "", "result": {"dry": dry_run}}
 
     monkeypatch.setattr(command, "run_part", cut)
     with pytest.raises(KeyboardInterrupt):
         command.main(["--dry-run", "--out", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out/gpu_check.json").read_text())
-    assert found == {part.name: {"seconds": 1.0, "result": {"dry": True}} for part in PARTS[:2]}
+    assert found == {part.name: {"seconds": 1.0, "log": "", "result": {"dry": True}} for part in PARTS[:2]}
 
 
 @pytest.mark.parametrize(
-    ("found", "status"), [({"result": {"a": 1}}, 0), ({"error": "no", "log": ""}, 1), ({"result": {"status": 1}}, 1)]
+    ("found", "status"),
+    [({"result": {"a": 1}}, 0), ({"error": "no", "log": ""}, 1), ({"result": {"status": 1}, "log": "torn"}, 1)],
 )
 def test_the_exit_status_says_whether_all_succeeded(
     found: dict[str, Any], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
