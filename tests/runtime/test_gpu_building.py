@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,20 @@ def test_torch_is_limited_as_long_as_the_engine_lives(gpu: SimulatedGpu, load: C
         engine.run(fixed_mix(3, 4))
         assert engine.stats.peak_bytes == gpu.allocator.most_reserved <= limit
     assert gpu.allocator.allowed == gpu.allocator.total
+
+
+def test_checks_and_worker_run_on_the_engines_gpu(load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread has a current GPU of its own, on which libraries launch their kernels."""
+    entered: list[tuple[str, torch.device]] = []
+
+    def enter(device: torch.device) -> nullcontext[None]:
+        entered.append((threading.current_thread().name, device))
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    load().close()
+    gpu = torch.device("cuda", 0)
+    assert {(threading.current_thread().name, gpu), ("flexgen-helm", gpu)} <= set(entered)
 
 
 @pytest.mark.parametrize(("options", "place", "cache"), [(STREAMED, "host", ON_HOST), ({}, "device", ON_DEVICE)])
