@@ -90,7 +90,7 @@ def _open_direct(path: Path, flags: int) -> int:
 def _rate(descriptor: int, work: Callable[[Sequence[memoryview], float], int]) -> float:
     """Run ``work``, which returns a number of bytes, in all threads. Return their total rate in bytes per second.
 
-    It gets a thread's buffers, and the time at which it begins: filling them may take longer than reading.
+    ``work`` gets a thread's buffers, and the time at which it may begin: filling them may take longer than reading.
     """
     memory = allocate(NUM_THREADS * BUFFERS * PIECE).numpy()
     memory[:] = np.random.default_rng(0).integers(0, 256, len(memory), np.uint8)  # Random bytes, which no disk can compress.
