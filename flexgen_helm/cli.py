@@ -212,12 +212,12 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     from transformers.utils import logging
 
     from flexgen_helm.memory.device import resolve_device
-    from flexgen_helm.policy.row_sizes import resolved
+    from flexgen_helm.policy.row_sizes import with_row_sizes
     from flexgen_helm.runtime.engine import Engine
 
     imported = time.perf_counter()
     logging.disable_progress_bar()
-    policy = resolved(args.policy, resolve_device(args.device), few_requests=args.few_requests)
+    policy = with_row_sizes(args.policy, resolve_device(args.device), few_requests=args.few_requests)
     names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck")
     given = {name: getattr(args, name, None) for name in names}
     options = {name: value for name, value in given.items() if value}

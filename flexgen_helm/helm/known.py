@@ -63,7 +63,12 @@ def _of_model(arguments: EngineArguments) -> dict[str, Any]:
 
 
 def _of_surroundings(arguments: EngineArguments) -> dict[str, Any]:
+    """Return the code, the device, and what row sizes, kernels and the place of attention depend on."""
     from flexgen_helm.machine.identity import code_identity, machine_identity
-    from flexgen_helm.memory.device import resolve_device
+    from flexgen_helm.memory.device import CPU, resolve_device
+    from flexgen_helm.memory.usage import total_bytes
 
-    return {**code_identity(), **machine_identity(resolve_device(arguments.get("device", "auto")).torch_device)}
+    device = resolve_device(arguments.get("device", "auto"))
+    places = (device.torch_device, CPU.torch_device) if device.is_gpu else ()
+    memory = {"memory": [total_bytes(place) for place in places]}
+    return {**code_identity(), **machine_identity(device.torch_device), **memory}

@@ -58,12 +58,11 @@ def _read_rate(path: Path) -> float:
     num_pieces = max(1, path.stat().st_size // PIECE)
     descriptor = _open_direct(path, os.O_RDONLY)
     offsets = itertools.count()
-    stop = time.perf_counter() + SECONDS
 
-    def read(buffers: Sequence[memoryview]) -> int:
+    def read(buffers: Sequence[memoryview], begun: float) -> int:
         count = 0
         for buffer in itertools.cycle(buffers):
-            if time.perf_counter() >= stop:
+            if time.perf_counter() >= begun + SECONDS:
                 break
             count += os.preadv(descriptor, [buffer], next(offsets) % num_pieces * PIECE)
         return count
@@ -75,7 +74,7 @@ def _write_rate(path: Path) -> float:
     descriptor = _open_direct(path, os.O_WRONLY)
     offsets = iter(range(0, SCRATCH_PIECES * PIECE, PIECE))
 
-    def write(buffers: Sequence[memoryview]) -> int:
+    def write(buffers: Sequence[memoryview], _: float) -> int:
         return sum(os.pwritev(descriptor, [buffers[0]], offset) for offset in offsets)
 
     return _rate(descriptor, write)
@@ -88,15 +87,18 @@ def _open_direct(path: Path, flags: int) -> int:
         return os.open(path, flags)
 
 
-def _rate(descriptor: int, work: Callable[[Sequence[memoryview]], int]) -> float:
-    """Run ``work``, which returns a number of bytes, in all threads. Return their total rate in bytes per second."""
+def _rate(descriptor: int, work: Callable[[Sequence[memoryview], float], int]) -> float:
+    """Run ``work``, which returns a number of bytes, in all threads. Return their total rate in bytes per second.
+
+    ``work`` gets a thread's buffers, and the time at which it may begin: filling them may take longer than reading.
+    """
     memory = allocate(NUM_THREADS * BUFFERS * PIECE).numpy()
     memory[:] = np.random.default_rng(0).integers(0, 256, len(memory), np.uint8)  # Random bytes, which no disk can compress.
     pieces = [memoryview(memory[begin : begin + PIECE]) for begin in range(0, len(memory), PIECE)]  # type: ignore[arg-type]
     try:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             begun = time.perf_counter()
-            num_bytes = sum(pool.map(work, [pieces[i::NUM_THREADS] for i in range(NUM_THREADS)]))
+            num_bytes = sum(pool.map(work, [pieces[i::NUM_THREADS] for i in range(NUM_THREADS)], [begun] * NUM_THREADS))
             os.fdatasync(descriptor)
             return num_bytes / (time.perf_counter() - begun)
     finally:

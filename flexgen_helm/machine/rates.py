@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from flexgen_helm.machine.disk_rate import disk_rates
 
 MEASURED_SECONDS = 0.3
 ROUND_SECONDS = 0.005
-READ_BYTES = 2**27
-"""Larger than the caches of a processor, so that memory is what is measured."""
+READ_BYTES = {"cpu": 2**27, "cuda": 2**30}
+"""By type of device: many times as many as its caches hold, so that memory is what is measured."""
+RANDOM_NUMBERS = 2**22
+"""Different random numbers in a tensor that is measured."""
 NUM_CACHES, NUM_KV_HEADS, NUM_KEYS, HEAD_DIM = 16, 8, 1024, 128
 """Of measured attention: a decode step of 16 sequences, whose K and V are larger than a processor's caches."""
 
@@ -80,26 +83,25 @@ def measure_rates(
 def product_rate(device: torch.device, dtype: torch.dtype, num_tokens: int, matrix: tuple[int, int]) -> float:
     """Floating-point operations per second of ``num_tokens`` tokens meeting one matrix."""
     with torch.inference_mode():
-        x = torch.ones(num_tokens, matrix[1], device=device, dtype=dtype)
-        weight = torch.ones(matrix, device=device, dtype=dtype)
+        x, weight = random_numbers((num_tokens, matrix[1]), device, dtype), random_numbers(matrix, device, dtype)
         return _per_second(lambda: linear(x, weight), device) * 2 * num_tokens * matrix[0] * matrix[1]
 
 
 @functools.cache
 def read_rate(device: torch.device) -> float:
     """Bytes per second read from memory."""
-    memory = torch.zeros(READ_BYTES // 4, device=device)
-    return _per_second(lambda: memory.sum(), device) * READ_BYTES
+    memory = _much_memory(device)
+    return _per_second(lambda: memory.sum(), device) * memory.nbytes
 
 
 @functools.cache
 def link_rates(device: torch.device) -> tuple[float, float]:
     """Bytes per second copied to the device and back, from and to pinned memory."""
-    host = torch.zeros(READ_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    there = torch.zeros(READ_BYTES, dtype=torch.uint8, device=device)
-    to_device = _per_second(lambda: there.copy_(host, non_blocking=True), device)
+    there = _much_memory(device)
+    host = torch.empty_like(there, device="cpu", pin_memory=device.type == "cuda").copy_(there)  # no first touch is measured
     to_host = _per_second(lambda: host.copy_(there, non_blocking=True), device)
-    return to_device * READ_BYTES, to_host * READ_BYTES
+    to_device = _per_second(lambda: there.copy_(host, non_blocking=True), device)
+    return to_device * there.nbytes, to_host * there.nbytes
 
 
 @functools.cache
@@ -113,6 +115,25 @@ def cpu_attention_rate(dtype: torch.dtype) -> float:
             attend = functools.partial(scaled_dot_product_attention, queries, keys, values)
             rates.append(_per_second(attend, torch.device("cpu")))
     return max(rates) * 2 * keys.numel() * keys.element_size()
+
+
+def _much_memory(device: torch.device) -> Tensor:
+    """Random fp32 numbers of `READ_BYTES`; on a GPU on which an engine has left less, of a half, a quarter and so on."""
+    num_bytes = READ_BYTES[device.type]
+    while True:
+        try:
+            return random_numbers((num_bytes // 4,), device, torch.float32)
+        except torch.OutOfMemoryError:
+            if num_bytes <= READ_BYTES["cpu"]:
+                raise
+            num_bytes //= 2
+
+
+def random_numbers(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Normal numbers: a GPU that multiplies or moves equal ones needs less power, and clocks higher than in a run."""
+    count = math.prod(shape)
+    different = torch.randn(min(count, RANDOM_NUMBERS), generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    return different.repeat(-(-count // len(different)))[:count].view(shape)
 
 
 def _per_second(work: Callable[[], object], device: torch.device) -> float:

@@ -103,11 +103,16 @@ def check_model(loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice) -
 
 
 def log_choice(loaded: LoadedModel, passed: Passed) -> None:
-    """Log why a model runs in single rows, and whether it failed the bit-stability check; log nothing in the usual case."""
+    """Log why a model runs in single rows, and if answers may depend on the batch by a bit; log nothing in the usual case."""
     name = f"{loaded.name} ({loaded.model.config.model_type})"
     if passed.not_packed is not None:
         logger.info("%s runs in single rows (one sequence per row), because in packed rows %s", name, passed.not_packed)
-    if not passed.verdict.bit_stable:
+    if passed.verdict.bit_stable is None:
+        logger.info(
+            "%s: whether results differ in the last digits depending on the batch was not measured on the device that computes",
+            name,
+        )
+    elif not passed.verdict.bit_stable:
         logger.info(
             "%s: on this machine results may differ in the last digits depending on the batch (the bit-stability check failed)",
             name,
@@ -168,4 +173,4 @@ def make_rows(
     )
     cost = PROMPT_ROW_COST if not device.is_gpu else 0.0
     packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all, prompt_row_cost=cost)
-    return PackedRows(checked.model, cache, cpu_attention=policy.cpu_attention), packed
+    return PackedRows(checked.model, cache, cpu_attention=policy.cpu_attention if policy.cache[1] else 0.0), packed

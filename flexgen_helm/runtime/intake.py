@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.generation.completion import CompletionBuilder
@@ -25,6 +26,8 @@ from flexgen_helm.schedule.work import PromptWork
 from flexgen_helm.types import Job, Result
 
 NEG_INF = float("-inf")
+ALIGNED = 4
+"""fp32 numbers in the 16 bytes at which a GPU's softmax begins to read."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -171,7 +174,7 @@ def answer(logit_requests: list[LogitRequest], logits: Tensor) -> None:
         logit_requests: Requests, one for each row of the logits.
         logits: fp32 ``[requests, vocab]``.
     """
-    logprobs = torch.log_softmax(logits, -1)
+    logprobs = _log_softmax(logits)
     targets = [(row, scores, i) for row, request in enumerate(logit_requests) for scores, i in request.targets]
     if targets:
         tokens = torch.tensor([scores.tokens[i] for _, scores, i in targets], device=logits.device)
@@ -183,6 +186,18 @@ def answer(logit_requests: list[LogitRequest], logits: Tensor) -> None:
         for row, request in enumerate(logit_requests):
             for continuation in request.continuations:
                 continuation.step(best[row], logits[row], logprobs[row])
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Return the log-probabilities ``[requests, vocab]``.
+
+    A GPU adds up a row from its next multiple of 16 bytes on. So a row that began elsewhere had other bits in another place of
+    the slice; tokens of probability 0 make all rows begin there.
+    """
+    vocab = logits.shape[-1]
+    if logits.device.type == "cuda" and vocab % ALIGNED:
+        logits = pad(logits, (0, -vocab % ALIGNED), value=NEG_INF)
+    return torch.log_softmax(logits, -1)[:, :vocab]
 
 
 def _next_token(generation: Generation, best: int, logits: Tensor) -> int:

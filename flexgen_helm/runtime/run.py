@@ -52,17 +52,18 @@ class Run:
         worker, meter = self._worker, self._meter
         meter.begin_run()
         before = worker.snapshot
-        watch = worker.watch = _Watch(meter, len(self._tickets), before, shown)
+        begun, progress = time.perf_counter(), Progress(len(self._tickets), since=before, shown=shown)
+        worker.watch = progress.update
         try:
             for index in self._finished():
                 result = self._results[index] = _result(index, self._tickets[index], self._on_error)
-                watch.progress.request_done(result)
+                progress.request_done(result)
                 if on_result is not None:
                     on_result(index, result)
             stats = _stats(self._tickets, self._results, before, worker.snapshot)
-            stats.seconds = watch.seconds()
+            stats.seconds = time.perf_counter() - begun
             meter.end_run(stats)
-            logger.info("%s", watch.progress.finish(stats))
+            logger.info("%s", progress.finish(stats))
             return stats
         except BaseException:
             worker.cancel()
@@ -70,7 +71,7 @@ class Run:
             raise
         finally:
             worker.watch = None
-            watch.progress.close()
+            progress.close()
 
     def _finished(self) -> Iterator[int]:
         """Submit all jobs and yield the index of each when it has ended."""
@@ -80,21 +81,6 @@ class Run:
         self._worker.put(list(self._tickets.values()))
         for _ in self._tickets:
             yield finished.get()
-
-
-class _Watch:
-    """An observer of every operation of a run: draws the bar and measures the memory in use."""
-
-    def __init__(self, meter: Meter, num_jobs: int, since: Snapshot, shown: bool | TextIO | None) -> None:
-        self._meter, self._begin = meter, time.perf_counter()
-        self.progress = Progress(num_jobs, since=since, shown=shown)
-
-    def __call__(self, snapshot: Snapshot) -> None:
-        self._meter.sample()
-        self.progress.update(snapshot)
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._begin
 
 
 def _result(index: int, ticket: Ticket, on_error: OnError) -> Result:

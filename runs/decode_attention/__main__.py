@@ -84,8 +84,8 @@ class Step:
         self.cache = PagedCache()
         self.cache.reserve(kept=shared + own * size, transient=0)
         self.stored = self.cache.tensors(KEY, self.k, self.v, ["device"])["device"]
-        for pages in self.stored.tensors:
-            pages.copy_(torch.randn(pages.shape, generator=torch_chance))
+        for part in self.stored.tensors:
+            part.copy_(torch.randn(part.shape, generator=torch_chance))
         segments = [Segment((0,), n - 1, table) for n, table in zip(self.lengths, self.tables, strict=True)]
         pages = RowPages(Row("decode", size, segments), self.cache.pages)
         self.attention = RowAttention(pages, self.cache, torch.device("cpu"), DecodeAttention())

@@ -62,8 +62,7 @@ class Sequences:
         queries[: len(chosen)] = self.queries[chosen]
         scale = queries.shape[-1] ** -0.5
         plans = decode.plan(pages, RULES[options.rule])
-        stores = {"device": self.stores}
-        _, den, total = decode.attend(plans, queries, stores, None, scale=scale, softcap=options.softcap)
+        _, den, total = decode.attend(plans, queries, {"device": self.stores}, None, scale=scale, softcap=options.softcap)
         assert not total[len(chosen) :].any()
         return total[: len(chosen)] / den[: len(chosen), :, None]
 

@@ -267,7 +267,6 @@ def test_attention_on_the_host_has_the_bits_of_attention_on_the_device(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine")
 @pytest.mark.parametrize("cpu_attention", [False, True])
 def test_tiers_beside_a_gpu(tmp_path: Path, cpu_attention: bool) -> None:
     """Pages that are brought change no bit; attention on the CPU rounds differently."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from flexgen_helm.machine import matmul
 from flexgen_helm.machine.matmul import onednn_linear
 from flexgen_helm.model import linear, recorder
 from flexgen_helm.model.linear import OneDNNLinear, pack_weights, use_matmul
@@ -78,7 +79,7 @@ def test_a_plain_model_multiplies_as_transformers_does(family: str, tmp_path: Pa
         return onednn_linear(*args)
 
     monkeypatch.setattr(linear, "onednn_linear", counted)
-    monkeypatch.setitem(linear.PRODUCTS, "onednn", counted)
+    monkeypatch.setitem(matmul.PRODUCTS, "onednn", counted)
     monkeypatch.setattr(recorder, "faster_matmul", lambda device, dtype: "onednn")
     model = RecordedModel(AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path)).eval())
     with torch.inference_mode(), model.plain() as plain:

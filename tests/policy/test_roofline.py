@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from flexgen_helm import Engine, Job
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.machine import rates as module
 from flexgen_helm.machine.disk_rate import disk_rates
 from flexgen_helm.machine.rates import Rates, measure_rates
 from flexgen_helm.policy.roofline import LayerSizes, layer_sizes, sweep_seconds, with_limit
@@ -124,6 +125,34 @@ def test_only_what_a_run_used_is_measured(tmp_path: Path) -> None:
     rates = measure(used=(*LINKS, "cpu_attention"), folder=tmp_path)
     assert all(0 < getattr(rates, link) < math.inf for link in links)  # how fast is the machine's affair
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_measured_is_random() -> None:
+    """A GPU clocks higher on equal numbers."""
+    found = module.random_numbers((3, module.RANDOM_NUMBERS), torch.device("cpu"), torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found[0], found[2])
+    assert found[0].float().std() == pytest.approx(1, abs=0.01)
+    assert found[0].float().mean() == pytest.approx(0, abs=0.01)
+
+
+def test_less_memory_is_measured_where_an_engine_leaves_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, asked, room = module.random_numbers, list[int](), 300
+
+    def on_a_full_device(shape: tuple[int, ...], *others: Any) -> torch.Tensor:
+        asked.append(4 * shape[0])
+        if asked[-1] > room:
+            raise torch.OutOfMemoryError("no memory")
+        return own(shape, *others)
+
+    monkeypatch.setattr(module, "random_numbers", on_a_full_device)
+    monkeypatch.setattr(module, "READ_BYTES", {"meta": 1024, "cpu": 128})
+    assert module._much_memory(torch.device("meta")).nbytes == 256
+    assert asked == [1024, 512, 256]
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        module._much_memory(torch.device("meta"))
+    assert asked[3:] == [1024, 512, 256, 128]
 
 
 def test_a_disk_without_space_is_said(tmp_path: Path) -> None:

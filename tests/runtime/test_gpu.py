@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from flexgen_helm import Engine, Policy
 from flexgen_helm.rows.self_check import Verdict
@@ -14,10 +13,7 @@ from tests.jobs import fixed_mix
 from tests.models import save_tiny
 from tests.reference import Agreement, Reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine"),
-]
+pytestmark = pytest.mark.gpu
 POLICY = Policy(gpu_batch_size=16, num_gpu_batches=2, gpu_batch_tokens=64)
 
 

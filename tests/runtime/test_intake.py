@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flexgen_helm import Job
 from flexgen_helm.generation.prepare import prepare
 from flexgen_helm.generation.vocabulary import Vocabulary
-from flexgen_helm.runtime.intake import Intake, Ticket
+from flexgen_helm.runtime.intake import Intake, Ticket, answer
+from flexgen_helm.schedule.rows import LogitRequest
+from flexgen_helm.schedule.tree import Scores
 from tests.tiny_tokenizers import byte_level
 
 TOKENIZER = byte_level()
@@ -68,3 +71,24 @@ def test_sampled_completions_differ_by_their_index_and_greedy_ones_do_not() -> N
 def test_different_prompts_are_different_work() -> None:
     num_works, _ = merged(SAMPLED, replace(SAMPLED, prompt="The dog"), SAMPLED)
     assert num_works == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [48, 49, 50, 51])
+def test_a_gpus_softmax_reads_every_row_of_logits_alike(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose sums begin at multiples of 16 bytes."""
+    own, row_bytes = torch.log_softmax, list[int]()
+
+    def noting(logits: torch.Tensor, dim: int) -> torch.Tensor:
+        assert logits.is_contiguous()
+        row_bytes.append(logits.shape[-1] * logits.itemsize)
+        return own(logits, dim)
+
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(0)).expand(5, vocab)
+    scores = Scores(tuple(range(5)))
+    requests = [LogitRequest(i, ((scores, 2),), ()) for i in range(4)] + [LogitRequest(4, ((scores, 4),), ())]
+    monkeypatch.setattr(torch, "log_softmax", noting)
+    answer(requests, logits.to("cuda"))
+    assert [count % 16 for count in row_bytes] == [0]
+    expected = own(logits[0].double(), -1)
+    assert [scores.logprobs[i] for i in (2, 4)] == pytest.approx([float(expected[i]) for i in (2, 4)], abs=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.lists import attention, durability, generation, loading, memory, reports, requests, schedule
+from tests.mutants.lists import attention, durability, generation, gpu, loading, memory, reports, requests, schedule
 
 MUTANTS = (
     *attention.MUTANTS,
@@ -13,4 +13,5 @@ MUTANTS = (
     *reports.MUTANTS,
     *requests.MUTANTS,
     *durability.MUTANTS,
+    *gpu.MUTANTS,
 )

@@ -1,0 +1,63 @@
+"""How large the things are that are measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of OPT-30B in 16 bits, whose decode rows attend on the CPU."""
+
+    device: str = "cuda"
+    width: int = 7168
+    num_heads: int = 56
+    head_dim: int = 128
+    num_sequences: int = 80
+    """Sequences whose K and V attention reads."""
+    num_chunks: int = 5
+    """Chunks of 128 tokens of each."""
+    layer_bytes: int = 1176 * MIB
+    small_bytes: int = MIB
+    piece_bytes: tuple[int, ...] = (16 * MIB, 32 * MIB)
+    batches: tuple[int, ...] = (1, 2, 3, 5, 8, 13, 32, 64)
+    """Batch counts of attention's products."""
+    queries: tuple[int, ...] = (16, 32, 48, 80, 128, 256)
+    """Queries of a chunk in attention's products."""
+    tokens: tuple[int, ...] = (16, 40, 64, 256, 1000, 4096)
+    """Tokens that meet a linear layer at a time."""
+    rounds: int = 5
+    bench: tuple[str, ...] = ("--model", "facebook/opt-30b", "--dtype", "bfloat16", "--max-memory", "device=15GiB")
+    generation: tuple[str, ...] = ("--prompt-len", "512", "--gen-len", "32", "--num-prompts", "80")
+    scoring: tuple[str, ...] = ("--score", "--prompt-len", "700", "--num-prompts", "128")
+    pytest: tuple[str, ...] = ("-v",)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device."""
+        return torch.device(self.device)
+
+
+TINY = Sizes(
+    device="cpu",
+    width=64,
+    num_heads=4,
+    head_dim=16,
+    num_sequences=3,
+    layer_bytes=3 * MIB,
+    small_bytes=MIB // 16,
+    piece_bytes=(MIB,),
+    batches=(1, 3),
+    queries=(16, 32),
+    tokens=(16, 40),
+    rounds=1,
+    bench=("--model", "facebook/opt-125m", "--device", "cpu"),
+    generation=("--prompt-len", "8", "--gen-len", "2", "--num-prompts", "2"),
+    scoring=("--score", "--prompt-len", "8", "--num-prompts", "2"),
+    pytest=("-q", "--collect-only"),
+)
+"""For a try on a CPU, which shows that everything runs and nothing else."""
