@@ -62,7 +62,7 @@ class DecodePlan:
         if visits and not rule.causal_only:
             visits.sort(key=_chunk_key)
             masks = _shown(visits, rule)
-            seen: Array = masks.any(1)
+            seen = np.any(masks, axis=1)
             visits, masks = [visit for visit, any_key in zip(visits, seen, strict=True) if any_key], masks[seen]
         chunks = [list(group) for _, group in itertools.groupby(sorted(visits, key=_chunk_key), key=_chunk_key)]
         found = [[pages.find(page, kept=True) for page in chunk[0].pages] for chunk in chunks]
