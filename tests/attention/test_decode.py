@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexgen_helm.attention.decode import KINDS, DecodeAttention, DecodePlan
-from flexgen_helm.attention.decode_kernel import PAGE, _load, _powers_of_two
+from flexgen_helm.attention.decode_kernel import KEY_STRIDE, PAGE, _load_keys, _load_values, _powers_of_two
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.kv_cache.page_format import PageFormat, PageTensors
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageMap
@@ -22,12 +22,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_every_finite_number_of_16_bits_is_read_as_torch_reads_it() -> None:
     patterns = np.arange(2**16, dtype=np.uint16).reshape(1, 1, -1, PAGE).swapaxes(2, 3).copy()
     for dtype in (torch.bfloat16, torch.float16):
-        numbers = np.empty((PAGE, patterns.shape[-1]), np.float32)
-        _load(patterns, 0, 0, KINDS[dtype], numbers, numbers.view(np.uint32), 0)
+        dim = patterns.shape[-1]
+        keys, values = np.empty(dim * KEY_STRIDE, np.float32), np.empty(PAGE * dim, np.float32)
+        for load, numbers in ((_load_keys, keys), (_load_values, values)):
+            load(patterns, np.uint64(0), np.uint64(0), KINDS[dtype], numbers, numbers.view(np.uint32), np.uint64(0))
         expected = torch.from_numpy(patterns[0, 0]).view(dtype).float()
         finite = expected.isfinite()
-        assert torch.equal(torch.from_numpy(numbers)[finite], expected[finite])
         assert int(finite.sum()) > 2**15
+        columns = torch.from_numpy(keys).view(dim, KEY_STRIDE)[:, :PAGE].T
+        for found in (columns, torch.from_numpy(values).view(PAGE, dim)):
+            assert torch.equal(found[finite], expected[finite])
 
 
 def test_powers_of_two_are_as_exact_as_fp32_and_what_is_hidden_vanishes() -> None:

@@ -273,7 +273,7 @@ def test_tiers_beside_a_gpu(tmp_path: Path, cpu_attention: bool) -> None:
     cuda = torch.device("cuda")
     heads, options, lengths = Heads(6, 2, 16, 16), Options(sinks=True), [330, 280, 300, 170]
     plain = TieredMachine(heads, options, lengths, 160, PagePool(60), device=Device(cuda))
-    pool = PagePool(60, host=60, disk=60, shares=(0.2, 0.4, 0.4))
+    pool = PagePool(60, host=60, disk=60, shares=(0.0, 1.0, 0.0) if cpu_attention else (0.2, 0.4, 0.4))
     tiered = TieredMachine(heads, options, lengths, 160, pool, device=Device(cuda), offload_folder=tmp_path)
     tiered.host = HostAttention(Meter(cuda)) if cpu_attention else None
     begins = [0] + [160] * 3
