@@ -52,8 +52,10 @@ class Link:
         return Started(self._pool.submit(self._run, work, before), self._device)
 
     def close(self) -> None:
-        """Wait for the copy that runs and drop those that have not begun."""
+        """Wait until the copy that runs has arrived, and drop those that have not begun."""
         self._pool.shutdown(cancel_futures=True)
+        if self._stream is not None:
+            self._stream.synchronize()  # what it copies from is unpinned next
 
     def _run(self, work: Callable[[], None], before: torch.cuda.Event | None) -> torch.cuda.Event | None:
         with torch.inference_mode():
