@@ -52,10 +52,10 @@ class Link:
         return Started(self._pool.submit(self._run, work, before), self._device)
 
     def close(self) -> None:
-        """Wait until the copy that runs has arrived, and drop those that have not begun."""
+        """Wait for the copies that have begun, on a GPU until they are done, and drop the others."""
         self._pool.shutdown(cancel_futures=True)
         if self._stream is not None:
-            self._stream.synchronize()  # what it copies from is unpinned next
+            self._stream.synchronize()  # the memory of its copies may be freed and unpinned now
 
     def _run(self, work: Callable[[], None], before: torch.cuda.Event | None) -> torch.cuda.Event | None:
         with torch.inference_mode():

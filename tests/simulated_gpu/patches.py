@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +55,7 @@ def _device(gpu: SimulatedGpu) -> dict[str, Any]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
+        "device": lambda device: nullcontext(),
         "get_device_name": lambda device=None: NAME,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
@@ -85,6 +86,7 @@ def _memory(gpu: SimulatedGpu) -> dict[str, Any]:
         "reset_peak_memory_stats": settled(allocator.reset_peaks),
         "empty_cache": settled(allocator.empty_cache),
         "mem_get_info": settled(lambda: (allocator.total - allocator.reserved, allocator.total)),
+        "get_per_process_memory_fraction": lambda device=None: allocator.allowed / allocator.total,
         "set_per_process_memory_fraction": set_fraction,
     }
 

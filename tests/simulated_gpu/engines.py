@@ -1,0 +1,38 @@
+"""Engines on the simulated GPU, for its own tests."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexgen_helm import Engine, Job, Policy
+from flexgen_helm.types import Result
+from tests.jobs import fixed_mix
+
+POLICY = Policy(gpu_batch_size=16, num_gpu_batches=2, gpu_batch_tokens=64)
+THIRDS = (0.2, 0.4, 0.4)
+MIXED = replace(POLICY, weights=THIRDS, cache=THIRDS, hidden=THIRDS, cpu_attention=0.5)
+"""Everything on all three tiers, with attention on both sides."""
+JOBS = fixed_mix(31, 6)
+NUM_LAYERS = 5
+"""So that each tier has a layer."""
+
+
+def answers(folder: Path, policy: Policy, jobs: Sequence[Job] = JOBS, *, device: str = "cuda", **options: Any) -> list[Result]:
+    """What an engine answers that is made for it and closed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        offload = folder.parent / "offload"
+        with Engine.from_pretrained(str(folder), device=device, policy=policy, offload_folder=offload, **options) as engine:
+            found = engine.run(list(jobs), progress=False)
+        del engine
+        gc.collect()  # tensors of the device live in circles too
+        return found
+    finally:
+        torch.set_num_threads(threads)
