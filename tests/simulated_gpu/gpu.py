@@ -7,6 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Literal, NamedTuple
 
 import flexgen_helm
@@ -112,7 +113,7 @@ class SimulatedGpu:
 
     def site(self) -> str:
         """The innermost line of the package in the stack, or of the tests."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         outside = ""
         while frame is not None:
             name = frame.f_code.co_filename
