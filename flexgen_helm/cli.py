@@ -210,11 +210,11 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     from transformers.utils import logging
 
     from flexgen_helm.memory.device import resolve_device
-    from flexgen_helm.policy.row_sizes import resolved
+    from flexgen_helm.policy.row_sizes import with_row_sizes
     from flexgen_helm.runtime.engine import Engine
 
     logging.disable_progress_bar()
-    policy = resolved(args.policy, resolve_device(args.device), few_requests=args.few_requests)
+    policy = with_row_sizes(args.policy, resolve_device(args.device), few_requests=args.few_requests)
     given = {name: getattr(args, name, None) for name in ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights")}
     options = {name: value for name, value in given.items() if value}
     return Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)

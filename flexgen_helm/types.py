@@ -15,6 +15,8 @@ TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 """Tiers from fast to slow: device (a GPU, or the CPU if there is none), host (RAM) and disk (files)."""
 Shares = tuple[float, float, float]
 """Shares on device, host and disk, in the order of TIERS; they add up to 1."""
+ON_DEVICE: Shares = (1.0, 0.0, 0.0)
+ON_HOST: Shares = (0.0, 1.0, 0.0)
 ROUNDING = 1e-6
 """Largest difference between the sum of shares and 1."""
 Resource = Literal["device", "cpu_attention", "host_to_device", "device_to_host", "disk_read", "disk_write", "scheduler"]
@@ -139,8 +141,8 @@ OPTIONAL_COUNTS = ("gpu_batch_size", "gpu_batch_tokens", "block_tokens")
 class Policy:
     """Sizes and placement of the computation (FlexGen sections 3 and 4; docs/offloading.md has a table of the defaults).
 
-    ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics. The others change no bit of an answer, with one
-    exception: on a GPU, attention computed on the CPU rounds differently.
+    ``gpu_batch_size`` and ``gpu_batch_tokens`` are part of the numerics, and so is ``cpu_attention`` on a GPU, because a CPU
+    rounds differently. The others change no bit of an answer.
 
     Attributes:
         gpu_batch_size: Sequences in a decode row; a row with fewer is padded. Also the positions in a slice of the output
@@ -150,9 +152,11 @@ class Policy:
         block_tokens: Prompt tokens computed in one sweep. None: chosen by the free memory.
         weights: Shares of the weights on device, host and disk, in whole layers. None: everything is on the device if it
             fits; else the device is filled, then the host, and the remaining layers are on disk.
-        cache: Shares of the K/V cache on device, host and disk.
+        cache: Shares of the K/V cache on device, host and disk. None: all on the host if ``cpu_attention`` is 1 beside a device
+            with a memory of its own, else all on the device.
         hidden: Shares of the rows whose hidden states are stored on device, host and disk between two layers.
-        cpu_attention: Share of the decode rows whose attention to the host's part of the cache is computed on the CPU.
+        cpu_attention: Share of the decode rows whose attention to the host's part of the cache is computed on the CPU; on a GPU
+            0 or 1. None: chosen by model, machine and limits (`flexgen_helm.policy.attention_place`).
         prefetch: Layers that are loaded ahead. ``prefetch + 1`` layers are on the device in addition to the resident ones.
         overlap: Whether transfers and computation overlap.
 
@@ -165,9 +169,9 @@ class Policy:
     gpu_batch_tokens: int | None = None
     block_tokens: int | None = None
     weights: Shares | None = None
-    cache: Shares = (1.0, 0.0, 0.0)
-    hidden: Shares = (1.0, 0.0, 0.0)
-    cpu_attention: float = 1.0
+    cache: Shares | None = None
+    hidden: Shares = ON_DEVICE
+    cpu_attention: float | None = None
     prefetch: int = 1
     overlap: bool = True
 
@@ -178,22 +182,28 @@ class Policy:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PolicyError(f"{name} must be an integer of at least 1, not {value!r}.")
-        if not _is_share(self.cpu_attention):
+        if not _is_share(self.cpu_attention) and not self._may_be_open("cpu_attention"):
             raise PolicyError(f"cpu_attention must be a number from 0 to 1, not {self.cpu_attention!r}.")
         if not isinstance(self.overlap, bool):
             raise PolicyError(f"overlap must be true or false, not {self.overlap!r}.")
         for name in ("weights", "cache", "hidden"):
-            given = getattr(self, name)
-            if given is not None or name != "weights":
-                object.__setattr__(self, name, _shares(name, given))  # a list, as YAML and JSON have it, becomes a tuple
+            if not self._may_be_open(name):
+                shares = _shares(name, getattr(self, name))  # a list, as YAML and JSON have it, becomes a tuple
+                object.__setattr__(self, name, shares)
+
+    def _may_be_open(self, name: str) -> bool:
+        """Return whether a field is None, and None is its default."""
+        return getattr(self, name) is None and getattr(type(self), name) is None
 
 
 @dataclass(frozen=True)
 class ResolvedPolicy(Policy):
-    """A policy whose row sizes (``gpu_batch_size`` and ``gpu_batch_tokens``) are decided."""
+    """A policy whose row sizes (``gpu_batch_size`` and ``gpu_batch_tokens``), cache and place of attention are decided."""
 
     gpu_batch_size: int = field(kw_only=True)
     gpu_batch_tokens: int = field(kw_only=True)
+    cache: Shares = ON_DEVICE
+    cpu_attention: float = 1.0
 
     @property
     def block_size(self) -> int:
@@ -254,9 +264,9 @@ class RunStats:
     sweeps: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
-    """Highest resident memory of this process in bytes (device memory on a GPU) during the run."""
+    """Highest resident memory of this process in bytes (on a GPU, device memory that torch has taken) during the run."""
     idle_bytes: int = 0
-    """Resident memory of this process in bytes (device memory on a GPU) when the run began, with the model loaded."""
+    """The same when the run began, with the model loaded."""
     tier_peak_bytes: dict[str, int] = field(default_factory=dict)
     """Most bytes that weights, slots, buffers, K and V together held on each tier during the run."""
     bytes_moved: dict[str, int] = field(default_factory=dict)
@@ -326,7 +336,7 @@ class MachineNumerics:
     device: str
     """"cpu" or "cuda"."""
     attention: str = "device"
-    """Tier on which decode rows attend: "device", or "host" on a GPU whose cache is partly on the host."""
+    """Tier on which decode rows attend: "device", or "host" beside a GPU (`flexgen_helm.policy.attention_place`)."""
     matmul: str = "torch"
     """Library of the matrix products."""
     compiled: bool = False
@@ -346,6 +356,14 @@ class Numerics:
     machine: MachineNumerics
     engine: int
     """Version of the code, raised with every change that may change a bit of an answer."""
+
+    @property
+    def policy_fields(self) -> dict[str, float]:
+        """Fields of a `Policy` that name what was decided here, so that another engine is made in the same way."""
+        fields: dict[str, float] = {name: getattr(self.rows, name) for name in ("gpu_batch_size", "gpu_batch_tokens")}
+        if self.machine.device != "cpu" and self.rows.kind == "packed":
+            fields["cpu_attention"] = float(self.machine.attention == "host")
+        return fields
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Numerics:
@@ -373,4 +391,6 @@ class EngineInfo:
     planned_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of weights, slots and buffers on each tier, planned before anything was allocated."""
     cache_bytes: dict[str, int] = field(default_factory=dict)
-    """Most bytes of K and V on each tier; they are allocated when they are needed."""
+    """Most bytes of K and V on each tier."""
+    bit_stable: bool | None = None
+    """Whether neighbours changed no bit in the self-check at load; None: not measured on the device that computes."""

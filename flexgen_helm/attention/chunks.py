@@ -15,7 +15,7 @@ from flexgen_helm.attention.visits import QUERY_PAD
 from flexgen_helm.kv_cache.page_format import PageTensors
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 
-GATHERED_BYTES = 256 << 20
+GATHERED_BYTES = 32 << 20
 """Bytes of K and V that are gathered at a time on a GPU."""
 GATHERED_BYTES_PER_THREAD = 1 << 20
 """Bytes of K and V that are gathered at a time and thread on a CPU, in whose cache they stay (runs/LOG.md)."""

@@ -4,7 +4,7 @@ It waits for a transfer where it starts it, so nothing is ever on its way while 
 at `load_weights`, and bound to their module before the first row of a turn. Whoever would suspend a layer call waits instead.
 
 When the device's memory does not suffice, rows are halved and the sweep is repeated as long as nothing was answered; slices of
-the output head are halved one by one.
+the output head are halved one by one. They stay small, unless even the smallest did not fit: then the sweep fails.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from flexgen_helm.execution.interfaces import AnyRecording, LogitsHandler, Opera
 from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.out_of_memory import is_out_of_device_memory
 from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.schedule.operations import Operation, Order, head_unit, sweep_operations
 from flexgen_helm.schedule.rows import LogitRequest, Sweep, halved
@@ -57,6 +58,7 @@ class SerialExecutor(Generic[AnyRecording]):
         """
         self._meter = meter
         self._rows, self._head_slice, self._order = rows, head_slice, order
+        self._whole_slice = head_slice
         self._weights, self._hidden = weights, hidden
         self._streamed = weights.streamed if weights is not None else frozenset()
         self.num_halvings = 0
@@ -80,12 +82,11 @@ class SerialExecutor(Generic[AnyRecording]):
                 try:
                     self._run_sweep(SweepRun(self._cut(sweep), self._rows, self._hidden), on_logits, on_operation)
                     return
-                except torch.OutOfMemoryError as error:
-                    message = str(error)  # the error itself would keep the sweep's tensors
-                except BaseException:
+                except BaseException as error:
                     self._give_up()
-                    raise
-                self._give_up()
+                    if not is_out_of_device_memory(error):
+                        raise
+                    message = str(error)  # the error itself would keep the sweep's tensors
                 self._halve_rows(sweep, message)
 
     def close(self) -> None:
@@ -111,6 +112,7 @@ class SerialExecutor(Generic[AnyRecording]):
 
     def _halved(self, what: str, size: int, message: str) -> int:
         if size // 2 < SMALLEST_ROW:
+            self.num_halvings, self._head_slice = 0, self._whole_slice  # the jobs of another run may be shorter
             raise OutOfSpace(f"{what} {size} tokens does not fit into the device's memory ({message}). {REMEDY}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -196,7 +198,9 @@ class SerialExecutor(Generic[AnyRecording]):
         """Hand logits out. What is answered must not be answered again, so that this is never repeated."""
         try:
             on_logits(logit_requests, logits)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_device_memory(error):
+                raise
             raise OutOfSpace(
                 f"Choosing {len(logit_requests)} tokens does not fit into the device's memory ({error}). {REMEDY}"
             ) from error
@@ -209,7 +213,9 @@ class SerialExecutor(Generic[AnyRecording]):
             padded[: len(tokens)] = hidden
             with self._busy(Activity("finish")):
                 return self._rows.finish(padded)[: len(tokens)].float()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_device_memory(error):
+                raise
             message = str(error)
         self._head_slice = self._halved("The output head on", self._head_slice, message)
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flexgen_helm.errors import FlexGenError, JobFailed, NotFinite, OutOfSpace
+from flexgen_helm.memory.out_of_memory import is_out_of_device_memory
 
 DAMAGED = "If that does not help, the weights are damaged: fetch the checkpoint again."
 """Sentence for users, after the advice to use another dtype."""
@@ -62,7 +63,7 @@ def of_one_job(error: Exception) -> FlexGenError:
     """
     if isinstance(error, FlexGenError):
         return error
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or is_out_of_device_memory(error):
         found: FlexGenError = OutOfSpace(
             f"Memory does not suffice for this job ({error}). Shorten the prompt, ask for fewer or shorter completions, or "
             "free memory."

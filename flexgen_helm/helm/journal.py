@@ -11,7 +11,6 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +21,6 @@ from helm.common.hierarchical_logger import hwarn
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.helm.disk_errors import clear_disk_errors
 from flexgen_helm.helm.requests import Response, checked
-from flexgen_helm.types import RowNumerics
 
 FOLDER = "flexgen_journal"
 """In the suite's folder, while a command is unfinished."""
@@ -65,7 +63,7 @@ class Journal:
         """Folder for files of runs that are not complete."""
         self._found: dict[str, tuple[Path, int]] = {}
         """File and offset at which the record of an answer begins, by the digest of its key."""
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._policies: dict[str, dict[str, float]] = {}
         self._synced, self._unsynced = time.monotonic(), False
         with clear_disk_errors(str(self._path)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -114,15 +112,15 @@ class Journal:
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
 
-    def rows(self, deployment: str) -> Mapping[str, Any]:
-        """Return fields of the `RowNumerics` with which this command served a deployment before; none if it did not."""
-        return self._rows.get(deployment, {})
+    def policy(self, deployment: str) -> Mapping[str, float]:
+        """Return the `Numerics.policy_fields` with which this command served a deployment before; none if it did not."""
+        return self._policies.get(deployment, {})
 
-    def note_rows(self, deployment: str, rows: RowNumerics) -> None:
-        """Remember in which rows a deployment is served, so that a resumed command uses the same."""
-        if self._rows.get(deployment) != asdict(rows):
-            self._rows[deployment] = asdict(rows)
-            self._write({"deployment": deployment, "row_sizes": asdict(rows)})
+    def note_policy(self, deployment: str, fields: Mapping[str, float]) -> None:
+        """Remember fields of a policy with which a deployment is served, so that a resumed command uses the same."""
+        if self._policies.get(deployment) != fields:
+            self._policies[deployment] = dict(fields)
+            self._write({"deployment": deployment, "policy": self._policies[deployment]})
 
     def discard(self) -> None:
         """Delete what is no longer needed when all runs are complete: this journal, and others of no further run."""
@@ -157,8 +155,8 @@ class Journal:
             self._found[line.text[start : start + 64].decode()] = line.path, line.offset
         elif line.path == self._path:
             record = json.loads(line.text)
-            if "row_sizes" in record:
-                self._rows[record["deployment"]] = record["row_sizes"]
+            if "policy" in record:
+                self._policies[record["deployment"]] = record["policy"]
 
     def _write(self, record: Mapping[str, Any]) -> int:
         """Append a record and return where it begins."""

@@ -80,14 +80,17 @@ def _of_code() -> dict[str, Any]:
 
 
 def _of_machine(arguments: EngineArguments) -> dict[str, Any]:
-    """Return the device, and what row sizes and kernels depend on."""
+    """Return the device, and what row sizes, kernels and the place of attention depend on."""
     import torch
 
-    from flexgen_helm.memory.device import resolve_device
+    from flexgen_helm.memory.device import CPU, resolve_device
+    from flexgen_helm.memory.usage import total_bytes
 
-    device = resolve_device(arguments.get("device", "auto")).torch_device
+    device = resolve_device(arguments.get("device", "auto"))
+    places = (device.torch_device, CPU.torch_device) if device.is_gpu else ()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device.torch_device) if device.is_gpu else device.torch_device.type,
+        "memory": [total_bytes(place) for place in places],
         "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
         "threads": torch.get_num_threads(),
     }

@@ -29,12 +29,12 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
         FlexGenError: The engine cannot be made; see ``Engine.from_pretrained``.
     """
     from flexgen_helm.memory.device import resolve_device
-    from flexgen_helm.policy.row_sizes import resolved
+    from flexgen_helm.policy.row_sizes import with_row_sizes
     from flexgen_helm.runtime.engine import Engine
 
     if few_requests:
         device = resolve_device(arguments.get("device", "auto"))
-        arguments = {**arguments, "policy": resolved(arguments.get("policy"), device, few_requests=True)}
+        arguments = {**arguments, "policy": with_row_sizes(arguments.get("policy"), device, few_requests=True)}
     with messages_in_helms_log():
         return Engine.from_pretrained(**arguments)
 

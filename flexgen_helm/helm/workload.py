@@ -74,7 +74,7 @@ def serve(
             if info is None or info.numerics != engine.numerics:
                 workload.look_up(engine.numerics)
             info = engine.describe()
-            journal.note_rows(deployment.name, info.numerics.rows)
+            journal.note_policy(deployment.name, info.numerics.policy_fields)
             console.say(f"{len(workload.missing):,} of {len(requests):,} requests are computed")
             workload.compute(engine, console)
             workload.stats = _with_limit(engine, workload.stats)
@@ -86,13 +86,12 @@ def serve(
 
 
 def _arguments(deployment: ModelDeployment, journal: Journal) -> EngineArguments:
-    """Return the deployment's arguments; what is resumed is resumed with the row sizes with which it began."""
-    arguments, begun = parse_arguments(deployment.client_spec.args), journal.rows(deployment.name)
+    """Return the deployment's arguments; what is resumed has the row sizes and the place of attention with which it began."""
+    arguments, begun = parse_arguments(deployment.client_spec.args), journal.policy(deployment.name)
     policy = arguments.get("policy") or Policy()
-    sizes = ("gpu_batch_size", "gpu_batch_tokens")
-    left_open = {name: begun[name] for name in sizes if name in begun and getattr(policy, name) is None}
+    left_open = {name: value for name, value in begun.items() if getattr(policy, name) is None}
     if left_open:
-        hlog(f"{deployment.name} continues with the row sizes of the journal: {left_open}")
+        hlog(f"{deployment.name} continues with the numerics of the journal: {left_open}")
         arguments["policy"] = replace(policy, **left_open)
     return arguments
 

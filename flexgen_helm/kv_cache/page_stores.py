@@ -25,18 +25,19 @@ HOST = torch.device("cpu")
 
 
 class GrowingPages:
-    """Tensors of one kind of pages, which grow with the highest number in use."""
+    """Tensors of one kind of pages, which may grow with the highest number in use."""
 
-    def __init__(self, capacity: int | None) -> None:
+    def __init__(self, capacity: int | None, *, grows: bool = True) -> None:
         """Nothing is allocated yet.
 
         Args:
             capacity: There will never be more pages; None: no bound.
+            grows: Whether tensors begin small. On a GPU they would leave memory of every size that they had, which torch keeps.
         """
         self._capacity = capacity
         self.num_bytes = 0
         """Bytes of all tensors when all their pages are in use."""
-        self._pages = 0
+        self._pages = 0 if grows or capacity is None else capacity
         self._tensors: dict[tuple[CacheKey, PageFormat], PageTensors] = {}
 
     def reserve(self, pages: int) -> None:

@@ -24,7 +24,7 @@ from flexgen_helm.types import Tier
 
 
 class PagedCache:
-    """Storage behind the page numbers of a scheduler. Grows with the highest page in use of each tier."""
+    """Storage behind the page numbers of a scheduler. Grows with the highest page in use of each tier but a GPU's."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class PagedCache:
         self._dtype, self.meter = dtype, meter
         self.pages = PageMap(None if pool is None else pool.capacities, device.own_memory)
         """Which tier and place each kept page has."""
-        self._kept = GrowingPages(None if pool is None else pool.capacities.device)
+        self._kept = GrowingPages(None if pool is None else pool.capacities.device, grows=not device.is_gpu)
         self._transient = GrowingPages(None)
         self._host = HostPages(0 if pool is None else pool.capacities.host)
         self.device = device

@@ -1,4 +1,4 @@
-"""Settings of the C library's allocator: how it returns freed memory to the system."""
+"""Return of freed memory to the system and the GPU, by the C library's allocator and by torch's."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import ctypes
 import threading
 from collections.abc import Callable
 
+import torch
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _MIB = 2**20
 
 
 def return_freed_memory() -> None:
-    """Return freed tensors of up to 32 MiB to the system; otherwise the C library keeps the size of a layer of them."""
+    """Return freed tensors to the system and to the GPUs; otherwise their allocators keep the memory.
+
+    The C library keeps tensors of up to 32 MiB, about a layer of them. torch keeps all memory that it ever took on a GPU.
+    """
+    torch.cuda.empty_cache()  # does nothing in a process that has used no GPU
     trim = _function("malloc_trim")
     if trim is not None:
         trim(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import logging
 import mmap
 import weakref
 
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.memory.amounts import gib
+
+logger = logging.getLogger(__name__)
 
 PAGE = 4096
 """Bytes of a memory page: direct I/O needs addresses, offsets and lengths that are multiples of it."""
@@ -28,13 +32,14 @@ def allocate(num_bytes: int, *, pin: bool = False) -> Tensor:
     Args:
         num_bytes: Bytes to allocate, rounded up to whole pages.
         pin: Whether to pin the pages, so that a GPU can copy from them while it computes. Exactly these pages are pinned;
-            torch's own pinned memory is rounded up to a power of two.
+            torch's own pinned memory is rounded up to a power of two. Where the system refuses, copies are slower, and a log
+            line says so.
 
     Returns:
         uint8 ``[bytes]``; freed with the last tensor that views it.
 
     Raises:
-        OutOfSpace: If the memory cannot be allocated or pinned.
+        OutOfSpace: If the memory cannot be allocated.
     """
     pages = _mapped(num_bytes)
     with contextlib.suppress(OSError):  # a kernel without huge pages; with them direct reads take half of the CPU's time
@@ -71,10 +76,26 @@ def _mapped(num_bytes: int) -> mmap.mmap:
 
 def _pin(memory: Tensor, owner: ctypes.Array[ctypes.c_ubyte]) -> None:
     runtime = torch.cuda.cudart()
-    status = runtime.cudaHostRegister(memory.data_ptr(), len(memory), 0)
-    if int(status) != 0:
-        raise OutOfSpace(
-            f"{gib(len(memory))} could not be pinned (CUDA status {int(status)}). Raise the limit of locked memory "
-            "(ulimit -l), or put a smaller share on the host."
-        )
-    weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
+    status = int(runtime.cudaHostRegister(memory.data_ptr(), len(memory), 0))
+    if status == 0:
+        weakref.finalize(owner, runtime.cudaHostUnregister, memory.data_ptr())
+    else:
+        _forget_last_error()
+        _log_refused_pin(status)
+
+
+def _forget_last_error() -> None:
+    """Clear the error that CUDA keeps of a failed call, which the next kernel would raise; torch has no function for it."""
+    clear = getattr(ctypes.CDLL(None), "cudaGetLastError", None)
+    if clear is not None:
+        clear()
+
+
+@functools.cache
+def _log_refused_pin(status: int) -> None:
+    """Say once in a process that memory could not be pinned."""
+    logger.warning(
+        "host memory could not be pinned (CUDA status %s), so copies between host and GPU are slower and wait for each other: "
+        "raise the limit of locked memory (ulimit -l), or put a smaller share on the host",
+        status,
+    )

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from flexgen_helm.memory.usage import used_bytes
+from flexgen_helm.memory.usage import PeakBytes
 from flexgen_helm.types import RESOURCES, Resource, RunStats, SweepStats, Tier
 
 ActivityKind = Literal[
@@ -88,7 +88,7 @@ class Meter:
         self._sweeps: list[SweepStats] | None = None
         self._begun = self._window = clock()
         self._anchor: _Anchor = (None, self._begun)
-        self._idle = self._most = 0
+        self._memory: PeakBytes | None = None
 
     @contextmanager
     def span(self, resource: Resource, activity: Activity, num_bytes: int = 0) -> Iterator[None]:
@@ -138,8 +138,9 @@ class Meter:
             self._peaks[tier] = max(self._peaks.get(tier, 0), held)
 
     def sample(self) -> None:
-        """Measure the memory of the process now and keep the maximum; cheap enough for every operation."""
-        self._most = max(self._most, used_bytes(self._device))
+        """Measure the memory of the process now and keep the maximum of the run; cheap enough for every operation."""
+        if self._memory is not None:
+            self._memory.sample()
 
     def begin_run(self) -> None:
         """Begin to measure a run: forget the run before it, keep the memory held."""
@@ -150,7 +151,7 @@ class Meter:
                 self._peaks[tier] = sum(count for (place, _), count in self._arenas.items() if place == tier)
             self._set_anchor()
             self._begun = self._window = self.now()
-            self._idle = self._most = used_bytes(self._device)
+            self._memory = PeakBytes(self._device)
 
     def end_sweep(self, prompt_tokens: int, decode_tokens: int, generated_tokens: int) -> None:
         """End the measurement of a sweep, which began at the end of the sweep before. Spans that still run count until now.
@@ -179,7 +180,8 @@ class Meter:
         with self._lock:
             stats.per_sweep, self._sweeps, self._running = self._sweeps or [], None, []
             stats.tier_peak_bytes = dict(self._peaks)
-        stats.peak_bytes, stats.idle_bytes = self._most, self._idle
+        if self._memory is not None:
+            stats.peak_bytes, stats.idle_bytes = self._memory.bytes(), self._memory.begun
         for name in RESOURCES:
             moved = sum(sweep.bytes_moved.get(name, 0) for sweep in stats.per_sweep)
             busy = sum(sweep.busy_seconds.get(name, 0.0) for sweep in stats.per_sweep)

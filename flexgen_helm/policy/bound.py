@@ -32,13 +32,13 @@ BOUNDS = {
         "bringing weights from the host to the device", f"more of the device's memory (max_memory), or {MORE_PROMPTS}"
     ),
     "host_to_device": Bound(
-        "bringing K, V or hidden states from the host to the device", "cpu_attention of 1, or fewer prompts at a time"
+        "bringing K, V or hidden states from the host to the device", "cpu_attention=1, or fewer prompts at a time"
     ),
     "device_to_host": Bound(
         "bringing K, V or hidden states from the device to the host",
         "fewer prompts at a time, so that more fits",
     ),
-    "cpu_attention": Bound("attention on the CPU", "a smaller cpu_attention, or more of the device's memory (max_memory)"),
+    "cpu_attention": Bound("attention on the CPU", "cpu_attention=0, or more of the device's memory (max_memory)"),
     "memory": Bound("reading weights from the device's own memory", MORE_PROMPTS),
     "device": Bound("multiplying matrices", "a faster device, or a number format in which it multiplies faster (dtype)"),
     "scheduler": Bound("planning the sweeps", "larger rows (gpu_batch_size, gpu_batch_tokens), which are part of the numerics"),

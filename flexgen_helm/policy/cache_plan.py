@@ -80,13 +80,14 @@ class CachePlan:
         """
         return block_size * SEQUENCE_TOKENS * self.bytes_per_token
 
-    def capacities(self, left: Mapping[Tier, int]) -> dict[Tier, int]:
+    def capacities(self, left: Mapping[Tier, int], most: float = math.inf) -> dict[Tier, int]:
         """Return the bytes of the cache on each tier: as many as fit into the remaining memory, in the policy's shares.
 
         Args:
             left: Bytes of each tier that may still be used.
+            most: Most bytes that are useful, on all tiers together.
         """
         taken = self.taken
         room = {tier: CACHE_SHARE * (left[tier] - (tier == "host" and self.buffer_bytes)) for tier in taken}
-        total = max(0.0, min(room[tier] / share for tier, share in taken.items() if share))
+        total = max(0.0, min(most, *(room[tier] / share for tier, share in taken.items() if share)))
         return {tier: int(total * share) for tier, share in zip(TIERS, self.shares, strict=True)}

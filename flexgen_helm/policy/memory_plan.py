@@ -17,12 +17,12 @@ from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.shortage import Shortage, describe_shortage
 from flexgen_helm.policy.space import Space, pool_name
 from flexgen_helm.policy.weight_plan import WeightPlan
-from flexgen_helm.types import TIERS, ResolvedPolicy, RunStats, Shares, Tier
+from flexgen_helm.types import ON_DEVICE, TIERS, Policy, ResolvedPolicy, RunStats, Shares, Tier
 
 FITS_SHARE = 0.8
 """A model fits on the device if it takes at most this share of it: K, V, hidden states and logits need the remaining memory."""
 FILL_SHARE = 0.9
-"""Share of a tier that is filled if a model fits on none, and share of that which the cache may take before the weights.
+"""Share of a tier that is filled if a model fits on none, and share of that which cache or weights may take before the other.
 Each sweep reads the weights once for all sequences, so memory is worth more for another sequence than for another layer."""
 LOADED_AT_ONCE = 2
 """Copies of the largest unit that loading holds at a time: as it is read, and as it is stored."""
@@ -39,7 +39,7 @@ class MemoryPlan:
     cache: CachePlan
 
     @classmethod
-    def of(cls, shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> MemoryPlan:
+    def of(cls, shapes: ModelShapes, policy: ResolvedPolicy, space: Space, asked: Policy | None = None) -> MemoryPlan:
         """Plan the memory of an engine.
 
         Args:
@@ -47,13 +47,14 @@ class MemoryPlan:
             policy: Policy with the shares of weights. If they are None, everything is put on the device if it fits, else
                 device, host and disk are filled in this order.
             space: Bytes of each tier that may be used.
+            asked: Policy of the user, for messages; None: ``policy``.
 
         Raises:
             PolicyError: If the engine does not fit where the policy puts it.
         """
-        whole = cls._placed(shapes, policy, space, (1.0, 0.0, 0.0))
+        whole = cls._placed(shapes, policy, space, ON_DEVICE)
         on_disk = cls._placed(shapes, policy, space, (0.0, 0.0, 1.0))
-        if policy.weights == (1.0, 0.0, 0.0) or (policy.weights is None and whole._fits_on_the_device()):
+        if policy.weights == ON_DEVICE or (policy.weights is None and whole._fits_on_the_device()):
             plan = whole
         elif policy.weights is not None:
             plan = cls._placed(shapes, policy, space, policy.weights)
@@ -62,7 +63,7 @@ class MemoryPlan:
             plan = next((each for each in (filled, on_disk, whole) if each.has_room), filled)
         if not plan.has_room:
             least = least_memory(whole, replace(on_disk, weights=replace(on_disk.weights, prefetch=1)))
-            raise PolicyError(describe_shortage(plan._shortage(least), policy))
+            raise PolicyError(describe_shortage(plan._shortage(least), policy, asked or policy))
         return plan
 
     @classmethod
@@ -74,12 +75,12 @@ class MemoryPlan:
     @property
     def working_bytes(self) -> int:
         """Bytes of working memory on the device: activations, hidden states and logits."""
-        return working_memory.working_bytes(self.shapes, self.policy)
+        return self.space.scratch_bytes + working_memory.working_bytes(self.shapes, self.policy)
 
     @property
     def checking_bytes(self) -> int:
         """Bytes that the self-check takes in addition to the layers that it checks."""
-        return working_memory.checking_bytes(self.shapes, self.policy)
+        return self.space.scratch_bytes + working_memory.checking_bytes(self.shapes, self.policy)
 
     @property
     def has_room(self) -> bool:
@@ -163,27 +164,47 @@ class MemoryPlan:
 
     def _filling_shares(self) -> Shares:
         """Return the shares of weights that fill the memory left by a full cache: the device first, then host, then disk."""
-        space, own_memory = self.space, self.space.own_memory
-        total, largest = self.shapes.total_bytes, self.shapes.largest_bytes  # realised shares may differ by a unit
         slots = (self.policy.prefetch + 1) * max(self.shapes.bound_bytes.values())
-        cache_bytes, least = self.cache.full_bytes(self.policy.block_size), self.cache.least_bytes
-
-        def room(tier: Tier, taken: int, cache_share: float) -> float:
-            usable = max(0, FILL_SHARE * space.of(tier) - taken - largest)
-            filled = usable - min(cache_share * cache_bytes, FILL_SHARE * usable)
-            most = space.of(tier) - taken - largest - least[tier]
-            return max(0.0, min(total, filled, most)) / total
-
-        cache = self.policy.cache
-        if not own_memory:
-            device, host = 0.0, room("host", slots + self.working_bytes, cache[0] + cache[1])
-        else:
-            device = room("device", slots + self.working_bytes, cache[0])
-            loading = LOADED_AT_ONCE * largest
-            host = min(1.0 - device, room("host", loading, cache[1]))
-            if device + host < 1:
-                host = min(1.0 - device, room("host", max(loading, slots), cache[1]))
+        cache, loading = self.cache.shares, LOADED_AT_ONCE * self.shapes.largest_bytes
+        if not self.space.own_memory:
+            host = self._filled("host", slots + self.working_bytes, cache[0] + cache[1])
+            return 0.0, host, max(0.0, 1 - host)
+        device = self._filled("device", slots + self.working_bytes + self._loaded_cache_bytes(slots, loading), cache[0])
+        host = self._host_share(loading, 1 - device)
+        if device + host < 1:
+            host = self._host_share(max(loading, slots), 1 - device)
         return device, host, max(0.0, 1 - device - host)
+
+    def _usable(self, tier: Tier, taken: int) -> float:
+        """Return the bytes of a tier for weights and cache; realised shares may differ by a unit."""
+        return max(0.0, FILL_SHARE * self.space.of(tier) - taken - self.shapes.largest_bytes)
+
+    def _most(self, tier: Tier, taken: int) -> int:
+        """Return the bytes of a tier for weights beside the smallest cache."""
+        return self.space.of(tier) - taken - self.shapes.largest_bytes - self.cache.least_bytes[tier]
+
+    def _filled(self, tier: Tier, taken: int, cache_share: float) -> float:
+        """Return the share of the weights that a tier has room for once the cache is there."""
+        usable, total = self._usable(tier, taken), self.shapes.total_bytes
+        cache_bytes = cache_share * self.cache.full_bytes(self.policy.block_size)
+        return max(0.0, min(total, usable - min(cache_bytes, FILL_SHARE * usable), self._most(tier, taken))) / total
+
+    def _host_share(self, taken: int, wanted: float) -> float:
+        """Return the share of the weights for a host beside a device; all that are wanted come before the cache if they fit.
+
+        Otherwise they would be on the disk, from which they come ten times as slowly.
+        """
+        if wanted * self.shapes.total_bytes <= min(FILL_SHARE * self._usable("host", taken), self._most("host", taken)):
+            return wanted
+        return min(wanted, self._filled("host", taken, self.cache.shares[1]))
+
+    def _loaded_cache_bytes(self, slots: int, loading: int) -> int:
+        """Return the bytes of the device for the rows that have pages of one layer loaded from a cache on the host."""
+        usable = self._usable("host", loading)
+        weights = self.shapes.total_bytes - self._usable("device", slots + self.working_bytes)
+        room = usable - weights if weights <= FILL_SHARE * usable else FILL_SHARE * usable
+        cache_bytes = min(self.cache.shares[1] * self.cache.full_bytes(self.policy.block_size), room)
+        return int(self.cache.rows_at_once * cache_bytes / self.shapes.num_layers)
 
 
 def least_memory(*plans: MemoryPlan) -> dict[Tier, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flexgen_helm.schedule.operations import head_unit
 
@@ -61,6 +61,21 @@ class ModelShapes:
     def has_own_head(self) -> bool:
         """Whether the output head has weights of its own."""
         return head_unit(self.num_layers) in self.bound_bytes
+
+    def at_16_bits(self) -> ModelShapes:
+        """Return the sizes with two bytes for every element of weights, K and V, whatever their dtype and compression."""
+        bound = {j: 2 * count // self.itemsize for j, count in self.bound_bytes.items()}
+        stored = {EMBEDDINGS: 2 * self.stored_bytes[EMBEDDINGS] // self.itemsize, **bound}
+        first_layers = 2 * self.first_layers_bytes // self.itemsize
+        return replace(
+            self,
+            stored_bytes=stored,
+            bound_bytes=bound,
+            unpacks=False,
+            itemsize=2,
+            kv_itemsize=2,
+            first_layers_bytes=first_layers,
+        )
 
     @property
     def cache_bytes_per_token(self) -> int:

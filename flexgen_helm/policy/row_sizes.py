@@ -19,8 +19,8 @@ SMALL_CPU_ROWS = (16, 64)
 """(gpu_batch_size, gpu_batch_tokens) on a CPU for a few requests at a time: padding would cost more than large rows gain."""
 
 
-def resolved(policy: Policy | None, device: Device, *, few_requests: bool = False) -> ResolvedPolicy:
-    """Decide the row sizes that a policy leaves open. Its other fields do not change them.
+def with_row_sizes(policy: Policy | None, device: Device, *, few_requests: bool = False) -> Policy:
+    """Decide the row sizes that a policy leaves open. Its other fields do not change them, and stay as they are.
 
     Args:
         policy: Policy of the user; None if there is none.
@@ -28,14 +28,20 @@ def resolved(policy: Policy | None, device: Device, *, few_requests: bool = Fals
         few_requests: Whether requests come a few at a time, as in HELM's client.
     """
     policy = Policy() if policy is None else policy
-    if isinstance(policy, ResolvedPolicy):
-        return policy
     if device.is_gpu:
         size, tokens = GPU_ROWS
     else:
         step = VECTOR * torch.get_num_threads()
         size, tokens = (-(-count // step) * step for count in (SMALL_CPU_ROWS if few_requests else CPU_ROWS))
-    named = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    named["gpu_batch_size"] = policy.gpu_batch_size or size
-    named["gpu_batch_tokens"] = policy.gpu_batch_tokens or tokens
-    return ResolvedPolicy(**named)
+    return dataclasses.replace(
+        policy,
+        gpu_batch_size=policy.gpu_batch_size or size,
+        gpu_batch_tokens=policy.gpu_batch_tokens or tokens,
+    )
+
+
+def resolved(policy: Policy | None, device: Device, *, few_requests: bool = False) -> ResolvedPolicy:
+    """Decide the row sizes as `with_row_sizes` does, and give other fields that are open their defaults."""
+    sized = with_row_sizes(policy, device, few_requests=few_requests)
+    named = {field.name: getattr(sized, field.name) for field in dataclasses.fields(sized)}
+    return ResolvedPolicy(**{name: value for name, value in named.items() if value is not None})

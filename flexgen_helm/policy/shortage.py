@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.policy.space import Space, pool_name
-from flexgen_helm.types import Policy, Tier
+from flexgen_helm.types import ON_DEVICE, Policy, ResolvedPolicy, Tier
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,13 @@ class Shortage:
     """Bytes of each tier that may be used."""
 
 
-def describe_shortage(plan: Shortage, policy: Policy) -> str:
+def describe_shortage(plan: Shortage, policy: ResolvedPolicy, asked: Policy) -> str:
     """Return a message: the memory that a plan lacks, the least in which the model runs, and what to change.
 
     Args:
         plan: The plan that does not fit.
-        policy: Policy that the user gave.
+        policy: Policy of the plan.
+        asked: Policy that the user gave.
     """
     least, space = plan.least_bytes, plan.space
     if any(count > space.of(tier) for tier, count in least.items()):
@@ -45,8 +46,8 @@ def describe_shortage(plan: Shortage, policy: Policy) -> str:
             "gpu_batch_size."
         )
     short = {tier: count for tier, count in plan.peak_bytes.items() if count > space.of(tier)}
-    asked = {"weights": policy.weights, "cache": policy.cache, "prefetch": policy.prefetch}
-    named = {name: value for name, value in asked.items() if value != getattr(Policy, name)}
+    defaults = {"weights": None, "cache": ON_DEVICE, "prefetch": Policy.prefetch}
+    named = {name: value for name, default in defaults.items() if (value := getattr(asked, name)) not in (None, default)}
     what = ", ".join(f"{name}={value}" for name, value in named.items()) or "The model"
     needs = f"{what} needs {_amounts(short, space)}, but {_allowed(short, space)}. Weights: {plan.weights}"
     if set(short) == {"disk"}:

@@ -17,6 +17,10 @@ class Space:
     """Whether the device has a memory of its own; if not, device and host are one RAM and `available` has it for both."""
     limits: Mapping[Tier, int] = field(default_factory=dict)
     """Most bytes that the user allows, for the tiers that the user names."""
+    is_gpu: bool = False
+    """Whether the device is a GPU, on which attention rounds in another way than on the CPU."""
+    scratch_bytes: int = 0
+    """Bytes of the device that attention takes for a moment, whatever the row sizes."""
 
     def limited(self, tier: Tier) -> bool:
         """Return whether the user limits a tier, and not the free memory."""

@@ -96,11 +96,16 @@ def check_model(loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice) -
 
 
 def log_choice(loaded: LoadedModel, checked: CheckedModel) -> None:
-    """Log why a model runs in single rows, and whether it failed the bit-stability check; log nothing in the usual case."""
+    """Log why a model runs in single rows, and if answers may depend on the batch by a bit; log nothing in the usual case."""
     name = f"{loaded.name} ({loaded.model.config.model_type})"
     if checked.not_packed is not None:
         logger.info("%s runs in single rows (one sequence per row), because in packed rows %s", name, checked.not_packed)
-    if not checked.verdict.bit_stable:
+    if checked.verdict.bit_stable is None:
+        logger.info(
+            "%s: whether results differ in the last digits depending on the batch was not measured on the device that computes",
+            name,
+        )
+    elif not checked.verdict.bit_stable:
         logger.info(
             "%s: on this machine results may differ in the last digits depending on the batch (the bit-stability check failed)",
             name,

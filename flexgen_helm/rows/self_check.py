@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexgen_helm.errors import FlexGenError, OutOfSpace, UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
+from flexgen_helm.memory.out_of_memory import is_out_of_device_memory
 from flexgen_helm.model.layers import num_layers_of_every_kind
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.schedule.rows import LogitRequest, Sweep
@@ -50,8 +51,8 @@ class Verdict:
 
     worst_difference: float
     """Largest difference from transformers' own forward, over all log-probabilities."""
-    bit_stable: bool
-    """Whether sequences gave the same bits among others and alone (level B)."""
+    bit_stable: bool | None
+    """Whether sequences gave the same bits among others and alone (level B); None: not measured on the device that computes."""
     layers: tuple[LayerCache, ...]
     """Cache sizes of each layer of the model that was checked, in its dtype."""
 
@@ -87,11 +88,11 @@ def as_refusal() -> Iterator[None]:
             yield
     except FlexGenError:
         raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfSpace(
-            f"The self-check needs more memory than there is ({error}). Free memory, or use device='cpu'."
-        ) from error
     except Exception as error:
+        if isinstance(error, MemoryError) or is_out_of_device_memory(error):
+            raise OutOfSpace(
+                f"The self-check needs more memory than there is ({error}). Free memory, or use device='cpu'."
+            ) from error
         raise UnsupportedModel(f"its own code fails ({type(error).__name__}: {error})") from error
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,20 +19,26 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.execution.overlapped import OverlappedExecutor
 from flexgen_helm.execution.serial import SerialExecutor
+from flexgen_helm.kv_cache.pages import num_pages
 from flexgen_helm.loading.source import LoadedModel, ModelSource, dtype_name
 from flexgen_helm.memory.device import Device
+from flexgen_helm.memory.device_limit import DEVICE_LIMITS
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.workspaces import make_workspaces
 from flexgen_helm.model.layers import layers_of
+from flexgen_helm.policy.attention_place import attention_place
 from flexgen_helm.policy.memory_plan import MemoryPlan
+from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import shapes_of
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
-from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space
+from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space, whole_machine
 from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats, slab_identity
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.work import Scheduler
 from flexgen_helm.types import (
+    ON_DEVICE,
     CacheNumerics,
     MachineNumerics,
     Numerics,
@@ -39,6 +48,8 @@ from flexgen_helm.types import (
     Tier,
     WeightNumerics,
 )
+
+logger = logging.getLogger(__name__)
 
 NUMERICS_VERSION = 3
 """Version of the numerics: raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
@@ -80,6 +91,8 @@ class Parts:
     folder: Path
     """Folder for everything on disk; it may not exist."""
     meter: Meter
+    held: ExitStack = field(default_factory=ExitStack)
+    """What is released when the engine is closed, after the executor."""
 
 
 def build(source: ModelSource, options: EngineOptions) -> Parts:
@@ -95,17 +108,20 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
         CorruptFile: If files are missing or torn.
         DiskFull: If there is no space for everything that the plan puts on disk.
     """
-    blueprint = _draw(source, options)
-    placed = load_and_check(blueprint)
-    log_choice(placed.loaded, placed.checked)
-    for tier, count in blueprint.plan.weights.resident_bytes.items():
-        blueprint.meter.hold(tier, "resident weights", count)
-    try:
-        return _assemble(blueprint, placed, options)
-    except BaseException:
-        if placed.weights is not None:
-            placed.weights.close()
-        raise
+    with options.device.current(), ExitStack() as held:
+        held.enter_context(DEVICE_LIMITS.hold(options.device, options.limits.get("device")))
+        blueprint = _draw(source, options)
+        placed = load_and_check(blueprint)
+        log_choice(placed.loaded, placed.checked)
+        for tier, count in blueprint.plan.weights.resident_bytes.items():
+            blueprint.meter.hold(tier, "resident weights", count)
+        try:
+            parts = _assemble(blueprint, placed, options)
+        except BaseException:
+            if placed.weights is not None:
+                placed.weights.close()
+            raise
+        return replace(parts, held=held.pop_all())
 
 
 def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions) -> Parts:
@@ -115,14 +131,18 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     kv_dtype = options.kv_dtype or blueprint.source.dtype
     if policy.cache[2] or policy.hidden[2]:
         make_folder(folder)
+    make_workspaces(device, blueprint.source.dtype)
     left = plan.left(free_space(device, folder))
-    cache_bytes = plan.cache.capacities(left)
     page_bytes = plan.page_bytes(placed.checked.verdict.cache_bytes_per_token)
+    most = math.inf
+    if device.is_gpu and placed.checked.kind == "packed":  # whose pages are made at once
+        most = policy.block_size * num_pages(0, placed.loaded.max_length) * page_bytes
+    cache_bytes = plan.cache.capacities(left, most)
     storage = CacheStorage(cache_bytes, page_bytes, device=device, kv_dtype=kv_dtype, folder=folder, meter=meter)
     keep_all = options.order != "zigzag"
     rows, scheduler = make_rows(placed.checked, policy, storage, block_tokens=plan.block_tokens(left), keep_all=keep_all)
     hidden = None
-    if policy.hidden != (1.0, 0.0, 0.0):
+    if policy.hidden != ON_DEVICE:
         hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)
     executor = (OverlappedExecutor if policy.overlap else SerialExecutor)(
         rows, head_slice=policy.gpu_batch_size, order=options.order, weights=placed.weights, hidden=hidden, meter=meter
@@ -147,7 +167,7 @@ def numerics_of(
     weights: WeightNumerics, checked: CheckedModel, policy: ResolvedPolicy, device: Device, kv_dtype: torch.dtype
 ) -> Numerics:
     """Return everything besides the job that decides the bits of an answer."""
-    on_host = device.is_gpu and policy.cpu_attention > 0 and policy.cache[1] > 0
+    on_host = device.is_gpu and checked.kind == "packed" and policy.cpu_attention > 0 and policy.cache[1] > 0
     return Numerics(
         weights,
         CacheNumerics(dtype_name(kv_dtype)),
@@ -162,12 +182,24 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     whole = _empty(source)
     weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
     folder = options.folder or _default_folder(weights)
-    policy = resolved(options.policy, options.device)
     formats = plain_formats(whole)
     shapes = shapes_of(whole, formats, options.kv_dtype or source.dtype)
-    plan = MemoryPlan.of(shapes, policy, measure_space(options.device, options.limits, folder))
+    policy = _with_place(resolved(options.policy, options.device), shapes, options)
+    plan = MemoryPlan.of(shapes, policy, measure_space(options.device, options.limits, folder), options.policy)
     meter = Meter(options.device.torch_device)
     return Blueprint(source, whole, options.device, policy, options.rows, formats, plan, weights, folder, meter)
+
+
+def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOptions) -> ResolvedPolicy:
+    """Decide where decode rows attend and where K and V are, if the device has a memory of its own."""
+    if not options.device.own_memory:
+        return policy
+    machine = whole_machine(options.device, options.limits)
+    place = attention_place(options.policy or Policy(), policy, shapes, machine)
+    if place.reason is not None:
+        where = "on the CPU" if place.cpu_attention else "on the device"
+        logger.info("packed rows that decode attend %s: %s; `cpu_attention` names another place", where, place.reason)
+    return replace(policy, cpu_attention=place.cpu_attention, cache=place.cache)
 
 
 def _default_folder(weights: WeightNumerics) -> Path:

@@ -69,9 +69,10 @@ class Engine:
             vocabulary = None if self.tokenizer is None else Vocabulary(self.tokenizer)
         except BaseException:
             parts.executor.close()
+            parts.held.close()
             raise
         intake = Intake(vocabulary, loaded.end_token_ids, dtype=loaded.model.dtype, kv_dtype=parts.kv_dtype)
-        self._worker = Worker(parts.scheduler, parts.executor, intake, parts.meter, parts.device.torch_device)
+        self._worker = Worker(parts.scheduler, parts.executor, intake, parts.meter, parts.device)
         self._run_lock = threading.RLock()
 
     @classmethod
@@ -201,6 +202,7 @@ class Engine:
             planned_bytes={str(tier): count for tier, count in weights.needed_bytes.items()},
             cache_bytes={str(tier): count for tier, count in parts.cache_bytes.items()},
             weight_bytes={str(tier): count for tier, count in weights.weight_bytes.items()},
+            bit_stable=self.self_check.bit_stable,
         )
 
     def with_limit(self, stats: RunStats) -> RunStats:
@@ -231,6 +233,7 @@ class Engine:
     def close(self) -> None:
         """Stop computing. Jobs that are not answered are cancelled; memory is freed with the engine itself."""
         self._worker.close()
+        self._parts.held.close()
 
     def __enter__(self) -> Engine:
         return self

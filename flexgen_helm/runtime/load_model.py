@@ -94,7 +94,10 @@ def load_and_check(blueprint: Blueprint) -> PlacedModel:
         _check_first_layers(blueprint, resolved(None, blueprint.device, few_requests=True))
         logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
     loaded = source.load()
-    return PlacedModel(loaded, check_model(loaded, blueprint.policy, blueprint.rows), None)
+    placed = PlacedModel(loaded, check_model(loaded, blueprint.policy, blueprint.rows), None)
+    if blueprint.device.is_gpu:
+        _free_what_is_left_of_checks()
+    return placed
 
 
 def _load_offloaded(blueprint: Blueprint, first: tuple[Kind, Verdict, str | None]) -> PlacedModel:
@@ -119,14 +122,24 @@ def _load_offloaded(blueprint: Blueprint, first: tuple[Kind, Verdict, str | None
 
 
 def _check_first_layers(blueprint: Blueprint, policy: ResolvedPolicy) -> tuple[Kind, Verdict, str | None]:
-    """Check the first layers, so that a refusal takes seconds; they are read again with the whole model."""
+    """Check the first layers, so that a refusal takes seconds; they are read again with the whole model.
+
+    Where the device has no room for them they are checked on the CPU, which tells nothing of the bits of another device.
+    """
     source, plan = blueprint.source, blueprint.plan
     if blueprint.device.own_memory and plan.shapes.first_layers_bytes + plan.checking_bytes > plan.space.of("device"):
         logger.info("%s: the first layers are checked on the CPU, since the device has no room for their copy", source.name)
         source, policy = replace(source, device=CPU.torch_device), resolved(None, CPU, few_requests=True)
     checked = check_model(source.first_layers(), policy, blueprint.rows)
-    found = checked.kind, checked.verdict, checked.not_packed
+    same_device = source.device.type == blueprint.source.device.type
+    verdict = checked.verdict if same_device else replace(checked.verdict, bit_stable=None)
+    found = checked.kind, verdict, checked.not_packed
     del checked
+    _free_what_is_left_of_checks()
+    return found
+
+
+def _free_what_is_left_of_checks() -> None:
+    """Free the models and caches that checks made, which are in circles, so that no plan counts them as taken."""
     gc.collect()
     return_freed_memory()
-    return found

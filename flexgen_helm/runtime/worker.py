@@ -9,12 +9,12 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, OutOfSpace
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.generation.job_errors import of_one_job
+from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
 from flexgen_helm.schedule.operations import Operation
@@ -57,7 +57,7 @@ Halving finds one job among 2**31."""
 class Worker:
     """Owns scheduler and executor, and runs all computation in a thread of its own."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, intake: Intake, meter: Meter, device: torch.device) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, intake: Intake, meter: Meter, device: Device) -> None:
         self._scheduler, self._executor, self._intake, self._meter = scheduler, executor, intake, meter
         self._device = device
         self._arrived: list[Ticket] = []
@@ -111,8 +111,10 @@ class Worker:
         self._executor.close()
 
     def _loop(self) -> None:
-        if self._device.index is not None and self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # per thread; libraries launch kernels on the current device
+        with self._device.current():
+            self._serve()
+
+    def _serve(self) -> None:
         while True:
             with self._signal:
                 idle = not self._scheduler.has_work() and not self._apart

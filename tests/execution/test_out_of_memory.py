@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,12 +23,18 @@ from tests.workbench import POLICY, Workbench
 JOBS = fixed_mix(5, 16)
 
 
-def on_a_small_device(own: Callable[..., Any], most: int, size: Callable[..., int]) -> Callable[..., Any]:
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+"""What torch raises where a GPU's memory ends outside of its allocator."""
+
+
+def on_a_small_device(
+    own: Callable[..., Any], most: int, size: Callable[..., int], error: Exception | None = None
+) -> Callable[..., Any]:
     """A method as it is on a device whose memory suffices for so many tokens."""
 
     def method(self: Any, *arguments: Any) -> Any:
         if size(*arguments) > most:
-            raise torch.OutOfMemoryError(f"no memory for {size(*arguments)} tokens")
+            raise error or torch.OutOfMemoryError(f"no memory for {size(*arguments)} tokens")
         return own(self, *arguments)
 
     return method
@@ -41,6 +48,16 @@ def noting(size: Callable[..., int], seen: list[int]) -> Callable[..., int]:
         return seen[-1]
 
     return measure
+
+
+def noting_argument(own: Callable[..., Any], size: Callable[..., int], seen: list[int]) -> Callable[..., Any]:
+    """A method that notes the size of its argument."""
+
+    def method(self: Any, argument: Any) -> Any:
+        seen.append(size(argument))
+        return own(self, argument)
+
+    return method
 
 
 def in_second_layer(j: int, recording: Any) -> int:
@@ -89,14 +106,40 @@ def test_answers_are_never_given_twice(bench: Workbench, monkeypatch: pytest.Mon
         assert engine.run(JOBS) == expected
 
 
-@pytest.mark.parametrize(("rows", "kind"), [("packed", PackedRows), ("single", SingleRows)])
-def test_what_does_not_fit_at_all_is_an_error(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch, rows: Any, kind: type[Any]
+@pytest.mark.parametrize(
+    ("rows", "kind", "method", "size"),
+    [
+        ("packed", PackedRows, "replay", lambda j, _: j),
+        ("packed", PackedRows, "finish", len),
+        ("single", SingleRows, "replay", lambda j, _: j),
+    ],
+)
+def test_what_does_not_fit_at_all_is_an_error_and_the_next_run_has_whole_rows(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, rows: Any, kind: type[Any], method: str, size: Callable[..., int]
 ) -> None:
-    with Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=POLICY, rows=rows) as engine:
-        expected = engine.run(JOBS)
+    policy, sizes = replace(POLICY, gpu_batch_size=32), list[int]()
+    with Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=policy, rows=rows) as engine:
+        expected, own = engine.run(JOBS), getattr(kind, method)
         with monkeypatch.context() as patch:
-            patch.setattr(kind, "replay", on_a_small_device(kind.replay, 0, lambda j, _: j))
+            patch.setattr(kind, method, on_a_small_device(own, 0, size))
             with pytest.raises(OutOfSpace, match="Lower gpu_batch_tokens"):
                 engine.run(JOBS)
-        assert len(engine.run(JOBS)) == len(expected)
+        monkeypatch.setattr(kind, "record", noting_argument(kind.record, lambda row: row.size, sizes))
+        monkeypatch.setattr(kind, "finish", noting_argument(kind.finish, len, sizes))
+        assert engine.run(JOBS) == expected
+        assert rows == "single" or set(sizes) == {32}
+
+
+@pytest.mark.parametrize("method", ["replay", "finish"])
+def test_memory_that_ends_in_a_library_halves_rows_too(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    size = in_second_layer if method == "replay" else len
+    policy = replace(POLICY, gpu_batch_size=32)
+    with Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=policy) as engine:
+        monkeypatch.setattr(PackedRows, method, on_a_small_device(getattr(PackedRows, method), 16, size, CUBLAS))
+        with caplog.at_level(logging.WARNING):
+            assert len(engine.run(JOBS)) == len(JOBS)
+    assert [record.getMessage().partition(" (CUDA")[0] for record in caplog.records] == [
+        f"{'A row of' if method == 'replay' else 'The output head on'} 32 tokens does not fit into the device's memory"
+    ]

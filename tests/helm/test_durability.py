@@ -20,7 +20,7 @@ from flexgen_helm.errors import DiskFull, FlexGenError
 from flexgen_helm.helm import pausing, registry
 from flexgen_helm.helm.journal import FOLDER
 from flexgen_helm.helm.run_record import RUN_FILE, WORKLOAD_FILE
-from flexgen_helm.types import EngineInfo, Policy, ResolvedPolicy, Result, RowNumerics
+from flexgen_helm.types import EngineInfo, MachineNumerics, Policy, ResolvedPolicy, Result, RowNumerics
 from tests.helm.conftest import RunSuite
 from tests.helm.fakes import POLICY, FakeEngine, FakeLoader, numerics_of, run_spec
 from tests.helm.files import FILES, completed, read, timeless
@@ -146,6 +146,23 @@ def test_a_resumed_run_keeps_its_row_sizes(run_suite: RunSuite, loader: FakeLoad
         loader.engines.clear()
     run_suite(SPECS, execution=NO_CACHE)
     assert [engine.arguments.get("policy") for engine in loader.engines] == [Policy(gpu_batch_size=48, gpu_batch_tokens=96)]
+
+
+@pytest.mark.parametrize("attention", ["host", "device"])
+def test_a_resumed_run_keeps_the_place_of_attention(
+    attention: str, run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, numerics = ResolvedPolicy(gpu_batch_size=48, gpu_batch_tokens=96), numerics_of("letters")
+    begun = replace(numerics, machine=MachineNumerics("cuda", attention), rows=RowNumerics("packed", 48, 96))
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeEngine, "describe", lambda self: EngineInfo(policy, begun, 32.0, 32.0, {}))
+        with killed_after(patch, 2):
+            run_suite(SPECS, execution=NO_CACHE)
+    registry.ENGINES.close()
+    loader.engines.clear()
+    run_suite(SPECS, execution=NO_CACHE)
+    expected = Policy(gpu_batch_size=48, gpu_batch_tokens=96, cpu_attention=float(attention == "host"))
+    assert [engine.arguments.get("policy") for engine in loader.engines] == [expected]
 
 
 def test_answers_are_kept_while_a_run_has_failed(run_suite: RunSuite, loader: FakeLoader) -> None:

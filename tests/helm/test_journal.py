@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import resource
 import signal
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,9 @@ import pytest
 from flexgen_helm.errors import DiskFull, FlexGenError
 from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.requests import Response, StoredCompletion
-from flexgen_helm.types import RowNumerics
 
 RUNS = ["one", "two"]
-ROWS = RowNumerics("packed", 64, 512)
+FIELDS = {"gpu_batch_size": 64, "cpu_attention": 1.0}
 
 
 def response(number: int) -> Response:
@@ -46,16 +44,16 @@ def test_answers_are_there_for_the_next_process(tmp_path: Path) -> None:
     with Journal(tmp_path, RUNS) as journal:
         for number in range(3):
             journal.append(f"key {number}", response(number))
-        journal.note_rows("flexgen/a/b", ROWS)
+        journal.note_policy("flexgen/a/b", FIELDS)
     with Journal(tmp_path, reversed(RUNS)) as journal:
         assert all(same(journal.lookup(f"key {number}"), response(number)) for number in range(3))
         assert journal.lookup("key 3") is None
-        assert journal.rows("flexgen/a/b") == asdict(ROWS)
-        assert journal.rows("flexgen/a/c") == {}
-    # Row sizes are this command's, answers are anybody's.
+        assert journal.policy("flexgen/a/b") == FIELDS
+        assert journal.policy("flexgen/a/c") == {}
+    # Fields of a policy are this command's, answers are anybody's.
     with Journal(tmp_path, ["another"]) as journal:
         assert same(journal.lookup("key 0"), response(0))
-        assert journal.rows("flexgen/a/b") == {}
+        assert journal.policy("flexgen/a/b") == {}
 
 
 def test_a_record_torn_anywhere_costs_only_itself(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
+from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS, return_freed_memory
 from tests.memory.alone import alone
 from tests.memory.test_buffers import resident_bytes
 
@@ -64,3 +64,10 @@ def test_one_of_two_that_closes_leaves_the_other_alone() -> None:
         with mapped():
             pass
         assert given_back_of_holes() == pytest.approx(16 * SIZE, rel=0.02)
+
+
+def test_what_torch_keeps_of_a_gpu_is_returned_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    return_freed_memory()
+    assert emptied

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PagePool
+from flexgen_helm.memory import buffers
 from flexgen_helm.memory.buffers import PAGE, allocate, lazy_zeros, padded
 from tests.memory.alone import alone
 
@@ -91,3 +94,33 @@ def test_pinned_memory_copies_beside_the_host_and_is_unpinned_when_it_is_freed()
         memory.random_(0, 256)
         assert torch.equal(memory.to("cuda", non_blocking=True).cpu(), memory)
         del memory
+
+
+@pytest.mark.parametrize("status", [1, 2])
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    refused: list[int] = []
+
+    def refuse(address: int, num_bytes: int, flags: int) -> int:
+        refused.append(address)
+        return status
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=refuse))
+    cleared: list[bool] = []
+    monkeypatch.setattr(buffers, "_forget_last_error", lambda: cleared.append(True))
+    buffers._log_refused_pin.cache_clear()
+    found = [allocate(PAGE, pin=True) for _ in range(3)]
+    assert refused == [memory.data_ptr() for memory in found]
+    assert len(cleared) == 3
+    assert [memory.fill_(7).sum() for memory in found] == [7 * PAGE] * 3
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        f"host memory could not be pinned (CUDA status {status})"
+    ]
+
+
+@pytest.mark.gpu
+def test_a_refused_pin_leaves_no_error_for_the_next_kernel() -> None:
+    memory = allocate(PAGE, pin=True)
+    buffers._pin(memory, (ctypes.c_ubyte * 1)())  # CUDA refuses what is pinned already
+    assert int(torch.ones(3, device="cuda").sum()) == 3

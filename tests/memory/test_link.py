@@ -67,3 +67,22 @@ def test_tensors_are_made_without_gradients() -> None:
     link.submit(lambda: made.append(torch.ones(2, requires_grad=True) * 2)).wait()
     assert made[0].is_inference()
     link.close()
+
+
+@pytest.mark.gpu
+def test_copies_have_ended_when_a_link_is_closed() -> None:
+    """Else what they read would be unpinned, and what they write be freed, while they go on."""
+    device = torch.device("cuda")
+    link, source = Link(device, "test"), torch.arange(2**20).pin_memory()
+    target, begun = torch.empty_like(source, device=device), threading.Event()
+
+    def copy(source: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+        begun.set()
+
+    link.submit(partial(copy, source, target))
+    assert begun.wait(timeout=30)
+    link.close()
+    copied = target.cpu()
+    del source, target
+    assert torch.equal(copied, torch.arange(2**20))

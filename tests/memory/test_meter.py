@@ -176,7 +176,8 @@ def test_what_a_gpu_does_behind_the_host_counts_when_it_does_it(monkeypatch: pyt
     clock, lag = Clock(), [0.0]
     monkeypatch.setattr(torch.cuda, "Event", events_behind(clock, lag))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr("flexgen_helm.memory.meter.used_bytes", lambda device: 0)
+    for name, value in {"memory_reserved": 300, "max_memory_reserved": 700, "reset_peak_memory_stats": None}.items():
+        monkeypatch.setattr(torch.cuda, name, {torch.device("cuda"): value}.__getitem__)
     meter = Meter(torch.device("cuda"), clock)
     meter.spans = []
     meter.begin_run()
@@ -193,6 +194,7 @@ def test_what_a_gpu_does_behind_the_host_counts_when_it_does_it(monkeypatch: pyt
     meter.end_run(stats)
     assert [sweep.busy_seconds for sweep in stats.per_sweep] == [{"device": 0.5, "disk_read": 1}, {"device": 0.5}]
     assert (meter.spans[1].begin, meter.spans[1].end) == (2, 3)
+    assert (stats.idle_bytes, stats.peak_bytes) == (300, 700)
 
 
 @pytest.mark.gpu(needs="time of its own")

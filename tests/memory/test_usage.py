@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexgen_helm.memory.usage import free_bytes, used_bytes
+from flexgen_helm.memory.usage import free_bytes, total_bytes, used_bytes
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -46,7 +46,9 @@ def group_2(folder: Path, limit: int | str, used: int, *, inactive: int = 0, act
 
 @pytest.mark.parametrize("cgroup", [None, "0::/\n", ONE.format("/gone")])
 def test_without_limits_it_is_what_the_kernel_calls_available(tmp_path: Path, cgroup: str | None) -> None:
-    assert free_bytes(CPU, machine(tmp_path, available=7 * GIB, cgroup=cgroup)) == 7 * GIB
+    root = machine(tmp_path, available=7 * GIB, cgroup=cgroup)
+    assert free_bytes(CPU, root) == 7 * GIB
+    assert total_bytes(CPU, root) == 64 * GIB
 
 
 def test_version_1_counts_every_ancestor_and_what_can_be_reclaimed(tmp_path: Path) -> None:
@@ -76,6 +78,7 @@ def test_version_2_counts_every_ancestor_and_what_can_be_reclaimed(tmp_path: Pat
     group_2(mount / "jobs", 4 * GIB, 2 * GIB)
     group_2(mount / "jobs/run", 2 * GIB, GIB)
     assert free_bytes(CPU, root) == GIB
+    assert total_bytes(CPU, root) == 2 * GIB
 
 
 def test_a_container_sees_its_limit_at_the_mount(tmp_path: Path) -> None:
@@ -83,6 +86,15 @@ def test_a_container_sees_its_limit_at_the_mount(tmp_path: Path) -> None:
     root = machine(tmp_path, available=30 * GIB, cgroup=ONE.format("/docker/0123abc"))
     group_1(root / "sys/fs/cgroup/memory", 3 * GIB, GIB)
     assert free_bytes(CPU, root) == 2 * GIB
+
+
+def test_what_torch_holds_of_a_gpu_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda:1")
+    found = {"mem_get_info": (3 * GIB, 16 * GIB), "memory_reserved": 12 * GIB, "memory_allocated": 2 * GIB}
+    for name, value in found.items():
+        monkeypatch.setattr(torch.cuda, name, {gpu: value}.__getitem__)
+    assert free_bytes(gpu) == (3 + 12 - 2) * GIB
+    assert total_bytes(gpu) == 16 * GIB
 
 
 def test_this_machine() -> None:

@@ -230,6 +230,23 @@ def test_capacities_keep_shares_and_fit(
     assert not total or any(held[tier] >= CACHE_SHARE * mib[tier] - 100 for tier in held)
 
 
+@pytest.mark.parametrize("host", [0.9, 1.3, 2.0])
+def test_weights_come_before_a_cache_on_the_host_if_they_fit_there(model: PreTrainedModel, host: float) -> None:
+    size = sum(p.nbytes for p in model.parameters())
+    small = Space({"device": size // 2, "host": int(host * size), "disk": 100 * GIB}, True)
+    plan = plan_of(model, policy(cache=(0, 1, 0)), small)
+    room = plan.cache.capacities(plan.left(small.available))["host"]
+    assert (plan.weights.weight_bytes["disk"] == 0) == (host > 1)
+    assert room >= size / 10
+
+
+def test_what_attention_takes_for_a_moment_leaves_less_for_the_cache(model: PreTrainedModel) -> None:
+    plain, scratch = (plan_of(model, policy(), dataclasses.replace(space(10), scratch_bytes=count)) for count in (0, GIB))
+    free: dict[Tier, int] = dict.fromkeys(TIERS, 20 * GIB)
+    assert plain.left(free)["device"] - scratch.left(free)["device"] == GIB
+    assert scratch.peak_bytes["device"] - plain.peak_bytes["device"] == GIB
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("15GiB", 15 * 2**30), ("1.5 GB", 1_500_000_000), ("300mib", 300 * 2**20), ("7KB", 7000), (12, 12), ("12", 12)],

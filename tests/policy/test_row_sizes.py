@@ -91,7 +91,7 @@ def test_sizes_that_are_named_stay_and_the_others_are_the_default(few_requests: 
     assert (on_gpu.gpu_batch_size, on_gpu.gpu_batch_tokens) == (256, 4096)
 
 
-@pytest.mark.parametrize("fields", [{"gpu_batch_size": 0}, {"cache": None}, {"weights": (1, 1, 0)}, {"prefetch": True}])
+@pytest.mark.parametrize("fields", [{"gpu_batch_size": 0}, {"cache": (0, 1)}, {"weights": (1, 1, 0)}, {"prefetch": True}])
 @pytest.mark.parametrize("kind", [Policy, ResolvedPolicy])
 def test_a_policy_checks_itself_when_it_is_made(kind: type[Policy], fields: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match=f"^{next(iter(fields))} must be"):

@@ -28,7 +28,7 @@ from tests.survey.configs import tiny_config
 POLICY = ResolvedPolicy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=64)
 
 
-def load(folder: Path) -> bool:
+def load(folder: Path) -> bool | None:
     with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY, rows="packed") as engine:
         return engine.self_check.bit_stable
 
@@ -60,9 +60,14 @@ def test_an_answer_that_moves_is_refused(tmp_path: Path, neighbours_leak: None) 
         load(save_tiny("llama", tmp_path))
 
 
-def test_a_lack_of_memory_is_no_property_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), MemoryError()]
+)
+def test_a_lack_of_memory_is_no_property_of_the_model(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def starving(*args: object) -> bool:
-        raise torch.OutOfMemoryError("no memory")
+        raise error
 
     monkeypatch.setattr(packed_check, "_bit_stable", starving)
     with pytest.raises(OutOfSpace, match="self-check needs more memory"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from flexgen_helm import Job
 from flexgen_helm.errors import DiskFull, FlexGenError, JobFailed
 from flexgen_helm.generation.prepare import prepare
+from flexgen_helm.memory.device import CPU
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.worker import Snapshot, Worker
@@ -23,7 +24,6 @@ from flexgen_helm.schedule.rows import LogitRequest, Sweep
 from flexgen_helm.schedule.single import SingleScheduler, StateSize
 from flexgen_helm.types import ResolvedPolicy, Result
 
-CPU = torch.device("cpu")
 VOCAB = 50
 BAD = 13
 """Sweeps with this token fail."""
@@ -70,7 +70,7 @@ def executor() -> Executor:
 def worker(executor: Executor) -> Worker:
     policy = ResolvedPolicy(gpu_batch_size=16, gpu_batch_tokens=64)
     scheduler = SingleScheduler(policy, block_tokens=1000, capacity_bytes=1000, size=StateSize(1, 0))
-    return Worker(scheduler, executor, Intake(None, frozenset()), Meter(CPU), CPU)  # type: ignore[arg-type]
+    return Worker(scheduler, executor, Intake(None, frozenset()), Meter(CPU.torch_device), CPU)  # type: ignore[arg-type]
 
 
 def ticket(*tokens: int, new: int = 1) -> Ticket:

@@ -52,7 +52,7 @@ MUTANTS = (
     Mutant(
         name="journal-row-sizes-forgotten",
         file="flexgen_helm/helm/journal.py",
-        old="return self._rows.get(deployment, {})",
+        old="return self._policies.get(deployment, {})",
         new="return {}",
         tests=(JOURNAL,),
         why="a resumed command finds none of its answers",
