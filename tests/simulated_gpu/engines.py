@@ -15,12 +15,14 @@ from flexgen_helm.types import Result
 from tests.jobs import fixed_mix
 
 POLICY = Policy(gpu_batch_size=16, num_gpu_batches=2, gpu_batch_tokens=64)
-THIRDS = (0.2, 0.4, 0.4)
-MIXED = replace(POLICY, weights=THIRDS, cache=THIRDS, hidden=THIRDS, cpu_attention=0.5)
-"""Everything on all three tiers, with attention on both sides."""
+THIRDS = (1 / 3, 1 / 3, 1 / 3)
+MIXED = replace(POLICY, weights=THIRDS, cache=THIRDS, hidden=THIRDS, cpu_attention=0)
+"""Everything on all three tiers, to which the device attends."""
+ON_HOST = replace(POLICY, weights=(0.2, 0.8, 0), cache=(0, 1, 0), hidden=(0, 1, 0), cpu_attention=1)
+"""Almost everything on the host, where rows attend that decode."""
 JOBS = fixed_mix(31, 6)
-NUM_LAYERS = 5
-"""So that each tier has a layer."""
+NUM_LAYERS = 3
+"""One for each tier."""
 
 
 def answers(folder: Path, policy: Policy, jobs: Sequence[Job] = JOBS, *, device: str = "cuda", **options: Any) -> list[Result]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.link import Link, Started
 from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.model import embeddings
-from tests.models import save_tiny
-from tests.simulated_gpu.engines import MIXED, NUM_LAYERS, answers
+from tests.simulated_gpu.engines import MIXED, ON_HOST, POLICY, answers
 from tests.simulated_gpu.gpu import SimulatedGpu
 from tests.simulated_gpu.patches import simulated_gpu
+
+pytestmark = pytest.mark.usefixtures("one_check")
 
 
 class Arrived:
@@ -54,9 +55,9 @@ def planter(monkeypatch: pytest.MonkeyPatch) -> Planter:
     return Planter(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("detector"), num_layers=NUM_LAYERS)
+@pytest.fixture
+def folder(folder_of: Callable[[str], Path]) -> Path:
+    return folder_of("llama")
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_staging_buffers_are_used_again_at_once(planter: Planter, gpu: Simulated
 
 def test_read_ahead_buffers_are_used_again_at_once(planter: Planter, gpu: SimulatedGpu, folder: Path) -> None:
     planter.plant(WeightStore, "_fill", "torch.cuda.current_stream(target.device).synchronize()", "pass")
-    answers(folder, MIXED)
+    answers(folder, replace(POLICY, weights=(0, 0, 1)))
     assert gpu.races
 
 
@@ -128,7 +129,7 @@ def test_slots_of_weights_are_filled_before_their_last_reader_is_done(
 def test_indices_of_the_cpus_attention_stay_on_the_device(planter: Planter, gpu: SimulatedGpu, folder: Path) -> None:
     planter.plant(ChunkCall, "moved_to", "part._replace(numbers=part.numbers.to(device))", "part")
     with pytest.raises(FlexGenError, match="same device"):
-        answers(folder, replace(MIXED, cpu_attention=1.0))
+        answers(folder, ON_HOST)
     assert gpu.mismatches
 
 
