@@ -94,7 +94,7 @@ def on_device(gpu: SimulatedGpu, func: Any, args: Any, kwargs: Any) -> Any:
         return fresh[-1]
 
     wrapped = mapped(wrap, result)
-    if written or fresh:
+    if written or (fresh and not about.is_view):  # a view of nothing shares no memory
         reads = [x for x in operands if isinstance(x, GpuTensor) and about.reads and not any(x is y for y in written)]
         launch(gpu, func, args, reads, [*written, *fresh])
     return wrapped
