@@ -42,7 +42,7 @@ def hollow(gpu: SimulatedGpu, x: Tensor) -> Tensor:
 
 def filled(x: Tensor) -> Tensor:
     """Zeros for a tensor without content, where numbers are compared or the host reads them."""
-    return torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else x
+    return torch.zeros((), dtype=x.dtype).expand(x.shape) if x.is_meta else x
 
 
 def is_idle(func: Any, args: Any) -> bool:
