@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,16 +25,22 @@ NUM_LAYERS = 3
 """One for each tier."""
 
 
-def answers(folder: Path, policy: Policy, jobs: Sequence[Job] = JOBS, *, device: str = "cuda", **options: Any) -> list[Result]:
-    """What an engine answers that is made for it and closed."""
+@contextmanager
+def engine_for(folder: Path, policy: Policy, *, device: str = "cuda") -> Iterator[Engine]:
+    """An engine that computes in one thread; nothing of it is left behind the context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         offload = folder.parent / "offload"
-        with Engine.from_pretrained(str(folder), device=device, policy=policy, offload_folder=offload, **options) as engine:
-            found = engine.run(list(jobs), progress=False)
+        with Engine.from_pretrained(str(folder), device=device, policy=policy, offload_folder=offload) as engine:
+            yield engine
         del engine
         gc.collect()  # tensors of the device live in circles too
-        return found
     finally:
         torch.set_num_threads(threads)
+
+
+def answers(folder: Path, policy: Policy, jobs: Sequence[Job] = JOBS, *, device: str = "cuda") -> list[Result]:
+    """What an engine answers that is made for it."""
+    with engine_for(folder, policy, device=device) as engine:
+        return engine.run(list(jobs), progress=False)
