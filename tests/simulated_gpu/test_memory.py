@@ -40,7 +40,7 @@ POLICY = Policy(
 
 
 def gemma2_27b() -> PreTrainedConfig:
-    """Gemma 2 (Gemma Team 2024, table 1)."""
+    """Gemma 2 (Gemma Team 2024, table 1); the kinds of its layers follow from their number."""
     return Gemma2Config(
         hidden_size=4608,
         intermediate_size=36864,
@@ -105,7 +105,7 @@ def test_reserved_memory(
             offload_folder=tmp_path / "o",
         ) as engine:
             plan, cache = engine._parts.plan, engine.describe().cache_bytes["device"]
-            gpu.allocator.reset_peaks()
+            gpu.allocator.reset_peaks()  # the self-check had all of the device to itself
             with caplog.at_level(logging.WARNING):
                 engine.run(JOBS, progress=False)
         del engine
@@ -113,7 +113,6 @@ def test_reserved_memory(
     usable = size * GIB - (0 if limited else GPU_PROCESS_BYTES)
     around = plan.weights.needed_bytes["device"] + plan.working_bytes
     memory = gpu.allocator
-
     assert not caplog.records, "memory did not suffice"
     assert memory.most_allocated <= around + cache
     assert memory.most_reserved <= around + cache / CACHE_SHARE <= usable  # the plan's margin is for fragments too
