@@ -59,7 +59,7 @@ def travel(gpu: SimulatedGpu, target: Tensor, source: Tensor, *, non_blocking: b
     what = f"{'h2d' if up else 'd2h'} {'pageable' if pinned is None else 'pinned'}"
     stream = gpu.run("copy", what, on_host if up else [on_device], [on_device] if up else on_host)
     if host.numel() and (pinned is None or not non_blocking):
-        gpu.wait(stream.known, what)
+        gpu.finish(stream, what, [device.memory])
 
 
 def new_pinned(gpu: SimulatedGpu, like: Tensor) -> Tensor:

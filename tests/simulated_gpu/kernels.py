@@ -107,7 +107,7 @@ def launch(gpu: SimulatedGpu, func: Any, args: Any, reads: list[GpuTensor], writ
     stream = gpu.run(None if name in LAUNCH_NOTHING else "launch", name, *parts, shapes=forms)
     # Masks become indices, whose number the host must know; indices on the host are copied.
     if name in WAITING or (name in INDEXED and any(_is_mask(x) or not isinstance(x, GpuTensor) for x in tensors_in(args[1]))):
-        gpu.wait(stream.known, name)
+        gpu.finish(stream, name, [x.memory for x in (*reads, *writes)])
 
 
 def touch(gpu: SimulatedGpu, what: str, x: Tensor, *, writes: bool) -> None:
