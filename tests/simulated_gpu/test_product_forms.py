@@ -17,7 +17,6 @@ from tests.simulated_gpu.gpu import Shapes
 from tests.simulated_gpu.patches import simulated_gpu
 
 pytestmark = pytest.mark.usefixtures("one_check")
-FEW = JOBS[:3]
 BY_LIBRARY = pytest.mark.xfail(reason="attention is products of a library; a kernel with a fixed tile is still to come")
 
 
@@ -42,9 +41,9 @@ def forms_of(folder_of: Callable[[str], Path]) -> Callable[[str], Forms]:
         return Forms({event.shapes for event in products if not event.site.startswith("attention/")}, attention)
 
     forms = {
-        "alone": found(POLICY, [[job] for job in FEW]),
-        "together": found(POLICY, [FEW]),
-        "in three tiers": found(MIXED, [FEW]),
+        "alone": found(POLICY, [[job] for job in JOBS]),
+        "together": found(POLICY, [JOBS]),
+        "in three tiers": found(MIXED, [JOBS]),
     }
     return forms.__getitem__
 
