@@ -33,7 +33,7 @@ class Agent:
 
     def knows(self, access: Access) -> bool:
         """Whether an access is certain to be over before anything that this agent does from now on."""
-        return access.agent is self or self.known.get(access.agent, -1) >= access.count
+        return access.agent is self or self.known.get(access.agent, -1) >= access.step
 
     def __repr__(self) -> str:
         return f"{'stream' if self.is_stream else 'thread'} {self.name}"
@@ -44,14 +44,14 @@ class Access(NamedTuple):
 
     Attributes:
         agent: Who did it.
-        count: Which of the agent's steps it was.
+        step: Which of the agent's steps it was.
         writes: Whether it wrote.
         spans: The bytes.
         what: The operator, and the line of the package that called it.
     """
 
     agent: Agent
-    count: int
+    step: int
     writes: bool
     spans: Spans
     what: str

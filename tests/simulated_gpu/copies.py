@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.simulated_gpu import kernels, shapes
 from tests.simulated_gpu.gpu import SimulatedGpu
-from tests.simulated_gpu.tensors import GpuTensor, extent, inner_of, new_on_gpu
+from tests.simulated_gpu.tensors import GpuTensor, content_of, extent, new_on_gpu, start
 
 aten = torch.ops.aten
 
@@ -23,12 +23,12 @@ def copy_(gpu: SimulatedGpu, target: Tensor, source: Tensor, non_blocking: bool 
         side = kernels.on_device if isinstance(target, GpuTensor) else kernels.on_host
         side(gpu, func, (target, source), {})
         return target
-    shapes.computed(gpu, func, (inner_of(target), shapes.filled(inner_of(source))), {})
+    shapes.computed(gpu, func, (content_of(target), shapes.filled(content_of(source))), {})
     travel(gpu, target, source, non_blocking=non_blocking)
     return target
 
 
-def to_copy(gpu: SimulatedGpu, source: Tensor, **kwargs: Any) -> Tensor:
+def to_copy(gpu: SimulatedGpu, source: Tensor, **kwargs: Any) -> Any:
     """``source.to(...)`` that makes a new tensor."""
     func, device = aten._to_copy.default, torch.device(kwargs.pop("device", None) or source.device)
     non_blocking = kwargs.pop("non_blocking", False)
@@ -37,8 +37,10 @@ def to_copy(gpu: SimulatedGpu, source: Tensor, **kwargs: Any) -> Tensor:
         side = kernels.on_device if isinstance(source, GpuTensor) else kernels.on_host
         return side(gpu, func, (source,), kwargs)
     if device.type == "meta" or source.device.type == "meta":
-        return func(inner_of(source), device="cpu" if device.type == "cuda" else device, **kwargs)  # as torch does, or refuses
-    made = func(shapes.filled(inner_of(source)), **kwargs)
+        return func(
+            content_of(source), device="cpu" if device.type == "cuda" else device, **kwargs
+        )  # as torch does, or refuses
+    made = func(shapes.filled(content_of(source)), **kwargs)
     target = new_on_gpu(gpu, shapes.hollow(gpu, made)) if device.type == "cuda" else made
     if device.type == "cpu" and non_blocking:
         target = new_pinned(gpu, made)
@@ -51,13 +53,13 @@ def travel(gpu: SimulatedGpu, target: Tensor, source: Tensor, *, non_blocking: b
     host, device = (source, target) if isinstance(target, GpuTensor) else (target, source)
     assert isinstance(device, GpuTensor)
     pinned = gpu.pinned_at(host.data_ptr()) if host.numel() else None
-    on_device = (device.memory, extent(device.inner, device.inner.storage_offset() * device.inner.element_size()))
+    on_device = (device.memory, extent(device.content, start(device)))
     on_host = [] if pinned is None else [(pinned, extent(host, host.data_ptr() - pinned.begin))]
     up = device is target
     what = f"{'h2d' if up else 'd2h'} {'pageable' if pinned is None else 'pinned'}"
     stream = gpu.run("copy", what, on_host if up else [on_device], [on_device] if up else on_host)
     if host.numel() and (pinned is None or not non_blocking):
-        gpu.wait(stream.known, what)
+        gpu.finish(stream, what, [device.memory])
 
 
 def new_pinned(gpu: SimulatedGpu, like: Tensor) -> Tensor:

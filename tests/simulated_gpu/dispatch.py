@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.simulated_gpu import copies, shapes
 from tests.simulated_gpu.gpu import SimulatedGpu
 from tests.simulated_gpu.kernels import aten, check_devices, launch, on_device, on_host, traits
-from tests.simulated_gpu.tensors import GpuTensor, inner_of, mapped, tensors_in
+from tests.simulated_gpu.tensors import GpuTensor, content_of, mapped, tensors_in
 
 
 class GpuMode(TorchDispatchMode):
@@ -42,14 +43,14 @@ def dispatch(gpu: SimulatedGpu, func: Any, args: Any, kwargs: Any) -> Any:
             return func.decompose(*args, **kwargs)
     if to_gpu or kwargs.get("device") is None:
         return on_device(gpu, func, args, kwargs)
-    return func(*mapped(inner_of, args), **kwargs)  # a new tensor on the host, as large as one on the GPU
+    return func(*mapped(content_of, args), **kwargs)  # a new tensor on the host, as large as one on the GPU
 
 
 def _scalar(gpu: SimulatedGpu, x: Tensor) -> Any:
     if not isinstance(x, GpuTensor):
         return on_host(gpu, aten._local_scalar_dense.default, (x,), {})
     launch(gpu, aten._local_scalar_dense.default, (x,), [x], [])
-    return shapes.filled(x.inner).item()
+    return shapes.filled(x.content).item()
 
 
 def _equal(gpu: SimulatedGpu, a: Tensor, b: Tensor) -> Any:
@@ -58,7 +59,7 @@ def _equal(gpu: SimulatedGpu, a: Tensor, b: Tensor) -> Any:
         return on_host(gpu, aten.equal.default, (a, b), {})
     check_devices(gpu, aten.equal.default, (a, b), [a, b])
     launch(gpu, aten.equal.default, (a, b), tensors, [])
-    return torch.equal(shapes.filled(inner_of(a)), shapes.filled(inner_of(b)))
+    return torch.equal(shapes.filled(content_of(a)), shapes.filled(content_of(b)))
 
 
 def _histc(gpu: SimulatedGpu, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +69,7 @@ def _histc(gpu: SimulatedGpu, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return (on_device if isinstance(x, GpuTensor) else on_host)(gpu, aten.histc.default, (x, *args), kwargs)
 
 
-SPECIAL = {
+SPECIAL: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: copies.to_copy,
     aten.copy_.default: copies.copy_,
     aten.is_pinned.default: copies.is_pinned,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Literal, NamedTuple
 
 import flexgen_helm
@@ -47,6 +48,8 @@ class DeviceMemory(Region):
         self.gpu, self.stream = gpu, stream
         self.recorded: set[Agent] = set()
         """Streams that ``record_stream`` named."""
+        self.awaited: Clock = {}
+        """Steps of streams for which a thread waited that held this memory: whoever frees it then, they are over."""
         self.block: Block | None = gpu.allocator.allocate(num_bytes, stream) if num_bytes else None
 
     def __del__(self) -> None:
@@ -112,7 +115,7 @@ class SimulatedGpu:
 
     def site(self) -> str:
         """The innermost line of the package in the stack, or of the tests."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         outside = ""
         while frame is not None:
             name = frame.f_code.co_filename
@@ -137,6 +140,7 @@ class SimulatedGpu:
         """Take device memory back. Whoever gets it next on its stream is ordered behind that stream alone."""
         for access in memory.accesses:
             ordered = memory.stream.knows(access) or self.thread.knows(access) or not access.agent.is_stream
+            ordered |= memory.awaited.get(access.agent, -1) >= access.step
             if not ordered and access.agent not in memory.recorded:
                 self.hazards[f"memory of {memory.stream} is freed while {access}"] += 1
         if memory.block is not None:
@@ -180,6 +184,13 @@ class SimulatedGpu:
         with self.lock:
             self.thread.learn(clock)
         self.log.append(Event("wait", what, threading.current_thread().name, self.site()))
+
+    def finish(self, stream: Agent, what: str, held: Iterable[DeviceMemory]) -> None:
+        """Let this host thread wait for a stream while it holds device memory."""
+        step = stream.known[stream]
+        self.wait(stream.known, what)
+        for memory in held:
+            memory.awaited[stream] = step
 
     def pin(self, address: int, num_bytes: int) -> int:
         """Make host memory pinned; returns CUDA's status."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.simulated_gpu import shapes
 from tests.simulated_gpu.clocks import Spans, joined
 from tests.simulated_gpu.gpu import SimulatedGpu
-from tests.simulated_gpu.tensors import CUDA, GpuTensor, extent, inner_of, mapped, new_on_gpu, tensors_in
+from tests.simulated_gpu.tensors import CUDA, GpuTensor, content_of, extent, mapped, new_on_gpu, start, tensors_in
 
 aten = torch.ops.aten
 WAITING = frozenset(
@@ -78,14 +78,14 @@ def on_device(gpu: SimulatedGpu, func: Any, args: Any, kwargs: Any) -> Any:
         check_devices(gpu, func, args, operands)
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": "cpu"}
-    result = shapes.computed(gpu, func, mapped(inner_of, args), mapped(inner_of, kwargs))
+    result = shapes.computed(gpu, func, mapped(content_of, args), mapped(content_of, kwargs))
     written = [x for x in _written(func, args, kwargs) if isinstance(x, GpuTensor)]
-    viewed = {x.inner.untyped_storage()._cdata: x.memory for x in operands if isinstance(x, GpuTensor) and x.inner.numel()}
+    viewed = {x.content.untyped_storage()._cdata: x.memory for x in operands if isinstance(x, GpuTensor) and x.content.numel()}
     fresh: list[GpuTensor] = []
 
     def wrap(x: Tensor) -> GpuTensor:
         for target in written:
-            if target.inner is x:
+            if target.content is x:
                 return target
         memory = viewed.get(x.untyped_storage()._cdata)
         if memory is not None:
@@ -94,7 +94,7 @@ def on_device(gpu: SimulatedGpu, func: Any, args: Any, kwargs: Any) -> Any:
         return fresh[-1]
 
     wrapped = mapped(wrap, result)
-    if not about.is_view or fresh:
+    if written or (fresh and not about.is_view):  # a view of nothing shares no memory
         reads = [x for x in operands if isinstance(x, GpuTensor) and about.reads and not any(x is y for y in written)]
         launch(gpu, func, args, reads, [*written, *fresh])
     return wrapped
@@ -107,7 +107,7 @@ def launch(gpu: SimulatedGpu, func: Any, args: Any, reads: list[GpuTensor], writ
     stream = gpu.run(None if name in LAUNCH_NOTHING else "launch", name, *parts, shapes=forms)
     # Masks become indices, whose number the host must know; indices on the host are copied.
     if name in WAITING or (name in INDEXED and any(_is_mask(x) or not isinstance(x, GpuTensor) for x in tensors_in(args[1]))):
-        gpu.wait(stream.known, name)
+        gpu.finish(stream, name, [x.memory for x in (*reads, *writes)])
 
 
 def touch(gpu: SimulatedGpu, what: str, x: Tensor, *, writes: bool) -> None:
@@ -143,13 +143,13 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 def _spans(gpu: SimulatedGpu, name: str, x: GpuTensor, args: Any) -> Spans:
     """The bytes of an operand that a kernel touches: if an index names rows of it, these rows."""
-    inner, begin = x.inner, x.inner.storage_offset() * x.inner.element_size()
-    whole = [] if gpu.shapes_only else extent(inner, begin)
+    content, begin = x.content, start(x)
+    whole = [] if gpu.shapes_only else extent(content, begin)
     index = args[ROWS_AT[name]] if name in ROWS_AT and (name == "embedding" or args[1] == 0) else None
     if name in INDEXED and args[1]:
         index = args[1][0]
-    if not whole or x is not args[0] or index is None or inner.dim() < 2 or index.dtype == torch.bool:
+    if not whole or x is not args[0] or index is None or content.dim() < 2 or index.dtype == torch.bool:
         return whole
-    step = inner.stride(0) * inner.element_size()
-    size = extent(inner[0])[0][1]
-    return joined([(begin + i * step, begin + i * step + size) for i in set(inner_of(index).flatten().tolist())])
+    step = content.stride(0) * content.element_size()
+    size = extent(content[0], 0)[0][1]
+    return joined([(begin + i * step, begin + i * step + size) for i in set(content_of(index).flatten().tolist())])

@@ -27,8 +27,10 @@ def computed(gpu: SimulatedGpu, func: Any, args: Any, kwargs: Any) -> Any:
     for value, argument in zip(args, func._schema.arguments, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:
             return value
-    args, kwargs = mapped(lambda x: x.to("meta"), (args, kwargs))
-    return func(*args, **kwargs)
+    result = func(*mapped(lambda x: x.to("meta"), args), **mapped(lambda x: x.to("meta"), kwargs))
+    if isinstance(result, Tensor) and result.dtype == torch.bool:
+        return func(*mapped(filled, args), **mapped(filled, kwargs))
+    return result
 
 
 def hollow(gpu: SimulatedGpu, x: Tensor) -> Tensor:
@@ -39,8 +41,8 @@ def hollow(gpu: SimulatedGpu, x: Tensor) -> Tensor:
 
 
 def filled(x: Tensor) -> Tensor:
-    """Ones for a tensor without content, where the host reads it."""
-    return torch.ones(x.shape, dtype=x.dtype) if x.is_meta else x
+    """Zeros for a tensor without content, where numbers are compared or the host reads them."""
+    return torch.zeros((), dtype=x.dtype).expand(x.shape) if x.is_meta else x
 
 
 def is_idle(func: Any, args: Any) -> bool:

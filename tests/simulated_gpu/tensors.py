@@ -20,35 +20,35 @@ class GpuTensor(Tensor):
     """A tensor on the simulated GPU.
 
     Attributes:
-        inner: Its numbers, on the CPU; on the meta device if it has only a form.
+        content: Its numbers, on the CPU; on the meta device if it has only a form.
         memory: The device memory that it views.
     """
 
-    inner: Tensor
+    content: Tensor
     memory: DeviceMemory
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, inner: Tensor, memory: DeviceMemory) -> GpuTensor:
+    def __new__(cls, content: Tensor, memory: DeviceMemory) -> GpuTensor:
         with torch.inference_mode(False):  # a view of an ordinary tensor must not be an inference tensor
-            made: GpuTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: GpuTensor = torch.Tensor._make_wrapper_subclass(
                 cls,
-                inner.size(),
-                strides=inner.stride(),
-                storage_offset=inner.storage_offset(),
-                dtype=inner.dtype,
-                layout=inner.layout,
+                content.size(),
+                strides=content.stride(),
+                storage_offset=content.storage_offset(),
+                dtype=content.dtype,
+                layout=content.layout,
                 device=CUDA,
                 requires_grad=False,
             )
-        made.inner, made.memory = inner, memory
+        made.content, made.memory = content, memory
         return made
 
-    def __init__(self, inner: Tensor, memory: DeviceMemory) -> None:
+    def __init__(self, content: Tensor, memory: DeviceMemory) -> None:
         """Everything is done in ``__new__``."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         from tests.simulated_gpu.dispatch import dispatch
 
         gpu = next(x.memory.gpu for x in tensors_in(args, kwargs) if isinstance(x, GpuTensor))
@@ -59,7 +59,7 @@ class GpuTensor(Tensor):
         self.memory.recorded.add(stream.agent)
 
     def detach(self) -> GpuTensor:
-        return GpuTensor(self.inner, self.memory)
+        return GpuTensor(self.content, self.memory)
 
     def requires_grad_(self, requires_grad: bool = True) -> GpuTensor:
         """Nothing is trained."""
@@ -74,7 +74,7 @@ class GpuTensor(Tensor):
         )
 
     def as_subclass(self, cls: type) -> Any:
-        return _on_gpu(cls)(self.inner, self.memory)
+        return _on_gpu(cls)(self.content, self.memory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
@@ -82,8 +82,8 @@ class GpuTensor(Tensor):
             memo[id(self)] = torch.nn.Parameter(copied) if isinstance(self, torch.nn.Parameter) else copied
         return memo[id(self)]
 
-    def __repr__(self, **_: Any) -> str:
-        return f"GpuTensor({self.inner!r}, device='cuda:0')"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"GpuTensor({self.content!r}, device='cuda:0')"
 
 
 @cache
@@ -92,14 +92,14 @@ def _on_gpu(cls: type) -> type:
     return type(f"{cls.__name__}OnGpu", (cls, GpuTensor), {})
 
 
-def new_on_gpu(gpu: SimulatedGpu, inner: Tensor) -> GpuTensor:
+def new_on_gpu(gpu: SimulatedGpu, content: Tensor) -> GpuTensor:
     """Put a result into device memory of its own."""
-    return GpuTensor(inner, gpu.take(inner.untyped_storage().nbytes()))
+    return GpuTensor(content, gpu.take(content.untyped_storage().nbytes()))
 
 
-def inner_of(x: Tensor) -> Tensor:
+def content_of(x: Tensor) -> Tensor:
     """What a kernel works on."""
-    return x.inner if isinstance(x, GpuTensor) else x
+    return x.content if isinstance(x, GpuTensor) else x
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
@@ -126,8 +126,13 @@ def mapped(change: Callable[[Tensor], Any], x: Any) -> Any:
     return x
 
 
-def extent(x: Tensor, begin: int = 0) -> Spans:
-    """The bytes from the first to the last element of a tensor, of which the first has the address ``begin``."""
+def start(x: GpuTensor) -> int:
+    """The byte of its memory at which a tensor begins."""
+    return int(x.content.storage_offset()) * x.content.element_size()
+
+
+def extent(x: Tensor, begin: int) -> Spans:
+    """The bytes from the first to the last element of a tensor, of which the first is at ``begin``."""
     if not x.numel():
         return []
     length = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))

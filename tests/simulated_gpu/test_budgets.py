@@ -1,0 +1,174 @@
+"""What a row costs in a layer: launches of kernels, copies between host and device, and waits for the device.
+
+The budgets are sums of what the code needs for one row, so that a kernel or a wait that creeps in shows. The jobs are three
+prompts of 100 tokens: one chunk of keys for each, one window, one group.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from flexgen_helm import Job, Policy
+from flexgen_helm.execution.sweep_run import SweepRun
+from flexgen_helm.schedule.operations import Operation, OperationKind
+from tests.jobs import random_tokens
+from tests.simulated_gpu.engines import POLICY, answers
+from tests.simulated_gpu.gpu import Event, SimulatedGpu
+from tests.simulated_gpu.patches import simulated_gpu
+
+pytestmark = pytest.mark.usefixtures("one_check")
+JOBS = [Job(token_ids=random_tokens(seed, 100), max_new_tokens=3, ignore_eos=True) for seed in range(3)]
+ROWS = replace(POLICY, gpu_batch_tokens=512, overlap=False)
+FIRST, STEADY = 0, 1
+"""The first layer plans, the last one picks what the output head needs; the one of three between them does neither."""
+
+# Launches in a layer of the model's own code.
+NORM, LINEAR, ROTATION, SUM = 6, 1, 5, 1
+"""A norm: square, mean, epsilon, root, two products. A rotation: two products, half negated and put together, sum."""
+AROUND_ATTENTION = 2 * NORM + 4 * LINEAR + 2 * ROTATION + 2 * SUM
+MLP = 3 * LINEAR + 2
+"""With activation and gate."""
+ROUTER = LINEAR + 4 + 3
+"""Softmax, best, their sum, division; room for all outputs, which are weighted and added up."""
+EXPERTS, EXPERT, SLICE = 4, 2, 2 * LINEAR + 2 + 4
+"""Of the tiny model. An expert finds its tokens (comparison, places). A slice of them: products, activation and gate; room,
+queries, their places in it, and the places of the outputs."""
+SLICES = EXPERTS + 1
+"""Of a decoding row at most: its 16 tokens choose two experts each, and slices have 16 tokens."""
+
+# Launches in a layer of attention.
+KEEP = 13
+"""K and V: magnitude and peak of both, two limits, and; not, or; two zeros and two choices."""
+WRITE = 2
+"""K and V go to their pages on the device."""
+WINDOW = 2 + 6 + 3
+"""Room for outputs and its padding; a merge of one chunk (top, masked; difference, weights, product), its division."""
+GATHER = 3 + 2
+"""Indices of the pages' heads (range, product, sum), then K and V."""
+ATTEND = 2 + 3 + 4 + 4
+"""Two products with scale and mask, softmax in four steps, division, log-sum-exp; maxima without keys are masked."""
+DECODE = 2 + ATTEND + 2
+"""Heads are padded to 16 rows (zeros, copy), and both results are made contiguous for the padding to be dropped."""
+PREFILL = 1 + 1 + ATTEND + 4
+"""Queries are picked and folded; both results are made contiguous and picked."""
+TRANSIENT = 2
+"""Room for K and V of prompts, in every layer anew."""
+PUT = 2
+"""Outputs and log-sum-exps go to their places."""
+LOCATE = 2
+"""Pages become slots, for writing and for reading."""
+
+# Waits.
+PLAN = 2 + 1 + 1
+"""Of the first layer: positions of queries and chunks and numbers of pages are uploaded, places without outputs are found."""
+PLAN_DECODE, PLAN_PREFILL = PLAN + 2, PLAN + 2 + 3
+"""Whether the mask shows anything is read twice. Queries of prompts are not neighbours: three indices are uploaded."""
+BESIDE = 2 + 1 + 2
+"""Attention on the CPU: K, V and queries go down, outputs and log-sum-exps come up."""
+
+
+class Cost(NamedTuple):
+    """What operations ask of the device in the thread that computes."""
+
+    launches: int = 0
+    copies: int = 0
+    waits: int = 0
+
+
+class Costs:
+    """Notes what each row's operations cost."""
+
+    def __init__(self, gpu: SimulatedGpu) -> None:
+        self._gpu = gpu
+        self._of: dict[tuple[str, OperationKind, int], list[Cost]] = {}
+
+    def highest(self, row: str, operation: OperationKind, j: int = STEADY) -> Cost:
+        """The most that an operation costs rows of a kind in layer j."""
+        return Cost(*(max(counts) for counts in zip(*self._of[row, operation, j], strict=True)))
+
+    def note(self, row: str, operation: OperationKind, j: int, events: list[Event]) -> None:
+        count = Counter(event.kind for event in events)
+        cost = Cost(count["launch"], count["copy"], count["wait"])
+        self._of.setdefault((row, operation, j), []).append(cost)
+
+    @contextmanager
+    def watch(self, run: SweepRun[Any], operation: Operation) -> Iterator[None]:
+        """Note an operation. The self-check is not looked at, which computes in the caller's thread."""
+        thread, first = threading.current_thread(), len(self._gpu.log)
+        yield
+        if thread is not threading.main_thread():
+            events = [event for event in self._gpu.log[first:] if event.thread == thread.name]
+            self.note(run._sweep.rows[operation.k].kind, operation.kind, operation.j, events)
+
+
+CostsOf = Callable[[str, Policy], Costs]
+
+
+@pytest.fixture
+def costs_of(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> CostsOf:
+    """What a family's rows cost under a policy."""
+
+    def found(family: str, policy: Policy) -> Costs:
+        with simulated_gpu() as gpu:
+            costs = Costs(gpu)
+            compute, move = SweepRun.compute, SweepRun.move
+
+            def computing(run: SweepRun[Any], j: int, k: int, *, last: bool) -> None:
+                with costs.watch(run, Operation("compute", j, k)):
+                    compute(run, j, k, last=last)
+
+            def moving(run: SweepRun[Any], operation: Operation) -> Any:
+                with costs.watch(run, operation):
+                    return move(run, operation)
+
+            monkeypatch.setattr(SweepRun, "compute", computing)
+            monkeypatch.setattr(SweepRun, "move", moving)
+            answers(folder_of(family), policy, JOBS)
+        return costs
+
+    return found
+
+
+def assert_within(cost: Cost, budget: Cost) -> None:
+    assert all(found <= most for found, most in zip(cost, budget, strict=True)), f"{cost} exceeds {budget}"
+
+
+def test_rows_on_the_device_never_wait(costs_of: CostsOf) -> None:
+    costs = costs_of("llama", ROWS)
+    shared = AROUND_ATTENTION + MLP + KEEP + WRITE + WINDOW + GATHER + PUT
+    assert_within(costs.highest("decode", "compute"), Cost(shared + DECODE))
+    assert_within(costs.highest("prefill", "compute"), Cost(shared + TRANSIENT + PREFILL))
+    for row in ("decode", "prefill"):
+        assert costs.highest(row, "load_cache") == costs.highest(row, "store_cache") == Cost()
+    assert costs.highest("decode", "compute", FIRST).waits <= PLAN_DECODE
+    assert costs.highest("prefill", "compute", FIRST).waits <= PLAN_PREFILL
+
+
+def test_k_and_v_are_brought_with_one_wait(costs_of: CostsOf) -> None:
+    """The numbers of the slots are uploaded; the computation itself does not wait."""
+    costs = costs_of("llama", replace(ROWS, cache=(0, 1, 0), cpu_attention=0))
+    shared = AROUND_ATTENTION + MLP + KEEP + WRITE + WINDOW + GATHER + PUT
+    assert_within(costs.highest("decode", "compute"), Cost(shared + DECODE + LOCATE))
+    assert_within(costs.highest("decode", "load_cache"), Cost(1, 1, 1))
+    assert costs.highest("decode", "store_cache") == Cost()
+
+
+def test_attention_on_the_cpu(costs_of: CostsOf) -> None:
+    costs = costs_of("llama", replace(ROWS, weights=(0, 1, 0), cache=(0, 1, 0), cpu_attention=1))
+    around = AROUND_ATTENTION + MLP + KEEP + WINDOW + PUT
+    assert_within(costs.highest("decode", "compute"), Cost(around, BESIDE, BESIDE))
+
+
+def test_experts_wait_once_each(costs_of: CostsOf) -> None:
+    costs = costs_of("mixtral", ROWS)
+    attention = KEEP + WRITE + WINDOW + GATHER + DECODE + PUT
+    experts = ROUTER + EXPERTS * EXPERT + SLICES * SLICE
+    assert_within(costs.highest("decode", "compute"), Cost(AROUND_ATTENTION + attention + experts, 0, EXPERTS))
