@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import vllm
+import vllm  # type: ignore[import-not-found]
 
 BLOCK_TOKENS = 32
 """Only whole blocks of a prefix are shared. vLLM's default on a CPU is 128, which takes up to twice the time here."""
@@ -39,7 +39,7 @@ def main(task_file: str, answers_file: str) -> None:
         dtype=task["dtype"],
         max_model_len=task["max_length"],
         enable_prefix_caching=True,
-        block_size=task.get("block",BLOCK_TOKENS),
+        block_size=task.get("block", BLOCK_TOKENS),
     )
     loaded = time.perf_counter() - begun
     sampling = vllm.SamplingParams(

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+import flexgen_helm
 from flexgen_helm import Engine, Job
 from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.rows import choice
-from flexgen_helm.rows.choice import Passed
+from flexgen_helm.rows.choice import Passed, check_model
 from flexgen_helm.rows.self_check import LayerCache, Verdict
 from flexgen_helm.runtime import identity, load_model
 from flexgen_helm.runtime.verdicts import Check, recall, remember
@@ -33,11 +34,11 @@ PASSED = Passed("single", Verdict(1.5e-7, False, (LayerCache((8, 16), 0), LayerC
 @pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the models that were checked."""
-    names, check = list[str](), load_model.check_model
+    names = list[str]()
 
     def counted(loaded: Any, *arguments: Any) -> Any:
         names.append(loaded.name)
-        return check(loaded, *arguments)
+        return check_model(loaded, *arguments)
 
     monkeypatch.setattr(load_model, "check_model", counted)
     return names
@@ -164,7 +165,7 @@ def test_placement_is_no_part_of_a_check() -> None:
 
 def changed_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("changed = True")
-    monkeypatch.setattr(identity.flexgen_helm, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(flexgen_helm, "__file__", str(tmp_path / "__init__.py"))
 
 
 def other_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
