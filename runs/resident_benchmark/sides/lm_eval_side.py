@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
 BATCH_SIZES = (1, 4, 16, 32)
 
 
-class TokensOut(HFLM):  # type: ignore[misc]
+class TokensOut(HFLM):
     """Gives new tokens as numbers in place of their text, and generates as many as asked."""
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:

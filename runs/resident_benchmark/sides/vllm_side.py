@@ -9,7 +9,7 @@ from typing import Any
 import vllm  # type: ignore[import-not-found]
 
 BLOCK_TOKENS = 32
-"""Only whole blocks of a prefix are shared. The default on a CPU is 128, which takes up to twice the time here; 16 is refused."""
+"""Only whole blocks of a prefix are shared. The default on a CPU is 128, which takes up to twice the time; 16 is refused."""
 
 
 def ways(task: dict[str, Any], stack: ExitStack) -> dict[str, Callable[[list[list[int]]], list[list[int]]]]:
