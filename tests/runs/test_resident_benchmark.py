@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +15,13 @@ pytest.importorskip("helm", reason="needs crfm-helm, which comes with the extra 
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.runs.resident_benchmark import __main__ as command
-from flexgen_helm.runs.resident_benchmark.contenders import NAMES, Measured, Task, gaps, interpreters, run
+from flexgen_helm.runs.resident_benchmark.contenders import Measured, Task, gaps, run
 from flexgen_helm.runs.resident_benchmark.report import Entry, as_dict, render
 from flexgen_helm.runs.resident_benchmark.sides.generate_batch_side import in_order
 from flexgen_helm.runs.resident_benchmark.sides.measure import measure
 from tests.jobs import random_tokens
 from tests.models import save_tiny
-from tests.reference import Reference
+from tests.reference import Greedy, Reference
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +31,17 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     return Task("tiny", str(folder), "float32", [""] * 4, prompts, new_tokens=3, candidates=0, threads=1, repeats=2)
 
 
+@pytest.fixture(scope="module")
+def reference(task: Task) -> list[Greedy]:
+    model = Reference(task.folder)
+    return [model.greedy(prompt, task.new_tokens) for prompt in task.prompts]
+
+
 @pytest.mark.parametrize("name", ["engine", "transformers", "generate_batch"])
-def test_a_side_answers_as_the_reference_does(name: str, task: Task, tmp_path: Path) -> None:
+def test_a_side_answers_as_the_reference_does(name: str, task: Task, reference: list[Greedy], tmp_path: Path) -> None:
     found = run(name, sys.executable, task, tmp_path)
     assert isinstance(found, Measured), found
-    reference = Reference(Path(task.folder))
-    assert found.tokens == [reference.greedy(prompt, 3) for prompt in task.prompts]
+    assert found.tokens == [answer.token_ids for answer in reference]
     assert len(found.wall_s) == len(found.processor_s) == 2
     assert min(found.wall_s + found.processor_s) > 0
     assert found.load_s > 0
@@ -71,22 +78,18 @@ def test_outputs_are_in_the_order_of_the_requests() -> None:
     assert in_order({f"req_{i}": i for i in (10, 2, 0)}) == [0, 2, 10]
 
 
-def test_gaps_are_those_of_the_two_best_tokens(task: Task) -> None:
-    reference = Reference(Path(task.folder))
-    tokens = [reference.greedy(prompt, 3) for prompt in task.prompts]
-    for prompt, new, found in zip(task.prompts, tokens, gaps(task.folder, task.prompts, tokens), strict=True):
-        for step, gap in enumerate(found):
-            best = reference.logprobs([*prompt, *new[:step]])[-1].topk(2).values
-            assert gap == pytest.approx(float(best[0] - best[1]), abs=1e-4)
+def test_gaps_are_those_of_the_two_best_tokens(task: Task, reference: list[Greedy]) -> None:
+    found = gaps(task.folder, task.prompts, [answer.token_ids for answer in reference])
+    for gap, answer in zip(found, reference, strict=True):
+        assert gap == pytest.approx(answer.margins, abs=1e-4)
 
 
 def measured(tokens: list[list[int]], seconds: list[float]) -> Measured:
     return Measured(1.0, tokens, [2 * second for second in seconds], seconds, "blocks of 7", {})
 
 
-def test_the_table_has_medians_ratios_and_differences(task: Task) -> None:
-    reference = Reference(Path(task.folder))
-    expected = [reference.greedy(prompt, 3) for prompt in task.prompts]
+def test_the_table_has_medians_ratios_and_differences(task: Task, reference: list[Greedy]) -> None:
+    expected = [answer.token_ids for answer in reference]
     other = [[(token + 1) % 7 for token in expected[0]], *expected[1:]]
     found = {"engine": measured(expected, [3.0, 1.0, 2.0]), "vllm": measured(other, [5.0, 3.0, 9.0]), "lm_eval": "status 1: no"}
     entries = command.judged(task, expected, found)
@@ -103,8 +106,14 @@ def test_the_table_has_medians_ratios_and_differences(task: Task) -> None:
     assert isinstance(entries["engine"], Entry)
 
 
-def test_what_is_not_installed_is_left_out_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert interpreters({"no_such_module": None, "vllm": tmp_path}) == {
-        **{name: sys.executable for name in NAMES},
-        "vllm": str(tmp_path),
-    }
+def test_what_is_not_installed_is_left_out_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    here = dict.fromkeys(["engine", "transformers", "generate_batch"], sys.executable)
+    assert command.chosen(command.parse([])) == here
+    assert re.search(r"lm_eval is not installed.*--lm-eval.*left out\.\nvllm is not.*--vllm", capsys.readouterr().out)
+    assert command.chosen(command.parse(["--vllm", str(tmp_path)])) == {**here, "vllm": str(tmp_path)}
+    assert list(command.chosen(command.parse(["--contenders", "engine"]))) == ["engine"]
+    with pytest.raises(FlexGenError, match=r"vllm is not installed here.*--vllm"):
+        command.chosen(command.parse(["--contenders", "engine", "vllm"]))
