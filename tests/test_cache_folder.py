@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
-from flexgen_helm.cache_folder import build_once, cache_folder
+from flexgen_helm.cache_folder import build_once, cache_folder, write_whole
 from flexgen_helm.errors import OutOfSpace
 
 
@@ -71,3 +72,30 @@ def test_full_disk_is_refused_before_the_build(tmp_path: Path) -> None:
 
     with pytest.raises(OutOfSpace, match=r"needs .* MB, but only .* MB are free.*FLEXGEN_HELM_CACHE"):
         build_once(tmp_path / "target", build, needed_bytes=10**18)
+
+
+def test_a_reader_finds_a_whole_text_while_others_write(tmp_path: Path) -> None:
+    file, texts = tmp_path / "new" / "file", [letter * 100_000 for letter in "abc"]
+    write_whole(file, texts[0])
+
+    def write(text: str) -> None:
+        for _ in range(100):
+            write_whole(file, text)
+
+    writers = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for writer in writers:
+        writer.start()
+    found = {file.read_text()}
+    while any(writer.is_alive() for writer in writers):
+        found.add(file.read_text())
+    assert found <= set(texts)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_failed_write_leaves_the_old_text(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    write_whole(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(file, "\ud800")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]

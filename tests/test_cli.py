@@ -187,6 +187,33 @@ def test_rows_reach_the_engine(rows: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert asked["rows"] == rows
 
 
+def test_a_check_is_repeated_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def from_pretrained(name_or_path: str, **options: Any) -> FakeEngine:
+        asked.append(options.get("recheck", False))
+        return FakeEngine()
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    for options in ([], ["--recheck"]):
+        assert main(["generate", "--model", "m", "--prompt", "x", "--device", "cpu", *options]) == 0
+    assert asked == [False, True]
+
+
+def test_a_verbose_command_says_what_starting_took(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def from_pretrained(name_or_path: str, **options: Any) -> FakeEngine:
+        logging.getLogger("flexgen_helm.rows").info("what the engine chose")
+        return FakeEngine()
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    asked, seconds = "m: 1 prompts, 1 completions of at most 16 tokens", r"m: \d+\.\d s of imports, \d+\.\d s of loading"
+    for options, more in ([], []), (["-v"], ["what the engine chose", seconds]):
+        assert main(["generate", "--model", "m", "--prompt", "x", "--device", "cpu", *options]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 + len(more)
+        assert all(re.fullmatch(pattern, line) for pattern, line in zip([asked, *more], lines, strict=True))
+
+
 @pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["bench"]])
 def test_placement_reaches_the_engine(command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}

@@ -60,7 +60,7 @@ def read_limits(name_or_path: str, revision: str | None = None) -> ModelLimits:
     from flexgen_helm.model.context_length import context_of
 
     source = open_without_weights(name_or_path, revision=revision)
-    context, _ = context_of(source.empty(), source.config)
+    context, _ = context_of(source.empty, source.config)
     tokenizer = source.tokenizer
     if tokenizer is None:
         return ModelLimits(context, (), "", "")

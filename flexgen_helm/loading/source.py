@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -73,8 +74,9 @@ class ModelSource:
             return model_digest(self.folder)
         return f"dummy-{hashlib.sha256(self.config.to_json_string().encode()).hexdigest()[:16]}"
 
+    @cached_property
     def empty(self) -> PreTrainedModel:
-        """Make the model on the meta device, without weights.
+        """The model on the meta device, without weights; made once, and filled by nobody.
 
         Raises:
             UnsupportedModel: If transformers cannot make a model from the config.
@@ -159,10 +161,10 @@ def open_model(name_or_path: str, *, dtype: str, device: torch.device, revision:
     """
     source = open_without_weights(name_or_path, dtype=dtype, device=device, revision=revision)
     assert source.folder is not None
-    source.empty()  # A model that transformers cannot make is refused before its weights are downloaded.
+    _ = source.empty  # A model that transformers cannot make is refused before its weights are downloaded.
     folder = folder_with_weights(source.name, revision, source.folder)
     refuse_weights(source.name, folder)
-    return replace(source, folder=folder)
+    return source if folder == source.folder else replace(source, folder=folder)
 
 
 def open_without_weights(

@@ -226,7 +226,7 @@ def _default_folder(weights: WeightNumerics) -> Path:
 
 
 def _empty(source: ModelSource) -> PreTrainedModel:
-    whole = source.empty()
+    whole = source.empty
     try:
         layers_of(whole)
     except UnsupportedModel as error:

@@ -33,14 +33,14 @@ def copy_without_end_tokens(model_folder: Path, target: Path) -> Path:
 
 @dataclass
 class Peer:
-    """Plain transformers: PyTorch's attention, float32, no gradients, logits of the last token only."""
+    """Plain transformers: PyTorch's attention, no gradients, logits of the last token only."""
 
     model: Any
 
     @classmethod
-    def load(cls, model_folder: Path) -> Peer:
-        """Loads the model in float32 on the CPU."""
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    def load(cls, model_folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Peer:
+        """Loads the model on the CPU."""
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, attn_implementation="sdpa").eval()
         return cls(model)
 
     @torch.inference_mode()

@@ -25,9 +25,10 @@ import torch
 from transformers import AutoTokenizer
 
 from flexgen_helm.memory.amounts import parse_size
+from flexgen_helm.runs.agreement import compare
 from flexgen_helm.runs.command_line import add_json, exit_on_sigterm, make_parser, reports_errors, write_json
 from flexgen_helm.runs.cpu_benchmark.prompts import helm_prompts
-from flexgen_helm.runs.larger_than_ram.contenders import Work, as_dict, compare, run_accelerate, run_engine
+from flexgen_helm.runs.larger_than_ram.contenders import Work, as_dict, run_accelerate, run_engine
 from flexgen_helm.runs.larger_than_ram.helm_part import run_helm
 from flexgen_helm.runs.larger_than_ram.report import render
 from flexgen_helm.runs.memory_limit.cgroup import memory_group

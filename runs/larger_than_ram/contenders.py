@@ -10,13 +10,11 @@ from typing import Any
 
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.memory.amounts import gib
+from flexgen_helm.runs.agreement import Agreement
 from flexgen_helm.runs.larger_than_ram import accelerate_side
 from flexgen_helm.runs.larger_than_ram.accelerate_side import Batch
 from flexgen_helm.runs.memory_limit import engine_side
 from flexgen_helm.runs.memory_limit.process import Limits, Measured, run_task
-
-TIE = 2e-4
-"""Nats between the two best tokens below which float32 cannot tell them apart (docs/architecture.md, level C)."""
 
 ATTEMPTS = 3
 """At a batch of Accelerate's: close to the limit the kernel kills it one time and not another."""
@@ -54,24 +52,6 @@ class Ours:
 
     measured: Measured
     answers: engine_side.Answers
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How many answers of the same prompts are the same."""
-
-    equal: int
-    ties: int
-    """Answers whose first difference is a tie: the engine's two best tokens were closer than `TIE`."""
-    other: int
-    """Answers that differ for another reason."""
-    smallest_gap: float
-    """Between the engine's two best tokens where it chose one of those compared, in nats."""
-
-    @property
-    def compared(self) -> int:
-        """How many answers."""
-        return self.equal + self.ties + self.other
 
 
 def run_accelerate(  # noqa: PLR0913 - a setting of the contender each
@@ -121,29 +101,6 @@ def run_engine(work: Work, model: Path | str, arguments: dict[str, Any], limits:
             f"Its log:\n{measured.log_end}"
         )
     return Ours(measured, engine_side.read_answers(path))
-
-
-def compare(theirs: Prompts, ours: Prompts, gaps: Sequence[Sequence[float]]) -> Agreement:
-    """Compare the new tokens of the same prompts.
-
-    Args:
-        theirs: Accelerate's tokens for the first prompts.
-        ours: The engine's tokens for all prompts.
-        gaps: Differences between the engine's two best tokens, for each of its tokens.
-    """
-    equal = ties = other = 0
-    smallest = float("inf")
-    for their, our, gap in zip(theirs, ours, gaps, strict=False):
-        differing = [i for i, (x, y) in enumerate(zip(their, our, strict=True)) if x != y]
-        seen = gap[: differing[0] + 1] if differing else gap
-        smallest = min([smallest, *seen])
-        if not differing:
-            equal += 1
-        elif gap[differing[0]] < TIE:
-            ties += 1
-        else:
-            other += 1
-    return Agreement(equal, ties, other, smallest)
 
 
 def as_dict(theirs: Theirs, ours: Ours, agreement: Agreement) -> dict[str, Any]:

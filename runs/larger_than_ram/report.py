@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flexgen_helm.memory.amounts import gib
-from flexgen_helm.runs.larger_than_ram.contenders import Agreement, Ours, Theirs, Work
+from flexgen_helm.runs.agreement import Agreement
+from flexgen_helm.runs.larger_than_ram.contenders import Ours, Theirs, Work
 from flexgen_helm.runs.memory_limit.process import Measured
 
 

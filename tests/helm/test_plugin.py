@@ -133,7 +133,7 @@ def test_context_is_what_the_engine_can_serve(config: dict[str, Any], context: i
     folder = make_folder(tmp_path / "model", config, adds_bos=False)
     assert read_limits(str(folder)).context == context
     source = open_without_weights(str(folder))
-    assert context_of(source.empty(), source.config)[0] == context
+    assert context_of(source.empty, source.config)[0] == context
 
 
 @pytest.mark.parametrize(

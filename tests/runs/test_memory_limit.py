@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_helm import Engine, Job
 from flexgen_helm.errors import FlexGenError, OutOfSpace
+from flexgen_helm.runs.agreement import compare
 from flexgen_helm.runs.larger_than_ram import accelerate_side, contenders
-from flexgen_helm.runs.larger_than_ram.contenders import Ours, Theirs, Work, compare, run_accelerate
+from flexgen_helm.runs.larger_than_ram.contenders import Ours, Theirs, Work, run_accelerate
 from flexgen_helm.runs.larger_than_ram.report import render
 from flexgen_helm.runs.memory_limit import engine_side, process
 from flexgen_helm.runs.memory_limit.cgroup import Ended, NotPermitted, memory_group
