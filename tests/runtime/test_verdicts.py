@@ -16,10 +16,11 @@ import flexgen_helm
 from flexgen_helm import Engine, Job
 from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.machine import identity
 from flexgen_helm.rows import choice
 from flexgen_helm.rows.choice import Passed, check_model
 from flexgen_helm.rows.self_check import LayerCache, Verdict
-from flexgen_helm.runtime import identity, load_model
+from flexgen_helm.runtime import load_model
 from flexgen_helm.runtime.verdicts import Check, recall, remember
 from flexgen_helm.types import Numerics, WeightNumerics
 from tests.jobs import random_tokens
