@@ -31,14 +31,15 @@ ROW_JOBS = 16
 """Jobs that fill a prefill row and more; more of them take no more memory than the cache has."""
 POLICY = Policy(
     gpu_batch_size=32,
-    num_gpu_batches=4,
+    num_gpu_batches=5,
     gpu_batch_tokens=2048,
     block_tokens=4096,
     weights=(0, 1, 0),
     cache=(1, 0, 0),
     cpu_attention=0,
 )
-"""Prompts enter in several sweeps, so that pages that grew would leave their former sizes behind."""
+"""More sequences than fit: the cache takes what there is. Prompts enter in several sweeps, so that pages that grew would leave
+their former sizes behind."""
 
 
 def gemma2_27b() -> PreTrainedConfig:
