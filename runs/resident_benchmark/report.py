@@ -52,12 +52,13 @@ def render(title: str, entries: Entries) -> list[str]:
 
 def as_dict(entries: Entries) -> dict[str, Any]:
     """Return everything measured, in plain types, without the answers themselves."""
-    return {
-        name: {"failed": entry}
-        if isinstance(entry, str)
-        else {**asdict(replace(entry.measured, tokens=[])), "agreement": asdict(entry.agreement)}
-        for name, entry in entries.items()
-    }
+    return {name: {"failed": entry} if isinstance(entry, str) else _plain(entry) for name, entry in entries.items()}
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    found = entry.agreement
+    counts = {"equal": found.equal, "ties": found.ties, "other": found.other}
+    return {**asdict(replace(entry.measured, tokens=[])), "answers": counts}
 
 
 def _row(name: str, entry: Entry | str, engine_s: float | None) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ Prompts = list[list[int]]
 Answer = Callable[[Prompts], Prompts]
 WARM_UP = 2
 """Prompts that are answered before anything is measured."""
-SAMPLE = 32
+SAMPLE = 16
 """Prompts with which the best of several settings is found."""
 
 
