@@ -178,10 +178,10 @@ class RowAttention:
         locate = self._locate(key.layer)
         self._writes.apply(stores, locate, (k, v))
         if self._decode is not None:
-            merged = self._decoded(key.layer, q, rule, stores, scale=scale, softcap=softcap)
+            merged, sinks = self._decoded(key.layer, q, rule, stores, scale=scale, softcap=softcap), _on_cpu(sinks)
         else:
             merged = self._in_calls(q, rule, stores, locate, scale=scale, softcap=softcap)
-        return normalised(merged, sinks).to(qkv[2].dtype)
+        return normalised(merged, sinks).to(qkv[2].dtype).to(qkv[2].device)
 
     def _in_calls(
         self, q: Tensor, rule: MaskRule, stores: Stores, locate: Locate, *, scale: float, softcap: float | None
@@ -200,7 +200,7 @@ class RowAttention:
         return merged
 
     def _decoded(self, j: int, q: Tensor, rule: MaskRule, stores: Stores, *, scale: float, softcap: float | None) -> Merged:
-        """Attend on the CPU, in one pass."""
+        """Attend on the CPU, in one pass, which is where the outcome is."""
         decode = self._decode
         assert decode is not None
         if rule not in self._decode_plans:
@@ -212,8 +212,7 @@ class RowAttention:
             return work()
         page_bytes = next(iter(stores.values())).format.num_bytes
         num_bytes = sum(plan.pages.size for plan in plans) * page_bytes
-        merged = self._host.attend(Activity("compute", str(j)), num_bytes, work)
-        return Merged(*(x.to(q.device) for x in merged))
+        return self._host.attend(Activity("compute", str(j)), num_bytes, work)
 
     def _cleaned(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V with zeros for tokens that are not finite, which are noted in `bad`.
@@ -238,6 +237,10 @@ class RowAttention:
         slots = self._loaded[j].slots
         self._cache.working.wait(self._loaded[j])
         return lambda place, index: slots[index] if place == "staged" else index
+
+
+def _on_cpu(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.cpu()
 
 
 def _peak(x: Tensor) -> Tensor:
