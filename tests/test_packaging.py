@@ -21,7 +21,7 @@ def source_files() -> dict[str, bytes]:
     files = {}
     for folder, installed in MAPPED.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and path.suffix != ".pyc":
+            if path.is_file() and path.parent.name != "__pycache__":
                 files[f"{installed}/{path.relative_to(ROOT / folder)}"] = path.read_bytes()
     return files
 

@@ -170,7 +170,15 @@ def _finish_scores(scores: Array, visible: int, mask: Array, scale: float, softc
             scores[t] = scores[t] if mask[t] else NEG_INF
 
 
-@njit(nogil=True, cache=True)
+def _compiled(function: Any) -> Any:
+    """Compile at the first call, and keep the machine code on disk where a folder can be written."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+@_compiled
 def attend_chunks(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infers types, and knows no dataclasses
     queries, k, v, kind, places, pages, begins, rows, visible, masks, scale, softcap, top, den, total
 ):

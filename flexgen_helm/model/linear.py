@@ -16,15 +16,30 @@ PRODUCT_NAME = "flexgen_helm_product"
 
 
 class OneDNNLinear(nn.Linear):
-    """A linear layer that multiplies with oneDNN. Its weight may be packed."""
+    """A linear layer that multiplies with oneDNN."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply ``[..., in]`` to ``[..., out]``."""
         return onednn_linear(input, self.weight, self.bias)
 
 
+class PackedLinear(nn.Linear):
+    """A linear layer that multiplies with oneDNN and has its weight packed."""
+
+    packed: Tensor
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A plain copy of the weight, for models whose code uses it itself."""
+        return self.packed.to_dense()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply ``[..., in]`` to ``[..., out]``."""
+        return onednn_linear(input, self.packed, self.bias)
+
+
 LINEAR_CLASSES: dict[Matmul, type[nn.Linear]] = {"torch": nn.Linear, "onednn": OneDNNLinear}
-TOKENWISE = tuple(kind.forward for kind in LINEAR_CLASSES.values())
+TOKENWISE = (nn.Linear.forward, OneDNNLinear.forward, PackedLinear.forward)
 """Forwards that work token by token. Grouped and quantised linear layers have a forward of their own."""
 
 
@@ -68,7 +83,9 @@ def pack_weights(modules: Iterable[nn.Module], num_tokens: tuple[int, ...]) -> N
     samples = {(module.weight.shape, module.weight.dtype): module.weight for module in linears}
     if all(_same_bits(weight, count) for weight in samples.values() for count in num_tokens):
         for module in linears:
-            module.weight = nn.Parameter(packed(module.weight.detach(), max(num_tokens)), requires_grad=False)
+            form = packed(module._parameters.pop("weight").detach(), max(num_tokens))
+            module.__class__ = PackedLinear
+            module.packed = nn.Parameter(form, requires_grad=False)
 
 
 def _same_bits(weight: Tensor, num_tokens: int) -> bool:

@@ -174,7 +174,7 @@ class RecordedModel:
         self._install(self._stand_ins, implementations, self.matmul)
 
     def pack_weights(self, num_tokens: tuple[int, ...]) -> None:
-        """Pack weights for the library of the products, which changes no bit; `plain` cannot be used afterwards.
+        """Pack weights for the library of the products, which changes no bit; `plain` keeps them packed afterwards.
 
         Args:
             num_tokens: Numbers of tokens in a row.

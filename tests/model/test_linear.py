@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from flexgen_helm.machine import matmul
 from flexgen_helm.machine.matmul import onednn_linear
 from flexgen_helm.model import linear, recorder
-from flexgen_helm.model.linear import OneDNNLinear, pack_weights, use_matmul
+from flexgen_helm.model.linear import OneDNNLinear, PackedLinear, pack_weights, use_matmul
 from flexgen_helm.model.recorder import RecordedModel
 from tests.models import save_tiny
 
@@ -51,10 +51,10 @@ def test_packed_weights_change_no_bit_and_what_others_use_stays() -> None:
 
     model, ids = Model(), torch.arange(16)
     use_matmul(model.modules(), "onednn")
-    before = model(ids)
+    before, weight = model(ids), model.body.weight
     pack_weights(model.modules(), (16, 64))
-    assert model.body.weight.is_mkldnn
-    assert not model.head.weight.is_mkldnn
+    assert [type(x) for x in (model.body, model.head)] == [PackedLinear, OneDNNLinear]
+    assert torch.equal(model.body.weight, weight)
     assert model.elsewhere.weight.is_meta
     assert torch.equal(model(ids), before)
     assert sum(parameter.numel() for parameter in model.body.parameters()) == 32 * 33

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from flexgen_helm import Engine, Policy
 from flexgen_helm.rows.self_check import Verdict
@@ -17,7 +18,12 @@ pytestmark = pytest.mark.gpu
 POLICY = Policy(gpu_batch_size=16, num_gpu_batches=2, gpu_batch_tokens=64)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "mistral", "gemma2", "gpt_oss"])
+def slow(*values: object) -> ParameterSet:
+    """Values of a parametrisation that takes long on a simulated GPU."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("family", ["gemma2", *map(slow, ["llama", "opt", "mistral", "gpt_oss"])])
 def test_a_gpu_gives_the_answers_of_the_reference(family: str, tmp_path: Path) -> None:
     folder = save_tiny(family, tmp_path)
     jobs, agreement = fixed_mix(3, 12), Agreement()
@@ -33,8 +39,14 @@ def test_a_gpu_gives_the_answers_of_the_reference(family: str, tmp_path: Path) -
     assert alone == together
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "mistral", "mixtral"])
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    ("family", "overlap"),
+    [
+        ("llama", True),
+        *(slow(family, overlap) for overlap in (True, False) for family in ("opt", "mistral", "mixtral")),
+        slow("llama", False),
+    ],
+)
 def test_placement_changes_no_bit_on_a_gpu(family: str, overlap: bool, tmp_path: Path) -> None:
     """Streams, events, pinned memory and slots; attention on the CPU is level C there and left out."""
     folder, jobs = str(save_tiny(family, tmp_path, num_layers=5)), fixed_mix(31, 24)

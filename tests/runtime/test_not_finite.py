@@ -209,13 +209,13 @@ def test_weights_that_are_not_finite_are_named_at_load(bench: Workbench, tmp_pat
 def test_tokens_that_the_model_suppresses(bench: Workbench, monkeypatch: pytest.MonkeyPatch, rows: KindChoice) -> None:
     """Logits of -inf, from the first forward on, as some models mask a part of their vocabulary."""
     suppressed = list(range(200, 320))
-    forward = torch.nn.Linear.forward
+    call = torch.nn.Linear.__call__
 
     def masked(self: torch.nn.Linear, hidden: Tensor) -> Tensor:
-        logits = forward(self, hidden)
+        logits = call(self, hidden)
         return logits.index_fill(-1, torch.tensor(suppressed), -torch.inf) if self.out_features == 320 else logits
 
-    monkeypatch.setattr(torch.nn.Linear, "forward", masked)
+    monkeypatch.setattr(torch.nn.Linear, "__call__", masked)
     with Engine.from_pretrained(str(bench.folder("llama")), dtype="float32", device="cpu", policy=POLICY, rows=rows) as engine:
         scored = Job(token_ids=(250, 7, 8, 9), max_new_tokens=0, score_prompt=True)
         generated = Job(token_ids=(7, 250, 9), max_new_tokens=4, top_logprobs=210)

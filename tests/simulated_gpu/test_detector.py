@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from flexgen_helm.attention.calls import ChunkCall
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.kv_cache.staging import StagingBuffer
 from flexgen_helm.kv_cache.working_set import WorkingSet
@@ -126,8 +125,8 @@ def test_slots_of_weights_are_filled_before_their_last_reader_is_done(
     assert gpu.races
 
 
-def test_indices_of_the_cpus_attention_stay_on_the_device(planter: Planter, gpu: SimulatedGpu, folder: Path) -> None:
-    planter.plant(ChunkCall, "moved_to", "part._replace(numbers=part.numbers.to(device))", "part")
+def test_outputs_of_the_cpus_attention_stay_there(planter: Planter, gpu: SimulatedGpu, folder: Path) -> None:
+    planter.plant(RowAttention, "attend", ".to(qkv[2].dtype).to(qkv[2].device)", ".to(qkv[2].dtype)")
     with pytest.raises(FlexGenError, match="same device"):
         answers(folder, ON_HOST)
     assert gpu.mismatches

@@ -41,8 +41,8 @@ MUTANTS = (
     Mutant(
         name="numerics-without-row-sizes",
         file="flexgen_helm/runtime/building.py",
-        old="RowNumerics(passed.kind, policy.gpu_batch_size, policy.gpu_batch_tokens)",
-        new="RowNumerics(passed.kind, policy.gpu_batch_size, 0)",
+        old="RowNumerics(checked.passed.kind, policy.gpu_batch_size, policy.gpu_batch_tokens)",
+        new="RowNumerics(checked.passed.kind, policy.gpu_batch_size, 0)",
         tests=(NUMERICS,),
         why="answers of two row sizes, which differ by bits, are mixed",
     ),
