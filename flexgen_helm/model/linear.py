@@ -83,9 +83,14 @@ def pack_weights(modules: Iterable[nn.Module], num_tokens: tuple[int, ...]) -> N
     samples = {(module.weight.shape, module.weight.dtype): module.weight for module in linears}
     if all(_same_bits(weight, count) for weight in samples.values() for count in num_tokens):
         for module in linears:
-            form = packed(module._parameters.pop("weight").detach(), max(num_tokens))
-            module.__class__ = PackedLinear
-            module.packed = nn.Parameter(form, requires_grad=False)
+            _pack(module, max(num_tokens))
+
+
+def _pack(module: nn.Module, num_tokens: int) -> None:
+    weight = module._parameters.pop("weight")
+    assert weight is not None
+    module.__class__ = PackedLinear
+    module.packed = nn.Parameter(packed(weight.detach(), num_tokens), requires_grad=False)
 
 
 def _same_bits(weight: Tensor, num_tokens: int) -> bool:

@@ -212,7 +212,7 @@ def test_tokens_that_the_model_suppresses(bench: Workbench, monkeypatch: pytest.
     call = torch.nn.Linear.__call__
 
     def masked(self: torch.nn.Linear, hidden: Tensor) -> Tensor:
-        logits = call(self, hidden)
+        logits: Tensor = call(self, hidden)
         return logits.index_fill(-1, torch.tensor(suppressed), -torch.inf) if self.out_features == 320 else logits
 
     monkeypatch.setattr(torch.nn.Linear, "__call__", masked)

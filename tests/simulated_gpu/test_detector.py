@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.kv_cache.staging import StagingBuffer
 from flexgen_helm.kv_cache.working_set import WorkingSet
