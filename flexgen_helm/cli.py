@@ -218,7 +218,7 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     imported = time.perf_counter()
     logging.disable_progress_bar()
     policy = with_row_sizes(args.policy, resolve_device(args.device), few_requests=args.few_requests)
-    names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck")
+    names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck", "free_shapes")
     given = {name: getattr(args, name, None) for name in names}
     options = {name: value for name, value in given.items() if value}
     engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)

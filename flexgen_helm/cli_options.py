@@ -57,6 +57,11 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
         choices=["zigzag", "row"],
         help="zigzag: layer by layer over all rows; row: row by row (%(default)s)",
     )
+    add(
+        "--free-shapes",
+        action="store_true",
+        help="rows without padding, which shows what exactness costs",
+    )
     add("--warm-up", action="store_true", help="run other prompts first")
     add("--json", action="store_true", help="print one JSON object")
 

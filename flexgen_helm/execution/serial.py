@@ -63,6 +63,8 @@ class SerialExecutor(Generic[AnyRecording]):
         self._streamed = weights.streamed if weights is not None else frozenset()
         self.num_halvings = 0
         """How often rows were halved because memory did not suffice."""
+        self.free_shapes = False
+        """Whether rows and slices of the output head have no padding, so that answers depend on neighbours by a bit."""
 
     @property
     def num_layers(self) -> int:
@@ -96,10 +98,12 @@ class SerialExecutor(Generic[AnyRecording]):
                 part.close()
 
     def _cut(self, sweep: Sweep) -> Sweep:
-        """The sweep with rows halved as often as memory did not suffice so far."""
+        """The sweep with rows halved as often as memory did not suffice so far, and without padding if shapes are free."""
         rows = sweep.rows
         for _ in range(self.num_halvings):
             rows = [half for row in rows for half in halved(row)]
+        if self.free_shapes:
+            rows = [replace(row, size=row.num_tokens) for row in rows]
         return replace(sweep, rows=rows)
 
     def _halve_rows(self, sweep: Sweep, message: str) -> None:
@@ -209,7 +213,8 @@ class SerialExecutor(Generic[AnyRecording]):
         """Logits of a slice; None if memory does not suffice: slices are halved from here on."""
         try:
             hidden = torch.stack(tokens)
-            padded = hidden.new_zeros(self._head_slice, *hidden.shape[1:])
+            size = len(tokens) if self.free_shapes else self._head_slice
+            padded = hidden.new_zeros(size, *hidden.shape[1:])
             padded[: len(tokens)] = hidden
             with self._busy(Activity("finish")):
                 return self._rows.finish(padded)[: len(tokens)].float()

@@ -73,6 +73,8 @@ class EngineOptions:
     """Folder for everything on disk; None: a folder under the cache folder."""
     recheck: bool = False
     """Whether the self-check is repeated though an equal one passed before."""
+    free_shapes: bool = False
+    """Whether rows have no padding, which is for measuring what fixed sizes cost: bits depend on neighbours."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     executor = (OverlappedExecutor if policy.overlap else SerialExecutor)(
         rows, head_slice=policy.gpu_batch_size, order=options.order, weights=placed.weights, hidden=hidden, meter=meter
     )
+    executor.free_shapes = options.free_shapes
     return Parts(
         loaded=placed.loaded,
         checked=placed.checked,

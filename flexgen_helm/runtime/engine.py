@@ -91,6 +91,7 @@ class Engine:
         rows: KindChoice = "auto",
         dummy_weights: bool = False,
         recheck: bool = False,
+        free_shapes: bool = False,
     ) -> Engine:
         """Load a model.
 
@@ -111,6 +112,8 @@ class Engine:
             dummy_weights: Whether to use random weights, for benchmarks; then a config is enough.
             recheck: Whether to repeat the self-check. Otherwise what it found is kept in the cache folder, and it is repeated
                 if the model, the row sizes, the code, the libraries, the processor, the threads or the device changed.
+            free_shapes: Whether rows have no padding, for measuring what fixed sizes cost. Answers then depend on their
+                neighbours by a bit, and must not be cached.
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
@@ -129,6 +132,7 @@ class Engine:
             parse_max_memory(max_memory),
             Path(offload_folder) if offload_folder else None,
             recheck,
+            free_shapes,
         )
         warn_if_untested()
         where = options.device.torch_device
