@@ -92,8 +92,8 @@ MUTANTS = (
     Mutant(
         name="head-of-any-size",
         file="flexgen_helm/execution/serial.py",
-        old="hidden.new_zeros(self._head_slice,",
-        new="hidden.new_zeros(len(tokens),",
+        old="size = len(tokens) if self.free_shapes else self._head_slice",
+        new="size = len(tokens)",
         tests=(
             "tests/runtime/test_exactness.py::test_level_b_neighbours_and_order[llama]",
             "tests/runtime/test_exactness.py::test_level_b_neighbours_and_order",
