@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from flexgen_helm.machine import matmul
 from flexgen_helm.machine.matmul import faster_matmul, onednn_linear, packed
+from flexgen_helm.model.linear import _same_bits
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -84,7 +85,9 @@ def test_packed_weights_have_the_bits_of_unpacked_ones(
     x, weight = (torch.randn(*shape, inputs, generator=chance).to(dtype) for shape in (tokens, (outputs,)))
     bias = torch.randn(outputs, generator=chance).to(dtype) if biased else None
     found = onednn_linear(x, weight, bias)
-    assert torch.equal(found, onednn_linear(x, packed(weight, hint), bias))
+    count = x[..., 0].numel()
+    if _same_bits(weight, count):  # what is asked before anything is packed
+        assert torch.equal(found, onednn_linear(x, packed(weight, hint), bias))
     assert found.shape == (*tokens, outputs)
     expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     # The rounding of a sum of `inputs` products and of the output, relative to the sum of magnitudes.
