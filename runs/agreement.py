@@ -39,12 +39,11 @@ def compare(theirs: Prompts, ours: Prompts, gaps: Sequence[Sequence[float]]) -> 
     equal = ties = other = 0
     smallest = float("inf")
     for their, our, gap in zip(theirs, ours, gaps, strict=False):
-        differing = [i for i, (x, y) in enumerate(zip(their, our, strict=True)) if x != y]
-        seen = gap[: differing[0] + 1] if differing else gap
-        smallest = min([smallest, *seen])
-        if not differing:
+        parted = next((i for i, (x, y) in enumerate(zip(their, our, strict=False)) if x != y), None)
+        smallest = min([smallest, *gap[: None if parted is None else parted + 1]])
+        if their == our:
             equal += 1
-        elif gap[differing[0]] < TIE:
+        elif parted is not None and gap[parted] < TIE:
             ties += 1
         else:
             other += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,10 +32,6 @@ class LocatedPages(NamedTuple):
     tensors: PageTensors
     numbers: Tensor
     which: Tensor | None
-
-
-Kernel = Callable[[ChunkCall, Tensor, list[LocatedPages]], ChunkOutput]
-"""`attend_call` with a layer's scale and softcap."""
 
 
 def attend_call(call: ChunkCall, q: Tensor, pages: list[LocatedPages], *, scale: float, softcap: float | None) -> ChunkOutput:

@@ -49,22 +49,21 @@ class DecodePlan:
     masks: Array
 
     @classmethod
-    def of(cls, pages: RowPages, rule: MaskRule, rows: range) -> DecodePlan:
-        """Plan the attention of some row positions of a decode row. A chunk that several queries share is met once.
+    def of(cls, pages: RowPages, rule: MaskRule, visits: list[Visit]) -> DecodePlan:
+        """Plan some visits of a decode row. A chunk that several queries share is met once.
 
         Args:
             pages: The row and its pages.
             rule: Mask of the layers that will use this plan.
-            rows: The row positions.
+            visits: All visits of some queries.
         """
-        visits = [visit for visit in row_visits(pages.row) if visit.offset in rows]
+        visits = sorted(visits, key=_chunk_key)
         masks = np.empty((0, CHUNK_TOKENS), np.bool_)
         if visits and not rule.causal_only:
-            visits.sort(key=_chunk_key)
             masks = _shown(visits, rule)
             seen = np.any(masks, axis=1)
             visits, masks = [visit for visit, any_key in zip(visits, seen, strict=True) if any_key], masks[seen]
-        chunks = [list(group) for _, group in itertools.groupby(sorted(visits, key=_chunk_key), key=_chunk_key)]
+        chunks = [list(group) for _, group in itertools.groupby(visits, key=_chunk_key)]
         found = [[pages.find(page, kept=True) for page in chunk[0].pages] for chunk in chunks]
         return cls(
             np.array([[PLACES.index(place) for place, _ in chunk] for chunk in found], np.int64).reshape(-1, 4),
@@ -98,7 +97,8 @@ class DecodeAttention:
     def plan(self, pages: RowPages, rule: MaskRule) -> list[DecodePlan]:
         """Plan a row's attention, in as many parts as queries are divided into."""
         size = -(-pages.row.size // self._num_threads)
-        return [DecodePlan.of(pages, rule, range(i, i + size)) for i in range(0, pages.row.size, size)]
+        parts = itertools.groupby(row_visits(pages.row), key=lambda visit: visit.offset // size)
+        return [DecodePlan.of(pages, rule, list(visits)) for _, visits in parts]
 
     def attend(
         self,
@@ -139,10 +139,7 @@ class DecodeAttention:
                 *(np.float32(scale), np.float32(softcap or 0.0), top, den, total),
             )
 
-        if len(plans) == 1:
-            attend(plans[0])
-        else:
-            list(self._pool.map(attend, plans))
+        list((self._pool.map if len(plans) > 1 else map)(attend, plans))
         return Merged(torch.from_numpy(top) * math.log(2), torch.from_numpy(den), torch.from_numpy(total))
 
     def close(self) -> None:

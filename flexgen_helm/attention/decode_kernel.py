@@ -13,16 +13,16 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+from flexgen_helm.attention.row_pages import CHUNK_TOKENS
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+
 REORDERED = {"contract", "reassoc", "nsz"}
 """Sums over the keys of one query may be reordered: the same query has as many keys whatever its neighbours are."""
 FP32, BFLOAT16, FLOAT16 = 0, 1, 2
 """What the bits of stored numbers mean."""
 FLOAT16_SCALE = np.float32(2.0**112)
 """The exponents of fp16 are smaller by 112 than those of fp32."""
-PAGE = 32
-CHUNK_PAGES = 4
-CHUNK = PAGE * CHUNK_PAGES
-KEY_STRIDE = CHUNK + 16
+KEY_STRIDE = CHUNK_TOKENS + 16
 """A power of two would put a column of keys into few sets of the processor's cache."""
 f32 = np.float32
 LOG2E = f32(1.4426950408889634)
@@ -65,12 +65,12 @@ def _load_keys(stored, page, head, kind, keys, bits, first):  # type: ignore[no-
         bits: The same memory as uint32.
         first: First column.
     """
-    for t in range(size(PAGE)):
+    for t in range(size(PAGE_TOKENS)):
         for d in range(size(stored.shape[3])):
             bits[d * size(KEY_STRIDE) + first + t] = _fp32_bits(stored[page, head, t, d], kind)
     if kind == FLOAT16:
         for d in range(size(stored.shape[3])):
-            for t in range(size(PAGE)):
+            for t in range(size(PAGE_TOKENS)):
                 keys[d * size(KEY_STRIDE) + first + t] *= FLOAT16_SCALE
 
 
@@ -78,11 +78,11 @@ def _load_keys(stored, page, head, kind, keys, bits, first):  # type: ignore[no-
 def _load_values(stored, page, head, kind, values, bits, first):  # type: ignore[no-untyped-def]  # noqa: PLR0913
     """Bring a head of a stored page of V into the rows ``first`` to ``first + 31`` of fp32 ``[128, Dv]``, made flat."""
     dim = size(stored.shape[3])
-    for t in range(size(PAGE)):
+    for t in range(size(PAGE_TOKENS)):
         for d in range(dim):
             bits[(first + t) * dim + d] = _fp32_bits(stored[page, head, t, d], kind)
     if kind == FLOAT16:
-        for i in range(first * dim, (first + size(PAGE)) * dim):
+        for i in range(first * dim, (first + size(PAGE_TOKENS)) * dim):
             values[i] *= FLOAT16_SCALE
 
 
@@ -202,21 +202,22 @@ def attend_chunks(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infe
         total: ``[T, H, Dv]``, 0 at first. Becomes the weighted sum of the values.
     """
     groups, dim, value_dim = queries.shape[1] // k[0].shape[1], queries.shape[2], total.shape[2]
-    keys, values = np.empty(dim * KEY_STRIDE, np.float32), np.empty(CHUNK * value_dim, np.float32)
+    keys, values = np.empty(dim * KEY_STRIDE, np.float32), np.empty(CHUNK_TOKENS * value_dim, np.float32)
     key_bits, value_bits = keys.view(np.uint32), values.view(np.uint32)
-    scores, exponents = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int32)
+    no_mask = np.empty(0, np.bool_)
+    scores, exponents = np.empty(CHUNK_TOKENS, np.float32), np.empty(CHUNK_TOKENS, np.int32)
     for c in range(len(pages)):
         most = 0
         for i in range(begins[c], begins[c + 1]):
             most = max(most, visible[i])
         for h in range(k[0].shape[1]):
-            for p in range((most + PAGE - 1) // PAGE):
-                page, first = size(pages[c, p]), size(p * PAGE)
+            for p in range((most + PAGE_TOKENS - 1) // PAGE_TOKENS):
+                page, first = size(pages[c, p]), size(p * PAGE_TOKENS)
                 _load_keys(k[places[c, p]], page, size(h), kind, keys, key_bits, first)
                 _load_values(v[places[c, p]], page, size(h), kind, values, value_bits, first)
             for i in range(begins[c], begins[c + 1]):
-                n, count = rows[i], (visible[i] + PAGE - 1) // PAGE * PAGE
-                mask = masks[i] if len(masks) else np.empty(0, np.bool_)
+                n, count = rows[i], (visible[i] + PAGE_TOKENS - 1) // PAGE_TOKENS * PAGE_TOKENS
+                mask = masks[i] if len(masks) else no_mask
                 weights = scores[:count]
                 for j in range(h * groups, (h + 1) * groups):
                     weights[:] = 0

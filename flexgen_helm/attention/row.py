@@ -105,7 +105,7 @@ class _Outputs:
 
     def keep(self, call: ChunkCall, part: ChunkOutput) -> None:
         """Put the outputs of a call in their places."""
-        output, lse = part.output.to(self.lse.device), part.lse.to(self.lse.device)
+        output, lse = part
         if call.dead is not None:
             output.masked_fill_(call.dead[:, None, None], 0.0)
             lse.masked_fill_(call.dead[:, None], NEG_INF)

@@ -44,7 +44,6 @@ def machine_identity(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability(), *_processor()],
         "threads": torch.get_num_threads(),
-        "precision": torch.get_float32_matmul_precision(),
         "variables": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
     }
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexgen_helm.attention.decode import KINDS, DecodeAttention, DecodePlan
-from flexgen_helm.attention.decode_kernel import KEY_STRIDE, PAGE, _load_keys, _load_values, _powers_of_two
+from flexgen_helm.attention.decode_kernel import KEY_STRIDE, _load_keys, _load_values, _powers_of_two
 from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.attention.visits import row_visits
 from flexgen_helm.kv_cache.page_format import PageFormat, PageTensors
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageMap
 from flexgen_helm.schedule.rows import Row, Segment
@@ -20,17 +21,17 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_every_finite_number_of_16_bits_is_read_as_torch_reads_it() -> None:
-    patterns = np.arange(2**16, dtype=np.uint16).reshape(1, 1, -1, PAGE).swapaxes(2, 3).copy()
+    patterns = np.arange(2**16, dtype=np.uint16).reshape(1, 1, -1, PAGE_TOKENS).swapaxes(2, 3).copy()
     for dtype in (torch.bfloat16, torch.float16):
         dim = patterns.shape[-1]
-        keys, values = np.empty(dim * KEY_STRIDE, np.float32), np.empty(PAGE * dim, np.float32)
+        keys, values = np.empty(dim * KEY_STRIDE, np.float32), np.empty(PAGE_TOKENS * dim, np.float32)
         for load, numbers in ((_load_keys, keys), (_load_values, values)):
             load(patterns, np.uint64(0), np.uint64(0), KINDS[dtype], numbers, numbers.view(np.uint32), np.uint64(0))
         expected = torch.from_numpy(patterns[0, 0]).view(dtype).float()
         finite = expected.isfinite()
         assert int(finite.sum()) > 2**15
-        columns = torch.from_numpy(keys).view(dim, KEY_STRIDE)[:, :PAGE].T
-        for found in (columns, torch.from_numpy(values).view(PAGE, dim)):
+        columns = torch.from_numpy(keys).view(dim, KEY_STRIDE)[:, :PAGE_TOKENS].T
+        for found in (columns, torch.from_numpy(values).view(PAGE_TOKENS, dim)):
             assert torch.equal(found[finite], expected[finite])
 
 
@@ -107,7 +108,7 @@ def test_a_chunk_of_many_is_met_once() -> None:
     sequences = Sequences(HEADS[0], [300, 290, 400], 260, torch.float32)
     row = Row("decode", 16, [Segment((0,), n - 1, table) for n, table in zip(sequences.lengths, sequences.tables, strict=True)])
     pages = RowPages(row, PageMap(PageCounts(10**6, 0, 0), own_memory=False))
-    plan = DecodePlan.of(pages, RULES["causal"], range(16))
+    plan = DecodePlan.of(pages, RULES["causal"], list(row_visits(row)))
     assert plan.begins.tolist() == [0, 3, 6, 7, 8, 9, 10]  # two shared chunks, the third of each sequence, a fourth of one
     assert plan.visible.tolist() == [128] * 6 + [44, 34, 128, 16]
 
