@@ -211,6 +211,11 @@ def test_first_difference_decides_whether_it_is_a_tie() -> None:
     assert found.smallest_gap == 1e-5  # behind a difference prompts are others
 
 
+def test_an_answer_of_another_length_is_another_answer() -> None:
+    found = compare([[1], [1, 2, 3]], [[1, 2], [1, 2]], [[1, 1e-6], [1, 1e-6]])
+    assert (found.equal, found.ties, found.other) == (0, 0, 2)
+
+
 def batch_of(size: int, seconds: float) -> accelerate_side.Batch:
     return accelerate_side.Batch(2.0, {"cpu": 2, "disk": 6}, seconds, [[1]] * size)
 
