@@ -22,7 +22,10 @@ NAME = "flexgen/written/keys"
 
 
 def test_the_keys_are_those_of_the_engine() -> None:
-    assert list(KEYS[ARGUMENTS]) == list(inspect.signature(Engine.from_pretrained).parameters)
+    """Except that answers of free shapes depend on their neighbours, so that HELM must not cache them."""
+    keywords = list(inspect.signature(Engine.from_pretrained).parameters)
+    keywords.remove("free_shapes")
+    assert list(KEYS[ARGUMENTS]) == keywords
 
 
 def write(folder: Path, name: str = NAME, **keys: Any) -> None:
