@@ -22,7 +22,6 @@ from flexgen_helm.kv_cache.pages import Place
 
 PLACES: tuple[Place, ...] = ("device", "host", "staged")
 """Places of pages that decode rows read."""
-BITS = {torch.float32: torch.uint32, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the dtypes in `flexgen_helm.attention.decode_kernel`."""
 Array = np.ndarray[Any, Any]
@@ -74,12 +73,22 @@ class DecodePlan:
             masks,
         )
 
-    def located(self, slots: Tensor | None) -> Array:
-        """The numbers of all pages where those that are staged are in some slots ``[staged pages]``. None: none are."""
-        if slots is None:
-            return self.pages
-        staged = self.places == PLACES.index("staged")
-        return np.where(staged, slots.numpy()[np.where(staged, self.pages, 0)], self.pages)
+    def addresses(self, stored: Mapping[Place, Tensor], slots: Tensor | None) -> Array:
+        """Where the pages of K, or those of V, are in memory: ``[C, 4]``.
+
+        Args:
+            stored: The layer's pages of K or of V by place, in host memory.
+            slots: ``[staged pages]``: the slot of each page that is staged. None: there are none.
+        """
+        pages = self.pages
+        if slots is not None:
+            staged = self.places == PLACES.index("staged")
+            pages = np.where(staged, slots.numpy()[np.where(staged, pages, 0)], pages)
+        found = [stored.get(place) for place in PLACES]
+        begins = np.array([0 if x is None else x.data_ptr() for x in found])
+        sizes = np.array([0 if x is None else x[0].nbytes for x in found])
+        addresses: Array = begins[self.places] + sizes[self.places] * pages
+        return addresses
 
 
 class DecodeAttention:
@@ -124,18 +133,16 @@ class DecodeAttention:
         from flexgen_helm.attention.decode_kernel import attend_chunks
 
         any_store = next(iter(stores.values()))
-        dtype = any_store.k.dtype
-        tensors = [stores.get(place, any_store) for place in PLACES]
-        k, v = (tuple(x.view(BITS[dtype]).numpy() for x in part) for part in ([t.k for t in tensors], [t.v for t in tensors]))
+        k, v = ({place: x.tensors[part] for place, x in stores.items()} for part in (0, 1))
         queries = q.float().contiguous().numpy()
         top = np.full(queries.shape[:2], NEG_INF, np.float32)
         den = np.zeros_like(top)
-        total = np.zeros((*top.shape, v[0].shape[-1]), np.float32)
+        total = np.zeros((*top.shape, any_store.format.v.dim), np.float32)
 
         def attend(plan: DecodePlan) -> None:
             attend_chunks(
-                *(queries, k, v, KINDS[dtype]),
-                *(plan.places, plan.located(slots), plan.begins, plan.rows, plan.visible, plan.masks),
+                *(queries, plan.addresses(k, slots), plan.addresses(v, slots), KINDS[any_store.k.dtype]),
+                *(any_store.format.k.num_heads, plan.begins, plan.rows, plan.visible, plan.masks),
                 *(np.float32(scale), np.float32(softcap or 0.0), top, den, total),
             )
 

@@ -220,11 +220,12 @@ class RowAttention:
         Masks do not hide NaN and infinity: a masked score is added to -inf and its value multiplied by 0. So pages hold finite
         numbers only, whoever reads or reuses them, and a sequence with such a token has no answer.
         """
-        good = _peak(k) <= min(LARGEST_KEY, torch.finfo(k.dtype).max)
-        good &= _peak(v) <= torch.finfo(v.dtype).max
+        k_limit, v_limit = min(LARGEST_KEY, torch.finfo(k.dtype).max), torch.finfo(v.dtype).max
         # To look costs a GPU its head start, to copy costs a CPU more than the look.
-        if good.device.type == "cpu" and bool(good.all()):
+        if k.device.type == "cpu" and _largest(k) <= k_limit and _largest(v) <= v_limit:
             return k, v
+        good = k.abs().amax((1, 2)) <= k_limit
+        good &= v.abs().amax((1, 2)) <= v_limit
         self.bad |= ~good
         kept = good[:, None, None]
         return torch.where(kept, k, 0.0), torch.where(kept, v, 0.0)
@@ -243,6 +244,7 @@ def _on_cpu(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.cpu()
 
 
-def _peak(x: Tensor) -> Tensor:
-    """The largest magnitude ``[T]`` in each token's ``[T, H, D]``; NaN where there is one."""
-    return x.abs().amax((1, 2))
+def _largest(x: Tensor) -> float:
+    """The largest magnitude; NaN where there is one."""
+    low, high = torch.aminmax(x)
+    return max(-float(low), float(high))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from torch import Tensor
 
 from flexgen_helm.attention.decode import KINDS, DecodeAttention, DecodePlan
-from flexgen_helm.attention.decode_kernel import KEY_STRIDE, _load_keys, _load_values, _powers_of_two
+from flexgen_helm.attention.decode_intrinsics import multiply_add
+from flexgen_helm.attention.decode_kernel import _load, _powers_of_two, _transpose
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import row_visits
 from flexgen_helm.kv_cache.page_format import PageFormat, PageTensors
@@ -21,18 +24,41 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def test_every_finite_number_of_16_bits_is_read_as_torch_reads_it() -> None:
-    patterns = np.arange(2**16, dtype=np.uint16).reshape(1, 1, -1, PAGE_TOKENS).swapaxes(2, 3).copy()
+    patterns = np.arange(2**16, dtype=np.uint16)
     for dtype in (torch.bfloat16, torch.float16):
-        dim = patterns.shape[-1]
-        keys, values = np.empty(dim * KEY_STRIDE, np.float32), np.empty(PAGE_TOKENS * dim, np.float32)
-        for load, numbers in ((_load_keys, keys), (_load_values, values)):
-            load(patterns, np.uint64(0), np.uint64(0), KINDS[dtype], numbers, numbers.view(np.uint32), np.uint64(0))
-        expected = torch.from_numpy(patterns[0, 0]).view(dtype).float()
+        found = np.empty(len(patterns), np.float32)
+        _load(patterns.ctypes.data, KINDS[dtype], found, found.view(np.uint32))
+        expected = torch.from_numpy(patterns).view(dtype).float()
         finite = expected.isfinite()
         assert int(finite.sum()) > 2**15
-        columns = torch.from_numpy(keys).view(dim, KEY_STRIDE)[:, :PAGE_TOKENS].T
-        for found in (columns, torch.from_numpy(values).view(PAGE_TOKENS, dim)):
-            assert torch.equal(found[finite], expected[finite])
+        assert torch.equal(torch.from_numpy(found)[finite], expected[finite])
+
+
+@pytest.mark.parametrize("dim", [1, 15, 16, 64, 72])
+def test_a_page_is_transposed(dim: int) -> None:
+    rows, columns = np.arange(PAGE_TOKENS * dim, dtype=np.float32), np.empty(PAGE_TOKENS * dim, np.float32)
+    _transpose(rows, columns)
+    np.testing.assert_array_equal(columns.reshape(dim, PAGE_TOKENS), rows.reshape(PAGE_TOKENS, dim).T)
+
+
+@given(st.integers(1, 9), st.integers(1, 80), st.integers(0, 40))
+@settings(max_examples=30, deadline=None)
+def test_rows_of_a_product_have_the_same_bits_alone_and_together(num_rows: int, m: int, n: int) -> None:
+    chance = np.random.default_rng(n)
+    a, b = (chance.standard_normal(shape).astype(np.float32) for shape in ((num_rows, n), (n, m)))
+    before = chance.standard_normal((num_rows, m)).astype(np.float32)
+    together, alone = before.copy(), before.copy()
+    a_at, c_at = np.arange(num_rows) * n, np.arange(num_rows) * m
+    _multiply_add(a.ravel(), a_at, b.ravel(), m, n, together.reshape(-1), c_at, num_rows)
+    for r in range(num_rows):
+        _multiply_add(a.ravel(), a_at[r : r + 1], b.ravel(), m, n, alone.reshape(-1), c_at[r : r + 1], 1)
+    np.testing.assert_array_equal(together, alone)
+    np.testing.assert_allclose(together, before + a.astype(np.float64) @ b, atol=1e-4)
+
+
+@njit
+def _multiply_add(a, a_at, b, m, n, c, c_at, num_rows):  # type: ignore[no-untyped-def]
+    multiply_add(a, a_at, b, np.uint64(m), np.uint64(n), c, c_at, np.uint64(num_rows))
 
 
 def test_powers_of_two_are_as_exact_as_fp32_and_what_is_hidden_vanishes() -> None:
