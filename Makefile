@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # tests/conftest.py puts the longest files first; xdist would put those with most tests first.
 PYTEST := pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env lint test test-all test-versions demo clean
+.PHONY: help env lint test test-all test-versions test-simulated-gpu demo clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ test-all: lint  ## Run all tests.
 
 test-versions: env  ## Run what depends on transformers with its lowest version allowed, or with VERSIONS="5.20.0 5.22.2".
 	@$(TEST_ENV) $(BIN)/python .ci/test_versions.py $(VERSIONS)
+
+test-simulated-gpu: env  ## Run every placement, family and limit on the simulated GPU; `test` runs a part of them.
+	@$(TEST_ENV) $(BIN)/$(PYTEST) --dist load -m slow tests/simulated_gpu tests/runtime/test_gpu.py
 
 demo: env  ## Evaluate a real model on real questions with HELM and print the scores.
 	@$(BIN)/python -m flexgen_helm.runs.quickstart
