@@ -54,7 +54,8 @@ def use_matmul(modules: Iterable[nn.Module], matmul: Matmul) -> None:
         if type(module) in LINEAR_CLASSES.values():
             module.__class__ = LINEAR_CLASSES[matmul]
         elif has_experts(module):
-            module.__dict__[PRODUCT_NAME] = PRODUCTS[matmul]
+            transposed = bool(getattr(module, "is_transposed", False))
+            module.__dict__[PRODUCT_NAME] = PRODUCTS["torch" if transposed else matmul]
 
 
 def has_experts(module: nn.Module) -> bool:

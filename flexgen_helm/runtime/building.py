@@ -188,13 +188,20 @@ def numerics_of(
 def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     """Decide everything that can be decided before weights are read."""
     whole = _empty(source)
-    weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
-    folder = options.folder or _default_folder(weights)
     kv_dtype, formats = options.kv_dtype or source.dtype, plain_formats(whole)
+    weights, fitted = WeightNumerics(source.digest(), dtype_name(source.dtype)), None
+    folder = options.folder or _default_folder(weights)
+    if options.compression is not None and options.compression.bits is not None:
+        weights, folder, fitted = _fit(source, options, options.compression)
     shapes = shapes_of(whole, formats, kv_dtype)
     policy = _with_place(resolved(options.policy, options.device), shapes, options)
-    plan = MemoryPlan.of(shapes, policy, measure_space(options.device, options.limits, folder), options.policy)
+    space = measure_space(options.device, options.limits, folder)
+    if fitted is not None and not _fits_unpacked(shapes, policy, space):
+        formats = dict(fitted.formats)
+        shapes = shapes_of(whole, formats, kv_dtype)
+    plan = MemoryPlan.of(shapes, policy, space, options.policy)
     return Blueprint(
+        fitted=fitted,
         source=source,
         whole=whole,
         device=options.device,
@@ -208,6 +215,26 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
         folder=folder,
         meter=Meter(options.device.torch_device),
     )
+
+
+def _fit(
+    source: ModelSource, options: EngineOptions, compression: CompressionConfig
+) -> tuple[WeightNumerics, Path, FittedModel]:
+    """Return the identity of the compressed weights, their folder, and the quantised model, which is made if it is missing."""
+    scheme = scheme_of(compression)
+    plain = slab_identity(WeightNumerics(source.digest(), "float32", compression.weights_name))
+    folder = options.folder or cache_folder() / "compressed" / _folder_name(plain)
+    fitted = fit(source, scheme, folder, plain)
+    dtype = dtype_name(source.dtype)
+    return WeightNumerics(source.digest(), dtype, compression.weights_name, fitted.decisions), folder, fitted
+
+
+def _fits_unpacked(shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> bool:
+    """Whether the unpacked model is resident where the policy puts it."""
+    try:
+        return MemoryPlan.of(shapes, policy, space).weights.is_resident
+    except PolicyError:
+        return False
 
 
 def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOptions) -> ResolvedPolicy:

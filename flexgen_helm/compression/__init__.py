@@ -1,0 +1,1 @@
+"""Compression: variants by name, quantizers, and the stored form of compressed weights."""
