@@ -1,0 +1,1 @@
+"""Quantizers of weights: pure functions from tensors to their stored form and back."""
