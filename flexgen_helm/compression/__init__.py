@@ -1,0 +1,1 @@
+"""Compression: what is stored in fewer bits, and how it is brought back."""
