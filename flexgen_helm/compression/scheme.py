@@ -28,11 +28,12 @@ class Scheme(Protocol):
             moment: ``[in]``: mean square of each input.
         """
 
-    def solve(self, observed: Mapping[MatrixKey, Parts]) -> dict[MatrixKey, Parts]:
+    def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
         """Decide about all matrices of the model together, so that they take the bits that were asked for.
 
         Args:
             observed: What `observe` returned for each matrix.
+            weights: Reads each matrix, fp32 ``[out, in]``; fast in the order of the model, again and again.
         """
 
     def pack(self, weight: Tensor, decided: Parts) -> Parts:
@@ -44,4 +45,9 @@ class Scheme(Protocol):
         """
 
     def unpack(self, stored: Parts, target: Tensor) -> None:
-        """Compute a matrix in fp32 and round it once into ``target [out, in]``, on the device of the stored tensors."""
+        """Compute a matrix in fp32 and round it once into a target.
+
+        Args:
+            stored: The stored tensors.
+            target: ``[out, in]`` in any floating dtype, on their device; numbers of a row are neighbours.
+        """

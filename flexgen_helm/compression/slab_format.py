@@ -56,7 +56,15 @@ class CompressedSlab:
                 value.copy_(found["0"]["plain"])
                 continue
             for number, matrix in enumerate(self.matrices[target.names[0]].matrices(value)):
-                self.scheme.unpack(found[str(number)], matrix)
+                self._unpack_matrix(found[str(number)], matrix)
+
+    def _unpack_matrix(self, parts: Parts, target: Tensor) -> None:
+        if target.stride(1) == 1:
+            self.scheme.unpack(parts, target)
+        else:
+            rows = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+            self.scheme.unpack(parts, rows)
+            target.copy_(rows)
 
 
 def stored_tensors(module: nn.Module, packed: Mapping[str, list[Parts]]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from flexgen_helm.memory.slab_folder import SlabFolder
 from flexgen_helm.model.layers import layers_of, refuse_shared_layers
 from flexgen_helm.policy.shapes_of_model import own_head
 from flexgen_helm.runtime.fitting.files import save_tensors
+from flexgen_helm.runtime.fitting.matrices_of_model import ModelMatrices
 from flexgen_helm.runtime.fitting.packing import PackingKeeper
 from flexgen_helm.runtime.fitting.progress import LayerProgress
 from flexgen_helm.runtime.fitting.statistics import observe_model
@@ -84,7 +85,8 @@ def _decide(source: ModelSource, scheme: Scheme, folder: Path) -> tuple[dict[Mat
     file = folder / DECISIONS
     if not file.exists():
         logger.info("%s: statistics for compression, once; they are kept in %s", source.name, folder)
-        decided = scheme.solve(observe_model(source, scheme, folder / "statistics"))
+        observed = observe_model(source, scheme, folder / "statistics")
+        decided = scheme.solve(observed, ModelMatrices(source, list(observed)))
         save_tensors(file, {f"{key}{SEPARATOR}{name}": x for key, parts in decided.items() for name, x in parts.items()})
     found: dict[MatrixKey, Parts] = {}
     try:

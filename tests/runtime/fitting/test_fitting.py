@@ -40,7 +40,7 @@ class Halves:
     def observe(self, weight: Tensor, moment: Tensor) -> Parts:
         return {"moment": moment, "largest": weight.abs().amax()}
 
-    def solve(self, observed: Mapping[MatrixKey, Parts]) -> dict[MatrixKey, Parts]:
+    def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
         return {key: {"step": torch.tensor([0.5])} for key in observed}
 
     def pack(self, weight: Tensor, decided: Parts) -> Parts:
