@@ -1,0 +1,1 @@
+"""Compressed variants of a model: their names and what these mean."""
