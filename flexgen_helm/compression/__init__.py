@@ -1,1 +1,1 @@
-"""Compression: variants by name, quantizers, and the stored form of compressed weights."""
+"""Compressed variants of a model: their names, the quantizers, and the stored form of compressed weights."""
