@@ -167,7 +167,9 @@ def solve_steps(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bi
         UnsupportedModel: If a matrix cannot be quantised; the message has its name.
     """
     if not 0 < bits <= 8:
-        raise PolicyError(f"{bits} bits a weight were asked of the entropy-coded quantizer, which has 8 at most. Ask for 2 to 8.")
+        raise PolicyError(
+            f"{bits} bits a weight were asked of the entropy-coded quantizer, which has 8 at most. Ask for 2 to 8."
+        )
     columns = [Columns.of(name, weight.float(), moments[name]) for name, weight in weights.items()]
     scales = [x.scale for x in columns if math.isfinite(x.scale)]
     typical = median_low(scales) if scales else 1.0

@@ -15,7 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from flexgen_helm.cache_folder import cache_folder
-from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.compression.config import CompressionConfig
+from flexgen_helm.compression.schemes import scheme_of
+from flexgen_helm.errors import PolicyError, UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.execution.overlapped import OverlappedExecutor
 from flexgen_helm.execution.serial import SerialExecutor
@@ -25,6 +27,7 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.device_limit import DEVICE_LIMITS
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.memory.workspaces import make_workspaces
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.attention_place import attention_place
@@ -32,7 +35,9 @@ from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import shapes_of
+from flexgen_helm.policy.space import Space
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
+from flexgen_helm.runtime.fitting.fit import FittedModel, fit
 from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space, whole_machine
 from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats, slab_identity
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
@@ -73,6 +78,8 @@ class EngineOptions:
     """Folder for everything on disk; None: a folder under the cache folder."""
     recheck: bool = False
     """Whether the self-check is repeated though an equal one passed before."""
+    compression: CompressionConfig | None = None
+    """What of the model is compressed; None: nothing."""
     free_shapes: bool = False
     """Whether rows have no padding, which is for measuring what fixed sizes cost: bits depend on neighbours."""
 
@@ -188,8 +195,10 @@ def numerics_of(
 def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     """Decide everything that can be decided before weights are read."""
     whole = _empty(source)
-    kv_dtype, formats = options.kv_dtype or source.dtype, plain_formats(whole)
-    weights, fitted = WeightNumerics(source.digest(), dtype_name(source.dtype)), None
+    kv_dtype = options.kv_dtype or source.dtype
+    formats: Mapping[int, SlabFormat] = plain_formats(whole)
+    fitted: FittedModel | None = None
+    weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
     folder = options.folder or _default_folder(weights)
     if options.compression is not None and options.compression.bits is not None:
         weights, folder, fitted = _fit(source, options, options.compression)
@@ -197,7 +206,7 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     policy = _with_place(resolved(options.policy, options.device), shapes, options)
     space = measure_space(options.device, options.limits, folder)
     if fitted is not None and not _fits_unpacked(shapes, policy, space):
-        formats = dict(fitted.formats)
+        formats = fitted.formats
         shapes = shapes_of(whole, formats, kv_dtype)
     plan = MemoryPlan.of(shapes, policy, space, options.policy)
     return Blueprint(
@@ -221,12 +230,12 @@ def _fit(
     source: ModelSource, options: EngineOptions, compression: CompressionConfig
 ) -> tuple[WeightNumerics, Path, FittedModel]:
     """Return the identity of the compressed weights, their folder, and the quantised model, which is made if it is missing."""
-    scheme = scheme_of(compression)
-    plain = slab_identity(WeightNumerics(source.digest(), "float32", compression.weights_name))
-    folder = options.folder or cache_folder() / "compressed" / _folder_name(plain)
-    fitted = fit(source, scheme, folder, plain)
-    dtype = dtype_name(source.dtype)
-    return WeightNumerics(source.digest(), dtype, compression.weights_name, fitted.decisions), folder, fitted
+    assert compression.bits is not None
+    # Slabs are made from float32 and rounded when they are unpacked, so that all dtypes share them.
+    shared = WeightNumerics(source.digest(), "float32", compression.weight_scheme)
+    folder = options.folder or _default_folder(shared, "compressed")
+    fitted = fit(source, scheme_of(compression.scheme, compression.bits), folder, slab_identity(shared))
+    return replace(shared, dtype=dtype_name(source.dtype), statistics=fitted.decisions), folder, fitted
 
 
 def _fits_unpacked(shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> bool:
@@ -249,10 +258,10 @@ def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOpti
     return replace(policy, cpu_attention=place.cpu_attention, cache=place.cache)
 
 
-def _default_folder(weights: WeightNumerics) -> Path:
+def _default_folder(weights: WeightNumerics, kind: str = "offload") -> Path:
     """Return a folder that no other slabs share: everything that decides their bytes is in its name."""
     identity = hashlib.sha256(json.dumps(slab_identity(weights), sort_keys=True).encode()).hexdigest()[:8]
-    return cache_folder() / "offload" / f"{weights.digest[:32]}-{weights.dtype}-{weights.scheme}-{identity}"
+    return cache_folder() / kind / f"{weights.digest[:32]}-{weights.dtype}-{weights.scheme}-{identity}"
 
 
 def _empty(source: ModelSource) -> PreTrainedModel:
