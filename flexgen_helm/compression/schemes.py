@@ -138,7 +138,7 @@ class EntropyCoded:
         """
         layout = layout_of(len(target), stored["classes"])
         sizes = tuple(stored["sizes"].tolist())
-        parts = (stored[name] for name in ("classes", "steps", "places", "values"))
-        found, decoder = Stored(layout, *parts, sizes, stored["data"]), Decoder()
+        classes, steps, places, values = (stored[name] for name in ("classes", "steps", "places", "values"))
+        found, decoder = Stored(layout, classes, steps, places, values, sizes, stored["data"]), Decoder()
         for block in range(layout.num_blocks):
             decoder.unpack(found, block, target)

@@ -55,8 +55,8 @@ class CompressedSlab:
             if target.names[0] not in self.matrices:
                 value.copy_(found["0"]["plain"])
                 continue
-            for number, matrix in enumerate(self.matrices[target.names[0]].matrices(value)):
-                self._unpack_matrix(found[str(number)], matrix)
+            for i, matrix in enumerate(self.matrices[target.names[0]].matrices(value)):
+                self._unpack_matrix(found[str(i)], matrix)
 
     def _unpack_matrix(self, parts: Parts, target: Tensor) -> None:
         if target.stride(1) == 1:

@@ -72,14 +72,14 @@ class EngineOptions:
     order: Order = "zigzag"
     kv_dtype: torch.dtype | None = None
     """Dtype in which K and V are stored and attention reads them; None: the model's."""
+    compression: CompressionConfig | None = None
+    """What is compressed; None: nothing."""
     limits: Mapping[Tier, int] = field(default_factory=dict)
     """Most bytes of the tiers that the user names."""
     folder: Path | None = None
     """Folder for everything on disk; None: a folder under the cache folder."""
     recheck: bool = False
     """Whether the self-check is repeated though an equal one passed before."""
-    compression: CompressionConfig | None = None
-    """What of the model is compressed; None: nothing."""
     free_shapes: bool = False
     """Whether rows have no padding, which is for measuring what fixed sizes cost: bits depend on neighbours."""
 

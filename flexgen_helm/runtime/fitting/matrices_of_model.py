@@ -31,7 +31,11 @@ class _Handing:
 
 def read_layers(source: ModelSource) -> Iterator[tuple[int, nn.Module]]:
     """Yield the layers of a model with their numbers. A layer is empty once the next one is asked for."""
-    reader = greenlet(lambda taker: source.read(_Handing(taker)) and None)
+
+    def read(taker: greenlet) -> None:
+        source.read(_Handing(taker))
+
+    reader = greenlet(read)
     while (found := reader.switch(getcurrent())) is not None:
         yield found
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flexgen_helm.compression.matrices import MatrixTensor
-from flexgen_helm.model.linear import PRODUCT_NAME, Product, has_experts, product_of
+from flexgen_helm.machine.matmul import Product
+from flexgen_helm.model.linear import PRODUCT_NAME, has_experts, product_of
 
 FEWEST_TOKENS = 16
 """An expert that saw fewer tokens takes the mean of the layer's experts."""
