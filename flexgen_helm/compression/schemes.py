@@ -114,7 +114,7 @@ class EntropyCoded:
         """Find the steps of the whole model."""
         rule = solve_steps(weights, {key: parts["moment"] for key, parts in observed.items()}, self.bits)
         numbers = torch.tensor([rule.factor, rule.typical], dtype=torch.float64)
-        return {key: {**parts, "rule": numbers} for key, parts in observed.items()}
+        return {key: {**parts, "rule": numbers.clone()} for key, parts in observed.items()}
 
     def pack(self, weight: Tensor, decided: Parts) -> Parts:
         """Return frames of integers, steps, and what is needed to decode them."""
