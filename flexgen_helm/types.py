@@ -389,6 +389,10 @@ class EngineInfo:
     """Bits of an element of K and V, or of other state that a model keeps in their place."""
     weight_bytes: dict[str, int]
     """Bytes of weights on each tier: device, host, disk."""
+    bits_per_compressed_weight: float | None = None
+    """Bits of a weight of the compressed matrices, with scales and maps; None: weights are not compressed."""
+    statistics: str = ""
+    """What made the statistics to which the compression was fitted; empty: none."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of weights, slots and buffers on each tier, planned before anything was allocated."""
     cache_bytes: dict[str, int] = field(default_factory=dict)

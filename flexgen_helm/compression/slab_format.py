@@ -40,6 +40,16 @@ class CompressedSlab:
         """Whether parameters can be views of the stored slab: never."""
         return False
 
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of everything that is stored of the matrices, without what aligns them."""
+        return sum(x.num_bytes for x in self.stored.tensors if x.names[0].partition(SEPARATOR)[0] in self.matrices)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of the matrices' weights."""
+        return sum(x.num_bytes // x.dtype.itemsize for x in self.bound.tensors if x.names[0] in self.matrices)
+
     def pack(self, module: nn.Module, stored: Tensor) -> None:
         """Refuse: slabs are packed when the model is quantised, and read from their folder afterwards."""
         raise AssertionError("compressed slabs are made by flexgen_helm.runtime.fitting")

@@ -103,6 +103,8 @@ class Parts:
     folder: Path
     """Folder for everything on disk; it may not exist."""
     meter: Meter
+    fitted: FittedModel | None = None
+    """The quantised model; None: weights are not compressed."""
     held: ExitStack = field(default_factory=ExitStack)
     """What is released when the engine is closed, after the executor."""
 
@@ -175,6 +177,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         executor=executor,
         folder=folder,
         meter=meter,
+        fitted=blueprint.fitted,
     )
 
 

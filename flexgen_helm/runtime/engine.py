@@ -209,7 +209,12 @@ class Engine:
         modules = nn.ModuleList([parts.loaded.model, *parts.checked.model.layers])  # stand-ins are in the layers' place
         parameters = list(modules.parameters())
         num_bytes, count = sum(p.numel() * p.element_size() for p in parameters), sum(p.numel() for p in parameters)
+        fitted = parts.fitted
+        if fitted is not None:
+            num_bytes += fitted.num_bytes - sum(each.bound.num_bytes for each in fitted.formats.values())
         return EngineInfo(
+            bits_per_compressed_weight=None if fitted is None else fitted.bits_per_weight,
+            statistics="" if fitted is None else fitted.statistics,
             policy=self.policy,
             numerics=self.numerics,
             bits_per_weight=8 * num_bytes / count,

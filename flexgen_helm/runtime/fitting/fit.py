@@ -26,7 +26,7 @@ from flexgen_helm.runtime.fitting.files import save_tensors
 from flexgen_helm.runtime.fitting.matrices_of_model import ModelMatrices
 from flexgen_helm.runtime.fitting.packing import PackingKeeper
 from flexgen_helm.runtime.fitting.progress import LayerProgress
-from flexgen_helm.runtime.fitting.statistics import observe_model
+from flexgen_helm.runtime.fitting.statistics import DESCRIPTION, observe_model
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,24 @@ class FittedModel:
         slabs: Folder of its slabs, all complete. Whoever uses it closes it.
         formats: Formats of the layers, and of an output head with weights of its own, by number.
         decisions: Digest of what the scheme decided from statistics; empty if it needs none.
+        statistics: What made the statistics, in words; empty if it needs none.
     """
 
     slabs: SlabFolder
     formats: Mapping[int, CompressedSlab]
     decisions: str
+    statistics: str
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a weight of the compressed matrices, with everything that is stored of them."""
+        count = sum(each.num_weights for each in self.formats.values())
+        return 8 * sum(each.matrix_bytes for each in self.formats.values()) / max(1, count)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slabs."""
+        return sum(each.stored.num_bytes for each in self.formats.values())
 
 
 def fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str]) -> FittedModel:
@@ -77,7 +90,8 @@ def fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str
     except BaseException:
         slabs.close()
         raise
-    return FittedModel(slabs, {j: _format(unit, found[j], scheme) for j, unit in units.items()}, digest)
+    formats = {j: _format(unit, found[j], scheme) for j, unit in units.items()}
+    return FittedModel(slabs, formats, digest, DESCRIPTION if scheme.needs_statistics else "")
 
 
 def _decide(source: ModelSource, scheme: Scheme, folder: Path) -> tuple[dict[MatrixKey, Parts], str]:
