@@ -159,6 +159,8 @@ class Policy:
             0 or 1. None: chosen by model, machine and limits (`flexgen_helm.policy.attention_place`).
         prefetch: Layers that are loaded ahead. ``prefetch + 1`` layers are on the device in addition to the resident ones.
         overlap: Whether transfers and computation overlap.
+        keep_packed: Whether compressed weights stay packed on the device too, and are unpacked in every sweep. Otherwise they are
+            unpacked once at load where the unpacked model fits.
 
     Raises:
         PolicyError: If a field is out of its range.
@@ -174,6 +176,7 @@ class Policy:
     cpu_attention: float | None = None
     prefetch: int = 1
     overlap: bool = True
+    keep_packed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens", "block_tokens", "prefetch"):
@@ -184,8 +187,9 @@ class Policy:
                 raise PolicyError(f"{name} must be an integer of at least 1, not {value!r}.")
         if not _is_share(self.cpu_attention) and not self._may_be_open("cpu_attention"):
             raise PolicyError(f"cpu_attention must be a number from 0 to 1, not {self.cpu_attention!r}.")
-        if not isinstance(self.overlap, bool):
-            raise PolicyError(f"overlap must be true or false, not {self.overlap!r}.")
+        for name in ("overlap", "keep_packed"):
+            if not isinstance(getattr(self, name), bool):
+                raise PolicyError(f"{name} must be true or false, not {getattr(self, name)!r}.")
         for name in ("weights", "cache", "hidden"):
             if not self._may_be_open(name):
                 shares = _shares(name, getattr(self, name))  # a list, as YAML and JSON have it, becomes a tuple

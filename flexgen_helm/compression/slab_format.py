@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -60,21 +61,30 @@ class CompressedSlab:
         for place in self.stored.tensors:
             name, number, part = place.names[0].split(SEPARATOR)
             parts.setdefault(name, {}).setdefault(number, {})[part] = place.view(stored)
+        work: list[tuple[Parts, Tensor]] = []
         for target in self.bound.tensors:
             found, value = parts[target.names[0]], target.view(bound)
-            if target.names[0] not in self.matrices:
+            if target.names[0] in self.matrices:
+                matrices = self.matrices[target.names[0]].matrices(value)
+                work += [(found[str(i)], matrix) for i, matrix in enumerate(matrices)]
+            else:
                 value.copy_(found["0"]["plain"])
-                continue
-            for i, matrix in enumerate(self.matrices[target.names[0]].matrices(value)):
-                self._unpack_matrix(found[str(i)], matrix)
+        threads = 1 if bound.is_cuda else min(torch.get_num_threads(), len(work))
+        if threads > 1:
+            with ThreadPoolExecutor(threads, thread_name_prefix="flexgen-helm-unpack") as pool:
+                list(pool.map(self._unpack_matrix, *zip(*work, strict=True)))
+        else:
+            for each in work:
+                self._unpack_matrix(*each)
 
     def _unpack_matrix(self, parts: Parts, target: Tensor) -> None:
-        if target.stride(1) == 1:
-            self.scheme.unpack(parts, target)
-        else:
-            rows = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-            self.scheme.unpack(parts, rows)
-            target.copy_(rows)
+        with torch.inference_mode():  # each thread has a mode of its own
+            if target.stride(1) == 1:
+                self.scheme.unpack(parts, target)
+            else:
+                rows = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+                self.scheme.unpack(parts, rows)
+                target.copy_(rows)
 
 
 def stored_tensors(module: nn.Module, packed: Mapping[str, list[Parts]]) -> dict[str, Tensor]:

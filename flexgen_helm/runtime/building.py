@@ -208,9 +208,13 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     shapes = shapes_of(whole, formats, kv_dtype)
     policy = _with_place(resolved(options.policy, options.device), shapes, options)
     space = measure_space(options.device, options.limits, folder)
-    if fitted is not None and not _fits_unpacked(shapes, policy, space):
+    if fitted is None and policy.keep_packed:
+        raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
+    if fitted is not None and (policy.keep_packed or not _fits_unpacked(shapes, policy, space)):
         formats = fitted.formats
         shapes = shapes_of(whole, formats, kv_dtype)
+    elif fitted is not None:
+        logger.info("%s: weights are unpacked once, since the unpacked model fits on the device", source.name)
     plan = MemoryPlan.of(shapes, policy, space, options.policy)
     return Blueprint(
         fitted=fitted,
@@ -234,6 +238,11 @@ def _fit(
 ) -> tuple[WeightNumerics, Path, FittedModel]:
     """Return the identity of the compressed weights, their folder, and the quantised model, which is made if it is missing."""
     assert compression.bits is not None
+    if options.device.is_gpu and compression.scheme == "entropy":
+        raise UnsupportedModel(
+            f"{source.name}: weights of `{compression.weight_scheme}` are decoded on the CPU, and not for a GPU yet. Use `@w4`, "
+            "or device='cpu'."
+        )
     # Slabs are made from float32 and rounded when they are unpacked, so that all dtypes share them.
     shared = WeightNumerics(source.digest(), "float32", compression.weight_scheme)
     folder = options.folder or _default_folder(shared, "compressed")

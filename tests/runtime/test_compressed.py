@@ -14,6 +14,7 @@ from flexgen_helm import Engine, Policy
 from flexgen_helm.compression.config import parse
 from flexgen_helm.compression.matrices import matrix_tensors
 from flexgen_helm.compression.schemes import scheme_of
+from flexgen_helm.errors import PolicyError
 from flexgen_helm.model.layers import layers_of
 from tests.jobs import fixed_mix
 from tests.reference import Agreement, Reference
@@ -24,6 +25,7 @@ PLACES: dict[str, Policy] = {
     "resident": Policy(),
     "host": Policy(weights=(0, 1, 0)),
     "disk": Policy(weights=(0, 0, 1), overlap=False),
+    "packed on the device": Policy(keep_packed=True),
     "three tiers": Policy(weights=(0.4, 0.3, 0.3)),
 }
 
@@ -69,3 +71,8 @@ def test_an_engine_equals_transformers_with_the_unpacked_weights(
     assert not agreement.failures, agreement.failures
     for name in PLACES:
         assert answers[name] == answers["resident"], name
+
+
+def test_packed_weights_need_a_variant(bench: Workbench) -> None:
+    with pytest.raises(PolicyError, match="keep_packed is for compressed weights"):
+        Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=Policy(keep_packed=True))

@@ -146,7 +146,12 @@ def test_a_killed_process_goes_on_where_it_was(bench: Workbench, tmp_path: Path,
         fit(source, Halves(), tmp_path / "killed", IDENTITY)
     assert computed == [1, 1, 1, 1]
     packed: list[int] = []
-    monkeypatch.setattr(PackingKeeper, "keep", lambda self, j, layer: (packed.append(j), keep(self, j, layer)))
+
+    def noted(self: PackingKeeper, j: int, layer: nn.Module) -> None:
+        packed.append(j)
+        keep(self, j, layer)
+
+    monkeypatch.setattr(PackingKeeper, "keep", noted)
     again = fit(source, Halves(), tmp_path / "killed", IDENTITY)
     assert packed == [1]
     assert again.decisions == whole.decisions
@@ -169,7 +174,7 @@ def test_what_is_damaged_is_said(bench: Workbench, tmp_path: Path) -> None:
 def test_infinite_weights_are_refused_by_name(bench: Workbench, tmp_path: Path) -> None:
     layer = layers_of(_source(bench, "llama").read())[0]
     layer.get_parameter("mlp.up_proj.weight").data[0, 0] = torch.inf
-    decided = defaultdict(lambda: {"step": torch.ones(1)})
+    decided: dict[str, Parts] = defaultdict(lambda: {"step": torch.ones(1)})
     keeper = PackingKeeper(SlabFolder(tmp_path, IDENTITY, {}), [], Halves(), decided, LayerProgress("", 1))
     with pytest.raises(FlexGenError, match=r"mlp\.up_proj\.weight of layer 0 holds infinities"):
         keeper.keep(0, layer)
