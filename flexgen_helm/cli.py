@@ -103,7 +103,7 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
         help="evaluate a model with HELM",
         description="Run a suite of HELM's scenarios, print the scores and where everything is.",
     )
-    add_model_options(evaluate)
+    add_model_options(evaluate, read=str)  # which may be a deployment's name
     add_placement_options(evaluate)
     add_suite_options(evaluate)
     evaluate.set_defaults(run=_evaluate)

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexgen_helm.compression.config import resolve, with_variant
 from flexgen_helm.options import parse_max_memory, parse_policy
 from flexgen_helm.types import Policy
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add options that choose a model, its dtype, its device and its rows."""
+def parse_model(text: str) -> str:
+    """Return the name of a model with its variant in canonical form, in which it is printed and reported.
+
+    Raises:
+        CompressionError: If there is no such variant, or it is not built yet.
+    """
+    return with_variant(*resolve(text))
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, read: Callable[[str], str] = parse_model) -> None:
+    """Add options that choose a model, its dtype, its device and its rows.
+
+    Args:
+        parser: Gets the options.
+        read: Makes the name of the model of what the user writes.
+    """
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, metavar="M", help="model folder, or name on the model hub")
+    model = "model folder, or name on the model hub; with @w4 and the like a compressed variant of it (docs/compression.md)"
+    group.add_argument("--model", required=True, type=read, metavar="M", help=model)
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     group.add_argument("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
     group.add_argument("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")

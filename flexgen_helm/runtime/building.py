@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flexgen_helm.cache_folder import cache_folder
+from flexgen_helm.compression.config import CompressionConfig, with_variant
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.execution.overlapped import OverlappedExecutor
@@ -25,6 +26,7 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.device_limit import DEVICE_LIMITS
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.memory.workspaces import make_workspaces
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.attention_place import attention_place
@@ -67,6 +69,8 @@ class EngineOptions:
     order: Order = "zigzag"
     kv_dtype: torch.dtype | None = None
     """Dtype in which K and V are stored and attention reads them; None: the model's."""
+    compression: CompressionConfig | None = None
+    """What is compressed; None: nothing."""
     limits: Mapping[Tier, int] = field(default_factory=dict)
     """Most bytes of the tiers that the user names."""
     folder: Path | None = None
@@ -188,9 +192,11 @@ def numerics_of(
 def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     """Decide everything that can be decided before weights are read."""
     whole = _empty(source)
-    weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
+    formats = _formats(source, whole, options.compression)
+    scheme = options.compression.weight_scheme if options.compression is not None else WeightNumerics.scheme
+    weights = WeightNumerics(source.digest(), dtype_name(source.dtype), scheme)
     folder = options.folder or _default_folder(weights)
-    kv_dtype, formats = options.kv_dtype or source.dtype, plain_formats(whole)
+    kv_dtype = options.kv_dtype or source.dtype
     shapes = shapes_of(whole, formats, kv_dtype)
     policy = _with_place(resolved(options.policy, options.device), shapes, options)
     plan = MemoryPlan.of(shapes, policy, measure_space(options.device, options.limits, folder), options.policy)
@@ -207,6 +213,17 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
         weights=weights,
         folder=folder,
         meter=Meter(options.device.torch_device),
+    )
+
+
+def _formats(source: ModelSource, whole: PreTrainedModel, compression: CompressionConfig | None) -> dict[int, SlabFormat]:
+    """Return the slab formats of the units, by number."""
+    if compression is None or compression.bits is None:
+        return plain_formats(whole)
+    # Not built: here formats of compressed slabs take the place of the error.
+    raise UnsupportedModel(
+        f"{with_variant(source.name, compression)}: compressed weights are not built yet. Leave out `@{compression.canonical}` "
+        "or `compression` for the model as it is."
     )
 
 

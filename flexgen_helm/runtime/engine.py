@@ -13,6 +13,7 @@ from typing import Literal, TextIO
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from flexgen_helm.compression.config import CompressionConfig, resolve
 from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyError
 from flexgen_helm.generation.prepare import PreparedJob, prepare
 from flexgen_helm.generation.vocabulary import Vocabulary
@@ -86,6 +87,7 @@ class Engine:
         max_memory: MaxMemory | None = None,
         offload_folder: str | Path | None = None,
         kv_dtype: str | None = None,
+        compression: str | CompressionConfig | None = None,
         revision: str | None = None,
         order: Order = "zigzag",
         rows: KindChoice = "auto",
@@ -96,7 +98,7 @@ class Engine:
         """Load a model.
 
         Args:
-            name_or_path: A model folder, or a name on the model hub.
+            name_or_path: A model folder, or a name on the model hub; with `@w4` and the like a compressed variant of it.
             dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; a `Device` gives a CPU a memory of its own.
             policy: Sizes and placement. Fields that are None are chosen by device and memory.
@@ -105,6 +107,8 @@ class Engine:
             offload_folder: Folder for weights, cache and hidden states on disk; None: a folder under the cache folder.
             kv_dtype: Dtype in which K and V are stored and attention reads them: "float32", "bfloat16" or "float16"; None:
                 the model's.
+            compression: What is compressed, as a name such as "w4" (`flexgen_helm.compression.config`); None: nothing, or what
+                ``name_or_path`` says.
             revision: Branch, tag or commit of a model on the hub.
             order: Order of a sweep's operations, "zigzag" or "row". It changes no bit.
             rows: "packed", "single" (one sequence in a row, for models that packed rows cannot serve), or "auto": the
@@ -117,18 +121,21 @@ class Engine:
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
+            CompressionError: If there is no such variant, or it is not built yet.
             PolicyError: If a number of the policy is out of range, or its plan does not fit.
             CorruptFile: If files of the model or of the offload folder cannot be read.
             DiskFull: If the offload folder has no space for everything that the policy puts there.
         """
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
+        name, config = resolve(str(name_or_path), compression)
         options = EngineOptions(
             resolve_device(device),
             policy,
             validated_kind(rows),
             order,
             None if kv_dtype is None else named_dtype("kv_dtype", kv_dtype),
+            config,
             parse_max_memory(max_memory),
             Path(offload_folder) if offload_folder else None,
             recheck,
@@ -137,8 +144,8 @@ class Engine:
         warn_if_untested()
         where = options.device.torch_device
         if dummy_weights:
-            return cls(build(open_dummy(str(name_or_path), dtype=dtype, device=where), options))
-        return cls(build(open_model(str(name_or_path), dtype=dtype, device=where, revision=revision), options))
+            return cls(build(open_dummy(name, dtype=dtype, device=where), options))
+        return cls(build(open_model(name, dtype=dtype, device=where, revision=revision), options))
 
     def run(
         self,
