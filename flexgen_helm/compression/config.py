@@ -89,8 +89,8 @@ class CompressionConfig:
         in_all = [bits + WITH_SCALES for bits in WEIGHT_BITS]
         if self.scheme != "entropy" and self.bits not in in_all:
             raise CompressionError(
-                f"{self.bits} bits per weight in all need `-entropy`, which any number from {LEAST_BITS} to {MOST_BITS} goes "
-                f"with. Without it give one of {', '.join(map(str, in_all))}; a name has 0.5 less, `w4` for 4.5."
+                f"bits is {self.bits}, which the scheme {self.scheme!r} does not have: the number in all is one of "
+                f'{", ".join(map(str, in_all))}. Give one of them, or the scheme "entropy".'
             )
         if not LEAST_BITS <= self.bits <= MOST_BITS or round(self.bits, 2) != self.bits:
             raise CompressionError(
@@ -192,6 +192,11 @@ def parse(text: str) -> CompressionConfig:
         raise CompressionError(f"There is no variant `@{text}` of a model. {_there_is()}")
     part = found.groupdict()
     flexgen, scheme = part["suffix"] == "flexgen", part["suffix"] or "fixed"
+    if "." in (part["w"] or "") and scheme != "entropy":
+        raise CompressionError(
+            f"There is no variant `@{text}` of a model. A decimal number of bits needs `-entropy`, as in "
+            f"`w{part['w']}-entropy`. Otherwise give one of {', '.join(f'`w{bits}`' for bits in WEIGHT_BITS)}."
+        )
     if flexgen:
         scheme = "fixed" if part["w"] is None else "minmax"
     both = part["kv"] or NOT_COMPRESSED

@@ -67,8 +67,10 @@ UNKNOWN = (
     *("w4-gptq", "w4-minmax-flexgen", "w4_minmax", "w5-entropy", "w\uff14", "bf16", "main", "w4@w4"),
 )
 MISFITS = {
-    "w3.25": "need `-entropy`",
-    "w4.0-minmax": "need `-entropy`",
+    "w3.25": "needs `-entropy`, as in `w3.25-entropy`. Otherwise give one of `w2`, `w3`, `w4`, `w8`.",
+    "w4.5": "needs `-entropy`",
+    "w4.0-minmax": "needs `-entropy`",
+    "w4.5kv4-flexgen": "needs `-entropy`",
     "w8.75-entropy": "Give 2.0 to 8.5",
     "kv4-minmax": "Give their bits, such as `w4`",
     "s10-self": "Give their bits",
