@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from flexgen_helm.errors import FlexGenError, PolicyError
 
@@ -20,15 +20,7 @@ ON_HOST: Shares = (0.0, 1.0, 0.0)
 ROUNDING = 1e-6
 """Largest difference between the sum of shares and 1."""
 Resource = Literal["device", "cpu_attention", "host_to_device", "device_to_host", "disk_read", "disk_write", "scheduler"]
-RESOURCES: tuple[Resource, ...] = (
-    "device",
-    "cpu_attention",
-    "host_to_device",
-    "device_to_host",
-    "disk_read",
-    "disk_write",
-    "scheduler",
-)
+RESOURCES: tuple[Resource, ...] = get_args(Resource)
 """Resources that can be busy during a sweep, in parallel with each other."""
 LINKS: tuple[Resource, ...] = ("host_to_device", "device_to_host", "disk_read", "disk_write")
 """Resources that move bytes between tiers."""
@@ -159,8 +151,7 @@ class Policy:
             0 or 1. None: chosen by model, machine and limits (`flexgen_helm.policy.attention_place`).
         prefetch: Layers that are loaded ahead. ``prefetch + 1`` layers are on the device in addition to the resident ones.
         overlap: Whether transfers and computation overlap.
-        keep_packed: Whether compressed weights stay packed on the device too, and are unpacked in every sweep. Otherwise they are
-            unpacked once at load where the unpacked model fits.
+        keep_packed: Whether compressed weights stay packed on the device, though the unpacked model fits there.
 
     Raises:
         PolicyError: If a field is out of its range.
@@ -394,9 +385,9 @@ class EngineInfo:
     weight_bytes: dict[str, int]
     """Bytes of weights on each tier: device, host, disk."""
     bits_per_compressed_weight: float | None = None
-    """Bits of a weight of the compressed matrices, with scales and maps; None: weights are not compressed."""
+    """Bits of a weight of compressed matrices, everything counted; None: there are none."""
     statistics: str = ""
-    """What made the statistics to which the compression was fitted; empty: none."""
+    """What made the statistics of the compression; empty: nothing."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of weights, slots and buffers on each tier, planned before anything was allocated."""
     cache_bytes: dict[str, int] = field(default_factory=dict)

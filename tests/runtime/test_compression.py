@@ -9,9 +9,7 @@ import pytest
 
 from flexgen_helm import Engine
 from flexgen_helm.compression.config import CompressionConfig
-from flexgen_helm.errors import CompressionError, UnsupportedModel
-from flexgen_helm.runtime import building
-from flexgen_helm.runtime.load_model import plain_formats
+from flexgen_helm.errors import CompressionError
 from tests.workbench import POLICY, Workbench
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,16 +26,8 @@ def load(folder: Path, suffix: str = "", **options: Any) -> Engine:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_compressed_weights_are_not_built_yet(way: str, bench: Workbench) -> None:
-    suffix, options = WAYS[way]
-    with pytest.raises(UnsupportedModel, match="llama@w4: compressed weights are not built yet"):
-        load(bench.folder("llama"), suffix, **options)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_the_variant_is_part_of_the_numerics(way: str, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variant_is_part_of_the_numerics(way: str, bench: Workbench) -> None:
     """Of everything by which answers and slabs are found, so that no variant gets those of another."""
-    monkeypatch.setattr(building, "_formats", lambda source, whole, compression: plain_formats(whole))
     suffix, options = WAYS[way]
     with load(bench.folder("llama"), suffix, **options) as engine, load(bench.folder("llama")) as plain:
         assert (engine.numerics.weights.scheme, plain.numerics.weights.scheme) == ("w4", "plain")
