@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from flexgen_helm import Engine, Policy
 from flexgen_helm.compression.config import parse
 from flexgen_helm.compression.matrices import matrix_tensors
 from flexgen_helm.compression.schemes import scheme_of
-from flexgen_helm.errors import PolicyError
+from flexgen_helm.errors import CorruptFile, DiskFull, PolicyError
 from flexgen_helm.model.layers import layers_of
 from tests.jobs import fixed_mix
 from tests.reference import Agreement, Reference
@@ -76,3 +79,41 @@ def test_an_engine_equals_transformers_with_the_unpacked_weights(
 def test_packed_weights_need_a_variant(bench: Workbench) -> None:
     with pytest.raises(PolicyError, match="keep_packed is for compressed weights"):
         Engine.from_pretrained(str(bench.folder("llama")), device="cpu", policy=Policy(keep_packed=True))
+
+
+def test_slabs_of_another_variant_and_torn_ones_are_said(bench: Workbench, tmp_path: Path) -> None:
+    load = functools.partial(Engine.from_pretrained, str(bench.folder("llama")), device="cpu", offload_folder=tmp_path)
+    load(compression="w4").close()
+    with pytest.raises(CorruptFile, match=r"holds slabs of .*scheme w4,.* not of .*scheme w8,.* Give another offload_folder"):
+        load(compression="w8")
+    slab = tmp_path / "unit_00001.slab"
+    torn = bytearray(slab.read_bytes())
+    torn[1000] ^= 1
+    slab.write_bytes(torn)
+    with pytest.raises(
+        CorruptFile, match=r"unit_00001\.slab is not what was written.* delete the file and run the command again"
+    ):
+        load(compression="w4")
+    slab.unlink()
+    load(compression="w4").close()
+    assert slab.read_bytes() != torn
+
+
+def test_a_full_disk_is_said_and_what_was_written_is_used(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = functools.partial(Engine.from_pretrained, str(bench.folder("llama")), device="cpu", offload_folder=tmp_path)
+    replace_file = os.replace
+
+    def full(source: str, target: str | Path) -> None:
+        if Path(target).name == "unit_00001.slab":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(DiskFull, match=r"unit_00001\.slab cannot be written.* Free some space"):
+            load(compression="w4-minmax")
+    written = (tmp_path / "unit_00000.slab").stat().st_mtime_ns
+    load(compression="w4-minmax").close()
+    assert (tmp_path / "unit_00000.slab").stat().st_mtime_ns == written
