@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from flexgen_helm.schedule.rows import LogitRequest, Row, Sweep
 
 LogitsHandler = Callable[[list[LogitRequest], Tensor], None]
 """Takes the logit requests of a slice of the output head and their logits ``[len(requests), vocab]`` in fp32."""
+HiddenHandler = Callable[[list[tuple[LogitRequest, Tensor]]], None]
+"""Takes all logit requests of a sweep, each with the last layer's hidden state ``[...]`` of its position."""
 OperationHandler = Callable[[Operation], None]
 """Is told of each operation that was performed; an exception from it ends the sweep."""
 
@@ -86,6 +89,15 @@ class Executor(Protocol):
 
     def run(self, sweep: Sweep, on_logits: LogitsHandler, on_operation: OperationHandler | None = None) -> None:
         """Compute all rows of a sweep, then the logits that they request."""
+
+    def run_to_head(self, sweep: Sweep, on_hidden: HiddenHandler, on_operation: OperationHandler | None = None) -> None:
+        """Compute all rows of a sweep, but no logits."""
+
+    def unit(self, j: int) -> AbstractContextManager[None]:
+        """Keep the weights of layer j, or of the output head behind the last one, in use for the body of a `with` statement."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states ``[P, ...]`` to logits ``[P, vocab]`` in fp32, while the output head's unit is in use."""
 
     def close(self) -> None:
         """Stop all transfers and close what is on disk."""
