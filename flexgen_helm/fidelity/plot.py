@@ -51,10 +51,13 @@ def draw(file: Path, result: dict[str, Any], kl: NDArray[np.float64]) -> None:
 
 
 def _draw_shares(axes: Any, kl: NDArray[np.float64], result: dict[str, Any]) -> None:
+    from matplotlib.ticker import NullFormatter
+
     ordered = np.maximum(np.sort(kl), SMALLEST)
     axes.step(ordered, 1 - np.arange(len(ordered)) / len(ordered), where="pre")
     axes.axvline(max(result["kl"]["mean"], SMALLEST), color="tab:red", linestyle="--", label="mean")
-    axes.set(xscale="log", yscale="log", xlabel="KL divergence (nats)", ylabel="share of predictions that have more")
+    axes.set(xscale="log", yscale="log", xlabel="KL divergence (nats)", ylabel="share of predictions that have as much or more")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # labels would overlap
     axes.legend()
 
 
