@@ -114,6 +114,7 @@ def add_fidelity_options(parser: argparse.ArgumentParser) -> None:
     noise = "tokens on which the noise floor is measured; 0 leaves it out (%(default)s)"
     add("--noise-tokens", type=int, default=2048, metavar="N", help=noise)
     add = parser.add_argument_group("result").add_argument
+    add("--per-layer", action="store_true", help="also measure the error of each layer's weights and output")
     add("--out", type=Path, metavar="DIR", help="folder of the result (default: fidelity in the cache folder)")
     add("--no-plot", action="store_true", help="draw no PNG")
     add("--json", action="store_true", help="print one JSON object")

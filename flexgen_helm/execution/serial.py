@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import OutOfSpace
-from flexgen_helm.execution.interfaces import AnyRecording, HiddenHandler, LogitsHandler, OperationHandler, Rows
+from flexgen_helm.execution.interfaces import AnyRecording, HiddenHandler, LayerHandler, LogitsHandler, OperationHandler, Rows
 from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Activity, Meter
@@ -84,15 +84,15 @@ class SerialExecutor(Generic[AnyRecording]):
         """
         self._run(sweep, lambda run: self._hand_logits_out(run, on_logits), on_operation)
 
-    def run_to_head(self, sweep: Sweep, on_hidden: HiddenHandler, on_operation: OperationHandler | None = None) -> None:
+    def run_to_head(self, sweep: Sweep, on_hidden: HiddenHandler, on_layer: LayerHandler | None = None) -> None:
         """Compute all rows of a sweep without the output head, which `logits` applies later.
 
         Args:
             sweep: What to compute.
             on_hidden: Called once, with everything that the head would be applied to.
-            on_operation: Called after each operation; an exception from it ends the sweep.
+            on_layer: Called before each layer is applied to a row, and once behind the last one.
         """
-        self._run(sweep, lambda run: on_hidden(run.requested()), on_operation)
+        self._run(sweep, lambda run: on_hidden(run.requested()), None, on_layer)
 
     @contextmanager
     def unit(self, j: int) -> Iterator[None]:
@@ -127,11 +127,18 @@ class SerialExecutor(Generic[AnyRecording]):
                     left = left[len(logits) :]
             return torch.cat(found)
 
-    def _run(self, sweep: Sweep, hand_out: HandOut[AnyRecording], on_operation: OperationHandler | None) -> None:
+    def _run(
+        self,
+        sweep: Sweep,
+        hand_out: HandOut[AnyRecording],
+        on_operation: OperationHandler | None,
+        on_layer: LayerHandler | None = None,
+    ) -> None:
         with torch.inference_mode():
             while True:
                 try:
-                    self._run_sweep(SweepRun(self._cut(sweep), self._rows, self._hidden), hand_out, on_operation)
+                    run = SweepRun(self._cut(sweep), self._rows, self._hidden, on_layer)
+                    self._run_sweep(run, hand_out, on_operation)
                     return
                 except BaseException as error:
                     self._give_up()

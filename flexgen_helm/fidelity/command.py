@@ -57,6 +57,7 @@ def fidelity(args: Namespace, load: Load, say: Callable[[str], None]) -> Kept:
         noise_tokens=args.noise_tokens,
         out=args.out,
         plot=not args.no_plot,
+        per_layer=args.per_layer,
     )
     return run(sides, options, say)
 

@@ -13,6 +13,7 @@ from flexgen_helm.cache_folder import cache_folder, write_whole
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.fidelity.bootstrap import RESAMPLES, SEED
 from flexgen_helm.fidelity.compare import BLOCK_TOKENS, check_vocabularies, compare
+from flexgen_helm.fidelity.layers import layer_errors
 from flexgen_helm.fidelity.plot import check_matplotlib, draw
 from flexgen_helm.fidelity.positions import Positions
 from flexgen_helm.fidelity.summary import Plain, floor, summary
@@ -57,6 +58,8 @@ class Options:
     out: Path | None = None
     """Folder of the result; None: ``fidelity`` in the cache folder."""
     plot: bool = True
+    per_layer: bool = False
+    """Whether the error of each layer is measured too."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,9 @@ def _two_models(
             },
             "bootstrap": {"over": windows.groups, "resamples": RESAMPLES, "seed": SEED},
         }
+        if options.per_layer:
+            say("layer by layer")
+            described["per_layer"] = layer_errors(reference, candidate, windows.windows[0].tokens)
     return positions, windows, described
 
 

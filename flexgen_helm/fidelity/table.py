@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flexgen_helm.fidelity.layers import costliest
+
 Row = tuple[str, str, str]
 NAMES = {
     "perplexity": "perplexity",
@@ -29,7 +31,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"text: {text['source']}, {text['positions']:,} predictions in {text['windows']:,} windows of {text['window']} tokens"
     )
     rows = [("", "value", "95 % interval"), *_figures(result), *_buckets(result)]
-    return [*head, counted, "", *_align(rows), "", *_floors(result["noise_floor"])]
+    return [*head, counted, "", *_align(rows), "", *_layers(result), *_floors(result["noise_floor"])]
 
 
 def _figures(result: dict[str, Any]) -> Iterator[Row]:
@@ -46,6 +48,16 @@ def _buckets(result: dict[str, Any]) -> Iterator[Row]:
     for bucket in result["kl_by_confidence"]:
         title = f"KL, reference {bucket['from']:.0%} to {bucket['to']:.0%} sure ({bucket['positions']:,})"
         yield title, _number(bucket["kl_mean"]), _interval(bucket["ci95"]["kl_mean"])
+
+
+def _layers(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the layers that cost most."""
+    if "per_layer" in result:
+        yield "layers whose outputs are furthest off (relative RMS, for the reference's inputs):"
+        for layer in costliest(result["per_layer"]):
+            weights = "" if layer["weights"] is None else f", weights {_number(layer['weights'])}"
+            yield f"  layer {layer['layer']}: output {_number(layer['output'])}{weights}"
+        yield ""
 
 
 def _floors(floors: dict[str, Any]) -> Iterator[str]:

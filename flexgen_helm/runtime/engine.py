@@ -24,11 +24,12 @@ from flexgen_helm.loading.versions import warn_if_untested
 from flexgen_helm.machine.rates import measure_rates
 from flexgen_helm.memory.amounts import MaxMemory, gib, parse_max_memory
 from flexgen_helm.memory.device import Device, resolve_device
+from flexgen_helm.model.linear import plain_weights
 from flexgen_helm.policy.roofline import layer_sizes, with_limit
 from flexgen_helm.policy.shapes_of_model import setting
 from flexgen_helm.rows.choice import Kind, KindChoice, validated_kind
 from flexgen_helm.runtime.building import EngineOptions, Parts, build
-from flexgen_helm.runtime.final_hidden import final_hidden
+from flexgen_helm.runtime.final_hidden import LayerProbe, final_hidden, probing
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.runtime.run import Run
@@ -239,6 +240,33 @@ class Engine:
         device = self._parts.device.torch_device
         with self._alone() as (_, executor), executor.unit(executor.num_layers):
             yield lambda hidden: executor.logits(hidden.to(device)).cpu()
+
+    def probe_layers(self, tokens: Sequence[int], probe: LayerProbe) -> None:
+        """Compute a sequence up to the output head, and show its hidden states between layers. Jobs that arrive wait.
+
+        Args:
+            tokens: Token ids, two or more.
+            probe: Called with (j, k, hidden ``[T, ...]`` on the host) before layer j is applied to row k, and behind the last
+                layer with the number of layers. What it returns takes the place of these states; None: they stay.
+
+        Raises:
+            InvalidJob: If the sequence cannot be computed.
+            OutOfSpace: If its K and V can never fit.
+        """
+        checked = self._prepare(Job(token_ids=tokens, score_prompt=True)).input_ids
+        with self._alone() as (scheduler, executor):
+            final_hidden(scheduler, executor, [checked], probing(probe))
+
+    @contextmanager
+    def layer_weights(self, j: int) -> Iterator[dict[str, Tensor]]:
+        """Hold the weights of layer j ready for the body of a `with` statement: its parameters by name, as they multiply."""
+        with self._alone() as (_, executor), executor.unit(j):
+            yield dict(plain_weights(self._parts.checked.model.layers[j]))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self._parts.checked.model.layers)
 
     @contextmanager
     def _alone(self) -> Iterator[tuple[Scheduler, Executor]]:
