@@ -66,21 +66,18 @@ def test_json_has_every_figure_with_its_interval_and_is_kept(folder: Path, capsy
     assert picture.std() > 0.05
 
 
-def test_the_table_has_the_same_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_the_figures_of_the_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--candidate-dtype", "bfloat16", "--text", str(folder / "text.txt"), "--window", "40", "--no-plot"]
-    options += ["--per-layer", "--noise-tokens", "64"]
-    assert main(arguments(folder, *options, "--json")) == 0
-    found = result(capsys)
+    assert main(arguments(folder, *options, "--per-layer", "--noise-tokens", "64")) == 0
+    printed, said = capsys.readouterr()
+    (file,) = re.findall("^result: (.*)$", printed, flags=re.MULTILINE)
+    found = json.loads(Path(file).read_text())
     assert len(found["per_layer"]["layers"]) == 2
     assert found["noise_floor"]["self"]["positions"] <= 64
-    assert found["files"]["png"] is None
-    assert main(arguments(folder, *options)) == 0
-    printed, said = capsys.readouterr()
     (line,) = (line for line in printed.splitlines() if line.startswith("KL divergence (nats), mean"))
     assert line.split()[4] == f"{found['kl']['mean']:.4g}"
     assert "the reference against itself: mean KL 0, most likely token equal 1" in printed
     assert "layer 0: output " in printed
-    assert f"result: {found['files']['json']}" in printed
     assert "plot:" not in printed
     assert "471 of 471 predictions compared" in said
 
