@@ -36,7 +36,7 @@ def fidelity(args: Namespace, load: Load, say: Callable[[str], None]) -> Kept:
     }
 
     def opened(name: str, **changes: Any) -> Engine:
-        folder = None if args.offload_folder is None else args.offload_folder / name
+        folder = None if args.offload_folder is None else args.offload_folder / name.replace(" ", "-")
         say(f"loading the {name}")
         options = {**vars(args), "max_memory": limits, "offload_folder": folder, "compression": None, **changes}
         return load(Namespace(**options))

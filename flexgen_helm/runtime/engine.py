@@ -231,7 +231,7 @@ class Engine:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Hold the output head ready for the body of a `with` statement. Jobs that arrive meanwhile wait.
+        """Hold the output head ready for the body of a `with` statement. Jobs that arrive meanwhile wait, and so does `close`.
 
         Yields:
             Function from final hidden states ``[P, ...]`` to logits ``[P, vocab]`` in fp32, both on the host, to be called in

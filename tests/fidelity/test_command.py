@@ -93,7 +93,7 @@ def test_another_model_as_candidate_and_jobs(folder: Path, capsys: pytest.Captur
     assert found["bootstrap"]["over"] == "jobs"
     assert (found["kl"]["mean"], found["top1_agreement"], found["perplexity_ratio"]) == (0, 1, 1)
     assert found["noise_floor"]["dtype"]["kl"]["mean"] > 0
-    assert {path.name for path in (folder / "slabs").iterdir()} == {"reference", "candidate", "reference in another dtype"}
+    assert {path.name for path in (folder / "slabs").iterdir()} == {"reference", "candidate", "reference-in-another-dtype"}
 
 
 @pytest.mark.parametrize(
