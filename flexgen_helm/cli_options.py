@@ -115,6 +115,29 @@ def add_suite_options(parser: argparse.ArgumentParser) -> None:
     add("-v", "--verbose", action="store_true", help="also show HELM's log, which is written to a file in the output folder")
 
 
+def add_fidelity_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fidelity`."""
+    add = parser.add_argument_group("candidate (at least one)").add_argument
+    add("--candidate", metavar="M", help="another model folder or name (default: --model)")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--candidate-dtype", choices=dtypes, help="dtype of the candidate (default: --dtype)")
+    add("--compression", metavar="C", help="compression of the candidate, such as w4")
+    add = parser.add_argument_group("text").add_argument
+    add("--text", type=Path, metavar="F", help="file of UTF-8 text (default: a speech that the package fetches)")
+    add("--jobs", type=Path, metavar="F", help='file of jobs: lines such as {"prompt": "..."} or {"token_ids": [1, 2]}')
+    add("--window", type=_positive, metavar="N", help="tokens of a window (default: 512, or the models' context)")
+    add("--max-tokens", type=_positive, metavar="N", help="most tokens of the text (default: all)")
+    add("--block-tokens", type=_positive, default=8192, metavar="N", help="tokens in memory at a time (%(default)s)")
+    noise = "tokens on which the noise floor is measured; 0 leaves it out (%(default)s)"
+    add("--noise-tokens", type=int, default=2048, metavar="N", help=noise)
+    add = parser.add_argument_group("result").add_argument
+    add("--per-layer", action="store_true", help="also measure the error of each layer's weights and output")
+    add("--out", type=Path, metavar="DIR", help="folder of the result (default: fidelity in the cache folder)")
+    add("--no-plot", action="store_true", help="draw no PNG")
+    add("--json", action="store_true", help="print one JSON object")
+    add("-v", "--verbose", action="store_true", help="also print the log of both engines")
+
+
 def _positive(text: str) -> int:
     number = int(text) if text.isascii() and text.isdigit() else 0
     if not number:

@@ -278,7 +278,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == ["flexgen-helm", version("flexgen_helm")]
 
 
-@pytest.mark.parametrize(("command", "option"), [("generate", "--prompt-file"), ("eval", "--suite"), ("bench", "--gen-len")])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("generate", "--prompt-file"), ("eval", "--suite"), ("bench", "--gen-len"), ("fidelity", "--candidate")],
+)
 def test_help_loads_no_torch(command: str, option: str) -> None:
     code = "import sys\nfrom flexgen_helm.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.lists import attention, durability, generation, gpu, loading, memory, reports, requests, schedule
+from tests.mutants.lists import attention, durability, fidelity, generation, gpu, loading, memory, reports, requests, schedule
 
 MUTANTS = (
     *attention.MUTANTS,
@@ -13,5 +13,6 @@ MUTANTS = (
     *reports.MUTANTS,
     *requests.MUTANTS,
     *durability.MUTANTS,
+    *fidelity.MUTANTS,
     *gpu.MUTANTS,
 )
