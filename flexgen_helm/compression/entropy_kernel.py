@@ -101,7 +101,7 @@ def _round_to_halves(numbers: Array, bits: Array, halves: Array) -> None:
         x = bits[j] & MAGNITUDE
         sign = (bits[j] & SIGN) >> u32(16)
         normal = u32(x + REBIASED + u32(0xFFF) + ((x >> u32(13)) & u32(1))) >> u32(13)
-        halves[j] = np.uint16(sign | (normal if x < BEYOND_HALF else u32(0x7C00)))
+        halves[j] = np.uint16(sign | (normal & u32(0x7FFF) if x < BEYOND_HALF else u32(0x7C00)))
     for j in range(n):
         numbers[j] = abs(numbers[j]) + f32(0.5)
     for j in range(n):
@@ -145,8 +145,8 @@ def unpack_columns(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba inf
             numbers[j] = f32(row[j]) * steps[j]
         stored = r * columns
         while exception < num_exceptions and size(places[exception]) < stored + columns:
-            j = size(places[exception]) - stored
-            numbers[j] = f32(values[exception]) * steps[j]
+            column = size(places[exception]) - stored
+            numbers[column] = f32(values[exception]) * steps[column]
             exception += size(1)
         if kind == FP32:
             target = words[stored : stored + columns]
