@@ -91,7 +91,9 @@ def test_damaged_frames_are_noticed(damage: str) -> None:
     elif damage == "other header":
         data[:4] = 0
     else:
-        sizes = sizes[1:] + sizes[:1]
+        assert stored.layout.widths[0] != stored.layout.widths[1]
+        first, second, rest = data.split([*sizes[:2], sum(sizes[2:])])
+        data, sizes = torch.cat([second, first, rest]), (sizes[1], sizes[0], *sizes[2:])
     with pytest.raises(CorruptFile, match="damaged"):
         decode(dataclasses.replace(stored, data=data, sizes=sizes))
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from tests.mutants.lists import attention, durability, generation, gpu, loading, memory, reports, requests, schedule
+from tests.mutants.lists import (
+    attention,
+    durability,
+    entropy_coding,
+    generation,
+    gpu,
+    loading,
+    memory,
+    reports,
+    requests,
+    schedule,
+)
 
 MUTANTS = (
     *attention.MUTANTS,
@@ -14,4 +25,5 @@ MUTANTS = (
     *requests.MUTANTS,
     *durability.MUTANTS,
     *gpu.MUTANTS,
+    *entropy_coding.MUTANTS,
 )
