@@ -2,8 +2,8 @@
 
 ``w_ij ~ z_ij * s_j`` with ``z_ij = round(w_ij / step_j)``. Columns whose inputs are large have finer steps:
 ``step_j = factor * max(H_j / mean H, 1/2)**-0.35 * (a / median a)**-0.35``, where H is the mean square of the inputs and
-``a = mean H / sum_ij(w_ij**2 H_j)`` of the matrix. One factor for the whole model is solved so that all bits are as many as asked.
-``s_j`` is the step that fits the integers best (least squares), in fp16.
+``a = mean H / sum_ij(w_ij**2 H_j)`` of the matrix. One factor for the whole model is solved so that all bits are as many as
+asked. ``s_j`` is the step that fits the integers best (least squares), in fp16.
 
 Steps that follow the square root of H, as theory has it for one layer (water-filling: WaterSIC, arXiv 2603.04956), lose more:
 the exponents are damped because errors of several layers add up.
@@ -14,7 +14,7 @@ Shapes: out rows, in columns of a linear layer's weight ``[out, in]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median_low
 
@@ -34,7 +34,7 @@ CLASSES_PER_OCTAVE, SMALLEST_OCTAVE = 4, -4
 COLUMN_BITS = 16 + 6
 """Bits of a column: its step in fp16, and its class."""
 CODE_OVERHEAD = 1.003
-"""Bits of a real code over the entropy."""
+"""Bits of a good code over the entropy. zstd takes 0.5 % more for large matrices, 1 % for those of 576 rows."""
 EXCEPTION_BITS = 64 + 32
 """Bits of an integer beyond int8: its place and itself."""
 SMALLEST_STEP, LARGEST_STEP = 2.0**-20, 65504.0
@@ -195,7 +195,7 @@ def _first_guess(columns: list[Columns], typical: float, bits: float) -> float:
     return logs / total + GAUSSIAN_BITS - bits if total else 0.0
 
 
-def _solve(excess, guess: float, bits: float) -> float:  # type: ignore[no-untyped-def]
+def _solve(excess: Callable[[float], float], guess: float, bits: float) -> float:
     """Find where a falling function of slope -1 or so is just below 0: the secant, within a bracket once there is one."""
     below: tuple[float, float] | None = None
     above: tuple[float, float] | None = None
@@ -219,8 +219,8 @@ def _solve(excess, guess: float, bits: float) -> float:  # type: ignore[no-untyp
         x = above[0] + width * min(max(part, 0.02), 0.98)
     if below is None:
         raise PolicyError(
-            f"{bits} bits a weight are too few: with the coarsest steps these matrices take {bits + y:.2f}, because every column "
-            f"needs {COLUMN_BITS} bits of its own. Ask for more bits, or leave small matrices uncompressed."
+            f"{bits} bits a weight are too few: with the coarsest steps these matrices take {bits + y:.2f}, because every "
+            f"column needs {COLUMN_BITS} bits of its own. Ask for more bits, or leave small matrices uncompressed."
         )
     return below[0]
 
@@ -236,7 +236,7 @@ def count_bits(weights: Mapping[str, Tensor], columns: Iterable[Columns], rule: 
     return _bits(counts, outside, num_columns)
 
 
-def _bits(counts: np.ndarray, outside: int, num_columns: int) -> float:  # type: ignore[type-arg]
+def _bits(counts: np.ndarray, outside: int, num_columns: int) -> float:
     shares = counts / counts.sum(1, keepdims=True).clip(1)
     entropy = -(counts * np.log2(np.where(shares > 0, shares, 1))).sum()
     total = float(entropy) * CODE_OVERHEAD + outside * EXCEPTION_BITS + num_columns * COLUMN_BITS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -72,5 +71,3 @@ def _check(args: Namespace) -> None:
     file = args.text or args.jobs
     if not file.is_file():
         raise FlexGenError(f"There is no file {file}. Correct the path of --text or --jobs.")
-    if args.compression is not None and "compression" not in inspect.signature(Engine.from_pretrained).parameters:
-        raise FlexGenError(f"compression is {args.compression!r}, but this version compresses no weights. Leave it out.")

@@ -1,8 +1,9 @@
 """What the entropy-coded quantizer costs on SmolLM2-135M, beside FlexGen's rounding to 4 bits.
 
-Text: the State of the Union addresses of 2024 and 2026, 6,000 tokens in six windows of 1,000, each behind the end token. Weights
-as shipped lie on a 4-bit grid along the inputs; off the grid, uniform noise of half a grid step is added first. The statistics of
-the inputs come from four sequences of 512 random tokens. Everything is computed in fp32 by transformers' own forward.
+Text: the State of the Union addresses of 2024 and 2026, 6,000 tokens in six windows of 1,000, each behind the end token.
+Weights as shipped lie on a 4-bit grid along the inputs; off the grid, uniform noise of half a grid step is added first. The
+statistics of the inputs come from four sequences of 512 random tokens. Everything is computed in fp32 by transformers' own
+forward.
 Cost on one core: some four minutes and 4 GiB of memory.
 
 Command: ``python -m flexgen_helm.runs.quantizers.entropy_protocol --bits 4.5 --json result.json``

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tests.mutants.lists import attention, durability, fidelity, generation, gpu, loading, memory, reports, requests, schedule
 
 MUTANTS = (
     *attention.MUTANTS,
@@ -15,4 +14,5 @@ MUTANTS = (
     *durability.MUTANTS,
     *fidelity.MUTANTS,
     *gpu.MUTANTS,
+    *entropy_coding.MUTANTS,
 )
