@@ -27,8 +27,6 @@ BLOCK = 64
 """Rows of a block."""
 SUPER = 16
 """Groups of a super scale."""
-ROWS_AT_ONCE = 4
-"""Rows whose columns are put into their places together."""
 f32, size = np.float32, np.uint64
 """Indices are unsigned: Numba lets signed ones count from the end, which keeps loops from being vectorised."""
 FLOAT16_SCALE = f32(2.0**112)
@@ -167,8 +165,10 @@ def _number(code, scale, minimum, divide):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _unpack_row(codes, at, bits, height, row, scale, minimum, divide, out):  # type: ignore[no-untyped-def]  # noqa: PLR0913
-    """Unpack a row of a block.
+def _unpack_row(codes, at, bits, height, row, scale, minimum, scales_at, divide, out, out_at, n):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    """Unpack the codes of one width in a row of a block.
+
+    Places are numbers and arrays are whole, because Numba counts references to every slice.
 
     Args:
         codes: uint8, flat.
@@ -176,27 +176,32 @@ def _unpack_row(codes, at, bits, height, row, scale, minimum, divide, out):  # t
         bits: Bits of a code.
         height: Rows of the block.
         row: Which.
-        scale: float32 ``[n]``, for each column.
-        minimum: float32 ``[n]``, for each column: added where codes are divided, else subtracted.
+        scale: float32, flat.
+        minimum: float32, flat: added where codes are divided, else subtracted.
+        scales_at: Where the numbers of these columns begin in both.
         divide: Whether codes are divided by scales, or multiplied.
-        out: float32 ``[n]``, filled.
+        out: float32, flat.
+        out_at: Where to write.
+        n: How many columns.
     """
-    n, low = size(len(out)), _low_plane(bits)
+    low = _low_plane(bits)
     step = height * low // size(8)
-    first = codes[at + row % step * n : at + (row % step + size(1)) * n]
+    first = at + row % step * n
     shift, mask = np.int32(row // step * low), np.int32((size(1) << low) - size(1))
     if low == bits:
         for i in range(n):
-            out[i] = _number((np.int32(first[i]) >> shift) & mask, scale[i], minimum[i], divide)
+            code = (np.int32(codes[first + i]) >> shift) & mask
+            out[out_at + i] = _number(code, scale[scales_at + i], minimum[scales_at + i], divide)
         return
     at += step * n
     high = bits - low
     step = height * high // size(8)
-    second = codes[at + row % step * n : at + (row % step + size(1)) * n]
+    second = at + row % step * n
     upper_shift, upper_mask, up = np.int32(row // step * high), np.int32((size(1) << high) - size(1)), np.int32(low)
     for i in range(n):
-        upper = ((np.int32(second[i]) >> upper_shift) & upper_mask) << up
-        out[i] = _number(((np.int32(first[i]) >> shift) & mask) | upper, scale[i], minimum[i], divide)
+        upper = ((np.int32(codes[second + i]) >> upper_shift) & upper_mask) << up
+        code = ((np.int32(codes[first + i]) >> shift) & mask) | upper
+        out[out_at + i] = _number(code, scale[scales_at + i], minimum[scales_at + i], divide)
 
 
 def _compiled(function: Any) -> Any:
@@ -241,25 +246,14 @@ def _spread(supers, unit, packed, blocks, out):  # type: ignore[no-untyped-def]
     groups = size(len(out))
     shares = np.empty((len(out) + 7) // 8 * 8, np.uint8)
     _unpack_vector(packed, 6, shares)
-    block, at = size(0), size(0)
     num_columns = groups // blocks
-    for g in range(groups):
-        out[block * num_columns + at] = (_from_half(supers[g // size(SUPER)]) * unit) * f32(shares[g])
-        block += size(1)
-        if block == blocks:
-            block, at = size(0), at + size(1)
-
-
-@njit
-def _gather(row: Array, places: Array, target: Array) -> None:
-    """Put the numbers of a row whose columns are sorted into their places, four at a time: no vector unit does it faster."""
-    n = size(len(places))
-    whole = n // size(4) * size(4)
-    for i in range(size(0), whole, size(4)):
-        a, b, c, d = row[places[i]], row[places[i + size(1)]], row[places[i + size(2)]], row[places[i + size(3)]]
-        target[i], target[i + size(1)], target[i + size(2)], target[i + size(3)] = a, b, c, d
-    for i in range(whole, n):
-        target[i] = row[places[i]]
+    # Some columns at a time, so that neighbours are written together.
+    for first in range(size(0), num_columns, size(SUPER)):
+        end = min(first + size(SUPER), num_columns)
+        for block in range(blocks):
+            for column in range(first, end):
+                g = column * blocks + block
+                out[block * num_columns + column] = (_from_half(supers[g // size(SUPER)]) * unit) * f32(shares[g])
 
 
 @_compiled
@@ -284,13 +278,13 @@ def _unpack_columns(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba in
             at, first = size(0), size(0)
             for k in range(size(len(widths))):
                 end = first + counts[k]
-                s, m = scale[own + first : own + end], minimum[own + first : own + end]
                 begin = at + block * size(8) * widths[k] * counts[k]
-                _unpack_row(codes, begin, widths[k], height, r, s, m, False, row[first:end])
+                _unpack_row(codes, begin, widths[k], height, r, scale, minimum, own + first, False, row, first, counts[k])
                 at, first = at + filled * widths[k] // size(8) * counts[k], end
             begin = (block * size(BLOCK) + r) * step
             _store(row, rounded, kind)
-            _gather(rounded, places, target[begin : begin + columns])
+            for i in range(columns):
+                target[begin + i] = rounded[places[i]]
 
 
 @_compiled
@@ -308,5 +302,6 @@ def _unpack_minmax(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - as above
                 s[i], m[i] = _from_half(scale[r // size(group), i]), _from_half(minimum[r // size(group), i])
         block = r // size(BLOCK)
         height = min(size(BLOCK), filled - block * size(BLOCK))
-        _unpack_row(codes, block * size(8) * width * columns, width, height, r % size(BLOCK), s, m, True, row)
+        begin, zero = block * size(8) * width * columns, size(0)
+        _unpack_row(codes, begin, width, height, r % size(BLOCK), s, m, zero, True, row, zero, columns)
         _store(row, target[r * step : r * step + columns], kind)
