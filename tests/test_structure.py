@@ -15,7 +15,7 @@ PACKAGE = Path(flexgen_helm.__file__).parent
 LAYERS = (
     *("errors", "types", "options", "cache_folder"),
     *("memory", "kv_cache", "machine", "model", "loading", "generation"),
-    *("schedule", "attention", "execution", "policy", "rows", "runtime"),
+    *("schedule", "compression", "attention", "execution", "policy", "rows", "runtime"),
     *("helm", "reports", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
 )
 """Folders and files of the package. Each may use those before it, and none behind it."""

@@ -1,12 +1,12 @@
 """Weights in a fixed layout in which columns that matter more have more bits: FlexGen's bits per weight, a quarter of its loss.
 
 Columns are sorted by their width, stably. Each is cut into groups of 64 rows (the last one may have fewer) with a scale and a
-minimum of at most 0, found by least squares. Over 16 groups, in the order of sorted columns and down each, the largest scale and
-minimum are stored in float16, and each group's own as 6-bit shares of them; llama.cpp's Q4_K has the same two levels. So
+minimum of at most 0, found by least squares. Over 16 groups, in the order of sorted columns and down each, the largest scale
+and minimum are stored in float16, and each group's own as 6-bit shares of them; llama.cpp's Q4_K has the same two levels. So
 ``x = code * (d * s) - dm * m``. Measured against other recipes in ``python -m flexgen_helm.runs.quantizers``.
 
-Codes of equally wide columns are packed as one matrix ``[out, columns]`` (`flexgen_helm.compression.packing`): a row of them is a
-row of the weight, so that unpacking runs along rows. The matrices of all widths follow each other.
+Codes of equally wide columns are packed as one matrix ``[out, columns]`` (`flexgen_helm.compression.packing`): a row of them is
+a row of the weight, so that unpacking runs along rows. The matrices of all widths follow each other.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def _to_half(number):  # type: ignore[no-untyped-def]
     return np.uint16(((bits >> np.uint32(16)) & np.uint32(0x8000)) | found)
 
 
-@njit
+@njit(nogil=True)
 def _store(numbers: Array, target: Array, kind: int) -> None:
     """Round float32 numbers of a row to their stored form."""
     if kind == FLOAT32:
@@ -136,7 +136,7 @@ def _store(numbers: Array, target: Array, kind: int) -> None:
             target[i] = _to_half(numbers[i])
 
 
-@njit
+@njit(nogil=True)
 def _unpack_vector(packed: Array, bits: int, codes: Array) -> None:
     """Unpack codes that are packed as a matrix of one column.
 
@@ -212,7 +212,7 @@ def _compiled(function: Any) -> Any:
         return njit(nogil=True)(function)
 
 
-@njit
+@njit(nogil=True)
 def _sort_columns(classes: Array, places: Array, counts: Array) -> None:
     """Find the place of each column among columns sorted by class, stably.
 
@@ -232,7 +232,7 @@ def _sort_columns(classes: Array, places: Array, counts: Array) -> None:
         begins[classes[i]] += size(1)
 
 
-@njit
+@njit(nogil=True)
 def _spread(supers, unit, packed, blocks, out):  # type: ignore[no-untyped-def]
     """Compute numbers of groups from their two levels.
 
