@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types  # type: ignore[attr-defined]
+from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
