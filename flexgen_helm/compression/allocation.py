@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def allocate(
             f"code they take {bits + HALF_BIT - budget / num_weights:.2f}, because columns of so few rows "
             f"(the shortest has {min(num_rows for num_rows, _ in shapes)}) need many scales. Use w{bits}-minmax or w8-minmax."
         )
-    steps = [_widening(score, rows, before, after) for before, after in zip(ladder, ladder[1:], strict=False)]
+    steps = [_widening(score, rows, before, after) for before, after in pairwise(ladder)]
     widths = torch.full_like(rows, ladder[0], dtype=torch.uint8)
     if steps:
         gains, costs = torch.stack([step.gain for step in steps]).view(-1), torch.stack([step.cost for step in steps]).view(-1)

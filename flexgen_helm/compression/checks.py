@@ -25,7 +25,7 @@ def require_quantizable(weight: Tensor, scheme: str, most: float | None = None) 
     if bad.any():
         row, column = (int(x) for x in bad.nonzero()[0])
         raise UnsupportedModel(
-            f"A weight of {weight.shape[0]} x {weight.shape[1]} cannot be quantised by {scheme}, because {int(bad.sum())} of its "
-            f"numbers are {problem}: the first is {weight[row, column].item():g} in row {row}, column {column}. Check the "
-            "checkpoint, which may be damaged, or evaluate the model without compressed weights."
+            f"A weight of {weight.shape[0]} x {weight.shape[1]} cannot be quantised by {scheme}, because {int(bad.sum())} "
+            f"of its numbers are {problem}: the first is {weight[row, column].item():g} in row {row}, column {column}. Check "
+            "the checkpoint, which may be damaged, or evaluate the model without compressed weights."
         )

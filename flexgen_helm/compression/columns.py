@@ -1,12 +1,12 @@
 """Weights in a fixed layout in which columns that matter more have more bits: FlexGen's bits per weight, a quarter of its loss.
 
 Columns are sorted by their width, stably. Each is cut into groups of 64 rows (the last one may have fewer) with a scale and a
-minimum of at most 0, found by least squares. Over 16 groups, in the order of sorted columns and down each, the largest scale and
-minimum are stored in float16, and each group's own as 6-bit shares of them; llama.cpp's Q4_K has the same two levels. So
+minimum of at most 0, found by least squares. Over 16 groups, in the order of sorted columns and down each, the largest scale
+and minimum are stored in float16, and each group's own as 6-bit shares of them; llama.cpp's Q4_K has the same two levels. So
 ``x = code * (d * s) - dm * m``. Measured against other recipes in ``python -m flexgen_helm.runs.quantizers``.
 
-Codes of equally wide columns are packed as one matrix ``[out, columns]`` (`flexgen_helm.compression.packing`): a row of them is a
-row of the weight, so that unpacking runs along rows. The matrices of all widths follow each other.
+Codes of equally wide columns are packed as one matrix ``[out, columns]`` (`flexgen_helm.compression.packing`): a row of them is
+a row of the weight, so that unpacking runs along rows. The matrices of all widths follow each other.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from flexgen_helm.compression.packing import BLOCK_ROWS, pack, packed_rows, unpa
 
 MOST_SHARE = 2**SCALE_BITS - 1
 LEAST_FLOAT16 = 2.0**-24
+SHARE_STEPS = (0, -1, 1, 2)
+"""Neighbours of a rounded scale that are tried."""
 UNIT_EXPONENT = 18
 """The largest weight has about 2 to this power units: super scales of it and of a billionth of it are float16 numbers."""
 
@@ -80,21 +82,13 @@ def quantize(weight: Tensor, column_bits: Tensor, ladder: tuple[int, ...]) -> Co
     order = classes.sort(stable=True).indices
     unit = _unit(weight)
     columns = (weight.float() / unit).T[order].contiguous()
-    levels = (2 ** column_bits[order].float() - 1)[:, None]
-    parts = _groups(columns)
-    tall = [levels.expand(-1, part.shape[1]).reshape(-1, 1) for part in parts]
-    fitted = [fit(part.flatten(0, 1), top) for part, top in zip(parts, tall, strict=True)]
-    scale, minimum = (torch.cat([x.view(shape[1], -1) for x in found], 1) for found in zip(*fitted, strict=True))
-    d, s = _two_levels(scale.view(-1), least=1)
-    scale = _spread(d, s).view(shape[1], -1)
-    dm, m = _two_levels(-minimum.view(-1), least=0)
-    minimum = -_spread(dm, m).view(shape[1], -1)
-    # Rounding the scale moved the best minimum.
-    means = [_residual(*arguments) for arguments in zip(parts, tall, *_split(parts, scale, minimum), strict=True)]
-    m = _shares(-torch.cat(means, 1).view(-1), dm, least=0)
-    minimum = -_spread(dm, m).view(shape[1], -1)
-    codes = [_codes(*arguments).flatten(1) for arguments in zip(parts, tall, *_split(parts, scale, minimum), strict=True)]
-    rows = torch.cat(codes, 1).to(torch.uint8).T
+    groups = _Groups(_cut(columns), 2 ** column_bits[order].float() - 1)
+    scale, minimum = groups.fit()
+    d, s = _two_levels(scale, least=1)
+    dm, m = _two_levels(-minimum, least=0)
+    s, m = _best_shares(groups, d, s, dm, m)
+    codes = groups.codes(_spread(d, s), -_spread(dm, m))
+    rows = torch.cat([part.view(shape[1], -1) for part in codes], 1).to(torch.uint8).T
     counts = torch.bincount(classes.int(), minlength=len(ladder)).tolist()
     packed = [pack(part, width).flatten() for part, width in zip(rows.split(counts, 1), ladder, strict=True)]
     return Columns(
@@ -136,26 +130,63 @@ def _unit(weight: Tensor) -> float:
     return math.ldexp(1.0, max(math.frexp(largest)[1] - UNIT_EXPONENT, -126)) if largest > 0 else 1.0
 
 
-def _groups(columns: Tensor) -> list[Tensor]:
+def _cut(columns: Tensor) -> list[Tensor]:
     """Cut ``[in, out]`` into ``[in, blocks, 64]`` and, where rows are left, ``[in, 1, rest]``."""
     whole = columns.shape[1] // BLOCK_ROWS * BLOCK_ROWS
     parts = (columns[:, :whole].reshape(len(columns), -1, BLOCK_ROWS), columns[:, whole:].unsqueeze(1))
     return [part for part in parts if part.numel()]
 
 
-def _split(parts: list[Tensor], *values: Tensor) -> list[list[Tensor]]:
-    """Cut numbers of all groups, ``[in, blocks]``, into those of each part, ``[in * blocks, 1]``."""
-    return [[x.reshape(-1, 1) for x in value.split([part.shape[1] for part in parts], 1)] for value in values]
+@dataclass(frozen=True)
+class _Groups:
+    """All groups of a matrix. Numbers of groups are flat, ``[G]``: those of a column together."""
+
+    parts: list[Tensor]
+    """float32 ``[in, blocks, n]``, in two parts where the last block is shorter; see `_cut`."""
+    levels: Tensor
+    """float32 ``[in]``: the largest code of each column."""
+
+    def fit(self) -> tuple[Tensor, Tensor]:
+        """Return the scale and minimum of each group."""
+        found = [fit(part.flatten(0, 1), levels) for part, levels in zip(self.parts, self._levels(), strict=True)]
+        scale, minimum = ([x.view(len(self.levels), -1) for x in values] for values in zip(*found, strict=True))
+        return torch.cat(scale, 1).view(-1), torch.cat(minimum, 1).view(-1)
+
+    def codes(self, scale: Tensor, minimum: Tensor) -> list[Tensor]:
+        """Return the nearest codes of each part, ``[in * blocks, n]`` in float32."""
+        arguments = zip(self.parts, self._levels(), self._split(scale), self._split(minimum), strict=True)
+        return [codes_of(part.flatten(0, 1), *numbers) for part, *numbers in arguments]
+
+    def residuals(self, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean of weight less code times scale, which is the best minimum for the codes, and mean squared error."""
+        means, errors = [], []
+        for part, codes, own, low in zip(
+            self.parts, self.codes(scale, minimum), self._split(scale), self._split(minimum), strict=True
+        ):
+            rest = part.flatten(0, 1) - codes * own
+            means.append(rest.mean(1).view(part.shape[:2]))
+            errors.append((rest - low).square().mean(1).view(part.shape[:2]))
+        return torch.cat(means, 1).view(-1), torch.cat(errors, 1).view(-1)
+
+    def _levels(self) -> list[Tensor]:
+        return [self.levels[:, None].expand(-1, part.shape[1]).reshape(-1, 1) for part in self.parts]
+
+    def _split(self, numbers: Tensor) -> list[Tensor]:
+        blocks = [part.shape[1] for part in self.parts]
+        return [x.reshape(-1, 1) for x in numbers.view(len(self.levels), -1).split(blocks, 1)]
 
 
-def _residual(part: Tensor, levels: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    """Return the minimum that suits codes and scale best: ``[in, blocks]``."""
-    groups = part.flatten(0, 1)
-    return (groups - codes_of(groups, levels, scale, minimum) * scale).mean(1).view(part.shape[:2])
-
-
-def _codes(part: Tensor, levels: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    return codes_of(part.flatten(0, 1), levels, scale, minimum).view(part.shape)
+def _best_shares(groups: _Groups, d: Tensor, s: Tensor, dm: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose among neighbours of the rounded scale, each with a minimum that suits it, what has the least error."""
+    best, best_s, best_m = torch.full(s.shape, torch.inf), s, m
+    for step in SHARE_STEPS:
+        own_s = (s.int() + step).clamp(1, MOST_SHARE).to(torch.uint8)
+        means, _ = groups.residuals(_spread(d, own_s), -_spread(dm, m))
+        own_m = _shares(-means, dm, least=0)
+        _, error = groups.residuals(_spread(d, own_s), -_spread(dm, own_m))
+        better = error < best
+        best, best_s, best_m = (torch.where(better, *x) for x in ((error, best), (own_s, best_s), (own_m, best_m)))
+    return best_s, best_m
 
 
 def _two_levels(values: Tensor, least: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """FlexGen's format of weights: groups along the output channels, each with the minimum and the scale of its range.
 
-Numbers are those of FlexGen's CPU code (FlexLLMGen, ``compression.py``; paper section 5): ``scale = (2**bits - 1) / (max - min)``,
-``code = round((x - min) * scale)`` in float32, then scale and minimum are rounded to float16, and ``x = code / scale + min``.
+Numbers are those of FlexGen's CPU code (FlexLLMGen, ``compression.py``; paper section 5). In float32 are computed
+``scale = (2**bits - 1) / (max - min)`` and ``code = round((x - min) * scale)``; then scale and minimum are rounded to float16.
+The weight is ``code / scale + min``.
 Where FlexGen's scale overflows float16 (a range below 2.3e-4 at 4 bits) and its group becomes one number, ours is the largest
 float16, so that nothing is lost. A last group of fewer rows has its own range; FlexGen fills it with zeros.
 """
@@ -54,7 +55,8 @@ class MinMax:
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8) or self.group < 1:
             raise PolicyError(
-                f"Weights of {self.bits} bits in groups of {self.group} are not offered. Use 2, 3, 4 or 8 bits, and a group of at least 1."
+                f"Weights of {self.bits} bits in groups of {self.group} are not offered, because the formats have other codes. "
+                "Use 2, 3, 4 or 8 bits, and a group of at least 1."
             )
 
     def quantize(self, weight: Tensor) -> MinMaxCodes:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from flexgen_helm.compression.columns import Columns
@@ -82,50 +84,59 @@ def _low_plane(bits):  # type: ignore[no-untyped-def]
     return size(4) if bits >= size(4) else size(2)
 
 
-@njit
-def _load_half(source: Array, target: Array) -> None:
-    """Bring finite float16 numbers to float32."""
-    bits = target.view(np.uint32)
-    for i in range(size(len(source))):
-        x = np.uint32(source[i])
-        bits[i] = ((x & np.uint32(0x8000)) << np.uint32(16)) | ((x & np.uint32(0x7FFF)) << np.uint32(13))
-    for i in range(size(len(source))):
-        target[i] *= FLOAT16_SCALE
+def _bitcast(source: Any, target: Any, width: Any) -> Any:
+    def typed(typing_context: Any, number: Any) -> Any:
+        return target(source), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], width)
+
+    return intrinsic(typed)
 
 
-@njit
+_number_of: Any = _bitcast(types.uint32, types.float32, ir.FloatType())
+"""The float32 that has these bits."""
+_bits_of: Any = _bitcast(types.float32, types.uint32, ir.IntType(32))
+
+
+@njit(inline="always")
+def _from_half(half):  # type: ignore[no-untyped-def]
+    """A finite float16, given as uint16, in float32."""
+    x = np.uint32(half)
+    bits = ((x & np.uint32(0x8000)) << np.uint32(16)) | ((x & np.uint32(0x7FFF)) << np.uint32(13))
+    return _number_of(np.uint32(bits)) * FLOAT16_SCALE
+
+
+@njit(inline="always")
+def _to_bfloat16(number):  # type: ignore[no-untyped-def]
+    x = _bits_of(number)
+    return np.uint16((x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@njit(inline="always")
+def _to_half(number):  # type: ignore[no-untyped-def]
+    bits = _bits_of(number)
+    x = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    # The last bit of a float32 at 0.5 is that of a subnormal float16: the addition rounds.
+    subnormal = np.uint32(_bits_of(_number_of(x) + HALF) - np.uint32(0x3F000000))
+    normal = np.uint32(x - np.uint32(0x38000000) + np.uint32(0xFFF) + ((x >> np.uint32(13)) & np.uint32(1)))
+    normal = min(np.uint32(normal >> np.uint32(13)), np.uint32(0x7C00))
+    found = subnormal if x < np.uint32(0x38800000) else normal
+    return np.uint16(((bits >> np.uint32(16)) & np.uint32(0x8000)) | found)
+
+
+@njit(nogil=True)
 def _store(numbers: Array, target: Array, kind: int) -> None:
     """Round float32 numbers of a row to their stored form."""
-    bits = numbers.view(np.uint32)
     if kind == FLOAT32:
         for i in range(size(len(target))):
-            target[i] = bits[i]
+            target[i] = _bits_of(numbers[i])
     elif kind == BFLOAT16:
         for i in range(size(len(target))):
-            x = bits[i]
-            target[i] = (x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            target[i] = _to_bfloat16(numbers[i])
     else:
-        _store_half(bits, target)
+        for i in range(size(len(target))):
+            target[i] = _to_half(numbers[i])
 
 
-@njit
-def _store_half(bits: Array, target: Array) -> None:
-    one, infinite = np.uint32(1), np.uint32(0x7C00)
-    subnormal = np.empty(len(target), np.float32)
-    small = subnormal.view(np.uint32)
-    for i in range(size(len(target))):
-        small[i] = bits[i] & np.uint32(0x7FFFFFFF)
-    for i in range(size(len(target))):
-        # The last bit of a float32 near 0.5 is that of a subnormal float16: the addition rounds.
-        subnormal[i] += HALF
-    for i in range(size(len(target))):
-        sign, x = (bits[i] >> np.uint32(16)) & np.uint32(0x8000), bits[i] & np.uint32(0x7FFFFFFF)
-        normal = (x - np.uint32(0x38000000) + np.uint32(0xFFF) + ((x >> np.uint32(13)) & one)) >> np.uint32(13)
-        found = small[i] - np.uint32(0x3F000000) if x < np.uint32(0x38800000) else normal
-        target[i] = sign | (found if found < infinite else infinite)
-
-
-@njit
+@njit(nogil=True)
 def _unpack_vector(packed: Array, bits: int, codes: Array) -> None:
     """Unpack codes that are packed as a matrix of one column.
 
@@ -148,9 +159,16 @@ def _unpack_vector(packed: Array, bits: int, codes: Array) -> None:
             shift, plane = shift + plane, size(bits) - plane
 
 
-@njit
-def _row_of_codes(codes: Array, at: int, bits: int, height: int, row: int, count: int, out: Array) -> None:  # noqa: PLR0913
-    """Unpack a row of a block.
+@njit(inline="always", error_model="numpy")
+def _number(code, scale, minimum, divide):  # type: ignore[no-untyped-def]
+    return f32(code) / scale + minimum if divide else f32(code) * scale - minimum
+
+
+@njit(error_model="numpy")
+def _unpack_row(codes, at, bits, height, row, scale, minimum, scales_at, divide, out, out_at, n):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    """Unpack the codes of one width in a row of a block.
+
+    Places are numbers and arrays are whole, because Numba counts references to every slice.
 
     Args:
         codes: uint8, flat.
@@ -158,24 +176,32 @@ def _row_of_codes(codes: Array, at: int, bits: int, height: int, row: int, count
         bits: Bits of a code.
         height: Rows of the block.
         row: Which.
-        count: Numbers of a row.
-        out: int32 ``[count]``, filled.
+        scale: float32, flat.
+        minimum: float32, flat: added where codes are divided, else subtracted.
+        scales_at: Where the numbers of these columns begin in both.
+        divide: Whether codes are divided by scales, or multiplied.
+        out: float32, flat.
+        out_at: Where to write.
+        n: How many columns.
     """
     low = _low_plane(bits)
     step = height * low // size(8)
-    first = codes[at + row % step * count : at + (row % step + size(1)) * count]
+    first = at + row % step * n
     shift, mask = np.int32(row // step * low), np.int32((size(1) << low) - size(1))
     if low == bits:
-        for i in range(count):
-            out[i] = (np.int32(first[i]) >> shift) & mask
+        for i in range(n):
+            code = (np.int32(codes[first + i]) >> shift) & mask
+            out[out_at + i] = _number(code, scale[scales_at + i], minimum[scales_at + i], divide)
         return
-    at += step * count
+    at += step * n
     high = bits - low
     step = height * high // size(8)
-    second = codes[at + row % step * count : at + (row % step + size(1)) * count]
+    second = at + row % step * n
     upper_shift, upper_mask, up = np.int32(row // step * high), np.int32((size(1) << high) - size(1)), np.int32(low)
-    for i in range(count):
-        out[i] = ((np.int32(first[i]) >> shift) & mask) | (((np.int32(second[i]) >> upper_shift) & upper_mask) << up)
+    for i in range(n):
+        upper = ((np.int32(codes[second + i]) >> upper_shift) & upper_mask) << up
+        code = ((np.int32(codes[first + i]) >> shift) & mask) | upper
+        out[out_at + i] = _number(code, scale[scales_at + i], minimum[scales_at + i], divide)
 
 
 def _compiled(function: Any) -> Any:
@@ -186,7 +212,7 @@ def _compiled(function: Any) -> Any:
         return njit(nogil=True)(function)
 
 
-@njit
+@njit(nogil=True)
 def _sort_columns(classes: Array, places: Array, counts: Array) -> None:
     """Find the place of each column among columns sorted by class, stably.
 
@@ -206,7 +232,7 @@ def _sort_columns(classes: Array, places: Array, counts: Array) -> None:
         begins[classes[i]] += size(1)
 
 
-@njit
+@njit(nogil=True)
 def _spread(supers, unit, packed, blocks, out):  # type: ignore[no-untyped-def]
     """Compute numbers of groups from their two levels.
 
@@ -217,17 +243,17 @@ def _spread(supers, unit, packed, blocks, out):  # type: ignore[no-untyped-def]
         blocks: Groups of a column.
         out: float32 ``[blocks * in]``, filled: those of a block of rows together.
     """
-    groups, whole = size(len(out)), np.empty(len(supers), np.float32)
-    _load_half(supers, whole)
+    groups = size(len(out))
     shares = np.empty((len(out) + 7) // 8 * 8, np.uint8)
     _unpack_vector(packed, 6, shares)
-    block, at = size(0), size(0)
     num_columns = groups // blocks
-    for g in range(groups):
-        out[block * num_columns + at] = (whole[g // size(SUPER)] * unit) * f32(shares[g])
-        block += size(1)
-        if block == blocks:
-            block, at = size(0), at + size(1)
+    # Some columns at a time, so that neighbours are written together.
+    for first in range(size(0), num_columns, size(SUPER)):
+        end = min(first + size(SUPER), num_columns)
+        for block in range(blocks):
+            for column in range(first, end):
+                g = column * blocks + block
+                out[block * num_columns + column] = (_from_half(supers[g // size(SUPER)]) * unit) * f32(shares[g])
 
 
 @_compiled
@@ -244,25 +270,21 @@ def _unpack_columns(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba in
     scale, minimum = np.empty(blocks * columns, np.float32), np.empty(blocks * columns, np.float32)
     _spread(super_scales[0], unit, shares[0], blocks, scale)
     _spread(super_scales[1], unit, shares[1], blocks, minimum)
-    row_codes, row = np.empty(columns, np.int32), np.empty(columns, np.float32)
-    sorted_row = np.empty(columns, np.float32)
+    row, rounded = np.empty(columns, np.float32), np.empty(columns, target.dtype)
     filled = (rows + size(7)) // size(8) * size(8)
     for block in range(blocks):
-        height = min(size(BLOCK), filled - block * size(BLOCK))
-        s, m = scale[block * columns : (block + size(1)) * columns], minimum[block * columns : (block + size(1)) * columns]
+        height, own = min(size(BLOCK), filled - block * size(BLOCK)), block * columns
         for r in range(min(size(BLOCK), rows - block * size(BLOCK))):
             at, first = size(0), size(0)
             for k in range(size(len(widths))):
-                own = row_codes[first : first + counts[k]]
-                _row_of_codes(codes, at + block * size(8) * widths[k] * counts[k], widths[k], height, r, counts[k], own)
-                at += filled * widths[k] // size(8) * counts[k]
-                first += counts[k]
-            for i in range(columns):
-                sorted_row[i] = f32(row_codes[i]) * s[i] - m[i]
-            for i in range(columns):
-                row[i] = sorted_row[places[i]]
+                end = first + counts[k]
+                begin = at + block * size(8) * widths[k] * counts[k]
+                _unpack_row(codes, begin, widths[k], height, r, scale, minimum, own + first, False, row, first, counts[k])
+                at, first = at + filled * widths[k] // size(8) * counts[k], end
             begin = (block * size(BLOCK) + r) * step
-            _store(row, target[begin : begin + columns], kind)
+            _store(row, rounded, kind)
+            for i in range(columns):
+                target[begin + i] = rounded[places[i]]
 
 
 @_compiled
@@ -272,15 +294,14 @@ def _unpack_minmax(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - as above
     """Write a matrix; see `unpack_minmax`. Tensors are NumPy arrays, float16 is uint16, codes and target are flat."""
     rows, columns, step = size(num_rows), size(num_columns), size(stride)
     s, m = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    row_codes, row = np.empty(columns, np.int32), np.empty(columns, np.float32)
+    row = np.empty(columns, np.float32)
     filled, width = (rows + size(7)) // size(8) * size(8), size(bits)
     for r in range(rows):
         if r % size(group) == size(0):
-            _load_half(scale[r // size(group)], s)
-            _load_half(minimum[r // size(group)], m)
+            for i in range(columns):
+                s[i], m[i] = _from_half(scale[r // size(group), i]), _from_half(minimum[r // size(group), i])
         block = r // size(BLOCK)
         height = min(size(BLOCK), filled - block * size(BLOCK))
-        _row_of_codes(codes, block * size(8) * width * columns, width, height, r % size(BLOCK), columns, row_codes)
-        for i in range(columns):
-            row[i] = f32(row_codes[i]) / s[i] + m[i]
+        begin, zero = block * size(8) * width * columns, size(0)
+        _unpack_row(codes, begin, width, height, r % size(BLOCK), s, m, zero, True, row, zero, columns)
         _store(row, target[r * step : r * step + columns], kind)

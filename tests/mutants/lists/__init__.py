@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from tests.mutants.lists import (
+    attention,
+    durability,
+    entropy_coding,
+    fidelity,
+    generation,
+    gpu,
+    loading,
+    memory,
+    reports,
+    requests,
+    schedule,
+)
+
 
 MUTANTS = (
     *attention.MUTANTS,
