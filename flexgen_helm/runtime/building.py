@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.compression.config import CompressionConfig
-from flexgen_helm.compression.schemes import scheme_of
+from flexgen_helm.compression.schemes import FORMAT_VERSION, scheme_of
 from flexgen_helm.errors import PolicyError, UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.execution.overlapped import OverlappedExecutor
@@ -202,7 +202,7 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     formats: Mapping[int, SlabFormat] = plain_formats(whole)
     fitted: FittedModel | None = None
     weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
-    folder = options.folder or _default_folder(weights)
+    folder = options.folder or _default_folder(weights, slab_identity(weights))
     if options.compression is not None and options.compression.bits is not None:
         weights, folder, fitted = _fit(source, options, options.compression)
     shapes = shapes_of(whole, formats, kv_dtype)
@@ -236,7 +236,7 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
 def _fit(
     source: ModelSource, options: EngineOptions, compression: CompressionConfig
 ) -> tuple[WeightNumerics, Path, FittedModel]:
-    """Return the identity of the compressed weights, their folder, and the quantised model, which is made if it is missing."""
+    """Return the identity of compressed weights, their folder, and the quantised model, which is made if it is missing."""
     assert compression.bits is not None
     if options.device.is_gpu and compression.scheme == "entropy":
         raise UnsupportedModel(
@@ -245,8 +245,9 @@ def _fit(
         )
     # Slabs are made from float32 and rounded when they are unpacked, so that all dtypes share them.
     shared = WeightNumerics(source.digest(), "float32", compression.weight_scheme)
-    folder = options.folder or _default_folder(shared, "compressed")
-    fitted = fit(source, scheme_of(compression.scheme, compression.bits), folder, slab_identity(shared))
+    identity = {**slab_identity(shared), "format": str(FORMAT_VERSION)}
+    folder = options.folder or _default_folder(shared, identity, "compressed")
+    fitted = fit(source, scheme_of(compression.scheme, compression.bits), folder, identity)
     return replace(shared, dtype=dtype_name(source.dtype), statistics=fitted.decisions), folder, fitted
 
 
@@ -270,10 +271,10 @@ def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOpti
     return replace(policy, cpu_attention=place.cpu_attention, cache=place.cache)
 
 
-def _default_folder(weights: WeightNumerics, kind: str = "offload") -> Path:
+def _default_folder(weights: WeightNumerics, identity: Mapping[str, str], kind: str = "offload") -> Path:
     """Return a folder that no other slabs share: everything that decides their bytes is in its name."""
-    identity = hashlib.sha256(json.dumps(slab_identity(weights), sort_keys=True).encode()).hexdigest()[:8]
-    return cache_folder() / kind / f"{weights.digest[:32]}-{weights.dtype}-{weights.scheme}-{identity}"
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return cache_folder() / kind / f"{weights.digest[:32]}-{weights.dtype}-{weights.scheme}-{digest}"
 
 
 def _empty(source: ModelSource) -> PreTrainedModel:

@@ -16,7 +16,6 @@ from tests.mutants.lists import (
     schedule,
 )
 
-
 MUTANTS = (
     *attention.MUTANTS,
     *schedule.MUTANTS,
