@@ -240,8 +240,8 @@ def _fit(
     assert compression.bits is not None
     if options.device.is_gpu and compression.scheme == "entropy":
         raise UnsupportedModel(
-            f"{source.name}: weights of `{compression.weight_scheme}` are decoded on the CPU, and not for a GPU yet. Use `@w4`, "
-            "or device='cpu'."
+            f"{source.name}: weights of `{compression.weight_scheme}` are decoded on the CPU, and not for a GPU yet. Use "
+            "`@w4`, or device='cpu'."
         )
     # Slabs are made from float32 and rounded when they are unpacked, so that all dtypes share them.
     shared = WeightNumerics(source.digest(), "float32", compression.weight_scheme)
