@@ -33,8 +33,8 @@ CLASSES = 64
 CLASSES_PER_OCTAVE, SMALLEST_OCTAVE = 4, -4
 COLUMN_BITS = 16 + 6
 """Bits of a column: its step in fp16, and its class."""
-CODE_OVERHEAD = 1.003
-"""Bits of a good code over the entropy. zstd takes 0.5 % more for large matrices, 1 % for those of 576 rows."""
+CODE_OVERHEAD = 1.015
+"""Bits of real frames over the entropy: Huffman codes in whole bits, their tables, headers. Wider matrices take less."""
 EXCEPTION_BITS = 64 + 32
 """Bits of an integer beyond int8: its place and itself."""
 SMALLEST_STEP, LARGEST_STEP = 2.0**-20, 65504.0

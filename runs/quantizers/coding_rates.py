@@ -1,7 +1,7 @@
 """What entropy-coded and losslessly coded weights take and how fast they are decoded: SmolLM2-135M's matrices.
 
 Rates are weights a second of processor time of one core, the best of several rounds, in memory; then, by the clock on the wall,
-of some threads. The weights are off the grid on which they were shipped (see `entropy_protocol`); the statistics of the inputs
+of some threads. The weights are off the grid on which they were shipped (see `protocol`); the statistics of the inputs
 are those of random tokens.
 Cost: about a minute and 3 GiB of memory.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +25,7 @@ from flexgen_helm.compression.coding import Decoder, code_compressor, encode
 from flexgen_helm.compression.entropy import Coded, bits, quantize, solve_steps
 from flexgen_helm.compression.lossless import decode_planes, encode_planes
 from flexgen_helm.runs.command_line import add_json, make_parser, prepare_libraries, reports_errors, write_json
-from flexgen_helm.runs.quantizers.entropy_protocol import Bench, Weights, move_off_grid
+from flexgen_helm.runs.quantizers.protocol import Subject
 
 ROUNDS = 5
 COMPRESSORS = {
@@ -98,7 +98,7 @@ def measure_integers(coded: list[Coded], threads: int) -> dict[str, Any]:
     return results
 
 
-def measure_planes(weights: Weights, dtype: torch.dtype, threads: int) -> dict[str, Any]:
+def measure_planes(weights: Mapping[str, Tensor], dtype: torch.dtype, threads: int) -> dict[str, Any]:
     """Print a row for 16-bit weights."""
     memory = torch.cat([x.flatten().to(dtype) for x in weights.values()]).view(torch.uint8)
     count, target = memory.numel() // 2, torch.empty_like(memory)
@@ -138,8 +138,8 @@ def main() -> int:
     arguments = parser.parse_args()
     prepare_libraries(1)
     with torch.inference_mode():
-        bench = Bench()
-        weights, moments = move_off_grid(bench.shipped), bench.moments()
+        subject = Subject(off_grid=True)
+        weights, moments = subject.weights, subject.moments()
         rule = solve_steps(weights, moments, arguments.bits)
         coded = [quantize(weight, moments[name], rule, name=name) for name, weight in weights.items()]
         results: dict[str, Any] = {"integers": measure_integers(coded, arguments.threads)}

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flexgen_helm.compression import columns, minmax
+from flexgen_helm.compression import columns, entropy, minmax
 from flexgen_helm.compression.allocation import LADDERS, allocate, column_errors
+from flexgen_helm.compression.coding import encode
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,18 @@ def quantise_columns(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor
     return Quantised({name: columns.dequantize(matrix) for name, matrix in stored.items()}, num_bits / num_weights(weights))
 
 
+def quantise_entropy(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bits: int) -> Quantised:
+    """One step a column, entropy-coded; bits are those of the real frames."""
+    rule = entropy.solve_steps(weights, moments, bits + 0.5)
+    coded = {name: entropy.quantize(weight, moments[name], rule, name=name) for name, weight in weights.items()}
+    num_bits = 8 * sum(encode(each).num_bytes for each in coded.values())
+    return Quantised({name: entropy.dequantize(each) for name, each in coded.items()}, num_bits / num_weights(weights))
+
+
 def num_weights(weights: Mapping[str, Tensor]) -> int:
     """Return the number of all weights."""
     return sum(weight.numel() for weight in weights.values())
 
 
-SCHEMES: dict[str, Scheme] = {"minmax": quantise_minmax, "columns": quantise_columns}
+SCHEMES: dict[str, Scheme] = {"minmax": quantise_minmax, "columns": quantise_columns, "entropy": quantise_entropy}
 """By name. The first is what the others are compared with."""

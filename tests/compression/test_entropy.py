@@ -27,7 +27,7 @@ def entropy_of(coded: list[Coded]) -> float:
             symbols.setdefault(of_class, Counter()).update(column)
     code = -sum(n * math.log2(n / counts.total()) for counts in symbols.values() for n in counts.values())
     columns, exceptions = sum(len(x.steps) for x in coded), sum(len(x.places) for x in coded)
-    return (code * 1.003 + columns * (16 + 6) + exceptions * (64 + 32)) / sum(x.integers.numel() for x in coded)
+    return (code * 1.015 + columns * (16 + 6) + exceptions * (64 + 32)) / sum(x.integers.numel() for x in coded)
 
 
 def steps_of(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], factor: float) -> Tensor:
