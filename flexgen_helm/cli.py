@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from flexgen_helm.cli_options import (
     add_bench_options,
+    add_fidelity_options,
     add_job_options,
     add_model_options,
     add_observation_options,
@@ -103,10 +104,19 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
         help="evaluate a model with HELM",
         description="Run a suite of HELM's scenarios, print the scores and where everything is.",
     )
-    add_model_options(evaluate)
+    add_model_options(evaluate, read=str)  # which may be a deployment's name
     add_placement_options(evaluate)
     add_suite_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
+    fidelity = commands.add_parser(
+        "fidelity",
+        help="compare what two models predict",
+        description="Run a reference and a candidate over the same text and print how far the candidate's predictions are off.",
+    )
+    add_model_options(fidelity)
+    add_placement_options(fidelity)
+    add_fidelity_options(fidelity)
+    fidelity.set_defaults(run=partial(_fidelity, load_engine=load_engine), few_requests=False)
     return parser
 
 
@@ -122,6 +132,23 @@ def _evaluate(args: argparse.Namespace) -> int:
         return evaluate(evaluation, verbose=args.verbose)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(RESUME) from None
+
+
+def _fidelity(args: argparse.Namespace, load_engine: EngineLoader) -> int:
+    from flexgen_helm.fidelity.command import fidelity
+    from flexgen_helm.fidelity.comparison import to_json
+    from flexgen_helm.fidelity.table import lines
+
+    if args.text is None and args.jobs is None:
+        from flexgen_helm.assets.helm_data import speech_file
+
+        args.text = speech_file()
+    kept = fidelity(args, load_engine, _say)
+    if args.json:
+        print(json.dumps(to_json(kept)))
+    else:
+        print("\n".join([*lines(kept.result), f"result: {kept.json}", *([f"plot: {kept.png}"] if kept.png else [])]))
+    return 0
 
 
 def _bench(args: argparse.Namespace, load_engine: EngineLoader) -> int:
@@ -218,7 +245,7 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     imported = time.perf_counter()
     logging.disable_progress_bar()
     policy = with_row_sizes(args.policy, resolve_device(args.device), few_requests=args.few_requests)
-    names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck", "free_shapes")
+    names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck", "free_shapes", "compression")
     given = {name: getattr(args, name, None) for name in names}
     options = {name: value for name, value in given.items() if value}
     engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexgen_helm.compression.config import resolve, with_variant
 from flexgen_helm.options import parse_max_memory, parse_policy
 from flexgen_helm.types import Policy
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add options that choose a model, its dtype, its device and its rows."""
+def parse_model(text: str) -> str:
+    """Return the name of a model with its variant in canonical form, in which it is printed and reported.
+
+    Raises:
+        CompressionError: If there is no such variant, or it is not built yet.
+    """
+    return with_variant(*resolve(text))
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, read: Callable[[str], str] = parse_model) -> None:
+    """Add options that choose a model, its dtype, its device and its rows.
+
+    Args:
+        parser: Gets the options.
+        read: Makes the name of the model of what the user writes.
+    """
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, metavar="M", help="model folder, or name on the model hub")
+    model = "model folder, or name on the model hub; with @w4 and the like a compressed variant of it (docs/compression.md)"
+    group.add_argument("--model", required=True, type=read, metavar="M", help=model)
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     group.add_argument("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
     group.add_argument("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
@@ -96,6 +113,29 @@ def add_suite_options(parser: argparse.ArgumentParser) -> None:
     add("-m", "--max-eval-instances", type=_positive, default=100, metavar="N", help=instances)
     add("--out", type=Path, default=Path("benchmark_output"), metavar="DIR", help="HELM's output folder (%(default)s)")
     add("-v", "--verbose", action="store_true", help="also show HELM's log, which is written to a file in the output folder")
+
+
+def add_fidelity_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `fidelity`."""
+    add = parser.add_argument_group("candidate (at least one)").add_argument
+    add("--candidate", metavar="M", help="another model folder or name (default: --model)")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--candidate-dtype", choices=dtypes, help="dtype of the candidate (default: --dtype)")
+    add("--compression", metavar="C", help="compression of the candidate, such as w4")
+    add = parser.add_argument_group("text").add_argument
+    add("--text", type=Path, metavar="F", help="file of UTF-8 text (default: a speech that the package fetches)")
+    add("--jobs", type=Path, metavar="F", help='file of jobs: lines such as {"prompt": "..."} or {"token_ids": [1, 2]}')
+    add("--window", type=_positive, metavar="N", help="tokens of a window (default: 512, or the models' context)")
+    add("--max-tokens", type=_positive, metavar="N", help="most tokens of the text (default: all)")
+    add("--block-tokens", type=_positive, default=8192, metavar="N", help="tokens in memory at a time (%(default)s)")
+    noise = "tokens on which the noise floor is measured; 0 leaves it out (%(default)s)"
+    add("--noise-tokens", type=int, default=2048, metavar="N", help=noise)
+    add = parser.add_argument_group("result").add_argument
+    add("--per-layer", action="store_true", help="also measure the error of each layer's weights and output")
+    add("--out", type=Path, metavar="DIR", help="folder of the result (default: fidelity in the cache folder)")
+    add("--no-plot", action="store_true", help="draw no PNG")
+    add("--json", action="store_true", help="print one JSON object")
+    add("-v", "--verbose", action="store_true", help="also print the log of both engines")
 
 
 def _positive(text: str) -> int:

@@ -15,6 +15,10 @@ class UnsupportedModel(FlexGenError):
     """A model that would be computed wrongly, refused with its name and the reason."""
 
 
+class CompressionError(FlexGenError):
+    """A compressed variant that does not exist, or whose parts do not go together or are not built yet."""
+
+
 class InvalidJob(FlexGenError):
     """A job that cannot be served: empty prompt, longer than the context, a field out of range."""
 

@@ -6,7 +6,6 @@ Neither torch nor transformers is imported with it: only where a deployment is m
 from __future__ import annotations
 
 import dataclasses
-import os
 
 from helm.benchmark.model_deployment_registry import (
     ALL_MODEL_DEPLOYMENTS,
@@ -29,15 +28,16 @@ from helm.benchmark.tokenizer_config_registry import (
     tokenizer_config_generator,
 )
 
-from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.errors import CompressionError, UnsupportedModel
 from flexgen_helm.helm.deployment import (
     CLIENT,
-    GRAMMAR,
     PREFIX,
     TOKENIZER,
     WINDOW_SERVICE,
     DeploymentError,
+    ModelName,
     is_flexgen,
+    named_model,
     split_name,
 )
 from flexgen_helm.helm.model_files import find_model, read_limits
@@ -49,17 +49,21 @@ def make_model_deployment(name: str) -> ModelDeployment:
     """Make and register the deployment of a name, so that HELM asks only once.
 
     Args:
-        name: ``flexgen/<organization>/<model>`` or ``flexgen//<absolute path>``.
+        name: ``flexgen/<organization>/<model>`` or ``flexgen//<absolute path>``, with ``@<variant>`` for a compressed one.
 
     Raises:
-        DeploymentError: The name does not follow the grammar or there is no such model.
+        DeploymentError: The name does not follow the grammar, is not canonical, or there is no such model.
+        CompressionError: There is no such variant, or it is not built yet.
         CorruptFile: A file of the model is torn.
     """
-    name_or_path = find(name)
+    model = find(name)
+    if name != model.deployment():
+        # HELM names runs and results by what the run entry says, and every variant must have one name.
+        raise DeploymentError(f"`{name}` is another spelling of `{model.deployment()}`. Write the latter.")
     deployment = ModelDeployment(
         name=name,
-        client_spec=ClientSpec(CLIENT, args={"name_or_path": name_or_path}),
-        max_sequence_length=_window(name_or_path),
+        client_spec=ClientSpec(CLIENT, args=model.arguments),
+        max_sequence_length=_window(model),
     )
     deployment = complete(deployment)
     _register_metadata(deployment)
@@ -67,33 +71,24 @@ def make_model_deployment(name: str) -> ModelDeployment:
     return deployment
 
 
-def find(name: str) -> str:
-    """Return the hub name or path of a deployment's model; loads neither torch nor transformers.
+def find(name: str) -> ModelName:
+    """Return what a deployment's name says of its model, which exists; loads neither torch nor transformers.
 
     Args:
-        name: ``flexgen/<organization>/<model>`` or ``flexgen//<absolute path>``.
+        name: ``flexgen/<organization>/<model>`` or ``flexgen//<absolute path>``, with ``@<variant>`` for a compressed one.
 
     Raises:
         DeploymentError: The name does not follow the grammar or there is no such model.
+        CompressionError: There is no such variant, or it is not built yet.
     """
-    name_or_path, variant = split_name(name)
-    if variant is not None and os.path.isdir(f"{name_or_path}@{variant}"):
-        raise DeploymentError(
-            f"`{name}`: `@` begins a variant in the name of a deployment, so the folder {name_or_path}@{variant} cannot be "
-            "named by it. Rename the folder, or name it by a link without `@`."
-        )
-    if variant is not None:
-        raise DeploymentError(
-            f"`{name}`: variants such as `@{variant}` are not supported, so it is unknown what to change in the model. "
-            f"Write {GRAMMAR}, or a deployment in model_deployments.yaml whose args hold what you want to vary."
-        )
-    find_model(name_or_path)
-    return name_or_path
+    model = split_name(name)
+    find_model(model.name_or_path, model.revision)
+    return model
 
 
-def _window(name_or_path: str) -> int | None:
+def _window(model: ModelName) -> int | None:
     try:
-        return read_limits(name_or_path).window
+        return read_limits(model.name_or_path, model.revision).window
     except UnsupportedModel:
         # Each run entry of this model asks again and fails with the reason; those of other models run.
         return None
@@ -104,14 +99,15 @@ def make_tokenizer_config(name: str) -> TokenizerConfig:
     """Make and register the tokenizer of a deployment, so that HELM asks only once.
 
     Args:
-        name: As of a deployment, with ``@<revision>`` where a revision is meant.
+        name: As of a deployment, with ``#<revision>`` where a revision is meant. Variants have the tokenizer of their model.
 
     Raises:
         DeploymentError: The name does not follow the grammar or there is no such model.
+        CompressionError: There is no such variant, or it is not built yet.
     """
-    name_or_path, revision = split_name(name)
-    limits = read_limits(name_or_path, revision)
-    args = {"pretrained_model_name_or_path": name_or_path} | ({"revision": revision} if revision else {})
+    model = split_name(name)
+    limits = read_limits(model.name_or_path, model.revision)
+    args = {"pretrained_model_name_or_path": model.name_or_path} | ({"revision": model.revision} if model.revision else {})
     config = TokenizerConfig(
         name=name,
         tokenizer_spec=TokenizerSpec(TOKENIZER, args=args),
@@ -130,22 +126,31 @@ HELM_WINDOW_SERVICES = tuple(
 
 def complete(deployment: ModelDeployment) -> ModelDeployment:
     """Return a flexgen deployment with model name, tokenizer and window service filled in where it has none."""
-    name_or_path = deployment.client_spec.args.get("name_or_path")
-    if not isinstance(name_or_path, str):
+    model = _named_model(deployment)
+    if model is None:
         return deployment
-    revision = deployment.client_spec.args.get("revision")
-    source = os.path.abspath(name_or_path) if os.path.isdir(name_or_path) else name_or_path
-    tokenizer_name = f"{PREFIX}/{source}" + (f"@{revision}" if revision else "")
     window_service = deployment.window_service_spec or WindowServiceSpec(HELM_WINDOW_SERVICES[0])
     if window_service.class_name in HELM_WINDOW_SERVICES:
-        window_args = {**window_service.args, "name_or_path": name_or_path, "revision": revision}
+        window_args = {**window_service.args, "name_or_path": model.name_or_path, "revision": model.revision}
         window_service = WindowServiceSpec(WINDOW_SERVICE, args=window_args)
     return dataclasses.replace(
         deployment,
         model_name=_default_model_name(deployment.name) if deployment.model_name == deployment.name else deployment.model_name,
-        tokenizer_name=deployment.tokenizer_name or tokenizer_name,
+        tokenizer_name=deployment.tokenizer_name or model.tokenizer,
         window_service_spec=window_service,
     )
+
+
+def _named_model(deployment: ModelDeployment) -> ModelName | None:
+    """Return the model of a written deployment; None if it names none."""
+    arguments = deployment.client_spec.args
+    if not isinstance(arguments.get("name_or_path"), str):
+        return None
+    try:
+        return named_model(arguments)
+    except CompressionError:
+        # Each run entry of this deployment asks again and fails with the reason; those of other deployments run.
+        return ModelName(arguments["name_or_path"], arguments.get("revision"))
 
 
 def _default_model_name(deployment_name: str) -> str:
@@ -157,14 +162,16 @@ def _register_metadata(deployment: ModelDeployment) -> None:
     name = deployment.model_name or deployment.name
     if name in get_all_models():
         return
-    organization, _, model = name.rpartition("/")
+    organization, _, short = name.rpartition("/")
+    model = _named_model(deployment)
+    assert model is not None
     metadata: ModelMetadata = get_unknown_model_metadata(name)
     register_model_metadata(
         dataclasses.replace(
             metadata,
             creator_organization_name=organization or metadata.creator_organization_name,
-            display_name=model,
-            description=f"{deployment.client_spec.args['name_or_path']}, served by flexgen_helm.",
+            display_name=model.display(short),
+            description=f"{model.display(model.name_or_path)}, served by flexgen_helm.",
         )
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from flexgen_helm.errors import FlexGenError, PolicyError
 
@@ -20,15 +20,7 @@ ON_HOST: Shares = (0.0, 1.0, 0.0)
 ROUNDING = 1e-6
 """Largest difference between the sum of shares and 1."""
 Resource = Literal["device", "cpu_attention", "host_to_device", "device_to_host", "disk_read", "disk_write", "scheduler"]
-RESOURCES: tuple[Resource, ...] = (
-    "device",
-    "cpu_attention",
-    "host_to_device",
-    "device_to_host",
-    "disk_read",
-    "disk_write",
-    "scheduler",
-)
+RESOURCES: tuple[Resource, ...] = get_args(Resource)
 """Resources that can be busy during a sweep, in parallel with each other."""
 LINKS: tuple[Resource, ...] = ("host_to_device", "device_to_host", "disk_read", "disk_write")
 """Resources that move bytes between tiers."""
@@ -159,6 +151,7 @@ class Policy:
             0 or 1. None: chosen by model, machine and limits (`flexgen_helm.policy.attention_place`).
         prefetch: Layers that are loaded ahead. ``prefetch + 1`` layers are on the device in addition to the resident ones.
         overlap: Whether transfers and computation overlap.
+        keep_packed: Whether compressed weights stay packed on the device, though the unpacked model fits there.
 
     Raises:
         PolicyError: If a field is out of its range.
@@ -174,6 +167,7 @@ class Policy:
     cpu_attention: float | None = None
     prefetch: int = 1
     overlap: bool = True
+    keep_packed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens", "block_tokens", "prefetch"):
@@ -184,8 +178,9 @@ class Policy:
                 raise PolicyError(f"{name} must be an integer of at least 1, not {value!r}.")
         if not _is_share(self.cpu_attention) and not self._may_be_open("cpu_attention"):
             raise PolicyError(f"cpu_attention must be a number from 0 to 1, not {self.cpu_attention!r}.")
-        if not isinstance(self.overlap, bool):
-            raise PolicyError(f"overlap must be true or false, not {self.overlap!r}.")
+        for name in ("overlap", "keep_packed"):
+            if not isinstance(getattr(self, name), bool):
+                raise PolicyError(f"{name} must be true or false, not {getattr(self, name)!r}.")
         for name in ("weights", "cache", "hidden"):
             if not self._may_be_open(name):
                 shares = _shares(name, getattr(self, name))  # a list, as YAML and JSON have it, becomes a tuple
@@ -389,6 +384,10 @@ class EngineInfo:
     """Bits of an element of K and V, or of other state that a model keeps in their place."""
     weight_bytes: dict[str, int]
     """Bytes of weights on each tier: device, host, disk."""
+    bits_per_compressed_weight: float | None = None
+    """Bits of a weight of compressed matrices, everything counted; None: there are none."""
+    statistics: str = ""
+    """What made the statistics of the compression; empty: nothing."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of weights, slots and buffers on each tier, planned before anything was allocated."""
     cache_bytes: dict[str, int] = field(default_factory=dict)

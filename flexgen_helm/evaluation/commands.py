@@ -12,20 +12,23 @@ from typing import Any
 from flexgen_helm.evaluation.suites import Suite
 from flexgen_helm.helm.deployment import RUNNER
 
+SAID_BY_NAME = ("name_or_path", "revision", "compression")
+"""Arguments of an engine that follow from the name of a deployment."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """A model on a suite."""
 
     deployment: str
-    """``flexgen/<organization>/<model>`` or ``flexgen//<absolute path>``."""
+    """``flexgen/<organization>/<model>`` or ``flexgen//<absolute path>``, with ``@<variant>`` for a compressed one."""
     suite: Suite
     output_path: Path
     """HELM's ``--output-path``."""
     max_eval_instances: int
     """Most instances of each run entry."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """``client_spec.args`` of the deployment; what follows from its name, a ``name_or_path`` alone, is not written."""
+    """``client_spec.args`` of the deployment; what its name says (`SAID_BY_NAME`) is not written where it is all."""
 
     @property
     def suite_folder(self) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexgen_helm.compression.config import resolve
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.evaluation.commands import Evaluation, environment, run_command, server_command, summarize_command
 from flexgen_helm.evaluation.preparation import prepare
@@ -18,6 +19,7 @@ from flexgen_helm.evaluation.processes import cause_of_failure, execute
 from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
 from flexgen_helm.evaluation.suites import find_suite
 from flexgen_helm.evaluation.table import render_scores, render_work
+from flexgen_helm.helm.deployment import PREFIX, ModelName
 from flexgen_helm.plugin import find
 
 
@@ -27,29 +29,38 @@ def make_evaluation(
     """Check what a user has named.
 
     Args:
-        model: Model folder, hub name, or name of a flexgen deployment.
+        model: Model folder, hub name, or name of a flexgen deployment; with ``@<variant>`` for a compressed one.
         suite: See ``find_suite``.
         output_path: HELM's output path.
         max_eval_instances: Most instances of each run entry.
         options: Keywords of ``Engine.from_pretrained`` that differ from their defaults, as YAML can hold them.
 
     Raises:
-        FlexGenError: There is no such model or suite.
+        FlexGenError: There is no such model, variant or suite.
     """
-    folder = os.path.expanduser(model)
-    if os.path.isdir(folder) or os.path.isabs(folder):
-        name = f"flexgen/{os.path.abspath(folder)}"
-    elif model.startswith("flexgen/"):
-        name = model
-    elif re.fullmatch(r"\w[^/]*(/[^/]+)?", model):
-        name = f"flexgen/{model}"
-    else:
+    named = find(_deployment_name(model))
+    arguments: dict[str, Any] = {**named.arguments, **(options or {})}
+    name = named.deployment(_suffix(arguments))
+    return Evaluation(name, find_suite(suite), output_path.expanduser(), max_eval_instances, arguments)
+
+
+def _deployment_name(model: str) -> str:
+    """Return the name of the deployment of a model that a user has named in any way.
+
+    Raises:
+        FlexGenError: There is no such model or variant.
+    """
+    if model.startswith(f"{PREFIX}/") and not os.path.isdir(model):
+        return model
+    source, compression = resolve(os.path.expanduser(model))
+    if os.path.isdir(source) or os.path.isabs(source):
+        return ModelName(os.path.abspath(source), compression=compression).deployment()
+    if not re.fullmatch(r"\w[^/]*(/[^/]+)?", source):
         raise FlexGenError(
             f"There is no model `{model}`: it is neither an existing folder nor the name `<organization>/<model>` of a model "
             "on the hub. Correct the path."
         )
-    arguments: dict[str, Any] = {"name_or_path": find(name), **(options or {})}
-    return Evaluation(f"{name}{_suffix(arguments)}", find_suite(suite), output_path.expanduser(), max_eval_instances, arguments)
+    return ModelName(source, compression=compression).deployment()
 
 
 def _suffix(arguments: Mapping[str, Any]) -> str:

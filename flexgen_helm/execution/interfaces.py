@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -10,11 +11,6 @@ from torch import Tensor
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import LogitRequest, Row, Sweep
-
-LogitsHandler = Callable[[list[LogitRequest], Tensor], None]
-"""Takes the logit requests of a slice of the output head and their logits ``[len(requests), vocab]`` in fp32."""
-OperationHandler = Callable[[Operation], None]
-"""Is told of each operation that was performed; an exception from it ends the sweep."""
 
 
 class Recording(Protocol):
@@ -30,6 +26,16 @@ class Recording(Protocol):
     @property
     def tokens(self) -> Tensor:
         """The hidden state with tokens in front: ``[T, ...]``."""
+
+
+LogitsHandler = Callable[[list[LogitRequest], Tensor], None]
+"""Takes the logit requests of a slice of the output head and their logits ``[len(requests), vocab]`` in fp32."""
+HiddenHandler = Callable[[list[tuple[LogitRequest, Tensor]]], None]
+"""Takes all logit requests of a sweep, each with the last layer's hidden state ``[...]`` of its position."""
+LayerHandler = Callable[[int, Row, Recording], None]
+"""Is shown a row before layer j is applied to it, and behind the last layer too; it may change the hidden state."""
+OperationHandler = Callable[[Operation], None]
+"""Is told of each operation that was performed; an exception from it ends the sweep."""
 
 
 AnyRecording = TypeVar("AnyRecording", bound=Recording)
@@ -86,6 +92,15 @@ class Executor(Protocol):
 
     def run(self, sweep: Sweep, on_logits: LogitsHandler, on_operation: OperationHandler | None = None) -> None:
         """Compute all rows of a sweep, then the logits that they request."""
+
+    def run_to_head(self, sweep: Sweep, on_hidden: HiddenHandler, on_layer: LayerHandler | None = None) -> None:
+        """Compute all rows of a sweep, but no logits."""
+
+    def unit(self, j: int) -> AbstractContextManager[None]:
+        """Keep the weights of layer j, or of the output head behind the last one, in use for the body of a `with` statement."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states ``[P, ...]`` to logits ``[P, vocab]`` in fp32, while the output head's unit is in use."""
 
     def close(self) -> None:
         """Stop all transfers and close what is on disk."""

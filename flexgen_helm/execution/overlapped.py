@@ -20,8 +20,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from flexgen_helm.execution.interfaces import AnyRecording, LogitsHandler, Rows
-from flexgen_helm.execution.serial import SerialExecutor
+from flexgen_helm.execution.interfaces import AnyRecording, Rows
+from flexgen_helm.execution.serial import HandOut, SerialExecutor
 from flexgen_helm.execution.suspended_calls import SuspendedCalls
 from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.memory.meter import Activity
@@ -51,9 +51,9 @@ class OverlappedExecutor(SerialExecutor[AnyRecording]):
         call = partial(run.compute, j, k, last=j == self.num_layers - 1)
         self._suspended.run(k, call, partial(self._busy, Activity("compute", f"{j},{k}")))
 
-    def _finish(self, run: SweepRun[AnyRecording], on_logits: LogitsHandler) -> None:
+    def _finish(self, run: SweepRun[AnyRecording], hand_out: HandOut[AnyRecording]) -> None:
         self._suspended.end()
-        super()._finish(run, on_logits)
+        super()._finish(run, hand_out)
 
     def _give_up(self) -> None:
         self._suspended.drop()

@@ -10,15 +10,16 @@ the output head are halved one by one. They stay small, unless even the smallest
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Generic
+from typing import Generic, TypeAlias
 
 import torch
 from torch import Tensor
 
 from flexgen_helm.errors import OutOfSpace
-from flexgen_helm.execution.interfaces import AnyRecording, LogitsHandler, OperationHandler, Rows
+from flexgen_helm.execution.interfaces import AnyRecording, HiddenHandler, LayerHandler, LogitsHandler, OperationHandler, Rows
 from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Activity, Meter
@@ -29,6 +30,8 @@ from flexgen_helm.schedule.rows import LogitRequest, Sweep, halved
 
 logger = logging.getLogger(__name__)
 
+HandOut: TypeAlias = Callable[[SweepRun[AnyRecording]], None]
+"""Takes what all rows of a sweep have computed."""
 SMALLEST_ROW = 16
 REMEDY = "Lower gpu_batch_tokens or gpu_batch_size, or put a smaller share of weights and cache on the device."
 
@@ -79,10 +82,63 @@ class SerialExecutor(Generic[AnyRecording]):
             on_logits: Called for each slice of the output head.
             on_operation: Called after each operation; an exception from it ends the sweep.
         """
+        self._run(sweep, lambda run: self._hand_logits_out(run, on_logits), on_operation)
+
+    def run_to_head(self, sweep: Sweep, on_hidden: HiddenHandler, on_layer: LayerHandler | None = None) -> None:
+        """Compute all rows of a sweep without the output head, which `logits` applies later.
+
+        Args:
+            sweep: What to compute.
+            on_hidden: Called once, with everything that the head would be applied to.
+            on_layer: Called before each layer is applied to a row, and once behind the last one.
+        """
+        self._run(sweep, lambda run: on_hidden(run.requested()), None, on_layer)
+
+    @contextmanager
+    def unit(self, j: int) -> Iterator[None]:
+        """Keep the weights of a unit in use for the body of a `with` statement, between two sweeps.
+
+        Args:
+            j: A layer, or the number of layers for the output head.
+        """
+        self._give_up()  # the slots hold the first units of the next sweep
+        try:
+            self._use_weights(j)
+            yield
+        finally:
+            self._give_up()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the output head, whose unit is in use, in the slices in which a sweep applies it.
+
+        Args:
+            hidden: Final hidden states ``[P, ...]`` on the device, of any rows.
+
+        Returns:
+            Logits ``[P, vocab]`` in fp32.
+        """
+        found: list[Tensor] = []
+        with torch.inference_mode():
+            left = list(hidden)
+            while left:
+                logits = self._logits(left[: self._head_slice])
+                if logits is not None:
+                    found.append(logits)
+                    left = left[len(logits) :]
+            return torch.cat(found)
+
+    def _run(
+        self,
+        sweep: Sweep,
+        hand_out: HandOut[AnyRecording],
+        on_operation: OperationHandler | None,
+        on_layer: LayerHandler | None = None,
+    ) -> None:
         with torch.inference_mode():
             while True:
                 try:
-                    self._run_sweep(SweepRun(self._cut(sweep), self._rows, self._hidden), on_logits, on_operation)
+                    run = SweepRun(self._cut(sweep), self._rows, self._hidden, on_layer)
+                    self._run_sweep(run, hand_out, on_operation)
                     return
                 except BaseException as error:
                     self._give_up()
@@ -132,13 +188,15 @@ class SerialExecutor(Generic[AnyRecording]):
         if self._weights is not None:
             self._weights.release_all()
 
-    def _run_sweep(self, run: SweepRun[AnyRecording], on_logits: LogitsHandler, on_operation: OperationHandler | None) -> None:
+    def _run_sweep(
+        self, run: SweepRun[AnyRecording], hand_out: HandOut[AnyRecording], on_operation: OperationHandler | None
+    ) -> None:
         num_slots = self._weights.num_slots if self._weights is not None else 0
         for operation in sweep_operations(
             self._order, self.num_layers, run.num_rows, streamed=self._streamed, num_slots=num_slots
         ):
             if operation.kind == "finish":
-                self._finish(run, on_logits)
+                self._finish(run, hand_out)
             else:
                 self._perform(run, operation)
             if on_operation is not None:
@@ -187,9 +245,12 @@ class SerialExecutor(Generic[AnyRecording]):
             assert self._weights is not None
             self._weights.use(j)
 
-    def _finish(self, run: SweepRun[AnyRecording], on_logits: LogitsHandler) -> None:
-        self._use_weights(head_unit(self.num_layers))
+    def _finish(self, run: SweepRun[AnyRecording], hand_out: HandOut[AnyRecording]) -> None:
         run.mark()
+        hand_out(run)
+
+    def _hand_logits_out(self, run: SweepRun[AnyRecording], on_logits: LogitsHandler) -> None:
+        self._use_weights(head_unit(self.num_layers))
         requested = run.requested()
         while requested:
             slice_, rest = requested[: self._head_slice], requested[self._head_slice :]

@@ -11,7 +11,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from flexgen_helm.execution.interfaces import AnyRecording, Rows
+from flexgen_helm.execution.interfaces import AnyRecording, LayerHandler, Rows
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.schedule.operations import Operation
@@ -21,15 +21,22 @@ from flexgen_helm.schedule.rows import LogitRequest, Sweep
 class SweepRun(Generic[AnyRecording]):
     """Performs the operations of one sweep that are about a row."""
 
-    def __init__(self, sweep: Sweep, rows: Rows[AnyRecording], hidden: HiddenStore | None) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        rows: Rows[AnyRecording],
+        hidden: HiddenStore | None,
+        on_layer: LayerHandler | None = None,
+    ) -> None:
         """Make room for a sweep.
 
         Args:
             sweep: What is computed.
             rows: The model.
             hidden: Where hidden states are stored between two layers; None: on the device.
+            on_layer: Called before each layer is applied to a row, and once behind the last one.
         """
-        self._rows, self._hidden = rows, hidden
+        self._rows, self._hidden, self._on_layer = rows, hidden, on_layer
         if hidden is not None:
             hidden.begin_sweep(len(sweep.rows))
         rows.reserve(sweep)
@@ -70,8 +77,10 @@ class SweepRun(Generic[AnyRecording]):
         recording = self._recordings[k]
         if self._hidden is not None and recording.hidden_moves and recording.hidden is None:
             recording.hidden = self._hidden.take(k)
+        self._show(j, k)
         self._rows.replay(j, recording)
         if last:
+            self._show(j + 1, k)
             offsets = [request.offset for request in self._logit_requests[k]]
             self._final[k] = recording.tokens[torch.tensor(offsets, dtype=torch.long, device=recording.tokens.device)]
             bad = self._rows.bad_tokens(recording)
@@ -91,6 +100,10 @@ class SweepRun(Generic[AnyRecording]):
             for k, logit_requests in enumerate(self._logit_requests)
             for pair in zip(logit_requests, self._final[k], strict=True)
         ]
+
+    def _show(self, j: int, k: int) -> None:
+        if self._on_layer is not None:
+            self._on_layer(j, self._sweep.rows[k], self._recordings[k])
 
     def _store_hidden(self, k: int) -> Transfer | None:
         recording = self._recordings[k]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from helm.benchmark.model_deployment_registry import ModelDeployment
 
+from flexgen_helm.compression.config import CompressionConfig, resolve, with_variant
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.types import Policy
 
@@ -17,7 +20,10 @@ CLIENT = "flexgen_helm.helm.client.FlexGenClient"
 WINDOW_SERVICE = "flexgen_helm.helm.window_service.FlexGenWindowService"
 TOKENIZER = "flexgen_helm.helm.tokenizer.FlexGenTokenizer"
 RUNNER = "flexgen_helm.helm.runner.FlexGenRunner"
-GRAMMAR = f"`{PREFIX}/<organization>/<model>` for a name on the hub or `{PREFIX}//<absolute path>` for a folder"
+GRAMMAR = (
+    f"`{PREFIX}/<organization>/<model>` for a name on the hub or `{PREFIX}//<absolute path>` for a folder, with `@w4` and the "
+    "like behind it for a compressed variant"
+)
 
 EngineArguments = dict[str, Any]
 """Keywords of ``Engine.from_pretrained``."""
@@ -27,8 +33,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     DEPLOYMENT: tuple(field.name for field in dataclasses.fields(ModelDeployment)),
     "client_spec": ("class_name", "args"),
     ARGUMENTS: (
-        *("name_or_path", "dtype", "device", "policy", "max_memory", "offload_folder", "kv_dtype", "revision", "order"),
-        *("rows", "dummy_weights", "recheck"),
+        *("name_or_path", "dtype", "device", "policy", "max_memory", "offload_folder", "kv_dtype"),
+        *("compression", "revision", "order", "rows", "dummy_weights", "recheck"),
     ),
     POLICY: tuple(field.name for field in dataclasses.fields(Policy)),
     "window_service_spec": ("class_name", "args"),
@@ -46,26 +52,79 @@ def is_flexgen(deployment: ModelDeployment) -> bool:
     return bool(deployment.client_spec.class_name == CLIENT)
 
 
-def split_name(name: str) -> tuple[str, str | None]:
-    """Split a deployment name into hub name or path, and what follows an ``@`` in its last part.
+@dataclass(frozen=True)
+class ModelName:
+    """What the name of a deployment says: ``flexgen/<model>[#<revision>][@<variant>]``."""
+
+    name_or_path: str
+    """Hub name, or path of a folder."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    compression: CompressionConfig | None = None
+    """The variant; None: the model as it is."""
+
+    @property
+    def arguments(self) -> EngineArguments:
+        """The same as keywords of ``Engine.from_pretrained``, in plain types."""
+        named = {"revision": self.revision, "compression": self.compression.canonical if self.compression else None}
+        return {"name_or_path": self.name_or_path} | {name: value for name, value in named.items() if value}
+
+    @property
+    def tokenizer(self) -> str:
+        """Name of the tokenizer, which all variants share."""
+        if os.path.isdir(self.name_or_path):
+            return f"{PREFIX}/{os.path.abspath(self.name_or_path)}"
+        return replace(self, compression=None).deployment()
+
+    def deployment(self, options: str = "") -> str:
+        """Return the name of the deployment in canonical form, with the names of other options before the variant."""
+        revision = f"#{self.revision}" if self.revision else ""
+        return with_variant(f"{PREFIX}/{self.name_or_path}{revision}{options}", self.compression)
+
+    def display(self, name: str) -> str:
+        """Return a model's name as tables show it: with the variant in words."""
+        if self.compression is None:
+            return name
+        return f"{name.removesuffix(f'@{self.compression.canonical}')} ({self.compression.description})"
+
+
+def split_name(name: str) -> ModelName:
+    """Return what a deployment name says.
 
     Raises:
         DeploymentError: The name does not follow the grammar.
+        CompressionError: There is no such variant, or it is not built yet.
     """
-    prefix, _, name_or_path = name.partition("/")
-    folder, _, last = name_or_path.rpartition("/")
-    model, _, suffix = last.partition("@")
-    if prefix != PREFIX or not model or (folder and not folder.startswith("/") and "/" in folder):
+    prefix, _, full = name.partition("/")
+    source, compression = resolve(full)
+    revision = ""
+    if not source.startswith("/") and not os.path.isdir(source):
+        source, _, revision = source.partition("#")
+    folder, _, model = source.rpartition("/")
+    if prefix != PREFIX or not model or model.startswith("@") or (folder and not folder.startswith("/") and "/" in folder):
         raise DeploymentError(f"`{name}` is not the name of a flexgen deployment. Write {GRAMMAR}.")
-    path = f"{folder}/{model}" if folder or name_or_path.startswith("/") else model
-    return path, suffix or None
+    return ModelName(source, revision or None, compression)
+
+
+def named_model(arguments: Mapping[str, Any]) -> ModelName:
+    """Return which model and variant ``client_spec.args`` of a deployment name.
+
+    Raises:
+        CompressionError: There is no such variant, or it is not built yet.
+    """
+    source, compression = resolve(arguments["name_or_path"], arguments.get("compression"))
+    return ModelName(source, arguments.get("revision"), compression)
 
 
 def parse_arguments(arguments: Mapping[str, Any]) -> EngineArguments:
     """Check ``client_spec.args`` of a deployment and build the objects that YAML cannot hold.
 
+    Returns:
+        Keywords with which equal engines are equal: the variant is in ``compression``, in canonical form.
+
     Raises:
         DeploymentError: ``name_or_path`` is missing, or a keyword or a field of the policy does not exist.
+        CompressionError: There is no such variant, or it is not built yet.
     """
     if not isinstance(arguments.get("name_or_path"), str):
         raise DeploymentError(
@@ -73,7 +132,7 @@ def parse_arguments(arguments: Mapping[str, Any]) -> EngineArguments:
             "Set it to a hub name or to the path of a model folder."
         )
     check_keys(ARGUMENTS, arguments)
-    parsed = dict(arguments)
+    parsed = {name: value for name, value in arguments.items() if name != "compression"} | named_model(arguments).arguments
     policy = parsed.get("policy")
     if isinstance(policy, Mapping):
         parsed["policy"] = _parse_policy(policy)

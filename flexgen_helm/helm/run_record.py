@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from helm.benchmark.model_deployment_registry import ModelDeployment
 
+from flexgen_helm.helm.deployment import named_model
 from flexgen_helm.policy.bound import bound_of
 from flexgen_helm.types import EngineInfo, RunStats
 
@@ -122,11 +123,11 @@ def run_report(deployment: ModelDeployment, workload: WorkloadReport, sources: S
         workload: Record of all requests that were served together with this run's. Throughput is theirs, not the run's.
         sources: Origin of each answer of this run.
     """
+    model = named_model(deployment.client_spec.args)
     return {
         "deployment": deployment.name,
-        "model": deployment.client_spec.args["name_or_path"],
-        # Compressed variants of a model will be named here.
-        "variant": None,
+        "model": model.name_or_path,
+        "variant": model.compression.canonical if model.compression else None,
         **asdict(workload.engine),
         "requests": {"total": len(sources), **Counter(sources)},
         "workload": {

@@ -69,7 +69,7 @@ def serve(
     if info is not None:
         workload.look_up(info.numerics)
     if info is None or workload.missing:
-        console.say(f"Loading {arguments['name_or_path']}")
+        console.say(f"Loading {'@'.join(filter(None, (arguments['name_or_path'], arguments.get('compression'))))}")
         with registry.lease(arguments) as engine:
             if info is None or info.numerics != engine.numerics:
                 workload.look_up(engine.numerics)

@@ -10,7 +10,16 @@ import yaml
 from helm.benchmark.config_registry import MODEL_DEPLOYMENTS_FILE
 from helm.benchmark.model_deployment_registry import get_model_deployment
 
-from flexgen_helm.helm.deployment import DEPLOYMENT, DeploymentError, check_keys, is_flexgen, parse_arguments
+from flexgen_helm.compression.config import split_variant
+from flexgen_helm.errors import CompressionError
+from flexgen_helm.helm.deployment import (
+    DEPLOYMENT,
+    DeploymentError,
+    EngineArguments,
+    check_keys,
+    is_flexgen,
+    parse_arguments,
+)
 
 
 def check_deployment(name: str, local_path: str | None) -> None:
@@ -21,7 +30,8 @@ def check_deployment(name: str, local_path: str | None) -> None:
         local_path: Folder that may hold ``model_deployments.yaml``: ``--local-path`` of helm-run.
 
     Raises:
-        DeploymentError: A key does not exist, or ``name_or_path`` is missing.
+        DeploymentError: A key does not exist, ``name_or_path`` is missing, or the name says another variant than the keys.
+        CompressionError: There is no such variant, or it is not built yet.
     """
     deployment = get_model_deployment(name)
     if not is_flexgen(deployment):
@@ -31,9 +41,9 @@ def check_deployment(name: str, local_path: str | None) -> None:
         for written in _written(file) if local_path is not None else ():
             if written.get("name") == name:
                 _check_written(written)
-        parse_arguments(deployment.client_spec.args)
-    except DeploymentError as error:
-        raise DeploymentError(f"Deployment `{name}`: {error}") from None
+        _check_variant(name, parse_arguments(deployment.client_spec.args))
+    except (DeploymentError, CompressionError) as error:
+        raise type(error)(f"Deployment `{name}`: {error}") from None
 
 
 def _check_written(written: dict[str, Any]) -> None:
@@ -41,6 +51,19 @@ def _check_written(written: dict[str, Any]) -> None:
     for part in ("client_spec", "window_service_spec"):
         if isinstance(written.get(part), dict):
             check_keys(part, written[part])
+
+
+def _check_variant(name: str, arguments: EngineArguments) -> None:
+    """Check that results which HELM shows under the name of a variant are that variant's."""
+    try:
+        _, named = split_variant(name.partition("/")[2])
+    except CompressionError:  # a word of the user's own
+        return
+    if named is not None and named.canonical != arguments.get("compression", ""):
+        raise DeploymentError(
+            f"the name says `@{named.canonical}`, but client_spec.args name the variant `{arguments.get('compression')}`. "
+            f"Write `compression: {named.canonical}` there, or rename the deployment."
+        )
 
 
 @functools.cache

@@ -91,8 +91,8 @@ class ModelSource:
             CorruptFile: If files are missing, torn, or of different models.
         """
         if self.folder is None:
-            return self._loaded(make_first_layers(self.config, dtype=self.dtype, device=self.device))
-        return self._loaded(read_first_layers(self.name, self.folder, self.config, dtype=self.dtype, device=self.device))
+            return self.described(make_first_layers(self.config, dtype=self.dtype, device=self.device))
+        return self.described(read_first_layers(self.name, self.folder, self.config, dtype=self.dtype, device=self.device))
 
     def load(self, keeper: LayerKeeper | None = None) -> LoadedModel:
         """Load the whole model.
@@ -104,16 +104,20 @@ class ModelSource:
             CorruptFile: If files are missing, torn, or of different models.
             FlexGenError: If the keeper has no room for a layer.
         """
-        if self.folder is None:
-            model = make_model(self.config, dtype=self.dtype, device=self.device, keeper=keeper)
-        else:
-            model = read_model(self.name, self.folder, self.config, dtype=self.dtype, device=self.device, keeper=keeper)
-        loaded = self._loaded(model)
+        model = self.read(keeper)
+        loaded = self.described(model)
         warn_of_unapplied_fields(self.name, model)
         logger.info("%s: jobs of up to %s tokens (%s)", self.name, loaded.max_length, loaded.length_reason)
         return loaded
 
-    def _loaded(self, model: PreTrainedModel) -> LoadedModel:
+    def read(self, keeper: LayerKeeper | None = None) -> PreTrainedModel:
+        """Read the model itself; arguments and errors are those of `load`."""
+        if self.folder is None:
+            return make_model(self.config, dtype=self.dtype, device=self.device, keeper=keeper)
+        return read_model(self.name, self.folder, self.config, dtype=self.dtype, device=self.device, keeper=keeper)
+
+    def described(self, model: PreTrainedModel) -> LoadedModel:
+        """Return a model, with its layers or without, and the facts about it."""
         max_length, reason = context_of(model, self.config)
         vocab_size = self.config.get_text_config(decoder=True).vocab_size
         end_ids = _end_token_ids(model, self.tokenizer)

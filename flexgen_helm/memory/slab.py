@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,11 +49,17 @@ class SlabLayout:
         tensors = [[list(t.names), str(t.dtype).removeprefix("torch."), list(t.shape), t.offset] for t in self.tensors]
         return {"num_bytes": self.num_bytes, "tensors": tensors}
 
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> SlabLayout:
+        """Return the layout that `to_json` described."""
+        tensors = [SlabTensor(tuple(n), getattr(torch, dtype), tuple(shape), at) for n, dtype, shape, at in found["tensors"]]
+        return cls(tuple(tensors), found["num_bytes"])
+
 
 def layout_of(module: nn.Module) -> SlabLayout:
     """Return a layout with a module's parameters and persistent buffers in order; they may be on the meta device."""
     offset, tensors = 0, []
-    for names, tensor in _tensors(module):
+    for names, tensor in named_tensors(module):
         found = SlabTensor(names, tensor.dtype, tuple(tensor.shape), offset)
         tensors.append(found)
         offset += -(-found.num_bytes // ALIGNMENT) * ALIGNMENT
@@ -63,7 +69,7 @@ def layout_of(module: nn.Module) -> SlabLayout:
 def pack(module: nn.Module, layout: SlabLayout, memory: Tensor) -> None:
     """Copy a module's tensors into a slab (uint8 ``[at least layout.num_bytes]``)."""
     with torch.no_grad():
-        for place, (_, tensor) in zip(layout.tensors, _tensors(module), strict=True):
+        for place, (_, tensor) in zip(layout.tensors, named_tensors(module), strict=True):
             place.view(memory).copy_(tensor)
 
 
@@ -156,7 +162,7 @@ def _owner(module: nn.Module, path: str) -> tuple[dict[str, Any], str, bool]:
     return (owner._parameters if is_parameter else owner._buffers), name, is_parameter
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """Yield a module's parameters and persistent buffers, each once with all its names."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}

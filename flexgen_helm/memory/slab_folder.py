@@ -62,6 +62,12 @@ class SlabFolder:
             raise
         self._io = DiskIO()
 
+    @staticmethod
+    def described(path: Path) -> dict[int, SlabLayout]:
+        """Return the layouts of the complete slabs in a folder, by number."""
+        found = {int(file.stem.removeprefix("unit_")): _load(file) for file in sorted(path.glob("unit_*.json"))}
+        return {j: SlabLayout.from_json(each["layout"]) for j, each in found.items() if each and "layout" in each}
+
     def missing(self) -> list[int]:
         """Return the numbers of the slabs that are missing or incomplete."""
         return [j for j in self._layouts if j not in self._checksums or _size(self._file(j)) != self._layouts[j].num_bytes]
@@ -84,17 +90,20 @@ class SlabFolder:
                 "Free some space, give an offload_folder on another disk, or put a smaller share of the weights on disk."
             )
 
-    def write(self, j: int, memory: Tensor) -> None:
+    def write(self, j: int, memory: Tensor, layout: SlabLayout | None = None) -> None:
         """Write slab j and wait until it is on the disk.
 
         Args:
             j: Number of the slab.
             memory: uint8 ``[at least its layout's num_bytes]`` at a page boundary.
+            layout: Its layout; None if the folder knows it.
 
         Raises:
             DiskFull: If there is no space left; complete slabs are kept.
             FlexGenError: If the slab cannot be written for another reason.
         """
+        if layout is not None:
+            self._layouts[j] = layout
         memory = memory[: self._layouts[j].num_bytes]
         with self._new_file(self._file(j)) as temporary:
             file = DirectFile(temporary, os.O_WRONLY)

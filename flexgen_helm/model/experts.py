@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from transformers.integrations.moe import ExpertsInterface
 
 from flexgen_helm.model.linear import product_of
 
@@ -12,6 +12,12 @@ EXPERTS_NAME = "flexgen_helm_slices"
 """Name of `sliced_experts` in transformers' registry of experts functions."""
 SLICE_STEP = 16
 """Sizes of slices, in tokens, are multiples of this."""
+
+
+def register_sliced_experts() -> str:
+    """Make `sliced_experts` known to transformers, which keeps it for as long as the process lives, and return its name."""
+    ExpertsInterface.register(EXPERTS_NAME, sliced_experts)
+    return EXPERTS_NAME
 
 
 def sliced_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -56,4 +62,4 @@ def _work(experts: nn.Module, expert: int, inputs: Tensor) -> Tensor:
 def _linear(experts: nn.Module, name: str, expert: int, inputs: Tensor) -> Tensor:
     weight = getattr(experts, name)[expert]
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-    return linear(inputs, weight.T, bias) if experts.is_transposed else product_of(experts)(inputs, weight, bias)
+    return product_of(experts)(inputs, weight.T if experts.is_transposed else weight, bias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ def use_matmul(modules: Iterable[nn.Module], matmul: Matmul) -> None:
         if type(module) in LINEAR_CLASSES.values():
             module.__class__ = LINEAR_CLASSES[matmul]
         elif has_experts(module):
-            module.__dict__[PRODUCT_NAME] = PRODUCTS[matmul]
+            transposed = bool(getattr(module, "is_transposed", False))
+            module.__dict__[PRODUCT_NAME] = PRODUCTS["torch" if transposed else matmul]
 
 
 def has_experts(module: nn.Module) -> bool:
@@ -84,6 +85,16 @@ def pack_weights(modules: Iterable[nn.Module], num_tokens: tuple[int, ...]) -> N
     if all(_same_bits(weight, count) for weight in samples.values() for count in num_tokens):
         for module in linears:
             _pack(module, max(num_tokens))
+
+
+def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the value of each parameter of a module, those that are packed as plain copies."""
+    for path, part in module.named_modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if isinstance(part, PackedLinear) and name == "packed":
+                yield f"{path}.weight".lstrip("."), part.weight
+            else:
+                yield f"{path}.{name}".lstrip("."), parameter.detach()
 
 
 def _pack(module: nn.Module, num_tokens: int) -> None:

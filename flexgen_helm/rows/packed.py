@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import causal_mask_function
 
 from flexgen_helm.attention.decode import DecodeAttention
@@ -24,7 +23,7 @@ from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.model.cache_argument import cache_places
-from flexgen_helm.model.experts import EXPERTS_NAME, sliced_experts
+from flexgen_helm.model.experts import register_sliced_experts
 from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording
 from flexgen_helm.schedule.dependencies import rows_at_once
 from flexgen_helm.schedule.rows import Row, Sweep
@@ -94,7 +93,7 @@ class PackedRows:
         """Pages of each row of the sweep, by the row's `id`; they keep their rows alive, so that no `id` is used twice."""
         self._running: PackedRecording | None = None
         self._key = CacheKey(0, 0)
-        model.use(Implementations(self._register(), EXPERTS_NAME))
+        model.use(Implementations(self._register(), register_sliced_experts()))
         self._cache_places = cache_places(model)
 
     @property
@@ -198,7 +197,6 @@ class PackedRows:
 
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, _mask_rule)
-        ExpertsInterface.register(EXPERTS_NAME, sliced_experts)
         return name
 
     def _attend(  # noqa: PLR0913 - transformers' signature

@@ -15,7 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from flexgen_helm.cache_folder import cache_folder
-from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.compression.config import CompressionConfig
+from flexgen_helm.compression.schemes import FORMAT_VERSION, scheme_of
+from flexgen_helm.errors import PolicyError, UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.execution.overlapped import OverlappedExecutor
 from flexgen_helm.execution.serial import SerialExecutor
@@ -25,6 +27,7 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.device_limit import DEVICE_LIMITS
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.memory.workspaces import make_workspaces
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.attention_place import attention_place
@@ -32,7 +35,9 @@ from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import shapes_of
+from flexgen_helm.policy.space import Space
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
+from flexgen_helm.runtime.fitting.fit import FittedModel, fit
 from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space, whole_machine
 from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats, slab_identity
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
@@ -67,6 +72,8 @@ class EngineOptions:
     order: Order = "zigzag"
     kv_dtype: torch.dtype | None = None
     """Dtype in which K and V are stored and attention reads them; None: the model's."""
+    compression: CompressionConfig | None = None
+    """What is compressed; None: nothing."""
     limits: Mapping[Tier, int] = field(default_factory=dict)
     """Most bytes of the tiers that the user names."""
     folder: Path | None = None
@@ -96,6 +103,8 @@ class Parts:
     folder: Path
     """Folder for everything on disk; it may not exist."""
     meter: Meter
+    fitted: FittedModel | None = None
+    """The quantised model; None: weights are not compressed."""
     held: ExitStack = field(default_factory=ExitStack)
     """What is released when the engine is closed, after the executor."""
 
@@ -168,6 +177,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         executor=executor,
         folder=folder,
         meter=meter,
+        fitted=blueprint.fitted,
     )
 
 
@@ -188,13 +198,26 @@ def numerics_of(
 def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     """Decide everything that can be decided before weights are read."""
     whole = _empty(source)
+    kv_dtype = options.kv_dtype or source.dtype
+    formats: Mapping[int, SlabFormat] = plain_formats(whole)
+    fitted: FittedModel | None = None
     weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
-    folder = options.folder or _default_folder(weights)
-    kv_dtype, formats = options.kv_dtype or source.dtype, plain_formats(whole)
+    folder = options.folder or _default_folder(weights, slab_identity(weights))
+    if options.compression is not None and options.compression.bits is not None:
+        weights, folder, fitted = _fit(source, options, options.compression)
     shapes = shapes_of(whole, formats, kv_dtype)
     policy = _with_place(resolved(options.policy, options.device), shapes, options)
-    plan = MemoryPlan.of(shapes, policy, measure_space(options.device, options.limits, folder), options.policy)
+    space = measure_space(options.device, options.limits, folder)
+    if fitted is None and policy.keep_packed:
+        raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
+    if fitted is not None and (policy.keep_packed or not _fits_unpacked(shapes, policy, space)):
+        formats = fitted.formats
+        shapes = shapes_of(whole, formats, kv_dtype)
+    elif fitted is not None:
+        logger.info("%s: weights are unpacked once, since the unpacked model fits on the device", source.name)
+    plan = MemoryPlan.of(shapes, policy, space, options.policy)
     return Blueprint(
+        fitted=fitted,
         source=source,
         whole=whole,
         device=options.device,
@@ -210,6 +233,32 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     )
 
 
+def _fit(
+    source: ModelSource, options: EngineOptions, compression: CompressionConfig
+) -> tuple[WeightNumerics, Path, FittedModel]:
+    """Return the identity of compressed weights, their folder, and the quantised model, which is made if it is missing."""
+    assert compression.bits is not None
+    if options.device.is_gpu and compression.scheme == "entropy":
+        raise UnsupportedModel(
+            f"{source.name}: weights of `{compression.weight_scheme}` are decoded on the CPU, and not for a GPU yet. Use "
+            "`@w4`, or device='cpu'."
+        )
+    # Slabs are made from float32 and rounded when they are unpacked, so that all dtypes share them.
+    shared = WeightNumerics(source.digest(), "float32", compression.weight_scheme)
+    identity = {**slab_identity(shared), "format": str(FORMAT_VERSION)}
+    folder = options.folder or _default_folder(shared, identity, "compressed")
+    fitted = fit(source, scheme_of(compression.scheme, compression.bits), folder, identity)
+    return replace(shared, dtype=dtype_name(source.dtype), statistics=fitted.decisions), folder, fitted
+
+
+def _fits_unpacked(shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> bool:
+    """Whether the unpacked model is resident where the policy puts it."""
+    try:
+        return MemoryPlan.of(shapes, policy, space).weights.is_resident
+    except PolicyError:
+        return False
+
+
 def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOptions) -> ResolvedPolicy:
     """Decide where decode rows attend and where K and V are, if the device has a memory of its own."""
     if not options.device.own_memory:
@@ -222,10 +271,10 @@ def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOpti
     return replace(policy, cpu_attention=place.cpu_attention, cache=place.cache)
 
 
-def _default_folder(weights: WeightNumerics) -> Path:
+def _default_folder(weights: WeightNumerics, identity: Mapping[str, str], kind: str = "offload") -> Path:
     """Return a folder that no other slabs share: everything that decides their bytes is in its name."""
-    identity = hashlib.sha256(json.dumps(slab_identity(weights), sort_keys=True).encode()).hexdigest()[:8]
-    return cache_folder() / "offload" / f"{weights.digest[:32]}-{weights.dtype}-{weights.scheme}-{identity}"
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return cache_folder() / kind / f"{weights.digest[:32]}-{weights.dtype}-{weights.scheme}-{digest}"
 
 
 def _empty(source: ModelSource) -> PreTrainedModel:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, TextIO
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from flexgen_helm.compression.config import CompressionConfig, resolve
 from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyError
+from flexgen_helm.execution.interfaces import Executor
+from flexgen_helm.generation.job_errors import overflow
 from flexgen_helm.generation.prepare import PreparedJob, prepare
 from flexgen_helm.generation.vocabulary import Vocabulary
 from flexgen_helm.loading.source import named_dtype, open_dummy, open_model
@@ -21,14 +25,18 @@ from flexgen_helm.loading.versions import warn_if_untested
 from flexgen_helm.machine.rates import measure_rates
 from flexgen_helm.memory.amounts import MaxMemory, gib, parse_max_memory
 from flexgen_helm.memory.device import Device, resolve_device
+from flexgen_helm.model.linear import plain_weights
 from flexgen_helm.policy.roofline import layer_sizes, with_limit
 from flexgen_helm.policy.shapes_of_model import setting
 from flexgen_helm.rows.choice import Kind, KindChoice, validated_kind
 from flexgen_helm.runtime.building import EngineOptions, Parts, build
+from flexgen_helm.runtime.final_hidden import LayerProbe, final_hidden, probing
 from flexgen_helm.runtime.intake import Intake, Ticket
+from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.runtime.run import Run
 from flexgen_helm.runtime.worker import Worker
 from flexgen_helm.schedule.operations import ORDERS, Order
+from flexgen_helm.schedule.work import Scheduler
 from flexgen_helm.types import EngineInfo, Job, Policy, Result, RunStats
 
 logger = logging.getLogger(__name__)
@@ -86,6 +94,7 @@ class Engine:
         max_memory: MaxMemory | None = None,
         offload_folder: str | Path | None = None,
         kv_dtype: str | None = None,
+        compression: str | CompressionConfig | None = None,
         revision: str | None = None,
         order: Order = "zigzag",
         rows: KindChoice = "auto",
@@ -96,7 +105,7 @@ class Engine:
         """Load a model.
 
         Args:
-            name_or_path: A model folder, or a name on the model hub.
+            name_or_path: A model folder, or a name on the model hub; with `@w4` and the like a compressed variant of it.
             dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; a `Device` gives a CPU a memory of its own.
             policy: Sizes and placement. Fields that are None are chosen by device and memory.
@@ -105,6 +114,8 @@ class Engine:
             offload_folder: Folder for weights, cache and hidden states on disk; None: a folder under the cache folder.
             kv_dtype: Dtype in which K and V are stored and attention reads them: "float32", "bfloat16" or "float16"; None:
                 the model's.
+            compression: What is compressed, as a name such as "w4" (`flexgen_helm.compression.config`); None: nothing, or what
+                ``name_or_path`` says.
             revision: Branch, tag or commit of a model on the hub.
             order: Order of a sweep's operations, "zigzag" or "row". It changes no bit.
             rows: "packed", "single" (one sequence in a row, for models that packed rows cannot serve), or "auto": the
@@ -117,18 +128,21 @@ class Engine:
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
+            CompressionError: If there is no such variant, or it is not built yet.
             PolicyError: If a number of the policy is out of range, or its plan does not fit.
             CorruptFile: If files of the model or of the offload folder cannot be read.
             DiskFull: If the offload folder has no space for everything that the policy puts there.
         """
         if order not in ORDERS:
             raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
+        name, config = resolve(str(name_or_path), compression)
         options = EngineOptions(
             resolve_device(device),
             policy,
             validated_kind(rows),
             order,
             None if kv_dtype is None else named_dtype("kv_dtype", kv_dtype),
+            config,
             parse_max_memory(max_memory),
             Path(offload_folder) if offload_folder else None,
             recheck,
@@ -137,8 +151,8 @@ class Engine:
         warn_if_untested()
         where = options.device.torch_device
         if dummy_weights:
-            return cls(build(open_dummy(str(name_or_path), dtype=dtype, device=where), options))
-        return cls(build(open_model(str(name_or_path), dtype=dtype, device=where, revision=revision), options))
+            return cls(build(open_dummy(name, dtype=dtype, device=where), options))
+        return cls(build(open_model(name, dtype=dtype, device=where, revision=revision), options))
 
     def run(
         self,
@@ -196,13 +210,89 @@ class Engine:
         self._worker.put([ticket])
         return ticket.future
 
+    def final_hidden(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Compute sequences up to the output head, which `head` applies. Jobs that arrive meanwhile wait.
+
+        Args:
+            sequences: Token ids of at least two tokens each, used unchanged.
+
+        Returns:
+            For each sequence of T tokens the last layer's hidden states ``[T - 1, ...]`` in the model's dtype, on the host: of
+            all positions but the last, so that state i predicts token i + 1.
+
+        Raises:
+            InvalidJob: If a sequence cannot be computed; `NotFinite` if its K or V are not finite.
+            OutOfSpace: If the K and V of a sequence can never fit.
+        """
+        checked: list[tuple[int, ...]] = []
+        for index, tokens in enumerate(sequences):
+            if len(tokens) < 2:
+                raise InvalidJob(f"Sequence {index} has {len(tokens)} tokens, of which none is predicted. Give two or more.")
+            checked.append(self._prepare(Job(token_ids=tokens, score_prompt=True)).input_ids)
+        with self._alone() as (scheduler, executor):
+            found = final_hidden(scheduler, executor, checked)
+        finite = [hidden for hidden in found if hidden is not None]
+        if len(finite) < len(found):
+            raise overflow(self._parts.loaded.model.dtype, self._parts.kv_dtype)
+        return finite
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Hold the output head ready for the body of a `with` statement. Jobs that arrive meanwhile wait, and so does `close`.
+
+        Yields:
+            Function from final hidden states ``[P, ...]`` to logits ``[P, vocab]`` in fp32, both on the host, to be called in
+            this thread. Logits are those of a sweep, bit by bit.
+        """
+        device = self._parts.device.torch_device
+        with self._alone() as (_, executor), executor.unit(executor.num_layers):
+            yield lambda hidden: executor.logits(hidden.to(device)).cpu()
+
+    def probe_layers(self, tokens: Sequence[int], probe: LayerProbe) -> None:
+        """Compute a sequence up to the output head, and show its hidden states between layers. Jobs that arrive wait.
+
+        Args:
+            tokens: Token ids, two or more.
+            probe: Called with (j, k, hidden ``[T, ...]`` on the host) before layer j is applied to row k, and behind the last
+                layer with the number of layers. What it returns takes the place of these states; None: they stay.
+
+        Raises:
+            InvalidJob: If the sequence cannot be computed.
+            OutOfSpace: If its K and V can never fit.
+        """
+        checked = self._prepare(Job(token_ids=tokens, score_prompt=True)).input_ids
+        with self._alone() as (scheduler, executor):
+            final_hidden(scheduler, executor, [checked], probing(probe))
+
+    @contextmanager
+    def layer_weights(self, j: int) -> Iterator[dict[str, Tensor]]:
+        """Hold the weights of layer j ready for the body of a `with` statement: its parameters by name, as they multiply."""
+        with self._alone() as (_, executor), executor.unit(j):
+            yield dict(plain_weights(self._parts.checked.model.layers[j]))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self._parts.checked.model.layers)
+
+    @contextmanager
+    def _alone(self) -> Iterator[tuple[Scheduler, Executor]]:
+        """Give scheduler and executor to the calling thread, in which everything is set for computing."""
+        with self._run_lock, self._worker.borrowed() as parts, self._parts.device.current(), PRECISE_PRODUCTS.hold():
+            yield parts
+
     def describe(self) -> EngineInfo:
         """Return the engine's policy, numerics and bytes on each tier."""
         parts, weights = self._parts, self._parts.plan.weights
         modules = nn.ModuleList([parts.loaded.model, *parts.checked.model.layers])  # stand-ins are in the layers' place
         parameters = list(modules.parameters())
         num_bytes, count = sum(p.numel() * p.element_size() for p in parameters), sum(p.numel() for p in parameters)
+        fitted = parts.fitted
+        if fitted is not None:
+            num_bytes += fitted.num_bytes - sum(each.bound.num_bytes for each in fitted.formats.values())
         return EngineInfo(
+            bits_per_compressed_weight=None if fitted is None else fitted.bits_per_weight,
+            statistics="" if fitted is None else fitted.statistics,
             policy=self.policy,
             numerics=self.numerics,
             bits_per_weight=8 * num_bytes / count,

@@ -25,7 +25,9 @@ from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import own_head
 from flexgen_helm.rows.choice import CheckedModel, KindChoice, Passed, check_model
+from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.runtime.offload import Offloader
+from flexgen_helm.runtime.packed_model import PackedLayers, packed_store, unpack_all
 from flexgen_helm.runtime.verdicts import Check, recall, remember
 from flexgen_helm.types import ResolvedPolicy, WeightNumerics
 
@@ -58,6 +60,8 @@ class Blueprint:
     folder: Path
     """Folder for everything on disk; it may not exist."""
     meter: Meter
+    fitted: FittedModel | None = None
+    """The quantised model; None: weights are not compressed."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def load_and_check(blueprint: Blueprint) -> PlacedModel:
         if passed is None:
             _check_first_layers(blueprint, resolved(None, blueprint.device, few_requests=True))
         logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
-    loaded = source.load()
+    loaded = _load_resident(blueprint)
     if passed is not None:
         return PlacedModel(loaded, CheckedModel(RecordedModel(loaded.model), passed), None)
     checked = check_model(loaded, blueprint.policy, blueprint.rows)
@@ -108,6 +112,16 @@ def load_and_check(blueprint: Blueprint) -> PlacedModel:
     if blueprint.device.is_gpu:
         _free_what_is_left_of_checks()
     return PlacedModel(loaded, checked, None)
+
+
+def _load_resident(blueprint: Blueprint) -> LoadedModel:
+    """Load all weights to the device; quantised ones are unpacked there."""
+    fitted = blueprint.fitted
+    if fitted is None:
+        return blueprint.source.load()
+    loaded = blueprint.source.load(PackedLayers())
+    unpack_all(fitted, loaded.model, blueprint.device)
+    return loaded
 
 
 def _check_of(blueprint: Blueprint, source: ModelSource, policy: ResolvedPolicy, *, whole: bool) -> Check:
@@ -123,6 +137,8 @@ def _recall(blueprint: Blueprint, check: Check) -> Passed | None:
 def _load_offloaded(blueprint: Blueprint, first: Passed) -> PlacedModel:
     """Load a model layer by layer to the tiers of the plan, after its first layers were checked."""
     verdict = first.verdict.of_all_layers(layer_kinds(blueprint.whole, layers_of(blueprint.whole)))
+    if blueprint.fitted is not None:
+        return _load_packed(blueprint, blueprint.fitted, replace(first, verdict=verdict))
     offloader = Offloader(
         blueprint.plan.weights,
         blueprint.formats,
@@ -138,6 +154,18 @@ def _load_offloaded(blueprint: Blueprint, first: Passed) -> PlacedModel:
         offloader.close()
         raise
     return PlacedModel(loaded, CheckedModel(model, replace(first, verdict=verdict)), store)
+
+
+def _load_packed(blueprint: Blueprint, fitted: FittedModel, passed: Passed) -> PlacedModel:
+    """Put the slabs of a quantised model on the tiers of the plan."""
+    try:
+        loaded = blueprint.source.load(PackedLayers())
+        model = RecordedModel(loaded.model, device=blueprint.device.torch_device)
+        store = packed_store(fitted, blueprint.plan.weights, model, blueprint.device, blueprint.meter)
+    except BaseException:
+        fitted.slabs.close()
+        raise
+    return PlacedModel(loaded, CheckedModel(model, passed), store)
 
 
 def _check_first_layers(blueprint: Blueprint, policy: ResolvedPolicy) -> Passed:

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,6 +25,7 @@ from flexgen_helm.schedule.work import PromptWork, Scheduler
 
 logger = logging.getLogger(__name__)
 
+CLOSED = "This engine is closed. Make a new one with Engine.from_pretrained."
 GATHER_SECONDS = 0.01
 """Seconds that an idle worker waits after the first ticket, so that threads that submit together share a sweep."""
 
@@ -64,6 +66,8 @@ class Worker:
         self._arrived: list[Ticket] = []
         self._signal = threading.Condition()
         self._closing = self._cancelling = False
+        self._resting = self._borrowed = False
+        """Whether the thread waits for work, and whether it must not begin any."""
         self._joining: list[Ticket] = []
         """Tickets on their way from `_arrived` to `_tickets`."""
         self._tickets: dict[PromptWork, list[Ticket]] = defaultdict(list)
@@ -90,9 +94,9 @@ class Worker:
         """
         with self._signal:
             if self._closing:
-                raise FlexGenError("This engine is closed. Make a new one with Engine.from_pretrained.")
+                raise FlexGenError(CLOSED)
             self._arrived.extend(tickets)
-            self._signal.notify()
+            self._signal.notify_all()
 
     def cancel(self) -> None:
         """Drop all tickets after the current operation; their futures fail."""
@@ -102,6 +106,25 @@ class Worker:
             self._cancelling = True
             self._signal.notify_all()
             self._signal.wait_for(lambda: not self._cancelling or self._closing)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[tuple[Scheduler, Executor]]:
+        """Give scheduler and executor to the calling thread, once all jobs are answered; jobs that arrive meanwhile wait.
+
+        Raises:
+            FlexGenError: If the worker was closed.
+        """
+        with self._signal:
+            self._signal.wait_for(lambda: self._closing or (self._resting and not self._borrowed))
+            if self._closing:
+                raise FlexGenError(CLOSED)
+            self._borrowed = True
+        try:
+            yield self._scheduler, self._executor
+        finally:
+            with self._signal:
+                self._borrowed = False
+                self._signal.notify_all()
 
     def close(self) -> None:
         """Stop the thread after the current operation; the futures of all tickets fail."""
@@ -119,8 +142,8 @@ class Worker:
         while True:
             with self._signal:
                 idle = not self._scheduler.has_work() and not self._apart
-                while idle and not self._arrived and not self._cancelling:
-                    self._signal.wait()
+                while self._borrowed or (idle and not self._arrived and not self._cancelling):
+                    self._rest()
             if idle and not self._cancelling:
                 time.sleep(GATHER_SECONDS)
             try:
@@ -131,6 +154,12 @@ class Worker:
                 self._fail(error)
                 if self._closing and not self._cancelling:  # all waiting callers have got the error
                     return
+
+    def _rest(self) -> None:
+        self._resting = True
+        self._signal.notify_all()
+        self._signal.wait()
+        self._resting = False
 
     def _step(self) -> None:
         self._take_in()

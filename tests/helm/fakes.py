@@ -47,10 +47,10 @@ POLICY = ResolvedPolicy(gpu_batch_size=64, gpu_batch_tokens=512)
 OUTPUTS = ("yes", "no", "maybe")
 
 
-def numerics_of(weights: str, version: int = 1) -> Numerics:
-    """Numerics of an engine on a CPU, whose weights have this digest."""
+def numerics_of(weights: str, version: int = 1, scheme: str = "plain") -> Numerics:
+    """Numerics of an engine on a CPU, whose weights have this digest and compression."""
     rows = RowNumerics("packed", POLICY.gpu_batch_size, POLICY.gpu_batch_tokens)
-    return Numerics(WeightNumerics(weights, "float32"), CacheNumerics("float32"), rows, MachineNumerics("cpu"), version)
+    return Numerics(WeightNumerics(weights, "float32", scheme), CacheNumerics("float32"), rows, MachineNumerics("cpu"), version)
 
 
 class FakeEngine:
@@ -58,7 +58,7 @@ class FakeEngine:
 
     def __init__(self, arguments: dict[str, Any], *, version: int = 1) -> None:
         self.arguments = arguments
-        self.numerics = numerics_of(arguments["name_or_path"], version)
+        self.numerics = numerics_of(arguments["name_or_path"], version, arguments.get("compression", "plain"))
         self.stats = RunStats()
         self.runs: list[list[Job]] = []
         self.submitted: list[Job] = []

@@ -35,8 +35,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from flexgen_helm import plugin
+from flexgen_helm.compression.config import CompressionConfig
 from flexgen_helm.errors import FlexGenError, InvalidJob, UnsupportedModel
-from flexgen_helm.helm.deployment import CLIENT, DeploymentError, split_name
+from flexgen_helm.helm.deployment import CLIENT, DeploymentError, ModelName, split_name
 from flexgen_helm.helm.model_files import read_limits
 from flexgen_helm.helm.runner import FlexGenRunner
 from flexgen_helm.helm.tokenizer import FlexGenTokenizer
@@ -47,6 +48,7 @@ from tests.helm.conftest import RunSuite
 from tests.helm.fakes import FakeLoader, run_spec
 from tests.tokenizers import save_pair_tokenizer
 
+W4 = CompressionConfig(bits=4.5)
 LONGROPE = {"model_type": "phi3", "max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
 FACTORS = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 
@@ -137,37 +139,32 @@ def test_context_is_what_the_engine_can_serve(config: dict[str, Any], context: i
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"),
+    ("name", "model"),
     [
-        ("flexgen/org/model", ("org/model", None)),
-        ("flexgen/org/model@w4", ("org/model", "w4")),
-        ("flexgen//abs/path/model", ("/abs/path/model", None)),
-        ("flexgen//abs/@path/model@w4", ("/abs/@path/model", "w4")),
-        ("flexgen//model", ("/model", None)),
-        ("flexgen/gpt2", ("gpt2", None)),
+        ("flexgen/org/model", ModelName("org/model")),
+        ("flexgen/org/model@w4", ModelName("org/model", compression=W4)),
+        ("flexgen/org/model#v1", ModelName("org/model", "v1")),
+        ("flexgen/org/model#v1@w4", ModelName("org/model", "v1", W4)),
+        ("flexgen/org/model#refs/pr/1@w4", ModelName("org/model", "refs/pr/1", W4)),
+        ("flexgen//abs/path/model", ModelName("/abs/path/model")),
+        ("flexgen//abs/path/model@w4", ModelName("/abs/path/model", compression=W4)),
+        ("flexgen//abs/@path/model@w4", ModelName("/abs/@path/model", compression=W4)),
+        ("flexgen//abs/model#1", ModelName("/abs/model#1")),
+        ("flexgen//model", ModelName("/model")),
+        ("flexgen/gpt2", ModelName("gpt2")),
     ],
 )
-def test_name_is_a_hub_name_or_an_absolute_path(name: str, parts: tuple[str, str | None]) -> None:
-    assert split_name(name) == parts
+def test_name_is_a_hub_name_or_an_absolute_path(name: str, model: ModelName) -> None:
+    assert split_name(name) == model
+    assert model.deployment() == name
 
 
-@pytest.mark.parametrize("name", ["flexgen/", "flexgen/org/sub/model", "flexgen/org/", "flexgen/org/@w4"])
+@pytest.mark.parametrize(
+    "name", ["flexgen/", "flexgen/org/sub/model", "flexgen/org/", "flexgen/org/@w4", "flexgen/@w4", "flexgen/org/#v1"]
+)
 def test_other_names_are_refused_with_the_grammar(name: str) -> None:
     with pytest.raises(DeploymentError, match="flexgen/<organization>/<model>"):
         get_model_deployment(name)
-
-
-def test_variants_are_refused_by_name(model_folder: Path) -> None:
-    with pytest.raises(DeploymentError, match="`@w4` are not supported"):
-        get_model_deployment(f"flexgen/{model_folder}@w4")
-
-
-def test_a_folder_whose_name_reads_as_a_variant_is_told_the_way_round(model_folder: Path) -> None:
-    folder = model_folder.rename(model_folder.with_name("model@v1"))
-    with pytest.raises(DeploymentError, match=rf"the folder {folder} cannot be named.*link without `@`"):
-        get_model_deployment(f"flexgen/{folder}")
-    model_folder.symlink_to(folder)
-    assert get_model_deployment(f"flexgen/{model_folder}").max_sequence_length == 39
 
 
 def test_missing_folder_and_broken_config_are_named(tmp_path: Path) -> None:
@@ -243,7 +240,7 @@ def test_completed_deployment_keeps_what_was_written(model_folder: Path) -> None
     )
     assert plugin.complete(written).tokenizer_name == "simple/tokenizer1"
     with_revision = ModelDeployment("flexgen/a/b", ClientSpec(CLIENT, {"name_or_path": "o/m", "revision": "v1"}))
-    assert plugin.complete(with_revision).tokenizer_name == "flexgen/o/m@v1"
+    assert plugin.complete(with_revision).tokenizer_name == "flexgen/o/m#v1"
 
 
 def test_completion_that_fills_the_context_is_refused(model_folder: Path, tmp_path: Path) -> None:

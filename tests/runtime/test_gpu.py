@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from _pytest.mark import ParameterSet
+from torch import log_softmax, tensor
 
-from flexgen_helm import Engine, Policy
+from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.rows.self_check import Verdict
-from tests.jobs import fixed_mix
+from tests.jobs import fixed_mix, random_tokens
 from tests.models import save_tiny
 from tests.reference import Agreement, Reference
 
@@ -57,6 +58,19 @@ def test_placement_changes_no_bit_on_a_gpu(family: str, overlap: bool, tmp_path:
     with Engine.from_pretrained(folder, device="cuda", policy=policy, offload_folder=tmp_path / "offload") as engine:
         assert engine.run(jobs) == expected
         assert engine.run(jobs) == expected
+
+
+def test_hidden_states_and_head_give_the_logits_of_a_run_on_a_gpu(tmp_path: Path) -> None:
+    folder, tokens = str(save_tiny("llama", tmp_path, num_layers=5)), random_tokens(3, 50)
+    thirds = (0.2, 0.4, 0.4)
+    policy = replace(POLICY, weights=thirds, cache=thirds, hidden=thirds, cpu_attention=0)
+    with Engine.from_pretrained(folder, device="cuda", policy=policy, offload_folder=tmp_path / "offload") as engine:
+        (expected,) = engine.run([Job(token_ids=tokens, score_prompt=True)])
+        (hidden,) = engine.final_hidden([tokens])
+        with engine.head() as head:
+            logprobs = log_softmax(head(hidden), -1)
+        found = logprobs.gather(-1, tensor(tokens[1:])[:, None])[:, 0].tolist()
+        assert found == pytest.approx((expected.prompt_logprobs or [])[1:], abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

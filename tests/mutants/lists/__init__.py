@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from tests.mutants.lists import attention, durability, generation, gpu, loading, memory, reports, requests, schedule
+from tests.mutants.lists import (
+    attention,
+    durability,
+    entropy_coding,
+    fidelity,
+    generation,
+    gpu,
+    loading,
+    memory,
+    reports,
+    requests,
+    schedule,
+)
 
 MUTANTS = (
     *attention.MUTANTS,
@@ -13,5 +25,7 @@ MUTANTS = (
     *reports.MUTANTS,
     *requests.MUTANTS,
     *durability.MUTANTS,
+    *fidelity.MUTANTS,
     *gpu.MUTANTS,
+    *entropy_coding.MUTANTS,
 )

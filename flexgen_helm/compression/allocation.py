@@ -1,0 +1,122 @@
+"""How many bits each column of each matrix gets, so that a model has exactly the bits per weight that were asked for.
+
+The error of a column at b bits is taken as ``score * (15 / (2**b - 1))**2``. Because every further bit gains less than the one
+before, taking the widenings in the order of what they gain for each bit that they cost, until the bits are spent, is the least
+sum of errors for that many bits (it is what bisecting a Lagrange multiplier finds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.compression.minmax import MinMax, dequantize
+from flexgen_helm.compression.packing import BLOCK_ROWS, filled, packed_rows
+from flexgen_helm.errors import UnsupportedModel
+
+LADDERS = {2: (2, 3, 4, 6), 3: (3, 4, 5, 6), 4: (4, 5, 6, 8), 8: (8,)}
+"""Widths of columns that a model may use, by the bits of its name."""
+HALF_BIT = 0.5
+"""Bits per weight beyond those of the name: what FlexGen's scales and minima take in groups of 64."""
+SUPER_GROUPS = 16
+"""Groups that share a super scale."""
+SCALE_BITS = 6
+CLASS_BITS = 2
+"""Bits of the map that says, for each column, which width of the ladder it has."""
+UNIT_BITS = 32
+"""Bits of a matrix's unit."""
+
+
+def column_errors(weight: Tensor, moment: Tensor) -> Tensor:
+    """Return each column's share of the relative output error that FlexGen's rounding to 4 bits would cause.
+
+    Args:
+        weight: ``[out, in]``, any dtype.
+        moment: ``[in]``: mean squares of the inputs.
+
+    Returns:
+        float64 ``[in]``. Zeros where the layer's output is 0.
+
+    Raises:
+        UnsupportedModel: If a number cannot be quantised.
+    """
+    exact = weight.double()
+    error = exact - dequantize(MinMax(4).quantize(weight))
+    moment = moment.double()
+    output = (exact.square().sum(0) * moment).sum()
+    scores = moment * error.square().sum(0)
+    return scores / output if output > 0 else torch.zeros_like(scores)
+
+
+def overhead_bits(shape: tuple[int, int]) -> int:
+    """Return the bits of a stored matrix ``[out, in]`` besides its codes."""
+    groups = num_groups(shape)
+    scales = 2 * 8 * packed_rows(groups, SCALE_BITS)
+    super_scales = 2 * 16 * -(-groups // SUPER_GROUPS)
+    return scales + super_scales + 8 * packed_rows(shape[1], CLASS_BITS) + UNIT_BITS
+
+
+def num_groups(shape: tuple[int, int]) -> int:
+    """Return the number of groups of a matrix ``[out, in]``: 64 rows of a column each, or the rows left."""
+    return -(-shape[0] // BLOCK_ROWS) * shape[1]
+
+
+@dataclass(frozen=True)
+class _Widening:
+    """One step of the ladder, for every column of the model."""
+
+    gain: Tensor
+    """float64 ``[columns]``: error that vanishes for each bit spent."""
+    cost: Tensor
+    """int64 ``[columns]``: bits spent."""
+
+
+def allocate(
+    scores: Sequence[Tensor], shapes: Sequence[tuple[int, int]], bits: int, ladder: Sequence[int] | None = None
+) -> list[Tensor]:
+    """Choose the width of every column of a model.
+
+    Args:
+        scores: For each matrix ``[in]``, see `column_errors`.
+        shapes: ``(out, in)`` of each matrix.
+        bits: N: all matrices together get N + 0.5 bits per weight, scales and maps included, less at most one widening of one
+            column. Fewer where every column has the largest width (w8).
+        ladder: Widths to choose from, ascending; those of `LADDERS` by default.
+
+    Returns:
+        For each matrix uint8 ``[in]``.
+
+    Raises:
+        UnsupportedModel: If the matrices have so few rows that scales alone take more.
+    """
+    ladder = LADDERS[bits] if ladder is None else ladder
+    score = torch.cat([x.double() for x in scores])
+    rows = torch.cat([torch.full((columns,), filled(num_rows)) for num_rows, columns in shapes])
+    num_weights = sum(num_rows * columns for num_rows, columns in shapes)
+    budget = int((bits + HALF_BIT) * num_weights) - sum(map(overhead_bits, shapes)) - ladder[0] * int(rows.sum())
+    if budget < 0:
+        raise UnsupportedModel(
+            f"w{bits} cannot store these {len(shapes)} matrices in {bits + HALF_BIT} bits per weight: with {ladder[0]} bits a "
+            f"code they take {bits + HALF_BIT - budget / num_weights:.2f}, because columns of so few rows "
+            f"(the shortest has {min(num_rows for num_rows, _ in shapes)}) need many scales. Use w{bits}-minmax or w8-minmax."
+        )
+    steps = [_widening(score, rows, before, after) for before, after in pairwise(ladder)]
+    widths = torch.full_like(rows, ladder[0], dtype=torch.uint8)
+    if steps:
+        gains, costs = torch.stack([step.gain for step in steps]).view(-1), torch.stack([step.cost for step in steps]).view(-1)
+        # Equal gains keep their order, so that a column never skips a step.
+        order = gains.sort(descending=True, stable=True).indices
+        taken = torch.zeros_like(gains, dtype=torch.bool)
+        taken[order] = costs[order].cumsum(0) <= budget
+        widths = torch.tensor(ladder, dtype=torch.uint8)[taken.view(len(steps), -1).sum(0)]
+    return list(widths.split([columns for _, columns in shapes]))
+
+
+def _widening(score: Tensor, rows: Tensor, before: int, after: int) -> _Widening:
+    saved = (15 / (2**before - 1)) ** 2 - (15 / (2**after - 1)) ** 2
+    cost = rows * (after - before)
+    return _Widening(score * saved / cost, cost)

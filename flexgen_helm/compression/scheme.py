@@ -1,0 +1,53 @@
+"""What every scheme of compressed weights can do. A scheme is chosen by name; see `flexgen_helm.compression.config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+Parts = dict[str, Tensor]
+"""Tensors of one matrix by name: what is stored of it, or what was decided about it."""
+MatrixKey = str
+"""Names a matrix of the model: layer, tensor, and number of the expert, as ``3/mlp.experts.down_proj/7``."""
+
+
+class Scheme(Protocol):
+    """A way to store matrices ``[out, in]`` in fewer bits."""
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it is fitted to the inputs of the matrices."""
+
+    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+        """Return what `solve` must know of a matrix.
+
+        Args:
+            weight: fp32 ``[out, in]``.
+            moment: ``[in]``: mean square of each input.
+        """
+
+    def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
+        """Decide about all matrices of the model together, so that they take the bits that were asked for.
+
+        Args:
+            observed: What `observe` returned for each matrix.
+            weights: Reads each matrix, fp32 ``[out, in]``; fast in the order of the model, again and again.
+        """
+
+    def pack(self, weight: Tensor, decided: Parts) -> Parts:
+        """Return the stored tensors of a matrix.
+
+        Args:
+            weight: fp32 ``[out, in]``.
+            decided: What `solve` decided about it; nothing if the scheme needs no statistics.
+        """
+
+    def unpack(self, stored: Parts, target: Tensor) -> None:
+        """Compute a matrix in fp32 and round it once into a target.
+
+        Args:
+            stored: The stored tensors.
+            target: ``[out, in]`` in any floating dtype, on their device; numbers of a row are neighbours.
+        """

@@ -1,0 +1,147 @@
+"""The schemes of compressed weights: how each stores a matrix as tensors of a slab."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.compression import columns, entropy, minmax
+from flexgen_helm.compression.allocation import LADDERS, allocate, column_errors
+from flexgen_helm.compression.coding import Decoder, Stored, encode, layout_of
+from flexgen_helm.compression.entropy import StepRule, solve_steps
+from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
+from flexgen_helm.compression.unpack_kernel import unpack_columns, unpack_minmax
+
+FORMAT_VERSION = 1
+"""Version of all stored forms and of how they are fitted: raised whenever the bytes of a slab may change."""
+
+
+def scheme_of(name: str, bits: float) -> Scheme:
+    """Return a scheme.
+
+    Args:
+        name: "fixed", "minmax" or "entropy".
+        bits: Bits per weight in all.
+    """
+    if name == "entropy":
+        return EntropyCoded(bits)
+    whole = int(bits)
+    return FixedColumns(whole) if name == "fixed" else MinMaxGroups(whole)
+
+
+@dataclass(frozen=True)
+class MinMaxGroups:
+    """FlexGen's scheme: see `flexgen_helm.compression.minmax`."""
+
+    bits: int
+    needs_statistics = False
+
+    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+        """Return nothing."""
+        return {}
+
+    def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
+        """Decide nothing."""
+        return {}
+
+    def pack(self, weight: Tensor, decided: Parts) -> Parts:
+        """Return codes, scales and minima."""
+        stored = minmax.MinMax(self.bits).quantize(weight)
+        return {"codes": stored.codes, "scale": stored.scale, "minimum": stored.minimum}
+
+    def unpack(self, stored: Parts, target: Tensor) -> None:
+        """Compute a matrix."""
+        group = minmax.MinMax(self.bits).group
+        found = minmax.MinMaxCodes(len(target), self.bits, group, stored["codes"], stored["scale"], stored["minimum"])
+        if target.device.type == "cpu":
+            unpack_minmax(found, target)
+        else:
+            target.copy_(minmax.dequantize(found))
+
+
+@dataclass(frozen=True)
+class FixedColumns:
+    """Columns of several widths: see `flexgen_helm.compression.columns`."""
+
+    bits: int
+    needs_statistics = True
+
+    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+        """Return the error of each column at 4 bits, and the matrix's shape."""
+        return {"errors": column_errors(weight, moment), "shape": torch.tensor(weight.shape)}
+
+    def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
+        """Choose the width of each column."""
+        shapes = [(int(parts["shape"][0]), int(parts["shape"][1])) for parts in observed.values()]
+        widths = allocate([parts["errors"] for parts in observed.values()], shapes, self.bits)
+        return {key: {"widths": each} for key, each in zip(observed, widths, strict=True)}
+
+    def pack(self, weight: Tensor, decided: Parts) -> Parts:
+        """Return codes, scales, and the map of widths."""
+        found = columns.quantize(weight, decided["widths"], LADDERS[self.bits])
+        unit = torch.tensor([found.unit], dtype=torch.float64)
+        return {
+            "classes": found.classes,
+            "codes": found.codes,
+            "super_scales": found.super_scales,
+            "scales": found.scales,
+            "unit": unit,
+        }
+
+    def unpack(self, stored: Parts, target: Tensor) -> None:
+        """Compute a matrix."""
+        parts = (stored[name] for name in ("classes", "codes", "super_scales", "scales"))
+        shape = (target.shape[0], target.shape[1])
+        found = columns.Columns(shape, LADDERS[self.bits], float(stored["unit"]), *parts)
+        if target.device.type == "cpu":
+            unpack_columns(found, target)
+        else:
+            target.copy_(columns.dequantize(found))
+
+
+@dataclass(frozen=True)
+class EntropyCoded:
+    """Integers with one step a column, entropy-coded: see `flexgen_helm.compression.entropy`."""
+
+    bits: float
+    needs_statistics = True
+
+    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+        """Return the mean squares of the inputs."""
+        return {"moment": moment}
+
+    def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
+        """Find the steps of the whole model."""
+        rule = solve_steps(weights, {key: parts["moment"] for key, parts in observed.items()}, self.bits)
+        numbers = torch.tensor([rule.factor, rule.typical], dtype=torch.float64)
+        return {key: {**parts, "rule": numbers.clone()} for key, parts in observed.items()}
+
+    def pack(self, weight: Tensor, decided: Parts) -> Parts:
+        """Return frames of integers, steps, and what is needed to decode them."""
+        coded = entropy.quantize(weight, decided["moment"], StepRule(*decided["rule"].tolist()))
+        found = encode(coded)
+        sizes = torch.tensor(found.sizes, dtype=torch.int64)
+        return {
+            "classes": found.classes,
+            "steps": found.steps,
+            "places": found.places,
+            "values": found.values,
+            "sizes": sizes,
+            "data": found.data,
+        }
+
+    def unpack(self, stored: Parts, target: Tensor) -> None:
+        """Decode a matrix on the CPU.
+
+        Raises:
+            CorruptFile: If a frame is damaged.
+        """
+        layout = layout_of(len(target), stored["classes"])
+        sizes = tuple(stored["sizes"].tolist())
+        classes, steps, places, values = (stored[name] for name in ("classes", "steps", "places", "values"))
+        found, decoder = Stored(layout, classes, steps, places, values, sizes, stored["data"]), Decoder()
+        for block in range(layout.num_blocks):
+            decoder.unpack(found, block, target)

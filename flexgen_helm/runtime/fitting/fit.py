@@ -1,0 +1,135 @@
+"""Quantise a model into a folder of slabs, unless they are there: statistics, one decision about all matrices, packing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from flexgen_helm.compression.matrices import matrix_tensors
+from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
+from flexgen_helm.compression.slab_format import CompressedSlab
+from flexgen_helm.errors import CorruptFile
+from flexgen_helm.loading.source import ModelSource
+from flexgen_helm.memory.slab import SlabLayout, layout_of
+from flexgen_helm.memory.slab_folder import SlabFolder
+from flexgen_helm.model.layers import layers_of, refuse_shared_layers
+from flexgen_helm.policy.shapes_of_model import own_head
+from flexgen_helm.runtime.fitting.files import save_tensors
+from flexgen_helm.runtime.fitting.matrices_of_model import ModelMatrices
+from flexgen_helm.runtime.fitting.packing import PackingKeeper
+from flexgen_helm.runtime.fitting.progress import LayerProgress
+from flexgen_helm.runtime.fitting.statistics import DESCRIPTION, observe_model
+
+logger = logging.getLogger(__name__)
+
+DECISIONS = "decisions.safetensors"
+SEPARATOR = ":"
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """A quantised model.
+
+    Attributes:
+        slabs: Folder of its slabs, all complete. Whoever uses it closes it.
+        formats: Formats of the layers, and of an output head with weights of its own, by number.
+        decisions: Digest of what the scheme decided from statistics; empty if it needs none.
+        statistics: What made the statistics, in words; empty if it needs none.
+    """
+
+    slabs: SlabFolder
+    formats: Mapping[int, CompressedSlab]
+    decisions: str
+    statistics: str
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a weight of the compressed matrices, with everything that is stored of them."""
+        count = sum(each.num_weights for each in self.formats.values())
+        return 8 * sum(each.matrix_bytes for each in self.formats.values()) / max(1, count)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slabs."""
+        return sum(each.stored.num_bytes for each in self.formats.values())
+
+
+def fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str]) -> FittedModel:
+    """Return a quantised model. What is missing in its folder is made; a killed process goes on where it was.
+
+    Args:
+        source: The model.
+        scheme: Scheme of the matrices.
+        folder: Folder of this model and scheme.
+        identity: Everything else that decides the bytes of the slabs.
+
+    Raises:
+        UnsupportedModel: If layers share weights.
+        CorruptFile: If files are missing, torn, or of another model or scheme.
+        DiskFull: If there is no space.
+    """
+    whole = source.empty
+    refuse_shared_layers(whole)
+    units = dict(enumerate([*layers_of(whole), *filter(None, [own_head(whole)])]))
+    decided, digest = _decide(source, scheme, folder) if scheme.needs_statistics else ({}, "")
+    found = SlabFolder.described(folder)
+    slabs = SlabFolder(folder, {**identity, "decisions": digest}, {j: found[j] for j in units if j in found})
+    try:
+        missing = [j for j in units if j not in found or j in slabs.missing()]
+        if missing:
+            _pack(source, scheme, decided, slabs, units, missing)
+            found = SlabFolder.described(folder)
+    except BaseException:
+        slabs.close()
+        raise
+    formats = {j: _format(unit, found[j], scheme) for j, unit in units.items()}
+    return FittedModel(slabs, formats, digest, DESCRIPTION if scheme.needs_statistics else "")
+
+
+def _decide(source: ModelSource, scheme: Scheme, folder: Path) -> tuple[dict[MatrixKey, Parts], str]:
+    """What the scheme decided about each matrix, and the digest of its file."""
+    file = folder / DECISIONS
+    if not file.exists():
+        logger.info("%s: statistics for compression, once; they are kept in %s", source.name, folder)
+        observed = observe_model(source, scheme, folder / "statistics")
+        decided = scheme.solve(observed, ModelMatrices(source, list(observed)))
+        save_tensors(file, {f"{key}{SEPARATOR}{name}": x for key, parts in decided.items() for name, x in parts.items()})
+    found: dict[MatrixKey, Parts] = {}
+    try:
+        for name, x in load_file(file).items():
+            key, _, part = name.rpartition(SEPARATOR)
+            found.setdefault(key, {})[part] = x
+        return found, sha256(file.read_bytes()).hexdigest()[:32]
+    except (OSError, SafetensorError) as error:
+        raise CorruptFile(f"{file} cannot be read ({error}). Delete the folder {folder}; it is made again.") from error
+
+
+def _pack(
+    source: ModelSource,
+    scheme: Scheme,
+    decided: Mapping[MatrixKey, Parts],
+    slabs: SlabFolder,
+    units: Mapping[int, nn.Module],
+    missing: list[int],
+) -> None:
+    """Write the slabs that are missing, from the checkpoint's values in float32."""
+    logger.info("%s: quantising %s of %s parts into %s", source.name, len(missing), len(units), slabs.path)
+    num_layers = len(layers_of(source.empty))
+    with LayerProgress("quantising", num_layers) as progress:
+        keeper = PackingKeeper(slabs, units.keys() - set(missing), scheme, decided, progress)
+        model = replace(source, dtype=torch.float32).read(keeper)
+        head = own_head(model)
+        if head is not None and num_layers in missing:
+            keeper.write(num_layers, head, {})
+
+
+def _format(unit: nn.Module, stored: SlabLayout, scheme: Scheme) -> CompressedSlab:
+    return CompressedSlab(stored, layout_of(unit), scheme, {tensor.name: tensor for tensor in matrix_tensors(unit)})

@@ -1,0 +1,1 @@
+"""What quantizers of weights lose, and how fast they are."""

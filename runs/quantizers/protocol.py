@@ -1,0 +1,121 @@
+"""SmolLM2-135M in transformers' own forward: statistics of its inputs, and what other weights do to its predictions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flexgen_helm.assets.smollm2 import smollm2_folder
+from flexgen_helm.assets.sotu import recent_addresses
+from flexgen_helm.compression.statistics import ColumnStatistics
+
+WINDOWS, WINDOW_TOKENS = 6, 1000
+RANDOM_SEQUENCES, RANDOM_TOKENS, FIRST_ORDINARY = 4, 512, 10
+"""What the statistics see: the end token, then uniform ids that are no special tokens."""
+GRID_COLUMNS, GRID_STEPS = 32, 15
+"""The grid on which the weights were published, along the inputs."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts for the text."""
+
+    perplexity: float
+    log_probs: list[Tensor]
+    """For each window float16 ``[tokens, vocabulary]``: natural logarithms."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a model predicts, against another one."""
+
+    perplexity: float
+    divergence: float
+    """Mean Kullback-Leibler divergence from the other one, in nats a token."""
+    agreement: float
+    """Share of the tokens with the same first choice."""
+
+
+class Subject:
+    """The model and the text."""
+
+    def __init__(self, off_grid: bool) -> None:
+        """Load them.
+
+        Args:
+            off_grid: Whether the weights are moved off the grid on which they were published, by uniform noise of a step.
+        """
+        folder = smollm2_folder()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.linears = {
+            name: module for name, module in self.model.model.layers.named_modules() if isinstance(module, nn.Linear)
+        }
+        if off_grid:
+            _move_off_grid([linear.weight.data for linear in self.linears.values()])
+        self.weights = {name: linear.weight.data.clone() for name, linear in self.linears.items()}
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.end: int = tokenizer.eos_token_id
+        # The text is longer than the context, of which the tokenizer would warn.
+        ids = tokenizer(recent_addresses(), add_special_tokens=False, verbose=False)["input_ids"][: WINDOWS * WINDOW_TOKENS]
+        self.windows = torch.tensor(ids).view(WINDOWS, WINDOW_TOKENS)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return the mean squares of each linear layer's inputs over random ids."""
+        chance = torch.Generator().manual_seed(0)
+        size = (RANDOM_SEQUENCES, RANDOM_TOKENS)
+        ids = torch.randint(FIRST_ORDINARY, self.model.config.vocab_size, size, generator=chance)
+        ids[:, 0] = self.end
+        statistics = {name: ColumnStatistics(linear.in_features) for name, linear in self.linears.items()}
+        hooks = [
+            linear.register_forward_pre_hook(lambda _, inputs, own=statistics[name]: own.add(inputs[0].flatten(0, -2)))
+            for name, linear in self.linears.items()
+        ]
+        self.model(ids)
+        for hook in hooks:
+            hook.remove()
+        return {name: own.moment for name, own in statistics.items()}
+
+    def use(self, weights: dict[str, Tensor]) -> None:
+        """Give the linear layers other weights."""
+        for name, linear in self.linears.items():
+            linear.weight.data.copy_(weights[name])
+
+    def predict(self) -> Predictions:
+        """Predict the text."""
+        log_probs = [self._log_probs(window) for window in self.windows]
+        losses = [_loss(x, window) for x, window in zip(log_probs, self.windows, strict=True)]
+        return Predictions(math.exp(sum(losses) / self.windows.numel()), [x.half() for x in log_probs])
+
+    def compare(self, reference: Predictions) -> Comparison:
+        """Predict the text and compare with other predictions of it."""
+        loss = divergence = 0.0
+        agreement = 0
+        for window, expected in zip(self.windows, reference.log_probs, strict=True):
+            found, exact = self._log_probs(window), expected.float()
+            loss += _loss(found, window)
+            divergence += float((exact.exp() * (exact - found)).sum(dtype=torch.float64))
+            agreement += int((exact.argmax(1) == found.argmax(1)).sum())
+        n = self.windows.numel()
+        return Comparison(math.exp(loss / n), divergence / n, agreement / n)
+
+    def _log_probs(self, window: Tensor) -> Tensor:
+        ids = torch.cat([torch.tensor([self.end]), window[:-1]])
+        logits: Tensor = self.model(ids[None], use_cache=False).logits[0]
+        return logits.log_softmax(-1)
+
+
+def _loss(log_probs: Tensor, window: Tensor) -> float:
+    return -float(log_probs.gather(1, window[:, None]).sum(dtype=torch.float64))
+
+
+def _move_off_grid(weights: list[Tensor]) -> None:
+    """Add uniform noise of one step of the grid to each weight, in place."""
+    chance = torch.Generator().manual_seed(1234)
+    for weight in weights:
+        blocks = weight.view(len(weight), -1, GRID_COLUMNS)
+        steps = (blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)) / GRID_STEPS
+        blocks += (torch.rand(blocks.shape, generator=chance) - 0.5) * steps

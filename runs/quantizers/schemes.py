@@ -1,0 +1,63 @@
+"""The quantizers that are compared: from all weights of a model to weights that have lost what each of them loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flexgen_helm.compression import columns, entropy, minmax
+from flexgen_helm.compression.allocation import LADDERS, allocate, column_errors
+from flexgen_helm.compression.coding import encode
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Weights after quantising and dequantising."""
+
+    weights: dict[str, Tensor]
+    """float32 ``[out, in]`` by name."""
+    bits: float
+    """Bits per weight, with scales and maps."""
+
+
+Scheme = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], int], Quantised]
+"""Takes weights ``[out, in]``, mean squares of their inputs ``[in]``, both by name, and bits of the scheme's name."""
+
+
+def quantise_minmax(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bits: int) -> Quantised:
+    """FlexGen's format, which needs no statistics."""
+    stored = {name: minmax.MinMax(bits).quantize(weight) for name, weight in weights.items()}
+    num_bits = sum(codes.num_bits for codes in stored.values())
+    return Quantised({name: minmax.dequantize(codes) for name, codes in stored.items()}, num_bits / num_weights(weights))
+
+
+def quantise_columns(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bits: int) -> Quantised:
+    """Columns of several widths in a fixed layout."""
+    scores = [column_errors(weight, moments[name]) for name, weight in weights.items()]
+    shapes = [(weight.shape[0], weight.shape[1]) for weight in weights.values()]
+    widths = allocate(scores, shapes, bits)
+    stored = {
+        name: columns.quantize(weight, width, LADDERS[bits])
+        for (name, weight), width in zip(weights.items(), widths, strict=True)
+    }
+    num_bits = sum(matrix.num_bits for matrix in stored.values())
+    return Quantised({name: columns.dequantize(matrix) for name, matrix in stored.items()}, num_bits / num_weights(weights))
+
+
+def quantise_entropy(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bits: int) -> Quantised:
+    """One step a column, entropy-coded; bits are those of the real frames."""
+    rule = entropy.solve_steps(weights, moments, bits + 0.5)
+    coded = {name: entropy.quantize(weight, moments[name], rule, name=name) for name, weight in weights.items()}
+    num_bits = 8 * sum(encode(each).num_bytes for each in coded.values())
+    return Quantised({name: entropy.dequantize(each) for name, each in coded.items()}, num_bits / num_weights(weights))
+
+
+def num_weights(weights: Mapping[str, Tensor]) -> int:
+    """Return the number of all weights."""
+    return sum(weight.numel() for weight in weights.values())
+
+
+SCHEMES: dict[str, Scheme] = {"minmax": quantise_minmax, "columns": quantise_columns, "entropy": quantise_entropy}
+"""By name. The first is what the others are compared with."""
