@@ -18,8 +18,8 @@ from flexgen_helm.compression.minmax import MinMax, dequantize
 from flexgen_helm.compression.packing import BLOCK_ROWS, filled, packed_rows
 from flexgen_helm.errors import UnsupportedModel
 
-LADDERS = {2: (2, 3, 4, 6), 3: (3, 4, 5, 6), 4: (4, 5, 6, 8), 8: (8,)}
-"""Widths of columns that a model may use, by the bits of its name."""
+LADDERS = {2: (2, 3, 4, 6), 3: (3, 4, 5, 8), 4: (4, 5, 6, 8), 8: (8,)}
+"""Widths of columns that a model may use, by the bits of its name: the best of some that were tried (runs/LOG.md)."""
 HALF_BIT = 0.5
 """Bits per weight beyond those of the name: what FlexGen's scales and minima take in groups of 64."""
 SUPER_GROUPS = 16

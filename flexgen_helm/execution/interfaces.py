@@ -102,5 +102,8 @@ class Executor(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states ``[P, ...]`` to logits ``[P, vocab]`` in fp32, while the output head's unit is in use."""
 
+    def use_whole_rows(self) -> None:
+        """Forget that memory did not suffice for whole rows: the jobs of another run may be shorter."""
+
     def close(self) -> None:
         """Stop all transfers and close what is on disk."""

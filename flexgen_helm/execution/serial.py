@@ -162,6 +162,10 @@ class SerialExecutor(Generic[AnyRecording]):
             rows = [replace(row, size=row.num_tokens) for row in rows]
         return replace(sweep, rows=rows)
 
+    def use_whole_rows(self) -> None:
+        """Forget that memory did not suffice for whole rows: the jobs of another run may be shorter."""
+        self.num_halvings, self._head_slice = 0, self._whole_slice
+
     def _halve_rows(self, sweep: Sweep, message: str) -> None:
         """Go on with smaller rows. Nothing of the sweep was answered yet, and what it stored is stored again."""
         largest = max(row.size for row in sweep.rows) >> self.num_halvings
@@ -172,7 +176,7 @@ class SerialExecutor(Generic[AnyRecording]):
 
     def _halved(self, what: str, size: int, message: str) -> int:
         if size // 2 < SMALLEST_ROW:
-            self.num_halvings, self._head_slice = 0, self._whole_slice  # the jobs of another run may be shorter
+            self.use_whole_rows()
             raise OutOfSpace(f"{what} {size} tokens does not fit into the device's memory ({message}). {REMEDY}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

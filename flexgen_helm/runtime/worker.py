@@ -254,6 +254,7 @@ class Worker:
             self._set_apart(tickets, error)
             return
         if isinstance(error, _Cancelled):
+            self._executor.use_whole_rows()
             error = FlexGenError("The engine was closed or interrupted before it answered this job. Send the job again.")
         else:
             logger.error("a sweep failed, all jobs are given up: %s: %s", type(error).__name__, error)

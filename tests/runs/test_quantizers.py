@@ -17,8 +17,8 @@ from flexgen_helm.runs.quantizers.schemes import SCHEMES
 @pytest.mark.parametrize("name", SCHEMES)
 def test_schemes_keep_names_and_shapes_and_stay_within_their_bits(name: str) -> None:
     chance = torch.Generator().manual_seed(0)
-    weights = {"a": torch.randn(256, 96, generator=chance), "b": torch.randn(320, 64, generator=chance)}
-    moments = {"a": torch.rand(96, generator=chance) ** 4, "b": torch.rand(64, generator=chance) ** 4}
+    weights = {"a": torch.randn(1024, 384, generator=chance), "b": torch.randn(768, 512, generator=chance)}
+    moments = {"a": torch.rand(384, generator=chance) ** 4, "b": torch.rand(512, generator=chance) ** 4}
     quantised = SCHEMES[name](weights, moments, 4)
     assert {key: x.shape for key, x in quantised.weights.items()} == {key: x.shape for key, x in weights.items()}
     assert 4.45 < quantised.bits <= 4.5

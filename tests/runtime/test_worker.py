@@ -39,7 +39,7 @@ class Executor:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
-        self.closed = False
+        self.closed = self.rows_are_whole = False
 
     def run(
         self,
@@ -56,6 +56,9 @@ class Executor:
                 on_operation(Operation("compute", j, k))
             requests = list(row.logit_requests())
             on_logits(requests, torch.nn.functional.one_hot(torch.tensor([row.num_tokens] * len(requests)), VOCAB).float())
+
+    def use_whole_rows(self) -> None:
+        self.rows_are_whole = True
 
     def close(self) -> None:
         self.closed = True
@@ -140,6 +143,7 @@ def test_cancelling_drops_what_is_in_flight_and_leaves_the_worker_usable(worker:
     after = ticket(8)
     worker.put([after])
     assert answer(after.future) == [1]
+    assert executor.rows_are_whole
     worker.close()
 
 
