@@ -43,7 +43,7 @@ def draw(file: Path, result: dict[str, Any], kl: NDArray[np.float64]) -> None:
     _draw_buckets(right, result)
     weights = [result[side]["numerics"]["weights"] for side in ("candidate", "reference")]
     names = [
-        f"{result[side]['model']} ({each['dtype']}, {each['scheme']})"
+        f"{Path(result[side]['model']).name} ({each['dtype']}, {each['scheme']})"
         for side, each in zip(("candidate", "reference"), weights, strict=True)
     ]
     figure.suptitle(f"{names[0]} against {names[1]}", fontsize="medium")
@@ -56,7 +56,7 @@ def _draw_shares(axes: Any, kl: NDArray[np.float64], result: dict[str, Any]) -> 
     ordered = np.maximum(np.sort(kl), SMALLEST)
     axes.step(ordered, 1 - np.arange(len(ordered)) / len(ordered), where="pre")
     axes.axvline(max(result["kl"]["mean"], SMALLEST), color="tab:red", linestyle="--", label="mean")
-    axes.set(xscale="log", yscale="log", xlabel="KL divergence (nats)", ylabel="share of predictions that have as much or more")
+    axes.set(xscale="log", yscale="log", xlabel="KL divergence (nats)", ylabel="share of predictions with at least this")
     axes.xaxis.set_minor_formatter(NullFormatter())  # labels would overlap
     axes.legend()
 
@@ -68,5 +68,5 @@ def _draw_buckets(axes: Any, result: dict[str, Any]) -> None:
     low, high = np.array(bounds).T
     spread = np.maximum([means - low, high - means], 0)
     axes.bar(range(len(buckets)), means, yerr=spread, capsize=3, color="tab:blue")
-    axes.set_xticks(range(len(buckets)), [f"{bucket['from']:g} to {bucket['to']:g}" for bucket in buckets])
+    axes.set_xticks(range(len(buckets)), [f"{bucket['from']:g} to\n{bucket['to']:g}" for bucket in buckets])
     axes.set(xlabel="probability of the reference's most likely token", ylabel="mean KL divergence (nats)")
