@@ -118,8 +118,8 @@ def dequantize(stored: Columns) -> Tensor:
         _spread(x, unpack(shares[:, None], SCALE_BITS, groups)[:, 0], stored.unit).view(num_columns, -1).T
         for x, shares in zip(stored.super_scales, stored.scales, strict=True)
     )
-    block_of_row = torch.arange(num_rows) // BLOCK_ROWS
-    weight = torch.empty(stored.shape)
+    block_of_row = torch.arange(num_rows, device=stored.codes.device) // BLOCK_ROWS
+    weight = torch.empty(stored.shape, device=stored.codes.device)
     weight[:, classes.sort(stable=True).indices] = torch.cat(parts, 1).float() * scale[block_of_row] - minimum[block_of_row]
     return weight
 

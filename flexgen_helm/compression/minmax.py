@@ -84,7 +84,7 @@ class MinMax:
 def dequantize(stored: MinMaxCodes) -> Tensor:
     """Return the matrix in float32, ``[out, in]``."""
     codes = unpack(stored.codes, stored.bits, stored.num_rows).float()
-    group_of_row = torch.arange(stored.num_rows) // stored.group
+    group_of_row = torch.arange(stored.num_rows, device=stored.codes.device) // stored.group
     return codes / stored.scale.float()[group_of_row] + stored.minimum.float()[group_of_row]
 
 

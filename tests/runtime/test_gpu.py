@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _pytest.mark import ParameterSet
 from torch import log_softmax, tensor
 
 from flexgen_helm import Engine, Job, Policy
+from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.rows.self_check import Verdict
 from tests.jobs import fixed_mix, random_tokens
 from tests.models import save_tiny
@@ -83,3 +85,19 @@ def test_attention_on_the_cpu_beside_a_gpu_stays_within_level_c(family: str, tmp
     for job, result in zip(jobs, results, strict=True):
         agreement.add(job, result, reference)
     assert not agreement.failures, agreement.failures
+
+
+@pytest.mark.parametrize("variant", ["w4-minmax", slow("w4")])
+def test_compressed_weights_are_unpacked_on_a_gpu_to_the_bits_of_a_resident_model(variant: str, tmp_path: Path) -> None:
+    folder, jobs = str(save_tiny("llama", tmp_path, num_layers=3)), fixed_mix(31, 4)
+    options: dict[str, Any] = {"device": "cuda", "compression": variant, "offload_folder": tmp_path / "slabs"}
+    with Engine.from_pretrained(folder, policy=POLICY, **options) as engine:
+        expected = engine.run(jobs)
+    policy = replace(POLICY, weights=(0.2, 0.4, 0.4))
+    with Engine.from_pretrained(folder, policy=policy, **options) as engine:
+        assert engine.run(jobs) == expected
+
+
+def test_entropy_coded_weights_are_refused_on_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"w4-entropy.*not for a GPU yet. Use `@w4`"):
+        Engine.from_pretrained(str(save_tiny("llama", tmp_path)), device="cuda", compression="w4-entropy")
