@@ -134,12 +134,9 @@ def assemble(
             missing -= filled
             _move(model, filled, device)
             return_freed_memory()
-    for j, part in enumerate(layers):
-        assert keeper is not None
-        if not keeper.has(j):
-            _complete(model, source, part, layers[part] - source.fill(part))
-            keeper.keep(j, model.get_submodule(part))
-            return_freed_memory()
+    if keeper is not None:
+        fill_layers(model, source, keeper)
+    for part in layers:
         for tensor in model.get_submodule(part).state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True  # Otherwise transformers would initialize it again.
         missing -= layers[part]
@@ -150,6 +147,24 @@ def assemble(
     _to_device(model, list(layers), device)
     model.eval()
     return model
+
+
+def fill_layers(model: PreTrainedModel, source: WeightSource, keeper: LayerKeeper) -> None:
+    """Fill the decoder's layers of a model on the meta device one after the other, and nothing else.
+
+    Args:
+        model: A model made by `empty_model`.
+        source: The source of its weights.
+        keeper: Stores each layer as soon as it is complete.
+
+    Raises:
+        CorruptFile: If tensors are missing or do not fit the model.
+    """
+    for j, (part, tensors) in enumerate(_tensors_by_layer(model).items()):
+        if not keeper.has(j):
+            _complete(model, source, part, tensors - source.fill(part))
+            keeper.keep(j, model.get_submodule(part))
+            return_freed_memory()
 
 
 def put(model: PreTrainedModel, key: str, value: Tensor, *, final: bool = True) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.loading.assembly import LayerKeeper, assemble, empty_model, initialize, put
+from flexgen_helm.loading.assembly import LayerKeeper, assemble, empty_model, fill_layers, initialize, put
 from flexgen_helm.loading.checkpoint import layer_of
 from flexgen_helm.loading.first_layers import empty_first_layers
 
@@ -94,6 +94,12 @@ def make_model(
     """
     model = empty_model(NAME, config, dtype)
     return assemble(model, DummyWeights(model), device=device, keeper=keeper)
+
+
+def make_layers(config: PreTrainedConfig, *, dtype: torch.dtype, keeper: LayerKeeper) -> None:
+    """Make the decoder's layers of a model of dummy weights, each for a keeper, and nothing else; see `make_model`."""
+    model = empty_model(NAME, config, dtype)
+    fill_layers(model, DummyWeights(model), keeper)
 
 
 def make_first_layers(config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

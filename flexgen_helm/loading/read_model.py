@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from flexgen_helm.loading.assembly import LayerKeeper, assemble, empty_model
+from flexgen_helm.loading.assembly import LayerKeeper, assemble, empty_model, fill_layers
 from flexgen_helm.loading.checkpoint import read_tensors
 from flexgen_helm.loading.conversion import Checkpoint, first_rows
 from flexgen_helm.loading.first_layers import empty_first_layers
@@ -56,6 +56,13 @@ def read_model(
         assemble(model, source, device=device, keeper=keeper)
     model.generation_config = read_generation_config(name, folder)
     return model
+
+
+def read_layers(name: str, folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype, keeper: LayerKeeper) -> None:
+    """Read the decoder's layers of a folder, each for a keeper, and nothing else; see `read_model` for arguments and errors."""
+    model = empty_model(folder, config, dtype)
+    with _one_bar(Checkpoint(name, folder, model, read_tensors(folder).values(), dtype=dtype)) as source:
+        fill_layers(model, source, keeper)
 
 
 def read_first_layers(

@@ -14,11 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.loading.assembly import CPU, LayerKeeper, empty_model
 from flexgen_helm.loading.digest import model_digest
-from flexgen_helm.loading.dummy_weights import make_first_layers, make_model
+from flexgen_helm.loading.dummy_weights import make_first_layers, make_layers, make_model
 from flexgen_helm.loading.generation_config import read_generation_config, warn_of_unapplied_fields
 from flexgen_helm.loading.hub_folder import folder_with_weights, folder_without_weights
 from flexgen_helm.loading.named_configs import CONFIGS, named_config
-from flexgen_helm.loading.read_model import read_first_layers, read_model
+from flexgen_helm.loading.read_model import read_first_layers, read_layers, read_model
 from flexgen_helm.loading.refusals import read_config, refuse_config, refuse_files, refuse_weights
 from flexgen_helm.loading.tokenizer_files import read_tokenizer
 from flexgen_helm.model.context_length import context_of
@@ -115,6 +115,13 @@ class ModelSource:
         if self.folder is None:
             return make_model(self.config, dtype=self.dtype, device=self.device, keeper=keeper)
         return read_model(self.name, self.folder, self.config, dtype=self.dtype, device=self.device, keeper=keeper)
+
+    def read_layers(self, keeper: LayerKeeper) -> None:
+        """Read the decoder's layers and nothing else, each for a keeper; errors are those of `load`."""
+        if self.folder is None:
+            make_layers(self.config, dtype=self.dtype, keeper=keeper)
+        else:
+            read_layers(self.name, self.folder, self.config, dtype=self.dtype, keeper=keeper)
 
     def described(self, model: PreTrainedModel) -> LoadedModel:
         """Return a model, with its layers or without, and the facts about it."""

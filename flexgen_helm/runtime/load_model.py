@@ -26,8 +26,9 @@ from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import own_head
 from flexgen_helm.rows.choice import CheckedModel, KindChoice, Passed, check_model
 from flexgen_helm.runtime.fitting.fit import FittedModel
+from flexgen_helm.runtime.fitting.packing import PackedLayers
 from flexgen_helm.runtime.offload import Offloader
-from flexgen_helm.runtime.packed_model import PackedLayers, packed_store, unpack_all
+from flexgen_helm.runtime.packed_model import packed_store, unpack_all
 from flexgen_helm.runtime.verdicts import Check, recall, remember
 from flexgen_helm.types import ResolvedPolicy, WeightNumerics
 

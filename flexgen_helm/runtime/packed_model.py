@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexgen_helm.memory.buffers import allocate
@@ -18,21 +18,6 @@ from flexgen_helm.policy.model_shapes import EMBEDDINGS
 from flexgen_helm.policy.weight_plan import WeightPlan
 from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.schedule.operations import head_unit
-
-
-class PackedLayers:
-    """A keeper that has all layers, so that none is read from the checkpoint.
-
-    It is a `flexgen_helm.loading.assembly.LayerKeeper`.
-    """
-
-    def has(self, j: int) -> bool:
-        """Return whether the slab of layer j is there."""
-        return True
-
-    def keep(self, j: int, layer: nn.Module) -> None:
-        """Refuse: no layer is read."""
-        raise AssertionError(f"layer {j} was read")
 
 
 def unpack_all(fitted: FittedModel, model: PreTrainedModel, device: Device) -> None:

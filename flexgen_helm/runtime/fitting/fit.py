@@ -24,7 +24,7 @@ from flexgen_helm.model.layers import layers_of, refuse_shared_layers
 from flexgen_helm.policy.shapes_of_model import own_head
 from flexgen_helm.runtime.fitting.files import save_tensors
 from flexgen_helm.runtime.fitting.matrices_of_model import ModelMatrices
-from flexgen_helm.runtime.fitting.packing import PackingKeeper
+from flexgen_helm.runtime.fitting.packing import PackedLayers, PackingKeeper
 from flexgen_helm.runtime.fitting.progress import LayerProgress
 from flexgen_helm.runtime.fitting.statistics import DESCRIPTION, observe_model
 
@@ -125,9 +125,11 @@ def _pack(
     num_layers = len(layers_of(source.empty))
     with LayerProgress("quantising", num_layers) as progress:
         keeper = PackingKeeper(slabs, units.keys() - set(missing), scheme, decided, progress)
-        model = replace(source, dtype=torch.float32).read(keeper)
-        head = own_head(model)
-        if head is not None and num_layers in missing:
+        source = replace(source, dtype=torch.float32)
+        source.read_layers(keeper)
+        if num_layers in missing:
+            head = own_head(source.read(PackedLayers()))
+            assert head is not None
             keeper.write(num_layers, head, {})
 
 

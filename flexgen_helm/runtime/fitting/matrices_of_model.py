@@ -33,7 +33,7 @@ def read_layers(source: ModelSource) -> Iterator[tuple[int, nn.Module]]:
     """Yield the layers of a model with their numbers. A layer is empty once the next one is asked for."""
 
     def read(taker: greenlet) -> None:
-        source.read(_Handing(taker))
+        source.read_layers(_Handing(taker))
 
     reader = greenlet(read)
     while (found := reader.switch(getcurrent())) is not None:

@@ -16,6 +16,21 @@ from flexgen_helm.memory.slab_folder import SlabFolder
 from flexgen_helm.runtime.fitting.progress import LayerProgress
 
 
+class PackedLayers:
+    """A keeper that has all layers, so that none is read from the checkpoint.
+
+    It is a `flexgen_helm.loading.assembly.LayerKeeper`.
+    """
+
+    def has(self, j: int) -> bool:
+        """Return whether layer j is there."""
+        return True
+
+    def keep(self, j: int, layer: nn.Module) -> None:
+        """Refuse: no layer is read."""
+        raise AssertionError(f"layer {j} was read")
+
+
 class PackingKeeper:
     """A keeper that quantises each layer as soon as it is read, writes its slab, and empties it.
 

@@ -23,6 +23,7 @@ from flexgen_helm.model.experts import register_sliced_experts
 from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording
 from flexgen_helm.runtime.fitting.files import save_tensors
 from flexgen_helm.runtime.fitting.observation import observed
+from flexgen_helm.runtime.fitting.packing import PackedLayers
 from flexgen_helm.runtime.fitting.progress import LayerProgress
 
 NUM_ROWS, ROW_TOKENS = 4, 512
@@ -45,7 +46,7 @@ def observe_model(source: ModelSource, scheme: Scheme, folder: Path) -> dict[Mat
         DiskFull: If there is no space for the statistics.
     """
     source = replace(source, dtype=torch.float32)
-    loaded = source.described(source.read(_NoLayers()))
+    loaded = source.described(source.read(PackedLayers()))
     model = RecordedModel(loaded.model, device=source.device)
     model.use(Implementations(model.own.attention, register_sliced_experts()))
     rows = [_record(model, ids) for ids in random_tokens(loaded)]
@@ -58,7 +59,7 @@ def observe_model(source: ModelSource, scheme: Scheme, folder: Path) -> dict[Mat
             checkpoints.save(j, parts, rows)
             progress.done(j)
 
-        source.read(_LayerObserver(model, rows, scheme, keep, first=checkpoints.next_layer))
+        source.read_layers(_LayerObserver(model, rows, scheme, keep, first=checkpoints.next_layer))
     return found
 
 
@@ -76,16 +77,6 @@ def _record(model: RecordedModel, ids: Tensor) -> Recording:
     return model.record(
         Recording(), input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=False
     )
-
-
-class _NoLayers:
-    """A keeper that leaves all layers empty."""
-
-    def has(self, j: int) -> bool:
-        return True
-
-    def keep(self, j: int, layer: nn.Module) -> None:
-        raise AssertionError("no layer is read")
 
 
 class _LayerObserver:
