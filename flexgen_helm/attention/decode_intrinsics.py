@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from flexgen_helm.machine.compiled import size
+
 LANES = 16
 """Numbers in a vector; rows and columns of a block that is transposed."""
-size = np.uint64
-"""Type of indices: Numba lets signed ones count from the end, which keeps loops from being vectorised."""
 WORD, FLOAT = ir.IntType(32), ir.FloatType()
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from flexgen_helm.attention.decode_intrinsics import LANES, array_at, fma, multiply_add, size, transpose_block
+from flexgen_helm.attention.decode_intrinsics import LANES, array_at, fma, multiply_add, transpose_block
 from flexgen_helm.attention.row_pages import CHUNK_TOKENS
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+from flexgen_helm.machine.compiled import compiled, size
 
 REORDERED = {"contract", "reassoc", "nsz"}
 """Sums over the keys of one query may be reordered: the same query has as many keys whatever its neighbours are."""
@@ -184,15 +185,7 @@ def _weigh(scores, visible, mask, scale, softcap, before, exponents):  # type: i
     return top, f32(2) ** (before - top), _sum(scores)
 
 
-def _compiled(function: Any) -> Any:
-    """Compile at the first call, and keep the machine code on disk where a folder can be written."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def attend_chunks(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infers types, and knows no dataclasses
     queries, k, v, kind, num_kv, begins, rows, visible, masks, scale, softcap, top, den, total
 ):

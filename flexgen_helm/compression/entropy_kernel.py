@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from flexgen_helm.compression.compiled import compiled, size
+from flexgen_helm.machine.compiled import compiled, size
 
 FP32, BFLOAT16, FLOAT16 = 0, 1, 2
 """What the bits of unpacked weights mean."""

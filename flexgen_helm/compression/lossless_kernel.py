@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flexgen_helm.compression.compiled import compiled, size
+from flexgen_helm.machine.compiled import compiled, size
 
 u16 = np.uint16
 Array = Any

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flexgen_helm.compression.columns import Columns
 from flexgen_helm.compression.minmax import MinMaxCodes
+from flexgen_helm.machine.compiled import compiled, size
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 """What the bits of the target mean."""
@@ -27,8 +28,7 @@ BLOCK = 64
 """Rows of a block."""
 SUPER = 16
 """Groups of a super scale."""
-f32, size = np.float32, np.uint64
-"""Indices are unsigned: Numba lets signed ones count from the end, which keeps loops from being vectorised."""
+f32 = np.float32
 FLOAT16_SCALE = f32(2.0**112)
 """The exponents of float16 are smaller by 112 than those of float32."""
 HALF = f32(0.5)
@@ -204,14 +204,6 @@ def _unpack_row(codes, at, bits, height, row, scale, minimum, scales_at, divide,
         out[out_at + i] = _number(code, scale[scales_at + i], minimum[scales_at + i], divide)
 
 
-def _compiled(function: Any) -> Any:
-    """Compile at the first call, and keep the machine code on disk where a folder can be written."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
-
-
 @njit(nogil=True)
 def _sort_columns(classes: Array, places: Array, counts: Array) -> None:
     """Find the place of each column among columns sorted by class, stably.
@@ -256,7 +248,7 @@ def _spread(supers, unit, packed, blocks, out):  # type: ignore[no-untyped-def]
                 out[block * num_columns + column] = (_from_half(supers[g // size(SUPER)]) * unit) * f32(shares[g])
 
 
-@_compiled
+@compiled
 def _unpack_columns(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infers types, and knows no dataclasses
     packed_classes, codes, super_scales, shares, unit, widths, target, stride, num_rows, num_columns, kind
 ):
@@ -287,7 +279,7 @@ def _unpack_columns(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba in
                 target[begin + i] = rounded[places[i]]
 
 
-@_compiled
+@compiled
 def _unpack_minmax(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - as above
     codes, scale, minimum, bits, group, target, stride, num_rows, num_columns, kind
 ):

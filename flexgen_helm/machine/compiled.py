@@ -1,4 +1,4 @@
-"""Compilation of the loops of this folder by Numba."""
+"""Compilation of loops by Numba."""
 
 from __future__ import annotations
 
