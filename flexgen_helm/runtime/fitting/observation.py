@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flexgen_helm.compression.matrices import MatrixTensor
+from flexgen_helm.compression.statistics import ColumnStatistics
 from flexgen_helm.machine.matmul import Product
 from flexgen_helm.model.linear import PRODUCT_NAME, has_experts, product_of
 
@@ -23,27 +24,20 @@ class InputMoments:
 
     def __init__(self, num_matrices: int, num_inputs: int) -> None:
         """Nothing is seen yet."""
-        self._sums = torch.zeros(num_matrices, num_inputs, dtype=torch.float64)
-        self._counts = torch.zeros(num_matrices, dtype=torch.float64)
+        self._whole = ColumnStatistics(num_inputs)
+        self._own = [ColumnStatistics(num_inputs) for _ in range(num_matrices)]
 
-    def add(self, number: int, inputs: Tensor, num_tokens: int | None = None) -> None:
-        """Add inputs ``[..., in]`` of a matrix.
-
-        Args:
-            number: Number of the matrix.
-            inputs: Inputs; those that are padding are zeros.
-            num_tokens: Tokens that are no padding; None: all.
-        """
+    def add(self, number: int, inputs: Tensor) -> None:
+        """Add inputs ``[..., in]`` of a matrix."""
         tokens = inputs.detach().reshape(-1, inputs.shape[-1])
-        self._sums[number] += tokens.float().square().sum(0).cpu()
-        self._counts[number] += len(tokens) if num_tokens is None else num_tokens
+        for each in (self._own[number], self._whole):
+            each.add(tokens)
 
     @property
     def moments(self) -> Tensor:
         """Mean square of each input, fp32 ``[n, in]``; that of all matrices for those that saw too few tokens."""
-        whole = self._sums.sum(0) / self._counts.sum().clamp(min=1)
-        own = self._sums / self._counts.clamp(min=1)[:, None]
-        return torch.where((self._counts >= FEWEST_TOKENS)[:, None], own, whole).float()
+        found = [each if each.num_tokens >= FEWEST_TOKENS else self._whole for each in self._own]
+        return torch.stack([each.moment for each in found])
 
 
 @contextmanager
@@ -86,5 +80,5 @@ def _multiply(
     for tensor, moments in places:
         number, rest = divmod(weight.data_ptr() - tensor.data_ptr(), tensor[0].nbytes)
         if rest == 0 and 0 <= number < len(tensor):
-            moments.add(number, inputs, num_tokens=int(inputs.any(-1).sum()))
+            moments.add(number, inputs[inputs.any(-1)])  # zeros are padding
     return product(inputs, weight, bias)
