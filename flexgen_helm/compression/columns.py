@@ -60,11 +60,6 @@ class Columns:
         return unpack(self.classes[:, None], CLASS_BITS, self.shape[1])[:, 0]
 
 
-def matrices(weight: Tensor) -> tuple[Tensor, ...]:
-    """Return what is quantised one by one: a matrix itself, or those of fused experts ``[experts, out, in]``."""
-    return weight.unbind() if weight.ndim == 3 else (weight,)
-
-
 def quantize(weight: Tensor, column_bits: Tensor, ladder: tuple[int, ...]) -> Columns:
     """Quantise a matrix.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.model.linear import LINEAR_CLASSES, has_experts
 
 
@@ -33,6 +34,20 @@ class MatrixTensor:
         """View the tensor as its n matrices: ``[n, out, in]``."""
         stacked = tensor if tensor.dim() == 3 else tensor[None]
         return stacked.transpose(1, 2) if self.transposed else stacked
+
+    def values(self, j: int, layer: nn.Module) -> Tensor:
+        """Return the matrices of layer j, fp32 ``[n, out, in]``.
+
+        Raises:
+            UnsupportedModel: If a weight is infinite or NaN.
+        """
+        values = self.matrices(layer.get_parameter(self.name).detach()).float()
+        if not bool(values.isfinite().all()):
+            raise UnsupportedModel(
+                f"{self.name} of layer {j} holds infinities or NaN, which cannot be quantised. The checkpoint is damaged, or "
+                "its values overflow: fetch it again, or use it without compression."
+            )
+        return values
 
 
 def matrix_tensors(layer: nn.Module) -> list[MatrixTensor]:

@@ -125,8 +125,13 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
     with options.device.current(), ExitStack() as held:
         held.enter_context(DEVICE_LIMITS.hold(options.device, options.limits.get("device")))
         blueprint = _draw(source, options)
-        with PRECISE_PRODUCTS.hold():
-            placed = load_and_check(blueprint)
+        try:
+            with PRECISE_PRODUCTS.hold():
+                placed = load_and_check(blueprint)
+        except BaseException:
+            if blueprint.fitted is not None:
+                blueprint.fitted.slabs.close()
+            raise
         log_choice(placed.loaded, placed.checked.passed)
         for tier, count in blueprint.plan.weights.resident_bytes.items():
             blueprint.meter.hold(tier, "resident weights", count)
@@ -199,23 +204,17 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     """Decide everything that can be decided before weights are read."""
     whole = _empty(source)
     kv_dtype = options.kv_dtype or source.dtype
-    formats: Mapping[int, SlabFormat] = plain_formats(whole)
     fitted: FittedModel | None = None
     weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
     folder = options.folder or _default_folder(weights, slab_identity(weights))
     if options.compression is not None and options.compression.bits is not None:
         weights, folder, fitted = _fit(source, options, options.compression)
-    shapes = shapes_of(whole, formats, kv_dtype)
-    policy = _with_place(resolved(options.policy, options.device), shapes, options)
-    space = measure_space(options.device, options.limits, folder)
-    if fitted is None and policy.keep_packed:
-        raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
-    if fitted is not None and (policy.keep_packed or not _fits_unpacked(shapes, policy, space)):
-        formats = fitted.formats
-        shapes = shapes_of(whole, formats, kv_dtype)
-    elif fitted is not None:
-        logger.info("%s: weights are unpacked once, since the unpacked model fits on the device", source.name)
-    plan = MemoryPlan.of(shapes, policy, space, options.policy)
+    try:
+        formats, policy, plan = _plan(whole, options, kv_dtype, folder, fitted)
+    except BaseException:
+        if fitted is not None:
+            fitted.slabs.close()
+        raise
     return Blueprint(
         fitted=fitted,
         source=source,
@@ -231,6 +230,24 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
         folder=folder,
         meter=Meter(options.device.torch_device),
     )
+
+
+def _plan(
+    whole: PreTrainedModel, options: EngineOptions, kv_dtype: torch.dtype, folder: Path, fitted: FittedModel | None
+) -> tuple[Mapping[int, SlabFormat], ResolvedPolicy, MemoryPlan]:
+    """Return the formats of slabs, the policy with the place of attention, and the plan of memory."""
+    formats: Mapping[int, SlabFormat] = plain_formats(whole)
+    shapes = shapes_of(whole, formats, kv_dtype)
+    policy = _with_place(resolved(options.policy, options.device), shapes, options)
+    space = measure_space(options.device, options.limits, folder)
+    if fitted is None and policy.keep_packed:
+        raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
+    if fitted is not None and (policy.keep_packed or not _fits_unpacked(shapes, policy, space)):
+        formats = fitted.formats
+        shapes = shapes_of(whole, formats, kv_dtype)
+    elif fitted is not None:
+        logger.info("weights are unpacked once, since the unpacked model fits on the device")
+    return formats, policy, MemoryPlan.of(shapes, policy, space, options.policy)
 
 
 def _fit(

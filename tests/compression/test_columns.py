@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexgen_helm.compression import minmax
-from flexgen_helm.compression.columns import Columns, dequantize, matrices, quantize
+from flexgen_helm.compression.columns import Columns, dequantize, quantize
 from flexgen_helm.compression.packing import packed_rows, unpack
 from flexgen_helm.errors import UnsupportedModel
 
@@ -104,9 +104,3 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     weight[3, 2] = float("inf")
     with pytest.raises(UnsupportedModel, match=r"NaN or infinite.*row 3, column 2"):
         quantize(weight, random_widths(4), LADDER)
-
-
-def test_fused_experts_are_matrices_one_by_one() -> None:
-    experts = gaussian(3, 8, 4)
-    assert [torch.equal(x, experts[i]) for i, x in enumerate(matrices(experts))] == [True] * 3
-    assert [x.shape for x in matrices(experts[0])] == [(8, 4)]

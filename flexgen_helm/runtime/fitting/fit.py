@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from flexgen_helm.compression.matrices import matrix_tensors
@@ -104,10 +104,11 @@ def _decide(source: ModelSource, scheme: Scheme, folder: Path) -> tuple[dict[Mat
         save_tensors(file, {f"{key}{SEPARATOR}{name}": x for key, parts in decided.items() for name, x in parts.items()})
     found: dict[MatrixKey, Parts] = {}
     try:
-        for name, x in load_file(file).items():
+        content = file.read_bytes()
+        for name, x in load(content).items():
             key, _, part = name.rpartition(SEPARATOR)
             found.setdefault(key, {})[part] = x
-        return found, sha256(file.read_bytes()).hexdigest()[:32]
+        return found, sha256(content).hexdigest()[:32]
     except (OSError, SafetensorError) as error:
         raise CorruptFile(f"{file} cannot be read ({error}). Delete the folder {folder}; it is made again.") from error
 

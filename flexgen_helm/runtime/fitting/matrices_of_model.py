@@ -72,6 +72,6 @@ class ModelMatrices(Mapping[MatrixKey, Tensor]):
             self._found = {
                 f"{self._j}/{tensor.name}/{i}": matrix
                 for tensor in matrix_tensors(layer)
-                for i, matrix in enumerate(tensor.matrices(layer.get_parameter(tensor.name).detach()))
+                for i, matrix in enumerate(tensor.values(self._j, layer))
             }
-        return self._found[key].float()
+        return self._found[key]

@@ -9,7 +9,6 @@ from torch import nn
 from flexgen_helm.compression.matrices import matrix_tensors
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
 from flexgen_helm.compression.slab_format import layout_of_tensors, stored_tensors
-from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.slab import Binding, layout_of
 from flexgen_helm.memory.slab_folder import SlabFolder
@@ -66,22 +65,14 @@ class PackingKeeper:
 
         Raises:
             DiskFull: If there is no space for it.
-            FlexGenError: If a weight is infinite or NaN.
+            UnsupportedModel: If a weight is infinite or NaN.
         """
         packed = {}
         for tensor in matrix_tensors(layer):
-            matrices = tensor.matrices(layer.get_parameter(tensor.name).detach()).float()
-            if not bool(matrices.isfinite().all()):
-                raise FlexGenError(
-                    f"{tensor.name} of layer {j} holds infinities or NaN, which cannot be quantised. The checkpoint is "
-                    "damaged, or its values overflow: fetch it again, or use it without compression."
-                )
-            packed[tensor.name] = [
-                self._scheme.pack(
-                    matrix.contiguous(), self._decided[f"{j}/{tensor.name}/{i}"] if self._scheme.needs_statistics else {}
-                )
-                for i, matrix in enumerate(matrices)
-            ]
+            matrices = tensor.values(j, layer)
+            keys = [f"{j}/{tensor.name}/{i}" for i in range(len(matrices))]
+            decided = [self._decided[key] if self._scheme.needs_statistics else {} for key in keys]
+            packed[tensor.name] = [self._scheme.pack(x.contiguous(), own) for x, own in zip(matrices, decided, strict=True)]
         self.write(j, layer, packed)
         Binding(layer, layout_of(layer)).to_meta()
         self._progress.done(j)

@@ -98,6 +98,7 @@ class _LayerObserver:
 
     def keep(self, j: int, layer: nn.Module) -> None:
         target = self._model.layers[j]
+        values = {tensor.name: tensor.values(j, layer) for tensor in matrix_tensors(layer)}
         target.load_state_dict({name: x.to(self._model.device) for name, x in layer.state_dict().items()}, assign=True)
         tensors = matrix_tensors(target)
         with torch.inference_mode(), observed(target, tensors) as seen:
@@ -105,9 +106,8 @@ class _LayerObserver:
                 self._model.replay(j, row)
         found: dict[MatrixKey, Parts] = {}
         for tensor in tensors:
-            weights = tensor.matrices(layer.get_parameter(tensor.name).detach())
-            for i, (weight, moment) in enumerate(zip(weights, seen[tensor.name].moments, strict=True)):
-                found[f"{j}/{tensor.name}/{i}"] = self._scheme.observe(weight.float(), moment)
+            for i, (weight, moment) in enumerate(zip(values[tensor.name], seen[tensor.name].moments, strict=True)):
+                found[f"{j}/{tensor.name}/{i}"] = self._scheme.observe(weight, moment)
         Binding(target, layout_of(target)).to_meta()
         Binding(layer, layout_of(layer)).to_meta()
         self._on_layer(j, found)

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from flexgen_helm.compression.matrices import matrix_tensors
 from flexgen_helm.compression.scheme import MatrixKey, Parts
-from flexgen_helm.errors import CorruptFile, FlexGenError
+from flexgen_helm.errors import CorruptFile, UnsupportedModel
 from flexgen_helm.loading.source import ModelSource, open_model
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.slab_folder import SlabFolder
@@ -176,5 +176,5 @@ def test_infinite_weights_are_refused_by_name(bench: Workbench, tmp_path: Path) 
     layer.get_parameter("mlp.up_proj.weight").data[0, 0] = torch.inf
     decided: dict[str, Parts] = defaultdict(lambda: {"step": torch.ones(1)})
     keeper = PackingKeeper(SlabFolder(tmp_path, IDENTITY, {}), [], Halves(), decided, LayerProgress("", 1))
-    with pytest.raises(FlexGenError, match=r"mlp\.up_proj\.weight of layer 0 holds infinities"):
+    with pytest.raises(UnsupportedModel, match=r"mlp\.up_proj\.weight of layer 0 holds infinities"):
         keeper.keep(0, layer)
