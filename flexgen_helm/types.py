@@ -19,7 +19,9 @@ ON_DEVICE: Shares = (1.0, 0.0, 0.0)
 ON_HOST: Shares = (0.0, 1.0, 0.0)
 ROUNDING = 1e-6
 """Largest difference between the sum of shares and 1."""
-Resource = Literal["device", "cpu_attention", "host_to_device", "device_to_host", "disk_read", "disk_write", "scheduler"]
+Resource = Literal[
+    "device", "cpu_attention", "unpack", "host_to_device", "device_to_host", "disk_read", "disk_write", "scheduler"
+]
 RESOURCES: tuple[Resource, ...] = get_args(Resource)
 """Resources that can be busy during a sweep, in parallel with each other."""
 LINKS: tuple[Resource, ...] = ("host_to_device", "device_to_host", "disk_read", "disk_write")

@@ -14,7 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flexgen_helm.compression.minmax import MinMax, dequantize
+from flexgen_helm.compression.checks import require_quantizable
+from flexgen_helm.compression.minmax import LARGEST_FLOAT16, MinMax, dequantize
 from flexgen_helm.compression.packing import BLOCK_ROWS, filled, packed_rows
 from flexgen_helm.errors import UnsupportedModel
 
@@ -29,6 +30,8 @@ CLASS_BITS = 2
 """Bits of the map that says, for each column, which width of the ladder it has."""
 UNIT_BITS = 32
 """Bits of a matrix's unit."""
+NUMBERS_AT_ONCE = 2**17
+"""Weights whose errors are computed together."""
 
 
 def column_errors(weight: Tensor, moment: Tensor) -> Tensor:
@@ -44,11 +47,14 @@ def column_errors(weight: Tensor, moment: Tensor) -> Tensor:
     Raises:
         UnsupportedModel: If a number cannot be quantised.
     """
-    exact = weight.double()
-    error = exact - dequantize(MinMax(4).quantize(weight))
-    moment = moment.double()
-    output = (exact.square().sum(0) * moment).sum()
-    scores = moment * error.square().sum(0)
+    require_quantizable(weight, "w4", LARGEST_FLOAT16)
+    squares, errors, moment = torch.zeros_like(moment.double()), torch.zeros_like(moment.double()), moment.double()
+    # A few whole groups at a time, so that what is computed of them stays in the cache.
+    for rows in weight.split(max(1, NUMBERS_AT_ONCE // (weight.shape[1] * BLOCK_ROWS)) * BLOCK_ROWS):
+        exact = rows.double()
+        errors += (exact - dequantize(MinMax(4).quantize(rows))).square_().sum(0)
+        squares += exact.square_().sum(0)
+    output, scores = (squares * moment).sum(), moment * errors
     return scores / output if output > 0 else torch.zeros_like(scores)
 
 

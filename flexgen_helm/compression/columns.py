@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexgen_helm.compression.allocation import CLASS_BITS, SCALE_BITS, SUPER_GROUPS, UNIT_BITS, num_groups
 from flexgen_helm.compression.checks import require_quantizable
-from flexgen_helm.compression.group_fit import codes_of, fit
+from flexgen_helm.compression.group_kernel import fit_groups, residuals, round_groups
 from flexgen_helm.compression.packing import BLOCK_ROWS, pack, packed_rows, unpack
 
 MOST_SHARE = 2**SCALE_BITS - 1
@@ -76,14 +78,12 @@ def quantize(weight: Tensor, column_bits: Tensor, ladder: tuple[int, ...]) -> Co
     classes = torch.searchsorted(torch.tensor(ladder, dtype=torch.uint8), column_bits).to(torch.uint8)
     order = classes.sort(stable=True).indices
     unit = _unit(weight)
-    columns = (weight.float() / unit).T[order].contiguous()
-    groups = _Groups(_cut(columns), 2 ** column_bits[order].float() - 1)
+    groups = _Groups(weight.float().contiguous(), 1 / unit, 2 ** column_bits.float() - 1, order)
     scale, minimum = groups.fit()
     d, s = _two_levels(scale, least=1)
     dm, m = _two_levels(-minimum, least=0)
     s, m = _best_shares(groups, d, s, dm, m)
-    codes = groups.codes(_spread(d, s), -_spread(dm, m))
-    rows = torch.cat([part.view(shape[1], -1) for part in codes], 1).to(torch.uint8).T
+    rows = groups.codes(_spread(d, s), -_spread(dm, m))[:, order]
     counts = torch.bincount(classes.int(), minlength=len(ladder)).tolist()
     packed = [pack(part, width).flatten() for part, width in zip(rows.split(counts, 1), ladder, strict=True)]
     return Columns(
@@ -120,55 +120,52 @@ def dequantize(stored: Columns) -> Tensor:
 
 
 def _unit(weight: Tensor) -> float:
-    largest = float(weight.abs().max())
+    low, high = (float(x) for x in weight.aminmax())
+    largest = max(-low, high)
     # float32 has no powers of two below 2**-126 that are exact in every product.
     return math.ldexp(1.0, max(math.frexp(largest)[1] - UNIT_EXPONENT, -126)) if largest > 0 else 1.0
 
 
-def _cut(columns: Tensor) -> list[Tensor]:
-    """Cut ``[in, out]`` into ``[in, blocks, 64]`` and, where rows are left, ``[in, 1, rest]``."""
-    whole = columns.shape[1] // BLOCK_ROWS * BLOCK_ROWS
-    parts = (columns[:, :whole].reshape(len(columns), -1, BLOCK_ROWS), columns[:, whole:].unsqueeze(1))
-    return [part for part in parts if part.numel()]
-
-
 @dataclass(frozen=True)
 class _Groups:
-    """All groups of a matrix. Numbers of groups are flat, ``[G]``: those of a column together."""
+    """All groups of a matrix. Their numbers are float32 ``[G]`` in the order of sorted columns, those of a column together."""
 
-    parts: list[Tensor]
-    """float32 ``[in, blocks, n]``, in two parts where the last block is shorter; see `_cut`."""
+    weight: Tensor
+    """float32 ``[out, in]``, contiguous."""
+    per_unit: float
+    """A power of two, by which weights are multiplied."""
     levels: Tensor
     """float32 ``[in]``: the largest code of each column."""
+    order: Tensor
+    """int64 ``[in]``: sorted columns."""
 
     def fit(self) -> tuple[Tensor, Tensor]:
         """Return the scale and minimum of each group."""
-        found = [fit(part.flatten(0, 1), levels) for part, levels in zip(self.parts, self._levels(), strict=True)]
-        scale, minimum = ([x.view(len(self.levels), -1) for x in values] for values in zip(*found, strict=True))
-        return torch.cat(scale, 1).view(-1), torch.cat(minimum, 1).view(-1)
-
-    def codes(self, scale: Tensor, minimum: Tensor) -> list[Tensor]:
-        """Return the nearest codes of each part, ``[in * blocks, n]`` in float32."""
-        arguments = zip(self.parts, self._levels(), self._split(scale), self._split(minimum), strict=True)
-        return [codes_of(part.flatten(0, 1), *numbers) for part, *numbers in arguments]
+        return self._run(fit_groups)
 
     def residuals(self, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean of weight less code times scale, which is the best minimum for the codes, and mean squared error."""
-        means, errors = [], []
-        for part, codes, own, low in zip(
-            self.parts, self.codes(scale, minimum), self._split(scale), self._split(minimum), strict=True
-        ):
-            rest = part.flatten(0, 1) - codes * own
-            means.append(rest.mean(1).view(part.shape[:2]))
-            errors.append((rest - low).square().mean(1).view(part.shape[:2]))
-        return torch.cat(means, 1).view(-1), torch.cat(errors, 1).view(-1)
+        """Return mean of weight less code times scale, which is the best minimum for the codes, and sum of squared errors."""
+        return self._run(residuals, scale, minimum)
 
-    def _levels(self) -> list[Tensor]:
-        return [self.levels[:, None].expand(-1, part.shape[1]).reshape(-1, 1) for part in self.parts]
+    def codes(self, scale: Tensor, minimum: Tensor) -> Tensor:
+        """Return the nearest codes, uint8 ``[out, in]``."""
+        codes = torch.empty(self.weight.shape, dtype=torch.uint8)
+        round_groups(*self._arguments(), *map(self._blocks, (scale, minimum)), codes.numpy())
+        return codes
 
-    def _split(self, numbers: Tensor) -> list[Tensor]:
-        blocks = [part.shape[1] for part in self.parts]
-        return [x.reshape(-1, 1) for x in numbers.view(len(self.levels), -1).split(blocks, 1)]
+    def _run(self, kernel: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = torch.empty(2, -(-len(self.weight) // BLOCK_ROWS), len(self.levels))
+        kernel(*self._arguments(), *map(self._blocks, given), first.numpy(), second.numpy())
+        return first[:, self.order].T.flatten(), second[:, self.order].T.flatten()
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.weight.numpy(), np.float32(self.per_unit), self.levels.numpy()
+
+    def _blocks(self, numbers: Tensor) -> Any:
+        """Numbers of groups as the kernels take them: ``[blocks, in]`` in the order of the matrix."""
+        blocks = torch.empty(len(numbers) // len(self.levels), len(self.levels))
+        blocks[:, self.order] = numbers.view(len(self.levels), -1).T
+        return blocks.numpy()
 
 
 def _best_shares(groups: _Groups, d: Tensor, s: Tensor, dm: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:

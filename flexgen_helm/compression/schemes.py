@@ -15,7 +15,7 @@ from flexgen_helm.compression.entropy import StepRule, solve_steps
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
 from flexgen_helm.compression.unpack_kernel import unpack_columns, unpack_minmax
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of all stored forms and of how they are fitted: raised whenever the bytes of a slab may change."""
 
 

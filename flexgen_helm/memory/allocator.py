@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -39,6 +40,15 @@ class LargeTensorMaps:
     def begin(self) -> None:
         """Add a user: the first one switches the mappings on."""
         self._change(1)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be a user while the context lasts."""
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
 
     def end(self) -> None:
         """Remove a user: the last one restores the thresholds at which the C library itself arrives."""

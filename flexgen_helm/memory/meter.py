@@ -15,10 +15,19 @@ from flexgen_helm.memory.usage import PeakBytes
 from flexgen_helm.types import RESOURCES, Resource, RunStats, SweepStats, Tier
 
 ActivityKind = Literal[
-    "plan", "record", "compute", "finish", "load_weights", "load_cache", "store_cache", "load_hidden", "store_hidden"
+    "plan",
+    "record",
+    "compute",
+    "finish",
+    "load_weights",
+    "unpack_weights",
+    "load_cache",
+    "store_cache",
+    "load_hidden",
+    "store_hidden",
 ]
-"""Kinds of work that a resource does: the kinds of operations, and planning a sweep."""
-ON_STREAM: frozenset[Resource] = frozenset({"device", "host_to_device", "device_to_host"})
+"""Kinds of work that a resource does: the kinds of operations, unpacking weights, and planning a sweep."""
+ON_STREAM: frozenset[Resource] = frozenset({"device", "unpack", "host_to_device", "device_to_host"})
 """Resources whose work a GPU does on a stream, after the call that starts it has returned."""
 _Mark = float | torch.cuda.Event
 _Anchor = tuple[torch.cuda.Event | None, float]

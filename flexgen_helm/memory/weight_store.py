@@ -184,7 +184,8 @@ class WeightStore:
                 arrival[:count].copy_(stored[:count], non_blocking=True)
             stored = arrival
         if not form.in_place:
-            form.unpack(stored, target)
+            with self._meter.span("unpack", Activity("unpack_weights", str(j))):
+                form.unpack(stored, target)
 
 
 def _device_memory(num_bytes: int, device: Device) -> Tensor:

@@ -39,6 +39,9 @@ BOUNDS = {
         "fewer prompts at a time, so that more fits",
     ),
     "cpu_attention": Bound("attention on the CPU", "cpu_attention=0, or more of the device's memory (max_memory)"),
+    "unpack": Bound(
+        "unpacking compressed weights", f"a scheme that is unpacked faster (`w4` for `w4-entropy`), or {MORE_PROMPTS}"
+    ),
     "memory": Bound("reading weights from the device's own memory", MORE_PROMPTS),
     "device": Bound("multiplying matrices", "a faster device, or a number format in which it multiplies faster (dtype)"),
     "scheduler": Bound("planning the sweeps", "larger rows (gpu_batch_size, gpu_batch_tokens), which are part of the numerics"),

@@ -40,12 +40,13 @@ class Sweep:
     decode_tokens: int
     disk_read_bytes: int
     bound_by: str | None
+    busy_seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, sweep: SweepStats) -> Sweep:
         """Take the reported figures of a measured sweep."""
         read = sweep.bytes_moved.get("disk_read", 0)
-        return cls(sweep.seconds, sweep.prompt_tokens, sweep.decode_tokens, read, sweep.bound_by)
+        return cls(sweep.seconds, sweep.prompt_tokens, sweep.decode_tokens, read, sweep.bound_by, dict(sweep.busy_seconds))
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Answers:
     weight_bytes: dict[str, int]
     """By tier."""
     stats: dict[str, Any]
+    bits_per_weight: float
+    """Of compressed matrices, or of all weights if none are compressed."""
+    cpu_seconds: float
+    """Processor time of all threads while prompts were answered."""
     sweeps: list[Sweep] = field(default_factory=list)
 
     @property
@@ -96,14 +101,18 @@ def answer(task: Task) -> Answers:
         jobs = [
             Job(token_ids=prompt, max_new_tokens=task.new_tokens, top_logprobs=2, ignore_eos=True) for prompt in task.prompts
         ]
+        begun_cpu = time.process_time()
         completions = [result.completions[0] for result in engine.run(jobs, progress=False)]
+        cpu_seconds, info = time.process_time() - begun_cpu, engine.describe()
         return Answers(
             load_s=load_s,
             seconds=engine.stats.seconds,
             tokens=[completion.token_ids for completion in completions],
             gaps=[[best[0].logprob - best[1].logprob for best in one.top_logprobs] for one in completions],
-            weight_bytes=engine.describe().weight_bytes,
+            weight_bytes=info.weight_bytes,
             stats=engine.stats.as_dict(),
+            bits_per_weight=info.bits_per_compressed_weight or info.bits_per_weight,
+            cpu_seconds=cpu_seconds,
             sweeps=[Sweep.of(sweep) for sweep in engine.stats.per_sweep],
         )
 

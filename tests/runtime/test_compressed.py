@@ -66,6 +66,7 @@ def test_an_engine_equals_transformers_with_the_unpacked_weights(
             str(folder), compression=variant, device=device, policy=policy, offload_folder=tmp_path / "slabs"
         ) as engine:
             answers[name] = engine.run(JOBS)
+            assert (engine.stats.busy_seconds.get("unpack", 0) > 0) == (name not in ("resident", "host"))
             assert engine.numerics.weights.scheme == variant
     reference = Reference(_unpacked(folder, tmp_path / "slabs", variant, tmp_path / "unpacked"))
     agreement = Agreement()

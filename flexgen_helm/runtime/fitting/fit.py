@@ -18,6 +18,7 @@ from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
 from flexgen_helm.compression.slab_format import CompressedSlab
 from flexgen_helm.errors import CorruptFile
 from flexgen_helm.loading.source import ModelSource
+from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
 from flexgen_helm.memory.slab import SlabLayout, layout_of
 from flexgen_helm.memory.slab_folder import SlabFolder
 from flexgen_helm.model.layers import layers_of, refuse_shared_layers
@@ -76,6 +77,11 @@ def fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str
         CorruptFile: If files are missing, torn, or of another model or scheme.
         DiskFull: If there is no space.
     """
+    with LARGE_TENSOR_MAPS.hold():
+        return _fit(source, scheme, folder, identity)
+
+
+def _fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str]) -> FittedModel:
     whole = source.empty
     refuse_shared_layers(whole)
     units = dict(enumerate([*layers_of(whole), *filter(None, [own_head(whole)])]))
