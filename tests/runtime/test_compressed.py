@@ -38,7 +38,7 @@ def _unpacked(source: Path, compressed: Path, variant: str, target: Path) -> Pat
     config = parse(variant)
     assert config.bits is not None
     scheme = scheme_of(config.scheme, config.bits)
-    found = load_file(compressed / "decisions.safetensors") if scheme.needs_statistics else {}
+    found = load_file(compressed / "fit" / "decisions.safetensors") if scheme.needs_statistics else {}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for j, layer in enumerate(layers_of(model)):
         for tensor in matrix_tensors(layer):

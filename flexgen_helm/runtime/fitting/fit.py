@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +33,8 @@ from flexgen_helm.runtime.fitting.statistics import DESCRIPTION, observe_model
 logger = logging.getLogger(__name__)
 
 DECISIONS = "decisions.safetensors"
+FIT_FOLDER = "fit"
+"""Within the folder of slabs: statistics and decisions, which have an identity before there are slabs."""
 SEPARATOR = ":"
 
 
@@ -85,7 +88,8 @@ def _fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[st
     whole = source.empty
     refuse_shared_layers(whole)
     units = dict(enumerate([*layers_of(whole), *filter(None, [own_head(whole)])]))
-    decided, digest = _decide(source, scheme, folder) if scheme.needs_statistics else ({}, "")
+    with closing(SlabFolder(folder / FIT_FOLDER, identity, {})) as own:
+        decided, digest = _decide(source, scheme, own.path) if scheme.needs_statistics else ({}, "")
     found = SlabFolder.described(folder)
     slabs = SlabFolder(folder, {**identity, "decisions": digest}, {j: found[j] for j in units if j in found})
     try:

@@ -166,9 +166,23 @@ def test_what_is_damaged_is_said(bench: Workbench, tmp_path: Path) -> None:
     fit(source, Halves(), tmp_path, IDENTITY).slabs.close()
     with pytest.raises(CorruptFile, match="holds slabs of model tiny"):
         fit(source, Halves(), tmp_path, {"model": "another"})
-    (tmp_path / "decisions.safetensors").write_bytes(b"torn")
+    (tmp_path / "fit" / "decisions.safetensors").write_bytes(b"torn")
     with pytest.raises(CorruptFile, match=r"Delete the folder .* it is made again"):
         fit(source, Halves(), tmp_path, IDENTITY)
+
+
+def test_statistics_of_another_model_are_never_used(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: PackingKeeper, j: int, layer: nn.Module) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PackingKeeper, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(_source(bench, "llama"), Halves(), tmp_path, IDENTITY)
+    (tmp_path / "slabs.json").unlink()  # killed even before it was written
+    with pytest.raises(CorruptFile, match="holds slabs of model tiny, not of model another"):
+        fit(_source(bench, "llama"), Halves(), tmp_path, {"model": "another"})
 
 
 def test_infinite_weights_are_refused_by_name(bench: Workbench, tmp_path: Path) -> None:
