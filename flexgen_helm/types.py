@@ -396,3 +396,5 @@ class EngineInfo:
     """Most bytes of K and V on each tier."""
     bit_stable: bool | None = None
     """Whether neighbours changed no bit in the self-check at load; None: not measured on the device that computes."""
+    released_dtype: str = ""
+    """The dtype in which the checkpoint says that its weights are, such as "bfloat16"; empty: it does not say."""

@@ -68,6 +68,12 @@ class ModelSource:
     device: torch.device
     """The device that computes."""
 
+    @property
+    def released_dtype(self) -> str:
+        """The dtype that the config names for the weights; empty if it names none."""
+        dtype = getattr(self.config, "dtype", None)
+        return dtype_name(dtype) if isinstance(dtype, torch.dtype) else ""
+
     def digest(self) -> str:
         """Return a digest of weights, config and tokenizer, or of the config alone if the model gets dummy weights."""
         if self.folder is not None:

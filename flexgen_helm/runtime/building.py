@@ -103,6 +103,8 @@ class Parts:
     folder: Path
     """Folder for everything on disk; it may not exist."""
     meter: Meter
+    released_dtype: str = ""
+    """See `EngineInfo`."""
     fitted: FittedModel | None = None
     """The quantised model; None: weights are not compressed."""
     held: ExitStack = field(default_factory=ExitStack)
@@ -182,6 +184,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         executor=executor,
         folder=folder,
         meter=meter,
+        released_dtype=blueprint.source.released_dtype,
         fitted=blueprint.fitted,
     )
 

@@ -301,6 +301,7 @@ class Engine:
             cache_bytes={str(tier): count for tier, count in parts.cache_bytes.items()},
             weight_bytes={str(tier): count for tier, count in weights.weight_bytes.items()},
             bit_stable=self.self_check.bit_stable,
+            released_dtype=parts.released_dtype,
         )
 
     def with_limit(self, stats: RunStats) -> RunStats:
