@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from flexgen_helm.evaluation.commands import Evaluation
@@ -67,7 +66,7 @@ def _read_score(run: Run, main: MainMetric) -> Score:
     # Inputs as they are; HELM adds perturbed ones and the worst of them, and statistics of nothing.
     stats = [stat for stat in run.stats() if stat.perturbation is None and stat.count]
     return Score(
-        run=re.sub("[,:]model(_deployment)?=[^,]*", "", run.name),
+        run=run.scenario,
         metric=main.name,
         value=next((stat.mean for stat in stats if (stat.name, stat.split) == (main.name, main.split)), None),
         instances=len({request.instance_id for request in requests if main.split in (None, request.split)}),

@@ -6,6 +6,7 @@ Files are read when a method asks for them and are not kept, because those of a 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,11 @@ class Run:
     def name(self) -> str:
         """The run entry with its model, as HELM names the folder."""
         return self.folder.name
+
+    @property
+    def scenario(self) -> str:
+        """The run entry without its model, which is the same for every model."""
+        return re.sub("[,:]model(_deployment)?=[^,]*", "", self.name)
 
     @property
     def is_complete(self) -> bool:
