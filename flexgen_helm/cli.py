@@ -23,6 +23,7 @@ from flexgen_helm.cli_options import (
     add_model_options,
     add_observation_options,
     add_placement_options,
+    add_report_options,
     add_suite_options,
     engine_arguments,
 )
@@ -117,12 +118,30 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     add_placement_options(fidelity)
     add_fidelity_options(fidelity)
     fidelity.set_defaults(run=partial(_fidelity, load_engine=load_engine), few_requests=False)
+    report = commands.add_parser(
+        "report",
+        help="compare evaluations",
+        description="Compare runs of HELM with those of a baseline and write a report: scores, flips, bits, speed.",
+    )
+    add_report_options(report)
+    report.set_defaults(run=_report)
     return parser
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _require_helm() -> None:
     if importlib.util.find_spec("helm") is None:
         raise FlexGenError('HELM is not installed. Install it with `pip install "flexgen_helm[helm]"`.')
+
+
+def _report(args: argparse.Namespace) -> int:
+    _require_helm()
+    from flexgen_helm.reports.presentation.command import report
+
+    return report(args, _say)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _require_helm()
     from flexgen_helm.evaluation.evaluate import evaluate, make_evaluation
     from flexgen_helm.helm.disk_errors import RESUME
 

@@ -138,6 +138,26 @@ def add_fidelity_options(parser: argparse.ArgumentParser) -> None:
     add("-v", "--verbose", action="store_true", help="also print the log of both engines")
 
 
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `report`."""
+    add = parser.add_argument_group("runs").add_argument
+    suite = "suite folder of HELM, or a suite's name; behind a colon a model in it"
+    add("--baseline", required=True, metavar="SUITE[:MODEL]", help=suite)
+    more = "the same, one or several; a suite alone stands for all its models but the baseline"
+    add("--candidates", required=True, nargs="+", metavar="SUITE[:MODEL]", help=more)
+    output = "HELM's output folder, for suites given by name (%(default)s)"
+    add("--output-path", type=Path, default=Path("benchmark_output"), metavar="DIR", help=output)
+    add("--common-runs", action="store_true", help="leave out run entries that one side lacks")
+    add("--other-models", action="store_true", help="allow candidates that are another model than the baseline")
+    add = parser.add_argument_group("report").add_argument
+    add("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report (%(default)s)")
+    fidelity = "results of `flexgen-helm fidelity` (default: all in the cache folder)"
+    add("--fidelity", type=Path, nargs="+", metavar="FILE", help=fidelity)
+    schema = "schema of HELM that names the main metrics (default: schema.json of the baseline's suite, if there is one)"
+    add("--schema-path", type=Path, metavar="FILE", help=schema)
+    add("-v", "--verbose", action="store_true", help="also print the log")
+
+
 def _positive(text: str) -> int:
     number = int(text) if text.isascii() and text.isdigit() else 0
     if not number:
