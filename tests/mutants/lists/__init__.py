@@ -14,6 +14,7 @@ from tests.mutants.lists import (
     reports,
     requests,
     schedule,
+    statistics,
 )
 
 MUTANTS = (
@@ -26,6 +27,7 @@ MUTANTS = (
     *requests.MUTANTS,
     *durability.MUTANTS,
     *fidelity.MUTANTS,
+    *statistics.MUTANTS,
     *gpu.MUTANTS,
     *entropy_coding.MUTANTS,
 )

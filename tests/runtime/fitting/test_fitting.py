@@ -171,9 +171,7 @@ def test_what_is_damaged_is_said(bench: Workbench, tmp_path: Path) -> None:
         fit(source, Halves(), tmp_path, IDENTITY)
 
 
-def test_statistics_of_another_model_are_never_used(
-    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_of_another_model_are_never_used(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(self: PackingKeeper, j: int, layer: nn.Module) -> None:
         raise KeyboardInterrupt
 
