@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 
-from flexgen_helm.reports.comparing import Choices, Comparison, compare
-from flexgen_helm.reports.presentation.grid import Grid, grids
+from flexgen_helm.reports.comparing import Choices, compare
+from flexgen_helm.reports.presentation.grid import Grid
 from flexgen_helm.reports.presentation.write import facts_of, write
 
 SHOWN = ("instances", "score", "standard error", "recovery", "difference", "lost", "gained", "p")
@@ -32,14 +32,13 @@ def report(args: Namespace, say: Callable[[str], None]) -> int:
     )
     comparison = compare(args.baseline, args.candidates, choices, say=say)
     written = write(comparison, args.out)
-    print("\n".join([*facts_of(comparison), "", *summary(comparison), ""]))
+    print("\n".join([*facts_of(comparison), "", *summary(written.grids[0]), ""]))
     print(f"report: {written.page}\n{written.num_flips:,} answers that flipped: {written.page.with_name('flips.html')}")
     return 0
 
 
-def summary(comparison: Comparison) -> list[str]:
-    """Return a table of the scores of all runs together, or of each run where they cannot be summarised."""
-    grid = grids(comparison)[0]
+def summary(grid: Grid) -> list[str]:
+    """Return the lines of a table of scores: of all runs together, or of each run where they cannot be summarised."""
     suite = [line for line in grid.lines if line.level == "suite"] or list(grid.lines)
     return list(_aligned(list(_rows(grid, [grid.lines.index(line) for line in suite]))))
 

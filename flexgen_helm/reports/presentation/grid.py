@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -67,8 +68,10 @@ def _lines(columns: Sequence[str], comparison: Comparison, notes: list[str], *, 
     for place, part in sorted(figures.groupby(order), key=lambda item: (levels[item[0][0]], *item[0][1:])):
         level, scenario, perturbation = map(str, place)
         for name in names:
-            ours = part[part["configuration"] == name].set_index("figure")
-            if not ours.empty:
+            of_name = part[part["configuration"] == name]
+            columns_of = of_name[["figure", "value", "low", "high", "note"]].itertuples(index=False, name=None)
+            ours = {figure: values for figure, *values in columns_of}
+            if ours:
                 shown = "all runs" if only_suite else scenario + (f" {perturbation}" if perturbation else "")
                 yield Line(name, shown, level, tuple(_cell(column, ours, notes) for column in columns))
 
@@ -80,10 +83,10 @@ def _one_line_each(figures: pd.DataFrame) -> pd.DataFrame:
     return first.assign(level="suite", scenario="all runs", perturbation="").drop(columns="rank")
 
 
-def _cell(column: str, figures: pd.DataFrame, notes: list[str]) -> GridCell:
-    if column not in figures.index:
+def _cell(column: str, figures: Mapping[str, Sequence[Any]], notes: list[str]) -> GridCell:
+    if column not in figures:
         return GridCell("", math.nan, _noted(NOT_OF_BASELINE, notes))
-    value, low, high, note = figures.loc[column, ["value", "low", "high", "note"]]
+    value, low, high, note = figures[column]
     return GridCell(written(column, value, low, high), float(value), _noted(str(note), notes) if note else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,8 @@ class _Data:
         self.metrics = {scenario: facts.metric for scenario, facts in comparison.baseline.runs.items()}
         lower = {scenario for scenario, facts in comparison.baseline.runs.items() if facts.lower_is_better}
         figures = comparison.figures[comparison.figures["perturbation"] == ""]
-        self._wide = figures.set_index(["configuration", "level", "scenario", "figure"])[["value", "low", "high"]]
+        columns = ["configuration", "level", "scenario", "figure", "value", "low", "high"]
+        self._figures = {tuple(line[:4]): line[4:] for line in figures[columns].itertuples(index=False, name=None)}
         units = figures[["level", "scenario"]].drop_duplicates()
         runs = list(units[units.level == "run"].scenario)
         groups = list(units[units.level == "group"].scenario)
@@ -76,10 +78,7 @@ class _Data:
 
     def figure(self, name: str, unit: tuple[str, str], figure: str) -> tuple[float, float, float] | None:
         """Return value and interval; None where there is none."""
-        key = (name, *unit, figure)
-        if key not in self._wide.index:
-            return None
-        value, low, high = self._wide.loc[key]
+        value, low, high = self._figures.get((name, *unit, figure), (math.nan, math.nan, math.nan))
         return None if pd.isna(value) else (float(value), float(low), float(high))
 
     def score(self, name: str, unit: tuple[str, str]) -> tuple[float, float] | None:
@@ -93,7 +92,7 @@ SUITE = ("suite", "all runs")
 
 def _accuracy_against_bits(data: _Data) -> tuple[Figure | None, str]:
     names = [data.baseline, *data.candidates]
-    all_units = [*data.shares[::-1], *data.others]
+    all_units = [*data.shares[-1:], *data.shares[:-1], *data.others]
     bits = {name: next((found for unit in all_units if (found := data.figure(name, unit, "bits"))), None) for name in names}
     scored = [unit for unit in all_units if data.score(data.baseline, unit)]
     units = scored[:MOST_PANELS]
@@ -201,7 +200,7 @@ def _accuracy_against_throughput(data: _Data) -> tuple[Figure | None, str]:
     points = {name: (speed[0], score) for name, (speed, score) in found.items() if speed and score}
     if not points:
         return None, "No configuration has both a score and a measured speed (flexgen.json)."
-    figure = canvas(6.5, 4.0)
+    figure = canvas(WIDTH, 4.2)
     axes = figure.subplots()
     for name, (speed, (score, error)) in points.items():
         style = {"color": BASELINE, "marker": "o"} if name == data.baseline else look(data.candidates.index(name))
@@ -256,7 +255,7 @@ def _kl_tail(data: _Data) -> tuple[Figure | None, str]:
     if unit is None or not names:
         zero = any(found.values())
         return None, "It is 0." if zero else "There is no result of `flexgen-helm fidelity` for these configurations."
-    figure = canvas(6.5, 4.0)
+    figure = canvas(WIDTH, 4.2)
     axes = figure.subplots()
     parts = {"kl_median": "median", "kl_mean": "mean", "kl_p99": "99 %", "kl_p999": "99.9 %"}
     for number, name in enumerate(data.candidates):

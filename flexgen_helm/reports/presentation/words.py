@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from flexgen_helm.reports.reading import OF_WINDOWS
-
 ABSENT = "-"
 
 
@@ -125,9 +123,5 @@ def written(figure: str, value: float, low: float, high: float) -> str:
     if pd.isna(value):
         return ABSENT
     write = FIGURES[figure].write
-    return write(value) if pd.isna(low) else f"{write(value)} [{write(low)}, {write(high)}]"
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is written in points."""
-    return metric not in OF_WINDOWS
+    bounds = "" if pd.isna(low) else ", ".join(write(bound).removesuffix(" %") for bound in (low, high))
+    return f"{write(value)} [{bounds}]" if bounds else write(value)

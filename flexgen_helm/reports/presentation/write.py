@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from flexgen_helm.reports.answers import Answers
 from flexgen_helm.reports.comparing import Comparison
 from flexgen_helm.reports.flipped import flipped, texts_of
 from flexgen_helm.reports.presentation import markdown
-from flexgen_helm.reports.presentation.grid import grids
+from flexgen_helm.reports.presentation.grid import Grid, grids
 from flexgen_helm.reports.presentation.page import render_flips, render_report
 from flexgen_helm.reports.presentation.plots import draw_all
 from flexgen_helm.reports.presentation.tables import write_csv
@@ -27,6 +28,8 @@ class Written:
     page: Path
     """The others lie beside it."""
     num_flips: int
+    grids: Sequence[Grid]
+    """The tables that the pages show."""
 
 
 def write(comparison: Comparison, folder: Path) -> Written:
@@ -60,7 +63,7 @@ def write(comparison: Comparison, folder: Path) -> Written:
             (folder / name).write_text(text, encoding="utf-8", errors="replace")  # answers may hold lone surrogates
     except OSError as error:
         raise FlexGenError(f"The report cannot be written to {folder} ({error}). Give another folder with --out.") from error
-    return Written(folder / PAGE, len(flips))
+    return Written(folder / PAGE, len(flips), tables)
 
 
 def facts_of(comparison: Comparison) -> list[str]:
