@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from flexgen_helm.reports.comparing import Comparison
-from flexgen_helm.reports.presentation.words import FIGURES, NOT_OF_BASELINE, OF_ENGINES, TABLES, written
+from flexgen_helm.reports.presentation.words import FIGURES, NOT_OF_BASELINE, OF_ENGINES, TABLES, labels, written
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Line:
 
     configuration: str
     scenario: str
-    """With the perturbation, if there is one."""
+    """Short, with the perturbation, if there is one."""
+    entry: str
+    """The whole run entry; the group's name, or ``all runs``."""
     level: str
     cells: tuple[GridCell, ...]
 
@@ -61,6 +63,7 @@ def _grid(title: str, columns: Sequence[str], comparison: Comparison) -> Grid:
 def _lines(columns: Sequence[str], comparison: Comparison, notes: list[str], *, only_suite: bool) -> Iterator[Line]:
     order = ["level", "scenario", "perturbation"]
     figures = comparison.figures[comparison.figures["figure"].isin(columns)]
+    names_of_runs = labels(comparison.baseline.runs)
     names = [each.name for each in (comparison.baseline, *comparison.candidates)]
     if only_suite:
         figures = _one_line_each(figures)
@@ -72,8 +75,8 @@ def _lines(columns: Sequence[str], comparison: Comparison, notes: list[str], *, 
             columns_of = of_name[["figure", "value", "low", "high", "note"]].itertuples(index=False, name=None)
             ours = {figure: values for figure, *values in columns_of}
             if ours:
-                shown = "all runs" if only_suite else scenario + (f" {perturbation}" if perturbation else "")
-                yield Line(name, shown, level, tuple(_cell(column, ours, notes) for column in columns))
+                shown = names_of_runs.get(scenario, scenario) + (f" {perturbation}" if perturbation else "")
+                yield Line(name, shown, scenario, level, tuple(_cell(column, ours, notes) for column in columns))
 
 
 def _one_line_each(figures: pd.DataFrame) -> pd.DataFrame:

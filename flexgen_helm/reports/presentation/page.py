@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flexgen_helm.reports.presentation.grid import Grid
 from flexgen_helm.reports.presentation.plots import Plot
-from flexgen_helm.reports.presentation.words import ABSENT
+from flexgen_helm.reports.presentation.words import ABSENT, labels
 from flexgen_helm.reports.reading import Key
 
 MOST_FLIPS = 5000
@@ -47,6 +47,9 @@ def render_flips(title: str, flips: pd.DataFrame, texts: Mapping[tuple[str, Key]
     shown = flips.head(MOST_FLIPS)
     prompts: dict[str, int] = {}
     rows = [_flip(row, texts, prompts) for row in shown.to_dict("records")]
+    short = labels(sorted(map(str, flips["scenario"].unique())))
+    for row in rows:
+        row["run"] = short[row["scenario"]]
     choices = {name: sorted(map(str, flips[name].unique())) for name in ("configuration", "scenario", "change")}
     template = _environment().get_template("flips.html.j2")
     return template.render(title=title, rows=rows, total=len(flips), choices=choices, prompts=list(prompts))

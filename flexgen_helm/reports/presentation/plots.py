@@ -13,6 +13,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from flexgen_helm.reports.comparing import Comparison
 from flexgen_helm.reports.presentation.style import BASELINE, GAINED, LOST, canvas, look, saved, settings, short, spread
+from flexgen_helm.reports.presentation.words import labels
 
 Z95 = 1.959964
 MOST_UNITS = 24
@@ -58,6 +59,7 @@ class _Data:
     def __init__(self, comparison: Comparison) -> None:
         self.baseline = comparison.baseline.name
         self.candidates = [each.name for each in comparison.candidates]
+        self.labels = labels(comparison.baseline.runs)
         self.metrics = {scenario: facts.metric for scenario, facts in comparison.baseline.runs.items()}
         lower = {scenario for scenario, facts in comparison.baseline.runs.items() if facts.lower_is_better}
         figures = comparison.figures[comparison.figures["perturbation"] == ""]
@@ -75,6 +77,10 @@ class _Data:
             self.shares = [("group", group) for group in groups] + self.shares
         if (units.level == "suite").any():
             self.shares.append(("suite", "all runs"))
+
+    def label(self, unit: tuple[str, str]) -> str:
+        """Return what stands beside a run, a group or the suite."""
+        return short(self.labels.get(unit[1], unit[1]))
 
     def figure(self, name: str, unit: tuple[str, str], figure: str) -> tuple[float, float, float] | None:
         """Return value and interval; None where there is none."""
@@ -134,7 +140,7 @@ def _bits_panel(axes: Any, data: _Data, unit: tuple[str, str], bits: dict[str, f
     values = sorted({round(value, 2) for value in bits.values()})
     axes.set_xticks(_apart(values), [f"{value:g}" for value in _apart(values)])
     axes.set_xlim(min(values) * 0.85, max(values) * 1.18)
-    axes.set_title(short(unit[1]), fontsize="medium")
+    axes.set_title(data.label(unit), fontsize="small")
     axes.set(xlabel="bits per weight", ylabel=data.metrics.get(unit[1], "share of right answers"))
 
 
@@ -180,11 +186,11 @@ def _forest(axes: Any, data: _Data, units: Sequence[tuple[str, str]], scale: flo
                     value, height, xerr=bars, capsize=3, linestyle="", label=short(name) if not row else None, **look(number)
                 )
     axes.axvline(0, color=BASELINE, linewidth=1, linestyle="--")
-    _rows(axes, units)
+    _rows(axes, data, units)
 
 
-def _rows(axes: Any, units: Sequence[tuple[str, str]]) -> None:
-    axes.set_yticks(range(len(units)), [short(unit[1]) for unit in units])
+def _rows(axes: Any, data: _Data, units: Sequence[tuple[str, str]]) -> None:
+    axes.set_yticks(range(len(units)), [data.label(unit) for unit in units])
     axes.set_ylim(len(units) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     for row in range(1, len(units)):
@@ -207,7 +213,7 @@ def _accuracy_against_throughput(data: _Data) -> tuple[Figure | None, str]:
         axes.errorbar(speed, score, yerr=error, capsize=3, linestyle="", label=short(name), **style)
     front = _pareto([(speed, score) for speed, (score, _) in points.values()])
     axes.step(*zip(*front, strict=True), where="pre", color="#999999", linewidth=1, zorder=0, label="Pareto front")
-    axes.set(xlabel="tokens/s (prompt tokens computed and generated)", ylabel="share of right answers", title=short(unit[1]))
+    axes.set(xlabel="tokens/s (prompt tokens computed and generated)", ylabel="share of right answers", title=data.label(unit))
     axes.set_xlim(left=0)
     _legend(figure, axes)
     text = "What is not above and to the right of the line is beaten by another configuration in speed and score."
@@ -242,7 +248,7 @@ def _flips(data: _Data) -> tuple[Figure | None, str]:
                 axes.barh(at, 100 * gained / instances, color=GAINED, hatch="////", label="gained" if first else None, **bar)
                 axes.annotate(short(name), (1.01, at), xycoords=("axes fraction", "data"), va="center", fontsize="small")
     axes.axvline(0, color=BASELINE, linewidth=1)
-    _rows(axes, units)
+    _rows(axes, data, units)
     axes.set_xlabel("answers in per cent: lost to the left, gained to the right")
     _legend(figure, axes)
     return figure, "Answers that became wrong and answers that became right. Equal scores can hide many of both."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -116,6 +117,23 @@ TABLES: dict[str, tuple[str, ...]] = {
 """Figures by table. The last two tables have a line for each configuration, the others one for each run too."""
 OF_ENGINES = ("Size and speed", "Fidelity")
 NOT_OF_BASELINE = "this is the baseline"
+
+
+def labels(scenarios: Iterable[str]) -> dict[str, str]:
+    """Return a shorter name of each run entry, without names of arguments and without the method, as far as all differ.
+
+    ``mmlu:subject=anatomy,method=multiple_choice_joint`` becomes ``mmlu anatomy``.
+    """
+    full = list(scenarios)
+    shortened = [_label(name) for name in full]
+    taken = Counter(shortened)
+    return {name: label if taken[label] == 1 else name for name, label in zip(full, shortened, strict=True)}
+
+
+def _label(name: str) -> str:
+    scenario, _, arguments = name.partition(":")
+    parts = [part.rpartition("=") for part in arguments.split(",") if not part.startswith("method=")]
+    return " ".join([scenario, *(value for _, _, value in parts if value)])
 
 
 def written(figure: str, value: float, low: float, high: float) -> str:
