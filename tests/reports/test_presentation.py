@@ -254,13 +254,18 @@ def test_pages_open_filter_and_sort_in_a_browser(out: Path, tmp_path: Path, widt
         tmp_path / "flips.html",
         """
         say("rows " + shown().length);
-        set("change", "gained");
-        say("gained " + shown().length);
-        set("change", "");
+        set("change", "lost");
+        say("lost " + shown().length);
+        const search = document.querySelector("input");
+        search.value = "ALERT(2)";
+        search.dispatchEvent(new Event("input"));
+        say("found " + shown().length);
+        search.value = "";
+        search.dispatchEvent(new Event("input"));
         const details = document.querySelector("details");
         details.addEventListener("toggle", () => say("prompt " + details.querySelector("pre").textContent.length));
         details.open = true;
         """,
         width,
     )
-    assert re.fullmatch(rf"width true;rows {len(HOSTILE)};gained 0;prompt [1-9]\d*;", said)
+    assert re.fullmatch(rf"width true;rows {len(HOSTILE)};lost {len(HOSTILE)};found 1;prompt [1-9]\d*;", said)
