@@ -119,6 +119,12 @@ def test_a_choice_that_cannot_be_found_among_the_tokens_has_no_log_probability(t
     assert math.isnan(read(tmp_path).rows.logprob[0])
 
 
+def test_infinite_numbers_are_missing(tmp_path: Path) -> None:
+    Suite(tmp_path).run("hs:x=1", [Answer(logprobs=(-math.inf, -1, -1, -1))], method="multiple_choice_separate_original")
+    (row,) = values(read(tmp_path))
+    assert math.isnan(row["logprob"])
+
+
 def test_digests_name_everything_that_was_asked_but_the_model(tmp_path: Path) -> None:
     for number, (name, prompt) in enumerate({"flexgen/o/a": "x", "flexgen/o/b": "x", "flexgen/o/c": "y"}.items()):
         Suite(tmp_path / str(number), name).run("mmlu:subject=x", [Answer(prompt=prompt)])

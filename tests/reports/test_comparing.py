@@ -193,7 +193,7 @@ def test_a_configuration_can_be_compared_with_itself(tmp_path: Path) -> None:
 
 
 def test_missing_instances_are_counted_on_both_sides(tmp_path: Path) -> None:
-    Suite(tmp_path, BASE).run(MMLU, [Answer(instance=name) for name in "abcd"])
+    Suite(tmp_path, BASE).run(MMLU, [*(Answer(instance=name) for name in "abcd"), Answer(instance="v", split="valid")])
     Suite(tmp_path, W4).run(MMLU, [Answer(instance=name) for name in "bcx"])
     comparison = compared(tmp_path)
     assert [figure(comparison, f"missing_{side}")["value"] for side in ("baseline", "candidate")] == [1, 2]
