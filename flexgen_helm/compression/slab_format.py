@@ -37,9 +37,19 @@ class CompressedSlab:
     matrices: Mapping[str, MatrixTensor]
 
     @property
-    def in_place(self) -> bool:
-        """Whether parameters can be views of the stored slab: never."""
+    def carried(self) -> SlabLayout:
+        """Layout of the carried slab, equal to the stored one."""
+        return self.stored
+
+    @property
+    def is_coded(self) -> bool:
+        """No."""
         return False
+
+    @property
+    def is_packed(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def matrix_bytes(self) -> int:
@@ -51,9 +61,13 @@ class CompressedSlab:
         """Number of the matrices' weights."""
         return sum(x.num_bytes // x.dtype.itemsize for x in self.bound.tensors if x.names[0] in self.matrices)
 
-    def pack(self, module: nn.Module, stored: Tensor) -> None:
-        """Refuse: slabs are packed when the model is quantised, and read from their folder afterwards."""
-        raise AssertionError("compressed slabs are made by flexgen_helm.runtime.fitting")
+    def decode(self, stored: Tensor, carried: Tensor) -> None:
+        """Refuse: the stored slab is the carried one."""
+        raise AssertionError("slabs of a fixed layout are not coded")
+
+    def load(self, stored: Tensor, bound: Tensor) -> None:
+        """Fill a bound slab from a stored one, both on the CPU."""
+        self.unpack(stored, bound)
 
     def unpack(self, stored: Tensor, bound: Tensor) -> None:
         """Fill a bound slab from a stored one, both uint8 on the device."""

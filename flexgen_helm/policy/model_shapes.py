@@ -17,10 +17,13 @@ class ModelShapes:
 
     Attributes:
         num_layers: Decoder layers, L.
-        stored_bytes: Bytes of every unit as it is stored and copied. Small weights outside of the layers count as embeddings.
-            The head is a unit only if it has weights of its own.
-        bound_bytes: Bytes of every layer, and of the head if it is a unit, as the device computes with it.
-        unpacks: Whether stored and bound form differ, so that every unit needs a slot on the device.
+        stored_bytes: Bytes of every unit as it is stored in host memory. Small weights outside of the layers count as
+            embeddings. The head is a unit only if it has weights of its own.
+        carried_bytes: Bytes of every layer, and of the head if it is a unit, on a link and on a device with its own memory.
+        bound_bytes: The same, as the device computes with it.
+        disk_bytes: The same in a slab on disk; at most, before slabs are there.
+        is_coded: Whether what is on disk, and what is stored in another form than the carried one, is decoded by the CPU.
+        is_packed: Whether carried and bound form differ, so that every unit needs a slot on the device.
         vocab_size: Rows of the embedding table.
         hidden_size: Elements of a token's hidden state.
         num_heads: Query heads of a layer.
@@ -35,8 +38,11 @@ class ModelShapes:
 
     num_layers: int
     stored_bytes: Mapping[int, int]
+    carried_bytes: Mapping[int, int]
     bound_bytes: Mapping[int, int]
-    unpacks: bool
+    disk_bytes: Mapping[int, int]
+    is_coded: bool
+    is_packed: bool
     vocab_size: int
     hidden_size: int
     num_heads: int
@@ -70,8 +76,11 @@ class ModelShapes:
         return replace(
             self,
             stored_bytes=stored,
+            carried_bytes=bound,
             bound_bytes=bound,
-            unpacks=False,
+            disk_bytes=bound,
+            is_coded=False,
+            is_packed=False,
             itemsize=2,
             kv_itemsize=2,
             first_layers_bytes=first_layers,

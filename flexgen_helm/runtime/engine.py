@@ -314,7 +314,6 @@ class Engine:
             setting(model, "num_experts_per_tok"),
             model.get_output_embeddings(),
             **parts.plan.weights.bytes_per_sweep,
-            own_memory=parts.device.own_memory,
         )
         if sizes is None or not stats.per_sweep:
             return stats

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.slab import Binding, SlabFormat
+from flexgen_helm.memory.slab import Binding, SlabFormat, pack
 from flexgen_helm.memory.slab_folder import SlabFolder
 from flexgen_helm.memory.weight_store import Unit, WeightStore
 from flexgen_helm.model.embeddings import keep_on_host
@@ -83,8 +83,8 @@ class Offloader:
         if j not in self._plan.streamed and not self._device.is_gpu:
             return  # weights are used where they are
         memory = allocate(form.stored.num_bytes, pin=self._device.is_gpu and tier == "host")
-        form.pack(layer, memory)
-        if tier == "device" and form.in_place:
+        pack(layer, form.bound, memory)
+        if tier == "device":
             binding.bind(memory.to(self._device.torch_device))
             return
         binding.to_meta()
@@ -92,7 +92,7 @@ class Offloader:
             assert self._slabs is not None
             self._slabs.write(j, memory)
         else:
-            self._stored[j] = memory.to(self._device.torch_device) if tier == "device" else memory
+            self._stored[j] = memory
 
     def store(self, model: PreTrainedModel, layers: list[nn.Module], meter: Meter) -> WeightStore | None:
         """Make the weight store of a loaded model; None if all weights are resident.
