@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from flexgen_helm.compression.matrices import MatrixTensor
 from flexgen_helm.compression.scheme import Parts, Scheme
+from flexgen_helm.compression.threads import in_threads
 from flexgen_helm.memory.buffers import padded
 from flexgen_helm.memory.slab import ALIGNMENT, SlabLayout, SlabTensor, named_tensors
 
@@ -83,22 +83,16 @@ class CompressedSlab:
                 work += [(found[str(i)], matrix) for i, matrix in enumerate(matrices)]
             else:
                 value.copy_(found["0"]["plain"])
-        threads = 1 if bound.is_cuda else min(torch.get_num_threads(), len(work))
-        if threads > 1:
-            with ThreadPoolExecutor(threads, thread_name_prefix="flexgen-helm-unpack") as pool:
-                list(pool.map(self._unpack_matrix, *zip(*work, strict=True)))
-        else:
-            for each in work:
-                self._unpack_matrix(*each)
+        in_threads(self._unpack_matrix, work, most=1 if bound.is_cuda else None)
 
-    def _unpack_matrix(self, parts: Parts, target: Tensor) -> None:
-        with torch.inference_mode():  # each thread has a mode of its own
-            if target.stride(1) == 1:
-                self.scheme.unpack(parts, target)
-            else:
-                rows = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-                self.scheme.unpack(parts, rows)
-                target.copy_(rows)
+    def _unpack_matrix(self, matrix: tuple[Parts, Tensor]) -> None:
+        parts, target = matrix
+        if target.stride(1) == 1:
+            self.scheme.unpack(parts, target)
+        else:
+            rows = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+            self.scheme.unpack(parts, rows)
+            target.copy_(rows)
 
 
 def stored_tensors(module: nn.Module, packed: Mapping[str, list[Parts]]) -> dict[str, Tensor]:

@@ -72,6 +72,11 @@ class MemoryPlan:
         weights = WeightPlan.by_shares(shapes, shares, own_memory=own_memory, prefetch=policy.prefetch)
         return cls(shapes, policy, space, weights, CachePlan.of(shapes, policy, own_memory=own_memory))
 
+    def with_slabs(self, disk_bytes: Mapping[int, int]) -> MemoryPlan:
+        """Return the plan with the real bytes of slabs on disk, by the numbers of their units."""
+        shapes = replace(self.shapes, disk_bytes={**self.shapes.disk_bytes, **disk_bytes})
+        return replace(self, shapes=shapes, weights=replace(self.weights, shapes=shapes))
+
     @property
     def working_bytes(self) -> int:
         """Bytes of working memory on the device: activations, hidden states and logits."""
@@ -165,14 +170,16 @@ class MemoryPlan:
     def _filling_shares(self) -> Shares:
         """Return the shares of weights that fill the memory left by a full cache: the device first, then host, then disk."""
         slots = (self.policy.prefetch + 1) * max(self.shapes.bound_bytes.values())
+        buffers = (self.policy.prefetch + 1) * self.shapes.largest_bytes if self.shapes.is_coded else 0
         cache, loading = self.cache.shares, LOADED_AT_ONCE * self.shapes.largest_bytes
         if not self.space.own_memory:
-            host = self._filled("host", slots + self.working_bytes, cache[0] + cache[1])
+            host = self._filled("host", slots + buffers + self.working_bytes, cache[0] + cache[1])
             return 0.0, host, max(0.0, 1 - host)
         device = self._filled("device", slots + self.working_bytes + self._loaded_cache_bytes(slots, loading), cache[0])
         host = self._host_share(loading, 1 - device)
         if device + host < 1:
-            host = self._host_share(max(loading, slots), 1 - device)
+            decoded = max(self.shapes.carried_bytes.values()) if self.shapes.is_coded else 0
+            host = self._host_share(max(loading, slots + decoded), 1 - device)
         return device, host, max(0.0, 1 - device - host)
 
     def _usable(self, tier: Tier, taken: int) -> float:

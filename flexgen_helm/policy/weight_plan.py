@@ -99,6 +99,12 @@ class WeightPlan:
         needed["host"] += buffers * max((shapes.disk_bytes[j] for j in self.on_disk), default=0)
         return needed
 
+    @property
+    def bits_on_disk(self) -> float | None:
+        """Bits of a weight in slabs on disk; None if there are none."""
+        count = sum(self.shapes.bound_bytes[j] for j in self.on_disk) / self.shapes.itemsize
+        return 8 * sum(self.shapes.disk_bytes[j] for j in self.on_disk) / count if count else None
+
     def describe(self) -> str:
         """Return the bytes and shares of weights on each tier, in words."""
         return ", ".join(

@@ -293,6 +293,7 @@ class Engine:
         return EngineInfo(
             bits_per_compressed_weight=None if fitted is None else fitted.bits_per_weight,
             statistics="" if fitted is None else fitted.statistics,
+            bits_per_weight_on_disk=weights.bits_on_disk,
             policy=self.policy,
             numerics=self.numerics,
             bits_per_weight=8 * num_bytes / count,

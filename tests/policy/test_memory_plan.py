@@ -201,6 +201,46 @@ def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
             plan_of(model, chosen, Space({**peak, tier: peak[tier] - 1}, True))
 
 
+@pytest.mark.parametrize("own_memory", [True, False])
+def test_memory_for_coded_slabs_counts(model: PreTrainedModel, own_memory: bool) -> None:
+    """Beside the buffers into which they are read, they need slots on a CPU and a buffer for decoding beside a device."""
+    chosen = policy(weights=(0, 0.5, 0.5), prefetch=2)
+    sizes = dataclasses.replace(shapes(model), is_coded=True)
+    plain = plan_of(model, chosen, space(10, own_memory=own_memory))
+    coded = MemoryPlan.of(sizes, chosen, space(10, own_memory=own_memory))
+    largest = max(sizes.bound_bytes[j] for j in coded.weights.on_disk)
+    assert coded.weights.tiers == plain.weights.tiers
+    more = {tier: coded.weights.needed_bytes[tier] - plain.weights.needed_bytes[tier] for tier in TIERS}
+    assert more == ({"device": 0, "host": largest, "disk": 0} if own_memory else {"device": 3 * largest, "host": 0, "disk": 0})
+    third = {j: size * 2 // 3 for j, size in sizes.bound_bytes.items()}
+    real = coded.with_slabs(third)
+    assert real.weights.weight_bytes["disk"] == sum(third[j] for j in coded.weights.on_disk)
+    assert real.weights.bits_on_disk == pytest.approx(32 * 2 / 3, rel=1e-3)
+    assert real.weights.shares == plain.weights.shares
+    assert real.weights.needed_bytes["host"] == coded.weights.needed_bytes["host"] - 3 * (largest - largest * 2 // 3)
+    assert coded.weights.bytes_per_sweep["from_disk"] == plain.weights.bytes_per_sweep["from_disk"]
+    assert real.weights.bytes_per_sweep == {
+        "from_disk": real.weights.weight_bytes["disk"],
+        "to_device": sum(sizes.bound_bytes.values()) if own_memory else 0,
+    }
+
+
+@settings(derandomize=True, deadline=None)
+@given(host=st.integers(0, 500), device=st.integers(0, 500), own_memory=st.booleans(), prefetch=st.integers(1, 3))
+def test_automatic_shares_fit_with_coded_slabs(
+    model: PreTrainedModel, host: int, device: int, own_memory: bool, prefetch: int
+) -> None:
+    sizes = dataclasses.replace(shapes(model), is_coded=True)
+    small = Space({"device": device * 2**20, "host": host * 2**20, "disk": 100 * GIB}, own_memory)
+    chosen = policy(prefetch=prefetch)
+    try:
+        MemoryPlan.of(sizes, dataclasses.replace(chosen, weights=(0.0, 0.0, 1.0)), small)
+    except PolicyError:
+        return
+    plan = MemoryPlan.of(sizes, chosen, small)
+    assert all(count <= small.of(tier) for tier, count in plan.peak_bytes.items())
+
+
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(
     st.sampled_from([(1, 0, 0), (0.5, 0.5, 0), (0, 1, 0), (0.5, 0.25, 0.25), (0, 0.25, 0.75), (0, 0, 1)]),

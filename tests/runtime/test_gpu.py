@@ -98,6 +98,19 @@ def test_compressed_weights_are_unpacked_on_a_gpu_to_the_bits_of_a_resident_mode
         assert engine.run(jobs) == expected
 
 
+@pytest.mark.parametrize("shares", [(0, 0, 1), slow((0, 1, 0)), slow((0.5, 0, 0.5)), slow((0.3, 0.3, 0.4))])
+def test_slabs_coded_without_loss_change_no_bit_on_a_gpu(shares: Any, tmp_path: Path) -> None:
+    folder, jobs = str(save_tiny("llama", tmp_path, num_layers=3)), fixed_mix(31, 4)
+    options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "offload_folder": tmp_path / "slabs"}
+    with Engine.from_pretrained(folder, policy=POLICY, **options) as engine:
+        expected = engine.run(jobs)
+    policy = replace(POLICY, weights=shares, slab_coding="lossless")
+    with Engine.from_pretrained(folder, policy=policy, **options) as engine:
+        assert engine.run(jobs) == expected
+        assert engine.run(jobs) == expected
+        assert not shares[2] or (engine.describe().bits_per_weight_on_disk or 99) < 16
+
+
 def test_entropy_coded_weights_are_refused_on_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"w4-entropy.*not for a GPU yet. Use `@w4`"):
         Engine.from_pretrained(str(save_tiny("llama", tmp_path)), device="cuda", compression="w4-entropy")
