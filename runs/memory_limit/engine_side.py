@@ -63,6 +63,8 @@ class Answers:
     """By tier."""
     stats: dict[str, Any]
     sweeps: list[Sweep] = field(default_factory=list)
+    processor_s: float = 0.0
+    """Seconds of all cores together while prompts were answered."""
 
     @property
     def rate(self) -> float:
@@ -96,7 +98,9 @@ def answer(task: Task) -> Answers:
         jobs = [
             Job(token_ids=prompt, max_new_tokens=task.new_tokens, top_logprobs=2, ignore_eos=True) for prompt in task.prompts
         ]
+        processor_begun = time.process_time()
         completions = [result.completions[0] for result in engine.run(jobs, progress=False)]
+        processor_s = time.process_time() - processor_begun
         return Answers(
             load_s=load_s,
             seconds=engine.stats.seconds,
@@ -105,6 +109,7 @@ def answer(task: Task) -> Answers:
             weight_bytes=engine.describe().weight_bytes,
             stats=engine.stats.as_dict(),
             sweeps=[Sweep.of(sweep) for sweep in engine.stats.per_sweep],
+            processor_s=processor_s,
         )
 
 

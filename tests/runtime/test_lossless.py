@@ -23,7 +23,7 @@ from tests.jobs import fixed_mix
 from tests.workbench import OWN_MEMORY, POLICY, Workbench
 
 JOBS = fixed_mix(31, 8)
-SIZES = {"gpu_batch_size": POLICY.gpu_batch_size, "gpu_batch_tokens": POLICY.gpu_batch_tokens}
+SIZES: dict[str, Any] = {"gpu_batch_size": POLICY.gpu_batch_size, "gpu_batch_tokens": POLICY.gpu_batch_tokens}
 ON_DISK = Policy(**SIZES, weights=(0, 0, 1), slab_coding="lossless")
 PLACES: dict[str, tuple[Any, Policy]] = {
     "disk": ("cpu", ON_DISK),
