@@ -273,9 +273,21 @@ def quantize(weight: Tensor, moment: Tensor, rule: StepRule, *, name: str = "A m
 
 def dequantize(coded: Coded) -> Tensor:
     """Return the weights, fp32 ``[out, in]``: products of integers and steps, rounded once."""
-    integers = coded.integers.float()
-    integers.view(-1)[coded.places] = coded.values.float()
-    return integers * coded.steps.float()
+    return products(coded.integers, coded.steps, coded.places, coded.values)
+
+
+def products(integers: Tensor, steps: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """Return products of integers and steps, fp32 ``[out, in]``, on their device, which is not waited for.
+
+    Args:
+        integers: See `Coded`, as the other arguments.
+        steps: See there.
+        places: See there.
+        values: See there.
+    """
+    numbers = integers.float()
+    numbers.view(-1)[places] = values.float()
+    return numbers.mul_(steps.float())
 
 
 def bits(coded: Iterable[Coded]) -> float:

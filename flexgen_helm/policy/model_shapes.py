@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexgen_helm.schedule.operations import head_unit
+from flexgen_helm.types import Tier
 
 EMBEDDINGS = -1
 """Number of the embedding tables among the units of a model. Layers have 0 to L - 1, and the output head has L."""
@@ -62,6 +63,24 @@ class ModelShapes:
     def largest_bytes(self) -> int:
         """Bytes of the largest unit as it is stored."""
         return max(self.stored_bytes.values())
+
+    def total_on(self, tier: Tier, *, own_memory: bool) -> int:
+        """Return the bytes of all units as device or host keep them; on the disk they take no more than on the host."""
+        if tier != "device" or not own_memory:
+            return self.total_bytes
+        return self.stored_bytes[EMBEDDINGS] + sum(self.carried_bytes.values())
+
+    def largest_on(self, tier: Tier, *, own_memory: bool) -> int:
+        """Return the bytes of the largest unit as device or host keep it."""
+        if tier != "device" or not own_memory:
+            return self.largest_bytes
+        return max(self.stored_bytes[EMBEDDINGS], *self.carried_bytes.values())
+
+    @property
+    def loading_bytes(self) -> int:
+        """Bytes that loading holds at a time: a unit as it is read, and as it is stored or carried."""
+        decoding = max(self.stored_bytes[j] + size for j, size in self.carried_bytes.items()) if self.is_coded else 0
+        return max(2 * self.largest_bytes, decoding)
 
     @property
     def has_own_head(self) -> bool:

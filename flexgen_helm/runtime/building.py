@@ -286,11 +286,6 @@ def _fit(
 ) -> tuple[WeightNumerics, Path, FittedModel]:
     """Return the identity of compressed weights, their folder, and the quantised model, which is made if it is missing."""
     assert compression.bits is not None
-    if options.device.is_gpu and compression.scheme == "entropy":
-        raise UnsupportedModel(
-            f"{source.name}: weights of `{compression.weight_scheme}` are decoded on the CPU, and not for a GPU yet. Use "
-            "`@w4`, or device='cpu'."
-        )
     # Slabs are made from float32 and rounded when they are unpacked, so that all dtypes share them.
     shared = WeightNumerics(source.digest(), "float32", compression.weight_scheme)
     identity = {**slab_identity(shared), "format": str(FORMAT_VERSION)}

@@ -105,7 +105,7 @@ def test_slabs_hold_what_was_packed_and_other_tensors_as_they_are(bench: Workben
         form = fitted.formats[j]
         stored, bound = allocate(form.stored.num_bytes), allocate(form.bound.num_bytes)
         fitted.slabs.read(j, stored).result()
-        form.unpack(stored, bound)
+        form.load(stored, bound)
         quantised = {tensor.name for tensor in matrix_tensors(layer)}
         for place in form.bound.tensors:
             value = layer.state_dict()[place.names[0]]
