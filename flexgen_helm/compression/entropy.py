@@ -273,21 +273,21 @@ def quantize(weight: Tensor, moment: Tensor, rule: StepRule, *, name: str = "A m
 
 def dequantize(coded: Coded) -> Tensor:
     """Return the weights, fp32 ``[out, in]``: products of integers and steps, rounded once."""
-    return products(coded.integers, coded.steps, coded.places, coded.values)
+    integers = coded.integers.float()
+    integers.view(-1)[coded.places] = coded.values.float()
+    return integers * coded.steps.float()
 
 
-def products(integers: Tensor, steps: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """Return products of integers and steps, fp32 ``[out, in]``, on their device, which is not waited for.
+def multiply_into(coded: Mapping[str, Tensor], target: Tensor) -> None:
+    """Fill a matrix as `dequantize` does, to the bit. On a GPU nothing is waited for, and no copy in fp32 is made.
 
     Args:
-        integers: See `Coded`, as the other arguments.
-        steps: See there.
-        places: See there.
-        values: See there.
+        coded: ``integers``, ``steps``, ``places`` and ``values`` of a `Coded` matrix.
+        target: ``[out, in]``, contiguous, in any floating dtype, on their device.
     """
-    numbers = integers.float()
-    numbers.view(-1)[places] = values.float()
-    return numbers.mul_(steps.float())
+    steps, places = coded["steps"].float(), coded["places"]
+    torch.mul(coded["integers"], steps, out=target)  # computed in fp32, to which int8 and fp32 are promoted
+    target.view(-1)[places] = (coded["values"].float() * steps[places % len(steps)]).to(target.dtype)
 
 
 def bits(coded: Iterable[Coded]) -> float:

@@ -146,7 +146,7 @@ class EntropyCoded:
 
     def unpack(self, carried: Parts, target: Tensor) -> None:
         """Compute a matrix."""
-        target.copy_(entropy.products(*(carried[name] for name in ("integers", "steps", "places", "values"))))
+        entropy.multiply_into(carried, target)
 
     def load(self, stored: Parts, target: Tensor) -> None:
         """Decode and unpack block by block."""

@@ -225,6 +225,63 @@ def test_memory_for_coded_slabs_counts(model: PreTrainedModel, own_memory: bool)
     }
 
 
+@pytest.mark.parametrize("own_memory", [True, False])
+def test_each_tier_counts_its_own_form(model: PreTrainedModel, own_memory: bool) -> None:
+    """Weights that are stored in a quarter and carried in a half of their bytes, as entropy-coded ones are."""
+    plain = shapes(model)
+    quarter, half = ({j: size // part for j, size in plain.bound_bytes.items()} for part in (4, 2))
+    table = plain.stored_bytes[EMBEDDINGS]
+    sizes = dataclasses.replace(
+        plain,
+        stored_bytes={EMBEDDINGS: table, **quarter},
+        carried_bytes=half,
+        disk_bytes=quarter,
+        is_coded=True,
+        is_packed=True,
+    )
+    plan = MemoryPlan.of(sizes, policy(weights=(0.3, 0.3, 0.4)), space(10, own_memory=own_memory)).weights
+    units = {tier: [j for j in quarter if plan.tiers[j] == tier] for tier in TIERS}
+    assert all(units.values())
+    on_device = half if own_memory else quarter
+    kept = {tier: sum((on_device if tier == "device" else quarter)[j] for j in units[tier]) for tier in TIERS}
+    kept[plan.tiers[EMBEDDINGS]] += table
+    assert plan.weight_bytes == kept
+    bound, carried = max(plain.bound_bytes.values()), max(half[j] for j in units["host"] + units["disk"])
+    largest = max(quarter[j] for j in units["disk"])
+    assert plan.needed_bytes == {
+        "device": kept["device"] + 2 * bound + own_memory * carried,
+        "host": kept["host"] + 2 * largest + own_memory * carried,
+        "disk": kept["disk"],
+    }
+    assert plan.bytes_per_sweep == {
+        "from_disk": kept["disk"],
+        "to_device": own_memory * sum(half[j] for j in units["host"] + units["disk"]),
+    }
+    assert sizes.loading_bytes == max(quarter.values()) + max(half.values())
+
+
+@settings(derandomize=True, deadline=None)
+@given(device=st.integers(1, 600), host=st.integers(1, 600), coded=st.booleans())
+def test_automatic_shares_of_packed_weights_fit(model: PreTrainedModel, device: int, host: int, coded: bool) -> None:
+    plain = shapes(model)
+    quarter, half = ({j: size // part for j, size in plain.bound_bytes.items()} for part in (4, 2))
+    sizes = dataclasses.replace(
+        plain,
+        stored_bytes={EMBEDDINGS: plain.stored_bytes[EMBEDDINGS], **quarter},
+        carried_bytes=half if coded else quarter,
+        disk_bytes=quarter,
+        is_coded=coded,
+        is_packed=True,
+    )
+    small = Space({"device": device * 2**20, "host": host * 2**20, "disk": 100 * GIB}, True)
+    try:
+        MemoryPlan.of(sizes, policy(weights=(0.0, 0.0, 1.0)), small)
+    except PolicyError:
+        return
+    plan = MemoryPlan.of(sizes, policy(), small)
+    assert all(count <= small.of(tier) for tier, count in plan.peak_bytes.items())
+
+
 @settings(derandomize=True, deadline=None)
 @given(host=st.integers(0, 500), device=st.integers(0, 500), own_memory=st.booleans(), prefetch=st.integers(1, 3))
 def test_automatic_shares_fit_with_coded_slabs(
