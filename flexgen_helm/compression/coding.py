@@ -15,7 +15,7 @@ import zstandard
 from torch import Tensor
 
 from flexgen_helm.compression.entropy import Coded
-from flexgen_helm.compression.entropy_kernel import BFLOAT16, FLOAT16, FP32, unpack_columns
+from flexgen_helm.compression.entropy_kernel import BFLOAT16, FLOAT16, FP32, order_columns, unpack_columns
 from flexgen_helm.errors import CorruptFile
 
 WINDOW_LOG = 17
@@ -205,18 +205,28 @@ class Decoder:
         )
 
 
+def decode_into(stored: Stored, integers: Tensor) -> None:
+    """Decode the integers of a matrix.
+
+    Args:
+        stored: The matrix.
+        integers: int8 ``[out, in]``, contiguous, on the CPU, filled; those beyond int8 are at the nearest end.
+
+    Raises:
+        CorruptFile: If a frame is damaged.
+    """
+    layout, decoder = stored.layout, Decoder()
+    for block in range(layout.num_blocks):
+        rows = integers[layout.rows(block)].view(-1).numpy()
+        order_columns(decoder.block(stored, block), layout.widths, layout.order, rows)
+
+
 def decode(stored: Stored) -> Coded:
     """Return the quantised matrix that was stored.
 
     Raises:
         CorruptFile: If a frame is damaged.
     """
-    layout, decoder = stored.layout, Decoder()
-    integers = np.empty((layout.num_rows, len(layout.order)), np.int8)
-    groups = np.split(layout.order, np.cumsum(layout.widths)[:-1])
-    for block in range(layout.num_blocks):
-        rows = integers[layout.rows(block)]
-        parts = np.split(decoder.block(stored, block), np.cumsum(layout.widths)[:-1] * len(rows))
-        for group, part in zip(groups, parts, strict=True):
-            rows[:, group] = part.reshape(len(rows), -1)
-    return Coded(torch.from_numpy(integers), stored.steps, stored.classes, stored.places, stored.values)
+    integers = torch.empty(stored.layout.num_rows, len(stored.layout.order), dtype=torch.int8)
+    decode_into(stored, integers)
+    return Coded(integers, stored.steps, stored.classes, stored.places, stored.values)

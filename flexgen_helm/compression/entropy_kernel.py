@@ -148,6 +148,28 @@ def _multiply(packed: Array, row: Any, steps: Array, numbers: Array) -> None:
 
 
 @compiled
+def order_columns(integers: Array, widths: Array, order: Array, ordered: Array) -> None:
+    """Bring rows of a matrix into its order of columns.
+
+    Args:
+        integers: int8 ``[rows * in]``: as `unpack_columns` takes them.
+        widths: Likewise.
+        order: Likewise.
+        ordered: int8 ``[rows * in]``, filled: the rows one behind the other.
+    """
+    columns = size(len(order))
+    rows = size(len(integers)) // columns
+    unsigned, target = integers.view(np.uint8), ordered.view(np.uint8)
+    gathered, packed = np.empty(columns, np.uint32), np.empty(columns, np.uint32)
+    for top in range(size(0), rows, size(TOGETHER)):
+        _gather(unsigned, widths, order, rows, top, gathered, packed)
+        for r in range(top, min(top + size(TOGETHER), rows)):
+            shift, row = u32(u32(r - top) * u32(8)), target[r * columns : (r + size(1)) * columns]
+            for j in range(columns):
+                row[j] = np.uint8((packed[j] >> shift) & u32(0xFF))
+
+
+@compiled
 def unpack_columns(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infers types, and knows no dataclasses
     integers, widths, order, steps, places, values, kind, words, halves
 ):

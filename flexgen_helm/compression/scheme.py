@@ -44,10 +44,36 @@ class Scheme(Protocol):
             decided: What `solve` decided about it; nothing if the scheme needs no statistics.
         """
 
-    def unpack(self, stored: Parts, target: Tensor) -> None:
-        """Compute a matrix in fp32 and round it once into a target.
+    def unpack(self, carried: Parts, target: Tensor) -> None:
+        """Compute a matrix in fp32 and round it once into a target, on a GPU without waiting for it.
 
         Args:
-            stored: The stored tensors.
+            carried: The tensors that a link carries: those that are stored, unless the scheme is a `CodedScheme`.
             target: ``[out, in]`` in any floating dtype, on their device; numbers of a row are neighbours.
+        """
+
+
+class CodedScheme(Scheme, Protocol):
+    """A scheme whose stored tensors only a CPU can decode, into the tensors that a link carries."""
+
+    def carried(self, stored: Parts, shape: tuple[int, int]) -> Parts:
+        """Return tensors of the sizes that are carried.
+
+        Args:
+            stored: Tensors of the sizes that are stored, on the meta device, where the result is too.
+            shape: ``(out, in)``.
+        """
+
+    def decode(self, stored: Parts, carried: Parts) -> None:
+        """Fill the carried tensors on the CPU.
+
+        Raises:
+            CorruptFile: If what is stored is damaged.
+        """
+
+    def load(self, stored: Parts, target: Tensor) -> None:
+        """Do `decode` and `unpack` at once on the CPU, to the same bits.
+
+        Raises:
+            CorruptFile: If what is stored is damaged.
         """

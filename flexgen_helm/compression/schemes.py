@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen_helm.compression import columns, entropy, minmax
 from flexgen_helm.compression.allocation import LADDERS, allocate, column_errors
-from flexgen_helm.compression.coding import Decoder, Stored, encode, layout_of
+from flexgen_helm.compression.coding import Decoder, Stored, decode_into, encode, layout_of
 from flexgen_helm.compression.entropy import StepRule, solve_steps
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
 from flexgen_helm.compression.unpack_kernel import unpack_columns, unpack_minmax
@@ -84,6 +84,7 @@ class FixedColumns:
         found = columns.quantize(weight, decided["widths"], LADDERS[self.bits])
         unit = torch.tensor([found.unit], dtype=torch.float64)
         return {
+            "counts": torch.empty(0, *found.counts, dtype=torch.uint8),  # in its shape, which the host knows
             "classes": found.classes,
             "codes": found.codes,
             "super_scales": found.super_scales,
@@ -94,12 +95,11 @@ class FixedColumns:
     def unpack(self, stored: Parts, target: Tensor) -> None:
         """Compute a matrix."""
         parts = (stored[name] for name in ("classes", "codes", "super_scales", "scales"))
-        shape = (target.shape[0], target.shape[1])
-        found = columns.Columns(shape, LADDERS[self.bits], float(stored["unit"]), *parts)
+        shape, counts = (target.shape[0], target.shape[1]), tuple(stored["counts"].shape[1:])
         if target.device.type == "cpu":
-            unpack_columns(found, target)
+            unpack_columns(columns.Columns(shape, LADDERS[self.bits], counts, float(stored["unit"]), *parts), target)
         else:
-            target.copy_(columns.dequantize(found))
+            target.copy_(columns.dequantize(columns.Columns(shape, LADDERS[self.bits], counts, stored["unit"].float(), *parts)))
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,28 @@ class EntropyCoded:
             "data": found.data,
         }
 
-    def unpack(self, stored: Parts, target: Tensor) -> None:
-        """Decode a matrix on the CPU.
+    def carried(self, stored: Parts, shape: tuple[int, int]) -> Parts:
+        """Return a byte for each integer, steps, and integers that no byte holds, in sizes."""
+        kept = {name: stored[name] for name in ("steps", "places", "values")}
+        return {"integers": torch.empty(shape, dtype=torch.int8, device="meta"), **kept}
 
-        Raises:
-            CorruptFile: If a frame is damaged.
-        """
-        layout = layout_of(len(target), stored["classes"])
-        sizes = tuple(stored["sizes"].tolist())
-        classes, steps, places, values = (stored[name] for name in ("classes", "steps", "places", "values"))
-        found, decoder = Stored(layout, classes, steps, places, values, sizes, stored["data"]), Decoder()
-        for block in range(layout.num_blocks):
+    def decode(self, stored: Parts, carried: Parts) -> None:
+        """Decode the integers and copy everything else."""
+        decode_into(self._stored(stored, len(carried["integers"])), carried["integers"])
+        for name in ("steps", "places", "values"):
+            carried[name].copy_(stored[name])
+
+    def unpack(self, carried: Parts, target: Tensor) -> None:
+        """Compute a matrix."""
+        entropy.multiply_into(carried, target)
+
+    def load(self, stored: Parts, target: Tensor) -> None:
+        """Decode and unpack block by block."""
+        found, decoder = self._stored(stored, len(target)), Decoder()
+        for block in range(found.layout.num_blocks):
             decoder.unpack(found, block, target)
+
+    def _stored(self, parts: Parts, num_rows: int) -> Stored:
+        layout, sizes = layout_of(num_rows, parts["classes"]), tuple(parts["sizes"].tolist())
+        classes, steps, places, values = (parts[name] for name in ("classes", "steps", "places", "values"))
+        return Stored(layout, classes, steps, places, values, sizes, parts["data"])

@@ -293,6 +293,7 @@ class Engine:
         return EngineInfo(
             bits_per_compressed_weight=None if fitted is None else fitted.bits_per_weight,
             statistics="" if fitted is None else fitted.statistics,
+            bits_per_weight_on_disk=weights.bits_on_disk,
             policy=self.policy,
             numerics=self.numerics,
             bits_per_weight=8 * num_bytes / count,
@@ -314,7 +315,6 @@ class Engine:
             setting(model, "num_experts_per_tok"),
             model.get_output_embeddings(),
             **parts.plan.weights.bytes_per_sweep,
-            own_memory=parts.device.own_memory,
         )
         if sizes is None or not stats.per_sweep:
             return stats

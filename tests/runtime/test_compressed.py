@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from flexgen_helm import Engine, Policy
 from flexgen_helm.compression.config import parse
 from flexgen_helm.compression.matrices import matrix_tensors
-from flexgen_helm.compression.schemes import scheme_of
+from flexgen_helm.compression.schemes import EntropyCoded, scheme_of
 from flexgen_helm.errors import CorruptFile, DiskFull, PolicyError
 from flexgen_helm.model.layers import layers_of
 from tests.jobs import fixed_mix
@@ -38,6 +38,7 @@ def _unpacked(source: Path, compressed: Path, variant: str, target: Path) -> Pat
     config = parse(variant)
     assert config.bits is not None
     scheme = scheme_of(config.scheme, config.bits)
+    unpack = scheme.load if isinstance(scheme, EntropyCoded) else scheme.unpack
     found = load_file(compressed / "fit" / "decisions.safetensors") if scheme.needs_statistics else {}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for j, layer in enumerate(layers_of(model)):
@@ -46,7 +47,7 @@ def _unpacked(source: Path, compressed: Path, variant: str, target: Path) -> Pat
                 key = f"{j}/{tensor.name}/{i}:"
                 decided = {name.removeprefix(key): x for name, x in found.items() if name.startswith(key)}
                 unpacked = torch.empty(matrix.shape)
-                scheme.unpack(scheme.pack(matrix.contiguous(), decided), unpacked)
+                unpack(scheme.pack(matrix.contiguous(), decided), unpacked)
                 assert not torch.equal(unpacked, matrix)
                 matrix.copy_(unpacked)
     model.save_pretrained(target)

@@ -16,7 +16,7 @@ from torch import nn
 
 from flexgen_helm.compression.matrices import matrix_tensors
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
-from flexgen_helm.compression.slab_format import CompressedSlab
+from flexgen_helm.compression.slab_format import CompressedSlab, compressed_slab
 from flexgen_helm.errors import CorruptFile
 from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
@@ -145,4 +145,4 @@ def _pack(
 
 
 def _format(unit: nn.Module, stored: SlabLayout, scheme: Scheme) -> CompressedSlab:
-    return CompressedSlab(stored, layout_of(unit), scheme, {tensor.name: tensor for tensor in matrix_tensors(unit)})
+    return compressed_slab(stored, layout_of(unit), scheme, {tensor.name: tensor for tensor in matrix_tensors(unit)})

@@ -14,6 +14,7 @@ from tests.mutants.lists import (
     reports,
     requests,
     schedule,
+    slab_forms,
 )
 
 MUTANTS = (
@@ -28,4 +29,5 @@ MUTANTS = (
     *fidelity.MUTANTS,
     *gpu.MUTANTS,
     *entropy_coding.MUTANTS,
+    *slab_forms.MUTANTS,
 )

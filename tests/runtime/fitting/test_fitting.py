@@ -105,7 +105,7 @@ def test_slabs_hold_what_was_packed_and_other_tensors_as_they_are(bench: Workben
         form = fitted.formats[j]
         stored, bound = allocate(form.stored.num_bytes), allocate(form.bound.num_bytes)
         fitted.slabs.read(j, stored).result()
-        form.unpack(stored, bound)
+        form.load(stored, bound)
         quantised = {tensor.name for tensor in matrix_tensors(layer)}
         for place in form.bound.tensors:
             value = layer.state_dict()[place.names[0]]
@@ -171,9 +171,7 @@ def test_what_is_damaged_is_said(bench: Workbench, tmp_path: Path) -> None:
         fit(source, Halves(), tmp_path, IDENTITY)
 
 
-def test_statistics_of_another_model_are_never_used(
-    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_of_another_model_are_never_used(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(self: PackingKeeper, j: int, layer: nn.Module) -> None:
         raise KeyboardInterrupt
 
