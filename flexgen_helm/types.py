@@ -29,7 +29,6 @@ LINKS: tuple[Resource, ...] = ("host_to_device", "device_to_host", "disk_read", 
 DEFAULT_NEW_TOKENS = 16
 SlabCoding = Literal["plain", "lossless"]
 SLAB_CODINGS = ("auto", *get_args(SlabCoding))
-"""What a policy may say about slabs on disk."""
 
 
 class TokenLogprob(NamedTuple):
@@ -153,8 +152,7 @@ class Policy:
         prefetch: Layers that are loaded ahead. ``prefetch + 1`` layers are on the device in addition to the resident ones.
         overlap: Whether transfers and computation overlap.
         keep_packed: Whether compressed weights stay packed on the device, though the unpacked model fits there.
-        slab_coding: How weights in 16 bits are stored on disk: "plain", "lossless" (in fewer bytes, decoded by the CPU to the
-            bit), or "auto": as makes sweeps shorter (`flexgen_helm.policy.slab_coding`).
+        slab_coding: How 16-bit weights lie on disk: "plain", "lossless" (fewer bytes, the same bits), or "auto": as is faster.
 
     Raises:
         PolicyError: If a field is out of its range.
