@@ -14,7 +14,7 @@ import flexgen_helm
 PACKAGE = Path(flexgen_helm.__file__).parent
 LAYERS = (
     *("errors", "types", "options", "cache_folder"),
-    *("memory", "kv_cache", "machine", "model", "loading", "generation"),
+    *("statistics", "memory", "kv_cache", "machine", "model", "loading", "generation"),
     *("schedule", "compression", "attention", "execution", "policy", "rows", "runtime"),
     *("fidelity", "helm", "reports", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
 )
@@ -24,6 +24,9 @@ LAZY = {("__init__", "runtime")}
 WITHOUT_TORCH = (
     "plugin",
     "reports.runs",
+    "statistics.flips",
+    "statistics.margins",
+    "statistics.power",
     "compression.config",
     "schedule.packed",
     "schedule.single",

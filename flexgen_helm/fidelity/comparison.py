@@ -11,7 +11,6 @@ from typing import Any
 
 from flexgen_helm.cache_folder import cache_folder, write_whole
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.fidelity.bootstrap import RESAMPLES, SEED
 from flexgen_helm.fidelity.compare import BLOCK_TOKENS, check_vocabularies, compare
 from flexgen_helm.fidelity.layers import layer_errors
 from flexgen_helm.fidelity.plot import check_matplotlib, draw
@@ -19,6 +18,7 @@ from flexgen_helm.fidelity.positions import Positions
 from flexgen_helm.fidelity.summary import Plain, floor, summary
 from flexgen_helm.fidelity.windows import Reader, Window, Windows
 from flexgen_helm.runtime.engine import Engine
+from flexgen_helm.statistics.bootstrap import RESAMPLES, SEED
 from flexgen_helm.types import Numerics
 
 WINDOW = 512

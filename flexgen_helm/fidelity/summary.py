@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from flexgen_helm.fidelity.bootstrap import Bootstrap, Estimate
 from flexgen_helm.fidelity.compare import groups_of
 from flexgen_helm.fidelity.positions import Positions
 from flexgen_helm.fidelity.windows import Windows
+from flexgen_helm.statistics.bootstrap import Bootstrap, Estimate
 
 SHARES = {"median": 0.5, "p99": 0.99, "p999": 0.999}
 CONFIDENCES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)

@@ -15,6 +15,7 @@ from tests.mutants.lists import (
     requests,
     schedule,
     slab_forms,
+    statistics,
 )
 
 MUTANTS = (
@@ -27,6 +28,7 @@ MUTANTS = (
     *requests.MUTANTS,
     *durability.MUTANTS,
     *fidelity.MUTANTS,
+    *statistics.MUTANTS,
     *gpu.MUTANTS,
     *entropy_coding.MUTANTS,
     *slab_forms.MUTANTS,

@@ -4,7 +4,7 @@ from tests.mutants.mutant import Mutant
 
 COMPARE = "tests/fidelity/test_compare.py"
 POSITIONS = "tests/fidelity/test_positions.py"
-BOOTSTRAP = "tests/fidelity/test_bootstrap.py"
+BOOTSTRAP = "tests/statistics/test_bootstrap.py"
 WINDOWS = "tests/fidelity/test_windows.py"
 HIDDEN = "tests/runtime/test_final_hidden.py"
 
@@ -27,7 +27,7 @@ MUTANTS = (
     ),
     Mutant(
         name="fidelity-positions-drawn-alone",
-        file="flexgen_helm/fidelity/bootstrap.py",
+        file="flexgen_helm/statistics/bootstrap.py",
         old="np.unique(np.asarray(groups), return_inverse=True)",
         new="np.unique(np.arange(len(groups)), return_inverse=True)",
         tests=(BOOTSTRAP,),

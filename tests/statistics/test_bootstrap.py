@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_helm.fidelity.bootstrap import Bootstrap
+from flexgen_helm.statistics.bootstrap import Bootstrap
 
 
 def test_the_interval_of_a_mean_is_scipys() -> None:
@@ -64,3 +64,21 @@ def test_a_part_of_the_positions_and_a_function_of_the_mean() -> None:
 def test_equal_input_gives_equal_intervals() -> None:
     values = np.random.default_rng(2).random(30)
     assert Bootstrap(range(30)).mean(values) == Bootstrap(range(30)).mean(values)
+
+
+def test_a_ratio_is_drawn_over_groups() -> None:
+    """Two groups with ratios of 1/2 and 1: each is drawn alone once in four resamples, and both together give 2/3."""
+    found = Bootstrap([0, 0, 1]).ratio(np.array([1.0, 0, 1]), np.array([1.0, 1, 1]))
+    assert found is not None
+    assert found.value == pytest.approx(2 / 3)
+    assert found.interval == (0.5, 1.0)
+
+
+def test_a_ratio_to_nothing_is_none_and_one_to_what_may_be_nothing_has_no_bound() -> None:
+    assert Bootstrap([0, 1]).ratio(np.ones(2), np.zeros(2)) is None
+    found = Bootstrap([0, 1, 2]).ratio(np.ones(3), np.array([1.0, 0, 0]))
+    assert found is not None
+    assert (found.value, found.interval) == (3, None)
+    found = Bootstrap([0, 1]).ratio(np.ones(2), np.array([3.0, -1.0]))
+    assert found is not None
+    assert (found.value, found.interval) == (1, None)

@@ -1,23 +1,24 @@
-"""Estimates with 95 % confidence intervals: percentile bootstrap over groups of positions.
+"""Estimates with 95 % confidence intervals: percentile bootstrap over groups of positions or instances.
 
-Positions of one text depend on each other, so whole groups (documents, or windows of one text) are drawn with replacement. One
-estimator object draws once, so that all estimates are made on the same resamples. Source: Efron and Tibshirani, An Introduction
-to the Bootstrap (1993), chapters 8 and 13.
+Positions of one text and instances of one subject depend on each other, so whole groups are drawn with replacement. One
+estimator object draws once, so that all estimates are made on the same resamples. With fewer than about twenty groups the
+intervals are too narrow. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 and 13.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flexgen_helm.statistics.arrays import Floats, Labels
+
 RESAMPLES = 1000
 SEED = 0
 LEVELS = (2.5, 97.5)
 """Percentiles that bound a 95 % interval."""
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Estimate:
 
     value: float
     interval: tuple[float, float] | None
-    """None: a single group says nothing of how groups differ."""
+    """None: a single group says nothing of how groups differ, or a ratio has no bound."""
 
 
 class Bootstrap:
     """Draws groups with replacement, always the same draws for the same number of groups."""
 
-    def __init__(self, groups: Sequence[int] | NDArray[np.int64], *, resamples: int = RESAMPLES, seed: int = SEED) -> None:
+    def __init__(self, groups: Labels, *, resamples: int = RESAMPLES, seed: int = SEED) -> None:
         """Draw.
 
         Args:
@@ -74,6 +75,25 @@ class Bootstrap:
         ordered, groups = values[order], self._group[order]
         resampled = np.array([ordered[_place(draw[groups], share)] for draw in self._draws])
         return Estimate(float(ordered[_place(np.ones(len(values), dtype=np.int64), share)]), self._interval(resampled))
+
+    def ratio(self, numerator: Floats, denominator: Floats) -> Estimate | None:
+        """Estimate the ratio of two means over the same positions.
+
+        Args:
+            numerator: ``[N]``.
+            denominator: ``[N]``.
+
+        Returns:
+            None where the mean of the denominator is 0. The interval is None where it is 0 in a resample or has another sign
+            there: then the ratio passes through infinity, and a few percentiles of it bound nothing.
+        """
+        above, below = (np.bincount(self._group, values, self._count) for values in (numerator, denominator))
+        total = below.sum()
+        if total == 0:
+            return None
+        resampled = self._draws @ below
+        bounded = bool((np.sign(resampled) == np.sign(total)).all())
+        return Estimate(float(above.sum() / total), self._interval(self._draws @ above / resampled) if bounded else None)
 
     def _interval(self, resampled: Floats) -> tuple[float, float] | None:
         if self._count < 2:

@@ -1,0 +1,1 @@
+"""How often gates on flips raise false alarms and catch drops."""
