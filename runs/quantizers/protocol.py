@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flexgen_helm.assets.helm_data import news_articles
 from flexgen_helm.assets.smollm2 import smollm2_folder
 from flexgen_helm.assets.sotu import recent_addresses
 from flexgen_helm.compression.statistics import ColumnStatistics
@@ -18,6 +20,13 @@ RANDOM_SEQUENCES, RANDOM_TOKENS, FIRST_ORDINARY = 4, 512, 10
 """What the statistics see: the end token, then uniform ids that are no special tokens."""
 GRID_COLUMNS, GRID_STEPS = 32, 15
 """The grid on which the weights were published, along the inputs."""
+ARTICLES = 40
+"""More than are read."""
+TEXTS: dict[str, Callable[[], str]] = {
+    "addresses": recent_addresses,
+    "news": lambda: "\n".join(news_articles()[:ARTICLES]),
+}
+"""By name. The schemes were chosen on the first; the second was not looked at before they were final."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,14 @@ class Comparison:
 class Subject:
     """The model and the text."""
 
-    def __init__(self, off_grid: bool) -> None:
+    def __init__(self, off_grid: bool, text: str = "addresses") -> None:
         """Load them.
 
         Args:
             off_grid: Whether the weights are moved off the grid on which they were published, by uniform noise of a step.
+            text: Name of one of ``TEXTS``.
         """
+        self.off_grid = off_grid
         folder = smollm2_folder()
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.linears = {
@@ -57,10 +68,10 @@ class Subject:
         if off_grid:
             _move_off_grid([linear.weight.data for linear in self.linears.values()])
         self.weights = {name: linear.weight.data.clone() for name, linear in self.linears.items()}
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.end: int = tokenizer.eos_token_id
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.end: int = self.tokenizer.eos_token_id
         # The text is longer than the context, of which the tokenizer would warn.
-        ids = tokenizer(recent_addresses(), add_special_tokens=False, verbose=False)["input_ids"][: WINDOWS * WINDOW_TOKENS]
+        ids = self.tokenizer(TEXTS[text](), add_special_tokens=False, verbose=False)["input_ids"][: WINDOWS * WINDOW_TOKENS]
         self.windows = torch.tensor(ids).view(WINDOWS, WINDOW_TOKENS)
 
     def moments(self) -> dict[str, Tensor]:
