@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from flexgen_helm.compression.minmax import MinMax, dequantize
+from flexgen_helm.compression.sensitivity import Sensitivity
 from flexgen_helm.runs.quantizers import protocol
 from flexgen_helm.runs.quantizers.protocol import Subject
-from flexgen_helm.runs.quantizers.schemes import SCHEMES
+from flexgen_helm.runs.quantizers.schemes import SCHEMES, Statistics
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -19,7 +20,8 @@ def test_schemes_keep_names_and_shapes_and_stay_within_their_bits(name: str) -> 
     chance = torch.Generator().manual_seed(0)
     weights = {"a": torch.randn(1024, 384, generator=chance), "b": torch.randn(768, 512, generator=chance)}
     moments = {"a": torch.rand(384, generator=chance) ** 4, "b": torch.rand(512, generator=chance) ** 4}
-    quantised = SCHEMES[name](weights, moments, 4)
+    sensitivities = {key: Sensitivity(moments[key], torch.rand(len(x), generator=chance) ** 4) for key, x in weights.items()}
+    quantised = SCHEMES[name](weights, Statistics(moments, sensitivities), 4)
     assert {key: x.shape for key, x in quantised.weights.items()} == {key: x.shape for key, x in weights.items()}
     assert 4.45 < quantised.bits <= 4.5
     for key, weight in weights.items():
