@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from flexgen_helm.compression import columns, entropy, minmax
+from flexgen_helm.compression import columns, entropy, minmax, sensitivity
 from flexgen_helm.compression.allocation import LADDERS, allocate, column_errors
 from flexgen_helm.compression.coding import Decoder, Stored, encode, layout_of
-from flexgen_helm.compression.entropy import StepRule, solve_steps
+from flexgen_helm.compression.entropy import Coded, StepRule, solve_steps
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
+from flexgen_helm.compression.sensitivity import Sensitivity
 from flexgen_helm.compression.unpack_kernel import unpack_columns, unpack_minmax
 
 FORMAT_VERSION = 1
@@ -23,11 +24,13 @@ def scheme_of(name: str, bits: float) -> Scheme:
     """Return a scheme.
 
     Args:
-        name: "fixed", "minmax" or "entropy".
+        name: "fixed", "minmax", "self" or "entropy".
         bits: Bits per weight in all.
     """
     if name == "entropy":
         return EntropyCoded(bits)
+    if name == "self":
+        return SelfFitted(bits)
     whole = int(bits)
     return FixedColumns(whole) if name == "fixed" else MinMaxGroups(whole)
 
@@ -38,8 +41,9 @@ class MinMaxGroups:
 
     bits: int
     needs_statistics = False
+    needs_gradients = False
 
-    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
         """Return nothing."""
         return {}
 
@@ -68,10 +72,11 @@ class FixedColumns:
 
     bits: int
     needs_statistics = True
+    needs_gradients = False
 
-    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
         """Return the error of each column at 4 bits, and the matrix's shape."""
-        return {"errors": column_errors(weight, moment), "shape": torch.tensor(weight.shape)}
+        return {"errors": column_errors(weight, columns), "shape": torch.tensor(weight.shape)}
 
     def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
         """Choose the width of each column."""
@@ -108,10 +113,11 @@ class EntropyCoded:
 
     bits: float
     needs_statistics = True
+    needs_gradients = False
 
-    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
         """Return the mean squares of the inputs."""
-        return {"moment": moment}
+        return {"moment": columns}
 
     def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
         """Find the steps of the whole model."""
@@ -121,7 +127,9 @@ class EntropyCoded:
 
     def pack(self, weight: Tensor, decided: Parts) -> Parts:
         """Return frames of integers, steps, and what is needed to decode them."""
-        coded = entropy.quantize(weight, decided["moment"], StepRule(*decided["rule"].tolist()))
+        return self._stored(entropy.quantize(weight, decided["moment"], StepRule(*decided["rule"].tolist())))
+
+    def _stored(self, coded: Coded) -> Parts:
         found = encode(coded)
         sizes = torch.tensor(found.sizes, dtype=torch.int64)
         return {
@@ -142,6 +150,33 @@ class EntropyCoded:
         layout = layout_of(len(target), stored["classes"])
         sizes = tuple(stored["sizes"].tolist())
         classes, steps, places, values = (stored[name] for name in ("classes", "steps", "places", "values"))
-        found, decoder = Stored(layout, classes, steps, places, values, sizes, stored["data"]), Decoder()
+        found = Stored(layout, classes, steps, places, values, sizes, stored["data"])
+        if "rows" in stored:
+            found = replace(found, row_classes=stored["rows"])
+        decoder = Decoder()
         for block in range(layout.num_blocks):
             decoder.unpack(found, block, target)
+
+
+@dataclass(frozen=True)
+class SelfFitted(EntropyCoded):
+    """The same stored form and a factor for each row: see `flexgen_helm.compression.sensitivity`."""
+
+    needs_gradients = True
+
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
+        """Return what errors of the matrix do."""
+        return {"columns": columns, "rows": rows}
+
+    def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
+        """Find the steps of the whole model."""
+        known = {key: Sensitivity(parts["columns"], parts["rows"]) for key, parts in observed.items()}
+        rule = sensitivity.solve_steps(weights, known, self.bits)
+        numbers = torch.tensor([rule.factor, rule.typical], dtype=torch.float64)
+        return {key: {**parts, "rule": numbers.clone()} for key, parts in observed.items()}
+
+    def pack(self, weight: Tensor, decided: Parts) -> Parts:
+        """Return what `EntropyCoded.pack` does, and the classes of the rows' factors."""
+        known = Sensitivity(decided["columns"], decided["rows"])
+        coded = sensitivity.quantize(weight, known, StepRule(*decided["rule"].tolist()))
+        return {**self._stored(coded), "rows": coded.row_classes}
