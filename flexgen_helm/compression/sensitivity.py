@@ -4,7 +4,7 @@ A probe is a random vector ``v`` for each token of a text, of unit variance and 
 ``g``, the gradient of ``sum v * output`` at the output of a matrix, tells how the layer passes errors on: if errors ``e_ij`` of
 the weights are independent, the expected relative error of the layer's output is ``sum_ij e_ij**2 * mean(g_i**2 x_j**2)`` (mean
 over tokens and probes: Hutchinson's estimator). The backward stays within a layer, so one layer in memory is enough.
-Gradients of the whole model's loss (Fisher's diagonal) give nearly the same steps, and no better ones (runs/LOG.md).
+Gradients of the whole model's loss (Fisher's diagonal) give much the same steps, at little gain (runs/LOG.md).
 
 That mean is taken as the product of one number for each column, ``c_j = mean(|g|**2 x_j**2)``, and one for each row,
 ``r_i = mean(g_i**2)``. Steps are products as well:
@@ -92,7 +92,8 @@ def probe(hidden: Tensor, generator: torch.Generator) -> Tensor:
     """
     norms = hidden.detach().float().norm(dim=-1, keepdim=True)
     chance = torch.randn(hidden.shape, generator=generator).to(hidden.device)
-    return (chance / norms.clamp_min(torch.finfo(torch.float32).tiny)).to(hidden.dtype)
+    found: Tensor = (chance / norms.clamp_min(torch.finfo(torch.float32).tiny)).to(hidden.dtype)
+    return found
 
 
 def classes_of_rows(rows: Tensor) -> Tensor:
