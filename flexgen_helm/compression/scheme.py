@@ -20,12 +20,17 @@ class Scheme(Protocol):
     def needs_statistics(self) -> bool:
         """Whether it is fitted to the inputs of the matrices."""
 
-    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether statistics are those of `flexgen_helm.compression.sensitivity`, over text that the model writes."""
+
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
         """Return what `solve` must know of a matrix.
 
         Args:
             weight: fp32 ``[out, in]``.
-            moment: ``[in]``: mean square of each input.
+            columns: ``[in]``: mean square of each input; with gradients `Sensitivity.columns`.
+            rows: ``[out]``: `Sensitivity.rows`; empty without gradients.
         """
 
     def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexgen_helm.compression.config import CompressionConfig
@@ -109,12 +110,13 @@ class Parts:
     """What is released when the engine is closed, after the executor."""
 
 
-def build(source: ModelSource, options: EngineOptions) -> Parts:
+def build(source: ModelSource, options: EngineOptions, write_text: Callable[[], Tensor]) -> Parts:
     """Make the parts of an engine.
 
     Args:
         source: Model folder with its config and tokenizer.
         options: Options of the user.
+        write_text: Lets the uncompressed model write text, int64 ``[rows, tokens]``; called if weights are fitted to it.
 
     Raises:
         UnsupportedModel: If the model would be computed wrongly, or its layers cannot be placed as the policy says.
@@ -124,7 +126,7 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
     """
     with options.device.current(), ExitStack() as held:
         held.enter_context(DEVICE_LIMITS.hold(options.device, options.limits.get("device")))
-        blueprint = _draw(source, options)
+        blueprint = _draw(source, options, write_text)
         try:
             with PRECISE_PRODUCTS.hold():
                 placed = load_and_check(blueprint)
@@ -201,7 +203,7 @@ def numerics_of(
     )
 
 
-def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
+def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[], Tensor]) -> Blueprint:
     """Decide everything that can be decided before weights are read."""
     whole = _empty(source)
     kv_dtype = options.kv_dtype or source.dtype
@@ -211,7 +213,7 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
     compressed = options.compression is not None and options.compression.bits is not None
     require_codable((options.policy or Policy()).slab_coding, source.dtype, compressed=compressed)
     if options.compression is not None and compressed:
-        weights, folder, fitted = _fit(source, options, options.compression)
+        weights, folder, fitted = _fit(source, options, options.compression, write_text)
         places = SlabPlaces(weights, folder)
     try:
         formats, policy, plan = _plan(whole, options, kv_dtype, places, fitted)
@@ -282,7 +284,7 @@ def _coded_plan(
 
 
 def _fit(
-    source: ModelSource, options: EngineOptions, compression: CompressionConfig
+    source: ModelSource, options: EngineOptions, compression: CompressionConfig, write_text: Callable[[], Tensor]
 ) -> tuple[WeightNumerics, Path, FittedModel]:
     """Return the identity of compressed weights, their folder, and the quantised model, which is made if it is missing."""
     assert compression.bits is not None
@@ -290,7 +292,7 @@ def _fit(
     shared = WeightNumerics(source.digest(), "float32", compression.weight_scheme)
     identity = {**slab_identity(shared), "format": str(FORMAT_VERSION)}
     folder = options.folder or default_folder(shared, identity, "compressed")
-    fitted = fit(source, scheme_of(compression.scheme, compression.bits), folder, identity)
+    fitted = fit(source, scheme_of(compression.scheme, compression.bits), folder, identity, write_text)
     return replace(shared, dtype=dtype_name(source.dtype), statistics=fitted.decisions), folder, fitted
 
 

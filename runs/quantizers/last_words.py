@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from flexgen_helm.fidelity.bootstrap import Bootstrap, Estimate, Floats
+from flexgen_helm.statistics.arrays import Floats
+from flexgen_helm.statistics.bootstrap import Bootstrap, Estimate
+from flexgen_helm.statistics.flips import flips
 
 MOST_ROWS = 32
 """Passages that are computed together."""
@@ -156,10 +157,9 @@ def summarize(answers: Answers) -> Summary:
 def compare(answers: Answers, other: Answers) -> Difference:
     """Compare two models passage by passage; intervals resample passages."""
     resamples = Bootstrap(range(len(answers.losses)))
-    gained, lost = (int((x.right > y.right).sum()) for x, y in ((answers, other), (other, answers)))
-    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    accuracy = resamples.mean(answers.right - other.right)
-    return Difference(accuracy, gained, lost, p_value, resamples.mean(answers.losses - other.losses, after=np.exp))
+    changed, accuracy = flips(other.right, answers.right), resamples.mean(answers.right - other.right)
+    perplexity = resamples.mean(answers.losses - other.losses, after=np.exp)
+    return Difference(accuracy, changed.gained, changed.lost, changed.p_value, perplexity)
 
 
 def describe(words: LastWords) -> str:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from flexgen_helm.assets.helm_data import news_articles
 from flexgen_helm.assets.smollm2 import smollm2_folder
 from flexgen_helm.assets.sotu import recent_addresses
+from flexgen_helm.cache_folder import cache_folder, write_whole
+from flexgen_helm.compression.sensitivity import Sensitivity, SensitivityStatistics, probe
 from flexgen_helm.compression.statistics import ColumnStatistics
 
 WINDOWS, WINDOW_TOKENS = 6, 1000
 RANDOM_SEQUENCES, RANDOM_TOKENS, FIRST_ORDINARY = 4, 512, 10
 """What the statistics see: the end token, then uniform ids that are no special tokens."""
+OWN_SEQUENCES, OWN_TOKENS, OWN_ROWS = 16, 512, 2
+"""The text that the model writes: sequences, tokens in each, and how many are computed together."""
 GRID_COLUMNS, GRID_STEPS = 32, 15
 """The grid on which the weights were published, along the inputs."""
 ARTICLES = 40
@@ -90,6 +99,39 @@ class Subject:
             hook.remove()
         return {name: own.moment for name, own in statistics.items()}
 
+    def own_text(self) -> Tensor:
+        """Return what the model writes behind the end token, int64 ``[sequences, tokens]``, kept by weights and settings."""
+        settings = {"sequences": OWN_SEQUENCES, "tokens": OWN_TOKENS, "temperature": 1, "seed": 0}
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for weight in self.weights.values():
+            digest.update(weight.numpy().data)
+        file = cache_folder() / "own_text" / f"{digest.hexdigest()[:32]}.json"
+        if not file.exists():
+            write_whole(file, json.dumps(self._write_text().tolist()))
+        return torch.tensor(json.loads(file.read_text()))
+
+    def _write_text(self) -> Tensor:
+        # No token ends a sequence: behind the end token the model begins another text.
+        settings = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, max_new_tokens=OWN_TOKENS - 1, pad_token_id=self.end, eos_token_id=None
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            start = torch.full((OWN_SEQUENCES, 1), self.end)
+            ids: Tensor = self.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)
+        return ids
+
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """Return what errors of each linear layer do to the output of its decoder layer, over the model's own text."""
+        ids, chance = self.own_text(), torch.Generator().manual_seed(0)
+        statistics = {name: SensitivityStatistics(x.in_features, x.out_features) for name, x in self.linears.items()}
+        with _probing(self.model.model.layers, chance), ExitStack() as hooks, torch.enable_grad():
+            for name, linear in self.linears.items():
+                hooks.callback(linear.register_forward_hook(partial(_observe, statistics[name])).remove)
+            for rows in ids.split(OWN_ROWS):
+                self.model.model(rows, use_cache=False)
+        return {name: own.mean(ids.numel()) for name, own in statistics.items()}
+
     def use(self, weights: dict[str, Tensor]) -> None:
         """Give the linear layers other weights."""
         for name, linear in self.linears.items():
@@ -117,6 +159,30 @@ class Subject:
         ids = torch.cat([torch.tensor([self.end]), window[:-1]])
         logits: Tensor = self.model(ids[None], use_cache=False).logits[0]
         return logits.log_softmax(-1)
+
+
+@contextmanager
+def _probing(layers: nn.ModuleList, chance: torch.Generator) -> Iterator[None]:
+    """Compute gradients of probes, each within its layer, while the context lasts."""
+
+    def begin(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0].detach().requires_grad_(), *inputs[1:])
+
+    def end(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        (output * probe(output, chance)).sum().backward()
+        return output.detach()
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            layer.requires_grad_(False)
+            hooks.callback(layer.register_forward_pre_hook(begin).remove)
+            hooks.callback(layer.register_forward_hook(end).remove)
+        yield
+
+
+def _observe(own: SensitivityStatistics, linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    seen = inputs[0].detach().flatten(0, -2)
+    output.register_hook(lambda gradient: own.add(seen, gradient.flatten(0, -2)))
 
 
 def _loss(log_probs: Tensor, window: Tensor) -> float:

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flexgen_helm.compression.minmax import MinMax, dequantize
+from flexgen_helm.compression.sensitivity import Sensitivity
 from flexgen_helm.runs.quantizers import __main__ as command
 from flexgen_helm.runs.quantizers import last_words, protocol
 from flexgen_helm.runs.quantizers.last_words import Answers, Passage, Quiz
 from flexgen_helm.runs.quantizers.protocol import Subject
-from flexgen_helm.runs.quantizers.schemes import SCHEMES
+from flexgen_helm.runs.quantizers.schemes import SCHEMES, Statistics
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -28,7 +29,8 @@ def test_schemes_keep_names_and_shapes_and_stay_within_their_bits(name: str) -> 
     chance = torch.Generator().manual_seed(0)
     weights = {"a": torch.randn(1024, 384, generator=chance), "b": torch.randn(768, 512, generator=chance)}
     moments = {"a": torch.rand(384, generator=chance) ** 4, "b": torch.rand(512, generator=chance) ** 4}
-    quantised = SCHEMES[name](weights, moments, 4)
+    sensitivities = {key: Sensitivity(moments[key], torch.rand(len(x), generator=chance) ** 4) for key, x in weights.items()}
+    quantised = SCHEMES[name](weights, Statistics(moments, sensitivities), 4)
     assert {key: x.shape for key, x in quantised.weights.items()} == {key: x.shape for key, x in weights.items()}
     assert 4.45 < quantised.bits <= 4.5
     for key, weight in weights.items():
@@ -168,8 +170,13 @@ def test_models_are_compared_with_the_first_and_the_one_before() -> None:
 def test_command_reads_the_chosen_text_and_asks_for_last_words(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = []
-    monkeypatch.setattr(command, "Subject", lambda off_grid, text: asked.append((off_grid, text)) or subject)
+    asked: list[tuple[bool, str]] = []
+
+    def noted(off_grid: bool, text: str) -> Subject:
+        asked.append((off_grid, text))
+        return subject
+
+    monkeypatch.setattr(command, "Subject", noted)
     monkeypatch.setattr(command, "lambada_passages", lambda: ["a bc", "d ef", "not asked for"])
     options = ["--text", "news", "--lambada", "2", "--grid", "on", "--schemes", "minmax", "--json", str(tmp_path / "x.json")]
     monkeypatch.setattr(sys, "argv", ["quantizers", *options])

@@ -19,6 +19,7 @@ from flexgen_helm.compression.matrices import matrix_tensors
 from flexgen_helm.compression.schemes import EntropyCoded, scheme_of
 from flexgen_helm.errors import CorruptFile, DiskFull, PolicyError
 from flexgen_helm.model.layers import layers_of
+from flexgen_helm.runtime.fitting import own_text
 from tests.jobs import fixed_mix
 from tests.reference import Agreement, Reference
 from tests.workbench import OWN_MEMORY, POLICY, Workbench
@@ -31,6 +32,11 @@ PLACES: dict[str, Policy] = {
     "packed on the device": Policy(keep_packed=True),
     "three tiers": Policy(weights=(0.4, 0.3, 0.3)),
 }
+
+
+@pytest.fixture(autouse=True)
+def _short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_text, "ROW_TOKENS", 32)
 
 
 def _unpacked(source: Path, compressed: Path, variant: str, target: Path) -> Path:
@@ -54,7 +60,7 @@ def _unpacked(source: Path, compressed: Path, variant: str, target: Path) -> Pat
     return target
 
 
-@pytest.mark.parametrize("variant", ["w4-minmax", "w4", "w4-entropy"])
+@pytest.mark.parametrize("variant", ["w4-minmax", "w4", "w4-entropy", "w4-self"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "mamba2"])
 def test_an_engine_equals_transformers_with_the_unpacked_weights(
     bench: Workbench, tmp_path: Path, family: str, variant: str
