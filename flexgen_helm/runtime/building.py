@@ -110,13 +110,14 @@ class Parts:
     """What is released when the engine is closed, after the executor."""
 
 
-def build(source: ModelSource, options: EngineOptions, write_text: Callable[[], Tensor]) -> Parts:
+def build(source: ModelSource, options: EngineOptions, write_text: Callable[[Path], Tensor]) -> Parts:
     """Make the parts of an engine.
 
     Args:
         source: Model folder with its config and tokenizer.
         options: Options of the user.
-        write_text: Lets the uncompressed model write text, int64 ``[rows, tokens]``; called if weights are fitted to it.
+        write_text: Lets the uncompressed model, with its slabs in a folder, write text, int64 ``[rows, tokens]``; called if
+            weights are fitted to it.
 
     Raises:
         UnsupportedModel: If the model would be computed wrongly, or its layers cannot be placed as the policy says.
@@ -203,7 +204,7 @@ def numerics_of(
     )
 
 
-def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[], Tensor]) -> Blueprint:
+def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Path], Tensor]) -> Blueprint:
     """Decide everything that can be decided before weights are read."""
     whole = _empty(source)
     kv_dtype = options.kv_dtype or source.dtype
@@ -284,7 +285,7 @@ def _coded_plan(
 
 
 def _fit(
-    source: ModelSource, options: EngineOptions, compression: CompressionConfig, write_text: Callable[[], Tensor]
+    source: ModelSource, options: EngineOptions, compression: CompressionConfig, write_text: Callable[[Path], Tensor]
 ) -> tuple[WeightNumerics, Path, FittedModel]:
     """Return the identity of compressed weights, their folder, and the quantised model, which is made if it is missing."""
     assert compression.bits is not None

@@ -161,12 +161,12 @@ class Engine:
         return cls(build(source, options, partial(cls._write_text, source, options)))
 
     @classmethod
-    def _write_text(cls, source: ModelSource, options: EngineOptions) -> Tensor:
+    def _write_text(cls, source: ModelSource, options: EngineOptions, folder: Path) -> Tensor:
         """Let the uncompressed model write the text to which its weights are fitted, in float32 as its statistics are."""
-        plain = EngineOptions(options.device, limits=options.limits)
+        plain = EngineOptions(options.device, limits=options.limits, folder=folder)
         source = replace(source, dtype=torch.float32)
 
-        def refuse() -> Tensor:
+        def refuse(_: Path) -> Tensor:
             raise AssertionError("uncompressed weights are not fitted")
 
         logger.info("%s: the model writes the text to which its weights are fitted, once", source.name)

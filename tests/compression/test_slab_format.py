@@ -20,7 +20,12 @@ from tests.compression.matrices import make_matrix
 from tests.simulated_gpu.gpu import SimulatedGpu
 from tests.simulated_gpu.patches import simulated_gpu
 
-SCHEMES = {"w4-minmax": scheme_of("minmax", 4.5), "w4": scheme_of("fixed", 4.5), "w4-entropy": scheme_of("entropy", 4.5)}
+SCHEMES = {
+    "w4-minmax": scheme_of("minmax", 4.5),
+    "w4": scheme_of("fixed", 4.5),
+    "w4-entropy": scheme_of("entropy", 4.5),
+    "w4-self": scheme_of("self", 4.5),
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OUT, IN = 70, 90
 
@@ -38,6 +43,9 @@ def decided(scheme: str, shape: tuple[int, int], moment: Tensor) -> Parts:
     """What a model's statistics would decide about a matrix."""
     if scheme == "w4-entropy":  # small steps, so that outliers take more than a byte
         return {"moment": moment, "rule": torch.tensor([0.005, 1.0], dtype=torch.float64)}
+    if scheme == "w4-self":
+        rows = torch.arange(1.0, shape[0] + 1) ** 3
+        return {"columns": moment, "rows": rows, "rule": torch.tensor([0.005, 1.0], dtype=torch.float64)}
     if scheme == "w4":
         ladder = torch.tensor(LADDERS[4], dtype=torch.uint8)
         return {"widths": ladder[torch.arange(shape[1]) % 3 % len(ladder)]}
@@ -141,4 +149,4 @@ def test_damage_is_noticed_while_decoding() -> None:
 
 def test_schemes_know_their_kind() -> None:
     schemes: dict[str, Scheme] = dict(SCHEMES)
-    assert {name for name in schemes if compressed(name, torch.float32)[0].is_coded} == {"w4-entropy"}
+    assert {name for name in schemes if compressed(name, torch.float32)[0].is_coded} == {"w4-entropy", "w4-self"}

@@ -68,7 +68,7 @@ class FittedModel:
 
 
 def fit(
-    source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str], write_text: Callable[[], Tensor]
+    source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str], write_text: Callable[[Path], Tensor]
 ) -> FittedModel:
     """Return a quantised model. What is missing in its folder is made; a killed process goes on where it was.
 
@@ -77,7 +77,8 @@ def fit(
         scheme: Scheme of the matrices.
         folder: Folder of this model and scheme.
         identity: Everything else that decides the bytes of the slabs.
-        write_text: Lets the model write the text of schemes that need gradients; called if it is missing.
+        write_text: Lets the model, with its slabs in a folder that is removed afterwards, write the text of schemes that need
+            gradients; called if it is missing.
 
     Raises:
         UnsupportedModel: If layers share weights.
@@ -89,7 +90,7 @@ def fit(
 
 
 def _fit(
-    source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str], write_text: Callable[[], Tensor]
+    source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str], write_text: Callable[[Path], Tensor]
 ) -> FittedModel:
     whole = source.empty
     refuse_shared_layers(whole)
@@ -117,7 +118,7 @@ def _describe(scheme: Scheme) -> str:
 
 
 def _decide(
-    source: ModelSource, scheme: Scheme, folder: Path, write_text: Callable[[], Tensor]
+    source: ModelSource, scheme: Scheme, folder: Path, write_text: Callable[[Path], Tensor]
 ) -> tuple[dict[MatrixKey, Parts], str]:
     """What the scheme decided about each matrix, and the digest of its file."""
     file = folder / DECISIONS

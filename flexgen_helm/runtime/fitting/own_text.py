@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -46,12 +47,12 @@ def written(job: Job, result: Result) -> Tensor:
     return torch.tensor([[*front, *completion.token_ids] for completion in result.completions])
 
 
-def kept_text(folder: Path, write: Callable[[], Tensor]) -> Tensor:
+def kept_text(folder: Path, write: Callable[[Path], Tensor]) -> Tensor:
     """Return the text that is kept in a folder; it is written first if it is missing.
 
     Args:
         folder: Folder of the statistics.
-        write: Lets the model write.
+        write: Lets the model write, with what it keeps on disk in a folder.
 
     Raises:
         CorruptFile: If the file is torn.
@@ -59,7 +60,9 @@ def kept_text(folder: Path, write: Callable[[], Tensor]) -> Tensor:
     """
     file = folder / FILE
     if not file.exists():
-        save_tensors(file, {NAME: write()})
+        scratch = folder / "uncompressed"
+        save_tensors(file, {NAME: write(scratch)})
+        shutil.rmtree(scratch, ignore_errors=True)
     try:
         return load_file(file)[NAME]
     except (OSError, SafetensorError, KeyError) as error:

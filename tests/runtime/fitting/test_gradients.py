@@ -122,8 +122,8 @@ def test_a_model_writes_its_text_once(bench: Workbench, tmp_path: Path, monkeypa
     assert text.shape == (3, 12)
     assert set(text[:, 0].tolist()) == {min(engine._parts.loaded.end_token_ids)}
     assert len({tuple(row) for row in text.tolist()}) == 3
-    assert torch.equal(own_text.kept_text(tmp_path, lambda: text), text)
-    assert torch.equal(own_text.kept_text(tmp_path, lambda: text * 0), text)
+    assert torch.equal(own_text.kept_text(tmp_path, lambda _: text), text)
+    assert torch.equal(own_text.kept_text(tmp_path, lambda _: text * 0), text)
     (tmp_path / own_text.FILE).write_bytes(b"torn")
     with pytest.raises(CorruptFile, match=r"own_text\.safetensors cannot be read .* Delete it"):
-        own_text.kept_text(tmp_path, lambda: text)
+        own_text.kept_text(tmp_path, lambda _: text)
