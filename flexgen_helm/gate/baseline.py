@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def write_baseline(file: Path, answers: Answers, *, date: str) -> None:
         beside.write_text(to_text(answers, date=date), encoding="utf-8")
         beside.replace(file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise FlexGenError(f"The baseline cannot be written to {file} ({error.strerror}). Give another --record.") from error
 
 

@@ -124,7 +124,7 @@ def _parse(file: Path) -> Iterator[Sample]:
             for sample in content if as_list else [content]:
                 _check(sample)
                 yield sample
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             where = f"line {number} is" if not as_list else "it is"
             what = f"{where} no sample ({type(error).__name__}: {' '.join(str(error).split())})"
             raise CorruptFile(f"{file} is not what lm-eval writes: {what}. {advice}") from error

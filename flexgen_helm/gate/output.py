@@ -95,8 +95,8 @@ def as_json(checked: Sequence[Checked]) -> str:
 def as_junit(checked: Sequence[Checked]) -> str:
     """Return all verdicts as JUnit XML: a suite for each candidate, a case for each gate.
 
-    A gate that fails is a failure; an inconclusive one is skipped, or an error where it is required. A candidate of which no gate
-    vouches for the answers has one more case, which is an error.
+    A gate that fails is a failure; an inconclusive one is skipped, or an error where it is required. A candidate of which no
+    gate vouches for the answers has one more case, which is an error.
     """
     root = ElementTree.Element("testsuites", name="flexgen-helm check")
     for each in checked:
