@@ -58,7 +58,7 @@ def _unequal(evidence: Evidence) -> Iterator[str]:
             continue
         for side, engine in (("baseline", before), ("candidate", after)):
             if not set(ENVIRONMENT) <= engine.environment.keys() or not engine.numerics:
-                yield f"flexgen.json of the {side} does not name machine and versions, evaluate it again"
+                yield f"the record of the {side} does not name machine and versions; evaluate it again"
         yield from (f"the numerics differ in {text}" for text in _parts(before, after))
         pair = [{name: engine.environment.get(name) for name in ENVIRONMENT} for engine in (before, after)]
         yield from (f"the machines differ in {text}" for text in differing(*pair))

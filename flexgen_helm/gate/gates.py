@@ -226,7 +226,7 @@ def throughput(evidence: Evidence, rule: Rule) -> Finding:
     limit = rule.limit(None) or 0.0
     pairs = [(one, other) for one, other in evidence.engines if one is not None and other is not None]
     if len(pairs) < len(evidence.engines) or not all(one.environment for one, _ in pairs):
-        return Finding.undecided("flexgen.json of one side does not name the machine", threshold=limit)
+        return Finding.undecided("the record of one side does not name the machine", threshold=limit)
     if any(one.environment != other.environment for one, other in pairs):
         return Finding.undecided("machine, threads or versions differ", threshold=limit)
     cells = [
