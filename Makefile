@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # tests/conftest.py puts the longest files first; xdist would put those with most tests first.
 PYTEST := pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env lint test test-all test-versions test-simulated-gpu demo clean
+.PHONY: help env lint test test-all test-versions test-simulated-gpu gate demo clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ test-versions: env  ## Run what depends on transformers with its lowest version 
 
 test-simulated-gpu: env  ## Run every placement, family and limit on the simulated GPU; `test` runs a part of them.
 	@$(TEST_ENV) $(BIN)/$(PYTEST) --dist load -m slow tests/simulated_gpu tests/runtime/test_gpu.py
+
+gate: env  ## Check on a real model that placement and block sizes change no bit, with INSTANCES="10" of each run entry.
+	@$(TEST_ENV) $(BIN)/python .ci/gate.py $(addprefix -m ,$(INSTANCES))
 
 demo: env  ## Evaluate a real model on real questions with HELM and print the scores.
 	@$(BIN)/python -m flexgen_helm.runs.quickstart

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from flexgen_helm.cli_options import (
     add_bench_options,
+    add_check_options,
     add_fidelity_options,
     add_job_options,
     add_model_options,
@@ -119,6 +120,12 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     add_placement_options(fidelity)
     add_fidelity_options(fidelity)
     fidelity.set_defaults(run=partial(_fidelity, load_engine=load_engine), few_requests=False)
+    _add_comparisons(commands)
+    return parser
+
+
+def _add_comparisons(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that compare runs."""
     report = commands.add_parser(
         "report",
         help="compare evaluations",
@@ -126,7 +133,13 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     )
     add_report_options(report)
     report.set_defaults(run=_report)
-    return parser
+    check = commands.add_parser(
+        "check",
+        help="pass or fail evaluations in CI",
+        description="Check runs against a baseline: 0 if they pass, 1 after a regression, 2 if it could not be decided.",
+    )
+    add_check_options(check)
+    check.set_defaults(run=_check)
 
 
 def _require_helm() -> None:
@@ -139,6 +152,13 @@ def _report(args: argparse.Namespace) -> int:
     from flexgen_helm.reports.presentation.command import report
 
     return report(args, _say)
+
+
+def _check(args: argparse.Namespace) -> int:
+    _require_helm()
+    from flexgen_helm.gate.command import run_check
+
+    return run_check(args, _say)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -149,12 +149,33 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     add("--baseline", required=True, metavar="SUITE[:MODEL]", help=suite)
     more = "the same, one or several; a suite alone stands for all its models but the baseline"
     add("--candidates", required=True, nargs="+", metavar="SUITE[:MODEL]", help=more)
+    add = parser.add_argument_group("report").add_argument
+    add("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report (%(default)s)")
+    _add_comparison_options(parser)
+
+
+def add_check_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `check`."""
+    add = parser.add_argument_group("runs").add_argument
+    source = "suite of HELM, behind a colon a model in it; or a baseline file; or samples of lm-eval, a file or a folder"
+    add("--baseline", required=True, metavar="RUNS|FILE", help=source)
+    more = "the same, one or several; a suite alone stands for all its models but the baseline"
+    add("--candidates", "--candidate", nargs="+", default=[], metavar="RUNS|FILE", help=more)
+    add = parser.add_argument_group("gates").add_argument
+    add("--config", type=Path, metavar="FILE", help="YAML file of gates and thresholds (default: see docs/gate.md)")
+    add("--record", type=Path, metavar="FILE", help="write the baseline to a file that is small enough to commit")
+    add("--junit", type=Path, metavar="FILE", help="write the verdicts as JUnit XML")
+    add("--json", type=Path, metavar="FILE", help="write the verdicts as JSON")
+    _add_comparison_options(parser)
+
+
+def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `report` and `check` share."""
+    add = parser.add_argument_group("comparison").add_argument
     output = "HELM's output folder, for suites given by name (%(default)s)"
     add("--output-path", type=Path, default=Path("benchmark_output"), metavar="DIR", help=output)
     add("--common-runs", action="store_true", help="leave out run entries that one side lacks")
     add("--other-models", action="store_true", help="allow candidates that are another model than the baseline")
-    add = parser.add_argument_group("report").add_argument
-    add("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report (%(default)s)")
     fidelity = "results of `flexgen-helm fidelity` (default: all in the cache folder)"
     add("--fidelity", type=Path, nargs="+", metavar="FILE", help=fidelity)
     schema = "schema of HELM that names the main metrics (default: schema.json of the baseline's suite, if there is one)"

@@ -16,7 +16,7 @@ LAYERS = (
     *("errors", "types", "options", "cache_folder"),
     *("statistics", "memory", "kv_cache", "machine", "model", "loading", "generation"),
     *("schedule", "compression", "attention", "execution", "policy", "rows", "runtime"),
-    *("fidelity", "helm", "reports", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
+    *("fidelity", "helm", "reports", "gate", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
 )
 """Folders and files of the package. Each may use those before it, and none behind it."""
 LAZY = {("__init__", "runtime")}

@@ -115,13 +115,16 @@ def keep_measured(report: dict[str, Any], old: Mapping[str, Any]) -> dict[str, A
     return {**report, "measured": old.get("measured")}
 
 
-def run_report(deployment: ModelDeployment, workload: WorkloadReport, sources: Sequence[Source]) -> dict[str, Any]:
+def run_report(
+    deployment: ModelDeployment, workload: WorkloadReport, sources: Sequence[Source], environment: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return what ``flexgen.json`` of one run holds.
 
     Args:
         deployment: Served the run.
         workload: Record of all requests that were served together with this run's. Throughput is theirs, not the run's.
         sources: Origin of each answer of this run.
+        environment: See `flexgen_helm.machine.identity.environment`.
     """
     model = named_model(deployment.client_spec.args)
     return {
@@ -129,6 +132,7 @@ def run_report(deployment: ModelDeployment, workload: WorkloadReport, sources: S
         "model": model.name_or_path,
         "variant": model.compression.canonical if model.compression else None,
         **asdict(workload.engine),
+        "environment": dict(environment),
         "requests": {"total": len(sources), **Counter(sources)},
         "workload": {
             "date": workload.date,

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from helm.benchmark.adaptation.scenario_state import ScenarioState
 from helm.benchmark.model_deployment_registry import ModelDeployment, get_model_deployment
 from helm.benchmark.run_spec import RunSpec
@@ -29,6 +30,7 @@ from flexgen_helm.helm.run_record import WORKLOAD_FILE, run_report, with_entry
 from flexgen_helm.helm.shared_file import rewrite
 from flexgen_helm.helm.workload import Served, serve
 from flexgen_helm.helm.written import check_deployment
+from flexgen_helm.machine.identity import environment
 
 T = TypeVar("T")
 INTERRUPTED = 130
@@ -145,10 +147,11 @@ class FlexGenRunner(Runner):
         served = self._attempt(f"Serving {len(runs)} runs of {deployment.name}", runs, failed, answer)
         if served is None:
             return
+        machine = environment(torch.device(served.report.engine.numerics.machine.device))
         remaining = zip(served.results, served.sources, strict=True)
         for run in self._console.each(runs, f"Metrics of {len(runs)} runs"):
             results, sources = zip(*islice(remaining, len(run.request_states)), strict=True)
-            report = run_report(deployment, served.report, sources)
+            report = run_report(deployment, served.report, sources, machine)
             self._attempt(f"Running {run.run_spec.name}", [run], failed, partial(run.resume, list(results), report))
 
     @cached_property

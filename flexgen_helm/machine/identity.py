@@ -48,6 +48,25 @@ def machine_identity(device: torch.device) -> dict[str, Any]:
     }
 
 
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a reader compares of two machines, in few words: processor, threads, and the libraries that compute.
+
+    Args:
+        device: The device that computes.
+    """
+    machine = machine_identity(device)
+    instructions = hashlib.sha256("\n".join(machine["processor"]).encode()).hexdigest()[:16]
+    named = [line.partition(":")[2].strip() for line in machine["processor"] if line.startswith(("model name", "CPU part"))]
+    return {
+        "processor": " ".join([platform.machine(), *named]),
+        "instructions": instructions,
+        "device": machine["device"],
+        "threads": machine["threads"],
+        "variables": machine["variables"],
+        **{name: _version(name) for name in ("torch", "transformers")},
+    }
+
+
 def _version(package: str) -> str | None:
     with suppress(PackageNotFoundError):
         return version(package)

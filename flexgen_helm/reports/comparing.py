@@ -79,7 +79,7 @@ def compare(
     if not choices.other_models:
         for selection, engine in zip(selections[1:], engines[1:], strict=True):
             check_same_model(selections[0], selection, (engines[0], engine))
-    metrics = _metrics(choices.schema or selections[0].suite / "schema.json", required=choices.schema is not None)
+    metrics = read_metrics(choices.schema or selections[0].suite / "schema.json", required=choices.schema is not None)
     results = read_fidelity(choices.fidelity)
     names = short_names(selections, engines)
     say(f"reading {names[0]} (the baseline): {len(selections[0].runs):,} runs")
@@ -113,7 +113,16 @@ def _select(baseline: str, candidates: Sequence[str], choices: Choices) -> list[
     return chosen
 
 
-def _metrics(schema: Path, *, required: bool) -> Metrics:
+def read_metrics(schema: Path, *, required: bool) -> Metrics:
+    """Read which metrics count from HELM's schema, and from a suite's own.
+
+    Args:
+        schema: Of the suite.
+        required: Whether the file must exist; else HELM's schema alone is read where it does not.
+
+    Raises:
+        FlexGenError: The file cannot be read.
+    """
     given = schema if required or schema.is_file() else None
     lower = read_directions(Path(get_default_schema_path())) | (read_directions(given) if given else {})
     return Metrics(MainMetrics.read(given), lower)

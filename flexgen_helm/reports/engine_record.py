@@ -48,6 +48,10 @@ class EngineRecord:
     bit_stable: bool | None
     throughput: Throughput | None
     """None: nothing was computed."""
+    environment: Mapping[str, Any]
+    """Machine and libraries of the command that wrote the run, as `flexgen_helm.machine.identity.environment` has them."""
+    sources: Mapping[str, int]
+    """Answers of the run: ``total``, and how many were ``computed``, ``cached``, ``resumed``."""
 
     @property
     def dtype(self) -> str:
@@ -90,6 +94,8 @@ def engine_record(content: Mapping[str, Any]) -> EngineRecord:
         cache_bytes=_counts(content.get("cache_bytes")),
         bit_stable=stable if isinstance(stable, bool) else None,
         throughput=_throughput(_mapping(content.get("measured"))),
+        environment=_mapping(content.get("environment")),
+        sources=_counts(content.get("requests")),
     )
 
 

@@ -100,14 +100,19 @@ def candidate_figures(candidate: Answers, joined: Joined, baseline: Answers, fid
 
 def _frame(answers: Answers, rows: pd.DataFrame, cells: Callable[[Part], Iterator[Cell]], more: Sequence[Cell]) -> pd.DataFrame:
     lines = []
-    for part in _parts(answers, rows):
+    for part in parts(answers, rows):
         for cell in (*cells(part), *engine_cells([facts.engine for facts in part.facts]), *more):
             lines.append((answers.name, part.level, part.scenario, part.perturbation, *cell))
     return pd.DataFrame(lines, columns=list(FIGURE_COLUMNS))
 
 
-def _parts(answers: Answers, rows: pd.DataFrame) -> Iterator[Part]:
-    """Yield every run with every perturbation, then groups of several runs, then the suite."""
+def parts(answers: Answers, rows: pd.DataFrame) -> Iterator[Part]:
+    """Yield every run with every perturbation, then groups of several runs, then the suite.
+
+    Args:
+        answers: Says what holds for each run.
+        rows: Of one side, or joined.
+    """
     rows = rows[rows["counts"]]
     for (scenario, perturbation), each in rows.groupby(["scenario", "perturbation"], sort=True):
         yield Part("run", str(scenario), str(perturbation), each, [answers.runs[str(scenario)]])

@@ -47,7 +47,8 @@ def join(baseline: Answers, candidate: Answers, *, common_runs: bool = False) ->
     """
     left_out = _check_runs(baseline, candidate, common_runs=common_runs)
     keys = list(KEY_COLUMNS)
-    before = baseline.rows[[*keys, "split", "correct", "counts", "cluster", "prompt", *PAIRED_COLUMNS]]
+    shared = [*keys, "split", "correct", "counts", "cluster", "length", "prompt"]
+    before = baseline.rows[[*shared, *PAIRED_COLUMNS]]
     after = candidate.rows[[*keys, "counts", "prompt", *PAIRED_COLUMNS]]
     outer = before.merge(after, on=keys, how="outer", suffixes=SIDES, indicator=True, validate="one_to_one")
     outer = outer[~outer["scenario"].isin(left_out)]
@@ -96,6 +97,8 @@ def _explain(differing: pd.DataFrame, baseline: Answers, candidate: Answers) -> 
     sides = [answers.texts(scenario).get(key, []) for answers in (baseline, candidate)]
     found = [first_difference(one, other) for one, other in zip(*sides, strict=False)]
     what = next(filter(None, found), f"{len(sides[0])} and {len(sides[1])} requests were sent")
+    if not all(sides):
+        what = "the digests of what was asked differ, and one side keeps no texts"
     return (
         f"`{candidate.name}` was asked something else than `{baseline.name}` in {len(differing):,} rows. The first is instance "
         f"{key.instance} of `{scenario}`: {what}. Evaluate both with the same tokenizer, context, run entries and data."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, count
+from typing import Protocol
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.reports.engine_record import EngineRecord, engine_record
@@ -45,9 +46,16 @@ def _name(selection: Selection, engine: EngineRecord | None) -> str:
     return "16-bit" if engine.is_half else engine.dtype or selection.deployment
 
 
-def check_same_model(
-    baseline: Selection, candidate: Selection, engines: tuple[EngineRecord | None, EngineRecord | None]
-) -> None:
+class Deployed(Protocol):
+    """Runs of one deployment, in whatever form."""
+
+    @property
+    def deployment(self) -> str:
+        """Name of the deployment."""
+        ...
+
+
+def check_same_model(baseline: Deployed, candidate: Deployed, engines: tuple[EngineRecord | None, EngineRecord | None]) -> None:
     """Refuse another model, by the digest of the checkpoint where both sides have one, else by the last part of its name.
 
     Raises:
@@ -69,7 +77,7 @@ def check_same_model(
     )
 
 
-def _model(selection: Selection, engine: EngineRecord | None) -> str:
+def _model(selection: Deployed, engine: EngineRecord | None) -> str:
     """Return the last part of the model's name, without variant and options."""
     name = selection.deployment if engine is None or not engine.model else engine.model
     return name.rstrip("/").rpartition("/")[2].partition("@")[0].partition("+")[0].partition("#")[0]

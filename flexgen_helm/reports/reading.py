@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Row:
     """1 if the answer is one of the letters offered, or any text where none are; NaN where nothing is generated."""
     correct: str
     """The correct answers of the data set."""
+    length: int
+    """Tokens that ``logprob`` sums over; 0: not known."""
     prompt: str
     """Digest of everything that was asked, in order."""
 
@@ -71,6 +74,10 @@ class Asked:
     """Generated text; empty where nothing is generated."""
     prompt: str
     """Digest of what was asked."""
+    length: int
+    """Tokens that ``logprob`` sums over."""
+    returned: str
+    """Digest of everything that the model returned: texts, tokens and log-probabilities, bit for bit."""
 
 
 def read_rows(run: Run, main: MainMetric) -> tuple[list[Row], list[Asked]]:
@@ -180,19 +187,20 @@ def _add(sums: dict[str, tuple[float, int]], stats: Sequence[Stat]) -> None:
 
 def _row(key: Key, requests: Sequence[Request], asked: Sequence[Asked], judge: _Judge) -> Row:
     first = requests[0]
-    scored = {one.reference: one.logprob for one in asked if one.reference >= 0 and one.mode != "calibration"}
+    scored = {one.reference: one for one in asked if one.reference >= 0 and one.mode != "calibration"}
     generated = not scored and not judge.windows
-    logprob, answer, answer_logprob = math.nan, "", math.nan
+    logprob, length, answer, answer_logprob = math.nan, 0, "", math.nan
     if scored:
         right = [scored[number] for number, one in enumerate(first.references) if one.correct and number in scored]
-        logprob = _highest(right)
+        logprob, length = _likeliest(right)
         chosen = judge.predicted(key)
         if chosen is not None and chosen < len(first.references):
-            answer, answer_logprob = first.references[chosen].text, scored.get(chosen, math.nan)
+            answer = first.references[chosen].text
+            answer_logprob = scored[chosen].logprob if chosen in scored else math.nan
     elif generated:
         answer, answer_logprob = asked[0].text, asked[0].logprob
     else:
-        logprob = judge.logprob(key)
+        logprob, length = judge.logprob(key), asked[0].length
     return Row(
         key=key,
         split=first.split or "",
@@ -203,13 +211,17 @@ def _row(key: Key, requests: Sequence[Request], asked: Sequence[Asked], judge: _
         tokens=_mean_tokens(requests) if generated else math.nan,
         parsable=_parsable(first) if generated else math.nan,
         correct=" | ".join(one.text for one in first.references if one.correct),
+        length=length,
         prompt=asked[0].prompt if len(asked) == 1 else _digest_of_all(asked),
     )
 
 
-def _highest(values: Sequence[float]) -> float:
-    """Several correct answers: the likeliest of them, if all are known."""
-    return math.nan if not values or any(map(math.isnan, values)) else max(values)
+def _likeliest(right: Sequence[Asked]) -> tuple[float, int]:
+    """Return log-probability and tokens of the likeliest correct answer, if all are known."""
+    if not right or any(math.isnan(one.logprob) for one in right):
+        return math.nan, 0
+    best = max(right, key=lambda one: one.logprob)
+    return best.logprob, best.length
 
 
 def _digest_of_all(asked: Sequence[Asked]) -> str:
@@ -219,16 +231,18 @@ def _digest_of_all(asked: Sequence[Asked]) -> str:
 def _asked(key: Key, request: Request) -> Asked:
     completion = request.completions[0] if request.completions else None
     echoed = bool(request.asked.get("echo_prompt")) or request.asked.get("max_tokens") == 0
-    logprob = math.nan
+    tokens: Sequence[Token] = ()
     if completion is not None:
-        logprob = _scored(completion, request) if request.reference_index is not None else _logprob(completion.tokens)
+        tokens = _scored(completion, request) if request.reference_index is not None else completion.tokens
     return Asked(
         key=key,
         mode=request.mode or "",
         reference=-1 if request.reference_index is None else request.reference_index,
-        logprob=logprob,
+        logprob=_logprob(tokens),
         text="" if completion is None or echoed else completion.text,
         prompt=digest_of(request),
+        length=len(tokens),
+        returned=_digest_of_returned(request),
     )
 
 
@@ -243,17 +257,27 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def _scored(completion: Completion, request: Request) -> float:
-    """Return the log-probability of the last tokens that hold the choice; NaN where they cannot be told from the prompt."""
+def _digest_of_returned(request: Request) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for completion in request.completions:
+        values = array("d", [math.nan if token.logprob is None else token.logprob for token in completion.tokens])
+        texts = [completion.text, *(token.text for token in completion.tokens)]
+        for part in (values.tobytes(), "\0".join(texts).encode("utf-8", "surrogatepass")):
+            digest.update(len(part).to_bytes(8, "little") + part)  # so that no text can stand for numbers
+    return digest.hexdigest()
+
+
+def _scored(completion: Completion, request: Request) -> Sequence[Token]:
+    """Return the last tokens that hold the choice; none where they cannot be told from the prompt."""
     choice = request.references[request.reference_index or 0].text.strip()
     text = ""
     for count, token in enumerate(reversed(completion.tokens), 1):
         text = token.text + text
         if choice in text:
-            return _logprob(completion.tokens[-count:])
+            return completion.tokens[-count:]
         if len(text) > 2 * len(choice) + MOST_SPACE:
             break
-    return math.nan
+    return ()
 
 
 def _mean_tokens(requests: Sequence[Request]) -> float:

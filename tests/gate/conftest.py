@@ -1,0 +1,11 @@
+"""HELM's runner with a fake engine, as the tests of HELM's side have it."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("helm", reason="needs crfm-helm, which comes with the extra `helm`")
+
+from tests.helm.conftest import _deployments, loader, run_suite
+
+__all__ = ["_deployments", "loader", "run_suite"]
