@@ -1,6 +1,7 @@
 """Every page of the documentation: its commands, YAML and snippets run, or are listed here with the reason why they do not.
 
-Those of README.md and docs/evaluating.md, which need real data, are run by tests/test_docs.py.
+Those of README.md and docs/evaluating.md, which need real data, are run by tests/test_docs.py; those of docs/reports.md by
+tests/reports/test_documented.py, on runs that cost nothing.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from tests.tokenizers import save_character_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN_ELSEWHERE = {"README.md", "evaluating.md"}
-"""Pages whose blocks tests/test_docs.py runs."""
+RUN_ELSEWHERE = {"README.md", "evaluating.md", "reports.md"}
+"""Pages whose blocks tests/test_docs.py and tests/reports/test_documented.py run."""
 NOT_RUN = {
     "flexgen-helm bench --model facebook/opt-30b": "a model of the hub, on a GPU of 15 GiB",
 }

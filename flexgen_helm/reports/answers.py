@@ -144,6 +144,7 @@ def _reasons(method: str, main: MainMetric) -> dict[str, str]:
         score = "neither a schema nor the scenario names a main metric"
     elif method == "language_modeling" and main.name not in OF_WINDOWS:
         score = f"{main.name} is no mean over windows"
+    nothing = "nothing is generated: " + ("a text is scored" if method == "language_modeling" else "choices are scored")
     generated = "HELM keeps log-probabilities of generated tokens only, and the right answer was not scored"
     scored = "the client reported no log-probabilities, or the answer's tokens cannot be told from the prompt's"
     return {
@@ -152,8 +153,8 @@ def _reasons(method: str, main: MainMetric) -> dict[str, str]:
         "answer_logprob": "no text is generated"
         if method == "language_modeling"
         else "the client reported no log-probabilities",
-        "tokens": "nothing is generated: choices are scored" if scoring else "the run has no answers",
-        "parsable": "nothing is generated: choices are scored" if scoring else "the run has no answers",
+        "tokens": nothing if scoring else "the run has no answers",
+        "parsable": nothing if scoring else "the run has no answers",
     }
 
 

@@ -10,7 +10,7 @@ from flexgen_helm.reports.engine_record import NO_RECORD, NOTHING_COMPUTED, Engi
 from flexgen_helm.reports.fidelity_results import NONE_FOUND, FidelityResult
 
 TIERS = ("device", "host", "disk")
-NOT_RECORDED = "flexgen.json does not have it"
+NOT_RECORDED = "the record of the engine does not have it"
 FIDELITY: dict[str, tuple[str, ...]] = {
     "kl_mean": ("kl", "mean"),
     "kl_median": ("kl", "median"),

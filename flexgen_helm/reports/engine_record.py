@@ -1,4 +1,4 @@
-"""What ``flexgen.json`` says of the engine that served a run."""
+"""What this package recorded of the engine that served a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 HALF = ("float16", "bfloat16")
-NO_RECORD = "no flexgen.json: the run was served without this package's runner"
+NO_RECORD = "no record of the engine: the run was served without this package's runner"
 NOTHING_COMPUTED = "every answer was known before, so no speed was measured"
 
 
@@ -77,7 +77,7 @@ class EngineRecord:
 
 
 def engine_record(content: Mapping[str, Any]) -> EngineRecord:
-    """Make a record of the content of ``flexgen.json``, as `Run.record` returned it."""
+    """Make a record of the record of a run, as `Run.record` returned it."""
     variant, stable = content.get("variant"), content.get("bit_stable")
     return EngineRecord(
         model=str(content.get("model", "")),

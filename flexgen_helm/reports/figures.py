@@ -89,7 +89,7 @@ def candidate_figures(candidate: Answers, joined: Joined, baseline: Answers, fid
     """Return the figures of a candidate beside the baseline, on the rows that both have. `FIGURE_COLUMNS`."""
 
     def cells(part: Part) -> Iterator[Cell]:
-        missing = joined.missing.loc[[facts.scenario for facts in part.facts]].sum()
+        missing = joined.missing.loc[[(facts.scenario, part.perturbation) for facts in part.facts]].sum()
         yield Cell("missing_baseline", float(missing["baseline"]))
         yield Cell("missing_candidate", float(missing["candidate"]))
         yield from _single(part, "_after")

@@ -14,6 +14,9 @@ SIDES = ("_before", "_after")
 PAIRED_COLUMNS = ("score", "logprob", "answer", "answer_logprob", "tokens", "parsable")
 """Columns that a join has twice: of the baseline, and of the candidate."""
 
+LACKING = {"baseline": "right_only", "candidate": "left_only"}
+"""What pandas calls rows that a side lacks."""
+
 
 class NotComparable(FlexGenError):
     """Runs that cannot be compared: other run entries, other prompts, nothing in common."""
@@ -26,7 +29,7 @@ class Joined:
     rows: pd.DataFrame
     """Columns that both sides share, and each of `PAIRED_COLUMNS` with ``_before`` (baseline) and ``_after`` (candidate)."""
     missing: pd.DataFrame
-    """By ``scenario``: ``baseline`` and ``candidate``, rows that this side lacks."""
+    """By ``scenario`` and ``perturbation``: ``baseline`` and ``candidate``, how many rows that count this side lacks."""
     left_out: tuple[str, ...]
     """Run entries that one side lacks and that were left out as wished."""
 
@@ -44,9 +47,8 @@ def join(baseline: Answers, candidate: Answers, *, common_runs: bool = False) ->
     """
     left_out = _check_runs(baseline, candidate, common_runs=common_runs)
     keys = list(KEY_COLUMNS)
-    shared = [*keys, "split", "correct", "counts", "cluster", "prompt"]
-    before = baseline.rows[[*shared, *PAIRED_COLUMNS]]
-    after = candidate.rows[[*keys, "prompt", *PAIRED_COLUMNS]]
+    before = baseline.rows[[*keys, "split", "correct", "counts", "cluster", "prompt", *PAIRED_COLUMNS]]
+    after = candidate.rows[[*keys, "counts", "prompt", *PAIRED_COLUMNS]]
     outer = before.merge(after, on=keys, how="outer", suffixes=SIDES, indicator=True, validate="one_to_one")
     outer = outer[~outer["scenario"].isin(left_out)]
     both = outer[outer["_merge"] == "both"]
@@ -58,7 +60,8 @@ def join(baseline: Answers, candidate: Answers, *, common_runs: bool = False) ->
     differing = both[both["prompt_before"] != both["prompt_after"]]
     if not differing.empty:
         raise NotComparable(_explain(differing, baseline, candidate))
-    rows = both.drop(columns=["_merge", "prompt_after"]).rename(columns={"prompt_before": "prompt"})
+    rows = both.drop(columns=["_merge", "prompt_after", "counts_after"])
+    rows = rows.rename(columns={"prompt_before": "prompt", "counts_before": "counts"})
     rows["counts"] = rows["counts"].astype(bool)
     return Joined(rows.reset_index(drop=True), _count_missing(outer), left_out)
 
@@ -80,13 +83,10 @@ def _check_runs(baseline: Answers, candidate: Answers, *, common_runs: bool) -> 
 
 
 def _count_missing(outer: pd.DataFrame) -> pd.DataFrame:
-    counts = pd.DataFrame(
-        {
-            "baseline": (outer["_merge"] == "right_only").groupby(outer["scenario"]).sum(),
-            "candidate": (outer["_merge"] == "left_only").groupby(outer["scenario"]).sum(),
-        }
-    )
-    return counts.astype(int)
+    counts = outer["counts_before"].eq(True) | outer["counts_after"].eq(True)
+    places = [outer["scenario"], outer["perturbation"]]
+    lacking = {side: (counts & (outer["_merge"] == only)) for side, only in LACKING.items()}
+    return pd.DataFrame({side: rows.groupby(places).sum() for side, rows in lacking.items()}).astype(int)
 
 
 def _explain(differing: pd.DataFrame, baseline: Answers, candidate: Answers) -> str:

@@ -155,7 +155,7 @@ class _Judge:
 
     def logprob(self, key: Key) -> float:
         """Return the log-probability of a window."""
-        return self._stats[key]["logprob"][0] if key in self._stats else math.nan
+        return _finite(self._stats[key]["logprob"][0]) if key in self._stats else math.nan
 
     def predicted(self, key: Key) -> int | None:
         """Return the index of the choice that the model holds most likely."""
@@ -164,7 +164,7 @@ class _Judge:
 
     def _mean(self, key: Key, name: str | None) -> float:
         total, count = self._stats.get(key, {}).get(name or "", (math.nan, 0))
-        return total / count if count else math.nan
+        return _finite(total / count) if count else math.nan
 
 
 def _is_window(entry: InstanceStats) -> bool:
@@ -235,7 +235,12 @@ def _asked(key: Key, request: Request) -> Asked:
 def _logprob(tokens: Sequence[Token]) -> float:
     values = [math.nan if token.logprob is None else token.logprob for token in tokens]
     # A client that has no log-probabilities reports zeros, which HELM too takes for none.
-    return sum(values) if any(values) else math.nan
+    return _finite(sum(values)) if any(values) else math.nan
+
+
+def _finite(value: float) -> float:
+    """Return NaN, which stands for a missing number, in the place of infinity: no mean could hold it."""
+    return value if math.isfinite(value) else math.nan
 
 
 def _scored(completion: Completion, request: Request) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,16 @@ def test_the_dtype_of_the_cache_is_described(bench: Workbench) -> None:
         info = engine.describe()
     assert (info.bits_per_weight, info.bits_per_cache_element) == (32, 16)
     assert (info.numerics.weights.dtype, info.numerics.cache.dtype) == ("float32", "bfloat16")
+
+
+def test_the_dtype_of_the_checkpoint_is_described_whatever_computes(bench: Workbench, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(bench.folder("qwen2"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    for dtype in ("bfloat16", None):
+        (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+        with Engine.from_pretrained(str(folder), dtype="float32", device="cpu", policy=POLICY) as engine:
+            assert engine.describe().released_dtype == (dtype or "")
 
 
 def test_single_rows_have_no_dtype_of_their_own_for_the_cache(bench: Workbench) -> None:

@@ -104,7 +104,7 @@ def _accuracy_against_bits(data: _Data) -> tuple[Figure | None, str]:
     units = scored[:MOST_PANELS]
     placed = [name for name in data.candidates if bits[name]]
     if not units or not placed:
-        return None, "No configuration has both a score and bits per weight (flexgen.json)."
+        return None, "No configuration has both a score and bits per weight."
     columns = min(3, len(units))
     rows = -(-len(units) // columns)
     figure = canvas(max(WIDTH * columns / 3, 5.0), 3.0 * rows + 0.6)
@@ -205,7 +205,7 @@ def _accuracy_against_throughput(data: _Data) -> tuple[Figure | None, str]:
     found = {name: (data.figure(name, unit, "tokens_per_second"), data.score(name, unit)) for name in names}
     points = {name: (speed[0], score) for name, (speed, score) in found.items() if speed and score}
     if not points:
-        return None, "No configuration has both a score and a measured speed (flexgen.json)."
+        return None, "No configuration has both a score and a measured speed."
     figure = canvas(WIDTH, 4.2)
     axes = figure.subplots()
     for name, (speed, (score, error)) in points.items():
@@ -214,9 +214,9 @@ def _accuracy_against_throughput(data: _Data) -> tuple[Figure | None, str]:
     front = _pareto([(speed, score) for speed, (score, _) in points.values()])
     axes.step(*zip(*front, strict=True), where="pre", color="#999999", linewidth=1, zorder=0, label="Pareto front")
     axes.set(xlabel="tokens/s (prompt tokens computed and generated)", ylabel="share of right answers", title=data.label(unit))
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.08 * max(speed for speed, _ in points.values()))
     _legend(figure, axes)
-    text = "What is not above and to the right of the line is beaten by another configuration in speed and score."
+    text = "The line joins the configurations that no other beats in both speed and score."
     return figure, text + _without([name for name in names if name not in points], "no speed was measured")
 
 
@@ -275,6 +275,8 @@ def _kl_tail(data: _Data) -> tuple[Figure | None, str]:
                 label = short(name) if not place else None
                 axes.errorbar(shift, value[0], yerr=bars, capsize=3, linestyle="", label=label, **look(number))
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the usual one needs mathtext
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(range(len(parts)), list(parts.values()))
     axes.set(ylabel="KL divergence from the baseline (nats)")
     _legend(figure, axes)

@@ -74,7 +74,7 @@ def facts_of(comparison: Comparison) -> list[str]:
         missing = joined.missing.sum()
         counted = f"{len(joined.rows):,} pairs"
         if missing.any():
-            counted += f"; {missing['candidate']:,} rows are missing here and {missing['baseline']:,} in the baseline"
+            counted += f"; {missing['candidate']:,} instances are missing here and {missing['baseline']:,} in the baseline"
         if joined.left_out:
             counted += f"; left out, because one side lacks them: {', '.join(joined.left_out)}"
         lines.append(f"{candidate.name}: {described(candidate)}; {counted}.")
@@ -87,4 +87,5 @@ def described(answers: Answers) -> str:
     if engine is None:
         return f"{answers.deployment}, served without this package's runner"
     released = f"released as {engine.released_dtype}, " if engine.released_dtype else ""
-    return f"{answers.deployment}, {released}computed in {engine.dtype or 'an unknown dtype'}"
+    digest = f"checkpoint {engine.digest}, " if engine.digest else ""
+    return f"{answers.deployment}, {digest}{released}computed in {engine.dtype or 'an unknown dtype'}"

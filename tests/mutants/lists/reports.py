@@ -4,6 +4,8 @@ from tests.mutants.mutant import Mutant
 
 RUNS = "tests/reports/test_runs.py"
 SCORES = "tests/evaluation/test_scores.py"
+COMPARING, ANSWERS = "tests/reports/test_comparing.py", "tests/reports/test_answers.py"
+PRESENTATION = "tests/reports/test_presentation.py"
 CONTENTS = "flexgen_helm/reports/contents.py"
 
 MUTANTS = (
@@ -54,5 +56,77 @@ MUTANTS = (
         new='list(run.spec["groups"])',
         tests=(SCORES,),
         why="a run is judged by the metric of a wider group than its own",
+    ),
+    Mutant(
+        name="reports-other-prompts",
+        file="flexgen_helm/reports/join.py",
+        old='both["prompt_before"] != both["prompt_after"]',
+        new='both["prompt_before"] != both["prompt_before"]',
+        tests=(COMPARING,),
+        why="answers to other prompts are compared",
+    ),
+    Mutant(
+        name="reports-left-out-without-asking",
+        file="flexgen_helm/reports/join.py",
+        old="if names and not common_runs",
+        new="if names and common_runs",
+        tests=(COMPARING,),
+        why="a candidate that lacks a run is compared without a word",
+    ),
+    Mutant(
+        name="reports-lower-is-better",
+        file="flexgen_helm/reports/figures.py",
+        old="better = -1 if part.lower_is_better else 1",
+        new="better = 1",
+        tests=(COMPARING,),
+        why="a higher perplexity counts as gained",
+    ),
+    Mutant(
+        name="reports-every-split",
+        file="flexgen_helm/reports/figures.py",
+        old='rows = rows[rows["counts"]]',
+        new="rows = rows[:]",
+        tests=(COMPARING,),
+        why="instances of another split move the score",
+    ),
+    Mutant(
+        name="reports-zero-log-probabilities",
+        file="flexgen_helm/reports/reading.py",
+        old="if any(values) else math.nan",
+        new="if values else math.nan",
+        tests=(ANSWERS,),
+        why="log-probabilities that a client does not have are reported as unchanged",
+    ),
+    Mutant(
+        name="reports-last-window",
+        file="flexgen_helm/reports/reading.py",
+        old="self._parts[key] += 1",
+        new="self._parts[key] = 1",
+        tests=(ANSWERS,),
+        why="windows of a document are one row",
+    ),
+    Mutant(
+        name="reports-other-model",
+        file="flexgen_helm/reports/comparing.py",
+        old="if not choices.other_models:",
+        new="if choices.other_models:",
+        tests=(COMPARING,),
+        why="a baseline of another model is compared without a word",
+    ),
+    Mutant(
+        name="reports-answers-as-markup",
+        file="flexgen_helm/reports/presentation/page.py",
+        old="autoescape=True",
+        new="autoescape=False",
+        tests=(PRESENTATION,),
+        why="an answer runs as a script in the reader's browser",
+    ),
+    Mutant(
+        name="reports-formulas",
+        file="flexgen_helm/reports/presentation/tables.py",
+        old="if isinstance(value, str) else value",
+        new="if value is None else value",
+        tests=(PRESENTATION,),
+        why="an answer runs as a formula in a spreadsheet",
     ),
 )
