@@ -6,6 +6,7 @@ A suite shows them by a run group `GROUP` in its schema, whose metric group name
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from helm.benchmark.metrics.metric_name import MetricName
 from helm.benchmark.metrics.statistic import Stat
 from helm.benchmark.presentation import summarize
+from helm.benchmark.scenarios.scenario import ScenarioSpec
 
 from flexgen_helm.reports import runs as files
 from flexgen_helm.reports.engine_figures import Cell, engine_cells, fidelity_cells
@@ -23,9 +25,11 @@ from flexgen_helm.reports.fidelity_results import FidelityResult, find_fidelity,
 GROUP = "compression"
 """Run group in which every deployment has one run, that of its engine."""
 PREFIX = "flexgen_"
+ENGINE = ScenarioSpec("flexgen_helm", {})
+"""What stands for a scenario in `GROUP`; none is made of it."""
 
 
-class FlexGenSummarizer(summarize.Summarizer):  # type: ignore[misc]  # HELM has no types here
+class FlexGenSummarizer(summarize.Summarizer):
     """Adds a run group of figures. Schemas that do not name it are shown as by HELM's own summarizer."""
 
     def group_runs(self) -> None:
@@ -45,8 +49,11 @@ class FlexGenSummarizer(summarize.Summarizer):  # type: ignore[misc]  # HELM has
         results = read_fidelity(None)
         for name, runs in served.items():
             cells = [*engine_cells(engines[name]), *fidelity_of(engines[name][0], baselines, results)]
-            figures = replace(runs[0], stats=list(map(_stat, (cell for cell in cells if cell.value == cell.value))))
-            self.group_adapter_to_runs[GROUP][runs[0].run_spec.adapter_spec].append(figures)
+            stats = [_stat(cell) for cell in cells if not math.isnan(cell.value)]
+            spec = replace(runs[0].run_spec, groups=[GROUP])
+            figures = replace(runs[0], run_spec=spec, stats=stats)
+            self.group_adapter_to_runs[GROUP][spec.adapter_spec].append(figures)
+            self.group_scenario_adapter_to_runs[GROUP][ENGINE][spec.adapter_spec].append(figures)
 
 
 def fidelity_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,11 @@ def run(study: Study) -> int:
     Raises:
         FlexGenError: There is no such model, variant or suite, or a step cannot be done.
     """
-    steps = list(steps_of(study))
+    return run_steps(list(steps_of(study)))
+
+
+def run_steps(steps: Sequence[Step]) -> int:
+    """Do the steps that are not done; stop at the first that fails and return its exit status, 0 if none did."""
     for number, step in enumerate(steps, 1):
         start = time.monotonic()
         if step.is_done():
@@ -153,7 +157,7 @@ def _summarize(evaluation: Evaluation) -> int:
     return 0
 
 
-def _report(study: Study, before: Evaluation, candidates: Iterator[Evaluation] | Sequence[Evaluation]) -> int:
+def _report(study: Study, before: Evaluation, candidates: Iterable[Evaluation]) -> int:
     folder = before.suite_folder
     named = [f"{folder}:{evaluation.deployment}" for evaluation in candidates]
     command = ["report", "--baseline", f"{folder}:{before.deployment}", "--candidates", *named]
