@@ -25,6 +25,7 @@ from flexgen_helm.cli_options import (
     add_placement_options,
     add_report_options,
     add_suite_options,
+    asked_policy,
     engine_arguments,
 )
 from flexgen_helm.errors import FlexGenError, InvalidJob
@@ -263,7 +264,7 @@ def _load_engine(args: argparse.Namespace) -> Engine:
 
     imported = time.perf_counter()
     logging.disable_progress_bar()
-    policy = with_row_sizes(args.policy, resolve_device(args.device), few_requests=args.few_requests)
+    policy = with_row_sizes(asked_policy(args), resolve_device(args.device), few_requests=args.few_requests)
     names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck", "free_shapes", "compression")
     given = {name: getattr(args, name, None) for name in names}
     options = {name: value for name, value in given.items() if value}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flexgen_helm.compression.config import resolve, with_variant
+from flexgen_helm.errors import PolicyError
 from flexgen_helm.options import parse_max_memory, parse_policy
-from flexgen_helm.types import Policy
+from flexgen_helm.types import SLAB_CODINGS, Policy
 
 
 def parse_model(text: str) -> str:
@@ -44,6 +46,8 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("placement").add_argument
     policy = "sizes and shares, as JSON or as weights=0.2:0.8:0,prefetch=2 (shares are device:host:disk)"
     add("--policy", type=parse_policy, metavar="P", help=policy)
+    coding = "weights in 16 bits on disk: as they are, or in fewer bytes without loss (default: what makes sweeps shorter)"
+    add("--slab-coding", choices=SLAB_CODINGS, help=coding)
     memory = "memory limit of each tier, such as device=15GiB,host=100GiB"
     add("--max-memory", type=parse_max_memory, metavar="M", help=memory)
     add(
@@ -165,10 +169,25 @@ def _positive(text: str) -> int:
     return number
 
 
+def asked_policy(args: argparse.Namespace) -> Policy | None:
+    """Return the policy that ``--policy`` and ``--slab-coding`` ask for together; None if neither is given.
+
+    Raises:
+        PolicyError: If they contradict each other.
+    """
+    policy: Policy | None = args.policy
+    if args.slab_coding is None:
+        return policy
+    policy = policy or Policy()
+    if policy.slab_coding not in ("auto", args.slab_coding):
+        raise PolicyError(f"--slab-coding is {args.slab_coding}, but --policy says {policy.slab_coding}. Leave one out.")
+    return dataclasses.replace(policy, slab_coding=args.slab_coding)
+
+
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that the user gave for the engine, such as dtype and policy, as plain data for YAML."""
     names = ("dtype", "device", "rows", "policy", "max_memory", "offload_folder", "kv_dtype", "recheck")
-    given = {name: getattr(args, name) for name in names}
+    given = {name: getattr(args, name) for name in names} | {"policy": asked_policy(args)}
     chosen = {name: value for name, value in given.items() if value not in (None, "auto", False)}
     if "policy" in chosen:
         plain = vars(Policy())

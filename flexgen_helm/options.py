@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from flexgen_helm.errors import PolicyError
-from flexgen_helm.types import Policy
+from flexgen_helm.types import SLAB_CODINGS, Policy
 
 POLICY_FORM = "Give JSON, or name=value pairs such as `gpu_batch_size=64,weights=0.2:0.8:0,overlap=false`."
 
@@ -43,6 +43,8 @@ def parse_max_memory(text: str) -> dict[str, str]:
 
 
 def _pair(text: str) -> tuple[str, Any]:
-    """Read ``name=value``; shares are separated by colons."""
-    name, value = text.split("=")
-    return name.strip(), [float(share) for share in value.split(":")] if ":" in value else json.loads(value)
+    """Read ``name=value``; shares are separated by colons, and the words of `SLAB_CODINGS` need no quotes."""
+    name, value = (part.strip() for part in text.split("="))
+    if value in SLAB_CODINGS:
+        return name, value
+    return name, [float(share) for share in value.split(":")] if ":" in value else json.loads(value)

@@ -27,6 +27,8 @@ RESOURCES: tuple[Resource, ...] = get_args(Resource)
 LINKS: tuple[Resource, ...] = ("host_to_device", "device_to_host", "disk_read", "disk_write")
 """Resources that move bytes between tiers."""
 DEFAULT_NEW_TOKENS = 16
+SlabCoding = Literal["plain", "lossless"]
+SLAB_CODINGS = ("auto", *get_args(SlabCoding))
 
 
 class TokenLogprob(NamedTuple):
@@ -127,10 +129,6 @@ class Result:
     error: FlexGenError | None = None
 
 
-OPTIONAL_COUNTS = ("gpu_batch_size", "gpu_batch_tokens", "block_tokens")
-"""Fields of a policy that may be None: the engine chooses them."""
-
-
 @dataclass(frozen=True)
 class Policy:
     """Sizes and placement of the computation (FlexGen sections 3 and 4; docs/offloading.md has a table of the defaults).
@@ -154,6 +152,7 @@ class Policy:
         prefetch: Layers that are loaded ahead. ``prefetch + 1`` layers are on the device in addition to the resident ones.
         overlap: Whether transfers and computation overlap.
         keep_packed: Whether compressed weights stay packed on the device, though the unpacked model fits there.
+        slab_coding: How 16-bit weights lie on disk: "plain", "lossless" (fewer bytes, the same bits), or "auto": as is faster.
 
     Raises:
         PolicyError: If a field is out of its range.
@@ -170,19 +169,20 @@ class Policy:
     prefetch: int = 1
     overlap: bool = True
     keep_packed: bool = False
+    slab_coding: Literal["auto", "plain", "lossless"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens", "block_tokens", "prefetch"):
             value = getattr(self, name)
-            if value is None and name in OPTIONAL_COUNTS:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not self._may_be_open(name) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise PolicyError(f"{name} must be an integer of at least 1, not {value!r}.")
         if not _is_share(self.cpu_attention) and not self._may_be_open("cpu_attention"):
             raise PolicyError(f"cpu_attention must be a number from 0 to 1, not {self.cpu_attention!r}.")
         for name in ("overlap", "keep_packed"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name} must be true or false, not {getattr(self, name)!r}.")
+        if self.slab_coding not in SLAB_CODINGS:
+            raise PolicyError(f"slab_coding must be one of {', '.join(SLAB_CODINGS)}, not {self.slab_coding!r}.")
         for name in ("weights", "cache", "hidden"):
             if not self._may_be_open(name):
                 shares = _shares(name, getattr(self, name))  # a list, as YAML and JSON have it, becomes a tuple
@@ -390,6 +390,8 @@ class EngineInfo:
     """Bits of a weight of compressed matrices, everything counted; None: there are none."""
     statistics: str = ""
     """What made the statistics of the compression; empty: nothing."""
+    bits_per_weight_on_disk: float | None = None
+    """Bits of a weight in slabs on disk, everything counted; None: there are none."""
     planned_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes of weights, slots and buffers on each tier, planned before anything was allocated."""
     cache_bytes: dict[str, int] = field(default_factory=dict)

@@ -254,6 +254,28 @@ def test_placement_reaches_the_engine(command: list[str], monkeypatch: pytest.Mo
     assert (asked.get("dummy_weights"), asked.get("order")) == ((True, "row") if command == ["bench"] else (None, None))
 
 
+def test_slab_coding_joins_the_policy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[Any] = []
+
+    def from_pretrained(name_or_path: str, **options: Any) -> FakeEngine:
+        asked.append(options["policy"])
+        raise UnsupportedModel("seen enough")
+
+    monkeypatch.setattr(Engine, "from_pretrained", from_pretrained)
+    command = ["generate", "--prompt", "x", "--model", "m", "--device", "cpu"]
+    for options, coding, prefetch in (
+        ([], "auto", 1),
+        (["--slab-coding", "lossless"], "lossless", 1),
+        (["--slab-coding", "plain", "--policy", "prefetch=3"], "plain", 3),
+        (["--policy", "slab_coding=plain"], "plain", 1),
+    ):
+        assert main([*command, *options]) == 2
+        assert (asked[-1].slab_coding, asked[-1].prefetch) == (coding, prefetch)
+    capsys.readouterr()
+    assert main([*command, "--slab-coding", "plain", "--policy", "slab_coding=lossless"]) == 2
+    assert "--slab-coding is plain, but --policy says lossless. Leave one out." in capsys.readouterr().err
+
+
 def test_a_policy_that_cannot_be_read_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--prompt", "x", "--policy", "weights=half") == 2
     assert capsys.readouterr().err.startswith("flexgen-helm: The policy 'weights=half' cannot be read.")

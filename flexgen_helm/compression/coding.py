@@ -7,15 +7,15 @@ in a core's cache, and unpacked from there into its rows of weights. python-zsta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import zstandard
 from torch import Tensor
 
-from flexgen_helm.compression.entropy import Coded
-from flexgen_helm.compression.entropy_kernel import BFLOAT16, FLOAT16, FP32, unpack_columns
+from flexgen_helm.compression.entropy import Coded, row_factors
+from flexgen_helm.compression.entropy_kernel import BFLOAT16, FLOAT16, FP32, order_columns, unpack_columns
 from flexgen_helm.errors import CorruptFile
 
 WINDOW_LOG = 17
@@ -79,12 +79,14 @@ class Stored:
     """Bytes of the frames, block by block."""
     data: Tensor
     """uint8: the frames one behind the other."""
+    row_classes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    """uint8 ``[out]``, or empty: see `Coded`."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of everything that must be kept."""
         columns, exceptions = len(self.steps) * (2 + 1), len(self.places) * (8 + 4)
-        return self.data.numel() + len(self.sizes) * 4 + columns + exceptions
+        return self.data.numel() + len(self.sizes) * 4 + columns + exceptions + len(self.row_classes)
 
 
 def layout_of(num_rows: int, classes: Tensor) -> Layout:
@@ -120,7 +122,7 @@ def encode(coded: Coded, compressor: zstandard.ZstdCompressor | None = None) -> 
         frames += [compressor.compress(np.ascontiguousarray(rows[:, group]).data) for group in groups]
     data = torch.frombuffer(bytearray(b"".join(frames)), dtype=torch.uint8)
     sizes = tuple(len(frame) for frame in frames)
-    return Stored(layout, coded.classes, coded.steps, coded.places, coded.values, sizes, data)
+    return Stored(layout, coded.classes, coded.steps, coded.places, coded.values, sizes, data, coded.row_classes)
 
 
 def decompress(decompressor: zstandard.ZstdDecompressor, frame: memoryview, num_bytes: int) -> bytes:
@@ -197,6 +199,7 @@ class Decoder:
             stored.layout.widths,
             stored.layout.order,
             stored.steps.float().numpy(),
+            row_factors(stored.row_classes[rows]).numpy(),
             places[slice(*ends)] - rows.start * columns,
             stored.values.numpy()[slice(*ends)],
             KINDS[target.dtype],
@@ -205,18 +208,28 @@ class Decoder:
         )
 
 
+def decode_into(stored: Stored, integers: Tensor) -> None:
+    """Decode the integers of a matrix.
+
+    Args:
+        stored: The matrix.
+        integers: int8 ``[out, in]``, contiguous, on the CPU, filled; those beyond int8 are at the nearest end.
+
+    Raises:
+        CorruptFile: If a frame is damaged.
+    """
+    layout, decoder = stored.layout, Decoder()
+    for block in range(layout.num_blocks):
+        rows = integers[layout.rows(block)].view(-1).numpy()
+        order_columns(decoder.block(stored, block), layout.widths, layout.order, rows)
+
+
 def decode(stored: Stored) -> Coded:
     """Return the quantised matrix that was stored.
 
     Raises:
         CorruptFile: If a frame is damaged.
     """
-    layout, decoder = stored.layout, Decoder()
-    integers = np.empty((layout.num_rows, len(layout.order)), np.int8)
-    groups = np.split(layout.order, np.cumsum(layout.widths)[:-1])
-    for block in range(layout.num_blocks):
-        rows = integers[layout.rows(block)]
-        parts = np.split(decoder.block(stored, block), np.cumsum(layout.widths)[:-1] * len(rows))
-        for group, part in zip(groups, parts, strict=True):
-            rows[:, group] = part.reshape(len(rows), -1)
-    return Coded(torch.from_numpy(integers), stored.steps, stored.classes, stored.places, stored.values)
+    integers = torch.empty(stored.layout.num_rows, len(stored.layout.order), dtype=torch.int8)
+    decode_into(stored, integers)
+    return Coded(integers, stored.steps, stored.classes, stored.places, stored.values, stored.row_classes)

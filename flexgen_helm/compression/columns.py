@@ -39,8 +39,10 @@ class Columns:
     shape: tuple[int, int]
     ladder: tuple[int, ...]
     """Widths that columns may have, ascending, at most four."""
-    unit: float
-    """A power of two, by which super scales are multiplied."""
+    counts: tuple[int, ...]
+    """How many columns have each width. It follows from the classes, which a GPU would have to hand back."""
+    unit: float | Tensor
+    """A power of two, by which super scales are multiplied: a number, or fp32 ``[1]`` on the device of the codes."""
     classes: Tensor
     """uint8 ``[packed_rows(in, 2)]``: index in the ladder of each column."""
     codes: Tensor
@@ -89,6 +91,7 @@ def quantize(weight: Tensor, column_bits: Tensor, ladder: tuple[int, ...]) -> Co
     return Columns(
         shape=shape,
         ladder=ladder,
+        counts=tuple(counts),
         unit=unit,
         classes=pack(classes[:, None], CLASS_BITS)[:, 0],
         codes=torch.cat(packed),
@@ -100,8 +103,7 @@ def quantize(weight: Tensor, column_bits: Tensor, ladder: tuple[int, ...]) -> Co
 def dequantize(stored: Columns) -> Tensor:
     """Return the matrix in float32, ``[out, in]``."""
     num_rows, num_columns = stored.shape
-    classes = stored.column_classes
-    counts = torch.bincount(classes.int(), minlength=len(stored.ladder)).tolist()
+    classes, counts = stored.column_classes, stored.counts
     heights = [packed_rows(num_rows, width) for width in stored.ladder]
     packed = stored.codes.split([height * count for height, count in zip(heights, counts, strict=True)])
     parts = [
@@ -193,6 +195,6 @@ def _shares(values: Tensor, supers: Tensor, least: int) -> Tensor:
     return (values / whole).round().clamp(least, MOST_SHARE).to(torch.uint8)
 
 
-def _spread(supers: Tensor, shares: Tensor, unit: float = 1.0) -> Tensor:
+def _spread(supers: Tensor, shares: Tensor, unit: float | Tensor = 1.0) -> Tensor:
     """Return the numbers of groups: float32 ``[G]``."""
     return (supers.float() * unit).repeat_interleave(SUPER_GROUPS)[: len(shares)] * shares

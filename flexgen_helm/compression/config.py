@@ -172,7 +172,6 @@ PARTS: Mapping[str, str] = {
 UNBUILT: Mapping[str, tuple[str, Callable[[CompressionConfig], bool]]] = {
     "kv": ("K and V of less than 16 bits", lambda config: config.compresses_cache),
     "s": ("reading a part of V", lambda config: config.sparsity is not None),
-    "-self": ("weights fitted to text that the model wrote", lambda config: config.scheme == "self"),
     "-flexgen": ("FlexGen's compression of K and V", lambda config: config.flexgen),
 }
 """Parts that can be named but not computed yet, in words, and whether a configuration has them."""

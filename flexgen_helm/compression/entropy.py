@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median_low
 
 import numpy as np
@@ -33,12 +33,16 @@ CLASSES = 64
 CLASSES_PER_OCTAVE, SMALLEST_OCTAVE = 4, -4
 COLUMN_BITS = 16 + 6
 """Bits of a column: its step in fp16, and its class."""
+ROW_BITS = 8
+"""Bits of a row that has a factor of its own."""
 CODE_OVERHEAD = 1.015
 """Bits of real frames over the entropy: Huffman codes in whole bits, their tables, headers. Wider matrices take less."""
 EXCEPTION_BITS = 64 + 32
 """Bits of an integer beyond int8: its place and itself."""
 SMALLEST_STEP, LARGEST_STEP = 2.0**-20, 65504.0
 """Steps outside have no or few digits in fp16."""
+NUMBERS_AT_ONCE = 2**22
+"""Weights that are in memory in fp32 at a time while a matrix is multiplied by factors of its rows."""
 LARGEST_INTEGER = 2**24
 """Integers up to here are exact in fp32."""
 TOLERANCE = 1e-4
@@ -71,6 +75,8 @@ class Coded:
     """int64 ``[n]``, rising: flat indices of integers beyond int8."""
     values: Tensor
     """int32 ``[n]``: those integers."""
+    row_classes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    """uint8 ``[out]``: classes of the rows' own factors, see `row_factors`; empty: there are none."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class Columns:
     """float64 ``[in]``: mean squares of the inputs over their mean."""
     scale: float
     """``a`` of the module; infinite if all weights that meet an input are 0."""
+    exponent: float = EXPONENT
+    floor: float = FLOOR
 
     @classmethod
     def of(cls, name: str, weight: Tensor, moment: Tensor) -> Columns:
@@ -112,7 +120,7 @@ class Columns:
     def relative_steps(self, typical: float) -> Tensor:
         """Return the steps, float64 ``[in]``, as if the factor were 1, before bounds."""
         scale = self.scale / typical if math.isfinite(self.scale) else 1.0
-        relative: Tensor = self.ratios.clamp_min(FLOOR) ** -EXPONENT * scale**-EXPONENT
+        relative: Tensor = self.ratios.clamp_min(self.floor) ** -self.exponent * scale**-self.exponent
         return relative
 
     def steps(self, rule: StepRule) -> Tensor:
@@ -166,11 +174,15 @@ def solve_steps(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bi
         PolicyError: If the bits are too few even for the coarsest steps, or beyond 8.
         UnsupportedModel: If a matrix cannot be quantised; the message has its name.
     """
+    return solve_columns(weights, [Columns.of(name, weight.float(), moments[name]) for name, weight in weights.items()], bits)
+
+
+def solve_columns(weights: Mapping[str, Tensor], columns: list[Columns], bits: float) -> StepRule:
+    """Find the steps as `solve_steps` does, for columns that were looked at before."""
     if not 0 < bits <= 8:
         raise PolicyError(
             f"{bits} bits a weight were asked of the entropy-coded quantizer, which has 8 at most. Ask for 2 to 8."
         )
-    columns = [Columns.of(name, weight.float(), moments[name]) for name, weight in weights.items()]
     scales = [x.scale for x in columns if math.isfinite(x.scale)]
     typical = median_low(scales) if scales else 1.0
 
@@ -256,7 +268,11 @@ def quantize(weight: Tensor, moment: Tensor, rule: StepRule, *, name: str = "A m
         UnsupportedModel: If weights or moments are not finite, shapes do not fit, or a weight is too large.
     """
     weight = weight.float().contiguous()
-    columns = Columns.of(name, weight, moment)
+    return quantize_columns(weight, Columns.of(name, weight, moment), rule)
+
+
+def quantize_columns(weight: Tensor, columns: Columns, rule: StepRule) -> Coded:
+    """Quantise a matrix, fp32 ``[out, in]`` and contiguous, whose columns were looked at before."""
     steps = columns.steps(rule)
     integers = torch.empty(weight.shape, dtype=torch.int8)
     products, squares = np.zeros(len(steps)), np.zeros(len(steps))
@@ -271,22 +287,51 @@ def quantize(weight: Tensor, moment: Tensor, rule: StepRule, *, name: str = "A m
     return Coded(integers, fitted, columns.classes(steps).to(torch.uint8), places, values)
 
 
+def row_factors(classes: Tensor) -> Tensor:
+    """Return the factors of rows, fp32 ``[out]``, of their classes, uint8 ``[out]``: four to the octave, 128 is 1."""
+    quarters = torch.tensor([1, 2**0.25, 2**0.5, 2**0.75], dtype=torch.float32)
+    number = classes.long()
+    return torch.ldexp(quarters[number % 4], number // 4 - 32)
+
+
 def dequantize(coded: Coded) -> Tensor:
-    """Return the weights, fp32 ``[out, in]``: products of integers and steps, rounded once."""
+    """Return the weights, fp32 ``[out, in]``: products of integers and steps, rounded; times the row's factor, rounded."""
     integers = coded.integers.float()
     integers.view(-1)[coded.places] = coded.values.float()
-    return integers * coded.steps.float()
+    weight = integers * coded.steps.float()
+    return weight * row_factors(coded.row_classes)[:, None] if len(coded.row_classes) else weight
+
+
+def multiply_into(coded: Mapping[str, Tensor], target: Tensor) -> None:
+    """Fill a matrix as `dequantize` does, to the bit. On a GPU nothing is waited for, and no copy of it in fp32 is made.
+
+    Args:
+        coded: ``integers``, ``steps``, ``places`` and ``values`` of a `Coded` matrix, and ``factors`` of its rows, fp32
+            ``[out]``, if they have any.
+        target: ``[out, in]``, contiguous, in any floating dtype, on their device.
+    """
+    steps, places, factors = coded["steps"].float(), coded["places"], coded.get("factors")
+    numbers = coded["values"].float() * steps[places % len(steps)]
+    if factors is None:
+        torch.mul(coded["integers"], steps, out=target)  # computed in fp32, to which int8 and fp32 are promoted
+    else:
+        numbers *= factors[places // len(steps)]
+        parts = (x.split(max(1, NUMBERS_AT_ONCE // len(steps))) for x in (coded["integers"], factors[:, None], target))
+        for integers, own, rows in zip(*parts, strict=True):
+            torch.mul(integers * steps, own, out=rows)
+    target.view(-1)[places] = numbers.to(target.dtype)
 
 
 def bits(coded: Iterable[Coded]) -> float:
-    """Return the bits a weight that matrices take together: entropy by class of columns, steps, classes, exceptions."""
-    counts, outside, num_columns = np.zeros(CLASSES * SYMBOLS, np.int64), 0, 0
+    """Return the bits a weight that matrices take together: entropy by class of columns, steps, classes, exceptions, rows."""
+    counts, outside, num_columns, num_factors = np.zeros(CLASSES * SYMBOLS, np.int64), 0, 0, 0
     for x in coded:
         symbols = x.classes.long() * SYMBOLS + x.integers.long() + 128
         counts += torch.bincount(symbols.flatten(), minlength=len(counts)).numpy()
         outside += len(x.places)
         num_columns += len(x.steps)
-    return _bits(counts.reshape(CLASSES, SYMBOLS), outside, num_columns)
+        num_factors += len(x.row_classes)
+    return _bits(counts.reshape(CLASSES, SYMBOLS), outside, num_columns) + num_factors * ROW_BITS / int(counts.sum())
 
 
 def fake_quantised(

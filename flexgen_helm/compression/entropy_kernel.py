@@ -140,24 +140,47 @@ def _gather(unsigned, widths, order, rows, top, gathered, packed):  # type: igno
 
 
 @njit(inline="always")
-def _multiply(packed: Array, row: Any, steps: Array, numbers: Array) -> None:
-    """Multiply one of four rows by the steps."""
+def _multiply(packed: Array, row: Any, steps: Array, factor: Any, numbers: Array) -> None:
+    """Multiply one of four rows by the steps, then by its factor."""
     left = (u32(TOGETHER - 1) - row) * u32(8)
     for j in range(size(len(steps))):
-        numbers[j] = f32(np.int32(u32(packed[j] << left)) >> np.int32(24)) * steps[j]
+        numbers[j] = f32(np.int32(u32(packed[j] << left)) >> np.int32(24)) * steps[j] * factor
+
+
+@compiled
+def order_columns(integers: Array, widths: Array, order: Array, ordered: Array) -> None:
+    """Bring rows of a matrix into its order of columns.
+
+    Args:
+        integers: int8 ``[rows * in]``: as `unpack_columns` takes them.
+        widths: Likewise.
+        order: Likewise.
+        ordered: int8 ``[rows * in]``, filled: the rows one behind the other.
+    """
+    columns = size(len(order))
+    rows = size(len(integers)) // columns
+    unsigned, target = integers.view(np.uint8), ordered.view(np.uint8)
+    gathered, packed = np.empty(columns, np.uint32), np.empty(columns, np.uint32)
+    for top in range(size(0), rows, size(TOGETHER)):
+        _gather(unsigned, widths, order, rows, top, gathered, packed)
+        for r in range(top, min(top + size(TOGETHER), rows)):
+            shift, row = u32(u32(r - top) * u32(8)), target[r * columns : (r + size(1)) * columns]
+            for j in range(columns):
+                row[j] = np.uint8((packed[j] >> shift) & u32(0xFF))
 
 
 @compiled
 def unpack_columns(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infers types, and knows no dataclasses
-    integers, widths, order, steps, places, values, kind, words, halves
+    integers, widths, order, steps, factors, places, values, kind, words, halves
 ):
-    """Bring rows of a matrix from stored integers to weights: fp32 products of integer and step, rounded once.
+    """Bring rows of a matrix from stored integers to weights: fp32 products of integer and step, times the row's factor.
 
     Args:
         integers: int8 ``[rows * in]``: groups of columns, one behind the other, each ``[rows, width]``.
         widths: int64 ``[groups]``: columns of each group.
         order: int32 ``[in]``: which column of the matrix each stored column is.
         steps: fp32 ``[in]``, in the matrix's order.
+        factors: fp32 ``[rows]``; empty: all are 1.
         places: int64 ``[n]``: flat indices within these rows of integers beyond int8.
         values: int32 ``[n]``: those integers.
         kind: What is written: `FP32`, `BFLOAT16` or `FLOAT16`.
@@ -170,15 +193,16 @@ def unpack_columns(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba inf
     gathered, packed = np.empty(columns, np.uint32), np.empty(columns, np.uint32)
     numbers, sums = np.empty(columns, np.float32), np.empty(columns, np.float32)
     bits = numbers.view(np.uint32)
-    exception, num_exceptions = size(0), size(len(places))
+    exception, num_exceptions, has_factors = size(0), size(len(places)), len(factors) > 0
     for top in range(size(0), rows, size(TOGETHER)):
         _gather(unsigned, widths, order, rows, top, gathered, packed)
         for r in range(top, min(top + size(TOGETHER), rows)):
-            _multiply(packed, u32(r - top), steps, numbers)
+            factor = factors[r] if has_factors else f32(1)
+            _multiply(packed, u32(r - top), steps, factor, numbers)
             stored = r * columns
             while exception < num_exceptions and size(places[exception]) < stored + columns:
                 column = size(places[exception]) - stored
-                numbers[column] = f32(values[exception]) * steps[column]
+                numbers[column] = f32(values[exception]) * steps[column] * factor
                 exception += size(1)
             if kind == FP32:
                 target = words[stored : stored + columns]

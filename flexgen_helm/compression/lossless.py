@@ -24,6 +24,8 @@ from flexgen_helm.errors import CorruptFile, UnsupportedModel
 
 FRAME_NUMBERS = 2**18
 """Numbers of a frame."""
+CODED_BITS = {torch.bfloat16: 10.7, torch.float16: 13.6}
+"""Bits of a trained weight of each dtype, about."""
 JOINS = {torch.bfloat16: join_exponents, torch.float16: join_bytes}
 """How planes of each dtype are joined."""
 
@@ -46,12 +48,16 @@ class Planes:
         return slice(frame * FRAME_NUMBERS, min((frame + 1) * FRAME_NUMBERS, self.count))
 
 
-def encode_planes(memory: Tensor, dtype: torch.dtype) -> Planes:
-    """Code numbers.
+def encode_planes(memory: Tensor, dtype: torch.dtype, room: Tensor) -> Planes | None:
+    """Code numbers, a frame at a time.
 
     Args:
         memory: uint8 ``[2 * count]``, contiguous, on the CPU: the numbers.
         dtype: What they are.
+        room: uint8, contiguous, on the CPU: where the planes go.
+
+    Returns:
+        The coded numbers, whose memory is the beginning of the room; None if they do not fit there.
 
     Raises:
         UnsupportedModel: If they have no 16 bits.
@@ -61,16 +67,22 @@ def encode_planes(memory: Tensor, dtype: torch.dtype) -> Planes:
             f"Weights in {dtype} cannot be coded without loss, only those in bfloat16 and float16. "
             "Load the model in one of these."
         )
-    halves = memory.numpy().view(np.uint16)
-    if dtype == torch.bfloat16:
-        coded, rest = halves >> 7, (halves & 0x7F) | ((halves >> 8) & 0x80)
-    else:
-        coded, rest = halves >> 8, halves & 0xFF
-    coded, rest = coded.astype(np.uint8), rest.astype(np.uint8)
-    compressor = code_compressor()
-    frames = [compressor.compress(coded[i : i + FRAME_NUMBERS].data) for i in range(0, len(coded), FRAME_NUMBERS)]
-    joined = np.concatenate([rest, *(np.frombuffer(frame, np.uint8) for frame in frames)])
-    return Planes(dtype, len(halves), tuple(len(frame) for frame in frames), torch.from_numpy(joined))
+    halves, target = memory.numpy().view(np.uint16), room.numpy()
+    sizes, end, compressor = [], len(halves), code_compressor()
+    for begin in range(0, len(halves), FRAME_NUMBERS):
+        numbers = halves[begin : begin + FRAME_NUMBERS]
+        if dtype == torch.bfloat16:
+            coded, rest = numbers >> 7, (numbers & 0x7F) | ((numbers >> 8) & 0x80)
+        else:
+            coded, rest = numbers >> 8, numbers & 0xFF
+        frame = compressor.compress(coded.astype(np.uint8).data)
+        if end + len(frame) > len(target):
+            return None
+        target[begin : begin + len(numbers)] = rest
+        target[end : end + len(frame)] = np.frombuffer(frame, np.uint8)
+        end += len(frame)
+        sizes.append(len(frame))
+    return Planes(dtype, len(halves), tuple(sizes), room[:end])
 
 
 def decode_planes(planes: Planes, frames: range, target: Tensor) -> None:

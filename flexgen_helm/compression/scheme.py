@@ -20,12 +20,17 @@ class Scheme(Protocol):
     def needs_statistics(self) -> bool:
         """Whether it is fitted to the inputs of the matrices."""
 
-    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether statistics are those of `flexgen_helm.compression.sensitivity`, over text that the model writes."""
+
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
         """Return what `solve` must know of a matrix.
 
         Args:
             weight: fp32 ``[out, in]``.
-            moment: ``[in]``: mean square of each input.
+            columns: ``[in]``: mean square of each input; with gradients `Sensitivity.columns`.
+            rows: ``[out]``: `Sensitivity.rows`; empty without gradients.
         """
 
     def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
@@ -44,10 +49,36 @@ class Scheme(Protocol):
             decided: What `solve` decided about it; nothing if the scheme needs no statistics.
         """
 
-    def unpack(self, stored: Parts, target: Tensor) -> None:
-        """Compute a matrix in fp32 and round it once into a target.
+    def unpack(self, carried: Parts, target: Tensor) -> None:
+        """Compute a matrix in fp32 and round it once into a target, on a GPU without waiting for it.
 
         Args:
-            stored: The stored tensors.
+            carried: The tensors that a link carries: those that are stored, unless the scheme is a `CodedScheme`.
             target: ``[out, in]`` in any floating dtype, on their device; numbers of a row are neighbours.
+        """
+
+
+class CodedScheme(Scheme, Protocol):
+    """A scheme whose stored tensors only a CPU can decode, into the tensors that a link carries."""
+
+    def carried(self, stored: Parts, shape: tuple[int, int]) -> Parts:
+        """Return tensors of the sizes that are carried.
+
+        Args:
+            stored: Tensors of the sizes that are stored, on the meta device, where the result is too.
+            shape: ``(out, in)``.
+        """
+
+    def decode(self, stored: Parts, carried: Parts) -> None:
+        """Fill the carried tensors on the CPU.
+
+        Raises:
+            CorruptFile: If what is stored is damaged.
+        """
+
+    def load(self, stored: Parts, target: Tensor) -> None:
+        """Do `decode` and `unpack` at once on the CPU, to the same bits.
+
+        Raises:
+            CorruptFile: If what is stored is damaged.
         """

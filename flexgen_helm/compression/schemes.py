@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from flexgen_helm.compression import columns, entropy, minmax
+from flexgen_helm.compression import columns, entropy, minmax, sensitivity
 from flexgen_helm.compression.allocation import LADDERS, allocate, column_errors
-from flexgen_helm.compression.coding import Decoder, Stored, encode, layout_of
-from flexgen_helm.compression.entropy import StepRule, solve_steps
+from flexgen_helm.compression.coding import Decoder, Stored, decode_into, encode, layout_of
+from flexgen_helm.compression.entropy import Coded, StepRule, row_factors, solve_steps
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
+from flexgen_helm.compression.sensitivity import Sensitivity
 from flexgen_helm.compression.unpack_kernel import unpack_columns, unpack_minmax
 
 FORMAT_VERSION = 2
@@ -23,11 +24,13 @@ def scheme_of(name: str, bits: float) -> Scheme:
     """Return a scheme.
 
     Args:
-        name: "fixed", "minmax" or "entropy".
+        name: "fixed", "minmax", "self" or "entropy".
         bits: Bits per weight in all.
     """
     if name == "entropy":
         return EntropyCoded(bits)
+    if name == "self":
+        return SelfFitted(bits)
     whole = int(bits)
     return FixedColumns(whole) if name == "fixed" else MinMaxGroups(whole)
 
@@ -38,8 +41,9 @@ class MinMaxGroups:
 
     bits: int
     needs_statistics = False
+    needs_gradients = False
 
-    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
         """Return nothing."""
         return {}
 
@@ -68,10 +72,11 @@ class FixedColumns:
 
     bits: int
     needs_statistics = True
+    needs_gradients = False
 
-    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
         """Return the error of each column at 4 bits, and the matrix's shape."""
-        return {"errors": column_errors(weight, moment), "shape": torch.tensor(weight.shape)}
+        return {"errors": column_errors(weight, columns), "shape": torch.tensor(weight.shape)}
 
     def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
         """Choose the width of each column."""
@@ -84,6 +89,7 @@ class FixedColumns:
         found = columns.quantize(weight, decided["widths"], LADDERS[self.bits])
         unit = torch.tensor([found.unit], dtype=torch.float64)
         return {
+            "counts": torch.empty(0, *found.counts, dtype=torch.uint8),  # in its shape, which the host knows
             "classes": found.classes,
             "codes": found.codes,
             "super_scales": found.super_scales,
@@ -94,12 +100,11 @@ class FixedColumns:
     def unpack(self, stored: Parts, target: Tensor) -> None:
         """Compute a matrix."""
         parts = (stored[name] for name in ("classes", "codes", "super_scales", "scales"))
-        shape = (target.shape[0], target.shape[1])
-        found = columns.Columns(shape, LADDERS[self.bits], float(stored["unit"]), *parts)
+        shape, counts = (target.shape[0], target.shape[1]), tuple(stored["counts"].shape[1:])
         if target.device.type == "cpu":
-            unpack_columns(found, target)
+            unpack_columns(columns.Columns(shape, LADDERS[self.bits], counts, float(stored["unit"]), *parts), target)
         else:
-            target.copy_(columns.dequantize(found))
+            target.copy_(columns.dequantize(columns.Columns(shape, LADDERS[self.bits], counts, stored["unit"].float(), *parts)))
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,11 @@ class EntropyCoded:
 
     bits: float
     needs_statistics = True
+    needs_gradients = False
 
-    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
         """Return the mean squares of the inputs."""
-        return {"moment": moment}
+        return {"moment": columns}
 
     def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
         """Find the steps of the whole model."""
@@ -121,7 +127,9 @@ class EntropyCoded:
 
     def pack(self, weight: Tensor, decided: Parts) -> Parts:
         """Return frames of integers, steps, and what is needed to decode them."""
-        coded = entropy.quantize(weight, decided["moment"], StepRule(*decided["rule"].tolist()))
+        return self._parts(entropy.quantize(weight, decided["moment"], StepRule(*decided["rule"].tolist())))
+
+    def _parts(self, coded: Coded) -> Parts:
         found = encode(coded)
         sizes = torch.tensor(found.sizes, dtype=torch.int64)
         return {
@@ -133,15 +141,57 @@ class EntropyCoded:
             "data": found.data,
         }
 
-    def unpack(self, stored: Parts, target: Tensor) -> None:
-        """Decode a matrix on the CPU.
+    def carried(self, stored: Parts, shape: tuple[int, int]) -> Parts:
+        """Return a byte for each integer, steps, and integers that no byte holds, in sizes."""
+        kept = {name: stored[name] for name in ("steps", "places", "values")}
+        if "rows" in stored:
+            kept["factors"] = torch.empty(shape[0], device="meta")
+        return {"integers": torch.empty(shape, dtype=torch.int8, device="meta"), **kept}
 
-        Raises:
-            CorruptFile: If a frame is damaged.
-        """
-        layout = layout_of(len(target), stored["classes"])
-        sizes = tuple(stored["sizes"].tolist())
-        classes, steps, places, values = (stored[name] for name in ("classes", "steps", "places", "values"))
-        found, decoder = Stored(layout, classes, steps, places, values, sizes, stored["data"]), Decoder()
-        for block in range(layout.num_blocks):
+    def decode(self, stored: Parts, carried: Parts) -> None:
+        """Decode the integers and copy everything else."""
+        decode_into(self._stored(stored, len(carried["integers"])), carried["integers"])
+        for name in ("steps", "places", "values"):
+            carried[name].copy_(stored[name])
+        if "rows" in stored:
+            carried["factors"].copy_(row_factors(stored["rows"]))
+
+    def unpack(self, carried: Parts, target: Tensor) -> None:
+        """Compute a matrix."""
+        entropy.multiply_into(carried, target)
+
+    def load(self, stored: Parts, target: Tensor) -> None:
+        """Decode and unpack block by block."""
+        found, decoder = self._stored(stored, len(target)), Decoder()
+        for block in range(found.layout.num_blocks):
             decoder.unpack(found, block, target)
+
+    def _stored(self, parts: Parts, num_rows: int) -> Stored:
+        layout, sizes = layout_of(num_rows, parts["classes"]), tuple(parts["sizes"].tolist())
+        classes, steps, places, values = (parts[name] for name in ("classes", "steps", "places", "values"))
+        found = Stored(layout, classes, steps, places, values, sizes, parts["data"])
+        return replace(found, row_classes=parts["rows"]) if "rows" in parts else found
+
+
+@dataclass(frozen=True)
+class SelfFitted(EntropyCoded):
+    """The same stored form and a factor for each row: see `flexgen_helm.compression.sensitivity`."""
+
+    needs_gradients = True
+
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
+        """Return what errors of the matrix do."""
+        return {"columns": columns, "rows": rows}
+
+    def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
+        """Find the steps of the whole model."""
+        known = {key: Sensitivity(parts["columns"], parts["rows"]) for key, parts in observed.items()}
+        rule = sensitivity.solve_steps(weights, known, self.bits)
+        numbers = torch.tensor([rule.factor, rule.typical], dtype=torch.float64)
+        return {key: {**parts, "rule": numbers.clone()} for key, parts in observed.items()}
+
+    def pack(self, weight: Tensor, decided: Parts) -> Parts:
+        """Return what `EntropyCoded.pack` does, and the classes of the rows' factors."""
+        known = Sensitivity(decided["columns"], decided["rows"])
+        coded = sensitivity.quantize(weight, known, StepRule(*decided["rule"].tolist()))
+        return {**self._parts(coded), "rows": coded.row_classes}

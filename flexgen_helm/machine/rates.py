@@ -84,14 +84,14 @@ def product_rate(device: torch.device, dtype: torch.dtype, num_tokens: int, matr
     """Floating-point operations per second of ``num_tokens`` tokens meeting one matrix."""
     with torch.inference_mode():
         x, weight = random_numbers((num_tokens, matrix[1]), device, dtype), random_numbers(matrix, device, dtype)
-        return _per_second(lambda: linear(x, weight), device) * 2 * num_tokens * matrix[0] * matrix[1]
+        return per_second(lambda: linear(x, weight), device) * 2 * num_tokens * matrix[0] * matrix[1]
 
 
 @functools.cache
 def read_rate(device: torch.device) -> float:
     """Bytes per second read from memory."""
     memory = _much_memory(device)
-    return _per_second(lambda: memory.sum(), device) * memory.nbytes
+    return per_second(lambda: memory.sum(), device) * memory.nbytes
 
 
 @functools.cache
@@ -99,8 +99,8 @@ def link_rates(device: torch.device) -> tuple[float, float]:
     """Bytes per second copied to the device and back, from and to pinned memory."""
     there = _much_memory(device)
     host = torch.empty_like(there, device="cpu", pin_memory=device.type == "cuda").copy_(there)  # no first touch is measured
-    to_host = _per_second(lambda: host.copy_(there, non_blocking=True), device)
-    to_device = _per_second(lambda: there.copy_(host, non_blocking=True), device)
+    to_host = per_second(lambda: host.copy_(there, non_blocking=True), device)
+    to_device = per_second(lambda: there.copy_(host, non_blocking=True), device)
     return to_device * there.nbytes, to_host * there.nbytes
 
 
@@ -113,7 +113,7 @@ def cpu_attention_rate(dtype: torch.dtype) -> float:
         queries = torch.zeros(NUM_CACHES, NUM_KV_HEADS, num_queries, HEAD_DIM, dtype=dtype)
         with torch.inference_mode():
             attend = functools.partial(scaled_dot_product_attention, queries, keys, values)
-            rates.append(_per_second(attend, torch.device("cpu")))
+            rates.append(per_second(attend, torch.device("cpu")))
     return max(rates) * 2 * keys.numel() * keys.element_size()
 
 
@@ -136,7 +136,7 @@ def random_numbers(shape: tuple[int, ...], device: torch.device, dtype: torch.dt
     return different.repeat(-(-count // len(different)))[:count].view(shape)
 
 
-def _per_second(work: Callable[[], object], device: torch.device) -> float:
+def per_second(work: Callable[[], object], device: torch.device) -> float:
     """Calls per second in the best round: what else the machine did meanwhile must not count."""
     count, fastest, stop = 1, math.inf, time.perf_counter() + MEASURED_SECONDS
     while time.perf_counter() < stop or fastest == math.inf:

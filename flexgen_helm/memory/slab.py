@@ -1,4 +1,4 @@
-"""Slabs: a module's weights as contiguous memory, in the form that is stored and in the form that its parameters view."""
+"""Slabs: a module's weights as contiguous memory, in the forms that are stored, carried over a link and bound to parameters."""
 
 from __future__ import annotations
 
@@ -74,10 +74,15 @@ def pack(module: nn.Module, layout: SlabLayout, memory: Tensor) -> None:
 
 
 class SlabFormat(Protocol):
-    """A form of stored weights: packs a module's parameters and persistent buffers into a stored slab and unpacks them.
+    """Three forms of a unit's weights, of which neighbours may be the same.
 
-    The stored slab is kept on a tier, is checksummed on disk, and is copied over links. The module's parameters are views of
-    the bound slab. Scales, maps and codes of a compressed format are tensors of its stored layout.
+    The **stored** slab is kept on the disk, where it has a checksum, and in host memory. The **carried** one is what a link
+    brings to a device with a memory of its own, and what is kept there. The module's parameters are views of the **bound**
+    one. Scales, maps and codes of a compressed format are tensors of its stored and carried layouts.
+
+    On a device with a memory of its own the CPU decodes stored slabs and the device unpacks carried ones. On a CPU a stored
+    slab is loaded in one step. All three methods are called in the thread and stream of a link; all slabs are uint8 and may be
+    longer than their layouts.
     """
 
     @property
@@ -85,23 +90,47 @@ class SlabFormat(Protocol):
         """Layout of the stored slab."""
 
     @property
+    def carried(self) -> SlabLayout:
+        """Layout of the carried slab."""
+
+    @property
     def bound(self) -> SlabLayout:
         """Layout of the bound slab."""
 
     @property
-    def in_place(self) -> bool:
-        """Whether parameters can be views of the stored slab itself, so that `unpack` is never called."""
+    def is_coded(self) -> bool:
+        """Whether the stored form is not the carried one; if not, `decode` is never called."""
 
-    def pack(self, module: nn.Module, stored: Tensor) -> None:
-        """Write the module's tensors into a stored slab: uint8 ``[at least stored.num_bytes]`` on the CPU."""
+    @property
+    def is_packed(self) -> bool:
+        """Whether the carried form is not the bound one; if not, `unpack` is never called."""
 
-    def unpack(self, stored: Tensor, bound: Tensor) -> None:
-        """Fill a bound slab from a stored slab, both uint8 on the device; called in the thread and stream of the link."""
+    def decode(self, stored: Tensor, carried: Tensor) -> None:
+        """Fill a carried slab from a stored slab, both on the CPU.
+
+        Raises:
+            CorruptFile: If the stored slab is damaged.
+        """
+
+    def unpack(self, carried: Tensor, bound: Tensor) -> None:
+        """Fill a bound slab from a carried slab, both on the device."""
+
+    def load(self, stored: Tensor, bound: Tensor) -> None:
+        """Fill a bound slab from a stored slab, both on the CPU; never called if all forms are the same.
+
+        Raises:
+            CorruptFile: If the stored slab is damaged.
+        """
+
+
+def in_place(form: SlabFormat) -> bool:
+    """Return whether parameters can be views of the stored slab itself."""
+    return not form.is_coded and not form.is_packed
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Format of uncompressed weights: the stored slab is the bound slab."""
+    """Format of uncompressed weights: all three forms are the same, so that nothing is ever converted."""
 
     bound: SlabLayout
 
@@ -116,17 +145,31 @@ class Plain:
         return self.bound
 
     @property
-    def in_place(self) -> bool:
-        """Whether parameters can be views of the stored slab: always."""
-        return True
+    def carried(self) -> SlabLayout:
+        """Layout of the carried slab, equal to the bound one."""
+        return self.bound
 
-    def pack(self, module: nn.Module, stored: Tensor) -> None:
-        """Copy the module's tensors into a stored slab in order."""
-        pack(module, self.bound, stored)
+    @property
+    def is_coded(self) -> bool:
+        """No."""
+        return False
 
-    def unpack(self, stored: Tensor, bound: Tensor) -> None:
-        """Copy the slab. The runtime never calls it, because it binds the stored slab."""
-        bound[: self.bound.num_bytes].copy_(stored[: self.bound.num_bytes], non_blocking=True)
+    @property
+    def is_packed(self) -> bool:
+        """No."""
+        return False
+
+    def decode(self, stored: Tensor, carried: Tensor) -> None:
+        """Refuse: the stored slab is the carried one."""
+        raise AssertionError("plain slabs are not coded")
+
+    def unpack(self, carried: Tensor, bound: Tensor) -> None:
+        """Refuse: the carried slab is the bound one."""
+        raise AssertionError("plain slabs are not packed")
+
+    def load(self, stored: Tensor, bound: Tensor) -> None:
+        """Refuse: the stored slab is the bound one."""
+        raise AssertionError("parameters view plain slabs")
 
 
 class Binding:

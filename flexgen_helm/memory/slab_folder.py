@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from flexgen_helm.memory.direct_io import DirectFile, DiskIO, file_error
 from flexgen_helm.memory.slab import SlabLayout
 
 _TEMPORARY = ".slab-"
+_IDENTITY = "slabs.json"
 
 
 class SlabFolder:
@@ -68,20 +69,24 @@ class SlabFolder:
         found = {int(file.stem.removeprefix("unit_")): _load(file) for file in sorted(path.glob("unit_*.json"))}
         return {j: SlabLayout.from_json(each["layout"]) for j, each in found.items() if each and "layout" in each}
 
+    @staticmethod
+    def claimed(path: Path) -> dict[str, Any] | None:
+        """Return the identity of the slabs in a folder; None if nothing has claimed it."""
+        return _load(path / _IDENTITY)
+
     def missing(self) -> list[int]:
         """Return the numbers of the slabs that are missing or incomplete."""
         return [j for j in self._layouts if j not in self._checksums or _size(self._file(j)) != self._layouts[j].num_bytes]
 
-    def check_space(self, missing: Iterable[int]) -> None:
+    def check_space(self, needed: int) -> None:
         """Check that there is space for slabs.
 
         Args:
-            missing: Numbers of the slabs that will be written.
+            needed: Bytes of those that will be written.
 
         Raises:
-            DiskFull: If the disk has less free space than they need.
+            DiskFull: If the disk has less free space.
         """
-        needed = sum(self._layouts[j].num_bytes for j in missing)
         with _clear_errors(self.path):
             free = shutil.disk_usage(self.path).free
         if needed > free:
@@ -166,7 +171,7 @@ class SlabFolder:
 
     def _claim(self) -> None:
         """Write the identity of the slabs, or check that it is ours; one of several processes is first."""
-        path = self.path / "slabs.json"
+        path = self.path / _IDENTITY
         if not path.exists():
             self._save(path, self._identity, once=True)
         found = _load(path)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
-from flexgen_helm.memory.buffers import allocate
+from flexgen_helm.memory.carrier import Carrier, device_memory
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.memory.read_ahead import ReadAhead, SlabSource
-from flexgen_helm.memory.slab import Binding, SlabFormat
+from flexgen_helm.memory.slab import Binding, SlabFormat, in_place
+from flexgen_helm.types import Tier
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Unit:
     binding: Binding
     format: SlabFormat
     memory: Tensor | None
-    """Stored slab in memory; None if it is on disk."""
+    """Slab in memory: the stored one on the host, the carried one on a device with a memory of its own; None: on disk."""
+    on_device: bool = False
+    """Whether the memory is that of a device of its own."""
 
 
 @dataclass(eq=False)
@@ -39,9 +42,10 @@ class _Slot:
 class WeightStore:
     """Streams weights to the device: a few units at a time have their parameters bound.
 
-    If the device has a memory of its own, a slab is copied as a whole into one of a few static slots. If not, parameters are
-    views of the stored slab, and a slab on disk is read into a host buffer. A format that is not used in place needs slots on
-    every device: its stored slab is copied, then unpacked into a slot.
+    If the device has a memory of its own, a slab is copied as a whole into one of a few static slots; if it is packed, it is
+    copied beside them and unpacked into one, and if it is coded, it is decoded into a host buffer first. If the device has
+    none, parameters are views of the stored slab, and a slab on disk is read into a host buffer; a slab that cannot be used in
+    place is loaded into a slot there too.
     """
 
     def __init__(
@@ -67,26 +71,18 @@ class WeightStore:
         """Layer numbers of the units that must be loaded before they are used."""
         self.num_slots = min(num_slots, len(units))
         self._units = dict(units)
-        on_disk = {j: unit.format.stored.num_bytes for j, unit in sorted(units.items()) if unit.memory is None}
-        self._disk: ReadAhead | None = None
-        if on_disk:
-            assert source is not None
-            num_buffers = min(num_slots, len(on_disk))
-            self._disk = ReadAhead(source, on_disk, num_buffers=num_buffers, pin=device.is_gpu, meter=meter)
+        self._disk = _read_ahead(units, device, num_slots, source, meter)
+        self._carrier: Carrier | None = None
+        if device.own_memory:
+            self._carrier = Carrier([unit.format for unit in units.values() if not unit.on_device], device, meter)
         self._slots: list[_Slot] = []
         self._link: Link | None = None
-        self._arrival: Tensor | None = None
-        """Device memory in which a stored slab waits to be unpacked; one is enough, because transfers are sequential."""
-        unpacked = [unit.format for unit in units.values() if not unit.format.in_place]
-        if units and (device.own_memory or unpacked):
+        if units and (device.own_memory or not all(in_place(unit.format) for unit in units.values())):
             largest = max(unit.format.bound.num_bytes for unit in units.values())
-            self._slots = [_Slot(_device_memory(largest, device)) for _ in range(self.num_slots)]
+            self._slots = [_Slot(device_memory(largest, device)) for _ in range(self.num_slots)]
             self._link = Link(device.torch_device, "weights")
-            arrival = max((each.stored.num_bytes for each in unpacked), default=0) if device.own_memory else 0
-            self._arrival = _device_memory(arrival, device) if arrival else None
-            meter.hold("device", "slots", largest * self.num_slots + arrival)
-        meter.hold("host", "weights", sum(unit.memory.nbytes for unit in units.values() if unit.memory is not None))
-        meter.hold("disk", "weights", sum(on_disk.values()))
+            meter.hold("device", "slots", largest * self.num_slots)
+        _hold(units, meter)
         self._maps_large_tensors = not device.is_gpu
         if self._maps_large_tensors:
             LARGE_TENSOR_MAPS.begin()
@@ -161,32 +157,60 @@ class WeightStore:
         return next((slot for slot in self._slots if slot.j == j), None)
 
     def _fill(self, target: Tensor, j: int) -> None:
-        """Load slab j into a slot, then start to read the next slabs from disk."""
-        memory = self._units[j].memory
-        if memory is not None:
-            self._bring(memory, target, j)
+        """Load slab j into a slot, and start to read the next slabs from disk as soon as its buffer is free."""
+        unit = self._units[j]
+        stored = self._take(j) if unit.memory is None else unit.memory
+        if unit.on_device:
+            with self._meter.span("unpack", Activity("unpack_weights", str(j))):
+                unit.format.unpack(stored, target)
             return
+        if self._carrier is None:
+            with self._meter.span("unpack", Activity("unpack_weights", str(j))):
+                unit.format.load(stored, target)
+        elif unit.format.is_coded:
+            carried = self._carrier.decode(unit.format, stored, j)
+            self._read_on(j)
+            self._carrier.carry(unit.format, carried, target, j)
+            return
+        else:
+            self._carrier.carry(unit.format, stored, target, j)
+            if target.is_cuda and unit.memory is None:
+                torch.cuda.current_stream(target.device).synchronize()
+        self._read_on(j)
+
+    def _take(self, j: int) -> Tensor:
         assert self._disk is not None
         self._disk.free_all()  # slabs in them may be for a sweep that was given up, or in another order
         self._disk.start_from(j)
-        self._bring(self._disk.take(j), target, j)
-        if target.is_cuda:
-            torch.cuda.current_stream(target.device).synchronize()
-        self._disk.free(j)
-        self._disk.start_behind(j)
+        return self._disk.take(j)
 
-    def _bring(self, stored: Tensor, target: Tensor, j: int) -> None:
-        """Copy a stored slab to the device, and unpack it there unless it is used in place."""
-        form, count = self._units[j].format, self._units[j].format.stored.num_bytes
-        arrival = target if form.in_place else self._arrival
-        if arrival is not None:
-            with self._meter.span("host_to_device", Activity("load_weights", str(j)), count):
-                arrival[:count].copy_(stored[:count], non_blocking=True)
-            stored = arrival
-        if not form.in_place:
-            with self._meter.span("unpack", Activity("unpack_weights", str(j))):
-                form.unpack(stored, target)
+    def _read_on(self, j: int) -> None:
+        """Give back the buffer of slab j, if it is on disk."""
+        if self._units[j].memory is None:
+            assert self._disk is not None
+            self._disk.free(j)
+            self._disk.start_behind(j)
 
 
-def _device_memory(num_bytes: int, device: Device) -> Tensor:
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device) if device.is_gpu else allocate(num_bytes)
+def _read_ahead(
+    units: Mapping[int, Unit], device: Device, num_slots: int, source: SlabSource | None, meter: Meter
+) -> ReadAhead | None:
+    """Return buffers for the slabs on disk; None if there are none."""
+    sizes = {j: unit.format.stored.num_bytes for j, unit in sorted(units.items()) if unit.memory is None}
+    if not sizes:
+        return None
+    assert source is not None
+    pin = device.is_gpu and not all(units[j].format.is_coded for j in sizes)
+    return ReadAhead(source, sizes, num_buffers=min(num_slots, len(sizes)), pin=pin, meter=meter)
+
+
+def _hold(units: Mapping[int, Unit], meter: Meter) -> None:
+    """Record the memory of the slabs themselves."""
+    held: dict[Tier, int] = {"device": 0, "host": 0, "disk": 0}
+    for unit in units.values():
+        if unit.on_device:
+            held["device"] += unit.format.carried.num_bytes
+        else:
+            held["disk" if unit.memory is None else "host"] += unit.format.stored.num_bytes
+    for tier, count in held.items():
+        meter.hold(tier, "weights", count)

@@ -24,8 +24,6 @@ FITS_SHARE = 0.8
 FILL_SHARE = 0.9
 """Share of a tier that is filled if a model fits on none, and share of that which cache or weights may take before the other.
 Each sweep reads the weights once for all sequences, so memory is worth more for another sequence than for another layer."""
-LOADED_AT_ONCE = 2
-"""Copies of the largest unit that loading holds at a time: as it is read, and as it is stored."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,11 @@ class MemoryPlan:
         weights = WeightPlan.by_shares(shapes, shares, own_memory=own_memory, prefetch=policy.prefetch)
         return cls(shapes, policy, space, weights, CachePlan.of(shapes, policy, own_memory=own_memory))
 
+    def with_slabs(self, disk_bytes: Mapping[int, int]) -> MemoryPlan:
+        """Return the plan with the real bytes of slabs on disk, by the numbers of their units."""
+        shapes = replace(self.shapes, disk_bytes={**self.shapes.disk_bytes, **disk_bytes})
+        return replace(self, shapes=shapes, weights=replace(self.weights, shapes=shapes))
+
     @property
     def working_bytes(self) -> int:
         """Bytes of working memory on the device: activations, hidden states and logits."""
@@ -95,7 +98,7 @@ class MemoryPlan:
         peak["device"] += self.working_bytes
         for tier, count in self.cache.least_bytes.items():
             peak[tier] += count
-        loading = LOADED_AT_ONCE * shapes.largest_bytes
+        loading = shapes.loading_bytes
         checking = (shapes.total_bytes if weights.is_resident else shapes.first_layers_bytes) + self.checking_bytes
         if self.space.own_memory:
             if weights.is_resident:
@@ -160,32 +163,41 @@ class MemoryPlan:
         return Shortage(self.peak_bytes, least, self.working_bytes, self.checking_bytes, self.weights.describe(), self.space)
 
     def _fits_on_the_device(self) -> bool:
-        return self.shapes.total_bytes <= FITS_SHARE * self.space.of("device") and self.has_room
+        return self._total("device") <= FITS_SHARE * self.space.of("device") and self.has_room
+
+    def _total(self, tier: Tier) -> int:
+        return self.shapes.total_on(tier, own_memory=self.space.own_memory)
 
     def _filling_shares(self) -> Shares:
         """Return the shares of weights that fill the memory left by a full cache: the device first, then host, then disk."""
         slots = (self.policy.prefetch + 1) * max(self.shapes.bound_bytes.values())
-        cache, loading = self.cache.shares, LOADED_AT_ONCE * self.shapes.largest_bytes
+        buffers = (self.policy.prefetch + 1) * self.shapes.largest_bytes if self.shapes.is_coded else 0
+        cache, loading = self.cache.shares, self.shapes.loading_bytes
         if not self.space.own_memory:
-            host = self._filled("host", slots + self.working_bytes, cache[0] + cache[1])
+            host = self._filled("host", slots + buffers + self.working_bytes, cache[0] + cache[1])
             return 0.0, host, max(0.0, 1 - host)
-        device = self._filled("device", slots + self.working_bytes + self._loaded_cache_bytes(slots, loading), cache[0])
+        arrival = max(self.shapes.carried_bytes.values()) if self.shapes.is_packed else 0
+        taken = slots + arrival + self.working_bytes
+        device = self._filled("device", taken + self._loaded_cache_bytes(taken, loading), cache[0])
         host = self._host_share(loading, 1 - device)
         if device + host < 1:
-            host = self._host_share(max(loading, slots), 1 - device)
+            decoded = max(self.shapes.carried_bytes.values()) if self.shapes.is_coded else 0
+            host = self._host_share(max(loading, slots + decoded), 1 - device)
         return device, host, max(0.0, 1 - device - host)
 
     def _usable(self, tier: Tier, taken: int) -> float:
         """Return the bytes of a tier for weights and cache; realised shares may differ by a unit."""
-        return max(0.0, FILL_SHARE * self.space.of(tier) - taken - self.shapes.largest_bytes)
+        largest = self.shapes.largest_on(tier, own_memory=self.space.own_memory)
+        return max(0.0, FILL_SHARE * self.space.of(tier) - taken - largest)
 
     def _most(self, tier: Tier, taken: int) -> int:
         """Return the bytes of a tier for weights beside the smallest cache."""
-        return self.space.of(tier) - taken - self.shapes.largest_bytes - self.cache.least_bytes[tier]
+        largest = self.shapes.largest_on(tier, own_memory=self.space.own_memory)
+        return self.space.of(tier) - taken - largest - self.cache.least_bytes[tier]
 
     def _filled(self, tier: Tier, taken: int, cache_share: float) -> float:
         """Return the share of the weights that a tier has room for once the cache is there."""
-        usable, total = self._usable(tier, taken), self.shapes.total_bytes
+        usable, total = self._usable(tier, taken), self._total(tier)
         cache_bytes = cache_share * self.cache.full_bytes(self.policy.block_size)
         return max(0.0, min(total, usable - min(cache_bytes, FILL_SHARE * usable), self._most(tier, taken))) / total
 
@@ -198,10 +210,11 @@ class MemoryPlan:
             return wanted
         return min(wanted, self._filled("host", taken, self.cache.shares[1]))
 
-    def _loaded_cache_bytes(self, slots: int, loading: int) -> int:
+    def _loaded_cache_bytes(self, taken: int, loading: int) -> int:
         """Return the bytes of the device for the rows that have pages of one layer loaded from a cache on the host."""
         usable = self._usable("host", loading)
-        weights = self.shapes.total_bytes - self._usable("device", slots + self.working_bytes)
+        on_device = self._usable("device", taken) / self._total("device")
+        weights = self.shapes.total_bytes * (1 - on_device)
         room = usable - weights if weights <= FILL_SHARE * usable else FILL_SHARE * usable
         cache_bytes = min(self.cache.shares[1] * self.cache.full_bytes(self.policy.block_size), room)
         return int(self.cache.rows_at_once * cache_bytes / self.shapes.num_layers)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexgen_helm.schedule.operations import head_unit
+from flexgen_helm.types import Tier
 
 EMBEDDINGS = -1
 """Number of the embedding tables among the units of a model. Layers have 0 to L - 1, and the output head has L."""
@@ -17,10 +18,13 @@ class ModelShapes:
 
     Attributes:
         num_layers: Decoder layers, L.
-        stored_bytes: Bytes of every unit as it is stored and copied. Small weights outside of the layers count as embeddings.
-            The head is a unit only if it has weights of its own.
-        bound_bytes: Bytes of every layer, and of the head if it is a unit, as the device computes with it.
-        unpacks: Whether stored and bound form differ, so that every unit needs a slot on the device.
+        stored_bytes: Bytes of every unit as it is stored in host memory. Small weights outside of the layers count as
+            embeddings. The head is a unit only if it has weights of its own.
+        carried_bytes: Bytes of every layer, and of the head if it is a unit, on a link and on a device with its own memory.
+        bound_bytes: The same, as the device computes with it.
+        disk_bytes: The same in a slab on disk; at most, before slabs are there.
+        is_coded: Whether what is on disk, and what is stored in another form than the carried one, is decoded by the CPU.
+        is_packed: Whether carried and bound form differ, so that every unit needs a slot on the device.
         vocab_size: Rows of the embedding table.
         hidden_size: Elements of a token's hidden state.
         num_heads: Query heads of a layer.
@@ -35,8 +39,11 @@ class ModelShapes:
 
     num_layers: int
     stored_bytes: Mapping[int, int]
+    carried_bytes: Mapping[int, int]
     bound_bytes: Mapping[int, int]
-    unpacks: bool
+    disk_bytes: Mapping[int, int]
+    is_coded: bool
+    is_packed: bool
     vocab_size: int
     hidden_size: int
     num_heads: int
@@ -57,6 +64,24 @@ class ModelShapes:
         """Bytes of the largest unit as it is stored."""
         return max(self.stored_bytes.values())
 
+    def total_on(self, tier: Tier, *, own_memory: bool) -> int:
+        """Return the bytes of all units as device or host keep them; on the disk they take no more than on the host."""
+        if tier != "device" or not own_memory:
+            return self.total_bytes
+        return self.stored_bytes[EMBEDDINGS] + sum(self.carried_bytes.values())
+
+    def largest_on(self, tier: Tier, *, own_memory: bool) -> int:
+        """Return the bytes of the largest unit as device or host keep it."""
+        if tier != "device" or not own_memory:
+            return self.largest_bytes
+        return max(self.stored_bytes[EMBEDDINGS], *self.carried_bytes.values())
+
+    @property
+    def loading_bytes(self) -> int:
+        """Bytes that loading holds at a time: a unit as it is read, and as it is stored or carried."""
+        decoding = max(self.stored_bytes[j] + size for j, size in self.carried_bytes.items()) if self.is_coded else 0
+        return max(2 * self.largest_bytes, decoding)
+
     @property
     def has_own_head(self) -> bool:
         """Whether the output head has weights of its own."""
@@ -70,8 +95,11 @@ class ModelShapes:
         return replace(
             self,
             stored_bytes=stored,
+            carried_bytes=bound,
             bound_bytes=bound,
-            unpacks=False,
+            disk_bytes=bound,
+            is_coded=False,
+            is_packed=False,
             itemsize=2,
             kv_itemsize=2,
             first_layers_bytes=first_layers,

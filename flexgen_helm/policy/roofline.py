@@ -30,12 +30,10 @@ class LayerSizes:
     """Elements of the layers' matrices by which a token is multiplied; in a mixture of experts only those of its experts."""
     head_weights: int = 0
     """Elements of the output head's matrix, which multiplies only tokens whose logits are needed."""
-    from_host: int = 0
-    """Bytes of weights that a sweep brings from the host to the device."""
     from_disk: int = 0
     """Bytes of weights that a sweep reads from the disk."""
-    own_memory: bool = False
-    """Whether the device has a memory of its own, so that bytes from the disk also pass the link from host to device."""
+    to_device: int = 0
+    """Bytes of weights that a sweep brings over the link to a device with a memory of its own."""
     widest: tuple[int, int] = (LEAST_WIDTH, LEAST_WIDTH)
     """Outputs and inputs of the largest matrix."""
 
@@ -45,9 +43,8 @@ def layer_sizes(
     experts_per_token: int | None,
     head: nn.Module | None = None,
     *,
-    from_host: int = 0,
     from_disk: int = 0,
-    own_memory: bool = False,
+    to_device: int = 0,
 ) -> LayerSizes | None:
     """Count the weights of decoder layers, which may be on the meta device.
 
@@ -55,9 +52,8 @@ def layer_sizes(
         layers: All decoder layers.
         experts_per_token: Experts that a token uses, from the config; None if the config does not say.
         head: The output head.
-        from_host: Bytes of weights that a sweep in column order must bring from the host.
         from_disk: Bytes of weights that a sweep in column order must read from the disk.
-        own_memory: Whether the device has a memory of its own.
+        to_device: Bytes of weights that a sweep in column order must bring over the link to the device.
 
     Returns:
         The sizes; None for a mixture of experts whose config does not say how many experts a token uses.
@@ -78,7 +74,7 @@ def layer_sizes(
     matrices = [] if head is None else [weight for weight in head.parameters() if weight.dim() > 1]
     num_bytes += sum(weight.numel() * weight.element_size() for weight in matrices)
     head_weights = sum(weight.numel() for weight in matrices)
-    return LayerSizes(num_bytes, active, head_weights, from_host, from_disk, own_memory, widest)
+    return LayerSizes(num_bytes, active, head_weights, from_disk, to_device, widest)
 
 
 def with_limit(stats: RunStats, sizes: LayerSizes, rates: Rates) -> RunStats:
@@ -96,11 +92,11 @@ def with_limit(stats: RunStats, sizes: LayerSizes, rates: Rates) -> RunStats:
 
 def sweep_seconds(sweep: SweepStats, sizes: LayerSizes, rates: Rates) -> dict[str, float]:
     """Return the least time in seconds that each resource needs for a sweep, by the name of its rate."""
-    from_disk = {"disk_read": sizes.from_disk, "host_to_device": sizes.from_disk * sizes.own_memory + sizes.from_host}
+    weights = {"disk_read": sizes.from_disk, "host_to_device": sizes.to_device}
     seconds = {"read": sizes.num_bytes / rates.read}
     for link in ("host_to_device", "device_to_host", "disk_read", "disk_write", "cpu_attention"):
         others = sweep.bytes_moved.get(link, 0) - sweep.weight_bytes_moved.get(link, 0)
-        seconds[link] = (from_disk.get(link, 0) + others) / getattr(rates, link)
+        seconds[link] = (weights.get(link, 0) + others) / getattr(rates, link)
     products = sizes.active_weights * sweep.prompt_tokens / rates.prefill
     products += (sizes.active_weights * sweep.decode_tokens + sizes.head_weights * sweep.generated_tokens) / rates.decode
     return seconds | {"products": 2 * products}

@@ -32,8 +32,11 @@ def shapes_of(model: PreTrainedModel, formats: Mapping[int, SlabFormat], kv_dtyp
     return ModelShapes(
         num_layers=len(layers),
         stored_bytes={**stored, EMBEDDINGS: max(0, total - sum(bound.values()))},
+        carried_bytes={j: each.carried.num_bytes for j, each in formats.items()},
         bound_bytes=bound,
-        unpacks=not all(each.in_place for each in formats.values()),
+        disk_bytes=stored,
+        is_coded=any(each.is_coded for each in formats.values()),
+        is_packed=any(each.is_packed for each in formats.values()),
         vocab_size=vocab,
         hidden_size=hidden,
         num_heads=heads,

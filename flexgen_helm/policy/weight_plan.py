@@ -43,7 +43,7 @@ class WeightPlan:
     def streamed(self) -> list[int]:
         """Numbers of the units that are loaded for every use."""
         elsewhere = TIERS[1:] if self.own_memory else TIERS[2:]
-        return [j for j in self.shapes.bound_bytes if self.shapes.unpacks or self.tiers[j] in elsewhere]
+        return [j for j in self.shapes.bound_bytes if self.shapes.is_packed or self.tiers[j] in elsewhere]
 
     @property
     def is_resident(self) -> bool:
@@ -62,7 +62,7 @@ class WeightPlan:
 
     @property
     def weight_bytes(self) -> dict[Tier, int]:
-        """Bytes of weights that are stored on each tier."""
+        """Bytes of weights that are kept on each tier."""
         return self._sums(self.shapes.stored_bytes, TIERS)
 
     @property
@@ -73,25 +73,37 @@ class WeightPlan:
 
     @property
     def bytes_per_sweep(self) -> dict[str, int]:
-        """Bytes of weights that a sweep in column order brings to the device, as ``from_host`` and ``from_disk``."""
-        return {f"from_{tier}": count for tier, count in self._sums(self.streamed, TIERS[1:]).items()}
+        """Bytes of weights that a sweep in column order reads (``from_disk``) and brings over the link (``to_device``)."""
+        coming = [j for j in self.streamed if self.own_memory and self.tiers[j] != "device"]
+        from_disk, carried = self._sums(self.on_disk, ["disk"])["disk"], self.shapes.carried_bytes
+        return {"from_disk": from_disk, "to_device": sum(carried[j] for j in coming)}
 
     @property
     def shares(self) -> Shares:
-        """Realised shares of the weights on device, host and disk, in whole units."""
-        total, found = max(1, self.shapes.total_bytes), self.weight_bytes
-        return found["device"] / total, found["host"] / total, found["disk"] / total
+        """Realised shares of the weights on device, host and disk, in whole units, all in the form of host memory."""
+        total, sizes = max(1, self.shapes.total_bytes), self.shapes.stored_bytes
+        device, host, disk = (sum(size for j, size in sizes.items() if self.tiers[j] == tier) / total for tier in TIERS)
+        return device, host, disk
 
     @property
     def needed_bytes(self) -> dict[Tier, int]:
         """Bytes of each tier that weights take, slots and read-ahead buffers included."""
-        needed, stored, bound = self.weight_bytes, self.shapes.stored_bytes, self.shapes.bound_bytes
-        if self.own_memory or self.shapes.unpacks:
-            needed["device"] += self.num_slots * max((bound[j] for j in self.streamed), default=0)
-        if self.own_memory and self.shapes.unpacks:
-            needed["device"] += max(stored[j] for j in self.streamed)  # a stored slab arrives before it is unpacked
-        needed["host"] += min(self.num_slots, len(self.on_disk)) * max((stored[j] for j in self.on_disk), default=0)
+        needed, shapes = self.weight_bytes, self.shapes
+        if self.own_memory or shapes.is_packed or shapes.is_coded:
+            needed["device"] += self.num_slots * max((shapes.bound_bytes[j] for j in self.streamed), default=0)
+        if self.own_memory and shapes.is_packed:  # a carried slab arrives before it is unpacked
+            needed["device"] += self._largest_carried(TIERS[1:])
+        if self.own_memory and shapes.is_coded:  # a slab is decoded before it is carried
+            needed["host"] += self._largest_carried(TIERS[1:] if shapes.is_packed else TIERS[2:])
+        buffers = min(self.num_slots, len(self.on_disk))
+        needed["host"] += buffers * max((shapes.disk_bytes[j] for j in self.on_disk), default=0)
         return needed
+
+    @property
+    def bits_on_disk(self) -> float | None:
+        """Bits of a weight in slabs on disk; None if there are none."""
+        count = sum(self.shapes.bound_bytes[j] for j in self.on_disk) / self.shapes.itemsize
+        return 8 * sum(self.shapes.disk_bytes[j] for j in self.on_disk) / count if count else None
 
     def describe(self) -> str:
         """Return the bytes and shares of weights on each tier, in words."""
@@ -101,6 +113,17 @@ class WeightPlan:
             if size
         )
 
+    def _kept(self, j: int) -> int:
+        """Return the bytes of a unit where it is kept."""
+        shapes = self.shapes
+        if j == EMBEDDINGS or self.tiers[j] == "host" or (self.tiers[j] == "device" and not self.own_memory):
+            return shapes.stored_bytes[j]
+        return (shapes.disk_bytes if self.tiers[j] == "disk" else shapes.carried_bytes)[j]
+
+    def _largest_carried(self, tiers: Iterable[Tier]) -> int:
+        """Return the bytes of the largest carried slab of the units on some tiers."""
+        return max((size for j, size in self.shapes.carried_bytes.items() if self.tiers[j] in tiers), default=0)
+
     def _sums(self, units: Iterable[int], tiers: Iterable[Tier]) -> dict[Tier, int]:
         chosen = list(units)
-        return {tier: sum(self.shapes.stored_bytes[j] for j in chosen if self.tiers[j] == tier) for tier in tiers}
+        return {tier: sum(self._kept(j) for j in chosen if self.tiers[j] == tier) for tier in tiers}

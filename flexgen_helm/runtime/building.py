@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.compression.config import CompressionConfig
 from flexgen_helm.compression.schemes import FORMAT_VERSION, scheme_of
 from flexgen_helm.errors import PolicyError, UnsupportedModel
@@ -39,8 +37,10 @@ from flexgen_helm.policy.space import Space
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
 from flexgen_helm.runtime.fitting.fit import FittedModel, fit
 from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space, whole_machine
-from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats, slab_identity
+from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
+from flexgen_helm.runtime.slab_coding import automatic_coding, require_codable
+from flexgen_helm.runtime.slab_places import SlabPlaces, default_folder, slab_identity
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.work import Scheduler
 from flexgen_helm.types import (
@@ -51,6 +51,7 @@ from flexgen_helm.types import (
     Policy,
     ResolvedPolicy,
     RowNumerics,
+    SlabCoding,
     Tier,
     WeightNumerics,
 )
@@ -111,12 +112,14 @@ class Parts:
     """What is released when the engine is closed, after the executor."""
 
 
-def build(source: ModelSource, options: EngineOptions) -> Parts:
+def build(source: ModelSource, options: EngineOptions, write_text: Callable[[Path], Tensor]) -> Parts:
     """Make the parts of an engine.
 
     Args:
         source: Model folder with its config and tokenizer.
         options: Options of the user.
+        write_text: Lets the uncompressed model, with its slabs in a folder, write text, int64 ``[rows, tokens]``; called if
+            weights are fitted to it.
 
     Raises:
         UnsupportedModel: If the model would be computed wrongly, or its layers cannot be placed as the policy says.
@@ -126,7 +129,7 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
     """
     with options.device.current(), ExitStack() as held:
         held.enter_context(DEVICE_LIMITS.hold(options.device, options.limits.get("device")))
-        blueprint = _draw(source, options)
+        blueprint = _draw(source, options, write_text)
         try:
             with PRECISE_PRODUCTS.hold():
                 placed = load_and_check(blueprint)
@@ -134,6 +137,7 @@ def build(source: ModelSource, options: EngineOptions) -> Parts:
             if blueprint.fitted is not None:
                 blueprint.fitted.slabs.close()
             raise
+        blueprint = replace(blueprint, plan=blueprint.plan.with_slabs(placed.disk_bytes))
         log_choice(placed.loaded, placed.checked.passed)
         for tier, count in blueprint.plan.weights.resident_bytes.items():
             blueprint.meter.hold(tier, "resident weights", count)
@@ -203,17 +207,20 @@ def numerics_of(
     )
 
 
-def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
+def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Path], Tensor]) -> Blueprint:
     """Decide everything that can be decided before weights are read."""
     whole = _empty(source)
     kv_dtype = options.kv_dtype or source.dtype
     fitted: FittedModel | None = None
     weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
-    folder = options.folder or _default_folder(weights, slab_identity(weights))
-    if options.compression is not None and options.compression.bits is not None:
-        weights, folder, fitted = _fit(source, options, options.compression)
+    places = SlabPlaces(weights, options.folder)
+    compressed = options.compression is not None and options.compression.bits is not None
+    require_codable((options.policy or Policy()).slab_coding, source.dtype, compressed=compressed)
+    if options.compression is not None and compressed:
+        weights, folder, fitted = _fit(source, options, options.compression, write_text)
+        places = SlabPlaces(weights, folder)
     try:
-        formats, policy, plan = _plan(whole, options, kv_dtype, folder, fitted)
+        formats, policy, plan = _plan(whole, options, kv_dtype, places, fitted)
     except BaseException:
         if fitted is not None:
             fitted.slabs.close()
@@ -230,19 +237,19 @@ def _draw(source: ModelSource, options: EngineOptions) -> Blueprint:
         formats=formats,
         plan=plan,
         weights=weights,
-        folder=folder,
+        folder=places.folder("lossless" if policy.slab_coding == "lossless" else "plain"),
         meter=Meter(options.device.torch_device),
     )
 
 
 def _plan(
-    whole: PreTrainedModel, options: EngineOptions, kv_dtype: torch.dtype, folder: Path, fitted: FittedModel | None
+    whole: PreTrainedModel, options: EngineOptions, kv_dtype: torch.dtype, places: SlabPlaces, fitted: FittedModel | None
 ) -> tuple[Mapping[int, SlabFormat], ResolvedPolicy, MemoryPlan]:
     """Return the formats of slabs, the policy with the place of attention, and the plan of memory."""
     formats: Mapping[int, SlabFormat] = plain_formats(whole)
     shapes = shapes_of(whole, formats, kv_dtype)
     policy = _with_place(resolved(options.policy, options.device), shapes, options)
-    space = measure_space(options.device, options.limits, folder)
+    space = measure_space(options.device, options.limits, places.folder("plain"))
     if fitted is None and policy.keep_packed:
         raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
     if fitted is not None and (policy.keep_packed or not _fits_unpacked(shapes, policy, space)):
@@ -250,24 +257,46 @@ def _plan(
         shapes = shapes_of(whole, formats, kv_dtype)
     elif fitted is not None:
         logger.info("weights are unpacked once, since the unpacked model fits on the device")
-    return formats, policy, MemoryPlan.of(shapes, policy, space, options.policy)
+    elif policy.slab_coding != "plain":
+        policy, plan = _coded_plan(whole, options, shapes, policy, places)
+        return formats, policy, plan
+    return formats, replace(policy, slab_coding="plain"), MemoryPlan.of(shapes, policy, space, options.policy)
+
+
+def _coded_plan(
+    whole: PreTrainedModel, options: EngineOptions, shapes: ModelShapes, policy: ResolvedPolicy, places: SlabPlaces
+) -> tuple[ResolvedPolicy, MemoryPlan]:
+    """Decide how slabs are coded. Coded ones need slots beside the buffers into which they are read."""
+
+    def planned(coding: SlabCoding) -> tuple[ResolvedPolicy, MemoryPlan]:
+        space = measure_space(options.device, options.limits, places.folder(coding))
+        sizes = shapes
+        if coding == "lossless":
+            sizes = replace(shapes, is_coded=True, disk_bytes={**shapes.disk_bytes, **places.coded_bytes()})
+        return replace(policy, slab_coding=coding), MemoryPlan.of(sizes, policy, space, options.policy)
+
+    if policy.slab_coding == "lossless":
+        return planned("lossless")
+    plain = planned("plain")
+    if automatic_coding(whole, plain[1].weights, policy, options.device, places) == "plain":
+        return plain
+    try:
+        return planned("lossless")
+    except PolicyError:
+        logger.info("slabs on disk are plain, since there is no memory to decode them")
+        return plain
 
 
 def _fit(
-    source: ModelSource, options: EngineOptions, compression: CompressionConfig
+    source: ModelSource, options: EngineOptions, compression: CompressionConfig, write_text: Callable[[Path], Tensor]
 ) -> tuple[WeightNumerics, Path, FittedModel]:
     """Return the identity of compressed weights, their folder, and the quantised model, which is made if it is missing."""
     assert compression.bits is not None
-    if options.device.is_gpu and compression.scheme == "entropy":
-        raise UnsupportedModel(
-            f"{source.name}: weights of `{compression.weight_scheme}` are decoded on the CPU, and not for a GPU yet. Use "
-            "`@w4`, or device='cpu'."
-        )
     # Slabs are made from float32 and rounded when they are unpacked, so that all dtypes share them.
     shared = WeightNumerics(source.digest(), "float32", compression.weight_scheme)
     identity = {**slab_identity(shared), "format": str(FORMAT_VERSION)}
-    folder = options.folder or _default_folder(shared, identity, "compressed")
-    fitted = fit(source, scheme_of(compression.scheme, compression.bits), folder, identity)
+    folder = options.folder or default_folder(shared, identity, "compressed")
+    fitted = fit(source, scheme_of(compression.scheme, compression.bits), folder, identity, write_text)
     return replace(shared, dtype=dtype_name(source.dtype), statistics=fitted.decisions), folder, fitted
 
 
@@ -289,12 +318,6 @@ def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOpti
         where = "on the CPU" if place.cpu_attention else "on the device"
         logger.info("packed rows that decode attend %s: %s; `cpu_attention` names another place", where, place.reason)
     return replace(policy, cpu_attention=place.cpu_attention, cache=place.cache)
-
-
-def _default_folder(weights: WeightNumerics, identity: Mapping[str, str], kind: str = "offload") -> Path:
-    """Return a folder that no other slabs share: everything that decides their bytes is in its name."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    return cache_folder() / kind / f"{weights.digest[:32]}-{weights.dtype}-{weights.scheme}-{digest}"
 
 
 def _empty(source: ModelSource) -> PreTrainedModel:

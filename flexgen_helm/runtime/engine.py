@@ -7,10 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, TextIO
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +23,7 @@ from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.generation.job_errors import overflow
 from flexgen_helm.generation.prepare import PreparedJob, prepare
 from flexgen_helm.generation.vocabulary import Vocabulary
-from flexgen_helm.loading.source import named_dtype, open_dummy, open_model
+from flexgen_helm.loading.source import ModelSource, named_dtype, open_dummy, open_model
 from flexgen_helm.loading.versions import warn_if_untested
 from flexgen_helm.machine.rates import measure_rates
 from flexgen_helm.memory.amounts import MaxMemory, gib, parse_max_memory
@@ -31,6 +34,7 @@ from flexgen_helm.policy.shapes_of_model import setting
 from flexgen_helm.rows.choice import Kind, KindChoice, validated_kind
 from flexgen_helm.runtime.building import EngineOptions, Parts, build
 from flexgen_helm.runtime.final_hidden import LayerProbe, final_hidden, probing
+from flexgen_helm.runtime.fitting.own_text import writing_job, written
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.runtime.run import Run
@@ -151,8 +155,24 @@ class Engine:
         warn_if_untested()
         where = options.device.torch_device
         if dummy_weights:
-            return cls(build(open_dummy(name, dtype=dtype, device=where), options))
-        return cls(build(open_model(name, dtype=dtype, device=where, revision=revision), options))
+            source = open_dummy(name, dtype=dtype, device=where)
+        else:
+            source = open_model(name, dtype=dtype, device=where, revision=revision)
+        return cls(build(source, options, partial(cls._write_text, source, options)))
+
+    @classmethod
+    def _write_text(cls, source: ModelSource, options: EngineOptions, folder: Path) -> Tensor:
+        """Let the uncompressed model write the text to which its weights are fitted, in float32 as its statistics are."""
+        plain = EngineOptions(options.device, limits=options.limits, folder=folder)
+        source = replace(source, dtype=torch.float32)
+
+        def refuse(_: Path) -> Tensor:
+            raise AssertionError("uncompressed weights are not fitted")
+
+        logger.info("%s: the model writes the text to which its weights are fitted, once", source.name)
+        with cls(build(source, plain, refuse)) as engine:
+            job = writing_job(engine._parts.loaded)
+            return written(job, engine.run([job])[0])
 
     def run(
         self,
@@ -293,6 +313,7 @@ class Engine:
         return EngineInfo(
             bits_per_compressed_weight=None if fitted is None else fitted.bits_per_weight,
             statistics="" if fitted is None else fitted.statistics,
+            bits_per_weight_on_disk=weights.bits_on_disk,
             policy=self.policy,
             numerics=self.numerics,
             bits_per_weight=8 * num_bytes / count,
@@ -315,7 +336,6 @@ class Engine:
             setting(model, "num_experts_per_tok"),
             model.get_output_embeddings(),
             **parts.plan.weights.bytes_per_sweep,
-            own_memory=parts.device.own_memory,
         )
         if sizes is None or not stats.per_sweep:
             return stats

@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers import __version__ as transformers_version
 
 from flexgen_helm.loading.source import LoadedModel, ModelSource, dtype_name
 from flexgen_helm.memory.allocator import return_freed_memory
@@ -29,8 +28,9 @@ from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.runtime.fitting.packing import PackedLayers
 from flexgen_helm.runtime.offload import Offloader
 from flexgen_helm.runtime.packed_model import packed_store, unpack_all
+from flexgen_helm.runtime.slab_places import slab_identity
 from flexgen_helm.runtime.verdicts import Check, recall, remember
-from flexgen_helm.types import ResolvedPolicy, WeightNumerics
+from flexgen_helm.types import ResolvedPolicy, SlabCoding, WeightNumerics
 
 logger = logging.getLogger(__name__)
 
@@ -73,17 +73,14 @@ class PlacedModel:
     checked: CheckedModel
     weights: WeightStore | None
     """Store that brings streamed weights to the device; None: all weights are resident."""
+    disk_bytes: Mapping[int, int] = field(default_factory=dict)
+    """Bytes of the slabs on disk by number, where they may differ from the plan's."""
 
 
 def plain_formats(model: PreTrainedModel) -> dict[int, SlabFormat]:
     """Return uncompressed slab formats by unit number, for the layers and an output head with weights of its own."""
     units = [*layers_of(model), *filter(None, [own_head(model)])]
     return {j: Plain.of(unit) for j, unit in enumerate(units)}
-
-
-def slab_identity(weights: WeightNumerics) -> dict[str, str]:
-    """Return everything that decides the bytes of a model's slabs, with transformers' version: it names and fuses tensors."""
-    return {**asdict(weights), "transformers": transformers_version}
 
 
 def load_and_check(blueprint: Blueprint) -> PlacedModel:
@@ -140,12 +137,14 @@ def _load_offloaded(blueprint: Blueprint, first: Passed) -> PlacedModel:
     verdict = first.verdict.of_all_layers(layer_kinds(blueprint.whole, layers_of(blueprint.whole)))
     if blueprint.fitted is not None:
         return _load_packed(blueprint, blueprint.fitted, replace(first, verdict=verdict))
+    coding: SlabCoding = "lossless" if blueprint.policy.slab_coding == "lossless" else "plain"
     offloader = Offloader(
         blueprint.plan.weights,
         blueprint.formats,
         device=blueprint.device,
         folder=blueprint.folder,
-        identity=slab_identity(blueprint.weights),
+        identity=slab_identity(blueprint.weights, coding),
+        coded=blueprint.source.dtype if coding == "lossless" else None,
     )
     try:
         loaded = blueprint.source.load(offloader)
@@ -154,7 +153,7 @@ def _load_offloaded(blueprint: Blueprint, first: Passed) -> PlacedModel:
     except BaseException:
         offloader.close()
         raise
-    return PlacedModel(loaded, CheckedModel(model, replace(first, verdict=verdict)), store)
+    return PlacedModel(loaded, CheckedModel(model, replace(first, verdict=verdict)), store, offloader.disk_bytes)
 
 
 def _load_packed(blueprint: Blueprint, fitted: FittedModel, passed: Passed) -> PlacedModel:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.slab import Binding
+from flexgen_helm.memory.slab import Binding, SlabFormat
 from flexgen_helm.memory.weight_store import Unit, WeightStore
 from flexgen_helm.model.embeddings import keep_on_host
 from flexgen_helm.model.layers import layers_of
@@ -32,7 +32,10 @@ def unpack_all(fitted: FittedModel, model: PreTrainedModel, device: Device) -> N
         for j, layer in enumerate(layers_of(model)):
             form = fitted.formats[j]
             bound = torch.empty(form.bound.num_bytes, dtype=torch.uint8, device=device.torch_device)
-            form.unpack(_read(fitted, j).to(device.torch_device), bound)
+            if device.own_memory:
+                form.unpack(_carried(form, _read(fitted, j)).to(device.torch_device), bound)
+            else:
+                form.load(_read(fitted, j), bound)
             Binding(layer, form.bound).bind(bound)
     finally:
         fitted.slabs.close()
@@ -56,13 +59,25 @@ def packed_store(fitted: FittedModel, plan: WeightPlan, model: RecordedModel, de
         modules[head] = model.model.get_output_embeddings()
     units = {}
     for j in plan.streamed:
-        binding, memory = Binding(modules[j], fitted.formats[j].bound), None
+        form, memory = fitted.formats[j], None
+        binding = Binding(modules[j], form.bound)
         binding.to_meta()
-        if plan.tiers[j] != "disk":
-            memory = _read(fitted, j, pin=device.is_gpu and plan.tiers[j] == "host")
-            memory = memory.to(device.torch_device) if plan.tiers[j] == "device" else memory
-        units[j] = Unit(binding, fitted.formats[j], memory)
+        on_device = device.own_memory and plan.tiers[j] == "device"
+        if on_device:
+            memory = _carried(form, _read(fitted, j)).to(device.torch_device)
+        elif plan.tiers[j] != "disk":
+            memory = _read(fitted, j, pin=device.is_gpu and not form.is_coded)
+        units[j] = Unit(binding, form, memory, on_device)
     return WeightStore(units, device=device, num_slots=plan.num_slots, source=fitted.slabs, meter=meter)
+
+
+def _carried(form: SlabFormat, stored: Tensor) -> Tensor:
+    """Return the carried slab for a stored one, both on the CPU."""
+    if not form.is_coded:
+        return stored
+    carried = allocate(form.carried.num_bytes)
+    form.decode(stored, carried)
+    return carried
 
 
 def _read(fitted: FittedModel, j: int, *, pin: bool = False) -> Tensor:

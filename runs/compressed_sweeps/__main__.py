@@ -30,7 +30,8 @@ from flexgen_helm.runs.memory_limit.cgroup import memory_group
 from flexgen_helm.runs.memory_limit.model import Shape, random_model, random_prompts
 from flexgen_helm.runs.memory_limit.process import Limits
 
-VARIANTS = ("16", "w8", "w4", "w4-entropy")
+PLAIN, LOSSLESS = "16", "16-lossless"
+VARIANTS = (PLAIN, LOSSLESS, "w8", "w4", "w4-entropy")
 
 
 def engine_arguments(options: argparse.Namespace, variant: str, slabs: Path) -> dict[str, Any]:
@@ -44,8 +45,8 @@ def engine_arguments(options: argparse.Namespace, variant: str, slabs: Path) -> 
     return {
         "device": "cpu",
         "dtype": options.dtype,
-        "compression": None if variant == "16" else variant,
-        "policy": policy,
+        "compression": None if variant in (PLAIN, LOSSLESS) else variant,
+        "policy": {**policy, "slab_coding": "lossless" if variant == LOSSLESS else "plain"},
         "offload_folder": str(slabs / variant),
     }
 
@@ -57,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", type=parse_size, default="2GiB", metavar="SIZE", help="limit of every process")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16", help="of the weights")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, metavar="NAME", help="16 is not compressed")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, metavar="NAME", help="16 and 16-lossless are not compressed")
     parser.add_argument("--prompts", type=int, default=16, metavar="N")
     parser.add_argument("--prompt-len", type=int, default=16, metavar="TOKENS")
     parser.add_argument("--new-tokens", type=int, default=6, metavar="N")

@@ -72,7 +72,7 @@ def measure(variant: str, ours: Ours) -> Line:
         slowest=max(sweep.seconds for sweep in chosen),
         unpack_seconds=median(sweep.busy_seconds.get("unpack", 0.0) for sweep in chosen),
         compute_seconds=median(sweep.busy_seconds.get("device", 0.0) for sweep in chosen),
-        cpu_seconds=answers.cpu_seconds / len(answers.sweeps),
+        cpu_seconds=answers.processor_s / len(answers.sweeps),
         disk_rate=ours.measured.disk,
         load_seconds=answers.load_s,
         peak_bytes=answers.stats["peak_bytes"],

@@ -10,6 +10,8 @@ status 3 without). What is cached of the model is dropped first, since a cgroup 
 already. Loading, and the engine's slabs, which are written at its first load, are printed and not counted.
 Cost on two cores of a server CPU: about 20 minutes, 9 GiB of disk.
 
+With ``--slab-codings plain lossless`` the generation part alone is run, by the engine alone, with slabs of each coding.
+
 Command: ``python -m flexgen_helm.runs.larger_than_ram --model-size 4GiB --memory 2GiB --json result.json``
 """
 
@@ -28,12 +30,14 @@ from flexgen_helm.memory.amounts import parse_size
 from flexgen_helm.runs.agreement import compare
 from flexgen_helm.runs.command_line import add_json, exit_on_sigterm, make_parser, reports_errors, write_json
 from flexgen_helm.runs.cpu_benchmark.prompts import helm_prompts
+from flexgen_helm.runs.larger_than_ram import codings
 from flexgen_helm.runs.larger_than_ram.contenders import Work, as_dict, run_accelerate, run_engine
 from flexgen_helm.runs.larger_than_ram.helm_part import run_helm
 from flexgen_helm.runs.larger_than_ram.report import render
 from flexgen_helm.runs.memory_limit.cgroup import memory_group
 from flexgen_helm.runs.memory_limit.model import Shape, random_model, random_prompts
 from flexgen_helm.runs.memory_limit.process import Limits
+from flexgen_helm.types import SLAB_CODINGS
 
 POLICIES: dict[str, dict[str, Any]] = {
     "generation": {
@@ -80,6 +84,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--batches", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help="sequences that Accelerate answers at a time"
     )
     parser.add_argument("--instances", type=int, default=64, metavar="N", help="of the shared-prefix part")
+    compare = "compare slabs of these codings on the generation part, without Accelerate; needs --dtype bfloat16"
+    parser.add_argument("--slab-codings", nargs="+", choices=SLAB_CODINGS, default=[], help=compare)
     add_json(parser)
     return parser.parse_args(arguments)
 
@@ -89,6 +95,12 @@ def run_parts(options: argparse.Namespace, model: Path, scratch: Path) -> None:
     slabs = model.with_name(f"{model.name}-slabs")
     limits = Limits(options.memory, options.threads, (model, slabs))
     results: dict[str, Any] = {}
+    if options.slab_codings:
+        work, arguments = make_work("generation", options, model), engine_arguments("generation", options, slabs)
+        found = codings.run_codings(work, model, arguments, limits, scratch, codings=options.slab_codings)
+        print("\n".join(codings.render(work, found)), flush=True)
+        write_json(options.json, {"slab_codings": codings.as_dict(found)})
+        return
     for part in options.parts:
         arguments = engine_arguments(part, options, slabs)
         if part == "helm":

@@ -65,8 +65,8 @@ class Answers:
     stats: dict[str, Any]
     bits_per_weight: float
     """Of compressed matrices, or of all weights if none are compressed."""
-    cpu_seconds: float
-    """Processor time of all threads while prompts were answered."""
+    processor_s: float
+    """Seconds of all cores together while prompts were answered."""
     sweeps: list[Sweep] = field(default_factory=list)
 
     @property
@@ -101,9 +101,9 @@ def answer(task: Task) -> Answers:
         jobs = [
             Job(token_ids=prompt, max_new_tokens=task.new_tokens, top_logprobs=2, ignore_eos=True) for prompt in task.prompts
         ]
-        begun_cpu = time.process_time()
+        processor_begun = time.process_time()
         completions = [result.completions[0] for result in engine.run(jobs, progress=False)]
-        cpu_seconds, info = time.process_time() - begun_cpu, engine.describe()
+        processor_s, info = time.process_time() - processor_begun, engine.describe()
         return Answers(
             load_s=load_s,
             seconds=engine.stats.seconds,
@@ -112,7 +112,7 @@ def answer(task: Task) -> Answers:
             weight_bytes=info.weight_bytes,
             stats=engine.stats.as_dict(),
             bits_per_weight=info.bits_per_compressed_weight or info.bits_per_weight,
-            cpu_seconds=cpu_seconds,
+            processor_s=processor_s,
             sweeps=[Sweep.of(sweep) for sweep in engine.stats.per_sweep],
         )
 

@@ -103,7 +103,8 @@ def measure_planes(weights: Mapping[str, Tensor], dtype: torch.dtype, threads: i
     memory = torch.cat([x.flatten().to(dtype) for x in weights.values()]).view(torch.uint8)
     count, target = memory.numel() // 2, torch.empty_like(memory)
     begun = time.process_time()
-    planes = encode_planes(memory, dtype)
+    planes = encode_planes(memory, dtype, torch.empty_like(memory))
+    assert planes is not None
     encoded = count / (time.process_time() - begun) / 1e9
     num_frames = len(planes.sizes)
     decoded = rate(count, lambda: decode_planes(planes, range(num_frames), target))

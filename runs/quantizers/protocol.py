@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from flexgen_helm.assets.helm_data import news_articles
 from flexgen_helm.assets.smollm2 import smollm2_folder
 from flexgen_helm.assets.sotu import recent_addresses
+from flexgen_helm.cache_folder import cache_folder, write_whole
+from flexgen_helm.compression.sensitivity import Sensitivity, SensitivityStatistics, probe
 from flexgen_helm.compression.statistics import ColumnStatistics
 
 WINDOWS, WINDOW_TOKENS = 6, 1000
 RANDOM_SEQUENCES, RANDOM_TOKENS, FIRST_ORDINARY = 4, 512, 10
 """What the statistics see: the end token, then uniform ids that are no special tokens."""
+OWN_SEQUENCES, OWN_TOKENS, OWN_ROWS = 16, 512, 2
+"""The text that the model writes: sequences, tokens in each, and how many are computed together."""
 GRID_COLUMNS, GRID_STEPS = 32, 15
 """The grid on which the weights were published, along the inputs."""
+ARTICLES = 40
+"""More than are read."""
+TEXTS: dict[str, Callable[[], str]] = {
+    "addresses": recent_addresses,
+    "news": lambda: "\n".join(news_articles()[:ARTICLES]),
+}
+"""By name. The schemes were chosen on the first; the second was not looked at before they were final."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +61,14 @@ class Comparison:
 class Subject:
     """The model and the text."""
 
-    def __init__(self, off_grid: bool) -> None:
+    def __init__(self, off_grid: bool, text: str = "addresses") -> None:
         """Load them.
 
         Args:
             off_grid: Whether the weights are moved off the grid on which they were published, by uniform noise of a step.
+            text: Name of one of ``TEXTS``.
         """
+        self.off_grid = off_grid
         folder = smollm2_folder()
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.linears = {
@@ -57,10 +77,10 @@ class Subject:
         if off_grid:
             _move_off_grid([linear.weight.data for linear in self.linears.values()])
         self.weights = {name: linear.weight.data.clone() for name, linear in self.linears.items()}
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.end: int = tokenizer.eos_token_id
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.end: int = self.tokenizer.eos_token_id
         # The text is longer than the context, of which the tokenizer would warn.
-        ids = tokenizer(recent_addresses(), add_special_tokens=False, verbose=False)["input_ids"][: WINDOWS * WINDOW_TOKENS]
+        ids = self.tokenizer(TEXTS[text](), add_special_tokens=False, verbose=False)["input_ids"][: WINDOWS * WINDOW_TOKENS]
         self.windows = torch.tensor(ids).view(WINDOWS, WINDOW_TOKENS)
 
     def moments(self) -> dict[str, Tensor]:
@@ -78,6 +98,39 @@ class Subject:
         for hook in hooks:
             hook.remove()
         return {name: own.moment for name, own in statistics.items()}
+
+    def own_text(self) -> Tensor:
+        """Return what the model writes behind the end token, int64 ``[sequences, tokens]``, kept by weights and settings."""
+        settings = {"sequences": OWN_SEQUENCES, "tokens": OWN_TOKENS, "temperature": 1, "seed": 0}
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for weight in self.weights.values():
+            digest.update(weight.numpy().data)
+        file = cache_folder() / "own_text" / f"{digest.hexdigest()[:32]}.json"
+        if not file.exists():
+            write_whole(file, json.dumps(self._write_text().tolist()))
+        return torch.tensor(json.loads(file.read_text()))
+
+    def _write_text(self) -> Tensor:
+        # No token ends a sequence: behind the end token the model begins another text.
+        settings = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, max_new_tokens=OWN_TOKENS - 1, pad_token_id=self.end, eos_token_id=None
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            start = torch.full((OWN_SEQUENCES, 1), self.end)
+            ids: Tensor = self.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)
+        return ids
+
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """Return what errors of each linear layer do to the output of its decoder layer, over the model's own text."""
+        ids, chance = self.own_text(), torch.Generator().manual_seed(0)
+        statistics = {name: SensitivityStatistics(x.in_features, x.out_features) for name, x in self.linears.items()}
+        with _probing(self.model.model.layers, chance), ExitStack() as hooks, torch.enable_grad():
+            for name, linear in self.linears.items():
+                hooks.callback(linear.register_forward_hook(partial(_observe, statistics[name])).remove)
+            for rows in ids.split(OWN_ROWS):
+                self.model.model(rows, use_cache=False)
+        return {name: own.mean(ids.numel()) for name, own in statistics.items()}
 
     def use(self, weights: dict[str, Tensor]) -> None:
         """Give the linear layers other weights."""
@@ -106,6 +159,30 @@ class Subject:
         ids = torch.cat([torch.tensor([self.end]), window[:-1]])
         logits: Tensor = self.model(ids[None], use_cache=False).logits[0]
         return logits.log_softmax(-1)
+
+
+@contextmanager
+def _probing(layers: nn.ModuleList, chance: torch.Generator) -> Iterator[None]:
+    """Compute gradients of probes, each within its layer, while the context lasts."""
+
+    def begin(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0].detach().requires_grad_(), *inputs[1:])
+
+    def end(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        (output * probe(output, chance)).sum().backward()
+        return output.detach()
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            layer.requires_grad_(False)
+            hooks.callback(layer.register_forward_pre_hook(begin).remove)
+            hooks.callback(layer.register_forward_hook(end).remove)
+        yield
+
+
+def _observe(own: SensitivityStatistics, linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    seen = inputs[0].detach().flatten(0, -2)
+    output.register_hook(lambda gradient: own.add(seen, gradient.flatten(0, -2)))
 
 
 def _loss(log_probs: Tensor, window: Tensor) -> float:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flexgen_helm.compression import columns, entropy, minmax
+from flexgen_helm.compression import columns, entropy, minmax, sensitivity
 from flexgen_helm.compression.allocation import LADDERS, allocate, column_errors
 from flexgen_helm.compression.coding import encode
+from flexgen_helm.compression.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,30 @@ class Quantised:
     """Bits per weight, with scales and maps."""
 
 
-Scheme = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], int], Quantised]
-"""Takes weights ``[out, in]``, mean squares of their inputs ``[in]``, both by name, and bits of the scheme's name."""
+@dataclass(frozen=True)
+class Statistics:
+    """What schemes may know of a model besides its weights; by name."""
+
+    moments: Mapping[str, Tensor]
+    """Mean squares of the inputs ``[in]`` over random ids."""
+    sensitivities: Mapping[str, Sensitivity]
+    """What errors do, over the model's own text; empty where no scheme asks for it."""
 
 
-def quantise_minmax(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bits: int) -> Quantised:
+Scheme = Callable[[Mapping[str, Tensor], Statistics, int], Quantised]
+"""Takes weights ``[out, in]`` by name, statistics, and bits of the scheme's name."""
+
+
+def quantise_minmax(weights: Mapping[str, Tensor], statistics: Statistics, bits: int) -> Quantised:
     """FlexGen's format, which needs no statistics."""
     stored = {name: minmax.MinMax(bits).quantize(weight) for name, weight in weights.items()}
     num_bits = sum(codes.num_bits for codes in stored.values())
     return Quantised({name: minmax.dequantize(codes) for name, codes in stored.items()}, num_bits / num_weights(weights))
 
 
-def quantise_columns(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bits: int) -> Quantised:
+def quantise_columns(weights: Mapping[str, Tensor], statistics: Statistics, bits: int) -> Quantised:
     """Columns of several widths in a fixed layout."""
-    scores = [column_errors(weight, moments[name]) for name, weight in weights.items()]
+    scores = [column_errors(weight, statistics.moments[name]) for name, weight in weights.items()]
     shapes = [(weight.shape[0], weight.shape[1]) for weight in weights.values()]
     widths = allocate(scores, shapes, bits)
     stored = {
@@ -46,12 +57,25 @@ def quantise_columns(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor
     return Quantised({name: columns.dequantize(matrix) for name, matrix in stored.items()}, num_bits / num_weights(weights))
 
 
-def quantise_entropy(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bits: int) -> Quantised:
+def quantise_entropy(weights: Mapping[str, Tensor], statistics: Statistics, bits: int) -> Quantised:
     """One step a column, entropy-coded; bits are those of the real frames."""
+    moments = statistics.moments
     rule = entropy.solve_steps(weights, moments, bits + 0.5)
-    coded = {name: entropy.quantize(weight, moments[name], rule, name=name) for name, weight in weights.items()}
+    return _coded({name: entropy.quantize(weight, moments[name], rule, name=name) for name, weight in weights.items()})
+
+
+def quantise_self(weights: Mapping[str, Tensor], statistics: Statistics, bits: int) -> Quantised:
+    """Steps that know the output of the layer, from the model's own text; entropy-coded."""
+    known = statistics.sensitivities
+    rule = sensitivity.solve_steps(weights, known, bits + 0.5)
+    return _coded({name: sensitivity.quantize(weight, known[name], rule, name=name) for name, weight in weights.items()})
+
+
+def _coded(coded: Mapping[str, entropy.Coded]) -> Quantised:
     num_bits = 8 * sum(encode(each).num_bytes for each in coded.values())
-    return Quantised({name: entropy.dequantize(each) for name, each in coded.items()}, num_bits / num_weights(weights))
+    return Quantised(
+        {name: entropy.dequantize(x) for name, x in coded.items()}, num_bits / sum(x.integers.numel() for x in coded.values())
+    )
 
 
 def num_weights(weights: Mapping[str, Tensor]) -> int:
@@ -59,5 +83,10 @@ def num_weights(weights: Mapping[str, Tensor]) -> int:
     return sum(weight.numel() for weight in weights.values())
 
 
-SCHEMES: dict[str, Scheme] = {"minmax": quantise_minmax, "columns": quantise_columns, "entropy": quantise_entropy}
+SCHEMES: dict[str, Scheme] = {
+    "minmax": quantise_minmax,
+    "columns": quantise_columns,
+    "entropy": quantise_entropy,
+    "self": quantise_self,
+}
 """By name. The first is what the others are compared with."""

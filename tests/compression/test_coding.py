@@ -29,7 +29,10 @@ def coded_matrices(draw: st.DrawFn) -> Coded:
     values = chance.choice([-1, 1], len(places)) * chance.integers(128, 2**24, len(places))
     steps = (2.0 ** chance.uniform(-20, 2, columns)).astype(np.float16)
     classes = chance.integers(0, draw(st.integers(1, 64)), columns, dtype=np.uint8)
-    return Coded(*(torch.from_numpy(x) for x in (integers, steps, classes, places.astype(np.int64), values.astype(np.int32))))
+    # Products with factors of 2**-4 to 2**4 stay finite in fp32.
+    factors = chance.integers(112, 145, rows if draw(st.booleans()) else 0, dtype=np.uint8)
+    arrays = (integers, steps, classes, places.astype(np.int64), values.astype(np.int32), factors)
+    return Coded(*(torch.from_numpy(x) for x in arrays))
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +74,8 @@ def test_numbers_are_rounded_to_fp16_as_torch_does() -> None:
     steps, integers = torch.cat([numbers, numbers]).numpy(), np.repeat(np.array([1, -1], np.int8), len(numbers))
     none, order = np.empty(0, np.int64), np.arange(len(steps), dtype=np.int32)
     unpack_columns(
-        *(integers, np.array([len(steps)]), order, steps, none, none.astype(np.int32), FLOAT16, np.empty(0, np.uint32), found)
+        *(integers, np.array([len(steps)]), order, steps, np.empty(0, np.float32), none, none.astype(np.int32)),
+        *(FLOAT16, np.empty(0, np.uint32), found),
     )
     expected = (torch.from_numpy(integers).float() * torch.from_numpy(steps)).half().view(torch.int16)
     assert torch.equal(torch.from_numpy(found.view(np.int16)), expected)

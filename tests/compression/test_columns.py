@@ -37,7 +37,7 @@ def read(stored: Columns, row: int, column: int, widths: list[int]) -> float:
     blocks = -(-num_rows // 64)
     group = order.index(column) * blocks + row // 64
     scale, minimum = (
-        float(supers[group // 16]) * stored.unit * int(unpack(shares[:, None], 6, blocks * num_columns)[group])
+        float(supers[group // 16]) * float(stored.unit) * int(unpack(shares[:, None], 6, blocks * num_columns)[group])
         for supers, shares in zip(stored.super_scales, stored.scales, strict=True)
     )
     return code * scale - minimum

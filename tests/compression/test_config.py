@@ -210,7 +210,7 @@ def test_an_existing_folder_of_the_full_name_wins(
     assert split_variant("model@w8") == ("model", replace(W4, bits=8.5))
 
 
-@pytest.mark.parametrize("text", ["w2", "w3", "w4", "w8", "w2-minmax", "w4-entropy", "w3.25-entropy"])
+@pytest.mark.parametrize("text", ["w2", "w3", "w4", "w8", "w2-minmax", "w4-entropy", "w3.25-entropy", "w4-self"])
 def test_weights_are_built(text: str) -> None:
     refuse_unbuilt(parse(text))
     assert resolve(f"org/model@{text}") == resolve("org/model", text) == ("org/model", parse(text))
@@ -219,7 +219,7 @@ def test_weights_are_built(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        *(("kv8", "K and V"), ("k4", "K and V"), ("w4v4", "K and V"), ("s10", "a part of V"), ("w4-self", "text that the")),
+        *(("kv8", "K and V"), ("k4", "K and V"), ("w4v4", "K and V"), ("s10", "a part of V")),
         ("w4kv4-flexgen", "K and V of less than 16 bits and FlexGen's compression"),
     ],
 )

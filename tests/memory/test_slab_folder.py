@@ -61,6 +61,10 @@ def convert(path: Path) -> None:
             folder.write(j, slab(j))
 
 
+def space_for(folder: SlabFolder) -> int:
+    return sum(NUM_BYTES[j] for j in folder.missing())
+
+
 def read(folder: SlabFolder, j: int) -> bytes:
     into = allocate(NUM_BYTES[j] + PAGE)
     folder.read(j, into).result(timeout=10)
@@ -80,7 +84,7 @@ def check(path: Path) -> None:
 def test_slabs_come_back(tmp_path: Path) -> None:
     with opened(tmp_path / "new" / "folder") as folder:
         assert folder.missing() == [0, 3, 4]
-        folder.check_space(folder.missing())
+        folder.check_space(space_for(folder))
         folder.write(3, slab(3))
         assert folder.missing() == [0, 4]
         assert read(folder, 3) == slab(3)[: NUM_BYTES[3]].numpy().tobytes()
@@ -170,23 +174,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_disk_full_while_converting(small_disk: Path) -> None:
     with opened(small_disk) as folder, pytest.raises(DiskFull, match=r"need [0-9.]+ MiB more in .*, which has .* free"):
-        folder.check_space(folder.missing())
+        folder.check_space(space_for(folder))
     with pytest.raises(DiskFull, match="cannot be written: No space left on device"):
         convert(small_disk)
     assert not list(small_disk.glob(".slab-*"))
     with opened(small_disk) as folder:
         assert folder.missing() == [3, 4]
-        folder.check_space([4])
+        folder.check_space(NUM_BYTES[4])
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     convert(small_disk)
     check(small_disk)
 
 
 def test_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
-    folder = SlabFolder(tmp_path, IDENTITY, {0: SlabLayout((), 2**60)})
-    with pytest.raises(DiskFull, match=f"need {2**30:.2f} GiB more in {tmp_path}, which has"):
-        folder.check_space(folder.missing())
-    folder.close()
+    with opened(tmp_path) as folder, pytest.raises(DiskFull, match=f"need {2**30:.2f} GiB more in {tmp_path}, which has"):
+        folder.check_space(2**60)
 
 
 def flip(path: Path, offset: int) -> None:
@@ -264,7 +266,7 @@ def test_folder_removed_while_open(tmp_path: Path) -> None:
     with opened(path) as folder:
         read(folder, 3)
         shutil.rmtree(path)
-        for action in (lambda: read(folder, 3), lambda: folder.write(4, slab(4)), lambda: folder.check_space([4])):
+        for action in (lambda: read(folder, 3), lambda: folder.write(4, slab(4)), lambda: folder.check_space(NUM_BYTES[4])):
             with pytest.raises(CorruptFile, match="is missing: the offload folder was removed"):
                 action()
 

@@ -92,8 +92,9 @@ def test_dtype_and_compression_do_not_choose_the_place() -> None:
     """Llama of 8 B takes 15 GiB in 16 bits, so that it is resident on 20 GiB; in 32 bits it is streamed there."""
     plain = shapes(LLAMA)
     quarter = {j: count // 4 for j, count in plain.bound_bytes.items()}
+    stored = {**quarter, EMBEDDINGS: plain.stored_bytes[EMBEDDINGS]}
     compressed = replace(
-        plain, stored_bytes={**quarter, EMBEDDINGS: plain.stored_bytes[EMBEDDINGS]}, unpacks=True, kv_itemsize=1
+        plain, stored_bytes=stored, carried_bytes=quarter, disk_bytes=quarter, is_coded=True, is_packed=True, kv_itemsize=1
     )
     assert compressed.at_16_bits() == plain.at_16_bits() == plain
     for sizes in (plain, compressed, shapes(LLAMA, torch.float32)):

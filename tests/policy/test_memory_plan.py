@@ -201,6 +201,103 @@ def test_slots_and_buffers_count(model: PreTrainedModel) -> None:
             plan_of(model, chosen, Space({**peak, tier: peak[tier] - 1}, True))
 
 
+@pytest.mark.parametrize("own_memory", [True, False])
+def test_memory_for_coded_slabs_counts(model: PreTrainedModel, own_memory: bool) -> None:
+    """Beside the buffers into which they are read, they need slots on a CPU and a buffer for decoding beside a device."""
+    chosen = policy(weights=(0, 0.5, 0.5), prefetch=2)
+    sizes = dataclasses.replace(shapes(model), is_coded=True)
+    plain = plan_of(model, chosen, space(10, own_memory=own_memory))
+    coded = MemoryPlan.of(sizes, chosen, space(10, own_memory=own_memory))
+    largest = max(sizes.bound_bytes[j] for j in coded.weights.on_disk)
+    assert coded.weights.tiers == plain.weights.tiers
+    more = {tier: coded.weights.needed_bytes[tier] - plain.weights.needed_bytes[tier] for tier in TIERS}
+    assert more == ({"device": 0, "host": largest, "disk": 0} if own_memory else {"device": 3 * largest, "host": 0, "disk": 0})
+    third = {j: size * 2 // 3 for j, size in sizes.bound_bytes.items()}
+    real = coded.with_slabs(third)
+    assert real.weights.weight_bytes["disk"] == sum(third[j] for j in coded.weights.on_disk)
+    assert real.weights.bits_on_disk == pytest.approx(32 * 2 / 3, rel=1e-3)
+    assert real.weights.shares == plain.weights.shares
+    assert real.weights.needed_bytes["host"] == coded.weights.needed_bytes["host"] - 3 * (largest - largest * 2 // 3)
+    assert coded.weights.bytes_per_sweep["from_disk"] == plain.weights.bytes_per_sweep["from_disk"]
+    assert real.weights.bytes_per_sweep == {
+        "from_disk": real.weights.weight_bytes["disk"],
+        "to_device": sum(sizes.bound_bytes.values()) if own_memory else 0,
+    }
+
+
+@pytest.mark.parametrize("own_memory", [True, False])
+def test_each_tier_counts_its_own_form(model: PreTrainedModel, own_memory: bool) -> None:
+    """Weights that are stored in a quarter and carried in a half of their bytes, as entropy-coded ones are."""
+    plain = shapes(model)
+    quarter, half = ({j: size // part for j, size in plain.bound_bytes.items()} for part in (4, 2))
+    table = plain.stored_bytes[EMBEDDINGS]
+    sizes = dataclasses.replace(
+        plain,
+        stored_bytes={EMBEDDINGS: table, **quarter},
+        carried_bytes=half,
+        disk_bytes=quarter,
+        is_coded=True,
+        is_packed=True,
+    )
+    plan = MemoryPlan.of(sizes, policy(weights=(0.3, 0.3, 0.4)), space(10, own_memory=own_memory)).weights
+    units = {tier: [j for j in quarter if plan.tiers[j] == tier] for tier in TIERS}
+    assert all(units.values())
+    on_device = half if own_memory else quarter
+    kept = {tier: sum((on_device if tier == "device" else quarter)[j] for j in units[tier]) for tier in TIERS}
+    kept[plan.tiers[EMBEDDINGS]] += table
+    assert plan.weight_bytes == kept
+    bound, carried = max(plain.bound_bytes.values()), max(half[j] for j in units["host"] + units["disk"])
+    largest = max(quarter[j] for j in units["disk"])
+    assert plan.needed_bytes == {
+        "device": kept["device"] + 2 * bound + own_memory * carried,
+        "host": kept["host"] + 2 * largest + own_memory * carried,
+        "disk": kept["disk"],
+    }
+    assert plan.bytes_per_sweep == {
+        "from_disk": kept["disk"],
+        "to_device": own_memory * sum(half[j] for j in units["host"] + units["disk"]),
+    }
+    assert sizes.loading_bytes == max(quarter.values()) + max(half.values())
+
+
+@settings(derandomize=True, deadline=None)
+@given(device=st.integers(1, 600), host=st.integers(1, 600), coded=st.booleans())
+def test_automatic_shares_of_packed_weights_fit(model: PreTrainedModel, device: int, host: int, coded: bool) -> None:
+    plain = shapes(model)
+    quarter, half = ({j: size // part for j, size in plain.bound_bytes.items()} for part in (4, 2))
+    sizes = dataclasses.replace(
+        plain,
+        stored_bytes={EMBEDDINGS: plain.stored_bytes[EMBEDDINGS], **quarter},
+        carried_bytes=half if coded else quarter,
+        disk_bytes=quarter,
+        is_coded=coded,
+        is_packed=True,
+    )
+    small = Space({"device": device * 2**20, "host": host * 2**20, "disk": 100 * GIB}, True)
+    try:
+        MemoryPlan.of(sizes, policy(weights=(0.0, 0.0, 1.0)), small)
+    except PolicyError:
+        return
+    plan = MemoryPlan.of(sizes, policy(), small)
+    assert all(count <= small.of(tier) for tier, count in plan.peak_bytes.items())
+
+
+@settings(derandomize=True, deadline=None)
+@given(host=st.integers(0, 500), device=st.integers(0, 500), own_memory=st.booleans(), prefetch=st.integers(1, 3))
+def test_automatic_shares_fit_with_coded_slabs(
+    model: PreTrainedModel, host: int, device: int, own_memory: bool, prefetch: int
+) -> None:
+    sizes = dataclasses.replace(shapes(model), is_coded=True)
+    small = Space({"device": device * 2**20, "host": host * 2**20, "disk": 100 * GIB}, own_memory)
+    chosen = policy(prefetch=prefetch)
+    try:
+        MemoryPlan.of(sizes, dataclasses.replace(chosen, weights=(0.0, 0.0, 1.0)), small)
+    except PolicyError:
+        return
+    plan = MemoryPlan.of(sizes, chosen, small)
+    assert all(count <= small.of(tier) for tier, count in plan.peak_bytes.items())
+
+
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(
     st.sampled_from([(1, 0, 0), (0.5, 0.5, 0), (0, 1, 0), (0.5, 0.25, 0.25), (0, 0.25, 0.75), (0, 0, 1)]),

@@ -54,16 +54,16 @@ def test_a_token_meets_only_its_experts() -> None:
 def test_the_head_and_what_is_streamed_count_too() -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=50, **SHAPE), dtype=torch.bfloat16)
     head = model.get_output_embeddings()
-    sizes = layer_sizes(model.model.layers, None, head, from_host=7, from_disk=5, own_memory=True)
+    sizes = layer_sizes(model.model.layers, None, head, from_disk=5, to_device=12)
     assert sizes is not None
     matrices = 3 * (ATTENTION + 3 * 16 * 40)
     assert (sizes.num_bytes, sizes.head_weights) == (2 * (matrices + 3 * NORMS + 50 * 16), 50 * 16)
-    assert (sizes.from_host, sizes.from_disk, sizes.own_memory) == (7, 5, True)
+    assert (sizes.from_disk, sizes.to_device) == (5, 12)
 
 
 def test_a_sweep_takes_as_long_as_its_slowest_resource() -> None:
     """A prefill and two decode sweeps, each term of the formula by hand: once products are the slowest, once the CPU."""
-    sizes = LayerSizes(1000, 500, head_weights=50, from_host=300, from_disk=200, own_memory=True)
+    sizes = LayerSizes(1000, 500, head_weights=50, from_disk=200, to_device=500)
     rates = Rates(2e5, 1e5, 1e4, host_to_device=100, device_to_host=50, disk_read=80, disk_write=20, cpu_attention=200)
     prefill = SweepStats(0, 9, 2000, 0, 4, {"device_to_host": 40, "disk_write": 10}, {}, {})
     moved, weights = {"cpu_attention": 1800, "disk_read": 550, "host_to_device": 100}, {"disk_read": 400}
@@ -71,7 +71,7 @@ def test_a_sweep_takes_as_long_as_its_slowest_resource() -> None:
     assert sweep_seconds(prefill, sizes, rates) == {
         "products": pytest.approx(2 * 500 * 2000 / 2e5 + 2 * 50 * 4 / 1e5),
         "read": 1000 / 1e4,
-        "host_to_device": (300 + 200) / 100,
+        "host_to_device": 500 / 100,
         "device_to_host": 40 / 50,
         "disk_read": 200 / 80,
         "disk_write": 10 / 20,
@@ -80,7 +80,7 @@ def test_a_sweep_takes_as_long_as_its_slowest_resource() -> None:
     seconds = sweep_seconds(decode, sizes, rates)
     assert seconds["products"] == pytest.approx(2 * (500 + 50) * 4 / 1e5)
     assert seconds["disk_read"] == (200 + 150) / 80  # weights once, though they were read twice
-    assert seconds["host_to_device"] == (300 + 200 + 100) / 100
+    assert seconds["host_to_device"] == (500 + 100) / 100
     stats = RunStats(per_sweep=[prefill, decode, decode])
     stats = with_limit(stats, sizes, rates)
     assert stats.limit_seconds == pytest.approx(10.004 + 2 * 1800 / 200)
@@ -107,7 +107,7 @@ def test_weights_are_hidden_from_the_break_even_block_on(
     weights = 30 * 10**9
     rates = Rates(tflops * 1e12, 1e12, 1e15, host_to_device=link * 1e9, disk_read=disk * 1e9)
     for tokens, sizes, name in (
-        (behind_link, LayerSizes(2 * weights, weights, from_host=2 * weights), "host_to_device"),
+        (behind_link, LayerSizes(2 * weights, weights, to_device=2 * weights), "host_to_device"),
         (behind_disk, LayerSizes(2 * weights, weights, from_disk=2 * weights), "disk_read"),
     ):
         seconds = sweep_seconds(SweepStats(0, 1, tokens, 0, 0, {}, {}, {}), sizes, rates)

@@ -30,8 +30,6 @@ ENTRIES = """entries: [
   {description: "lambada:path=%s,model=text"}
   {description: "perplexity:path=%s,piece_bytes=40,model=text"}
 ]"""
-    'entries: [{description: "lambada:path=%s,model=text"}, {description: "perplexity:path=%s,piece_bytes=40,model=text"}]'
-)
 
 
 def test_the_schema_has_a_table_for_every_entry() -> None:

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from flexgen_helm import Engine, Policy
 from flexgen_helm.compression.config import parse
 from flexgen_helm.compression.matrices import matrix_tensors
-from flexgen_helm.compression.schemes import scheme_of
+from flexgen_helm.compression.schemes import EntropyCoded, scheme_of
 from flexgen_helm.errors import CorruptFile, DiskFull, PolicyError
 from flexgen_helm.model.layers import layers_of
+from flexgen_helm.runtime.fitting import own_text
 from tests.jobs import fixed_mix
 from tests.reference import Agreement, Reference
 from tests.workbench import OWN_MEMORY, POLICY, Workbench
@@ -33,11 +34,17 @@ PLACES: dict[str, Policy] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_text, "ROW_TOKENS", 32)
+
+
 def _unpacked(source: Path, compressed: Path, variant: str, target: Path) -> Path:
     """Saves transformers' model with each matrix packed and unpacked again."""
     config = parse(variant)
     assert config.bits is not None
     scheme = scheme_of(config.scheme, config.bits)
+    unpack = scheme.load if isinstance(scheme, EntropyCoded) else scheme.unpack
     found = load_file(compressed / "fit" / "decisions.safetensors") if scheme.needs_statistics else {}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for j, layer in enumerate(layers_of(model)):
@@ -46,14 +53,14 @@ def _unpacked(source: Path, compressed: Path, variant: str, target: Path) -> Pat
                 key = f"{j}/{tensor.name}/{i}:"
                 decided = {name.removeprefix(key): x for name, x in found.items() if name.startswith(key)}
                 unpacked = torch.empty(matrix.shape)
-                scheme.unpack(scheme.pack(matrix.contiguous(), decided), unpacked)
+                unpack(scheme.pack(matrix.contiguous(), decided), unpacked)
                 assert not torch.equal(unpacked, matrix)
                 matrix.copy_(unpacked)
     model.save_pretrained(target)
     return target
 
 
-@pytest.mark.parametrize("variant", ["w4-minmax", "w4", "w4-entropy"])
+@pytest.mark.parametrize("variant", ["w4-minmax", "w4", "w4-entropy", "w4-self"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "mamba2"])
 def test_an_engine_equals_transformers_with_the_unpacked_weights(
     bench: Workbench, tmp_path: Path, family: str, variant: str

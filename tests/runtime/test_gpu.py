@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 from _pytest.mark import ParameterSet
-from torch import log_softmax, tensor
+from torch import equal, log_softmax, tensor
 
 from flexgen_helm import Engine, Job, Policy
-from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.rows.self_check import Verdict
 from tests.jobs import fixed_mix, random_tokens
 from tests.models import save_tiny
@@ -87,17 +86,38 @@ def test_attention_on_the_cpu_beside_a_gpu_stays_within_level_c(family: str, tmp
     assert not agreement.failures, agreement.failures
 
 
-@pytest.mark.parametrize("variant", ["w4-minmax", slow("w4")])
-def test_compressed_weights_are_unpacked_on_a_gpu_to_the_bits_of_a_resident_model(variant: str, tmp_path: Path) -> None:
+COMPRESSED = [("w4-minmax", (0.2, 0.4, 0.4)), ("w4", (0.2, 0.4, 0.4)), ("w4-entropy", (0.3, 0.3, 0.4))]
+
+
+@pytest.mark.parametrize(
+    ("variant", "shares"),
+    [*COMPRESSED[2:], *(slow(*each) for each in [*COMPRESSED[:2], *(("w4-entropy", x) for x in ((0, 0, 1), (0, 1, 0)))])],
+)
+def test_compressed_weights_are_unpacked_on_a_gpu_to_the_bits_of_a_resident_model(
+    variant: str, shares: Any, tmp_path: Path
+) -> None:
+    """Packed on the device, on the host and on disk; bits of the weights are those of a CPU."""
     folder, jobs = str(save_tiny("llama", tmp_path, num_layers=3)), fixed_mix(31, 4)
-    options: dict[str, Any] = {"device": "cuda", "compression": variant, "offload_folder": tmp_path / "slabs"}
+    options: dict[str, Any] = {"compression": variant, "offload_folder": tmp_path / "slabs", "dtype": "bfloat16"}
+    with Engine.from_pretrained(folder, device="cuda", policy=POLICY, **options) as engine:
+        expected = engine.run(jobs)
+    with Engine.from_pretrained(folder, device="cpu", policy=POLICY, **options) as engine, engine.layer_weights(1) as weights:
+        on_cpu = {name: weight.clone() for name, weight in weights.items()}
+    with Engine.from_pretrained(folder, device="cuda", policy=replace(POLICY, weights=shares), **options) as engine:
+        assert engine.run(jobs) == expected
+        assert engine.run(jobs) == expected
+        with engine.layer_weights(1) as weights:
+            assert all(equal(weight.cpu(), on_cpu[name]) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("shares", [(0, 0, 1), slow((0, 1, 0)), slow((0.5, 0, 0.5)), slow((0.3, 0.3, 0.4))])
+def test_slabs_coded_without_loss_change_no_bit_on_a_gpu(shares: Any, tmp_path: Path) -> None:
+    folder, jobs = str(save_tiny("llama", tmp_path, num_layers=3)), fixed_mix(31, 4)
+    options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "offload_folder": tmp_path / "slabs"}
     with Engine.from_pretrained(folder, policy=POLICY, **options) as engine:
         expected = engine.run(jobs)
-    policy = replace(POLICY, weights=(0.2, 0.4, 0.4))
+    policy = replace(POLICY, weights=shares, slab_coding="lossless")
     with Engine.from_pretrained(folder, policy=policy, **options) as engine:
         assert engine.run(jobs) == expected
-
-
-def test_entropy_coded_weights_are_refused_on_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=r"w4-entropy.*not for a GPU yet. Use `@w4`"):
-        Engine.from_pretrained(str(save_tiny("llama", tmp_path)), device="cuda", compression="w4-entropy")
+        assert engine.run(jobs) == expected
+        assert not shares[2] or (engine.describe().bits_per_weight_on_disk or 99) < 16

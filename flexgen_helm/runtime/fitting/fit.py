@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import nn
+from torch import Tensor, nn
 
 from flexgen_helm.compression.matrices import matrix_tensors
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
-from flexgen_helm.compression.slab_format import CompressedSlab
+from flexgen_helm.compression.slab_format import CompressedSlab, compressed_slab
 from flexgen_helm.errors import CorruptFile
 from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
@@ -24,6 +24,7 @@ from flexgen_helm.memory.slab import SlabLayout, layout_of
 from flexgen_helm.memory.slab_folder import SlabFolder
 from flexgen_helm.model.layers import layers_of, refuse_shared_layers
 from flexgen_helm.policy.shapes_of_model import own_head
+from flexgen_helm.runtime.fitting import own_text
 from flexgen_helm.runtime.fitting.files import save_tensors
 from flexgen_helm.runtime.fitting.matrices_of_model import ModelMatrices
 from flexgen_helm.runtime.fitting.packing import PackedLayers, PackingKeeper
@@ -66,7 +67,9 @@ class FittedModel:
         return sum(each.stored.num_bytes for each in self.formats.values())
 
 
-def fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str]) -> FittedModel:
+def fit(
+    source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str], write_text: Callable[[Path], Tensor]
+) -> FittedModel:
     """Return a quantised model. What is missing in its folder is made; a killed process goes on where it was.
 
     Args:
@@ -74,6 +77,8 @@ def fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str
         scheme: Scheme of the matrices.
         folder: Folder of this model and scheme.
         identity: Everything else that decides the bytes of the slabs.
+        write_text: Lets the model, with its slabs in a folder that is removed afterwards, write the text of schemes that need
+            gradients; called if it is missing.
 
     Raises:
         UnsupportedModel: If layers share weights.
@@ -81,15 +86,17 @@ def fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str
         DiskFull: If there is no space.
     """
     with LARGE_TENSOR_MAPS.hold():
-        return _fit(source, scheme, folder, identity)
+        return _fit(source, scheme, folder, identity, write_text)
 
 
-def _fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str]) -> FittedModel:
+def _fit(
+    source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[str, str], write_text: Callable[[Path], Tensor]
+) -> FittedModel:
     whole = source.empty
     refuse_shared_layers(whole)
     units = dict(enumerate([*layers_of(whole), *filter(None, [own_head(whole)])]))
     with closing(SlabFolder(folder / FIT_FOLDER, identity, {})) as own:
-        decided, digest = _decide(source, scheme, own.path) if scheme.needs_statistics else ({}, "")
+        decided, digest = _decide(source, scheme, own.path, write_text) if scheme.needs_statistics else ({}, "")
     found = SlabFolder.described(folder)
     slabs = SlabFolder(folder, {**identity, "decisions": digest}, {j: found[j] for j in units if j in found})
     try:
@@ -101,15 +108,24 @@ def _fit(source: ModelSource, scheme: Scheme, folder: Path, identity: Mapping[st
         slabs.close()
         raise
     formats = {j: _format(unit, found[j], scheme) for j, unit in units.items()}
-    return FittedModel(slabs, formats, digest, DESCRIPTION if scheme.needs_statistics else "")
+    return FittedModel(slabs, formats, digest, _describe(scheme))
 
 
-def _decide(source: ModelSource, scheme: Scheme, folder: Path) -> tuple[dict[MatrixKey, Parts], str]:
+def _describe(scheme: Scheme) -> str:
+    if scheme.needs_gradients:
+        return own_text.DESCRIPTION
+    return DESCRIPTION if scheme.needs_statistics else ""
+
+
+def _decide(
+    source: ModelSource, scheme: Scheme, folder: Path, write_text: Callable[[Path], Tensor]
+) -> tuple[dict[MatrixKey, Parts], str]:
     """What the scheme decided about each matrix, and the digest of its file."""
     file = folder / DECISIONS
     if not file.exists():
         logger.info("%s: statistics for compression, once; they are kept in %s", source.name, folder)
-        observed = observe_model(source, scheme, folder / "statistics")
+        tokens = own_text.kept_text(folder / "statistics", write_text) if scheme.needs_gradients else None
+        observed = observe_model(source, scheme, folder / "statistics", tokens)
         decided = scheme.solve(observed, ModelMatrices(source, list(observed)))
         save_tensors(file, {f"{key}{SEPARATOR}{name}": x for key, parts in decided.items() for name, x in parts.items()})
     found: dict[MatrixKey, Parts] = {}
@@ -145,4 +161,4 @@ def _pack(
 
 
 def _format(unit: nn.Module, stored: SlabLayout, scheme: Scheme) -> CompressedSlab:
-    return CompressedSlab(stored, layout_of(unit), scheme, {tensor.name: tensor for tensor in matrix_tensors(unit)})
+    return compressed_slab(stored, layout_of(unit), scheme, {tensor.name: tensor for tensor in matrix_tensors(unit)})

@@ -1,4 +1,4 @@
-"""Statistics of a model's matrices, from one forward over random tokens.
+"""Statistics of a model's matrices, from one forward over random tokens, or over text that the model wrote.
 
 The forward goes layer by layer, so that the model may be larger than memory. What it found is kept after every layer, so that
 a killed process goes on where it was.
@@ -6,7 +6,7 @@ a killed process goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flexgen_helm.compression.matrices import matrix_tensors
+from flexgen_helm.compression.matrices import MatrixTensor, matrix_tensors
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
+from flexgen_helm.compression.sensitivity import Sensitivity
 from flexgen_helm.loading.source import LoadedModel, ModelSource
 from flexgen_helm.memory.slab import Binding, layout_of
 from flexgen_helm.model.experts import register_sliced_experts
 from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording
 from flexgen_helm.runtime.fitting.files import save_tensors
+from flexgen_helm.runtime.fitting.gradients import replay_with_gradients, watched
 from flexgen_helm.runtime.fitting.observation import observed
 from flexgen_helm.runtime.fitting.packing import PackedLayers
 from flexgen_helm.runtime.fitting.progress import LayerProgress
@@ -33,13 +35,14 @@ DESCRIPTION = f"{NUM_ROWS} x {ROW_TOKENS} random tokens, seed {SEED}"
 NEXT, SEPARATOR = "next_layer", ":"
 
 
-def observe_model(source: ModelSource, scheme: Scheme, folder: Path) -> dict[MatrixKey, Parts]:
-    """Run a model over random tokens and return what a scheme observes of each matrix.
+def observe_model(source: ModelSource, scheme: Scheme, folder: Path, tokens: Tensor | None = None) -> dict[MatrixKey, Parts]:
+    """Run a model over tokens and return what a scheme observes of each matrix.
 
     Args:
         source: The model. It is computed in float32, so that statistics do not depend on the engine's dtype.
         scheme: The scheme.
         folder: Folder for what was found so far; it is made if it is missing.
+        tokens: int64 ``[rows, tokens]``; None: random tokens.
 
     Raises:
         CorruptFile: If files of the model are missing or torn.
@@ -49,7 +52,8 @@ def observe_model(source: ModelSource, scheme: Scheme, folder: Path) -> dict[Mat
     loaded = source.described(source.read(PackedLayers()))
     model = RecordedModel(loaded.model, device=source.device)
     model.use(Implementations(model.own.attention, register_sliced_experts()))
-    rows = [_record(model, ids) for ids in random_tokens(loaded)]
+    with torch.no_grad():
+        rows = [_record(model, ids) for ids in (random_tokens(loaded) if tokens is None else tokens)]
     checkpoints = _Checkpoints(folder)
     found = checkpoints.resume(rows)
     with LayerProgress("statistics", len(model.layers)) as progress:
@@ -101,16 +105,30 @@ class _LayerObserver:
         values = {tensor.name: tensor.values(j, layer) for tensor in matrix_tensors(layer)}
         target.load_state_dict({name: x.to(self._model.device) for name, x in layer.state_dict().items()}, assign=True)
         tensors = matrix_tensors(target)
-        with torch.inference_mode(), observed(target, tensors) as seen:
-            for row in self._rows:
-                self._model.replay(j, row)
+        seen = self._gradients(j, tensors) if self._scheme.needs_gradients else self._moments(j, tensors)
         found: dict[MatrixKey, Parts] = {}
         for tensor in tensors:
-            for i, (weight, moment) in enumerate(zip(values[tensor.name], seen[tensor.name].moments, strict=True)):
-                found[f"{j}/{tensor.name}/{i}"] = self._scheme.observe(weight, moment)
+            for i, (weight, known) in enumerate(zip(values[tensor.name], seen[tensor.name], strict=True)):
+                found[f"{j}/{tensor.name}/{i}"] = self._scheme.observe(weight, known.columns, known.rows)
         Binding(target, layout_of(target)).to_meta()
         Binding(layer, layout_of(layer)).to_meta()
         self._on_layer(j, found)
+
+    def _moments(self, j: int, tensors: Sequence[MatrixTensor]) -> dict[str, list[Sensitivity]]:
+        """Mean squares of the inputs of each matrix, without gradients."""
+        with torch.inference_mode(), observed(self._model.layers[j], tensors) as seen:
+            for row in self._rows:
+                self._model.replay(j, row)
+        return {name: [Sensitivity(moment, torch.empty(0)) for moment in each.moments] for name, each in seen.items()}
+
+    def _gradients(self, j: int, tensors: Sequence[MatrixTensor]) -> dict[str, list[Sensitivity]]:
+        """What errors of each matrix do."""
+        num_tokens = 0
+        with watched(self._model.layers[j], tensors) as seen:
+            for k, row in enumerate(self._rows):
+                replay_with_gradients(self._model, j, row, seed=j * len(self._rows) + k)
+                num_tokens += len(row.tokens)
+        return {name: each.means(num_tokens) for name, each in seen.items()}
 
 
 class _Checkpoints:

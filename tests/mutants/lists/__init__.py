@@ -14,6 +14,7 @@ from tests.mutants.lists import (
     reports,
     requests,
     schedule,
+    slab_forms,
     statistics,
 )
 
@@ -30,4 +31,5 @@ MUTANTS = (
     *statistics.MUTANTS,
     *gpu.MUTANTS,
     *entropy_coding.MUTANTS,
+    *slab_forms.MUTANTS,
 )

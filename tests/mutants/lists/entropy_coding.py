@@ -5,8 +5,50 @@ from tests.mutants.mutant import Mutant
 ENTROPY = "tests/compression/test_entropy.py"
 CODING = "tests/compression/test_coding.py"
 LOSSLESS = "tests/compression/test_lossless.py"
+SENSITIVITY = "tests/compression/test_sensitivity.py"
+GRADIENTS = "tests/runtime/fitting/test_gradients.py"
 
 MUTANTS = (
+    Mutant(
+        name="fitted-rows-free",
+        file="flexgen_helm/compression/sensitivity.py",
+        old="solve_columns(scaled, columns, bits - factors)",
+        new="solve_columns(scaled, columns, bits)",
+        tests=(SENSITIVITY,),
+        why="factors of rows are not counted",
+    ),
+    Mutant(
+        name="fitted-probes-not-relative",
+        file="flexgen_helm/compression/sensitivity.py",
+        old="(chance / norms.clamp_min(torch.finfo(torch.float32).tiny))",
+        new="chance",
+        tests=(SENSITIVITY,),
+        why="tokens of large hidden states decide alone",
+    ),
+    Mutant(
+        name="fitted-rows-undamped",
+        file="flexgen_helm/compression/sensitivity.py",
+        old="ROW_EXPONENT = 0.45, 0.3",
+        new="ROW_EXPONENT = 0.45, 0.5",
+        tests=(SENSITIVITY,),
+        why="insensitive rows get far coarser steps",
+    ),
+    Mutant(
+        name="fitted-factors-not-unpacked",
+        file="flexgen_helm/compression/entropy_kernel.py",
+        old="factors[r] if has_factors",
+        new="f32(1) if has_factors",
+        tests=(CODING,),
+        why="weights are unpacked without the factor of their row",
+    ),
+    Mutant(
+        name="fitted-padding-counted",
+        file="flexgen_helm/runtime/fitting/gradients.py",
+        old="known = inputs.any(-1)",
+        new="known = ~inputs.any(-1)",
+        tests=(GRADIENTS,),
+        why="padding is counted in place of tokens",
+    ),
     Mutant(
         name="entropy-steps-undamped",
         file="flexgen_helm/compression/entropy.py",

@@ -20,7 +20,7 @@ MUTANTS = (
     Mutant(
         name="plan-buffers-not-counted",
         file="flexgen_helm/policy/weight_plan.py",
-        old='needed["host"] += min(self.num_slots, len(self.on_disk)) * max(',
+        old='needed["host"] += buffers * max(',
         new='needed["host"] += 0 * max(',
         tests=(PLAN,),
         why="a plan that fits runs out of host memory",

@@ -36,9 +36,10 @@ class Halves:
     """A scheme for tests: values rounded to multiples of a half."""
 
     needs_statistics = True
+    needs_gradients = False
 
-    def observe(self, weight: Tensor, moment: Tensor) -> Parts:
-        return {"moment": moment, "largest": weight.abs().amax()}
+    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
+        return {"moment": columns, "rows": rows, "largest": weight.abs().amax()}
 
     def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
         return {key: {"step": torch.tensor([0.5])} for key in observed}
@@ -48,6 +49,10 @@ class Halves:
 
     def unpack(self, stored: Parts, target: Tensor) -> None:
         target.copy_(stored["codes"].float() * stored["step"])
+
+
+def no_text(_: Path) -> Tensor:
+    raise AssertionError("no scheme of these tests needs text")
 
 
 def _source(bench: Workbench, family: str) -> ModelSource:
@@ -100,12 +105,12 @@ def test_moments_of_experts_are_those_of_their_own_tokens(bench: Workbench, fami
 
 def test_slabs_hold_what_was_packed_and_other_tensors_as_they_are(bench: Workbench, tmp_path: Path) -> None:
     source = _source(bench, "gpt_oss")
-    whole, fitted = source.read(), fit(source, Halves(), tmp_path, IDENTITY)
+    whole, fitted = source.read(), fit(source, Halves(), tmp_path, IDENTITY, no_text)
     for j, layer in enumerate(layers_of(whole)):
         form = fitted.formats[j]
         stored, bound = allocate(form.stored.num_bytes), allocate(form.bound.num_bytes)
         fitted.slabs.read(j, stored).result()
-        form.unpack(stored, bound)
+        form.load(stored, bound)
         quantised = {tensor.name for tensor in matrix_tensors(layer)}
         for place in form.bound.tensors:
             value = layer.state_dict()[place.names[0]]
@@ -116,7 +121,7 @@ def test_slabs_hold_what_was_packed_and_other_tensors_as_they_are(bench: Workben
 
 def test_a_killed_process_goes_on_where_it_was(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _source(bench, "llama")
-    whole = fit(source, Halves(), tmp_path / "whole", IDENTITY)
+    whole = fit(source, Halves(), tmp_path / "whole", IDENTITY, no_text)
     computed: list[int] = []
     replay = RecordedModel.replay
 
@@ -131,7 +136,7 @@ def test_a_killed_process_goes_on_where_it_was(bench: Workbench, tmp_path: Path,
 
     monkeypatch.setattr(RecordedModel, "replay", until(6))  # four rows of the first layer, two of the second
     with pytest.raises(KeyboardInterrupt):
-        fit(source, Halves(), tmp_path / "killed", IDENTITY)
+        fit(source, Halves(), tmp_path / "killed", IDENTITY, no_text)
     computed.clear()
     monkeypatch.setattr(RecordedModel, "replay", until(100))
     keep = PackingKeeper.keep
@@ -143,7 +148,7 @@ def test_a_killed_process_goes_on_where_it_was(bench: Workbench, tmp_path: Path,
 
     monkeypatch.setattr(PackingKeeper, "keep", first_only)
     with pytest.raises(KeyboardInterrupt):
-        fit(source, Halves(), tmp_path / "killed", IDENTITY)
+        fit(source, Halves(), tmp_path / "killed", IDENTITY, no_text)
     assert computed == [1, 1, 1, 1]
     packed: list[int] = []
 
@@ -152,7 +157,7 @@ def test_a_killed_process_goes_on_where_it_was(bench: Workbench, tmp_path: Path,
         keep(self, j, layer)
 
     monkeypatch.setattr(PackingKeeper, "keep", noted)
-    again = fit(source, Halves(), tmp_path / "killed", IDENTITY)
+    again = fit(source, Halves(), tmp_path / "killed", IDENTITY, no_text)
     assert packed == [1]
     assert again.decisions == whole.decisions
     for file in (tmp_path / "whole").glob("*.slab"):
@@ -163,12 +168,12 @@ def test_a_killed_process_goes_on_where_it_was(bench: Workbench, tmp_path: Path,
 
 def test_what_is_damaged_is_said(bench: Workbench, tmp_path: Path) -> None:
     source = _source(bench, "llama")
-    fit(source, Halves(), tmp_path, IDENTITY).slabs.close()
+    fit(source, Halves(), tmp_path, IDENTITY, no_text).slabs.close()
     with pytest.raises(CorruptFile, match="holds slabs of model tiny"):
-        fit(source, Halves(), tmp_path, {"model": "another"})
+        fit(source, Halves(), tmp_path, {"model": "another"}, no_text)
     (tmp_path / "fit" / "decisions.safetensors").write_bytes(b"torn")
     with pytest.raises(CorruptFile, match=r"Delete the folder .* it is made again"):
-        fit(source, Halves(), tmp_path, IDENTITY)
+        fit(source, Halves(), tmp_path, IDENTITY, no_text)
 
 
 def test_statistics_of_another_model_are_never_used(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,10 +182,10 @@ def test_statistics_of_another_model_are_never_used(bench: Workbench, tmp_path: 
 
     monkeypatch.setattr(PackingKeeper, "keep", killed)
     with pytest.raises(KeyboardInterrupt):
-        fit(_source(bench, "llama"), Halves(), tmp_path, IDENTITY)
+        fit(_source(bench, "llama"), Halves(), tmp_path, IDENTITY, no_text)
     (tmp_path / "slabs.json").unlink()  # killed even before it was written
     with pytest.raises(CorruptFile, match="holds slabs of model tiny, not of model another"):
-        fit(_source(bench, "llama"), Halves(), tmp_path, {"model": "another"})
+        fit(_source(bench, "llama"), Halves(), tmp_path, {"model": "another"}, no_text)
 
 
 def test_infinite_weights_are_refused_by_name(bench: Workbench, tmp_path: Path) -> None:
