@@ -343,10 +343,7 @@ class MachineNumerics:
 
 @dataclass(frozen=True)
 class Numerics:
-    """Everything besides the job that decides the bits of an answer. Placement is not part of it.
-
-    Cache keys, journals, slabs on disk and reports identify an engine by it, or by one of its parts.
-    """
+    """Everything besides the job, but not placement, that decides an answer's bits: cache keys, slabs and reports go by it."""
 
     weights: WeightNumerics
     cache: CacheNumerics

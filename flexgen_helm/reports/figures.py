@@ -188,11 +188,13 @@ def _change_of_score(part: Part, known: pd.Series) -> Iterator[Cell]:
     paired = paired_difference(before, after, clusters)
     better = -1 if part.lower_is_better else 1
     counted = sign_test(better * before, better * after)
+    few = f"{paired.num_clusters} clusters: the interval is too narrow" if paired.num_clusters < LEAST_CLUSTERS else ""
+    intervals = "; ".join(filter(None, [few, note]))
     binary = bool(np.isin([before, after], (0, 1)).all())
     how = "; ".join(filter(None, ["" if binary else "sign test, because scores are not all 0 or 1", note]))
     yield Cell("score_before", float(before.mean()), note=note)
-    yield _recovery(ratio, note)
-    yield Cell.of("difference", paired.difference, "", paired.interval, note=note)
+    yield _recovery(ratio, intervals)
+    yield Cell.of("difference", paired.difference, "", paired.interval, note=intervals)
     yield Cell("lost", float(counted.lost), note=how)
     yield Cell("gained", float(counted.gained), note=how)
     yield Cell("flips", counted.disagreement_rate, note=how)

@@ -68,6 +68,7 @@ def test_figures_of_pairs_are_those_that_can_be_counted(tmp_path: Path) -> None:
     difference = figure(comparison, "difference")
     assert difference["value"] == pytest.approx(-2 / 8)
     assert (difference["low"], difference["high"]) == pytest.approx(expected.interval)
+    assert difference["note"] == "8 clusters: the interval is too narrow"
     assert figure(comparison, "standard_error")["value"] == pytest.approx(mean_with_error(after).standard_error)
     # (z_0.025 + z_0.2) sqrt(rate / pairs), arXiv 2605.28873
     assert figure(comparison, "minimum_detectable")["value"] == pytest.approx(
