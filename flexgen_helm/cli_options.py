@@ -111,7 +111,8 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 def add_suite_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `eval`."""
     add = parser.add_argument_group("evaluation").add_argument
-    suite = "a suite that comes with this package (quickstart, mmlu, flexgen_paper), or the path of a run_entries.conf"
+    packaged = "quickstart, mmlu, accuracy_vs_compression, flexgen_paper"
+    suite = f"a suite that comes with this package ({packaged}), or the path of a run_entries.conf"
     add("--suite", required=True, metavar="S", help=suite)
     instances = "maximum number of instances per run entry (%(default)s)"
     add("-m", "--max-eval-instances", type=_positive, default=100, metavar="N", help=instances)

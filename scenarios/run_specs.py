@@ -5,6 +5,9 @@ HELM splits a run entry at each comma and takes what looks like a number for a n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from helm.benchmark.adaptation.adapter_spec import ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL
 from helm.benchmark.adaptation.common_adapter_specs import (
     get_completion_adapter_spec,
@@ -13,6 +16,7 @@ from helm.benchmark.adaptation.common_adapter_specs import (
 )
 from helm.benchmark.metrics.common_metric_specs import (
     get_basic_generation_metric_specs,
+    get_exact_match_metric_specs,
     get_generic_metric_specs,
     get_language_modeling_metric_specs,
 )
@@ -21,6 +25,7 @@ from helm.benchmark.run_spec import RunSpec, run_spec_function
 from helm.benchmark.scenarios.scenario import ScenarioSpec
 
 from flexgen_helm.scenarios.lambada import GROUPS, LambadaScenario
+from flexgen_helm.scenarios.perplexity import checked_bytes
 from flexgen_helm.scenarios.texts import Source
 
 MAX_WORD_TOKENS = 8
@@ -62,8 +67,23 @@ def get_lambada_spec(
     )
 
 
+@run_spec_function("arc_easy")
+def get_arc_easy_spec() -> RunSpec:
+    """Return the spec of ARC-Easy: every answer scored behind the question, without examples."""
+    adapter_spec = get_multiple_choice_separate_adapter_spec(ADAPT_MULTIPLE_CHOICE_SEPARATE_ORIGINAL)
+    return RunSpec(
+        name="arc_easy",
+        scenario_spec=ScenarioSpec("flexgen_helm.scenarios.arc_easy.ArcEasyScenario", {}),
+        adapter_spec=replace(adapter_spec, input_prefix="Question: ", output_prefix="\nAnswer: "),
+        metric_specs=get_exact_match_metric_specs(),
+        groups=["arc_easy"],
+    )
+
+
 @run_spec_function("perplexity")
-def get_perplexity_spec(path: str, config: str | None = None, split: str | None = None, field: str | None = None) -> RunSpec:
+def get_perplexity_spec(
+    path: str, config: str | None = None, split: str | None = None, field: str | None = None, piece_bytes: int | None = None
+) -> RunSpec:
     """Return the spec of the perplexity of documents, in the windows of HELM's language modeling adapter.
 
     Args:
@@ -72,18 +92,21 @@ def get_perplexity_spec(path: str, config: str | None = None, split: str | None 
         config: See ``Source``.
         split: See ``Source``.
         field: See ``Source``.
+        piece_bytes: Cuts documents into instances of at most so many bytes. Such a run is also in the group
+            ``perplexity_<piece_bytes>_bytes``, so that a schema can show it apart.
 
     Raises:
-        ScenarioError: An argument is a number.
+        ScenarioError: A text is a number, or the bytes are none.
     """
     arguments = _given(path=path, config=config, split=split, field=field)
     Source(**arguments)  # wrong arguments are refused before anything runs
+    pieces = {} if piece_bytes is None else {"piece_bytes": checked_bytes(piece_bytes)}
     return RunSpec(
-        name=_name("perplexity", arguments),
-        scenario_spec=ScenarioSpec("flexgen_helm.scenarios.perplexity.PerplexityScenario", arguments),
+        name=_name("perplexity", {**arguments, **pieces}),
+        scenario_spec=ScenarioSpec("flexgen_helm.scenarios.perplexity.PerplexityScenario", {**arguments, **pieces}),
         adapter_spec=get_language_modeling_adapter_spec(),
         metric_specs=get_language_modeling_metric_specs([]),
-        groups=["perplexity"],
+        groups=["perplexity", *(f"perplexity_{number}_bytes" for number in pieces.values())],
     )
 
 
@@ -91,5 +114,5 @@ def _given(**arguments: str | None) -> dict[str, str]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _name(scenario: str, arguments: dict[str, str]) -> str:
+def _name(scenario: str, arguments: Mapping[str, str | int]) -> str:
     return f"{scenario}:{','.join(f'{name}={value}' for name, value in arguments.items())}"

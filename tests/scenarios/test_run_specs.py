@@ -36,6 +36,20 @@ def test_entry_has_name_group_and_main_metric(entry: str, writing_model: Path) -
     assert (metadata.main_metric, metadata.main_split) == (metric, "test")
 
 
+def test_pieces_have_a_name_and_a_group_of_their_own(writing_model: Path) -> None:
+    spec = parse("perplexity:path=a.txt,piece_bytes=2000", f"flexgen/{writing_model}")
+    assert spec.name.startswith("perplexity:path=a.txt,piece_bytes=2000,model=")
+    assert spec.groups == ["perplexity", "perplexity_2000_bytes"]
+    assert spec.scenario_spec.args == {"path": "a.txt", "piece_bytes": 2000}
+
+
+def test_answers_of_arc_stand_behind_the_question(writing_model: Path) -> None:
+    """As lm-eval's arc_easy has it: ``Question: {question}\\nAnswer: {choice}``."""
+    spec = parse("arc_easy", f"flexgen/{writing_model}").adapter_spec
+    assert (spec.input_prefix, spec.input_suffix, spec.output_prefix) == ("Question: ", "", "\nAnswer: ")
+    assert (spec.method, spec.max_train_instances) == ("multiple_choice_separate_original", 0)
+
+
 def test_entries_of_the_docs_parse(writing_model: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "scenarios.md").read_text()
     entries = re.findall(r"`(lambada(?::[^`]+)?|perplexity:[^`]+)`", text)
@@ -59,6 +73,8 @@ def test_metrics_describe_themselves(entry: str, writing_model: Path) -> None:
     [
         ("lambada:task=words", "`lambada:task=words` is unknown. Write task=accuracy or task=perplexity"),
         ("perplexity:path=2026", r"`path=2026` as a number.*\./2026"),
+        ("perplexity:path=a.txt,piece_bytes=0", "`piece_bytes=0` is no number of bytes"),
+        ("perplexity:path=a.txt,piece_bytes=2k", "`piece_bytes=2k` is no number of bytes"),
         ("lambada:path=1e3", r"`path=1000\.0` as a number"),
     ],
 )
