@@ -34,28 +34,30 @@ NUMBERS_AT_ONCE = 2**17
 """Weights whose errors are computed together."""
 
 
-def column_errors(weight: Tensor, moment: Tensor) -> Tensor:
-    """Return each column's share of the relative output error that FlexGen's rounding to 4 bits would cause.
+def column_errors(weight: Tensor, columns: Tensor) -> Tensor:
+    """Return what each column adds to the relative error of its layer's output if FlexGen's rounding to 4 bits is used.
+
+    By `flexgen_helm.compression.sensitivity` errors ``e_ij`` of the weights cause ``sum_ij e_ij**2 * mean(g_i**2 x_j**2)``.
+    Rows of a column share its width, so the mean over rows stands for each of them: with
+    ``c_j = sum_i mean(g_i**2 x_j**2)`` column j causes ``c_j / out * sum_i e_ij**2``.
 
     Args:
         weight: ``[out, in]``, any dtype.
-        moment: ``[in]``: mean squares of the inputs.
+        columns: ``[in]``: c, `Sensitivity.columns`.
 
     Returns:
-        float64 ``[in]``. Zeros where the layer's output is 0.
+        float64 ``[in]``. Scores of all matrices and layers are on one scale.
 
     Raises:
         UnsupportedModel: If a number cannot be quantised.
     """
     require_quantizable(weight, "w4", LARGEST_FLOAT16)
-    squares, errors, moment = torch.zeros_like(moment.double()), torch.zeros_like(moment.double()), moment.double()
+    errors = torch.zeros_like(columns, dtype=torch.float64)
     # A few whole groups at a time, so that what is computed of them stays in the cache.
     for rows in weight.split(max(1, NUMBERS_AT_ONCE // (weight.shape[1] * BLOCK_ROWS)) * BLOCK_ROWS):
         exact = rows.double()
         errors += (exact - dequantize(MinMax(4).quantize(rows))).square_().sum(0)
-        squares += exact.square_().sum(0)
-    output, scores = (squares * moment).sum(), moment * errors
-    return scores / output if output > 0 else torch.zeros_like(scores)
+    return columns.double() / len(weight) * errors
 
 
 def overhead_bits(shape: tuple[int, int]) -> int:

@@ -1,11 +1,11 @@
 """The entropy-coded quantizer: every column has one step, weights are rounded to integers, and integers are entropy-coded.
 
-``w_ij ~ z_ij * s_j`` with ``z_ij = round(w_ij / step_j)``. Columns whose inputs are large have finer steps:
-``step_j = factor * max(H_j / mean H, 1/2)**-0.35 * (a / median a)**-0.35``, where H is the mean square of the inputs and
-``a = mean H / sum_ij(w_ij**2 H_j)`` of the matrix. One factor for the whole model is solved so that all bits are as many as
-asked. ``s_j`` is the step that fits the integers best (least squares), in fp16.
+``w_ij ~ z_ij * s_j`` with ``z_ij = round(w_ij / step_j)``. Columns of whose weights errors matter more have finer steps:
+``step_j = factor * max(c_j / mean c, 1/4)**-0.45 * (a / median a)**-0.45``, where c is their sensitivity (see
+`flexgen_helm.compression.sensitivity`) and ``a = mean c / out`` of the matrix. One factor for the whole model is solved so that
+all bits are as many as asked. ``s_j`` is the step that fits the integers best (least squares), in fp16.
 
-Steps that follow the square root of H, as theory has it for one layer (water-filling: WaterSIC, arXiv 2603.04956), lose more:
+Steps that follow the square root of c, as theory has it for one layer (water-filling: WaterSIC, arXiv 2603.04956), lose more:
 the exponents are damped because errors of several layers add up.
 
 Shapes: out rows, in columns of a linear layer's weight ``[out, in]``.
@@ -25,9 +25,9 @@ from torch import Tensor
 from flexgen_helm.compression.entropy_kernel import LARGEST, SYMBOLS, count_columns, round_columns
 from flexgen_helm.errors import PolicyError, UnsupportedModel
 
-EXPONENT = 0.35
-FLOOR = 0.5
-"""Columns whose inputs are smaller than this share of the mean square get no coarser steps."""
+EXPONENT = 0.45
+FLOOR = 0.25
+"""Columns that matter less than this share of the mean get no coarser steps."""
 CLASSES = 64
 """Classes of columns by their spread in steps. Columns of a class share a code."""
 CLASSES_PER_OCTAVE, SMALLEST_OCTAVE = 4, -4
@@ -54,7 +54,7 @@ GAUSSIAN_BITS = 0.5 * math.log2(2 * math.pi * math.e)
 
 @dataclass(frozen=True)
 class StepRule:
-    """What decides the steps of all columns of a model besides their own weights and inputs."""
+    """What decides the steps of all columns of a model besides their own weights and sensitivities."""
 
     factor: float
     typical: float
@@ -90,37 +90,34 @@ class Columns:
     squares: Tensor
     """float64 ``[in]``: mean squares of the weights."""
     ratios: Tensor
-    """float64 ``[in]``: mean squares of the inputs over their mean."""
+    """float64 ``[in]``: sensitivities over their mean."""
     scale: float
-    """``a`` of the module; infinite if all weights that meet an input are 0."""
-    exponent: float = EXPONENT
-    floor: float = FLOOR
+    """``a`` of the module; infinite if nothing is known of the matrix."""
 
     @classmethod
-    def of(cls, name: str, weight: Tensor, moment: Tensor) -> Columns:
+    def of(cls, name: str, weight: Tensor, sensitivity: Tensor) -> Columns:
         """Look at a matrix once.
 
         Args:
             name: For messages.
             weight: fp32 ``[out, in]``.
-            moment: ``[in]``: mean squares of the inputs. All 0 (nothing was seen) counts as all equal.
+            sensitivity: ``[in]``: how much errors of each column matter. All 0 (nothing was seen) counts as all equal.
 
         Raises:
-            UnsupportedModel: If weights or moments are not finite, or shapes do not fit.
+            UnsupportedModel: If weights or sensitivities are not finite, or shapes do not fit.
         """
-        _check(name, weight, moment)
-        moment = moment.double()
-        mean = float(moment.mean())
-        ratios = moment / mean if mean > 0 else torch.ones_like(moment)
-        squares = weight.double().square().mean(0)
-        energy = float((squares * ratios).sum()) * len(weight)
-        largest = weight.abs().amax(0).double()
-        return cls(name, len(weight), largest, squares, ratios, 1 / energy if energy > 0 else math.inf)
+        _check(name, weight, sensitivity)
+        sensitivity = sensitivity.double()
+        mean = float(sensitivity.mean())
+        ratios = sensitivity / mean if mean > 0 else torch.ones_like(sensitivity)
+        squares, largest = weight.double().square().mean(0), weight.abs().amax(0).double()
+        scale = mean / len(weight)
+        return cls(name, len(weight), largest, squares, ratios, scale if scale > 0 else math.inf)
 
     def relative_steps(self, typical: float) -> Tensor:
         """Return the steps, float64 ``[in]``, as if the factor were 1, before bounds."""
         scale = self.scale / typical if math.isfinite(self.scale) else 1.0
-        relative: Tensor = self.ratios.clamp_min(self.floor) ** -self.exponent * scale**-self.exponent
+        relative: Tensor = self.ratios.clamp_min(FLOOR) ** -EXPONENT * scale**-EXPONENT
         return relative
 
     def steps(self, rule: StepRule) -> Tensor:
@@ -144,22 +141,22 @@ class Columns:
         return ((spread - SMALLEST_OCTAVE) * CLASSES_PER_OCTAVE).round().clamp(0, CLASSES - 1).long()
 
 
-def _check(name: str, weight: Tensor, moment: Tensor) -> None:
-    if weight.ndim != 2 or weight.numel() == 0 or moment.shape != weight.shape[1:]:
+def _check(name: str, weight: Tensor, sensitivity: Tensor) -> None:
+    if weight.ndim != 2 or weight.numel() == 0 or sensitivity.shape != weight.shape[1:]:
         raise UnsupportedModel(
-            f"{name} has shape {list(weight.shape)} and statistics of {list(moment.shape)} inputs; a matrix [out, in] and "
+            f"{name} has shape {list(weight.shape)} and statistics of {list(sensitivity.shape)} inputs; a matrix [out, in] and "
             "statistics [in] are needed. Leave it uncompressed."
         )
     if not bool(weight.isfinite().all()):
         raise UnsupportedModel(f"{name} holds NaN or infinite weights, which have no step. Repair the checkpoint.")
-    if not bool((moment.isfinite() & (moment >= 0)).all()):
+    if not bool((sensitivity.isfinite() & (sensitivity >= 0)).all()):
         raise UnsupportedModel(
             f"The statistics of the inputs of {name} are NaN, infinite or negative. "
             "Gather them again in a dtype in which the model does not overflow."
         )
 
 
-def solve_steps(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bits: float) -> StepRule:
+def solve_columns(weights: Mapping[str, Tensor], columns: list[Columns], bits: float) -> StepRule:
     """Find the steps with which a model takes the bits that are asked, to within 1e-4 a weight and never more.
 
     Reads the weights some four or five times, a matrix at a time; a mapping that loads what it is asked for serves
@@ -167,18 +164,13 @@ def solve_steps(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], bi
 
     Args:
         weights: Matrices ``[out, in]`` by name, of any floating dtype.
-        moments: Mean squares of their inputs, ``[in]``.
+        columns: The columns of each.
         bits: Bits a weight, all counted: steps, classes, exceptions, and the overhead of the code.
 
     Raises:
         PolicyError: If the bits are too few even for the coarsest steps, or beyond 8.
         UnsupportedModel: If a matrix cannot be quantised; the message has its name.
     """
-    return solve_columns(weights, [Columns.of(name, weight.float(), moments[name]) for name, weight in weights.items()], bits)
-
-
-def solve_columns(weights: Mapping[str, Tensor], columns: list[Columns], bits: float) -> StepRule:
-    """Find the steps as `solve_steps` does, for columns that were looked at before."""
     if not 0 < bits <= 8:
         raise PolicyError(
             f"{bits} bits a weight were asked of the entropy-coded quantizer, which has 8 at most. Ask for 2 to 8."
@@ -255,22 +247,6 @@ def _bits(counts: np.ndarray, outside: int, num_columns: int) -> float:
     return total / int(counts.sum())
 
 
-def quantize(weight: Tensor, moment: Tensor, rule: StepRule, *, name: str = "A matrix") -> Coded:
-    """Quantise a matrix with a model's steps.
-
-    Args:
-        weight: ``[out, in]`` of any floating dtype, on the CPU.
-        moment: ``[in]``: mean squares of its inputs.
-        rule: From `solve_steps`.
-        name: For messages.
-
-    Raises:
-        UnsupportedModel: If weights or moments are not finite, shapes do not fit, or a weight is too large.
-    """
-    weight = weight.float().contiguous()
-    return quantize_columns(weight, Columns.of(name, weight, moment), rule)
-
-
 def quantize_columns(weight: Tensor, columns: Columns, rule: StepRule) -> Coded:
     """Quantise a matrix, fp32 ``[out, in]`` and contiguous, whose columns were looked at before."""
     steps = columns.steps(rule)
@@ -307,18 +283,14 @@ def multiply_into(coded: Mapping[str, Tensor], target: Tensor) -> None:
 
     Args:
         coded: ``integers``, ``steps``, ``places`` and ``values`` of a `Coded` matrix, and ``factors`` of its rows, fp32
-            ``[out]``, if they have any.
+            ``[out]``.
         target: ``[out, in]``, contiguous, in any floating dtype, on their device.
     """
-    steps, places, factors = coded["steps"].float(), coded["places"], coded.get("factors")
-    numbers = coded["values"].float() * steps[places % len(steps)]
-    if factors is None:
-        torch.mul(coded["integers"], steps, out=target)  # computed in fp32, to which int8 and fp32 are promoted
-    else:
-        numbers *= factors[places // len(steps)]
-        parts = (x.split(max(1, NUMBERS_AT_ONCE // len(steps))) for x in (coded["integers"], factors[:, None], target))
-        for integers, own, rows in zip(*parts, strict=True):
-            torch.mul(integers * steps, own, out=rows)
+    steps, places, factors = coded["steps"].float(), coded["places"], coded["factors"]
+    numbers = coded["values"].float() * steps[places % len(steps)] * factors[places // len(steps)]
+    parts = (x.split(max(1, NUMBERS_AT_ONCE // len(steps))) for x in (coded["integers"], factors[:, None], target))
+    for integers, own, rows in zip(*parts, strict=True):
+        torch.mul(integers * steps, own, out=rows)  # computed in fp32, to which int8 and fp32 are promoted
     target.view(-1)[places] = numbers.to(target.dtype)
 
 
@@ -332,22 +304,3 @@ def bits(coded: Iterable[Coded]) -> float:
         num_columns += len(x.steps)
         num_factors += len(x.row_classes)
     return _bits(counts.reshape(CLASSES, SYMBOLS), outside, num_columns) + num_factors * ROW_BITS / int(counts.sum())
-
-
-def fake_quantised(
-    weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], asked: float
-) -> tuple[dict[str, Tensor], float]:
-    """Quantise matrices and bring them back: the weights that a compressed model computes with, and its bits a weight.
-
-    Args:
-        weights: Matrices ``[out, in]`` by name.
-        moments: Mean squares of their inputs, ``[in]``, by the same names.
-        asked: Bits a weight.
-
-    Raises:
-        PolicyError: See `solve_steps`.
-        UnsupportedModel: Likewise.
-    """
-    rule = solve_steps(weights, moments, asked)
-    coded = {name: quantize(weight, moments[name], rule, name=name) for name, weight in weights.items()}
-    return {name: dequantize(x) for name, x in coded.items()}, bits(coded.values())

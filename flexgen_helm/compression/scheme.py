@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from flexgen_helm.compression.sensitivity import Sensitivity
+
 Parts = dict[str, Tensor]
 """Tensors of one matrix by name: what is stored of it, or what was decided about it."""
 MatrixKey = str
@@ -18,19 +20,18 @@ class Scheme(Protocol):
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether it is fitted to the inputs of the matrices."""
+        """Whether it is fitted to what errors of the matrices do: see `flexgen_helm.compression.sensitivity`."""
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether statistics are those of `flexgen_helm.compression.sensitivity`, over text that the model writes."""
+    def own_text(self) -> bool:
+        """Whether these statistics are those of text that the model writes, in place of random tokens."""
 
-    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
+    def observe(self, weight: Tensor, known: Sensitivity) -> Parts:
         """Return what `solve` must know of a matrix.
 
         Args:
             weight: fp32 ``[out, in]``.
-            columns: ``[in]``: mean square of each input; with gradients `Sensitivity.columns`.
-            rows: ``[out]``: `Sensitivity.rows`; empty without gradients.
+            known: What its errors do.
         """
 
     def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:

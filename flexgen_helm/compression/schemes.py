@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from torch import Tensor
 from flexgen_helm.compression import columns, entropy, minmax, sensitivity
 from flexgen_helm.compression.allocation import LADDERS, allocate, column_errors
 from flexgen_helm.compression.coding import Decoder, Stored, decode_into, encode, layout_of
-from flexgen_helm.compression.entropy import Coded, StepRule, row_factors, solve_steps
+from flexgen_helm.compression.entropy import StepRule, row_factors
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
 from flexgen_helm.compression.sensitivity import Sensitivity
 from flexgen_helm.compression.unpack_kernel import unpack_columns, unpack_minmax
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of all stored forms and of how they are fitted: raised whenever the bytes of a slab may change."""
 
 
@@ -27,10 +27,8 @@ def scheme_of(name: str, bits: float) -> Scheme:
         name: "fixed", "minmax", "self" or "entropy".
         bits: Bits per weight in all.
     """
-    if name == "entropy":
-        return EntropyCoded(bits)
-    if name == "self":
-        return SelfFitted(bits)
+    if name in ("entropy", "self"):
+        return EntropyCoded(bits, own_text=name == "self")
     whole = int(bits)
     return FixedColumns(whole) if name == "fixed" else MinMaxGroups(whole)
 
@@ -41,9 +39,9 @@ class MinMaxGroups:
 
     bits: int
     needs_statistics = False
-    needs_gradients = False
+    own_text = False
 
-    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
+    def observe(self, weight: Tensor, known: Sensitivity) -> Parts:
         """Return nothing."""
         return {}
 
@@ -72,11 +70,11 @@ class FixedColumns:
 
     bits: int
     needs_statistics = True
-    needs_gradients = False
+    own_text = False
 
-    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
+    def observe(self, weight: Tensor, known: Sensitivity) -> Parts:
         """Return the error of each column at 4 bits, and the matrix's shape."""
-        return {"errors": column_errors(weight, columns), "shape": torch.tensor(weight.shape)}
+        return {"errors": column_errors(weight, known.columns), "shape": torch.tensor(weight.shape)}
 
     def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
         """Choose the width of each column."""
@@ -109,28 +107,30 @@ class FixedColumns:
 
 @dataclass(frozen=True)
 class EntropyCoded:
-    """Integers with one step a column, entropy-coded: see `flexgen_helm.compression.entropy`."""
+    """Integers with a step for each column and a factor for each row, entropy-coded.
+
+    See `flexgen_helm.compression.entropy` and `flexgen_helm.compression.sensitivity`.
+    """
 
     bits: float
+    own_text: bool = False
     needs_statistics = True
-    needs_gradients = False
 
-    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
-        """Return the mean squares of the inputs."""
-        return {"moment": columns}
+    def observe(self, weight: Tensor, known: Sensitivity) -> Parts:
+        """Return what errors of the matrix do."""
+        return {"columns": known.columns, "rows": known.rows}
 
     def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
         """Find the steps of the whole model."""
-        rule = solve_steps(weights, {key: parts["moment"] for key, parts in observed.items()}, self.bits)
+        known = {key: Sensitivity(parts["columns"], parts["rows"]) for key, parts in observed.items()}
+        rule = sensitivity.solve_steps(weights, known, self.bits)
         numbers = torch.tensor([rule.factor, rule.typical], dtype=torch.float64)
         return {key: {**parts, "rule": numbers.clone()} for key, parts in observed.items()}
 
     def pack(self, weight: Tensor, decided: Parts) -> Parts:
-        """Return frames of integers, steps, and what is needed to decode them."""
-        return self._parts(entropy.quantize(weight, decided["moment"], StepRule(*decided["rule"].tolist())))
-
-    def _parts(self, coded: Coded) -> Parts:
-        found = encode(coded)
+        """Return frames of integers, steps, classes of the rows' factors, and what is needed to decode them."""
+        known = Sensitivity(decided["columns"], decided["rows"])
+        found = encode(sensitivity.quantize(weight, known, StepRule(*decided["rule"].tolist())))
         sizes = torch.tensor(found.sizes, dtype=torch.int64)
         return {
             "classes": found.classes,
@@ -139,22 +139,21 @@ class EntropyCoded:
             "values": found.values,
             "sizes": sizes,
             "data": found.data,
+            "rows": found.row_classes,
         }
 
     def carried(self, stored: Parts, shape: tuple[int, int]) -> Parts:
-        """Return a byte for each integer, steps, and integers that no byte holds, in sizes."""
+        """Return a byte for each integer, steps, integers that no byte holds, and factors of rows, in sizes."""
         kept = {name: stored[name] for name in ("steps", "places", "values")}
-        if "rows" in stored:
-            kept["factors"] = torch.empty(shape[0], device="meta")
-        return {"integers": torch.empty(shape, dtype=torch.int8, device="meta"), **kept}
+        integers, factors = torch.empty(shape, dtype=torch.int8, device="meta"), torch.empty(shape[0], device="meta")
+        return {"integers": integers, **kept, "factors": factors}
 
     def decode(self, stored: Parts, carried: Parts) -> None:
         """Decode the integers and copy everything else."""
         decode_into(self._stored(stored, len(carried["integers"])), carried["integers"])
         for name in ("steps", "places", "values"):
             carried[name].copy_(stored[name])
-        if "rows" in stored:
-            carried["factors"].copy_(row_factors(stored["rows"]))
+        carried["factors"].copy_(row_factors(stored["rows"]))
 
     def unpack(self, carried: Parts, target: Tensor) -> None:
         """Compute a matrix."""
@@ -169,29 +168,4 @@ class EntropyCoded:
     def _stored(self, parts: Parts, num_rows: int) -> Stored:
         layout, sizes = layout_of(num_rows, parts["classes"]), tuple(parts["sizes"].tolist())
         classes, steps, places, values = (parts[name] for name in ("classes", "steps", "places", "values"))
-        found = Stored(layout, classes, steps, places, values, sizes, parts["data"])
-        return replace(found, row_classes=parts["rows"]) if "rows" in parts else found
-
-
-@dataclass(frozen=True)
-class SelfFitted(EntropyCoded):
-    """The same stored form and a factor for each row: see `flexgen_helm.compression.sensitivity`."""
-
-    needs_gradients = True
-
-    def observe(self, weight: Tensor, columns: Tensor, rows: Tensor) -> Parts:
-        """Return what errors of the matrix do."""
-        return {"columns": columns, "rows": rows}
-
-    def solve(self, observed: Mapping[MatrixKey, Parts], weights: Mapping[MatrixKey, Tensor]) -> dict[MatrixKey, Parts]:
-        """Find the steps of the whole model."""
-        known = {key: Sensitivity(parts["columns"], parts["rows"]) for key, parts in observed.items()}
-        rule = sensitivity.solve_steps(weights, known, self.bits)
-        numbers = torch.tensor([rule.factor, rule.typical], dtype=torch.float64)
-        return {key: {**parts, "rule": numbers.clone()} for key, parts in observed.items()}
-
-    def pack(self, weight: Tensor, decided: Parts) -> Parts:
-        """Return what `EntropyCoded.pack` does, and the classes of the rows' factors."""
-        known = Sensitivity(decided["columns"], decided["rows"])
-        coded = sensitivity.quantize(weight, known, StepRule(*decided["rule"].tolist()))
-        return {**self._parts(coded), "rows": coded.row_classes}
+        return Stored(layout, classes, steps, places, values, sizes, parts["data"], parts["rows"])

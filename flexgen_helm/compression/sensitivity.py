@@ -7,10 +7,9 @@ over tokens and probes: Hutchinson's estimator). The backward stays within a lay
 Gradients of the whole model's loss (Fisher's diagonal) give much the same steps, at little gain (runs/LOG.md).
 
 That mean is taken as the product of one number for each column, ``c_j = mean(|g|**2 x_j**2)``, and one for each row,
-``r_i = mean(g_i**2)``. Steps are products as well:
-``step_ij = factor * max(c_j / mean c, 1/4)**-0.45 * (mean c / rows / median)**-0.45 * clamp(r_i / mean r, 0.03, 30)**-0.3``,
-the last of which is rounded to quarters of octaves and stored as the row's factor, a byte. In theory all exponents are -1/2;
-they are damped because errors of several layers add up.
+``r_i = mean(g_i**2)``. Steps are products as well: that of the column, which `flexgen_helm.compression.entropy` takes from c,
+times ``clamp(r_i / mean r, 0.03, 30)**-0.3``, which is rounded to quarters of octaves and stored as the row's factor, a byte.
+In theory all exponents are -1/2; they are damped because errors of several layers add up.
 
 Weights divided by their row's factor are quantised and stored as `flexgen_helm.compression.entropy` does it.
 
@@ -19,7 +18,6 @@ Shapes: out rows, in columns of a linear layer's weight ``[out, in]``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -37,11 +35,9 @@ from flexgen_helm.compression.entropy import (
 )
 from flexgen_helm.errors import UnsupportedModel
 
-EXPONENT, ROW_EXPONENT = 0.45, 0.3
-FLOOR = 0.25
-"""Columns that matter less than this share of the mean get no coarser steps."""
+ROW_EXPONENT = 0.3
 LEAST_ROW, MOST_ROW = 0.03, 30.0
-"""The same for rows, at both ends."""
+"""Rows that matter less or more than these shares of the mean get no coarser or finer steps."""
 PER_OCTAVE, NO_FACTOR = 4, 128
 """Classes of row factors in an octave, and that of the factor 1."""
 
@@ -106,7 +102,7 @@ def classes_of_rows(rows: Tensor) -> Tensor:
 
 
 def solve_steps(weights: Mapping[str, Tensor], sensitivities: Mapping[str, Sensitivity], bits: float) -> StepRule:
-    """Find the steps with which a model takes the bits that are asked, as `flexgen_helm.compression.entropy.solve_steps` does.
+    """Find the steps with which a model takes the bits that are asked; see `flexgen_helm.compression.entropy.solve_columns`.
 
     Args:
         weights: Matrices ``[out, in]`` by name, of any floating dtype.
@@ -119,7 +115,7 @@ def solve_steps(weights: Mapping[str, Tensor], sensitivities: Mapping[str, Sensi
     """
     classes = {name: _classes(name, each) for name, each in sensitivities.items()}
     scaled = _Scaled(weights, classes)
-    columns = [_columns(name, weight, sensitivities[name]) for name, weight in scaled.items()]
+    columns = [Columns.of(name, weight, sensitivities[name].columns) for name, weight in scaled.items()]
     num_weights = sum(x.num_rows * len(x.squares) for x in columns)
     factors = ROW_BITS * sum(x.num_rows for x in columns) / max(1, num_weights)
     return solve_columns(scaled, columns, bits - factors)
@@ -139,7 +135,7 @@ def quantize(weight: Tensor, sensitivity: Sensitivity, rule: StepRule, *, name: 
     """
     classes = _classes(name, sensitivity)
     scaled = _divided(weight, classes)
-    coded = quantize_columns(scaled, _columns(name, scaled, sensitivity), rule)
+    coded = quantize_columns(scaled, Columns.of(name, scaled, sensitivity.columns), rule)
     return replace(coded, row_classes=classes)
 
 
@@ -175,10 +171,3 @@ def _classes(name: str, sensitivity: Sensitivity) -> Tensor:
             "Gather them again in a dtype in which the model does not overflow."
         )
     return classes_of_rows(sensitivity.rows)
-
-
-def _columns(name: str, scaled: Tensor, sensitivity: Sensitivity) -> Columns:
-    """Look at a matrix whose rows are divided."""
-    found = Columns.of(name, scaled, sensitivity.columns)
-    scale = float(sensitivity.columns.double().mean()) / len(scaled)
-    return replace(found, scale=scale if scale > 0 else math.inf, exponent=EXPONENT, floor=FLOOR)

@@ -1,12 +1,12 @@
 """What quantizers of weights lose, measured on SmolLM2-135M: perplexity, divergence from the exact model, and first choices.
 
 All 210 linear layers of the decoder are quantised. The text is the first 6,000 tokens of the addresses of 2024 and 2026, or of
-British news, in six windows behind the end token. Statistics come from 2,048 random ids; for `self` from 8,192 tokens that the
-model writes itself. The published weights lie on a grid of 4 bits along the inputs; the second half of the table has them
-moved off it by noise, which is the honest case for what works along the inputs. `recovered` is the share of minmax's loss in
-perplexity that a scheme avoids. With `--lambada N` each model also says the last words of LAMBADA's first N passages. Cost on
-one core of a server CPU: about eight minutes for each number of bits, six more at the first time for the text of `self`, 4 GiB
-of memory, and a download of 100 MB at the first time.
+British news, in six windows behind the end token. Statistics come from gradients within each layer over 2,048 random ids; for
+`self` over 8,192 tokens that the model writes itself. The published weights lie on a grid of 4 bits along the inputs; the
+second half of the table has them moved off it by noise, which is the honest case for what works along the inputs. `recovered`
+is the share of minmax's loss in perplexity that a scheme avoids. With `--lambada N` each model also says the last words of
+LAMBADA's first N passages. Cost on one core of a server CPU: about eight minutes for each number of bits, six more at the
+first time for the text of `self`, 4 GiB of memory, and a download of 100 MB at the first time.
 
 Command: ``python -m flexgen_helm.runs.quantizers --bits 4 --json result.json``
 """
@@ -54,7 +54,10 @@ class Result:
 def measure(schemes: list[str], all_bits: list[int], subject: Subject, quiz: Quiz | None) -> Iterator[Result]:
     """Measure schemes, minmax first for each number of bits."""
     off_grid = subject.off_grid
-    statistics = Statistics(subject.moments(), subject.sensitivities() if "self" in schemes else {})
+    statistics = Statistics(
+        subject.sensitivities(subject.random_ids()) if {"columns", "entropy"} & set(schemes) else {},
+        subject.sensitivities(subject.own_text()) if "self" in schemes else {},
+    )
     exact = subject.predict()
     yield Result("exact", off_grid, 16.0, exact.perplexity, 1.0, 0.0, 1.0, 0.0, quiz and quiz.ask(subject.model))
     for bits in all_bits:

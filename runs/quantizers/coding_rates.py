@@ -1,9 +1,9 @@
 """What entropy-coded and losslessly coded weights take and how fast they are decoded: SmolLM2-135M's matrices.
 
 Rates are weights a second of processor time of one core, the best of several rounds, in memory; then, by the clock on the wall,
-of some threads. The weights are off the grid on which they were shipped (see `protocol`); the statistics of the inputs
+of some threads. The weights are off the grid on which they were shipped (see `protocol`); their sensitivities
 are those of random tokens.
-Cost: about a minute and 3 GiB of memory.
+Cost: about two minutes and 4 GiB of memory.
 
 Command: ``python -m flexgen_helm.runs.quantizers.coding_rates --bits 4.5 --threads 2 --json result.json``
 """
@@ -22,8 +22,9 @@ import zstandard
 from torch import Tensor
 
 from flexgen_helm.compression.coding import Decoder, code_compressor, encode
-from flexgen_helm.compression.entropy import Coded, bits, quantize, solve_steps
+from flexgen_helm.compression.entropy import Coded, bits
 from flexgen_helm.compression.lossless import decode_planes, encode_planes
+from flexgen_helm.compression.sensitivity import quantize, solve_steps
 from flexgen_helm.runs.command_line import add_json, make_parser, prepare_libraries, reports_errors, write_json
 from flexgen_helm.runs.quantizers.protocol import Subject
 
@@ -138,11 +139,11 @@ def main() -> int:
     add_json(parser)
     arguments = parser.parse_args()
     prepare_libraries(1)
-    with torch.inference_mode():
+    with torch.no_grad():
         subject = Subject(off_grid=True)
-        weights, moments = subject.weights, subject.moments()
-        rule = solve_steps(weights, moments, arguments.bits)
-        coded = [quantize(weight, moments[name], rule, name=name) for name, weight in weights.items()]
+        weights, known = subject.weights, subject.sensitivities(subject.random_ids())
+        rule = solve_steps(weights, known, arguments.bits)
+        coded = [quantize(weight, known[name], rule, name=name) for name, weight in weights.items()]
         results: dict[str, Any] = {"integers": measure_integers(coded, arguments.threads)}
         print("16-bit weights, equal to the bit; G weights/s a core: encoded, decoded")
         for dtype in (torch.bfloat16, torch.float16):

@@ -1,4 +1,4 @@
-"""SmolLM2-135M in transformers' own forward: statistics of its inputs, and what other weights do to its predictions."""
+"""SmolLM2-135M in transformers' own forward: what errors of its weights do, and what other weights do to its predictions."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from flexgen_helm.assets.smollm2 import smollm2_folder
 from flexgen_helm.assets.sotu import recent_addresses
 from flexgen_helm.cache_folder import cache_folder, write_whole
 from flexgen_helm.compression.sensitivity import Sensitivity, SensitivityStatistics, probe
-from flexgen_helm.compression.statistics import ColumnStatistics
 
 WINDOWS, WINDOW_TOKENS = 6, 1000
 RANDOM_SEQUENCES, RANDOM_TOKENS, FIRST_ORDINARY = 4, 512, 10
 """What the statistics see: the end token, then uniform ids that are no special tokens."""
-OWN_SEQUENCES, OWN_TOKENS, OWN_ROWS = 16, 512, 2
-"""The text that the model writes: sequences, tokens in each, and how many are computed together."""
+OWN_SEQUENCES, OWN_TOKENS = 16, 512
+"""The text that the model writes: sequences, and tokens in each."""
+ROWS_TOGETHER = 2
+"""Sequences that are differentiated together."""
 GRID_COLUMNS, GRID_STEPS = 32, 15
 """The grid on which the weights were published, along the inputs."""
 ARTICLES = 40
@@ -83,21 +84,13 @@ class Subject:
         ids = self.tokenizer(TEXTS[text](), add_special_tokens=False, verbose=False)["input_ids"][: WINDOWS * WINDOW_TOKENS]
         self.windows = torch.tensor(ids).view(WINDOWS, WINDOW_TOKENS)
 
-    def moments(self) -> dict[str, Tensor]:
-        """Return the mean squares of each linear layer's inputs over random ids."""
+    def random_ids(self) -> Tensor:
+        """Return uniform ids behind the end token, int64 ``[sequences, tokens]``."""
         chance = torch.Generator().manual_seed(0)
         size = (RANDOM_SEQUENCES, RANDOM_TOKENS)
         ids = torch.randint(FIRST_ORDINARY, self.model.config.vocab_size, size, generator=chance)
         ids[:, 0] = self.end
-        statistics = {name: ColumnStatistics(linear.in_features) for name, linear in self.linears.items()}
-        hooks = [
-            linear.register_forward_pre_hook(lambda _, inputs, own=statistics[name]: own.add(inputs[0].flatten(0, -2)))
-            for name, linear in self.linears.items()
-        ]
-        self.model(ids)
-        for hook in hooks:
-            hook.remove()
-        return {name: own.moment for name, own in statistics.items()}
+        return ids
 
     def own_text(self) -> Tensor:
         """Return what the model writes behind the end token, int64 ``[sequences, tokens]``, kept by weights and settings."""
@@ -121,14 +114,14 @@ class Subject:
             ids: Tensor = self.model.generate(start, attention_mask=torch.ones_like(start), generation_config=settings)
         return ids
 
-    def sensitivities(self) -> dict[str, Sensitivity]:
-        """Return what errors of each linear layer do to the output of its decoder layer, over the model's own text."""
-        ids, chance = self.own_text(), torch.Generator().manual_seed(0)
+    def sensitivities(self, ids: Tensor) -> dict[str, Sensitivity]:
+        """Return what errors of each linear layer do to the output of its decoder layer, over ids ``[sequences, tokens]``."""
+        chance = torch.Generator().manual_seed(0)
         statistics = {name: SensitivityStatistics(x.in_features, x.out_features) for name, x in self.linears.items()}
         with _probing(self.model.model.layers, chance), ExitStack() as hooks, torch.enable_grad():
             for name, linear in self.linears.items():
                 hooks.callback(linear.register_forward_hook(partial(_observe, statistics[name])).remove)
-            for rows in ids.split(OWN_ROWS):
+            for rows in ids.split(ROWS_TOGETHER):
                 self.model.model(rows, use_cache=False)
         return {name: own.mean(ids.numel()) for name, own in statistics.items()}
 

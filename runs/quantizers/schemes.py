@@ -27,10 +27,10 @@ class Quantised:
 class Statistics:
     """What schemes may know of a model besides its weights; by name."""
 
-    moments: Mapping[str, Tensor]
-    """Mean squares of the inputs ``[in]`` over random ids."""
-    sensitivities: Mapping[str, Sensitivity]
-    """What errors do, over the model's own text; empty where no scheme asks for it."""
+    over_random_ids: Mapping[str, Sensitivity]
+    """What errors do, over random ids; empty where no scheme asks for it."""
+    over_own_text: Mapping[str, Sensitivity]
+    """The same over the model's own text."""
 
 
 Scheme = Callable[[Mapping[str, Tensor], Statistics, int], Quantised]
@@ -46,7 +46,7 @@ def quantise_minmax(weights: Mapping[str, Tensor], statistics: Statistics, bits:
 
 def quantise_columns(weights: Mapping[str, Tensor], statistics: Statistics, bits: int) -> Quantised:
     """Columns of several widths in a fixed layout."""
-    scores = [column_errors(weight, statistics.moments[name]) for name, weight in weights.items()]
+    scores = [column_errors(weight, statistics.over_random_ids[name].columns) for name, weight in weights.items()]
     shapes = [(weight.shape[0], weight.shape[1]) for weight in weights.values()]
     widths = allocate(scores, shapes, bits)
     stored = {
@@ -58,24 +58,20 @@ def quantise_columns(weights: Mapping[str, Tensor], statistics: Statistics, bits
 
 
 def quantise_entropy(weights: Mapping[str, Tensor], statistics: Statistics, bits: int) -> Quantised:
-    """One step a column, entropy-coded; bits are those of the real frames."""
-    moments = statistics.moments
-    rule = entropy.solve_steps(weights, moments, bits + 0.5)
-    return _coded({name: entropy.quantize(weight, moments[name], rule, name=name) for name, weight in weights.items()})
+    """Steps that know the output of the layer, entropy-coded; bits are those of the real frames."""
+    return _coded(weights, statistics.over_random_ids, bits)
 
 
 def quantise_self(weights: Mapping[str, Tensor], statistics: Statistics, bits: int) -> Quantised:
-    """Steps that know the output of the layer, from the model's own text; entropy-coded."""
-    known = statistics.sensitivities
+    """The same from the model's own text."""
+    return _coded(weights, statistics.over_own_text, bits)
+
+
+def _coded(weights: Mapping[str, Tensor], known: Mapping[str, Sensitivity], bits: int) -> Quantised:
     rule = sensitivity.solve_steps(weights, known, bits + 0.5)
-    return _coded({name: sensitivity.quantize(weight, known[name], rule, name=name) for name, weight in weights.items()})
-
-
-def _coded(coded: Mapping[str, entropy.Coded]) -> Quantised:
+    coded = {name: sensitivity.quantize(weight, known[name], rule, name=name) for name, weight in weights.items()}
     num_bits = 8 * sum(encode(each).num_bytes for each in coded.values())
-    return Quantised(
-        {name: entropy.dequantize(x) for name, x in coded.items()}, num_bits / sum(x.integers.numel() for x in coded.values())
-    )
+    return Quantised({name: entropy.dequantize(x) for name, x in coded.items()}, num_bits / num_weights(weights))
 
 
 def num_weights(weights: Mapping[str, Tensor]) -> int:

@@ -29,12 +29,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def stored_forms(weight: Tensor) -> dict[str, tuple[Callable[[Tensor], None], Tensor]]:
     """Return what writes each stored form to a target, and the matrix that it must write."""
     forms: dict[str, tuple[Callable[[Tensor], None], Tensor]] = {}
-    moment = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(1)) ** 4
+    sensitivity = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(1)) ** 4
     for bits in (2, 3, 4, 8):
         codes = minmax.MinMax(bits).quantize(weight)
         forms[f"w{bits}-minmax"] = (lambda target, codes=codes: unpack_minmax(codes, target)), minmax.dequantize(codes)  # type: ignore[misc]
         shape = (weight.shape[0], weight.shape[1])
-        (widths,) = allocate([column_errors(weight, moment)], [shape], bits)
+        (widths,) = allocate([column_errors(weight, sensitivity)], [shape], bits)
         stored = columns.quantize(weight, widths, LADDERS[bits])
         forms[f"w{bits}"] = (lambda target, stored=stored: unpack_columns(stored, target)), columns.dequantize(stored)  # type: ignore[misc]
     return forms

@@ -1,4 +1,4 @@
-"""Matrices and statistics of inputs for the tests of quantizers."""
+"""Matrices and sensitivities of their columns for the tests of quantizers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Weights = dict[str, Tensor]
 
 
 def make_matrix(rows: int, columns: int, seed: int = 0, outliers: int = 0) -> tuple[Tensor, Tensor]:
-    """A matrix ``[rows, columns]`` whose columns spread differently, and mean squares of its inputs."""
+    """A matrix ``[rows, columns]`` whose columns spread differently, and how much errors of each matter."""
     chance = torch.Generator().manual_seed(seed)
     spread = torch.rand(columns, generator=chance) + 0.1
     weight = torch.randn(rows, columns, generator=chance) * spread * 0.05
@@ -20,8 +20,8 @@ def make_matrix(rows: int, columns: int, seed: int = 0, outliers: int = 0) -> tu
 
 
 def make_model(shapes: list[tuple[int, int]], outliers: int = 0) -> tuple[Weights, Weights]:
-    """Matrices and statistics by name."""
-    weights, moments = {}, {}
+    """Matrices and sensitivities of their columns by name."""
+    weights, columns = {}, {}
     for i, shape in enumerate(shapes):
-        weights[f"m{i}"], moments[f"m{i}"] = make_matrix(*shape, seed=i, outliers=outliers)
-    return weights, moments
+        weights[f"m{i}"], columns[f"m{i}"] = make_matrix(*shape, seed=i, outliers=outliers)
+    return weights, columns

@@ -60,17 +60,19 @@ def test_no_other_choice_with_as_many_bits_has_less_error(values: list[float], m
     assert errors[0] <= errors[bits <= bits[0]].min() * (1 + 1e-9)
 
 
-def test_scores_are_the_share_of_the_outputs_power_that_is_lost() -> None:
+def test_scores_are_the_loss_that_gradients_tell_where_rows_matter_alike() -> None:
+    """The loss is ``sum (g_i e_ij x_j)**2`` for signs as gradients, which all rows share, and inputs of one column each."""
     chance = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(128, 6, generator=chance), torch.diag(torch.rand(6, generator=chance))
-    moment = inputs.square().mean(0)
-    error = weight - dequantize(MinMax(4).quantize(weight))
-    expected = (inputs @ error.T).square().sum(1) / (inputs @ weight.T).square().sum()
-    torch.testing.assert_close(column_errors(weight, moment), expected.double(), rtol=1e-5, atol=0)
+    weight, inputs = torch.randn(128, 6, generator=chance).double(), torch.diag(torch.rand(6, generator=chance)).double()
+    gradients = torch.randn(6, 1, generator=chance).double() * torch.randn(6, 128, generator=chance).sign()
+    columns = (inputs.square() * gradients.square().sum(1, keepdim=True)).mean(0)
+    error = weight - dequantize(MinMax(4).quantize(weight)).double()
+    expected = ((inputs @ error.T) * gradients).square().sum(1) / 6
+    torch.testing.assert_close(column_errors(weight, columns), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(64, 5), torch.ones(64, 5)])
-def test_a_layer_without_output_or_error_has_no_score(weight: torch.Tensor) -> None:
+def test_a_matrix_without_sensitivity_or_error_has_no_score(weight: torch.Tensor) -> None:
     assert column_errors(weight, torch.ones(5)).tolist() == [0] * 5
     assert column_errors(weight, torch.zeros(5)).tolist() == [0] * 5
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flexgen_helm.compression import coding
 from flexgen_helm.compression.coding import Decoder, decode, encode
-from flexgen_helm.compression.entropy import Coded, StepRule, bits, dequantize, quantize
+from flexgen_helm.compression.entropy import Coded, Columns, StepRule, bits, dequantize, quantize_columns
 from flexgen_helm.compression.entropy_kernel import FLOAT16, unpack_columns
 from flexgen_helm.errors import CorruptFile
 from tests.compression.matrices import make_matrix
@@ -83,8 +83,8 @@ def test_numbers_are_rounded_to_fp16_as_torch_does() -> None:
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "other header", "frames swapped"])
 def test_damaged_frames_are_noticed(damage: str) -> None:
-    weight, moment = make_matrix(40, 30)
-    stored = encode(quantize(weight, moment, StepRule(0.02, 1.0)))
+    weight, columns = make_matrix(40, 30)
+    stored = encode(quantize_columns(weight, Columns.of("", weight, columns), StepRule(0.02, 1.0)))
     data, sizes = stored.data.clone(), stored.sizes
     if damage == "flipped":
         data[sizes[0] // 2] ^= 1
@@ -105,8 +105,8 @@ def test_damaged_frames_are_noticed(damage: str) -> None:
 def test_bytes_come_near_the_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Huffman code is within 0.0861 bits + the largest share of the entropy (Gallager 1978); tables and headers are small."""
     monkeypatch.undo()
-    weight, moment = make_matrix(1024, 512)
-    coded = quantize(weight, moment, StepRule(0.02, 1 / float((weight.double() ** 2).sum())))
+    weight, columns = make_matrix(1024, 512)
+    coded = quantize_columns(weight, Columns.of("", weight, columns), StepRule(0.005, float(columns.mean()) / 1024))
     stored = encode(coded)
     assert sum(stored.sizes) * 8 <= (bits([coded]) + 0.0861 + 0.1) * weight.numel()
     assert sum(stored.sizes) == stored.data.numel() < stored.num_bytes

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_helm.compression.entropy import Coded, Columns, StepRule, bits, dequantize, fake_quantised, quantize, solve_steps
+from flexgen_helm.compression.entropy import Coded, Columns, StepRule, bits, dequantize, quantize_columns, solve_columns
 from flexgen_helm.errors import PolicyError, UnsupportedModel
 from tests.compression.matrices import make_matrix, make_model
 
@@ -30,25 +30,33 @@ def entropy_of(coded: list[Coded]) -> float:
     return (code * 1.015 + columns * (16 + 6) + exceptions * (64 + 32)) / sum(x.integers.numel() for x in coded)
 
 
-def steps_of(name: str, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], factor: float) -> Tensor:
+def quantize(weight: Tensor, columns: Tensor, rule: StepRule, name: str = "A matrix") -> Coded:
+    """Quantises a matrix."""
+    weight = weight.float()
+    return quantize_columns(weight, Columns.of(name, weight, columns), rule)
+
+
+def solve(weights: Mapping[str, Tensor], columns: Mapping[str, Tensor], asked: float) -> StepRule:
+    """Finds the steps of a model."""
+    return solve_columns(weights, [Columns.of(name, weight, columns[name]) for name, weight in weights.items()], asked)
+
+
+def steps_of(name: str, weights: Mapping[str, Tensor], columns: Mapping[str, Tensor], factor: float) -> Tensor:
     """The steps of a matrix by the formula of the module, float64, of a model with an odd number of matrices."""
-    energies = {}
-    for each, weight in weights.items():
-        moment = moments[each].double()
-        energies[each] = float(moment.mean() / (weight.double().square() * moment).sum())
-    median = sorted(energies.values())[len(energies) // 2]
-    moment = moments[name].double()
-    coarser: Tensor = torch.maximum(moment / moment.mean(), torch.tensor(0.5)) ** -0.35
-    between: float = (energies[name] / median) ** -0.35
+    scales = {each: float(columns[each].double().mean()) / len(weight) for each, weight in weights.items()}
+    median = sorted(scales.values())[len(scales) // 2]
+    own = columns[name].double()
+    coarser: Tensor = torch.maximum(own / own.mean(), torch.tensor(0.25)) ** -0.45
+    between: float = (scales[name] / median) ** -0.45
     return coarser * factor * between
 
 
 def test_steps_follow_the_formula_and_integers_round_to_the_nearest() -> None:
-    weights, moments = make_model(SHAPES)
-    rule = solve_steps(weights, moments, 4.5)
+    weights, columns = make_model(SHAPES)
+    rule = solve(weights, columns, 4.5)
     for name, weight in weights.items():
-        coded = quantize(weight, moments[name], rule)
-        steps = steps_of(name, weights, moments, rule.factor)
+        coded = quantize(weight, columns[name], rule)
+        steps = steps_of(name, weights, columns, rule.factor)
         # Steps have the 11 digits of fp16, so only integers near a half can differ.
         exact = weight.double() / steps
         near = (exact - exact.floor() - 0.5).abs() < 2**-10 * exact.abs()
@@ -57,8 +65,8 @@ def test_steps_follow_the_formula_and_integers_round_to_the_nearest() -> None:
 
 
 def test_stored_steps_are_those_of_least_squares() -> None:
-    weight, moment = make_matrix(200, 50)
-    coded = quantize(weight, moment, StepRule(0.02, 1.0))
+    weight, sensitivity = make_matrix(200, 50)
+    coded = quantize(weight, sensitivity, StepRule(0.02, 1.0))
     for j in range(50):
         z = coded.integers[:, j : j + 1].double()
         best = torch.linalg.lstsq(z, weight[:, j : j + 1].double()).solution.item()
@@ -67,16 +75,16 @@ def test_stored_steps_are_those_of_least_squares() -> None:
 
 @pytest.mark.parametrize("asked", [3.0, 4.5, 6.0])
 def test_a_model_takes_the_bits_that_are_asked(asked: float) -> None:
-    weights, moments = make_model([(256, 64), (512, 32), (300, 100)], outliers=1)
-    rule = solve_steps(weights, moments, asked)
-    coded = [quantize(weight, moments[name], rule) for name, weight in weights.items()]
+    weights, columns = make_model([(256, 64), (512, 32), (300, 100)], outliers=1)
+    rule = solve(weights, columns, asked)
+    coded = [quantize(weight, columns[name], rule) for name, weight in weights.items()]
     assert bits(coded) == pytest.approx(entropy_of(coded), rel=1e-12)
     # The smallest change of such a small model is one more integer of another value.
     assert asked - 3e-3 <= entropy_of(coded) <= asked
 
 
 def test_weights_are_read_a_matrix_at_a_time() -> None:
-    weights, moments = make_model(SHAPES)
+    weights, columns = make_model(SHAPES)
 
     class Loaded(Mapping[str, Tensor]):
         reads = 0
@@ -92,7 +100,7 @@ def test_weights_are_read_a_matrix_at_a_time() -> None:
             return len(weights)
 
     loaded = Loaded()
-    assert solve_steps(loaded, moments, 4.5) == solve_steps(weights, moments, 4.5)
+    assert solve(loaded, columns, 4.5) == solve(weights, columns, 4.5)
     assert loaded.reads <= 15 * len(weights)
 
 
@@ -107,9 +115,9 @@ def test_weights_are_read_a_matrix_at_a_time() -> None:
 def test_any_matrix_comes_back_within_half_a_step(
     rows: int, columns: int, kind: str, dtype: torch.dtype, factor: float
 ) -> None:
-    weight, moment = make_matrix(rows, columns)
+    weight, sensitivity = make_matrix(rows, columns)
     if kind == "zero":
-        weight, moment = weight * 0, moment * 0
+        weight, sensitivity = weight * 0, sensitivity * 0
     elif kind == "constant":
         weight = torch.full_like(weight, 0.37)
     elif kind == "one zero column":
@@ -119,9 +127,9 @@ def test_any_matrix_comes_back_within_half_a_step(
     elif kind == "outlier":
         weight[0, 0] = 100.0
     weight = weight.to(dtype)
-    rule = StepRule(factor, 1 / max(1e-30, float(weight.double().square().sum())))
-    coded = quantize(weight, moment, rule)
-    weight, steps = weight.double(), Columns.of("", weight.float(), moment).steps(rule).double()
+    rule = StepRule(factor, max(1e-30, float(sensitivity.double().mean()) / rows))
+    coded = quantize(weight, sensitivity, rule)
+    weight, steps = weight.double(), Columns.of("", weight.float(), sensitivity).steps(rule).double()
     exact = coded.integers.double()
     exact.view(-1)[coded.places] = coded.values.double()
     assert bool(((exact * steps - weight).abs() <= steps / 2 * (1 + 2**-20)).all())
@@ -136,49 +144,50 @@ def test_any_matrix_comes_back_within_half_a_step(
 
 
 def test_integers_beyond_int8_are_kept() -> None:
-    weight, moment = make_matrix(64, 32, outliers=5)
-    coded = quantize(weight, moment, StepRule(0.02, 1 / float((weight.double() ** 2).sum())))
+    weight, sensitivity = make_matrix(64, 32, outliers=5)
+    coded = quantize(weight, sensitivity, StepRule(0.02, float(sensitivity.mean()) / 64))
     assert 0 < len(coded.places) <= 5
     at = coded.places
     torch.testing.assert_close(dequantize(coded).view(-1)[at], weight.view(-1)[at], rtol=1e-2, atol=0)
 
 
 def test_what_has_no_step_is_refused_by_name() -> None:
-    weight, moment = make_matrix(8, 4)
+    weight, sensitivity = make_matrix(8, 4)
     for bad in (math.nan, math.inf):
         broken = weight.clone()
         broken[3, 2] = bad
         with pytest.raises(UnsupportedModel, match=r"layers\.3\.up_proj holds NaN or infinite"):
-            solve_steps({"layers.3.up_proj": broken}, {"layers.3.up_proj": moment}, 4.5)
+            solve({"layers.3.up_proj": broken}, {"layers.3.up_proj": sensitivity}, 4.5)
     with pytest.raises(UnsupportedModel, match=r"inputs of layers\.4 are NaN"):
-        solve_steps({"layers.4": weight}, {"layers.4": moment * math.nan}, 4.5)
+        solve({"layers.4": weight}, {"layers.4": sensitivity * math.nan}, 4.5)
     with pytest.raises(UnsupportedModel, match=r"layers\.5 has shape \[8, 4\]"):
-        solve_steps({"layers.5": weight}, {"layers.5": moment[1:]}, 4.5)
+        solve({"layers.5": weight}, {"layers.5": sensitivity[1:]}, 4.5)
     with pytest.raises(UnsupportedModel, match=r"layers\.6 has a weight of 1e\+30"):
-        quantize(torch.full((4, 4), 1e30), torch.ones(4), StepRule(1.0, 1.0), name="layers.6")
+        quantize(torch.full((4, 4), 1e30), torch.ones(4), StepRule(1.0, 1.0), "layers.6")
 
 
 def test_bits_that_cannot_be_reached_are_refused() -> None:
-    weights, moments = make_model([(4, 8)])
+    weights, columns = make_model([(4, 8)])
     # Four weights a column, and 22 bits of its own.
     with pytest.raises(PolicyError, match=r"4\.5 bits a weight are too few.*22 bits"):
-        solve_steps(weights, moments, 4.5)
+        solve(weights, columns, 4.5)
     for asked in (0, -1, 9, math.nan):
         with pytest.raises(PolicyError, match="8 at most"):
-            solve_steps(weights, moments, asked)
+            solve(weights, columns, asked)
 
 
 def test_a_model_of_zeros_is_served() -> None:
-    found, taken = fake_quantised({"a": torch.zeros(32, 8)}, {"a": torch.zeros(8)}, 4.5)
-    assert not bool(found["a"].any())
-    assert taken == 22 / 32
+    weight = torch.zeros(32, 8)
+    coded = quantize(weight, torch.zeros(8), solve({"a": weight}, {"a": torch.zeros(8)}, 4.5))
+    assert not bool(dequantize(coded).any())
+    assert bits([coded]) == 22 / 32
 
 
-def test_large_inputs_have_smaller_errors() -> None:
+def test_sensitive_columns_have_smaller_errors() -> None:
     chance = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 64, generator=chance)
-    moment = torch.cat([torch.ones(32), torch.full((32,), 100.0)])
-    found, _ = fake_quantised({"a": weight}, {"a": moment}, 4.5)
-    error = (found["a"] - weight).square().mean(0)
-    # Ratio of the steps by the formula: (1.98 / 0.5) ** 0.35, squared in the errors.
-    assert float(error[:32].mean() / error[32:].mean()) == pytest.approx((100 / 50.5 / 0.5) ** 0.7, rel=0.1)
+    sensitivity = torch.cat([torch.ones(32), torch.full((32,), 100.0)])
+    coded = quantize(weight, sensitivity, solve({"a": weight}, {"a": sensitivity}, 4.5))
+    error = (dequantize(coded) - weight).square().mean(0)
+    # Ratio of the steps by the formula: (1.98 / 0.25) ** 0.45, squared in the errors.
+    assert float(error[:32].mean() / error[32:].mean()) == pytest.approx((100 / 50.5 / 0.25) ** 0.9, rel=0.1)

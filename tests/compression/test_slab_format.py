@@ -39,13 +39,11 @@ class Unit(nn.Module):
         self.norm = nn.LayerNorm(OUT, dtype=dtype)
 
 
-def decided(scheme: str, shape: tuple[int, int], moment: Tensor) -> Parts:
+def decided(scheme: str, shape: tuple[int, int], columns: Tensor) -> Parts:
     """What a model's statistics would decide about a matrix."""
-    if scheme == "w4-entropy":  # small steps, so that outliers take more than a byte
-        return {"moment": moment, "rule": torch.tensor([0.005, 1.0], dtype=torch.float64)}
-    if scheme == "w4-self":
+    if scheme in ("w4-entropy", "w4-self"):  # small steps, so that outliers take more than a byte
         rows = torch.arange(1.0, shape[0] + 1) ** 3
-        return {"columns": moment, "rows": rows, "rule": torch.tensor([0.005, 1.0], dtype=torch.float64)}
+        return {"columns": columns, "rows": rows, "rule": torch.tensor([0.005, 1.0], dtype=torch.float64)}
     if scheme == "w4":
         ladder = torch.tensor(LADDERS[4], dtype=torch.uint8)
         return {"widths": ladder[torch.arange(shape[1]) % 3 % len(ladder)]}
@@ -56,8 +54,8 @@ def compressed(name: str, dtype: torch.dtype) -> tuple[CompressedSlab, Tensor]:
     """A slab with both matrices packed."""
     unit, scheme, packed = Unit(dtype), SCHEMES[name], {}
     for seed, tensor in enumerate(matrix_tensors(unit)):
-        weight, moment = make_matrix(OUT, IN, seed, outliers=5)
-        packed[tensor.name] = [scheme.pack(weight, decided(name, (OUT, IN), moment))]
+        weight, columns = make_matrix(OUT, IN, seed, outliers=5)
+        packed[tensor.name] = [scheme.pack(weight, decided(name, (OUT, IN), columns))]
     tensors = stored_tensors(unit, packed)
     layout = layout_of_tensors(tensors.items())
     stored = torch.zeros(layout.num_bytes, dtype=torch.uint8)
@@ -125,14 +123,14 @@ def test_a_gpu_unpacks_to_the_same_bits_and_nobody_waits_for_it(name: str, dtype
     assert not gpu.faults
 
 
-def test_what_is_carried_of_coded_weights_is_a_byte_each_with_their_steps() -> None:
+def test_what_is_carried_of_coded_weights_is_a_byte_each_with_steps_and_factors() -> None:
     form, _ = compressed("w4-entropy", torch.bfloat16)
     sizes = {place.names[0]: place for place in form.carried.tensors}
     for name in ("first.weight", "second.weight"):
         exceptions = sizes[f"{name}/0/values"].shape[0]
         assert exceptions >= 5
         found = sum(place.num_bytes for key, place in sizes.items() if key.startswith(f"{name}/"))
-        assert found == OUT * IN + 2 * IN + (8 + 4) * exceptions
+        assert found == OUT * IN + 2 * IN + 4 * OUT + (8 + 4) * exceptions
     assert sum(place.num_bytes for key, place in sizes.items() if key.startswith("norm")) == sum(
         place.num_bytes for place in form.bound.tensors if place.names[0].startswith("norm")
     )

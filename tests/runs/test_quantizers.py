@@ -28,14 +28,14 @@ from flexgen_helm.runs.quantizers.schemes import SCHEMES, Statistics
 def test_schemes_keep_names_and_shapes_and_stay_within_their_bits(name: str) -> None:
     chance = torch.Generator().manual_seed(0)
     weights = {"a": torch.randn(1024, 384, generator=chance), "b": torch.randn(768, 512, generator=chance)}
-    moments = {"a": torch.rand(384, generator=chance) ** 4, "b": torch.rand(512, generator=chance) ** 4}
-    sensitivities = {key: Sensitivity(moments[key], torch.rand(len(x), generator=chance) ** 4) for key, x in weights.items()}
-    quantised = SCHEMES[name](weights, Statistics(moments, sensitivities), 4)
+    columns = {"a": torch.rand(384, generator=chance) ** 4, "b": torch.rand(512, generator=chance) ** 4}
+    known = {key: Sensitivity(columns[key], torch.rand(len(x), generator=chance) ** 4) for key, x in weights.items()}
+    quantised = SCHEMES[name](weights, Statistics(known, known), 4)
     assert {key: x.shape for key, x in quantised.weights.items()} == {key: x.shape for key, x in weights.items()}
     assert 4.45 < quantised.bits <= 4.5
     for key, weight in weights.items():
-        error = ((quantised.weights[key] - weight).square() * moments[key]).sum()
-        worst = ((dequantize(MinMax(4).quantize(weight)) - weight).square() * moments[key]).sum()
+        error = ((quantised.weights[key] - weight).square() * columns[key]).sum()
+        worst = ((dequantize(MinMax(4).quantize(weight)) - weight).square() * columns[key]).sum()
         assert error <= worst
 
 
@@ -69,12 +69,44 @@ def subject() -> Subject:
     return subject
 
 
-@torch.inference_mode()
-def test_moments_are_the_frequencies_of_random_ids(subject: Subject) -> None:
-    moment = subject.moments()["linear"]
-    assert moment.sum().item() == pytest.approx(1)
-    assert moment[2].item() == pytest.approx(protocol.RANDOM_SEQUENCES / 2048)
-    assert moment[:10].sum() == moment[2]
+def test_random_ids_are_ordinary_ones_behind_the_end_token(subject: Subject) -> None:
+    ids = subject.random_ids()
+    assert ids.numel() == 2048
+    assert set(ids[:, 0].tolist()) == {subject.end}
+    assert set(ids[:, 1:].flatten().tolist()) == set(range(10, 20))
+
+
+@torch.no_grad()
+def test_sensitivities_are_gradients_within_a_layer(subject: Subject) -> None:
+    """Of a layer that adds a product to its input: the gradient at the product is the probe, of the variance 1 / norm**2."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(20, 20, bias=False)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden + self.linear(hidden)
+
+    layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(ids: torch.Tensor, use_cache: bool) -> None:
+        hidden = nn.functional.one_hot(ids, 20).float()
+        for layer in layers:
+            hidden = layer(hidden)
+
+    subject.model.model = forward  # type: ignore[assignment]
+    forward.layers = layers  # type: ignore[attr-defined]
+    subject.linears = {str(j): layer.linear for j, layer in enumerate(layers)}
+    ids = torch.randint(20, (16, 500), generator=torch.Generator().manual_seed(0))
+    found = subject.sensitivities(ids)
+    hidden = nn.functional.one_hot(ids, 20).double().flatten(0, 1)
+    for j, layer in enumerate(layers):
+        inputs, hidden = hidden, hidden + hidden @ layer.linear.weight.T.double()
+        variance = 1 / hidden.square().sum(1, keepdim=True)
+        columns, rows = 20 * (inputs.square() * variance).mean(0), variance.mean().expand(20)
+        torch.testing.assert_close(found[str(j)].columns.double(), columns, rtol=0.1, atol=0)
+        torch.testing.assert_close(found[str(j)].rows.double(), rows, rtol=0.1, atol=0)
 
 
 @torch.inference_mode()

@@ -1,1 +1,1 @@
-"""Fitting: weights are quantised layer by layer, after one forward over random tokens where the scheme asks for it."""
+"""Fitting: weights are quantised layer by layer, after one pass over random tokens where the scheme asks for it."""

@@ -77,8 +77,8 @@ def fit(
         scheme: Scheme of the matrices.
         folder: Folder of this model and scheme.
         identity: Everything else that decides the bytes of the slabs.
-        write_text: Lets the model, with its slabs in a folder that is removed afterwards, write the text of schemes that need
-            gradients; called if it is missing.
+        write_text: Lets the model, with its slabs in a folder that is removed afterwards, write the text of schemes that are
+            fitted to it; called if it is missing.
 
     Raises:
         UnsupportedModel: If layers share weights.
@@ -112,7 +112,7 @@ def _fit(
 
 
 def _describe(scheme: Scheme) -> str:
-    if scheme.needs_gradients:
+    if scheme.own_text:
         return own_text.DESCRIPTION
     return DESCRIPTION if scheme.needs_statistics else ""
 
@@ -124,7 +124,7 @@ def _decide(
     file = folder / DECISIONS
     if not file.exists():
         logger.info("%s: statistics for compression, once; they are kept in %s", source.name, folder)
-        tokens = own_text.kept_text(folder / "statistics", write_text) if scheme.needs_gradients else None
+        tokens = own_text.kept_text(folder / "statistics", write_text) if scheme.own_text else None
         observed = observe_model(source, scheme, folder / "statistics", tokens)
         decided = scheme.solve(observed, ModelMatrices(source, list(observed)))
         save_tensors(file, {f"{key}{SEPARATOR}{name}": x for key, parts in decided.items() for name, x in parts.items()})

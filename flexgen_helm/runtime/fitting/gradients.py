@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.machine.matmul import Product
 from flexgen_helm.model.linear import PRODUCT_NAME, has_experts, product_of, use_matmul
 from flexgen_helm.model.recorder import RecordedModel, Recording
-from flexgen_helm.runtime.fitting.observation import FEWEST_TOKENS
+
+FEWEST_TOKENS = 16
+"""An expert that saw fewer tokens takes the mean of the layer's experts."""
 
 
 class Gradients:
@@ -41,9 +44,34 @@ class Gradients:
         Args:
             num_tokens: Tokens of the text, whether a matrix saw them or not: what is rarely used matters less.
         """
-        everything = [sum(x.columns for x in self._own), sum(x.rows for x in self._own)]
-        whole = Sensitivity(*((x / num_tokens / len(self._own)).float() for x in everything if isinstance(x, Tensor)))
-        return [x.mean(num_tokens) if x.num_tokens >= FEWEST_TOKENS else whole for x in self._own]
+        sums = torch.stack([x.columns for x in self._own]), torch.stack([x.rows for x in self._own])
+        columns, rows = ((x.mean(0) / num_tokens).float() for x in sums)
+        return [
+            # Each has memory of its own, which the files of statistics need.
+            x.mean(num_tokens) if x.num_tokens >= FEWEST_TOKENS else Sensitivity(columns.clone(), rows.clone())
+            for x in self._own
+        ]
+
+
+def known_sensitivities(seen: Mapping[str, Gradients], num_tokens: int) -> dict[str, list[Sensitivity]]:
+    """Return the sensitivities of the matrices of a layer, by the names of their tensors.
+
+    A matrix without gradients matters as much as the layer's median: one that is multiplied outside of its module, as
+    Mamba's ``dt_proj``, or that only decides what is chosen.
+
+    Args:
+        seen: What was observed of each tensor.
+        num_tokens: Tokens of the text.
+    """
+    found = {name: each.means(num_tokens) for name, each in seen.items()}
+    # Of one weight: what its error adds to the relative error of the layer's output, as a mean over the matrix.
+    means = [float(x.columns.mean()) / len(x.rows) for known in found.values() for x in known]
+    typical = median_low([mean for mean in means if mean > 0] or [0.0])
+    return {name: [x if x.columns.any() else _typical(x, typical) for x in known] for name, known in found.items()}
+
+
+def _typical(shaped: Sensitivity, mean: float) -> Sensitivity:
+    return Sensitivity(torch.full_like(shaped.columns, mean * len(shaped.rows)), torch.ones_like(shaped.rows))
 
 
 def replay_with_gradients(model: RecordedModel, j: int, row: Recording, seed: int) -> None:
@@ -62,8 +90,7 @@ def replay_with_gradients(model: RecordedModel, j: int, row: Recording, seed: in
             raise
         except RuntimeError as error:
             raise UnsupportedModel(
-                f"Layer {j} cannot be differentiated ({error}), which weights fitted to the model's own text need. "
-                "Use `-entropy` instead of `-self`."
+                f"Layer {j} cannot be differentiated ({error}), which all compressed weights but `-minmax` need. Use `-minmax`."
             ) from error
     row.hidden = row.hidden.detach()
     row.extra_outputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in row.extra_outputs)

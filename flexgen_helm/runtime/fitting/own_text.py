@@ -1,4 +1,4 @@
-"""Text that a model writes itself, for the statistics of schemes that need gradients."""
+"""Text that a model writes itself, for the statistics of schemes that are fitted to it."""
 
 from __future__ import annotations
 

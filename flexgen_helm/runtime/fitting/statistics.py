@@ -1,12 +1,12 @@
-"""Statistics of a model's matrices, from one forward over random tokens, or over text that the model wrote.
+"""Statistics of a model's matrices, from one pass over random tokens, or over text that the model wrote.
 
-The forward goes layer by layer, so that the model may be larger than memory. What it found is kept after every layer, so that
-a killed process goes on where it was.
+The pass goes layer by layer, forward and then, within the layer, backward, so that the model may be larger than memory. What it
+found is kept after every layer, so that a killed process goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flexgen_helm.compression.matrices import MatrixTensor, matrix_tensors
+from flexgen_helm.compression.matrices import matrix_tensors
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
-from flexgen_helm.compression.sensitivity import Sensitivity
 from flexgen_helm.loading.source import LoadedModel, ModelSource
 from flexgen_helm.memory.slab import Binding, layout_of
 from flexgen_helm.model.experts import register_sliced_experts
 from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording
 from flexgen_helm.runtime.fitting.files import save_tensors
-from flexgen_helm.runtime.fitting.gradients import replay_with_gradients, watched
-from flexgen_helm.runtime.fitting.observation import observed
+from flexgen_helm.runtime.fitting.gradients import known_sensitivities, replay_with_gradients, watched
 from flexgen_helm.runtime.fitting.packing import PackedLayers
 from flexgen_helm.runtime.fitting.progress import LayerProgress
 
@@ -47,6 +45,7 @@ def observe_model(source: ModelSource, scheme: Scheme, folder: Path, tokens: Ten
     Raises:
         CorruptFile: If files of the model are missing or torn.
         DiskFull: If there is no space for the statistics.
+        UnsupportedModel: If a layer cannot be differentiated.
     """
     source = replace(source, dtype=torch.float32)
     loaded = source.described(source.read(PackedLayers()))
@@ -105,30 +104,18 @@ class _LayerObserver:
         values = {tensor.name: tensor.values(j, layer) for tensor in matrix_tensors(layer)}
         target.load_state_dict({name: x.to(self._model.device) for name, x in layer.state_dict().items()}, assign=True)
         tensors = matrix_tensors(target)
-        seen = self._gradients(j, tensors) if self._scheme.needs_gradients else self._moments(j, tensors)
-        found: dict[MatrixKey, Parts] = {}
-        for tensor in tensors:
-            for i, (weight, known) in enumerate(zip(values[tensor.name], seen[tensor.name], strict=True)):
-                found[f"{j}/{tensor.name}/{i}"] = self._scheme.observe(weight, known.columns, known.rows)
-        Binding(target, layout_of(target)).to_meta()
-        Binding(layer, layout_of(layer)).to_meta()
-        self._on_layer(j, found)
-
-    def _moments(self, j: int, tensors: Sequence[MatrixTensor]) -> dict[str, list[Sensitivity]]:
-        """Mean squares of the inputs of each matrix, without gradients."""
-        with torch.inference_mode(), observed(self._model.layers[j], tensors) as seen:
-            for row in self._rows:
-                self._model.replay(j, row)
-        return {name: [Sensitivity(moment, torch.empty(0)) for moment in each.moments] for name, each in seen.items()}
-
-    def _gradients(self, j: int, tensors: Sequence[MatrixTensor]) -> dict[str, list[Sensitivity]]:
-        """What errors of each matrix do."""
         num_tokens = 0
-        with watched(self._model.layers[j], tensors) as seen:
+        with watched(target, tensors) as seen:
             for k, row in enumerate(self._rows):
                 replay_with_gradients(self._model, j, row, seed=j * len(self._rows) + k)
                 num_tokens += len(row.tokens)
-        return {name: each.means(num_tokens) for name, each in seen.items()}
+        found: dict[MatrixKey, Parts] = {}
+        for name, known in known_sensitivities(seen, num_tokens).items():
+            for i, (weight, own) in enumerate(zip(values[name], known, strict=True)):
+                found[f"{j}/{name}/{i}"] = self._scheme.observe(weight, own)
+        Binding(target, layout_of(target)).to_meta()
+        Binding(layer, layout_of(layer)).to_meta()
+        self._on_layer(j, found)
 
 
 class _Checkpoints:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from flexgen_helm.compression.matrices import matrix_tensors
-from flexgen_helm.compression.schemes import SelfFitted
+from flexgen_helm.compression.schemes import EntropyCoded
 from flexgen_helm.compression.sensitivity import probe
 from flexgen_helm.errors import CorruptFile, UnsupportedModel
 from flexgen_helm.loading.source import ModelSource, open_model
@@ -21,8 +21,8 @@ from flexgen_helm.model.layers import layers_of
 from flexgen_helm.model.recorder import RecordedModel, Recording
 from flexgen_helm.runtime.engine import Engine
 from flexgen_helm.runtime.fitting import own_text
-from flexgen_helm.runtime.fitting.gradients import replay_with_gradients, watched
-from flexgen_helm.runtime.fitting.statistics import observe_model
+from flexgen_helm.runtime.fitting.gradients import Gradients, known_sensitivities, replay_with_gradients, watched
+from flexgen_helm.runtime.fitting.statistics import observe_model, random_tokens
 from tests.workbench import Workbench
 
 
@@ -30,12 +30,12 @@ def _source(bench: Workbench, family: str) -> ModelSource:
     return open_model(str(bench.folder(family)), dtype="float32", device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mamba2"])
 def test_statistics_are_those_of_autograd_within_each_layer(bench: Workbench, tmp_path: Path, family: str) -> None:
     source = _source(bench, family)
-    model = source.described(source.read()).model
-    tokens = torch.randint(10, 60, (2, 24), generator=torch.Generator().manual_seed(0))
-    found = observe_model(source, SelfFitted(4.5), tmp_path, tokens)
+    loaded = source.described(source.read())
+    model, tokens = loaded.model, random_tokens(loaded)
+    found = observe_model(source, EntropyCoded(4.5), tmp_path)
     linears: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     # transformers' own forward goes through all layers with one graph; gradients are cut at the inputs of each layer.
     losses: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -60,6 +60,7 @@ def test_statistics_are_those_of_autograd_within_each_layer(bench: Workbench, tm
         ]
         g = torch.cat(gradients).double()
         x = torch.cat([inputs.detach()[0] for inputs, _ in calls]).double()
+        g *= x.any(1, keepdim=True)  # a padding token, whose embedding is 0, counts as padding
         columns, rows = (x.square() * g.square().sum(1, keepdim=True)).mean(0), g.square().mean(0)
         torch.testing.assert_close(found[key]["columns"].double(), columns, rtol=2e-3, atol=1e-9)
         torch.testing.assert_close(found[key]["rows"].double(), rows, rtol=2e-3, atol=1e-9)
@@ -102,6 +103,22 @@ def test_statistics_of_experts_count_their_own_tokens(bench: Workbench, family: 
                 torch.testing.assert_close(each.double(), wanted, rtol=1e-4, atol=1e-9)
 
 
+def test_a_matrix_without_gradients_matters_as_the_median_of_its_layer() -> None:
+    seen = {"silent": Gradients(1, 5, 7), "silent experts": Gradients(2, 5, 7)}
+    for gradient in (1.0, 2.0, 3.0):
+        seen[str(gradient)] = Gradients(1, 3, 4)
+        output = torch.zeros(20, 4, requires_grad=True) * 1
+        seen[str(gradient)].watch(0, torch.ones(20, 3), output)
+        (output * gradient).sum().backward()
+    known = known_sensitivities(seen, 20)
+    for gradient in (1.0, 2.0, 3.0):
+        assert known[str(gradient)][0].columns.tolist() == [4 * gradient**2] * 3
+    # Errors of single weights cost 1, 4 and 9 times their squares.
+    for each in (*known["silent"], *known["silent experts"]):
+        assert each.columns.tolist() == [7 * 4] * 5
+        assert each.rows.tolist() == [1] * 7
+
+
 def test_layers_without_gradients_are_refused(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     def replay(self: RecordedModel, j: int, row: Recording) -> None:
         assert row.hidden is not None
@@ -109,7 +126,7 @@ def test_layers_without_gradients_are_refused(bench: Workbench, monkeypatch: pyt
 
     monkeypatch.setattr(RecordedModel, "replay", replay)
     model = RecordedModel(_source(bench, "llama").read())
-    with pytest.raises(UnsupportedModel, match=r"Layer 3 cannot be differentiated .* Use `-entropy`"):
+    with pytest.raises(UnsupportedModel, match=r"Layer 3 cannot be differentiated .* Use `-minmax`"):
         replay_with_gradients(model, 3, Recording(hidden=torch.ones(1, 4, 8)), seed=0)
 
 
