@@ -32,5 +32,5 @@ def draw(file: Path, lines: Sequence[Line]) -> None:
     for line, size, time in zip(lines, sizes, seconds, strict=True):
         axes.annotate(line.variant, (size, time), textcoords="offset points", xytext=(6, 6))
     axes.set(xlabel="GiB read in a sweep", ylabel="seconds", xlim=(0, max(sizes) * 1.15), ylim=(0, None))
-    axes.legend(loc="upper left")
+    figure.legend(loc="outside lower center", ncols=3)  # within the axes it would hide points
     figure.savefig(file, format="png", dpi=120)
