@@ -35,7 +35,7 @@ test-versions: env  ## Run what depends on transformers with its lowest version 
 test-simulated-gpu: env  ## Run every placement, family and limit on the simulated GPU; `test` runs a part of them.
 	@$(TEST_ENV) $(BIN)/$(PYTEST) --dist load -m slow tests/simulated_gpu tests/runtime/test_gpu.py
 
-gate: env  ## Check on a real model that placement and block sizes change no bit, with INSTANCES="10" of each run entry.
+gate: env  ## Check on a real model that placement and block sizes change no bit, with INSTANCES="5" of each run entry.
 	@$(TEST_ENV) $(BIN)/python .ci/gate.py $(addprefix -m ,$(INSTANCES))
 
 demo: env  ## Evaluate a real model on real questions with HELM and print the scores.
