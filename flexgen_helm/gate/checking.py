@@ -109,4 +109,4 @@ def _notes(evidence: Evidence) -> Iterator[str]:
         if number:
             yield f"the {side} lacks {number:,} rows that the other side has; only common ones are judged"
     if evidence.part.left_out:
-        yield f"judged alone, because their scores are no shares of right answers: {', '.join(evidence.part.left_out)}"
+        yield f"judged alone, because they have no scores that are shares of right answers: {', '.join(evidence.part.left_out)}"
