@@ -44,7 +44,8 @@ def main() -> int:
         fidelity_tokens=args.fidelity_tokens or (FULL_FIDELITY_TOKENS if args.full else FIDELITY_TOKENS),
         out=args.out,
     )
-    return run(study)
+    status: int = run(study)
+    return status
 
 
 if __name__ == "__main__":

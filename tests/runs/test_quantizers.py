@@ -86,17 +86,18 @@ def test_sensitivities_are_gradients_within_a_layer(subject: Subject) -> None:
             self.linear = nn.Linear(20, 20, bias=False)
 
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            return hidden + self.linear(hidden)
+            added: torch.Tensor = self.linear(hidden)
+            return hidden + added
 
-    layers = nn.ModuleList([Layer(), Layer()])
+    layers = [Layer(), Layer()]
 
     def forward(ids: torch.Tensor, use_cache: bool) -> None:
         hidden = nn.functional.one_hot(ids, 20).float()
         for layer in layers:
             hidden = layer(hidden)
 
-    subject.model.model = forward  # type: ignore[assignment]
-    forward.layers = layers  # type: ignore[attr-defined]
+    subject.model.model = forward
+    forward.layers = nn.ModuleList(layers)  # type: ignore[attr-defined]
     subject.linears = {str(j): layer.linear for j, layer in enumerate(layers)}
     ids = torch.randint(20, (16, 500), generator=torch.Generator().manual_seed(0))
     found = subject.sensitivities(ids)
