@@ -15,9 +15,9 @@ from flexgen_helm.runs.accuracy_vs_compression.steps import Study, run
 from flexgen_helm.runs.accuracy_vs_compression.variants import VARIANTS
 from flexgen_helm.runs.command_line import make_parser, reports_errors
 
-INSTANCES, FIDELITY_TOKENS = 50, 4096
-"""By default."""
-ALL_INSTANCES, FULL_FIDELITY_TOKENS = 100_000, 12_000
+INSTANCES, FIDELITY_TOKENS = 50, 8 * 511 + 1
+"""By default. Eight whole windows of 512 tokens: a short last window would widen the intervals of all."""
+ALL_INSTANCES, FULL_FIDELITY_TOKENS = 100_000, 23 * 511 + 1
 """With ``--full``: more instances than any split has, and most of the address."""
 
 
