@@ -36,7 +36,7 @@ class FlexGenSummarizer(summarize.Summarizer):
         """Group the runs, and put figures of each deployment's engine into `GROUP`.
 
         Raises:
-            CorruptFile: A ``flexgen.json`` cannot be read.
+            CorruptFile: What this package recorded of a run cannot be read.
         """
         super().group_runs()
         if GROUP not in self.schema.name_to_run_group:

@@ -115,7 +115,7 @@ def _evaluating(study: Study, name: str, evaluation: Evaluation) -> Step:
 def is_evaluated(evaluation: Evaluation) -> bool:
     """Return whether every run of an evaluation is complete, with as many instances as are asked for.
 
-    HELM would run it again from cached answers, and ``flexgen.json`` would lose the speed of the first time.
+    HELM would run it again from cached answers, and the record of the first time, with its speed, would be lost.
     """
     complete = [
         run

@@ -254,7 +254,8 @@ def test_report_compares_with_the_best_batch() -> None:
     sweeps = [engine_side.Sweep(4.0, 64, 0, 4 * 10**9, "device"), engine_side.Sweep(2.0, 0, 8, 2 * 10**9, "disk_read")]
     stats = {"sweeps": 2, "prompt_tokens_computed": 64, "prompt_tokens_asked": 80, "peak_bytes": 2**30}
     tokens = [[1]] * 8
-    answers = engine_side.Answers(3.0, 20.0, tokens, [[0.1]] * 8, {"device": 1, "host": 0, "disk": 3}, stats, sweeps)
+    weight_bytes = {"device": 1, "host": 0, "disk": 3}
+    answers = engine_side.Answers(3.0, 20.0, tokens, [[0.1]] * 8, weight_bytes, stats, 16.0, 30.0, sweeps)
     ours = Ours(Measured(Ended(0, 30.0), 1e9, 1e9, ""), answers)
     text = "\n".join(render(Work("part", tokens, 1), theirs, ours, compare(theirs.best[1].tokens, tokens, answers.gaps)))
     assert "ratio: 2.00 times Accelerate" in text  # 8 in 20 s against 4 in 20 s

@@ -99,10 +99,11 @@ def test_compressed_weights_are_unpacked_on_a_gpu_to_the_bits_of_a_resident_mode
     """Packed on the device, on the host and on disk; bits of the weights are those of a CPU."""
     folder, jobs = str(save_tiny("llama", tmp_path, num_layers=3)), fixed_mix(31, 4)
     options: dict[str, Any] = {"compression": variant, "offload_folder": tmp_path / "slabs", "dtype": "bfloat16"}
-    with Engine.from_pretrained(folder, device="cuda", policy=POLICY, **options) as engine:
-        expected = engine.run(jobs)
+    # First, so that weights are fitted on the CPU: the simulated GPU has no gradients.
     with Engine.from_pretrained(folder, device="cpu", policy=POLICY, **options) as engine, engine.layer_weights(1) as weights:
         on_cpu = {name: weight.clone() for name, weight in weights.items()}
+    with Engine.from_pretrained(folder, device="cuda", policy=POLICY, **options) as engine:
+        expected = engine.run(jobs)
     with Engine.from_pretrained(folder, device="cuda", policy=replace(POLICY, weights=shares), **options) as engine:
         assert engine.run(jobs) == expected
         assert engine.run(jobs) == expected
