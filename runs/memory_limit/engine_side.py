@@ -64,7 +64,7 @@ class Answers:
     """By tier."""
     stats: dict[str, Any]
     bits_per_weight: float
-    """Of compressed matrices, or of all weights if none are compressed."""
+    """Of compressed matrices; if none are compressed, of all weights on disk, or of all weights."""
     processor_s: float
     """Seconds of all cores together while prompts were answered."""
     sweeps: list[Sweep] = field(default_factory=list)
@@ -111,7 +111,7 @@ def answer(task: Task) -> Answers:
             gaps=[[best[0].logprob - best[1].logprob for best in one.top_logprobs] for one in completions],
             weight_bytes=info.weight_bytes,
             stats=engine.stats.as_dict(),
-            bits_per_weight=info.bits_per_compressed_weight or info.bits_per_weight,
+            bits_per_weight=info.bits_per_compressed_weight or info.bits_per_weight_on_disk or info.bits_per_weight,
             processor_s=processor_s,
             sweeps=[Sweep.of(sweep) for sweep in engine.stats.per_sweep],
         )
