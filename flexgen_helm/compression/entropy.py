@@ -290,7 +290,7 @@ def multiply_into(coded: Mapping[str, Tensor], target: Tensor) -> None:
     numbers = coded["values"].float() * steps[places % len(steps)] * factors[places // len(steps)]
     parts = (x.split(max(1, NUMBERS_AT_ONCE // len(steps))) for x in (coded["integers"], factors[:, None], target))
     for integers, own, rows in zip(*parts, strict=True):
-        torch.mul(integers * steps, own, out=rows)  # computed in fp32, to which int8 and fp32 are promoted
+        torch.mul(integers * steps, own, out=rows)  # computed in fp32
     target.view(-1)[places] = numbers.to(target.dtype)
 
 
