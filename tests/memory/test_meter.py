@@ -110,11 +110,8 @@ def test_peaks_are_those_of_sums_and_of_this_run() -> None:
     meter.hold("host", "hidden", 20)
     meter.hold("disk", "cache", 5)
     meter.hold("host", "hidden", 0)
-    ballast = torch.ones(2**24)
-    meter.end_sweep(0, 0, 0)
     meter.end_run(stats)
     assert stats.tier_peak_bytes == {"host": 120, "disk": 5}
-    assert 0.9 * ballast.nbytes < stats.peak_bytes - stats.idle_bytes < 3 * ballast.nbytes
 
 
 def test_threads_lose_nothing() -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.usage import PeakBytes, free_bytes, total_bytes, used_bytes
+from flexgen_helm.types import RunStats
 from tests.memory.alone import alone
 
 CPU = torch.device("cpu")
@@ -112,3 +114,13 @@ def test_a_peak_is_what_the_kernel_saw_or_else_what_was_sampled() -> None:
             peak.sample()
         del ballast
         assert 0.9 * count < peak.bytes() - peak.begun < 1.5 * count
+
+
+@alone
+def test_a_run_samples_its_memory_at_the_end_of_every_sweep() -> None:
+    meter, stats = Meter(CPU), RunStats()
+    meter.begin_run()
+    ballast = torch.ones(2**26, dtype=torch.uint8)
+    meter.end_sweep(0, 0, 0)
+    meter.end_run(stats)
+    assert 0.9 * ballast.nbytes < stats.peak_bytes - stats.idle_bytes < 1.5 * ballast.nbytes
