@@ -36,9 +36,9 @@ from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
+from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import WINDOW_CHUNKS, Visit, VisitGroup, row_groups
-from flexgen_helm.kv_cache.pages import Place
+from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, Form, Place
 
 Index = slice | Tensor
 """Indices ``[n]``; consecutive ones as a slice, which costs no copy."""
@@ -70,7 +70,8 @@ class ChunkCall:
     """One kernel call over B chunks of L = 128 keys, with M queries for each; N of the B * M queries are real.
 
     Attributes:
-        pages: The call's pages, by their place.
+        form: The form of the call's pages.
+        pages: The pages, by their place.
         num_chunks: B.
         queries: ``[B * M]``: the row position of each padded query.
         real: ``[N]``: which padded queries are no padding.
@@ -80,6 +81,7 @@ class ChunkCall:
         outputs: ``[N]``: the window output r * T + t of each real query.
     """
 
+    form: Form
     pages: list[PlacedPages]
     num_chunks: int
     queries: Index
@@ -162,9 +164,9 @@ class _Planner:
             full = torch.ones(len(queries), CHUNK_TOKENS, dtype=torch.bool, device=self.device)
             full[self._index(real)] = allowed | ~seen[:, None]
             mask = self._additive(full).view(len(group.chunks), 1, group.num_queries, CHUNK_TOKENS)
-        pages = self._placed([visits[0] for visits in group.chunks])
+        form, pages = self._placed([visits[0] for visits in group.chunks])
         indices = (self._index(queries), self._index(real))
-        call = ChunkCall(pages, len(group.chunks), *indices, False, mask, dead, self._index(outputs))
+        call = ChunkCall(form, pages, len(group.chunks), *indices, False, mask, dead, self._index(outputs))
         return _Planned(call, outputs)
 
     def _single(self, group: VisitGroup) -> _Planned | None:
@@ -179,21 +181,21 @@ class _Planner:
         outputs = [self._output(visit.chunk, t) for visit, t in zip(visits, rows, strict=True)]
         mask = self._additive(allowed[seen])[:, None, None]
         indices = (self._index(rows), slice(len(rows)))
-        call = ChunkCall(self._placed(visits), len(visits), *indices, True, mask, None, self._index(outputs))
+        call = ChunkCall(*self._placed(visits), len(visits), *indices, True, mask, None, self._index(outputs))
         return _Planned(call, outputs)
 
     def _output(self, chunk: int, t: int) -> int:
         """The window output of the token at row position t, from one chunk."""
         return chunk % WINDOW_CHUNKS * self.row_size + t
 
-    def _placed(self, visits: list[Visit]) -> list[PlacedPages]:
-        """The pages of all visits' chunks, by their place."""
+    def _placed(self, visits: list[Visit]) -> tuple[Form, list[PlacedPages]]:
+        """The form of the visits, and the pages of all their chunks, by their place."""
+        form = visits[0].form
         by_place: dict[Place, list[tuple[int, int]]] = defaultdict(list)
-        pages = [(page, visit.segment.kept) for visit in visits for page in visit.pages]
-        for i, (page, kept) in enumerate(pages):
-            place, index = self.pages.find(page, kept=kept)
+        for i, page in enumerate(page for visit in visits for page in visit.pages):
+            place, index = self.pages.find(page, form)
             by_place[place].append((index, i))
-        return [
+        return form, [
             PlacedPages(place, *torch.tensor(found, device=self.device).T)
             if len(by_place) > 1
             else PlacedPages(place, torch.tensor([index for index, _ in found], device=self.device), None)

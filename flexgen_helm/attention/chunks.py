@@ -9,10 +9,9 @@ from torch import Tensor
 
 from flexgen_helm.attention.calls import ChunkCall
 from flexgen_helm.attention.kernels import ChunkOutput, attend_chunk
-from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS
 from flexgen_helm.attention.visits import QUERY_PAD
 from flexgen_helm.kv_cache.page_format import PageTensors
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS
 
 GATHERED_BYTES = 32 << 20
 """Bytes of K and V that are gathered at a time on a GPU."""

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF, Merged
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
+from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import Visit, row_visits
 from flexgen_helm.kv_cache.page_format import PageTensors
-from flexgen_helm.kv_cache.pages import Place
+from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, Place
 
 PLACES: tuple[Place, ...] = ("device", "host", "staged")
 """Places of pages that decode rows read."""
@@ -63,7 +63,7 @@ class DecodePlan:
             seen = np.any(masks, axis=1)
             visits, masks = [visit for visit, any_key in zip(visits, seen, strict=True) if any_key], masks[seen]
         chunks = [list(group) for _, group in itertools.groupby(visits, key=_chunk_key)]
-        found = [[pages.find(page, kept=True) for page in chunk[0].pages] for chunk in chunks]
+        found = [[pages.find(page) for page in chunk[0].pages] for chunk in chunks]
         return cls(
             np.array([[PLACES.index(place) for place, _ in chunk] for chunk in found], np.int64).reshape(-1, 4),
             np.array([[number for _, number in chunk] for chunk in found], np.int64).reshape(-1, 4),

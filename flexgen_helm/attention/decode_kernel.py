@@ -13,8 +13,7 @@ import numpy as np
 from numba import njit
 
 from flexgen_helm.attention.decode_intrinsics import LANES, array_at, fma, multiply_add, transpose_block
-from flexgen_helm.attention.row_pages import CHUNK_TOKENS
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, PAGE_TOKENS
 from flexgen_helm.machine.compiled import compiled, size
 
 REORDERED = {"contract", "reassoc", "nsz"}

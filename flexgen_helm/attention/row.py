@@ -48,7 +48,7 @@ class _Writes:
         for segment in pages.row.segments:
             self._copy(segment)
             for i, position in enumerate(range(segment.start, segment.end)):
-                place, page, token = self._spot(segment, segment.table[position // PAGE_TOKENS], position % PAGE_TOKENS)
+                place, page, token = self._spot(segment.table[position // PAGE_TOKENS], position % PAGE_TOKENS)
                 new[place].append((offset + i, page, token))
             offset += len(segment.tokens)
         copies: dict[tuple[Place, Place], list[tuple[int, int, int, int]]] = defaultdict(list)
@@ -77,12 +77,12 @@ class _Writes:
         if segment.copy is not None:
             source, target, count = segment.copy
             for i in range(count):
-                spot = self._spot(segment, source, i)
+                spot = self._spot(source, i)
                 # A page copied in this very row is not filled yet: copy from where the token itself is.
-                self._copies[self._spot(segment, target, i)] = self._copies.get(spot, spot)
+                self._copies[self._spot(target, i)] = self._copies.get(spot, spot)
 
-    def _spot(self, segment: Segment, page: int, token: int) -> _Spot:
-        return *self._pages.find(page, kept=segment.kept), token
+    def _spot(self, page: int, token: int) -> _Spot:
+        return *self._pages.find(page), token
 
     def _columns(self, place: Place, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         pages, tokens = torch.tensor(rows, device=HOST if place == "host" else self._device).T.contiguous()

@@ -57,6 +57,22 @@ class Scores:
 
 
 @dataclass(eq=False)
+class ExactPages:
+    """Exact pages of consecutive tokens, in a cache that seals pages: see `flexgen_helm.schedule.exact_tables`."""
+
+    own: list[int]
+    """Kept pages of these tokens alone that are reserved for the chunk in which they end."""
+    table: list[int] = field(default_factory=list)
+    """Pages of the whole sequence, from position 0 up to the last token that was given one."""
+    copy: tuple[int, int, int] | None = None
+    """See `SequencePages.copy`."""
+    num_given: int = 0
+    """Pages of ``own`` that are in the table."""
+    borrowed: list[tuple[int, int]] = field(default_factory=list)
+    """Pages of a chunk in whose middle a sweep ended, each behind the absolute position at which the chunk ends."""
+
+
+@dataclass(eq=False)
 class SequencePages:
     """Pages that hold the K and V of consecutive tokens, which go on behind a node."""
 
@@ -69,6 +85,19 @@ class SequencePages:
     the last page of the prefix."""
     in_tail: bool
     """Whether these tokens begin in the rest of the prefix's last page."""
+    exact: ExactPages | None = field(default=None, kw_only=True)
+    """Their pages in the exact form, if ``table`` has sealed ones."""
+
+
+    @property
+    def written_copy(self) -> tuple[int, int, int] | None:
+        """``copy`` in the form in which tokens are written."""
+        return self.copy if self.exact is None else self.exact.copy
+
+    @property
+    def exact_table(self) -> list[int] | None:
+        """The exact pages, if ``table`` has sealed ones."""
+        return None if self.exact is None else self.exact.table
 
 
 @dataclass(eq=False, kw_only=True)

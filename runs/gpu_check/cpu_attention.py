@@ -12,8 +12,8 @@ import torch
 
 from flexgen_helm.attention.calls import ChunkCall, PlacedPages
 from flexgen_helm.attention.chunks import LocatedPages, attend_call
-from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS
 from flexgen_helm.kv_cache.page_format import PageFormat
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS
 from flexgen_helm.machine.rates import random_numbers
 from flexgen_helm.runs.gpu_check.copies import Streams, best_seconds, buffers
 from flexgen_helm.runs.gpu_check.sizes import Sizes

@@ -18,12 +18,12 @@ class PagedMachine(Machine):
 
     def __init__(self, policy: ResolvedPolicy, specs: list[Spec]) -> None:
         super().__init__(policy, specs)
-        self.slots: dict[tuple[bool, int], Prefix] = {}
+        self.slots: dict[tuple[int, int], Prefix] = {}
         self.most_at_once = max([policy.block_size, *(len(spec.limits) for spec in specs)])
         """Completions that may decode side by side: a prompt's own are never taken apart."""
 
     def run(self, sweep: Sweep) -> None:
-        for key in [key for key in self.slots if not key[0]]:
+        for key in [key for key in self.slots if key[0] < 0]:
             del self.slots[key]  # what is not kept is gone with the layer
         assert sweep.num_decode_tokens <= self.most_at_once
         for row in sweep.rows:
@@ -35,19 +35,18 @@ class PagedMachine(Machine):
         if segment.copy is not None:
             source, target, count = segment.copy
             for i in range(count):
-                moved = self.slots[segment.kept, source * PAGE_TOKENS + i]
-                self.slots[segment.kept, target * PAGE_TOKENS + i] = moved
+                self.slots[target, i] = self.slots[source, i]
         for i, token in enumerate(segment.tokens):
             position = segment.start + i
-            before = [self.slots[segment.kept, self._slot(segment, p)] for p in range(position)]
+            before = [self.slots[self._slot(segment, p)] for p in range(position)]
             prefix = (*(before[-1] if before else ()), token)
             assert [held == prefix[: p + 1] for p, held in enumerate(before)] == [True] * position
-            self.slots[segment.kept, self._slot(segment, position)] = prefix
+            self.slots[self._slot(segment, position)] = prefix
             self.answer(segment, i, prefix)
 
     @staticmethod
-    def _slot(segment: Segment, position: int) -> int:
-        return segment.table[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
+    def _slot(segment: Segment, position: int) -> tuple[int, int]:
+        return segment.table[position // PAGE_TOKENS], position % PAGE_TOKENS
 
 
 def pages_alone(work: PromptWork) -> int:
