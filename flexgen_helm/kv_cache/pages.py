@@ -22,6 +22,8 @@ NUM_BUFFERS = 3
 
 Place = Literal["transient", "device", "host", "staged"]
 """The place where attention reads a page: among the layer's transient pages, kept on the device or the host, or in a slot."""
+Form = Literal["exact", "sealed"]
+"""The form in which a query reads a chunk: its own chunk exact, every earlier one sealed where the cache compresses K or V."""
 
 
 def num_pages(start: int, end: int) -> int:
