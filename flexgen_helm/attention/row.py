@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexgen_helm.attention.calls import ChunkCall, Window, as_index, plan_attention
 from flexgen_helm.attention.chunks import LocatedPages, attend_call
-from flexgen_helm.attention.decode import DecodeAttention, DecodePlan
+from flexgen_helm.attention.decode import DecodeAttention, DecodePlan, LayerPages
 from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.masks import MaskRule
@@ -207,7 +207,7 @@ class RowAttention:
             self._decode_plans[rule] = decode.plan(self._pages, rule)
         plans = self._decode_plans[rule]
         slots = self._loaded[j].slots if self._pages.staged.pages else None
-        work = partial(decode.attend, plans, q.cpu(), stores, slots, scale=scale, softcap=softcap)
+        work = partial(decode.attend, plans, q.cpu(), {"exact": LayerPages(stores, slots)}, scale=scale, softcap=softcap)
         if self._host is None:
             return work()
         page_bytes = next(iter(stores.values())).format.num_bytes

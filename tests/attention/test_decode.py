@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from numba import njit
 from torch import Tensor
 
-from flexgen_helm.attention.decode import KINDS, DecodeAttention, DecodePlan
+from flexgen_helm.attention.decode import KINDS, DecodeAttention, DecodePlan, LayerPages
 from flexgen_helm.attention.decode_intrinsics import multiply_add
 from flexgen_helm.attention.decode_kernel import _load, _powers_of_two, _transpose
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import row_visits
 from flexgen_helm.kv_cache.page_format import PageFormat, PageTensors
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageMap
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, PageCounts, PageMap
 from flexgen_helm.schedule.rows import Row, Segment
 from tests.attention.test_row import RULES, Heads, Options, dense
 
@@ -81,6 +81,7 @@ class Sequences:
         num_pages = max(map(max, self.tables)) + 1
         k, v = (torch.randn(num_pages, heads.kv, PAGE_TOKENS, d, generator=chance).to(dtype) for d in (heads.dim, heads.dim_v))
         self.stores = PageTensors(PageFormat.plain(*(x[0].transpose(0, 1) for x in (k, v))), k, v)
+        self.forms: dict[Form, LayerPages] = {"exact": LayerPages({"device": self.stores})}
         self.queries = torch.randn(16, heads.q, heads.dim, generator=chance)
         self.lengths = lengths
 
@@ -92,15 +93,19 @@ class Sequences:
         queries = torch.zeros_like(self.queries)
         queries[: len(chosen)] = self.queries[chosen]
         scale = queries.shape[-1] ** -0.5
-        plans = decode.plan(pages, RULES[options.rule])
-        _, den, total = decode.attend(plans, queries, {"device": self.stores}, None, scale=scale, softcap=options.softcap)
+        plans = decode.plan(pages, RULES[options.rule], sealed="sealed" in self.forms)
+        _, den, total = decode.attend(plans, queries, self.forms, scale=scale, softcap=options.softcap)
         assert not total[len(chosen) :].any()
         return total[: len(chosen)] / den[: len(chosen), :, None]
+
+    def whole(self, i: int, pages: Tensor) -> Tensor:
+        """K or V of a sequence, ``[T, H_kv, D]``, from ``[pages, H_kv, 32, D]``."""
+        return pages[self.tables[i]].transpose(1, 2).flatten(0, 1)[: self.lengths[i]].float()
 
     def expected(self, i: int, options: Options) -> Tensor:
         """The same by plain attention."""
         n = self.lengths[i]
-        k, v = (x[self.tables[i]].transpose(1, 2).flatten(0, 1)[:n].float() for x in (self.stores.k, self.stores.v))
+        k, v = (self.whole(i, x) for x in self.stores.tensors)
         q = torch.zeros(n, *self.queries.shape[1:])
         q[-1] = self.queries[i]
         return dense(q, k, v, options, None)[-1]
