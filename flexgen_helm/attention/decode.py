@@ -18,7 +18,7 @@ from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import Visit, row_visits
 from flexgen_helm.kv_cache.page_format import PageTensors, PartFormat
-from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, Form, Place
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, Form, Place
 
 PLACES: tuple[Place, ...] = ("device", "host", "staged")
 """Places of pages that decode rows read."""
@@ -62,6 +62,11 @@ class LayerPages:
 
     stores: Mapping[Place, PageTensors]
     slots: Tensor | None = None
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of K and V of a page."""
+        return next((x.format.num_bytes for x in self.stores.values()), 0)
 
     def locate(self, places: Array, pages: Array, part: int) -> LocatedPart:
         """Find pages in memory.
@@ -152,6 +157,12 @@ class DecodePlan:
                 for target, source in zip(found, located, strict=True):
                     target[chosen] = source
         return found
+
+    def num_bytes(self, forms: Mapping[Form, LayerPages]) -> int:
+        """Bytes of K and V that are read."""
+        num_sealed = int(self.sealed.sum())
+        chunks: dict[Form, int] = {"exact": len(self.sealed) - num_sealed, "sealed": num_sealed}
+        return sum(CHUNK_PAGES * chunks[form] * layer.page_bytes for form, layer in forms.items())
 
 
 class DecodeAttention:

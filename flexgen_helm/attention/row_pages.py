@@ -81,6 +81,14 @@ def touched_pages(segment: Segment, form: Form) -> TouchedPages:
     return TouchedPages(pages, frozenset(begun), frozenset(table[first:]))
 
 
+def sealed_now(segment: Segment) -> list[tuple[int, int]]:
+    """Exact and sealed number of every page that is full once a segment is written; none if nothing is sealed."""
+    if segment.exact is None:
+        return []
+    full = slice(segment.start // PAGE_TOKENS, segment.end // PAGE_TOKENS)
+    return list(zip(segment.exact[full], segment.table[full], strict=True))
+
+
 def exact_table(segment: Segment) -> list[int]:
     """Exact pages of a segment's sequence up to its end; later pages hold nothing yet."""
     return _until(segment.table if segment.exact is None else segment.exact, segment)

@@ -37,14 +37,27 @@ class GrowingPages:
         self._capacity = capacity
         self.num_bytes = 0
         """Bytes of all tensors when all their pages are in use."""
-        self._pages = 0 if grows or capacity is None else capacity
+        self._grows = grows or capacity is None
+        self._pages = 0
         self._tensors: dict[tuple[CacheKey, PageFormat], PageTensors] = {}
 
-    def reserve(self, pages: int) -> None:
-        """Make room for pages numbered below this; tensors follow at their next use."""
-        if pages > self._pages:
+    def reserve(self, pages: int, limit: int | None = None) -> None:
+        """Make room for pages numbered below this; tensors follow at their next use.
+
+        Args:
+            pages: Their number.
+            limit: There are never more as long as any is in use; None: the capacity. A lower limit than the last one says that
+                none was in use meanwhile.
+        """
+        limit = self._capacity if limit is None else limit
+        if limit is not None and self._pages > limit:
+            self._tensors.clear()
+            self._pages = 0
+        if limit is not None and not self._grows:
+            self._pages = limit
+        elif pages > self._pages:
             grown = max(pages, int(GROWTH * self._pages))
-            self._pages = grown if self._capacity is None else min(grown, self._capacity)
+            self._pages = grown if limit is None else min(grown, limit)
 
     def tensors(self, key: CacheKey, page_format: PageFormat, device: torch.device) -> PageTensors:
         """The pages of one attention call, made or made larger on a device where they are missing or too few."""

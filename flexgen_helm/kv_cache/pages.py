@@ -105,6 +105,11 @@ class PagePool:
             tier: _TierPages(self.capacities.first(tier), count) for tier, count in zip(TIERS, self.capacities, strict=True)
         }
 
+    @property
+    def limits(self) -> PageCounts:
+        """Pages that may be taken on each tier."""
+        return PageCounts(*(pages.limit for pages in self._tiers.values()))
+
     def resize(self, share: float) -> None:
         """Hand out no more than a share of the capacity of each tier; no page may be taken.
 
@@ -118,7 +123,7 @@ class PagePool:
     @property
     def capacity(self) -> int:
         """Pages on all tiers."""
-        return sum(pages.limit for pages in self._tiers.values())
+        return sum(self.limits)
 
     @property
     def num_free(self) -> int:
@@ -193,10 +198,12 @@ class PageMap:
 
 
 class PageStorage(NamedTuple):
-    """Storage of pages of one form: one more than the highest number in use, of kept pages on each tier and of transient ones."""
+    """Storage of pages of one form."""
 
     kept: PageCounts = PageCounts(0)
+    """One more than the highest number in use on each tier, among the tier's own."""
     transient: int = 0
+    """Likewise of transient pages."""
 
 
 class StagedPages(NamedTuple):

@@ -88,7 +88,6 @@ class SequencePages:
     exact: ExactPages | None = field(default=None, kw_only=True)
     """Their pages in the exact form, if ``table`` has sealed ones."""
 
-
     @property
     def written_copy(self) -> tuple[int, int, int] | None:
         """``copy`` in the form in which tokens are written."""
