@@ -92,6 +92,25 @@ class WritablePart(PartFormat, Protocol):
         """The tokens ``[n, num_heads, dim]`` that `write` stored."""
 
 
+@runtime_checkable
+class SealablePart(PartFormat, Protocol):
+    """A form that whole exact pages take when they are sealed."""
+
+    def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
+        """Store whole pages.
+
+        Args:
+            stored: Stored pages.
+            pages: ``[n]``, without repetition.
+            exact: ``[n, num_heads, 32, dim]`` of `dtype`, finite, on any device.
+        """
+
+
+def bits_per_element(part: PartFormat) -> float:
+    """Return the stored bits of a number of K or V, scales and the like included."""
+    return 8 * part.num_bytes / (part.num_heads * PAGE_TOKENS * part.dim)
+
+
 @dataclass(frozen=True)
 class PlainPart:
     """K or V stored as it is: ``[pages, num_heads, 32, dim]``, heads first, so that the tokens of a head are one stretch."""
@@ -122,6 +141,10 @@ class PlainPart:
     def read(self, stored: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
         """The tokens ``[n, num_heads, dim]`` at some places."""
         return stored[pages, :, tokens]
+
+    def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
+        """Store whole pages ``[n, num_heads, 32, dim]`` as they are."""
+        stored[pages] = exact.to(stored.device)
 
     def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Copy pages of single heads: ``[n, 32 * dim]``."""
@@ -154,6 +177,11 @@ class PageFormat:
     def num_bytes(self) -> int:
         """Bytes of one stored page, K and V together."""
         return self.k.num_bytes + self.v.num_bytes
+
+    @property
+    def bits_per_element(self) -> tuple[float, float]:
+        """Stored bits of a number of K, and of one of V."""
+        return bits_per_element(self.k), bits_per_element(self.v)
 
     @property
     def num_bytes_per_token(self) -> int:
@@ -205,6 +233,14 @@ class PageTensors:
     def parts(self) -> tuple[tuple[PartFormat, Tensor], tuple[PartFormat, Tensor]]:
         """K and V, each with its form."""
         return (self.format.k, self.k), (self.format.v, self.v)
+
+    @property
+    def sealable_parts(self) -> tuple[tuple[SealablePart, Tensor], tuple[SealablePart, Tensor]]:
+        """K and V, each with its form, of pages that are stored as a whole."""
+        k, v = self.format.parts
+        assert isinstance(k, SealablePart)
+        assert isinstance(v, SealablePart)
+        return (k, self.k), (v, self.v)
 
     @property
     def writable_parts(self) -> tuple[tuple[WritablePart, Tensor], tuple[WritablePart, Tensor]]:
