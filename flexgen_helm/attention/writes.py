@@ -1,4 +1,4 @@
-"""What a row writes into pages: its own tokens, tokens copied where sequences part inside a page, and pages that are full now."""
+"""What a row writes: its own tokens, tokens copied where sequences part inside a page, and the sealed form of full pages."""
 
 from __future__ import annotations
 

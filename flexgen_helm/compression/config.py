@@ -116,6 +116,11 @@ class CompressionConfig:
         return self._weights if self.scheme == "fixed" else f"{self._weights}-{self.scheme}"
 
     @property
+    def cache_scheme(self) -> str:
+        """Name of everything that decides the stored K and V; "plain" where they are not compressed."""
+        return f"{self._cache}{'-flexgen' if self.flexgen else ''}" if self.compresses_cache else "plain"
+
+    @property
     def description(self) -> str:
         """The variant in words, such as "4-bit weights, 8-bit K/V"; empty where nothing is compressed."""
         parts = [part for part in (self._describe_weights(), *self._describe_cache()) if part]
@@ -170,7 +175,6 @@ PARTS: Mapping[str, str] = {
 }
 """Parts of a name, for messages."""
 UNBUILT: Mapping[str, tuple[str, Callable[[CompressionConfig], bool]]] = {
-    "kv": ("K and V of less than 16 bits", lambda config: config.compresses_cache),
     "s": ("reading a part of V", lambda config: config.sparsity is not None),
     "-flexgen": ("FlexGen's compression of K and V", lambda config: config.flexgen),
 }

@@ -31,3 +31,7 @@ class CacheFormat:
         if not self.seals:
             return {"exact": exact}
         return {"exact": exact, "sealed": sealed_format(exact, k_bits=self.k_bits, v_bits=self.v_bits)}
+
+
+PLAIN_CACHE = CacheFormat()
+"""K and V as they are."""

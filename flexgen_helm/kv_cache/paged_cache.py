@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgen_helm.kv_cache.cache_format import CacheFormat
+from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.kv_cache.form_pages import FormPages
 from flexgen_helm.kv_cache.page_format import CacheKey, PageTensors
 from flexgen_helm.kv_cache.pages import Form, PageMap, PagePool, PageStorage, Place
@@ -33,7 +33,7 @@ class PagedCache:
         self,
         pools: Mapping[Form, PagePool] | None = None,
         *,
-        cache_format: CacheFormat | None = None,
+        cache_format: CacheFormat = PLAIN_CACHE,
         device: Device = CPU,
         dtype: torch.dtype | None = None,
         offload_folder: Path | None = None,
@@ -43,7 +43,7 @@ class PagedCache:
 
         Args:
             pools: Say how many pages of each form each tier has; None: a device without bound.
-            cache_format: How K and V are stored; None: as they are.
+            cache_format: How K and V are stored.
             device: The device that computes attention. Host pages are staged where it has a memory of its own.
             dtype: The dtype in which exact K and V are stored; None: as they come.
             offload_folder: The folder for the files of pages on disk, which go at `close`.
@@ -53,7 +53,7 @@ class PagedCache:
             PolicyError: If there are pages on disk and no folder for them.
             DiskFull: If the folder has no room for them.
         """
-        self._dtype, self._format = dtype, cache_format or CacheFormat()
+        self._dtype, self._format = dtype, cache_format
         self.meter = Meter(device.torch_device) if meter is None else meter
         self.device = device
         """The device that computes attention."""

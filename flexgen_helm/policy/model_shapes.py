@@ -35,6 +35,7 @@ class ModelShapes:
         kv_itemsize: Bytes of an element of K and V.
         first_layers_bytes: Bytes of the small model that is checked first: the first layers up to one of every kind, and a
             part of the vocabulary.
+        sealed_share: Bytes of a sealed page of K and V for each byte of an exact one; None: nothing is sealed.
     """
 
     num_layers: int
@@ -53,6 +54,7 @@ class ModelShapes:
     itemsize: int
     kv_itemsize: int
     first_layers_bytes: int
+    sealed_share: float | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -103,9 +105,10 @@ class ModelShapes:
             itemsize=2,
             kv_itemsize=2,
             first_layers_bytes=first_layers,
+            sealed_share=None,
         )
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes of K and V of one token in all layers, about: layers may differ."""
+        """Bytes of exact K and V of one token in all layers, about: layers may differ."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_itemsize

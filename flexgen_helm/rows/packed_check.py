@@ -10,7 +10,7 @@ from torch import Tensor
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS, num_pages
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, PageCounts, PageStorage, num_pages
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows import self_check
 from flexgen_helm.rows.packed import PackedRows

@@ -317,7 +317,7 @@ class Engine:
             policy=self.policy,
             numerics=self.numerics,
             bits_per_weight=8 * num_bytes / count,
-            bits_per_cache_element=8.0 * parts.kv_dtype.itemsize,
+            bits_per_cache_element=8.0 * parts.kv_dtype.itemsize * (parts.plan.shapes.sealed_share or 1.0),
             planned_bytes={str(tier): count for tier, count in weights.needed_bytes.items()},
             cache_bytes={str(tier): count for tier, count in parts.cache_bytes.items()},
             weight_bytes={str(tier): count for tier, count in weights.weight_bytes.items()},

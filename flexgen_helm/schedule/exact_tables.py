@@ -15,10 +15,13 @@ from collections.abc import Iterable, Sequence
 
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, PagePool, num_pages, transient_page
 from flexgen_helm.schedule.rows import Continuation
-from flexgen_helm.schedule.tree import ExactPages, Node, NodePages
+from flexgen_helm.schedule.tree import ExactPages, Node, NodePages, SequencePages
 
 NUM_SPARE = 2 * CHUNK_PAGES
 """Pages for a prompt that is cut: those of the chunk that was cut last, and of the one that is cut next."""
+
+SEQUENCE_PAGES = 2 * CHUNK_PAGES
+"""Most pages of a prompt and one completion: those of the chunk in which the prompt ends, and a ring."""
 
 
 class ExactTables:
@@ -56,11 +59,12 @@ class ExactTables:
             ends: Number of tokens before completions, and the most tokens of each of them.
         """
         rings = sum(_ring(length, limit) for length, limits in ends for limit in limits)
-        return sum(map(self._num_own, nodes)) + rings
+        return sum(self._num_own(node, node.first_own) for node in nodes) + rings
 
-    def reserve(self, node: Node, *, kept: bool) -> ExactPages:
-        """Reserve a node's pages."""
-        return ExactPages(self.pool.allocate(self._num_own(node)) if kept else [])
+    def reserve(self, node: Node, pages: SequencePages, *, kept: bool) -> ExactPages:
+        """Reserve the exact pages of a node that has these sealed ones."""
+        first = node.start + (-node.start % PAGE_TOKENS if pages.in_tail else 0)
+        return ExactPages(self.pool.allocate(self._num_own(node, first)) if kept else [])
 
     def reserve_ring(self, length: int, max_new_tokens: int) -> ExactPages:
         """Reserve the pages of a completion behind ``length`` tokens."""
@@ -106,10 +110,10 @@ class ExactTables:
         self.pool.release(exact.own)
         self._spare += [page for _, page in exact.borrowed]
 
-    def _num_own(self, node: Node) -> int:
-        """Pages that a node reserves."""
-        first = 0 if self._keep_all else node.end // CHUNK_TOKENS * CHUNK_TOKENS
-        return num_pages(max(node.start, first), node.end)
+    def _num_own(self, node: Node, first: int) -> int:
+        """Pages that a node reserves whose own pages begin at an absolute position."""
+        chunk = 0 if self._keep_all else node.end // CHUNK_TOKENS * CHUNK_TOKENS
+        return num_pages(max(first, chunk), node.end)
 
     def _page(self, node: Node, i: int, begin: int, end: int) -> int:
         """Take page i of a sequence, when a sweep computes the positions ``[begin, end)`` of a node."""

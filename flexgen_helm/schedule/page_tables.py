@@ -42,7 +42,9 @@ class PageTables:
         needed = pages * self._pool.page_bytes
         if self._exact is None:
             return needed
-        return needed + self._rounding_bytes(self._pool) + self._exact_bytes([Node(None, 0, (0,) * length)], [(length, limits)])
+        # Of a prompt whose beginning others share, the chunks in which they part stay exact: at most all of it.
+        exact = (num_pages(0, length) + self._exact.num_needed([], [(length, limits)])) * self._exact.pool.page_bytes
+        return needed + exact + self._spare_bytes
 
     def balance(self, works: Iterable[PromptWork]) -> None:
         """Divide the bytes between sealed and exact pages as some work needs them; nothing is done while pages are taken."""
@@ -52,8 +54,9 @@ class PageTables:
         nodes = list({node: None for work in works for node in work.node.path()})
         sealed = sum(_own_pages(node) for node in nodes)
         sealed += sum(continuation_pages(work.node.end, limit) for work in works for limit in work.limits)
-        sealed_bytes = sealed * self._pool.page_bytes + self._rounding_bytes(self._pool)
-        exact_bytes = self._exact_bytes(nodes, [(work.node.end, work.limits) for work in works])
+        exact = self._exact.num_needed(nodes, [(work.node.end, work.limits) for work in works])
+        sealed_bytes = (sealed + _num_tiers(self._pool)) * self._pool.page_bytes
+        exact_bytes = (exact + NUM_SPARE + _num_tiers(self._pool)) * self._exact.pool.page_bytes
         share = exact_bytes / (exact_bytes + sealed_bytes)
         self._exact.resize(share)
         self._pool.resize(1 - share)
@@ -76,7 +79,7 @@ class PageTables:
         if node.pages is None:
             above = node.parent.pages if node.parent is not None else None
             pages = self._continue_behind(above, node.start, node.end, kept=kept)
-            exact = None if self._exact is None else self._exact.reserve(node, kept=kept)
+            exact = None if self._exact is None else self._exact.reserve(node, pages, kept=kept)
             node.pages = NodePages(pages.own, pages.table, pages.copy, pages.in_tail, exact=exact, kept=kept)
 
     def extend(self, node: Node, count: int) -> None:
@@ -145,15 +148,12 @@ class PageTables:
         for continuation in continuations:
             self.drop_continuation(continuation, node)
 
-    def _exact_bytes(self, nodes: Iterable[Node], ends: Iterable[tuple[int, Sequence[int]]]) -> int:
+    @property
+    def _spare_bytes(self) -> int:
+        """Bytes that no work may count on: exact pages for a prompt that is cut, and what whole pages leave unused."""
         assert self._exact is not None
-        pool = self._exact.pool
-        return (self._exact.num_needed(nodes, ends) + NUM_SPARE) * pool.page_bytes + self._rounding_bytes(pool)
-
-    @staticmethod
-    def _rounding_bytes(pool: PagePool) -> int:
-        """Bytes that whole pages on each tier may leave unused."""
-        return sum(count > 0 for count in pool.capacities) * pool.page_bytes
+        rounding = _num_tiers(self._pool)
+        return (NUM_SPARE + rounding) * self._exact.pool.page_bytes + rounding * self._pool.page_bytes
 
     def _release(self, pages: SequencePages) -> None:
         self._pool.release(pages.own)
@@ -187,6 +187,8 @@ def continuation_pages(length: int, max_new_tokens: int) -> int:
 
 def _own_pages(node: Node) -> int:
     """Pages that a node will need: one less where it can go on in its parent's last page."""
-    above = node.parent.pages if node.parent is not None else None
-    into = -node.start % PAGE_TOKENS if above is None or above.tail_free else 0
-    return num_pages(node.start + into, node.end)
+    return num_pages(node.first_own, node.end)
+
+
+def _num_tiers(pool: PagePool) -> int:
+    return sum(count > 0 for count in pool.capacities)

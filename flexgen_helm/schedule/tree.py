@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+
 
 @dataclass(eq=False)
 class Node:
@@ -33,6 +35,14 @@ class Node:
     def end(self) -> int:
         """Absolute position behind the last token."""
         return self.start + len(self.tokens)
+
+    @property
+    def first_own(self) -> int:
+        """Absolute position at which pages of its own will begin, if it has none yet: behind the rest of its parent's last
+        page, where that is free.
+        """
+        above = self.parent.pages if self.parent is not None else None
+        return self.start + (-self.start % PAGE_TOKENS if above is None or above.tail_free else 0)
 
     def path(self) -> list[Node]:
         """Nodes from the root's child down to this one."""
