@@ -22,7 +22,7 @@ class FormPages:
     """Pages of one form. Their storage grows with the highest page in use of each tier but a GPU's."""
 
     def __init__(
-        self, form: Form, pool: PagePool | None, *, device: Device, offload_folder: Path | None, link: Link, meter: Meter
+        self, form: Form, pool: PagePool | None, *, device: Device, offload_folder: Path | None, link: Link | None, meter: Meter
     ) -> None:
         """Allocate little.
 
@@ -31,7 +31,7 @@ class FormPages:
             pool: See `flexgen_helm.kv_cache.paged_cache.PagedCache`; the same for the others.
             device: The device that computes attention.
             offload_folder: The folder for the file of pages on disk.
-            link: Moves staged pages.
+            link: Moves staged pages; None: there are none.
             meter: Counts the bytes that are moved and held.
 
         Raises:
@@ -48,7 +48,7 @@ class FormPages:
         self._host = HostPages(0 if pool is None else pool.capacities.host)
         stores = {} if pool is None else self._offloaded(pool, offload_folder)
         self._working: WorkingSet | None = None
-        if pool is not None and stores:
+        if pool is not None and stores and link is not None:
             self._working = WorkingSet(stores, pool.capacities, device, link, meter, arena=f"{self._arena} slots")
         self._held = (0, 0)
 

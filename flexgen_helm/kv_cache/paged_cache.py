@@ -57,7 +57,8 @@ class PagedCache:
         self.meter = Meter(device.torch_device) if meter is None else meter
         self.device = device
         """The device that computes attention."""
-        self._link = Link(device.torch_device, "cache")
+        staged = any(pool.capacities.is_staged(device.own_memory) for pool in (pools or {}).values())
+        self._link = Link(device.torch_device, "cache") if staged else None
         forms: tuple[Form, ...] = ("exact", "sealed") if self._format.seals else ("exact",)
         self._forms = {
             form: FormPages(
@@ -106,6 +107,7 @@ class PagedCache:
 
     def close(self) -> None:
         """Stop transfers and remove the files on disk."""
-        self._link.close()
+        if self._link is not None:
+            self._link.close()
         for pages in self._forms.values():
             pages.close()

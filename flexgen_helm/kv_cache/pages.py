@@ -53,6 +53,10 @@ class PageCounts(NamedTuple):
         """The tier that stores a page."""
         return "device" if page < self.device else "host" if page < self.device + self.host else "disk"
 
+    def is_staged(self, own_memory: bool) -> bool:
+        """Whether attention cannot read some pages in place; ``own_memory`` as in `PageMap`."""
+        return self.disk > 0 or (self.host > 0 and own_memory)
+
     def first(self, tier: Tier) -> int:
         """The lowest page number of a tier."""
         return sum(self[: TIERS.index(tier)])

@@ -38,9 +38,7 @@ class Node:
 
     @property
     def first_own(self) -> int:
-        """Absolute position at which pages of its own will begin, if it has none yet: behind the rest of its parent's last
-        page, where that is free.
-        """
+        """Absolute position at which its own pages will begin: behind its parent's last page, if the rest of that is free."""
         above = self.parent.pages if self.parent is not None else None
         return self.start + (-self.start % PAGE_TOKENS if above is None or above.tail_free else 0)
 

@@ -18,7 +18,7 @@ from flexgen_helm.attention.decode_codes import unpack_keys, unpack_values
 from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
 from flexgen_helm.attention.visits import row_visits
 from flexgen_helm.kv_cache.page_format import PageFormat, PageTensors, PlainPart
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageMap
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageMap
 from flexgen_helm.schedule.rows import Row, Segment
 from tests.attention.test_decode import HEADS, Sequences
 from tests.attention.test_row import RULES, Heads, Options, dense
@@ -163,10 +163,11 @@ def test_earlier_chunks_are_sealed_and_the_own_is_exact(
 
 def test_one_chunk_is_exact_for_its_own_query_and_sealed_for_a_later_one() -> None:
     tables = [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
-    row = Row("decode", 16, [Segment((0,), n - 1, table) for n, table in zip((128, 130), tables, strict=True)])
-    pages = RowPages(row, PageMap(PageCounts(10**6, 0, 0), own_memory=False))
-    plan = DecodePlan.of(pages, RULES["causal"], list(row_visits(row)), sealed=True)
+    row = Row("decode", 16, [Segment((0,), n - 1, table, exact=table) for n, table in zip((128, 130), tables, strict=True)])
+    pages = RowPages(row, {"exact": PageMap(), "sealed": PageMap()})
+    plan = DecodePlan.of(pages, RULES["causal"], list(row_visits(row)))
     assert plan.sealed.tolist() == [False, True, False]
     assert plan.rows.tolist() == [0, 1, 1]
-    plan = DecodePlan.of(pages, RULES["causal"], list(row_visits(row)))
+    row = Row("decode", 16, [Segment((0,), n - 1, table) for n, table in zip((128, 130), tables, strict=True)])
+    plan = DecodePlan.of(RowPages(row, {"exact": PageMap()}), RULES["causal"], list(row_visits(row)))
     assert plan.sealed.tolist() == [False, False]

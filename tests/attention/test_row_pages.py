@@ -35,7 +35,7 @@ def segments(draw: st.DrawFn) -> list[Segment]:
 @given(segments(), st.booleans())
 def test_pages_hold_what_tokens_touch(parts: list[Segment], own_memory: bool) -> None:
     page_map = PageMap(CAPACITIES, own_memory)
-    pages = RowPages(Row("prefill", 512, parts), page_map)
+    pages = RowPages(Row("prefill", 512, parts), {"exact": page_map})
     read: set[int] = set()
     written: set[int] = set()
     for segment in parts:
@@ -45,23 +45,23 @@ def test_pages_hold_what_tokens_touch(parts: list[Segment], own_memory: bool) ->
         read |= {segment.copy[0]} if segment.copy is not None else set()
     touched = read | written
     staged = {page for page in touched if page_map.place(page) == "staged"}
-    assert len(pages.staged.pages) == len(staged)
-    assert set(pages.staged.pages) == staged
-    assert pages.staged.reads == read & staged
-    assert pages.staged.writes == written & staged
+    assert len(pages.staged["exact"].pages) == len(staged)
+    assert set(pages.staged["exact"].pages) == staged
+    assert pages.staged["exact"].reads == read & staged
+    assert pages.staged["exact"].writes == written & staged
     places = {page_map.place(page) for page in touched}
-    assert pages.places == places
+    assert pages.places["exact"] == places
     for page in touched:
-        place, index = pages.find(page)
+        place, index = pages.find(page, "exact")
         assert place == page_map.place(page)
-        assert index == (pages.staged.pages.index(page) if place == "staged" else page_map.index(page))
+        assert index == (pages.staged["exact"].pages.index(page) if place == "staged" else page_map.index(page))
 
 
 def test_pages_on_the_host_are_read_there_where_the_cpu_attends() -> None:
     """Pages 12 to 23 are on the host, page 0 on the device and page 40 on disk."""
     row = Row("decode", 16, [Segment((0,), CHUNK_TOKENS - 1, [12, 0, 23, 40])])
-    pages = RowPages(row, PageMap(CAPACITIES, own_memory=True), host_attends=True)
-    assert [pages.find(page) for page in (12, 0, 23, 40)] == [
+    pages = RowPages(row, {"exact": PageMap(CAPACITIES, own_memory=True)}, host_attends=True)
+    assert [pages.find(page, "exact") for page in (12, 0, 23, 40)] == [
         ("host", 0),
         ("device", 0),
         ("host", 11),

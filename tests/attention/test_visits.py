@@ -69,7 +69,7 @@ def with_offsets(row: Row) -> list[tuple[int, Segment]]:
 @settings(derandomize=True, max_examples=30, deadline=None)
 @given(rows(), st.booleans(), st.booleans())
 def test_groups_hold_every_visit_once_and_nothing_that_no_kernel_can_do(row: Row, own_memory: bool, host_attends: bool) -> None:
-    pages = RowPages(row, PageMap(PageCounts(20, 30, 1000), own_memory), host_attends=host_attends)
+    pages = RowPages(row, {"exact": PageMap(PageCounts(20, 30, 1000), own_memory)}, host_attends=host_attends)
     windows = row_groups(pages)
     visits = list(row_visits(row))
     grouped = [visit for groups in windows for group in groups for chunk in group.chunks for visit in chunk]
@@ -99,7 +99,7 @@ def values(index: Index) -> list[int]:
 def test_the_picture_of_a_window_is_true() -> None:
     """See the docstring of flexgen_helm/attention/calls.py."""
     row = Row("prefill", 32, [Segment((0,) * 20, 120, [0, 1, 2, 3, 4]), Segment((0,) * 10, 0, [5])])
-    (window,) = plan_attention(RowPages(row, PageMap()), CAUSAL, dtype=torch.float32, device=CPU)
+    (window,) = plan_attention(RowPages(row, {"exact": PageMap()}), CAUSAL, dtype=torch.float32, device=CPU)
     own, shared = window.calls
     assert (own.num_chunks, shared.num_chunks, window.num_chunks) == (3, 1, 2)
     assert values(own.queries) == [*range(16), *range(8, 24), *range(16, 32)]
