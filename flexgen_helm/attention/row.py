@@ -66,11 +66,13 @@ class _Writes:
         """Write a layer's new K and V ``[T, H_kv, D]``, then copy what parting sequences share of a page."""
         for place, rows, (pages, tokens) in self._new:
             pages = locate(place, pages)
-            for (part, stored), x in zip(stores[place].parts, new, strict=True):
+            for (part, stored), x in zip(stores[place].writable_parts, new, strict=True):
                 part.write(stored, pages, tokens, x[rows])
         for (source_place, target_place), (source_pages, source_tokens), (pages, tokens) in self._moves:
             source_pages, pages = locate(source_place, source_pages), locate(target_place, pages)
-            for (part, source), (_, target) in zip(stores[source_place].parts, stores[target_place].parts, strict=True):
+            for (part, source), (_, target) in zip(
+                stores[source_place].writable_parts, stores[target_place].parts, strict=True
+            ):
                 part.write(target, pages, tokens, part.read(source, source_pages, source_tokens))
 
     def _copy(self, segment: Segment) -> None:

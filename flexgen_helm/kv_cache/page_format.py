@@ -3,16 +3,16 @@
 Stored pages of K, and those of V, are one tensor each, whose first dimension counts pages. Whole pages can so be moved between
 tensors of the same format, and through buffers of bytes, without knowing it. All else asks the format.
 
-A *sealed* page is quantised, and will be a page of another `PartFormat`: `write` is for exact pages only, a sealed page is made
-of a full exact one, and `gather` dequantises it. A query attends to its own chunk in the exact form and to every earlier chunk
-in the sealed form, so every chunk of a kernel call has the same form: the call's pages come with the tensors of that form, and
-no kernel sees a difference.
+A *sealed* page is quantised: a page of another `PartFormat`, which is made of a full exact page at once and has no `write`;
+`gather` dequantises it (`flexgen_helm.kv_cache.sealed_format`). A query attends to its own chunk in the exact form and to every
+earlier chunk in the sealed form, so every chunk of a kernel call has the same form: the call's pages come with the tensors of
+that form, and no kernel sees a difference.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,6 +61,23 @@ class PartFormat(Protocol):
     def view(self, buffer: Tensor) -> Tensor:
         """Bytes ``[pages, num_bytes]``, uint8, as stored pages."""
 
+    def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Whole pages of single heads, as attention reads them.
+
+        Args:
+            stored: Stored pages.
+            rows: ``[n]``: page * num_heads + head.
+            out: ``[n, 32 * dim]`` to fill; None: a new tensor.
+
+        Returns:
+            ``[n, 32 * dim]`` of `dtype`: the 32 tokens of each page and head, one behind the other.
+        """
+
+
+@runtime_checkable
+class WritablePart(PartFormat, Protocol):
+    """A form into which tokens are written one by one, such as that of exact pages."""
+
     def write(self, stored: Tensor, pages: Tensor, tokens: Tensor, new: Tensor) -> None:
         """Store tokens.
 
@@ -74,17 +91,24 @@ class PartFormat(Protocol):
     def read(self, stored: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
         """The tokens ``[n, num_heads, dim]`` that `write` stored."""
 
-    def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Whole pages of single heads, as attention reads them.
+
+@runtime_checkable
+class SealablePart(PartFormat, Protocol):
+    """A form that whole exact pages take when they are sealed."""
+
+    def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
+        """Store whole pages.
 
         Args:
             stored: Stored pages.
-            rows: ``[n]``: page * num_heads + head.
-            out: ``[n, 32 * dim]`` to fill; None: a new tensor.
-
-        Returns:
-            ``[n, 32 * dim]`` of `dtype`: the 32 tokens of each page and head, one behind the other.
+            pages: ``[n]``, without repetition.
+            exact: ``[n, num_heads, 32, dim]`` of `dtype`, finite, on any device.
         """
+
+
+def bits_per_element(part: PartFormat) -> float:
+    """Return the stored bits of a number of K or V, scales and the like included."""
+    return 8 * part.num_bytes / (part.num_heads * PAGE_TOKENS * part.dim)
 
 
 @dataclass(frozen=True)
@@ -118,6 +142,10 @@ class PlainPart:
         """The tokens ``[n, num_heads, dim]`` at some places."""
         return stored[pages, :, tokens]
 
+    def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
+        """Store whole pages ``[n, num_heads, 32, dim]`` as they are."""
+        stored[pages] = exact.to(stored.device)
+
     def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Copy pages of single heads: ``[n, 32 * dim]``."""
         return torch.index_select(stored.view(-1, PAGE_TOKENS * self.dim), 0, rows, out=out)
@@ -149,6 +177,11 @@ class PageFormat:
     def num_bytes(self) -> int:
         """Bytes of one stored page, K and V together."""
         return self.k.num_bytes + self.v.num_bytes
+
+    @property
+    def bits_per_element(self) -> tuple[float, float]:
+        """Stored bits of a number of K, and of one of V."""
+        return bits_per_element(self.k), bits_per_element(self.v)
 
     @property
     def num_bytes_per_token(self) -> int:
@@ -200,6 +233,22 @@ class PageTensors:
     def parts(self) -> tuple[tuple[PartFormat, Tensor], tuple[PartFormat, Tensor]]:
         """K and V, each with its form."""
         return (self.format.k, self.k), (self.format.v, self.v)
+
+    @property
+    def sealable_parts(self) -> tuple[tuple[SealablePart, Tensor], tuple[SealablePart, Tensor]]:
+        """K and V, each with its form, of pages that are stored as a whole."""
+        k, v = self.format.parts
+        assert isinstance(k, SealablePart)
+        assert isinstance(v, SealablePart)
+        return (k, self.k), (v, self.v)
+
+    @property
+    def writable_parts(self) -> tuple[tuple[WritablePart, Tensor], tuple[WritablePart, Tensor]]:
+        """K and V, each with its form, of pages into which tokens are written."""
+        k, v = self.format.parts
+        assert isinstance(k, WritablePart)
+        assert isinstance(v, WritablePart)
+        return (k, self.k), (v, self.v)
 
     @property
     def num_bytes(self) -> int:
