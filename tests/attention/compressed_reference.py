@@ -128,7 +128,8 @@ def flexgen(x: Tensor, bits: int) -> Tensor:
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
     scale = (2**bits - 1) / (high - low)
     codes = torch.where(high > low, (x - low) * scale, 0.0).clamp(0, 2**bits - 1).round()
-    return codes / scale.clamp(max=torch.finfo(torch.float16).max).half().float() + low.half().float()
+    values: Tensor = codes / scale.clamp(max=torch.finfo(torch.float16).max).half().float() + low.half().float()
+    return values
 
 
 @contextmanager
