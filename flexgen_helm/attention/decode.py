@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import Visit, row_visits
 from flexgen_helm.kv_cache.page_format import PageTensors, PartFormat
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, Form, Place
+from flexgen_helm.kv_cache.sealed_format import PerChannelPart, PerTokenPart
 
 PLACES: tuple[Place, ...] = ("device", "host", "staged")
 """Places of pages that decode rows read."""
@@ -27,14 +28,6 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODES = 8
 """Codes of b bits have the number 8 + b there."""
 Array = np.ndarray[Any, Any]
-
-
-class CodedPart(Protocol):
-    """What the pass must know of a part that is stored as codes, uint8, besides what is in its bytes."""
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code: 2, 4 or 8."""
 
 
 class LocatedPart(NamedTuple):
@@ -233,7 +226,10 @@ def _chunk_key(visit: Visit) -> tuple[int, Form, tuple[int, ...]]:
 
 def _kind(part: PartFormat, stored: Tensor) -> int:
     """What the bits of stored K or V mean, as a number for the compiled loop."""
-    return KINDS[stored.dtype] if stored.dtype in KINDS else CODES + cast(CodedPart, part).bits
+    if stored.dtype in KINDS:
+        return KINDS[stored.dtype]
+    assert isinstance(part, PerChannelPart | PerTokenPart)
+    return CODES + part.bits
 
 
 def _visible(visit: Visit) -> int:

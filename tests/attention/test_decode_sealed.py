@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,16 +15,17 @@ from torch import Tensor
 
 from flexgen_helm.attention.decode import DecodeAttention, DecodePlan, LayerPages
 from flexgen_helm.attention.decode_codes import unpack_keys, unpack_values
-from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
+from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import row_visits
-from flexgen_helm.kv_cache.page_format import PageFormat, PageTensors, PlainPart
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageMap
+from flexgen_helm.kv_cache.page_format import PageTensors, PartFormat
+from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, PAGE_TOKENS, PageMap
+from flexgen_helm.kv_cache.sealed_format import NOT_QUANTIZED, sealed_format
 from flexgen_helm.schedule.rows import Row, Segment
 from tests.attention.test_decode import HEADS, Sequences
 from tests.attention.test_row import RULES, Heads, Options, dense
 
 Array = np.ndarray[Any, Any]
-PLAIN = 16
+RandomPages = Callable[[np.random.Generator, int, int, int, int], tuple[Array, Array]]
 
 
 def factors(chance: np.random.Generator, bits: int, *shape: int) -> tuple[Array, Array]:
@@ -92,37 +93,31 @@ def test_bytes_of_zero_are_zeros(bits: int) -> None:
         assert not found.any()
 
 
-@dataclass(frozen=True)
-class Coded:
-    """What attention asks of the form of K or V that is stored as codes."""
-
-    num_heads: int
-    dim: int
-    bits: int
-    num_bytes: int
-
-
 class SealedSequences(Sequences):
     """Sequences with codes in every page, next to exact numbers that differ from them."""
 
     def __init__(self, heads: Heads, lengths: list[int], prefix: int, dtype: torch.dtype, bits: tuple[int, int]) -> None:
         super().__init__(heads, lengths, prefix, dtype)
         chance = np.random.default_rng(sum(lengths))
-        made = [
-            self._part(chance, random, dim, b, dtype)
-            for random, dim, b in zip((random_keys, random_values), (heads.dim, heads.dim_v), bits, strict=True)
-        ]
-        (k_form, k, _), (v_form, v, _) = made
-        self.forms["sealed"] = LayerPages({"device": PageTensors(PageFormat(k_form, v_form), k, v)})
-        self.sealed = [values for *_, values in made]
+        form = sealed_format(self.stores.format, k_bits=bits[0], v_bits=bits[1])
+        pages = len(self.stores.k)
+        k, keys = self._part(random_keys, chance, pages, form.k, bits[0])
+        v, values = self._part(random_values, chance, pages, form.v, bits[1])
+        self.forms["sealed"] = LayerPages({"device": PageTensors(form, k, v)})
+        self.sealed = [keys, values]
 
-    def _part(self, chance: np.random.Generator, random: Any, dim: int, bits: int, dtype: torch.dtype) -> Any:
-        pages, heads = self.stores.k.shape[:2]
-        if bits == PLAIN:
-            stored = torch.from_numpy(chance.standard_normal((pages, heads, PAGE_TOKENS, dim))).to(dtype)
-            return PlainPart(heads, dim, dtype), stored, stored.float()
-        codes, values = (torch.from_numpy(np.ascontiguousarray(x)) for x in random(chance, pages, heads, dim, bits))
-        return cast(Any, Coded(heads, dim, bits, codes[0].nbytes)), codes, values
+    @staticmethod
+    def _part(
+        random: RandomPages, chance: np.random.Generator, pages: int, form: PartFormat, bits: int
+    ) -> tuple[Tensor, Tensor]:
+        if bits == NOT_QUANTIZED:
+            shape = pages, form.num_heads, PAGE_TOKENS, form.dim
+            stored = torch.from_numpy(chance.standard_normal(shape)).to(form.dtype)
+            return stored, stored.float()
+        stored, values = (
+            torch.from_numpy(np.ascontiguousarray(x)) for x in random(chance, pages, form.num_heads, form.dim, bits)
+        )
+        return stored, values
 
     def expected(self, i: int, options: Options) -> Tensor:
         """Plain attention with the values of the codes in all chunks before the last token's."""
@@ -136,7 +131,7 @@ class SealedSequences(Sequences):
         return dense(q, k, v, options, None)[-1]
 
 
-BITS = st.sampled_from([2, 4, 8, PLAIN])
+BITS = st.sampled_from([2, 4, 8, NOT_QUANTIZED])
 
 
 @settings(derandomize=True, max_examples=30, deadline=None)

@@ -15,6 +15,7 @@ from tests.mutants.lists import (
     reports,
     requests,
     schedule,
+    sealed_decode,
     slab_forms,
     statistics,
 )
@@ -34,4 +35,5 @@ MUTANTS = (
     *gpu.MUTANTS,
     *entropy_coding.MUTANTS,
     *slab_forms.MUTANTS,
+    *sealed_decode.MUTANTS,
 )
