@@ -59,7 +59,7 @@ class FlexGenPart:
         return self.decode(stored[pages, :, tokens]).to(self.dtype)
 
     def copy(self, source: TokenPlaces, target: TokenPlaces) -> None:
-        """Copy tokens as they are stored; quantised again their values could change."""
+        """Copy tokens as they are stored; quantised again, some would change."""
         copy_tokens(source, target)
 
     def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:

@@ -42,7 +42,7 @@ def expected_token(x: np.ndarray, bits: int) -> tuple[bytes, np.ndarray]:
 
 
 @given(st.integers(1, 3), st.one_of(st.sampled_from([64, 128]), st.integers(1, 140)), BITS, DTYPES)
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_bytes_and_values_are_those_of_flexgens_formula(num_heads: int, dim: int, bits: int, dtype: torch.dtype) -> None:
     part = FlexGenPart(num_heads, dim, dtype, bits)
     new, stored = tokens_of(5, part), part.allocate(3, CPU)
@@ -67,7 +67,7 @@ def test_unused_tokens_read_as_zeros(dtype: torch.dtype) -> None:
 
 
 @given(BITS, DTYPES, st.sampled_from([0.0, 1e-42, 1e-6, 1e4, 1e38]))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_torch_reads_the_same_bits_as_the_compiled_loop_and_nothing_overflows(
     bits: int, dtype: torch.dtype, size: float
 ) -> None:
@@ -82,14 +82,15 @@ def test_torch_reads_the_same_bits_as_the_compiled_loop_and_nothing_overflows(
 
 
 def test_copied_tokens_keep_their_bytes() -> None:
-    """In bfloat16, values that are read and quantised again become others."""
-    part = FlexGenPart(2, 70, torch.bfloat16, 4)
-    source, target = part.allocate(2, CPU), part.allocate(2, CPU)
-    pages, tokens = torch.tensor([1, 1, 0]), torch.tensor([0, 31, 2])
-    part.write(source, pages, tokens, tokens_of(3, part))
+    """One token in some thousands becomes another when it is read in bfloat16 and quantised again."""
+    part = FlexGenPart(8, 64, torch.bfloat16, 8)
+    chance = torch.Generator().manual_seed(0)
+    new = torch.randn(4096, 8, 64, generator=chance) + torch.randn(8, 64, generator=chance)
+    source, target = part.allocate(128, CPU), part.allocate(128, CPU)
+    pages, tokens = torch.arange(4096) // 32, torch.arange(4096) % 32
+    part.write(source, pages, tokens, new.bfloat16())
     part.copy(TokenPlaces(source, pages, tokens), TokenPlaces(target, pages.flip(0), tokens))
     assert torch.equal(target[pages.flip(0), :, tokens], source[pages, :, tokens])
-    assert target.count_nonzero() == source.count_nonzero()
 
 
 def test_it_is_written_token_by_token_and_counts_scales() -> None:

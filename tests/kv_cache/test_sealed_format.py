@@ -82,7 +82,7 @@ def expected_tokens(x: np.ndarray, bits: int, limit: float) -> tuple[bytes, np.n
 
 
 @given(FORMS, st.integers(1, 3), DIMS, BITS, DTYPES, SIZES)
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_bytes_and_values_are_those_of_the_formula(
     form: type[Part], num_heads: int, dim: int, bits: int, dtype: torch.dtype, size: float
 ) -> None:
@@ -98,7 +98,7 @@ def test_bytes_and_values_are_those_of_the_formula(
 
 
 @given(FORMS, st.integers(1, 3), DIMS, BITS, DTYPES, st.sampled_from([0.0, 1e-42, 1e-6, 1.0, 1e5, 1e38]))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_torch_computes_the_same_bits_as_the_compiled_loops(
     form: type[Part], num_heads: int, dim: int, bits: int, dtype: torch.dtype, size: float
 ) -> None:
@@ -126,7 +126,7 @@ def test_a_gpu_seals_and_reads_the_same_bits(form: type[Part]) -> None:
 
 
 @given(FORMS, DIMS, BITS, DTYPES, SIZES)
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_errors_are_at_most_half_the_scale(form: type[Part], dim: int, bits: int, dtype: torch.dtype, size: float) -> None:
     part = form(1, dim, dtype, bits)
     exact = exact_pages(1, part, size)
@@ -167,11 +167,11 @@ def test_a_token_of_v_depends_on_no_other_token() -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_signs_of_zeros_change_no_byte(form: type[Part], bits: int) -> None:
-    part = form(1, 64, torch.float32, bits)
+@pytest.mark.parametrize("negative", [(slice(None), slice(None)), (slice(0, 32, 2), slice(1, 64, 3)), (31, 63), (0, 0)])
+def test_signs_of_zeros_change_no_byte(form: type[Part], negative: tuple[slice | int, slice | int]) -> None:
+    part = form(1, 64, torch.float32, 4)
     exact = torch.zeros(1, 1, 32, 64)
-    exact[..., ::2, 1::3] = -0.0
+    exact[..., *negative] = -0.0
     stored = sealed(part, exact)
     assert not stored.any()
     assert torch.equal(part.encode(exact), stored)

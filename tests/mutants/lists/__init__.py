@@ -12,6 +12,7 @@ from tests.mutants.lists import (
     gpu,
     loading,
     memory,
+    page_formats,
     reports,
     requests,
     schedule,
@@ -34,4 +35,5 @@ MUTANTS = (
     *gpu.MUTANTS,
     *entropy_coding.MUTANTS,
     *slab_forms.MUTANTS,
+    *page_formats.MUTANTS,
 )
