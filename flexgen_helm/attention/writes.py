@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen_helm.attention.calls import as_index
 from flexgen_helm.attention.row_pages import RowPages, exact_table, sealed_now
-from flexgen_helm.kv_cache.page_format import PageTensors
+from flexgen_helm.kv_cache.page_format import PageTensors, TokenPlaces
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, Place
 from flexgen_helm.schedule.rows import Segment
 
@@ -73,8 +73,9 @@ class Writes:
                 part.write(stored, pages, tokens, x[rows])
         for (source_place, target_place), (source_pages, source_tokens), (pages, tokens) in self._moves:
             source_pages, pages = locate("exact", source_place, source_pages), locate("exact", target_place, pages)
-            for (part, source), (_, target) in zip(exact[source_place].writable_parts, exact[target_place].parts, strict=True):
-                part.write(target, pages, tokens, part.read(source, source_pages, source_tokens))
+            both = zip(exact[source_place].writable_parts, exact[target_place].writable_parts, strict=True)
+            for (part, source), (_, target) in both:
+                part.copy(TokenPlaces(source, source_pages, source_tokens), TokenPlaces(target, pages, tokens))
         for (source_place, target_place), source_pages, pages in self._full:
             source_pages, pages = locate("exact", source_place, source_pages), locate("sealed", target_place, pages)
             for (part, source), (sealed, target) in zip(
