@@ -78,12 +78,12 @@ class Writes:
                 part.copy(TokenPlaces(source, source_pages, source_tokens), TokenPlaces(target, pages, tokens))
         for (source_place, target_place), source_pages, pages in self._full:
             source_pages, pages = locate("exact", source_place, source_pages), locate("sealed", target_place, pages)
-            for (part, source), (sealed, target) in zip(
+            for (plain, source), (sealed, target) in zip(
                 exact[source_place].parts, stores["sealed"][target_place].sealable_parts, strict=True
             ):
-                heads = torch.arange(part.num_heads, device=source_pages.device)
-                whole = part.gather(source, (source_pages[:, None] * part.num_heads + heads).flatten())
-                sealed.seal(target, pages, whole.view(-1, part.num_heads, PAGE_TOKENS, part.dim))
+                heads = torch.arange(plain.num_heads, device=source_pages.device)
+                whole = plain.gather(source, (source_pages[:, None] * plain.num_heads + heads).flatten())
+                sealed.seal(target, pages, whole.view(-1, plain.num_heads, PAGE_TOKENS, plain.dim))
 
     def _copy(self, segment: Segment) -> None:
         if segment.copy is not None:

@@ -28,7 +28,7 @@ from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageStorage
 from flexgen_helm.runs.command_line import add_json, make_parser, prepare_libraries, reports_errors, write_json
 from flexgen_helm.runs.decode_attention.forms import CASES as FORM_CASES
 from flexgen_helm.runs.decode_attention.forms import EXACT, SEALED, FormResult, measure_forms
@@ -85,12 +85,12 @@ class Step:
         shapes = [(size, heads, case.head_dim) for heads in (case.num_heads, case.num_kv_heads, case.num_kv_heads)]
         self.q, self.k, self.v = (torch.randn(shape, generator=torch_chance).to(dtype) for shape in shapes)
         self.cache = PagedCache()
-        self.cache.reserve(kept=shared + own * size, transient=0)
-        self.stored = self.cache.tensors(KEY, self.k, self.v, ["device"])["device"]
+        self.cache.reserve({"exact": PageStorage(PageCounts(shared + own * size))})
+        self.stored = self.cache.tensors(KEY, self.k, self.v, {"exact": {"device"}})["exact"]["device"]
         for part in self.stored.tensors:
             part.copy_(torch.randn(part.shape, generator=torch_chance))
         segments = [Segment((0,), n - 1, table) for n, table in zip(self.lengths, self.tables, strict=True)]
-        pages = RowPages(Row("decode", size, segments), self.cache.pages)
+        pages = RowPages(Row("decode", size, segments), self.cache.page_maps)
         self.attention = RowAttention(pages, self.cache, torch.device("cpu"), DecodeAttention())
         self.engine()  # stores the new tokens, which the loop then finds
         self.contiguous = [

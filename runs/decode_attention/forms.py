@@ -90,10 +90,11 @@ class Pass:
         self.queries = torch.randn(
             case.num_sequences, case.num_heads, case.head_dim, generator=torch.Generator().manual_seed(0)
         )
-        segments = [Segment((0,), case.tokens - 1, table) for table in tables]
+        is_sealed = "sealed" in self.pages
+        segments = [Segment((0,), case.tokens - 1, table, exact=table if is_sealed else None) for table in tables]
         self.decode = DecodeAttention(1)
-        row = RowPages(Row("decode", case.num_sequences, segments), PageMap())
-        self.plans = self.decode.plan(row, CAUSAL, sealed="sealed" in self.pages)
+        row = RowPages(Row("decode", case.num_sequences, segments), {form: PageMap() for form in self.pages})
+        self.plans = self.decode.plan(row, CAUSAL)
 
     def milliseconds(self) -> float:
         """Processor time of the pass."""
