@@ -17,6 +17,7 @@ from flexgen_helm.attention.decode import DecodeAttention
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageStorage
@@ -76,9 +77,12 @@ def num_shared(lengths: list[int], prefix: int) -> int:
 class Machine:
     """Runs sequences through rows, piece by piece."""
 
-    def __init__(self, heads: Heads, options: Options, lengths: list[int], prefix: int) -> None:
+    def __init__(
+        self, heads: Heads, options: Options, lengths: list[int], prefix: int, cache_format: CacheFormat = PLAIN_CACHE
+    ) -> None:
         chance = torch.Generator().manual_seed(sum(lengths))
-        self.options, self.cache, self.heads = options, PagedCache(), heads
+        self.options, self.cache, self.heads = options, PagedCache(cache_format=cache_format), heads
+        self.seals = cache_format.seals
         self.decode: DecodeAttention | None = DecodeAttention()
         """Attends for decode rows; None: their attention is computed call by call, as on a GPU."""
         self.sinks = torch.randn(heads.q, generator=chance) if options.sinks else None
@@ -98,11 +102,13 @@ class Machine:
             own = -(-n // PAGE_TOKENS) - (shared if i else 0)
             self.tables.append((self.tables[0][:shared] if i else []) + list(range(next_page, next_page + own)))
             next_page += own
-        self.cache.reserve({"exact": PageStorage(PageCounts(next_page))})
+        storage = PageStorage(PageCounts(next_page))
+        self.cache.reserve({"exact": storage, "sealed": storage})
         self.outputs = [torch.zeros(n, heads.q, heads.dim_v) for n in lengths]
 
     def run(self, kind: RowKind, size: int, pieces: list[tuple[int, int, int]]) -> None:
-        segments = [Segment((0,) * (b - a), a, self.tables[i]) for i, a, b in pieces]
+        tables = [(table, table if self.seals else None) for table in self.tables]
+        segments = [Segment((0,) * (b - a), a, tables[i][0], exact=tables[i][1]) for i, a, b in pieces]
         pages, decode = RowPages(Row(kind, size, segments), self.cache.page_maps), self.decode if kind == "decode" else None
         row = RowAttention(pages, self.cache, torch.device("cpu"), decode)
         parts = [torch.cat([self.inputs[i][x][a:b] for i, a, b in pieces]) for x in range(3)]
