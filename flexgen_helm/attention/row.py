@@ -16,7 +16,7 @@ from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
-from flexgen_helm.kv_cache.page_format import CacheKey, PageTensors
+from flexgen_helm.kv_cache.page_format import CacheKey, PageTensors, TokenPlaces
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Place
 from flexgen_helm.kv_cache.working_set import Loaded
@@ -70,10 +70,9 @@ class _Writes:
                 part.write(stored, pages, tokens, x[rows])
         for (source_place, target_place), (source_pages, source_tokens), (pages, tokens) in self._moves:
             source_pages, pages = locate(source_place, source_pages), locate(target_place, pages)
-            for (part, source), (_, target) in zip(
-                stores[source_place].writable_parts, stores[target_place].parts, strict=True
-            ):
-                part.write(target, pages, tokens, part.read(source, source_pages, source_tokens))
+            both = zip(stores[source_place].writable_parts, stores[target_place].writable_parts, strict=True)
+            for (part, source), (_, target) in both:
+                part.copy(TokenPlaces(source, source_pages, source_tokens), TokenPlaces(target, pages, tokens))
 
     def _copy(self, segment: Segment) -> None:
         if segment.copy is not None:

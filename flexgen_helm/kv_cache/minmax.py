@@ -52,8 +52,9 @@ def quantize(x: Tensor, bits: int) -> Quantized:
     """
     limit, most = largest(x.dtype), 2**bits - 1
     x = x.float().clamp(-limit, limit)
-    zero = _round_down(x.amin(-1, keepdim=True) + 0.0)  # which makes 0 of -0, so that bytes depend on no order
-    scale = _round_up((x.amax(-1, keepdim=True) - zero) / most)
+    # Adding 0 makes 0 of -0, so that bytes do not depend on which of equal numbers is found.
+    zero = _round_down(x.amin(-1, keepdim=True) + 0.0)
+    scale = _round_up((x.amax(-1, keepdim=True) - zero) / most + 0.0)
     codes = ((x - zero) / torch.where(scale > 0, scale, 1)).round_().clamp_(0, most)
     return Quantized(codes.to(torch.uint8), torch.cat([scale, zero], -1).bfloat16())
 

@@ -74,6 +74,26 @@ class PartFormat(Protocol):
         """
 
 
+class TokenPlaces(NamedTuple):
+    """Where n tokens are stored.
+
+    Attributes:
+        stored: Stored pages.
+        pages: ``[n]``: the page of each token.
+        tokens: ``[n]``: its place in the page, below 32.
+    """
+
+    stored: Tensor
+    pages: Tensor
+    tokens: Tensor
+
+
+def copy_tokens(source: TokenPlaces, target: TokenPlaces) -> None:
+    """Copy tokens between stored pages ``[pages, num_heads, 32, ...]``."""
+    found = source.stored[source.pages, :, source.tokens]
+    target.stored[target.pages, :, target.tokens] = found.to(target.stored.device)
+
+
 @runtime_checkable
 class WritablePart(PartFormat, Protocol):
     """A form into which tokens are written one by one, such as that of exact pages."""
@@ -89,7 +109,10 @@ class WritablePart(PartFormat, Protocol):
         """
 
     def read(self, stored: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
-        """The tokens ``[n, num_heads, dim]`` that `write` stored."""
+        """The tokens ``[n, num_heads, dim]``, as attention reads them."""
+
+    def copy(self, source: TokenPlaces, target: TokenPlaces) -> None:
+        """Copy tokens, bit by bit, between stored pages that may be on two devices."""
 
 
 @runtime_checkable
@@ -141,6 +164,10 @@ class PlainPart:
     def read(self, stored: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
         """The tokens ``[n, num_heads, dim]`` at some places."""
         return stored[pages, :, tokens]
+
+    def copy(self, source: TokenPlaces, target: TokenPlaces) -> None:
+        """Copy tokens between stored pages."""
+        copy_tokens(source, target)
 
     def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
         """Store whole pages ``[n, num_heads, 32, dim]`` as they are."""

@@ -218,8 +218,8 @@ def _round_down(x):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _round_up(x):  # type: ignore[no-untyped-def]
-    """The bfloat16 at or above a float32 of at least 0, as float32."""
-    return number_of(u32((bits_of(x) + u32(0xFFFF)) & u32(0xFFFF0000)))
+    """The bfloat16 at or above a float32 of at least 0, as float32; 0 for -0."""
+    return number_of(u32((bits_of(x + ZERO) + u32(0xFFFF)) & u32(0xFFFF0000)))
 
 
 @njit(nogil=True)

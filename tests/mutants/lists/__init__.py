@@ -12,6 +12,7 @@ from tests.mutants.lists import (
     gpu,
     loading,
     memory,
+    page_formats,
     reports,
     requests,
     schedule,
@@ -36,4 +37,5 @@ MUTANTS = (
     *entropy_coding.MUTANTS,
     *slab_forms.MUTANTS,
     *sealed_decode.MUTANTS,
+    *page_formats.MUTANTS,
 )
