@@ -73,6 +73,8 @@ class ChunkCall:
         form: The form of the call's pages.
         pages: The pages, by their place.
         num_chunks: B.
+        last_chunk: The greatest number of a chunk.
+        chunks: ``[B]``: numbers of all chunks.
         queries: ``[B * M]``: the row position of each padded query.
         real: ``[N]``: which padded queries are no padding.
         single: Whether M is 1, so that the heads of a query are the rows of a product.
@@ -84,12 +86,20 @@ class ChunkCall:
     form: Form
     pages: list[PlacedPages]
     num_chunks: int
+    last_chunk: int
+    chunks: Tensor
     queries: Index
     real: Index
     single: bool
     mask: Tensor | None
     dead: Tensor | None
     outputs: Index
+
+    def places(self, row_size: int, *, real: bool) -> tuple[Tensor, Tensor]:
+        """Row position and chunk of each padded query, or of the real ones: ``[B * M]`` or ``[N]`` each."""
+        t = torch.arange(row_size, device=self.chunks.device)[self.queries]
+        c = self.chunks.repeat_interleave(len(t) // self.num_chunks)
+        return (t[self.real], c[self.real]) if real else (t, c)
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,9 @@ class Window:
     absent: Tensor
 
 
-def plan_attention(pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> list[Window]:
+def plan_attention(
+    pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device, own_token: bool = True
+) -> list[Window]:
     """Plan a row's attention, in windows in order of position, of which there is at least one.
 
     Args:
@@ -115,8 +127,9 @@ def plan_attention(pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, devic
         rule: Mask of the layers that will use this plan.
         dtype: The dtype of the queries and of the masks.
         device: Where masks and indices go.
+        own_token: Whether calls show a query its own token.
     """
-    planner = _Planner(pages, rule, dtype, device)
+    planner = _Planner(pages, rule, dtype, device, own_token=own_token)
     windows = [planner.window(groups) for groups in row_groups(pages)]
     return [window for window in windows if window.calls] or windows[:1]
 
@@ -129,8 +142,8 @@ class _Planned(NamedTuple):
 class _Planner:
     """Makes tensors of groups of visits. No tensor is read back but whether the mask shows anything."""
 
-    def __init__(self, pages: RowPages, rule: MaskRule, dtype: torch.dtype, device: torch.device) -> None:
-        self.pages, self.rule, self.dtype, self.device = pages, rule, dtype, device
+    def __init__(self, pages: RowPages, rule: MaskRule, dtype: torch.dtype, device: torch.device, *, own_token: bool) -> None:
+        self.pages, self.rule, self.dtype, self.device, self.own_token = pages, rule, dtype, device, own_token
         self.row_size = pages.row.size
 
     def window(self, groups: list[VisitGroup]) -> Window:
@@ -164,9 +177,10 @@ class _Planner:
             full = torch.ones(len(queries), CHUNK_TOKENS, dtype=torch.bool, device=self.device)
             full[self._index(real)] = allowed | ~seen[:, None]
             mask = self._additive(full).view(len(group.chunks), 1, group.num_queries, CHUNK_TOKENS)
+        chunks = self._numbers([visits[0] for visits in group.chunks])
         form, pages = self._placed([visits[0] for visits in group.chunks])
         indices = (self._index(queries), self._index(real))
-        call = ChunkCall(form, pages, len(group.chunks), *indices, False, mask, dead, self._index(outputs))
+        call = ChunkCall(form, pages, len(group.chunks), *chunks, *indices, False, mask, dead, self._index(outputs))
         return _Planned(call, outputs)
 
     def _single(self, group: VisitGroup) -> _Planned | None:
@@ -180,9 +194,15 @@ class _Planner:
         rows = [visit.rows[0] for visit in visits]
         outputs = [self._output(visit.chunk, t) for visit, t in zip(visits, rows, strict=True)]
         mask = self._additive(allowed[seen])[:, None, None]
+        chunks = self._numbers(visits)
         indices = (self._index(rows), slice(len(rows)))
-        call = ChunkCall(*self._placed(visits), len(visits), *indices, True, mask, None, self._index(outputs))
+        call = ChunkCall(*self._placed(visits), len(visits), *chunks, *indices, True, mask, None, self._index(outputs))
         return _Planned(call, outputs)
+
+    def _numbers(self, visits: list[Visit]) -> tuple[int, Tensor]:
+        """The greatest number of a chunk, and all of them."""
+        numbers = [visit.chunk for visit in visits]
+        return max(numbers), torch.tensor(numbers, device=self.device)
 
     def _output(self, chunk: int, t: int) -> int:
         """The window output of the token at row position t, from one chunk."""
@@ -208,7 +228,7 @@ class _Planner:
         begins = [CHUNK_TOKENS * visit.chunk for visit in visits for _ in range(visit.num_queries)]
         q = torch.tensor(positions, device=self.device)[:, None]
         k = torch.arange(CHUNK_TOKENS, device=self.device)[None] + torch.tensor(begins, device=self.device)[:, None]
-        return self.rule.allowed(q, k) & (k <= q)
+        return self.rule.allowed(q, k) & (k <= q if self.own_token else k < q)
 
     def _index(self, values: list[int]) -> Index:
         return as_index(values, self.device)

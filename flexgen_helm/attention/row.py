@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.attention.sparse import LocatedCall, choose, own_token, read_call
 from flexgen_helm.attention.writes import Locate, Stores, Writes
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat
 from flexgen_helm.kv_cache.paged_cache import PagedCache
@@ -24,6 +26,8 @@ from flexgen_helm.memory.meter import Activity
 
 LARGEST_KEY = 2.0**58
 """Keys up to this size leave masked scores finite: products with as large a query, summed over 4,096 elements, do in fp32."""
+Attend = Callable[..., ChunkOutput]
+"""Attends to a call, which is given with its pages."""
 QKV = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values."""
 
@@ -73,6 +77,7 @@ class RowAttention:
             host: Lets it run beside the device. None: the device waits.
         """
         self._pages, self._cache, self._device, self._decode, self._host = pages, cache, device, decode, host
+        self._format = cache.format
         self._writes = Writes(pages, device)
         self._plans: dict[MaskRule, list[Window]] = {}
         self._decode_plans: dict[MaskRule, list[DecodePlan]] = {}
@@ -123,6 +128,9 @@ class RowAttention:
             merged, sinks = self._decoded(key.layer, q, rule, stores, scale=scale, softcap=softcap), _on_cpu(sinks)
         else:
             merged = self._in_calls(q, rule, stores, locate, scale=scale, softcap=softcap)
+            if self._format.flexgen:
+                output, lse = own_token((q, k, v), scale=scale, softcap=softcap)
+                merged = merge_chunks(merged, output[None], lse[None])
         return normalised(merged, sinks).to(qkv[2].dtype).to(qkv[2].device)
 
     def _in_calls(
@@ -130,17 +138,38 @@ class RowAttention:
     ) -> Merged:
         """Attend on the device, kernel call by kernel call."""
         if rule not in self._plans:
-            self._plans[rule] = plan_attention(self._pages, rule, dtype=q.dtype, device=self._device)
+            self._plans[rule] = plan_attention(
+                self._pages, rule, dtype=q.dtype, device=self._device, own_token=not self._format.flexgen
+            )
+        windows = self._plans[rule]
+        attend: Attend = partial(attend_call, q=q, scale=scale, softcap=softcap)
+        if self._format.sparsity is not None:
+            attend = self._sparsely(windows, q, stores, locate, scale=scale, softcap=softcap)
         merged: Merged | None = None
-        for window in self._plans[rule]:
+        for window in windows:
             outputs = _Outputs(window, q, _any_format(stores).v.dim)
             for call in window.calls:
-                places = stores[call.form]
-                pages = [LocatedPages(places[x.place], locate(call.form, x.place, x.numbers), x.which) for x in call.pages]
-                outputs.keep(call, attend_call(call, q, pages, scale=scale, softcap=softcap))
+                outputs.keep(call, attend(call, pages=_located(call, stores, locate)))
             merged = merge_chunks(merged, outputs.outputs, outputs.lse)
         assert merged is not None
         return merged
+
+    def _sparsely(
+        self, windows: list[Window], q: Tensor, stores: Stores, locate: Locate, *, scale: float, softcap: float | None
+    ) -> Attend:
+        """Choose the keys of which V is read; returns what attends to a call with them."""
+        percent, flexgen = self._format.sparsity, self._format.flexgen
+        assert percent is not None
+        sparse = [call for window in windows for call in window.calls if flexgen or call.form == "sealed"]
+        located = [LocatedCall(call, _located(call, stores, locate)) for call in sparse]
+        chosen = choose(located, q, percent, scale=scale, softcap=softcap)
+
+        def attend(call: ChunkCall, pages: list[LocatedPages]) -> ChunkOutput:
+            if flexgen or call.form == "sealed":
+                return read_call(call, chosen, pages, means=not flexgen)
+            return attend_call(call, q, pages, scale=scale, softcap=softcap)
+
+        return attend
 
     def _decoded(self, j: int, q: Tensor, rule: MaskRule, stores: Stores, *, scale: float, softcap: float | None) -> Merged:
         """Attend on the CPU, in one pass, which is where the outcome is."""
@@ -182,6 +211,11 @@ class RowAttention:
         for form, pages in loaded.items():
             self._cache.working(form).wait(pages)
         return lambda form, place, index: loaded[form].slots[index] if place == "staged" else index
+
+
+def _located(call: ChunkCall, stores: Stores, locate: Locate) -> list[LocatedPages]:
+    places = stores[call.form]
+    return [LocatedPages(places[x.place], locate(call.form, x.place, x.numbers), x.which) for x in call.pages]
 
 
 def _any_format(stores: Stores) -> PageFormat:

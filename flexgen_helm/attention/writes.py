@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexgen_helm.attention.calls import as_index
 from flexgen_helm.attention.row_pages import RowPages, exact_table, sealed_now
-from flexgen_helm.kv_cache.page_format import PageTensors, TokenPlaces
+from flexgen_helm.kv_cache.page_format import PageTensors, PartFormat, TokenPlaces
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, Place
 from flexgen_helm.schedule.rows import Segment
 
@@ -78,12 +78,12 @@ class Writes:
                 part.copy(TokenPlaces(source, source_pages, source_tokens), TokenPlaces(target, pages, tokens))
         for (source_place, target_place), source_pages, pages in self._full:
             source_pages, pages = locate("exact", source_place, source_pages), locate("sealed", target_place, pages)
-            for (plain, source), (sealed, target) in zip(
-                exact[source_place].parts, stores["sealed"][target_place].sealable_parts, strict=True
-            ):
-                heads = torch.arange(plain.num_heads, device=source_pages.device)
-                whole = plain.gather(source, (source_pages[:, None] * plain.num_heads + heads).flatten())
-                sealed.seal(target, pages, whole.view(-1, plain.num_heads, PAGE_TOKENS, plain.dim))
+            targets = stores["sealed"][target_place]
+            for (part, source), (sealed, target) in zip(exact[source_place].parts, targets.sealable_parts, strict=True):
+                sealed.seal(target, pages, _whole(part, source, source_pages))
+            if targets.format.mean is not None and targets.mean is not None:
+                # Of the values as attention reads them.
+                targets.format.mean.store(targets.mean, pages, _whole(targets.format.v, targets.v, pages))
 
     def _copy(self, segment: Segment) -> None:
         if segment.copy is not None:
@@ -98,3 +98,10 @@ class Writes:
 
     def _columns(self, place: Place, rows: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(rows, device=HOST if place == "host" else self._device).T.contiguous()
+
+
+def _whole(part: PartFormat, stored: Tensor, pages: Tensor) -> Tensor:
+    """Whole pages ``[n, num_heads, 32, dim]``, as attention reads them."""
+    heads = torch.arange(part.num_heads, device=pages.device)
+    rows = (pages[:, None] * part.num_heads + heads).flatten()
+    return part.gather(stored, rows).view(-1, part.num_heads, PAGE_TOKENS, part.dim)

@@ -118,7 +118,7 @@ class CompressionConfig:
     @property
     def cache_scheme(self) -> str:
         """Name of everything that decides the stored K and V; "plain" where they are not compressed."""
-        return f"{self._cache}{'-flexgen' if self.flexgen else ''}" if self.compresses_cache else "plain"
+        return f"{self._cache or 'plain'}{'-flexgen' if self.flexgen else ''}"
 
     @property
     def description(self) -> str:

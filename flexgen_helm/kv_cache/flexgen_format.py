@@ -9,6 +9,7 @@ FlexGen computes in float16. Of other dtypes, numbers beyond 64256 count as that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class FlexGenPart:
     dtype: torch.dtype
     bits: int
     """Bits of a code: 2, 4 or 8."""
+
+    num_rows: ClassVar[int] = PAGE_TOKENS
+    """Tokens of a page."""
 
     @property
     def row(self) -> TokenRow:

@@ -110,8 +110,7 @@ class HostPages(GrowingPages):
 
     def view(self, page_format: PageFormat, buffer: Tensor, count: int) -> PageTensors:
         """The pages of a transfer in a buffer of bytes."""
-        k, v = (count * part.num_bytes for part in page_format.parts)
-        return page_format.view(buffer[:k].view(count, -1), buffer[k : k + v].view(count, -1))
+        return page_format.view_parts(buffer[: count * page_format.num_bytes], count)
 
     def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Copy pages into a buffer; nothing is left to wait for."""
@@ -177,9 +176,8 @@ class DiskPages:
 
     def view(self, page_format: PageFormat, buffer: Tensor, count: int) -> PageTensors:
         """The pages of a transfer in a buffer of bytes."""
-        k, v = (part.num_bytes for part in page_format.parts)
         records = buffer[: count * self.transfer_bytes(page_format)].view(count, -1)
-        return page_format.view(records[:, :k], records[:, k : k + v])
+        return page_format.view(records[:, : page_format.num_bytes])
 
     def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Start to read pages into a buffer."""

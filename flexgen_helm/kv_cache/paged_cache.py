@@ -53,13 +53,14 @@ class PagedCache:
             PolicyError: If there are pages on disk and no folder for them.
             DiskFull: If the folder has no room for them.
         """
-        self._dtype, self._format = dtype, cache_format
+        self._dtype, self.format = dtype, cache_format
+        """How K and V are stored, and what is read of them."""
         self.meter = Meter(device.torch_device) if meter is None else meter
         self.device = device
         """The device that computes attention."""
         staged = any(pool.capacities.is_staged(device.own_memory) for pool in (pools or {}).values())
         self._link = Link(device.torch_device, "cache") if staged else None
-        forms: tuple[Form, ...] = ("exact", "sealed") if self._format.seals else ("exact",)
+        forms: tuple[Form, ...] = ("exact", "sealed") if self.format.seals else ("exact",)
         self._forms = {
             form: FormPages(
                 form,
@@ -101,7 +102,7 @@ class PagedCache:
         self, key: CacheKey, k: Tensor, v: Tensor, places: Mapping[Form, Set[Place]]
     ) -> dict[Form, dict[Place, PageTensors]]:
         """The pages of one attention call at some places, for K and V like ``k`` and ``v`` ``[T, num_heads, dim]``."""
-        formats = self._format.forms(k, v)
+        formats = self.format.forms(k, v)
         self.bytes_per_token[key] = formats["exact"].num_bytes_per_token
         return {form: self._forms[form].tensors(key, formats[form], found, k.device) for form, found in places.items()}
 

@@ -10,6 +10,7 @@ On a CPU pages are read and made by loops compiled by Numba (`sealed_kernel`), e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def sealed_format(exact: PageFormat, *, k_bits: int, v_bits: int) -> PageFormat:
         k_bits: Bits of a code of K: 2, 4, 8; or 16: K stays as it is.
         v_bits: Bits of a code of V, likewise.
     """
-    k, v = exact.parts
+    k, v = exact.k, exact.v
     return PageFormat(
         k if k_bits == NOT_QUANTIZED else PerChannelPart(k.num_heads, k.dim, k.dtype, k_bits),
         v if v_bits == NOT_QUANTIZED else PerTokenPart(v.num_heads, v.dim, v.dtype, v_bits),
@@ -52,6 +53,9 @@ class PerChannelPart:
     dtype: torch.dtype
     bits: int
     """Bits of a code: 2, 4 or 8."""
+
+    num_rows: ClassVar[int] = PAGE_TOKENS
+    """Tokens of a page."""
 
     @property
     def head_bytes(self) -> int:
@@ -114,6 +118,9 @@ class PerTokenPart:
     dtype: torch.dtype
     bits: int
     """Bits of a code: 2, 4 or 8."""
+
+    num_rows: ClassVar[int] = PAGE_TOKENS
+    """Tokens of a page."""
 
     @property
     def row(self) -> TokenRow:

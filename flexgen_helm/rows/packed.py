@@ -132,7 +132,8 @@ class PackedRows:
         ids, positions = torch.tensor([tokens, places], device=self.model.device)
         pages = self._pages[id(row)]
         on_cpu = row.kind == "decode" and (pages.host_attends or self.model.device.type == "cpu")
-        decode, host = self._decode if on_cpu else None, self._host if pages.host_attends else None
+        in_one_pass = on_cpu and self._cache.format.reads_all
+        decode, host = self._decode if in_one_pass else None, self._host if pages.host_attends else None
         attention = RowAttention(pages, self._cache, self.model.device, decode, host)
         recording = PackedRecording(positions=positions, attention=attention)
         self.model.record(

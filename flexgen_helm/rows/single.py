@@ -172,7 +172,7 @@ def require_plain_cache(cache_format: CacheFormat) -> None:
     Raises:
         PolicyError: If it is.
     """
-    if cache_format.seals:
+    if not cache_format.is_plain:
         raise PolicyError(
             "The model runs in single rows, whose caches are transformers' own, so that K and V cannot be compressed. Name a "
             "variant of its weights alone, such as @w4."

@@ -213,12 +213,18 @@ def numerics_of(
 
 def cache_format_of(compression: CompressionConfig | None) -> CacheFormat:
     """Return the format of K and V in a variant."""
-    return PLAIN_CACHE if compression is None else CacheFormat(compression.k_bits, compression.v_bits)
+    return (
+        PLAIN_CACHE
+        if compression is None
+        else CacheFormat(compression.k_bits, compression.v_bits, compression.sparsity, compression.flexgen)
+    )
 
 
 def cache_numerics(kv_dtype: torch.dtype, compression: CompressionConfig | None) -> CacheNumerics:
     """Return the form in which K and V of a variant are stored and read."""
-    return CacheNumerics(dtype_name(kv_dtype), "plain" if compression is None else compression.cache_scheme)
+    if compression is None:
+        return CacheNumerics(dtype_name(kv_dtype))
+    return CacheNumerics(dtype_name(kv_dtype), compression.cache_scheme, (compression.sparsity or 100) / 100)
 
 
 def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Path], Tensor]) -> Blueprint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from flexgen_helm.kv_cache.cache_format import CacheFormat
 from tests.attention.compressed_reference import Call, attend
 from tests.attention.test_row import HEADS, OPTIONS, RULES, Heads, Machine, Options, random_rows
 
-BITS = st.tuples(st.sampled_from([2, 4, 8, 16]), st.sampled_from([2, 4, 8, 16])).filter(lambda bits: min(bits) < 16)
+BITS = st.sampled_from([2, 4, 8, 16])
+FORMATS = st.builds(CacheFormat, BITS, BITS, st.sampled_from([None, 1, 10, 60, 99]), st.booleans()).filter(
+    lambda cache_format: not cache_format.is_plain
+)
 
 
-def expected(machine: Machine, bits: tuple[int, int]) -> list[Tensor]:
+def expected(machine: Machine, cache_format: CacheFormat) -> list[Tensor]:
     """What the rule gives for each sequence, ``[T, heads, dim]``."""
     options, found = machine.options, []
     for q, k, v in machine.inputs:
@@ -26,7 +30,7 @@ def expected(machine: Machine, bits: tuple[int, int]) -> list[Tensor]:
         call = Call(
             RULES[options.rule].allowed(at[:, None], at[None]), 1 / math.sqrt(q.shape[-1]), options.softcap, machine.sinks
         )
-        config = CompressionConfig(k_bits=bits[0], v_bits=bits[1])
+        config = CompressionConfig(**asdict(cache_format))
         found.append(attend(config, *(x.transpose(0, 1) for x in (q, k, v)), call).transpose(0, 1))
     return found
 
@@ -39,28 +43,31 @@ def expected(machine: Machine, bits: tuple[int, int]) -> list[Tensor]:
     st.sampled_from([0, 40, 300]),
     st.integers(0, 9),
     st.booleans(),
-    BITS,
+    FORMATS,
 )
 def test_rows_equal_the_rule(
-    heads: Heads, options: Options, lengths: list[int], prefix: int, seed: int, in_calls: bool, bits: tuple[int, int]
+    heads: Heads, options: Options, lengths: list[int], prefix: int, seed: int, in_calls: bool, cache_format: CacheFormat
 ) -> None:
-    machine = Machine(heads, options, lengths, prefix, CacheFormat(*bits))
-    if in_calls:
+    machine = Machine(heads, options, lengths, prefix, cache_format)
+    if in_calls or not cache_format.reads_all:
         machine.decode = None
     for row in random_rows(lengths, prefix, seed):
         machine.run(*row)
     begins = [0] + [machine.shared * 32] * (len(lengths) - 1)
-    for output, wanted, begin in zip(machine.outputs, expected(machine, bits), begins, strict=True):
+    for output, wanted, begin in zip(machine.outputs, expected(machine, cache_format), begins, strict=True):
         assert (output - wanted)[begin:].abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "cache_format", [CacheFormat(4, 4), CacheFormat(4, 4, 10), CacheFormat(4, 4, 10, flexgen=True)], ids=str
+)
 @pytest.mark.parametrize("in_calls", [False, True])
-def test_decode_beside_others_has_the_bits_of_decode_alone(in_calls: bool) -> None:
+def test_decode_beside_others_has_the_bits_of_decode_alone(in_calls: bool, cache_format: CacheFormat) -> None:
     lengths = [300, 290, 270]
     outputs = []
     for chosen in ([0], [1], [2], [0, 1, 2]):
-        machine = Machine(Heads(6, 3, 64, 64), Options(), lengths, 200, CacheFormat(4, 4))
-        if in_calls:
+        machine = Machine(Heads(6, 3, 64, 64), Options(), lengths, 200, cache_format)
+        if in_calls or not cache_format.reads_all:
             machine.decode = None
         for k, m in enumerate(lengths):
             for a in range(0 if k == 0 else 192, m - 1, 64):

@@ -64,7 +64,9 @@ def test_each_job_alone_gets_the_same_bits(bench: Workbench, answers: dict[str, 
 def test_placement_changes_no_bit(
     bench: Workbench, answers: dict[str, list[Result]], tmp_path: Path, family: str, policy: Policy, order: Order
 ) -> None:
-    found = run(bench.folder(family), branching_jobs(1), "kv4", policy, order=order, device=OWN_MEMORY, offload_folder=tmp_path / family)
+    found = run(
+        bench.folder(family), branching_jobs(1), "kv4", policy, order=order, device=OWN_MEMORY, offload_folder=tmp_path / family
+    )
     assert found == answers[family]
 
 
