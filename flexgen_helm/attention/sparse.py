@@ -1,8 +1,8 @@
 """Sparse attention (FlexGen section 5): of earlier chunks, each query head reads V of a few keys only.
 
 A query head ranks the keys that its mask shows in earlier chunks by their attention weight and reads V of the first ``percent``
-in a hundred, rounded up. For each page it adds the exact weight of the other keys times the mean of the page's values. FlexGen's
-own rule has no means, and all keys but a query's own token are candidates. K is read in full by both.
+in a hundred, rounded up. For each page it adds the exact weight of the other keys times the mean of the page's values.
+FlexGen's own rule has no means, and all keys but a query's own token are candidates. K is read in full by both.
 
 Scores of a row are held at once: 8 bytes for each query, head and key.
 """

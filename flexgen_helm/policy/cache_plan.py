@@ -45,9 +45,9 @@ class CachePlan:
         """
         suspends = own_memory and policy.cpu_attention > 0
         rows = rows_at_once(suspends=suspends)
-        exact, share = shapes.cache_bytes_per_token, shapes.sealed_share
-        sizes = (exact, 0) if share is None else (math.ceil(share * exact), exact)
-        return cls(policy.cache, sizes[0], shapes.num_layers, rows, own_memory, sizes[1])
+        sizes = {form: math.ceil(share * shapes.cache_bytes_per_token) for form, share in shapes.page_shares.items()}
+        kept, beside = (sizes["sealed"], sizes["exact"]) if "sealed" in sizes else (sizes["exact"], 0)
+        return cls(policy.cache, kept, shapes.num_layers, rows, own_memory, beside)
 
     @property
     def taken(self) -> dict[Tier, float]:

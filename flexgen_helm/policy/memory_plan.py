@@ -137,8 +137,8 @@ class MemoryPlan:
         Args:
             bytes_per_token: K and V of one token in all layers in the model's dtype, as the self-check measured them.
         """
-        exact, share = PAGE_TOKENS * bytes_per_token * self.shapes.kv_itemsize // self.shapes.itemsize, self.shapes.sealed_share
-        return {"exact": exact} if share is None else {"exact": exact, "sealed": math.ceil(share * exact)}
+        plain = PAGE_TOKENS * bytes_per_token * self.shapes.kv_itemsize // self.shapes.itemsize
+        return {form: math.ceil(share * plain) for form, share in self.shapes.page_shares.items()}
 
     def exceeded(self, stats: RunStats) -> str | None:
         """Return a text that names the tiers on which a run held more than the user allows; None if there are none.

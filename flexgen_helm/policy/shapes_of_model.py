@@ -14,6 +14,9 @@ from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.model.layers import layers_of, num_layers_of_every_kind
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
 
+SCORED_KEYS = 8192
+"""Most keys for whose scores in sparse attention memory is planned."""
+
 
 def shapes_of(
     model: PreTrainedModel, formats: Mapping[int, SlabFormat], kv_dtype: torch.dtype, cache: CacheFormat = PLAIN_CACHE
@@ -30,7 +33,9 @@ def shapes_of(
     vocab, hidden = _table(model).shape
     heads = setting(model, "num_attention_heads") or 1
     num_kv, head_dim = setting(model, "num_key_value_heads") or heads, setting(model, "head_dim") or hidden // heads
-    pages = cache.forms(*(torch.empty(0, num_kv, head_dim, dtype=kv_dtype) for _ in range(2)))
+    kv = torch.empty(0, num_kv, head_dim, dtype=kv_dtype)
+    plain = PLAIN_CACHE.forms(kv, kv)["exact"].num_bytes
+    longest = min(setting(model, "max_position_embeddings") or SCORED_KEYS, SCORED_KEYS)
     stored = {j: each.stored.num_bytes for j, each in formats.items()}
     bound = {j: each.bound.num_bytes for j, each in formats.items()}
     tied = set(model.all_tied_weights_keys)
@@ -52,7 +57,8 @@ def shapes_of(
         itemsize=model.dtype.itemsize,
         kv_itemsize=kv_dtype.itemsize,
         first_layers_bytes=_first_layers_bytes(model, layers),
-        sealed_share=pages["sealed"].num_bytes / pages["exact"].num_bytes if cache.seals else None,
+        page_shares={form: pages.num_bytes / plain for form, pages in cache.forms(kv, kv).items()},
+        scored_keys=0 if cache.sparsity is None else longest,
     )
 
 

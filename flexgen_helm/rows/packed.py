@@ -89,7 +89,7 @@ class PackedRows:
         if not model.takes("position_ids"):
             raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
         self.model, self._cache = model, cache
-        self._cpu_share = cpu_attention if cache.device.own_memory else 0.0
+        self._cpu_share = cpu_attention if cache.device.own_memory and cache.format.reads_all else 0.0
         self._decode, self._host = DecodeAttention(), HostAttention(cache.meter)
         self._pages: dict[int, RowPages] = {}
         """Pages of each row of the sweep, by the row's `id`; they keep their rows alive, so that no `id` is used twice."""

@@ -333,8 +333,15 @@ def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOpti
     """Decide where decode rows attend and where K and V are, if the device has a memory of its own."""
     if not options.device.own_memory:
         return policy
+    asked = options.policy or Policy()
+    if not cache_format_of(options.compression).reads_all:
+        if asked.cpu_attention:
+            raise PolicyError(
+                "Sparse and FlexGen's attention is computed on the device only. Leave cpu_attention out, or give 0."
+            )
+        asked = replace(asked, cpu_attention=0.0)
     machine = whole_machine(options.device, options.limits)
-    place = attention_place(options.policy or Policy(), policy, shapes, machine)
+    place = attention_place(asked, policy, shapes, machine)
     if place.reason is not None:
         where = "on the CPU" if place.cpu_attention else "on the device"
         logger.info("packed rows that decode attend %s: %s; `cpu_attention` names another place", where, place.reason)

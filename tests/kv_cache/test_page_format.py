@@ -64,6 +64,5 @@ def test_bytes_of_a_transfer_are_pages() -> None:
     # One record a page, K before V, and something behind it: rows that are not contiguous.
     k, v = (x.flatten(1).view(torch.uint8) for x in stored.tensors)
     records = torch.cat([k, v, torch.zeros(NUM_PAGES, 64, dtype=torch.uint8)], 1)
-    size = page_format.k.num_bytes
     found = page_format.view(records[:, : page_format.num_bytes])
     assert all(torch.equal(a, b) for a, b in zip(found.tensors, stored.tensors, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,39 @@ def run(folder: Path, jobs: list[Job], compression: str, policy: Policy = POLICY
         return engine.run(jobs)
 
 
+CASES = [*((family, "kv4") for family in FAMILIES), ("llama", "kv4s10"), ("mistral", "s10"), ("opt", "kv4s10-flexgen")]
+Answers = dict[tuple[str, str], list[Result]]
+
+
 @pytest.fixture(scope="module")
-def answers(bench: Workbench) -> dict[str, list[Result]]:
+def answers(bench: Workbench) -> Answers:
     """Answers of resident engines, the jobs of one block together."""
-    return {family: run(bench.folder(family), branching_jobs(1), "kv4") for family in FAMILIES}
+    return {(family, variant): run(bench.folder(family), branching_jobs(1), variant) for family, variant in CASES}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_job_alone_gets_the_same_bits(bench: Workbench, answers: dict[str, list[Result]], family: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_each_job_alone_gets_the_same_bits(bench: Workbench, answers: Answers, case: tuple[str, str]) -> None:
     with Engine.from_pretrained(
-        str(bench.folder(family)), compression="kv4", policy=POLICY, device="cpu", rows="packed"
+        str(bench.folder(case[0])), compression=case[1], policy=POLICY, device="cpu", rows="packed"
     ) as engine:
-        assert [engine.run([job])[0] for job in branching_jobs(1)] == answers[family]
+        assert [engine.run([job])[0] for job in branching_jobs(1)] == answers[case]
+
+
+@pytest.mark.parametrize(
+    ("variant", "told"),
+    [
+        ("kv4", ("kv4", 1.0, 4 + 32 / 32, 4 + 32 / 32)),
+        ("k8v2", ("k8v2", 1.0, 8 + 32 / 32, 2 + 32 / 32)),
+        ("s10", ("plain", 0.1, 32, 32 + 32 / 32)),
+        ("kv4-flexgen", ("kv4-flexgen", 1.0, 4 + 32 / 32, 4 + 32 / 32)),
+    ],
+)
+def test_the_engine_tells_its_bits(bench: Workbench, variant: str, told: tuple[str, float, float, float]) -> None:
+    """Heads have 32 numbers: a scale and a zero of 16 bits for 32 tokens of a channel, for a token, or a mean of 32 bits."""
+    with Engine.from_pretrained(str(bench.folder("llama")), compression=variant, policy=POLICY, device="cpu") as engine:
         info = engine.describe()
-        assert (info.numerics.cache.format, info.numerics.cache.sparsity) == ("kv4", 1.0)
-        assert 5.0 <= info.bits_per_cache_element <= 6.0
-        assert engine.stats.peak_bytes > 0
+    assert (info.numerics.cache.format, info.numerics.cache.sparsity) == told[:2]
+    assert info.bits_per_cache_element == pytest.approx((told[2] + told[3]) / 2)
 
 
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
