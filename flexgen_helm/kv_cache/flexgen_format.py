@@ -52,7 +52,7 @@ class FlexGenPart:
 
     def view(self, buffer: Tensor) -> Tensor:
         """Bytes ``[pages, num_bytes]``, uint8, as pages."""
-        return buffer.unflatten(1, (self.num_heads, PAGE_TOKENS, self.row.num_bytes))
+        return buffer.view(len(buffer), self.num_heads, PAGE_TOKENS, self.row.num_bytes)
 
     def write(self, stored: Tensor, pages: Tensor, tokens: Tensor, new: Tensor) -> None:
         """Quantise tokens ``[n, num_heads, dim]`` where they are, and store them."""

@@ -82,7 +82,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     in_byte = 8 // bits
     parts = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % in_byte)).unflatten(-1, (-1, in_byte))
-    packed = parts[..., 0].clone()
+    packed: Tensor = parts[..., 0].clone()
     for i in range(1, in_byte):
         packed |= parts[..., i] << (i * bits)
     return packed

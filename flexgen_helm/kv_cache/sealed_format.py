@@ -4,7 +4,7 @@ A channel of keys keeps its range over neighbouring tokens, a value does not; so
 and up to 64 neighbouring numbers of a token do in V (KIVI, arXiv 2402.02750). Formulas, and what very large numbers become, are
 in `flexgen_helm.kv_cache.minmax`. Bytes follow from the 32 exact tokens alone, whatever is sealed beside them, and wherever.
 
-On a CPU pages are read and made by loops compiled by Numba (`sealed_kernel`), elsewhere by torch; bits are equal.
+On a CPU loops compiled by Numba read and make pages (`sealed_kernel`, `seal_kernel`), elsewhere torch does, with equal bits.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ class PerChannelPart:
 
     def view(self, buffer: Tensor) -> Tensor:
         """Bytes ``[pages, num_bytes]``, uint8, as pages."""
-        return buffer.unflatten(1, (self.num_heads, self.head_bytes))
+        return buffer.view(len(buffer), self.num_heads, self.head_bytes)
 
     def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
         """Store whole pages ``[n, num_heads, 32, dim]``, quantised where they are; their bytes go to the stored ones."""
         if exact.device.type == stored.device.type == "cpu":
-            from flexgen_helm.kv_cache.sealed_kernel import seal_channels
+            from flexgen_helm.kv_cache.seal_kernel import seal_channels
 
             seal_channels(stored, pages, exact, self.bits, largest(self.dtype))
             return
@@ -138,12 +138,12 @@ class PerTokenPart:
 
     def view(self, buffer: Tensor) -> Tensor:
         """Bytes ``[pages, num_bytes]``, uint8, as pages."""
-        return buffer.unflatten(1, (self.num_heads, PAGE_TOKENS, self.row.num_bytes))
+        return buffer.view(len(buffer), self.num_heads, PAGE_TOKENS, self.row.num_bytes)
 
     def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
         """Store whole pages ``[n, num_heads, 32, dim]``, quantised where they are; their bytes go to the stored ones."""
         if exact.device.type == stored.device.type == "cpu":
-            from flexgen_helm.kv_cache.sealed_kernel import seal_tokens
+            from flexgen_helm.kv_cache.seal_kernel import seal_tokens
 
             seal_tokens(stored, pages, exact, self.bits, largest(self.dtype))
             return

@@ -46,8 +46,8 @@ class TokenRow:
     def groups(self, x: Tensor) -> Tensor:
         """Cut tokens ``[..., dim]`` into ``[..., groups, 64]``; the last element fills the last group up."""
         missing = self.num_groups * GROUP - self.dim
-        filled = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1) if missing else x
-        return filled.unflatten(-1, (self.num_groups, GROUP))
+        filled = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1) if missing else x.contiguous()
+        return filled.view(*x.shape[:-1], self.num_groups, GROUP)
 
     def join(self, codes: Tensor, numbers: Tensor) -> Tensor:
         """Make rows.

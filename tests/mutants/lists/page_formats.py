@@ -10,6 +10,7 @@ LARGE = f"{SEALED}::test_the_largest_numbers_stay_finite"
 FLEXGEN = "tests/kv_cache/test_flexgen_format.py"
 ROUNDING = "flexgen_helm/kv_cache/minmax.py"
 KERNEL = "flexgen_helm/kv_cache/sealed_kernel.py"
+SEALING = "flexgen_helm/kv_cache/seal_kernel.py"
 
 MUTANTS = (
     Mutant(
@@ -22,7 +23,7 @@ MUTANTS = (
     ),
     Mutant(
         name="sealed-scale-too-small",
-        file=KERNEL,
+        file=SEALING,
         old="bits_of(x + ZERO) + u32(0xFFFF)",
         new="bits_of(x + ZERO) + u32(0x7FFF)",
         tests=(FORMULA,),
@@ -46,7 +47,7 @@ MUTANTS = (
     ),
     Mutant(
         name="sealed-range-overflows",
-        file=KERNEL,
+        file=SEALING,
         old="numbers[i] = min(max(numbers[i], -limit), limit)",
         new="numbers[i] = numbers[i]",
         tests=(LARGE,),
