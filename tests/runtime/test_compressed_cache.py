@@ -63,14 +63,14 @@ def test_each_job_alone_gets_the_same_bits(bench: Workbench, answers: Answers, c
 @pytest.mark.parametrize(
     ("variant", "told"),
     [
-        ("kv4", ("kv4", 1.0, 4 + 32 / 32, 4 + 32 / 32)),
-        ("k8v2", ("k8v2", 1.0, 8 + 32 / 32, 2 + 32 / 32)),
+        ("kv4", ("kv4", 1.0, 4 + 32 / 32, 4 + 32 / 16)),
+        ("k8v2", ("k8v2", 1.0, 8 + 32 / 32, 2 + 32 / 16)),
         ("s10", ("plain", 0.1, 32, 32 + 32 / 32)),
-        ("kv4-flexgen", ("kv4-flexgen", 1.0, 4 + 32 / 32, 4 + 32 / 32)),
+        ("kv4-flexgen", ("kv4-flexgen", 1.0, 4 + 32 / 16, 4 + 32 / 16)),
     ],
 )
 def test_the_engine_tells_its_bits(bench: Workbench, variant: str, told: tuple[str, float, float, float]) -> None:
-    """Heads have 32 numbers: a scale and a zero of 16 bits for 32 tokens of a channel, for a token, or a mean of 32 bits."""
+    """Two numbers of 16 bits for the 32 tokens of a channel, or the 16 numbers of a token; a mean of 32 bits for 32 tokens."""
     with Engine.from_pretrained(str(bench.folder("llama")), compression=variant, policy=POLICY, device="cpu") as engine:
         info = engine.describe()
     assert (info.numerics.cache.format, info.numerics.cache.sparsity) == told[:2]
@@ -78,14 +78,20 @@ def test_the_engine_tells_its_bits(bench: Workbench, variant: str, told: tuple[s
 
 
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(FAMILIES), POLICIES, st.sampled_from(["zigzag", "zigzag", "row"]))
+@given(st.sampled_from(CASES), POLICIES, st.sampled_from(["zigzag", "zigzag", "row"]))
 def test_placement_changes_no_bit(
-    bench: Workbench, answers: dict[str, list[Result]], tmp_path: Path, family: str, policy: Policy, order: Order
+    bench: Workbench, answers: Answers, tmp_path: Path, case: tuple[str, str], policy: Policy, order: Order
 ) -> None:
-    found = run(
-        bench.folder(family), branching_jobs(1), "kv4", policy, order=order, device=OWN_MEMORY, offload_folder=tmp_path / family
-    )
-    assert found == answers[family]
+    if case[1] != "kv4":
+        policy = replace(policy, cpu_attention=0.0)
+    options = {"order": order, "device": OWN_MEMORY, "offload_folder": tmp_path / case[0]}
+    assert run(bench.folder(case[0]), branching_jobs(1), case[1], policy, **options) == answers[case]
+
+
+def test_sparse_attention_on_the_cpu_beside_a_device_is_refused(bench: Workbench) -> None:
+    policy = replace(POLICY, cpu_attention=1.0, cache=(0.0, 1.0, 0.0))
+    with pytest.raises(PolicyError, match=r"is computed on the device only\. Leave cpu_attention out"):
+        run(bench.folder("llama"), [], "s10", policy, device=OWN_MEMORY)
 
 
 def test_more_bits_come_closer_to_the_uncompressed_answers(bench: Workbench) -> None:
