@@ -79,8 +79,8 @@ class Writes:
         for (source_place, target_place), source_pages, pages in self._full:
             source_pages, pages = locate("exact", source_place, source_pages), locate("sealed", target_place, pages)
             targets = stores["sealed"][target_place]
-            for (part, source), (sealed, target) in zip(exact[source_place].parts, targets.sealable_parts, strict=True):
-                sealed.seal(target, pages, _whole(part, source, source_pages))
+            for (plain, source), (sealed, target) in zip(exact[source_place].parts, targets.sealable_parts, strict=True):
+                sealed.seal(target, pages, _whole(plain, source, source_pages))
             if targets.format.mean is not None and targets.mean is not None:
                 # Of the values as attention reads them.
                 targets.format.mean.store(targets.mean, pages, _whole(targets.format.v, targets.v, pages))

@@ -165,7 +165,7 @@ class PlainPart:
 
     def view(self, buffer: Tensor) -> Tensor:
         """Bytes ``[pages, num_bytes]``, uint8, as pages."""
-        return buffer.view(self.dtype).unflatten(1, (self.num_heads, PAGE_TOKENS, self.dim))
+        return unflattened(buffer.view(self.dtype), self.num_heads, PAGE_TOKENS, self.dim)
 
     def write(self, stored: Tensor, pages: Tensor, tokens: Tensor, new: Tensor) -> None:
         """Store tokens ``[n, num_heads, dim]``."""
@@ -211,7 +211,7 @@ class MeanPart:
 
     def view(self, buffer: Tensor) -> Tensor:
         """Bytes ``[pages, num_bytes]``, uint8, as pages."""
-        return buffer.view(self.dtype).unflatten(1, (self.num_heads, self.dim))
+        return unflattened(buffer.view(self.dtype), self.num_heads, self.dim)
 
     def store(self, stored: Tensor, pages: Tensor, values: Tensor) -> None:
         """Store the means of whole pages of V ``[n, num_heads, 32, dim]``, as attention reads them."""
@@ -239,7 +239,7 @@ class PageFormat:
     @classmethod
     def plain(cls, k: Tensor, v: Tensor) -> PageFormat:
         """The format that stores tokens ``[T, num_heads, dim]`` as they are."""
-        return cls(*(PlainPart(x.shape[1], x.shape[2], x.dtype) for x in (k, v)))
+        return cls(PlainPart(k.shape[1], k.shape[2], k.dtype), PlainPart(v.shape[1], v.shape[2], v.dtype))
 
     @property
     def parts(self) -> tuple[PartFormat | MeanPart, ...]:
@@ -347,3 +347,9 @@ class PageTensors:
 
 def _view(part: PartFormat | MeanPart, buffer: Tensor) -> Tensor:
     return part.view(buffer)
+
+
+def unflattened(rows: Tensor, *shape: int) -> Tensor:
+    """Rows ``[pages, n]`` as ``[pages, *shape]``, without a copy."""
+    found: Tensor = rows.unflatten(1, shape)
+    return found

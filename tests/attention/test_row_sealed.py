@@ -31,7 +31,8 @@ def expected(machine: Machine, cache_format: CacheFormat) -> list[Tensor]:
             RULES[options.rule].allowed(at[:, None], at[None]), 1 / math.sqrt(q.shape[-1]), options.softcap, machine.sinks
         )
         config = CompressionConfig(**asdict(cache_format))
-        found.append(attend(config, *(x.transpose(0, 1) for x in (q, k, v)), call).transpose(0, 1))
+        output = attend(config, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), call)
+        found.append(output.transpose(0, 1))
     return found
 
 
