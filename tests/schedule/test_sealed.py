@@ -113,7 +113,7 @@ def pools_of(num_bytes: int) -> dict[Form, PagePool]:
     }
 
 
-@settings(derandomize=True, max_examples=150, deadline=None, phases=(Phase.explicit, Phase.generate))
+@settings(derandomize=True, max_examples=60, deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(SPECS, POLICIES, st.integers(0, 300), st.booleans(), st.integers(1, 10))
 def test_queries_read_their_chunk_exact_and_earlier_ones_sealed(
     specs: list[Spec], policy: ResolvedPolicy, spare: int, keep_all: bool, first: int
