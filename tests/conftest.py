@@ -17,7 +17,7 @@ from packaging.version import Version
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
-from tests.simulated_gpu.plugin import gpu_of_marked_tests  # noqa: F401 - a fixture
+from tests.simulated_gpu.plugin import gpu_of_marked_tests, known_verdicts, one_check  # noqa: F401 - fixtures
 from tests.workbench import Workbench
 
 TESTS = Path(__file__).parent
