@@ -27,17 +27,21 @@ LATER = {"5.21": ("[olmo_hybrid]", "where_single_rows_are_forced[gemma2]"), "5.2
 
 LONGEST_FILES = (
     "runtime/test_exactness.py",
-    "runtime/test_offload.py",
     "runtime/test_real_model.py",
     "helm/test_equality.py",
     "runs/test_kill.py",
-    "survey/test_survey.py",
+    "test_pages.py",
     "evaluation/test_evaluate.py",
     "loading/test_first_layers.py",
-    "test_pages.py",
+    "runtime/test_gpu.py",
+    "survey/test_survey.py",
+    "runs/test_resident_benchmark.py",
+    "runtime/test_gpu_building.py",
+    "runtime/test_lossless.py",
+    "runs/test_gpu_check.py",
+    "runtime/test_offload.py",
     "loading/test_loading_memory.py",
     "helm/test_hybrids.py",
-    "generation/test_detokenizer.py",
 )
 """Files that take longest. They come first, so that no process is left with one of them at the end."""
 
