@@ -73,8 +73,7 @@ class ChunkCall:
         form: The form of the call's pages.
         pages: The pages, by their place.
         num_chunks: B.
-        last_chunk: The greatest number of a chunk.
-        chunks: ``[B]``: numbers of all chunks.
+        chunks: Numbers of the B chunks.
         queries: ``[B * M]``: the row position of each padded query.
         real: ``[N]``: which padded queries are no padding.
         single: Whether M is 1, so that the heads of a query are the rows of a product.
@@ -86,8 +85,7 @@ class ChunkCall:
     form: Form
     pages: list[PlacedPages]
     num_chunks: int
-    last_chunk: int
-    chunks: Tensor
+    chunks: tuple[int, ...]
     queries: Index
     real: Index
     single: bool
@@ -97,8 +95,9 @@ class ChunkCall:
 
     def places(self, row_size: int, *, real: bool) -> tuple[Tensor, Tensor]:
         """Row position and chunk of each padded query, or of the real ones: ``[B * M]`` or ``[N]`` each."""
-        t = torch.arange(row_size, device=self.chunks.device)[self.queries]
-        c = self.chunks.repeat_interleave(len(t) // self.num_chunks)
+        device = self.pages[0].numbers.device
+        t = torch.arange(row_size, device=device)[self.queries]
+        c = torch.tensor(self.chunks, device=device).repeat_interleave(len(t) // self.num_chunks)
         return (t[self.real], c[self.real]) if real else (t, c)
 
 
@@ -177,10 +176,10 @@ class _Planner:
             full = torch.ones(len(queries), CHUNK_TOKENS, dtype=torch.bool, device=self.device)
             full[self._index(real)] = allowed | ~seen[:, None]
             mask = self._additive(full).view(len(group.chunks), 1, group.num_queries, CHUNK_TOKENS)
-        chunks = self._numbers([visits[0] for visits in group.chunks])
+        chunks = tuple(visits[0].chunk for visits in group.chunks)
         form, pages = self._placed([visits[0] for visits in group.chunks])
         indices = (self._index(queries), self._index(real))
-        call = ChunkCall(form, pages, len(group.chunks), *chunks, *indices, False, mask, dead, self._index(outputs))
+        call = ChunkCall(form, pages, len(group.chunks), chunks, *indices, False, mask, dead, self._index(outputs))
         return _Planned(call, outputs)
 
     def _single(self, group: VisitGroup) -> _Planned | None:
@@ -194,15 +193,10 @@ class _Planner:
         rows = [visit.rows[0] for visit in visits]
         outputs = [self._output(visit.chunk, t) for visit, t in zip(visits, rows, strict=True)]
         mask = self._additive(allowed[seen])[:, None, None]
-        chunks = self._numbers(visits)
+        chunks = tuple(visit.chunk for visit in visits)
         indices = (self._index(rows), slice(len(rows)))
-        call = ChunkCall(*self._placed(visits), len(visits), *chunks, *indices, True, mask, None, self._index(outputs))
+        call = ChunkCall(*self._placed(visits), len(visits), chunks, *indices, True, mask, None, self._index(outputs))
         return _Planned(call, outputs)
-
-    def _numbers(self, visits: list[Visit]) -> tuple[int, Tensor]:
-        """The greatest number of a chunk, and all of them."""
-        numbers = [visit.chunk for visit in visits]
-        return max(numbers), torch.tensor(numbers, device=self.device)
 
     def _output(self, chunk: int, t: int) -> int:
         """The window output of the token at row position t, from one chunk."""

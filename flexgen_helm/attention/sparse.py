@@ -44,7 +44,7 @@ def choose(calls: Sequence[LocatedCall], q: Tensor, percent: int, *, scale: floa
         ``[T, C, H, 2 * 128]`` fp32: for each query, chunk and head the scores of the keys, -inf where there is none, then 1 for
         each key of which V is read, else 0.
     """
-    num_chunks = 1 + max((int(each.call.last_chunk) for each in calls), default=0)
+    num_chunks = 1 + max((max(each.call.chunks) for each in calls), default=0)
     table = torch.full((len(q), num_chunks, q.shape[1], CHUNK_TOKENS), NEG_INF, device=q.device)
     for call, pages in calls:
         scores = score_call(call, q, pages, scale=scale, softcap=softcap)

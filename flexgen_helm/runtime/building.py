@@ -20,7 +20,7 @@ from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.execution.overlapped import OverlappedExecutor
 from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, num_pages
 from flexgen_helm.loading.source import LoadedModel, ModelSource, dtype_name
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.device_limit import DEVICE_LIMITS
@@ -164,7 +164,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     page_bytes = plan.page_bytes(placed.checked.passed.verdict.cache_bytes_per_token)
     most = math.inf
     if device.is_gpu and placed.checked.passed.kind == "packed":  # whose pages are made at once
-        most = policy.block_size * plan.cache.sequence_bytes(placed.loaded.max_length + PAGE_TOKENS)
+        most = policy.block_size * plan.cache.sequence_bytes(PAGE_TOKENS * num_pages(0, placed.loaded.max_length))
     cache_bytes = plan.cache.capacities(left, most)
     cache_format = cache_format_of(options.compression)
     storage = CacheStorage(

@@ -48,7 +48,7 @@ def _decode_step(sizes: Sizes) -> tuple[Callable[[], object], int]:
     rows = torch.arange(sizes.num_sequences).repeat_interleave(sizes.num_chunks)
     mask = torch.zeros(num_chunks, 1, 1, CHUNK_TOKENS, dtype=DTYPE)
     placed, every = [PlacedPages("host", numbers, None)], slice(0, num_chunks)
-    call = ChunkCall("exact", placed, num_chunks, 0, rows * 0, rows, every, True, mask, None, rows)
+    call = ChunkCall("exact", placed, num_chunks, (0,) * num_chunks, rows, every, True, mask, None, rows)
     located = [LocatedPages(store, numbers, None)]
     scale = sizes.head_dim**-0.5
     return partial(attend_call, call, q, located, scale=scale, softcap=None), len(numbers) * store.format.num_bytes

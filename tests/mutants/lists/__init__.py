@@ -17,6 +17,7 @@ from tests.mutants.lists import (
     requests,
     schedule,
     sealed_decode,
+    sealed_pages,
     slab_forms,
     statistics,
 )
@@ -37,5 +38,6 @@ MUTANTS = (
     *entropy_coding.MUTANTS,
     *slab_forms.MUTANTS,
     *sealed_decode.MUTANTS,
+    *sealed_pages.MUTANTS,
     *page_formats.MUTANTS,
 )
