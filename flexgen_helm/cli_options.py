@@ -18,7 +18,7 @@ def parse_model(text: str) -> str:
     """Return the name of a model with its variant in canonical form, in which it is printed and reported.
 
     Raises:
-        CompressionError: If there is no such variant, or it is not built yet.
+        CompressionError: If there is no such variant.
     """
     return with_variant(*resolve(text))
 

@@ -16,7 +16,7 @@ class UnsupportedModel(FlexGenError):
 
 
 class CompressionError(FlexGenError):
-    """A compressed variant that does not exist, or whose parts do not go together or are not built yet."""
+    """A compressed variant that does not exist, or whose parts do not go together."""
 
 
 class InvalidJob(FlexGenError):

@@ -53,7 +53,7 @@ def make_model_deployment(name: str) -> ModelDeployment:
 
     Raises:
         DeploymentError: The name does not follow the grammar, is not canonical, or there is no such model.
-        CompressionError: There is no such variant, or it is not built yet.
+        CompressionError: There is no such variant.
         CorruptFile: A file of the model is torn.
     """
     model = find(name)
@@ -79,7 +79,7 @@ def find(name: str) -> ModelName:
 
     Raises:
         DeploymentError: The name does not follow the grammar or there is no such model.
-        CompressionError: There is no such variant, or it is not built yet.
+        CompressionError: There is no such variant.
     """
     model = split_name(name)
     find_model(model.name_or_path, model.revision)
@@ -103,7 +103,7 @@ def make_tokenizer_config(name: str) -> TokenizerConfig:
 
     Raises:
         DeploymentError: The name does not follow the grammar or there is no such model.
-        CompressionError: There is no such variant, or it is not built yet.
+        CompressionError: There is no such variant.
     """
     model = split_name(name)
     limits = read_limits(model.name_or_path, model.revision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from packaging.version import Version
 from flexgen_helm.assets import smollm2_folder
 from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import CorruptFile, FlexGenError
-from tests.simulated_gpu.plugin import gpu_of_marked_tests  # noqa: F401 - a fixture
+from tests.simulated_gpu.plugin import gpu_of_marked_tests, known_verdicts, one_check  # noqa: F401 - fixtures
 from tests.workbench import Workbench
 
 TESTS = Path(__file__).parent
@@ -26,17 +27,21 @@ LATER = {"5.21": ("[olmo_hybrid]", "where_single_rows_are_forced[gemma2]"), "5.2
 
 LONGEST_FILES = (
     "runtime/test_exactness.py",
-    "runtime/test_offload.py",
     "runtime/test_real_model.py",
     "helm/test_equality.py",
     "runs/test_kill.py",
-    "survey/test_survey.py",
+    "test_pages.py",
     "evaluation/test_evaluate.py",
     "loading/test_first_layers.py",
-    "test_pages.py",
+    "runtime/test_gpu.py",
+    "survey/test_survey.py",
+    "runs/test_resident_benchmark.py",
+    "runtime/test_gpu_building.py",
+    "runtime/test_lossless.py",
+    "runs/test_gpu_check.py",
+    "runtime/test_offload.py",
     "loading/test_loading_memory.py",
     "helm/test_hybrids.py",
-    "generation/test_detokenizer.py",
 )
 """Files that take longest. They come first, so that no process is left with one of them at the end."""
 
@@ -58,6 +63,17 @@ if settings.get_current_profile_name() == "default":
     settings.load_profile("repeatable")
 
 
+def pytest_collection_finish() -> None:
+    """Exempts what all tests need, some millions of objects, from each of the many collections of garbage that follow."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Lets libraries end as they would, for some of them complain about what is left."""
+    gc.unfreeze()
+
+
 def pytest_report_header() -> str:
     return f"transformers {transformers.__version__} ({Path(transformers.__file__).parent})"
 
@@ -71,34 +87,38 @@ def pytest_configure() -> None:
 
 FETCHED = ("assets", "random_models")
 """Folders of the cache folder that every run of the tests uses; everything else, such as verdicts, is a run's own."""
+MEASURED = ("matmul",)
+"""Folder of the cache folder that all tests of a run share: the faster library of products, which takes a second to measure.
+On a busy machine a second measurement may choose the other one, and then two engines that should agree by a bit do not."""
 
 
-def _link_fetched(cache: Path, shared: Path) -> None:
-    """Makes a cache folder that holds only what was fetched or made once; two processes may make it."""
+def _link(cache: Path, shared: Path, names: tuple[str, ...]) -> None:
+    """Makes a cache folder that holds only some folders of another one; two processes may make it."""
     cache.mkdir(parents=True, exist_ok=True)
-    for name in FETCHED:
+    for name in names:
         (shared / name).mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             (cache / name).symlink_to(shared / name)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Gives this run a cache folder, so that its processes check equal models once; returns the user's."""
-    shared, root = cache_folder().resolve(), tmp_path_factory.getbasetemp()
+def shared_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, tuple[str, ...]]]:
+    """Gives this run a cache folder, so that its processes check equal models once; returns what every test may share."""
+    users, root = cache_folder().resolve(), tmp_path_factory.getbasetemp()
     cache = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"
-    _link_fetched(cache, shared)
+    _link(cache, users, FETCHED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLEXGEN_HELM_CACHE", str(cache))
-        yield shared
+        yield {users: FETCHED, cache: MEASURED}
 
 
 @pytest.fixture(autouse=True)
-def _own_verdicts(request: pytest.FixtureRequest, shared_cache: Path) -> None:
+def _own_verdicts(request: pytest.FixtureRequest, shared_caches: dict[Path, tuple[str, ...]]) -> None:
     """Gives a test that patches anything a cache folder of its own: a patched check must decide for no other test."""
     if "monkeypatch" in request.fixturenames:
         cache = request.getfixturevalue("tmp_path_factory").mktemp("cache")
-        _link_fetched(cache, shared_cache)
+        for shared, names in shared_caches.items():
+            _link(cache, shared, names)
         request.getfixturevalue("monkeypatch").setenv("FLEXGEN_HELM_CACHE", str(cache))
 
 

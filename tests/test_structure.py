@@ -14,7 +14,7 @@ import flexgen_helm
 PACKAGE = Path(flexgen_helm.__file__).parent
 LAYERS = (
     *("errors", "types", "options", "cache_folder"),
-    *("statistics", "memory", "kv_cache", "machine", "model", "loading", "generation"),
+    *("statistics", "memory", "machine", "kv_cache", "model", "loading", "generation"),
     *("schedule", "compression", "attention", "execution", "policy", "rows", "runtime"),
     *("fidelity", "helm", "reports", "gate", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
 )

@@ -36,9 +36,9 @@ from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
+from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import WINDOW_CHUNKS, Visit, VisitGroup, row_groups
-from flexgen_helm.kv_cache.pages import Place
+from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, Form, Place
 
 Index = slice | Tensor
 """Indices ``[n]``; consecutive ones as a slice, which costs no copy."""
@@ -70,8 +70,10 @@ class ChunkCall:
     """One kernel call over B chunks of L = 128 keys, with M queries for each; N of the B * M queries are real.
 
     Attributes:
-        pages: The call's pages, by their place.
+        form: The form of the call's pages.
+        pages: The pages, by their place.
         num_chunks: B.
+        chunks: Numbers of the B chunks.
         queries: ``[B * M]``: the row position of each padded query.
         real: ``[N]``: which padded queries are no padding.
         single: Whether M is 1, so that the heads of a query are the rows of a product.
@@ -80,14 +82,23 @@ class ChunkCall:
         outputs: ``[N]``: the window output r * T + t of each real query.
     """
 
+    form: Form
     pages: list[PlacedPages]
     num_chunks: int
+    chunks: tuple[int, ...]
     queries: Index
     real: Index
     single: bool
     mask: Tensor | None
     dead: Tensor | None
     outputs: Index
+
+    def places(self, row_size: int, *, real: bool) -> tuple[Tensor, Tensor]:
+        """Row position and chunk of each padded query, or of the real ones: ``[B * M]`` or ``[N]`` each."""
+        device = self.pages[0].numbers.device
+        t = torch.arange(row_size, device=device)[self.queries]
+        c = torch.tensor(self.chunks, device=device).repeat_interleave(len(t) // self.num_chunks)
+        return (t[self.real], c[self.real]) if real else (t, c)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,9 @@ class Window:
     absent: Tensor
 
 
-def plan_attention(pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device) -> list[Window]:
+def plan_attention(
+    pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, device: torch.device, own_token: bool = True
+) -> list[Window]:
     """Plan a row's attention, in windows in order of position, of which there is at least one.
 
     Args:
@@ -113,8 +126,9 @@ def plan_attention(pages: RowPages, rule: MaskRule, *, dtype: torch.dtype, devic
         rule: Mask of the layers that will use this plan.
         dtype: The dtype of the queries and of the masks.
         device: Where masks and indices go.
+        own_token: Whether calls show a query its own token.
     """
-    planner = _Planner(pages, rule, dtype, device)
+    planner = _Planner(pages, rule, dtype, device, own_token=own_token)
     windows = [planner.window(groups) for groups in row_groups(pages)]
     return [window for window in windows if window.calls] or windows[:1]
 
@@ -127,8 +141,8 @@ class _Planned(NamedTuple):
 class _Planner:
     """Makes tensors of groups of visits. No tensor is read back but whether the mask shows anything."""
 
-    def __init__(self, pages: RowPages, rule: MaskRule, dtype: torch.dtype, device: torch.device) -> None:
-        self.pages, self.rule, self.dtype, self.device = pages, rule, dtype, device
+    def __init__(self, pages: RowPages, rule: MaskRule, dtype: torch.dtype, device: torch.device, *, own_token: bool) -> None:
+        self.pages, self.rule, self.dtype, self.device, self.own_token = pages, rule, dtype, device, own_token
         self.row_size = pages.row.size
 
     def window(self, groups: list[VisitGroup]) -> Window:
@@ -162,9 +176,10 @@ class _Planner:
             full = torch.ones(len(queries), CHUNK_TOKENS, dtype=torch.bool, device=self.device)
             full[self._index(real)] = allowed | ~seen[:, None]
             mask = self._additive(full).view(len(group.chunks), 1, group.num_queries, CHUNK_TOKENS)
-        pages = self._placed([visits[0] for visits in group.chunks])
+        chunks = tuple(visits[0].chunk for visits in group.chunks)
+        form, pages = self._placed([visits[0] for visits in group.chunks])
         indices = (self._index(queries), self._index(real))
-        call = ChunkCall(pages, len(group.chunks), *indices, False, mask, dead, self._index(outputs))
+        call = ChunkCall(form, pages, len(group.chunks), chunks, *indices, False, mask, dead, self._index(outputs))
         return _Planned(call, outputs)
 
     def _single(self, group: VisitGroup) -> _Planned | None:
@@ -178,22 +193,23 @@ class _Planner:
         rows = [visit.rows[0] for visit in visits]
         outputs = [self._output(visit.chunk, t) for visit, t in zip(visits, rows, strict=True)]
         mask = self._additive(allowed[seen])[:, None, None]
+        chunks = tuple(visit.chunk for visit in visits)
         indices = (self._index(rows), slice(len(rows)))
-        call = ChunkCall(self._placed(visits), len(visits), *indices, True, mask, None, self._index(outputs))
+        call = ChunkCall(*self._placed(visits), len(visits), chunks, *indices, True, mask, None, self._index(outputs))
         return _Planned(call, outputs)
 
     def _output(self, chunk: int, t: int) -> int:
         """The window output of the token at row position t, from one chunk."""
         return chunk % WINDOW_CHUNKS * self.row_size + t
 
-    def _placed(self, visits: list[Visit]) -> list[PlacedPages]:
-        """The pages of all visits' chunks, by their place."""
+    def _placed(self, visits: list[Visit]) -> tuple[Form, list[PlacedPages]]:
+        """The form of the visits, and the pages of all their chunks, by their place."""
+        form = visits[0].form
         by_place: dict[Place, list[tuple[int, int]]] = defaultdict(list)
-        pages = [(page, visit.segment.kept) for visit in visits for page in visit.pages]
-        for i, (page, kept) in enumerate(pages):
-            place, index = self.pages.find(page, kept=kept)
+        for i, page in enumerate(page for visit in visits for page in visit.pages):
+            place, index = self.pages.find(page, form)
             by_place[place].append((index, i))
-        return [
+        return form, [
             PlacedPages(place, *torch.tensor(found, device=self.device).T)
             if len(by_place) > 1
             else PlacedPages(place, torch.tensor([index for index, _ in found], device=self.device), None)
@@ -206,7 +222,7 @@ class _Planner:
         begins = [CHUNK_TOKENS * visit.chunk for visit in visits for _ in range(visit.num_queries)]
         q = torch.tensor(positions, device=self.device)[:, None]
         k = torch.arange(CHUNK_TOKENS, device=self.device)[None] + torch.tensor(begins, device=self.device)[:, None]
-        return self.rule.allowed(q, k) & (k <= q)
+        return self.rule.allowed(q, k) & (k <= q if self.own_token else k < q)
 
     def _index(self, values: list[int]) -> Index:
         return as_index(values, self.device)

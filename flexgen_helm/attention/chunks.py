@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexgen_helm.attention.calls import ChunkCall
-from flexgen_helm.attention.kernels import ChunkOutput, attend_chunk
-from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS
+from flexgen_helm.attention.kernels import ChunkOutput, attend_chunk, score_chunk
 from flexgen_helm.attention.visits import QUERY_PAD
-from flexgen_helm.kv_cache.page_format import PageTensors
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.page_format import PageTensors, PartName
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES
 
 GATHERED_BYTES = 32 << 20
 """Bytes of K and V that are gathered at a time on a GPU."""
@@ -37,22 +38,42 @@ class LocatedPages(NamedTuple):
 def attend_call(call: ChunkCall, q: Tensor, pages: list[LocatedPages], *, scale: float, softcap: float | None) -> ChunkOutput:
     """Attend to the chunks of a call with a row's queries ``[T, H, D]``.
 
-    Chunks are computed group by group, and no chunk's numbers depend on the others in its group.
-
     Returns:
         Outputs ``[N, H, Dv]`` and log-sum-exps ``[N, H]`` of the call's real queries.
     """
-    gather = _Gather(call, pages)
-    num_kv = pages[0].tensors.format.k.num_heads
-    picked = q[call.queries].view(call.num_chunks, -1, *q.shape[1:])
+    kernel = partial(attend_chunk, scale=scale, softcap=softcap)
+    return compute_call(call, q[call.queries], GatheredPages(call, pages, ("k", "v")), kernel)
+
+
+def score_call(call: ChunkCall, q: Tensor, pages: list[LocatedPages], *, scale: float, softcap: float | None) -> Tensor:
+    """Return the scores ``[N, H, 128]`` of a call's real queries, in fp32, -inf for keys that the mask hides."""
+    kernel = partial(score_chunk, scale=scale, softcap=softcap)
+    return compute_call(call, q[call.queries], GatheredPages(call, pages, ("k",)), kernel).output
+
+
+def compute_call(call: ChunkCall, picked: Tensor, gather: GatheredPages, kernel: Callable[..., ChunkOutput]) -> ChunkOutput:
+    """Compute the chunks of a call.
+
+    Chunks are computed group by group, and no chunk's numbers depend on the others in its group.
+
+    Args:
+        call: The call.
+        picked: ``[B * M, H, D]``: what each padded query is, be it the query itself.
+        gather: Brings the parts of pages that the kernel reads.
+        kernel: Takes queries, these parts and a mask, as `attend_chunk` does.
+
+    Returns:
+        Outputs ``[N, H, D]`` and log-sum-exps ``[N, H]`` of the call's real queries.
+    """
+    num_kv, num_heads = gather.num_kv, picked.shape[1]
+    picked = picked.view(call.num_chunks, -1, *picked.shape[1:])
     parts: list[ChunkOutput] = []
     for first in range(0, call.num_chunks, gather.size):
         group = slice(first, first + gather.size)
         queries = (_single_queries if call.single else _stacked_queries)(picked[group], num_kv)
         mask = None if call.mask is None else call.mask[group]
-        k, v = gather(group)
-        part = attend_chunk(queries, k, v, mask, scale=scale, softcap=softcap)
-        parts.append(_single_output(part, q.shape[1]) if call.single else part)
+        part = kernel(queries, *gather(group), mask)
+        parts.append(_single_output(part, num_heads) if call.single else part)
     output, lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
     return ChunkOutput(output.flatten(0, 1)[call.real], lse.flatten(0, 1)[call.real])
 
@@ -79,31 +100,45 @@ def _single_output(part: ChunkOutput, num_heads: int) -> ChunkOutput:
     return ChunkOutput(output, part.lse[:, :groups].transpose(1, 2).reshape(b, 1, num_heads))
 
 
-class _Gather:
-    """Brings the pages of a call's chunks side by side: K and V ``[B, H_kv, 128, D]`` of a group of B chunks."""
+class GatheredPages:
+    """Brings parts of the pages of a call's chunks side by side, for a group of B chunks.
 
-    def __init__(self, call: ChunkCall, pages: list[LocatedPages]) -> None:
+    K and V are ``[B, H_kv, 128, D]``, means of V ``[B, H_kv, 4, D]``.
+    """
+
+    def __init__(self, call: ChunkCall, pages: list[LocatedPages], names: Sequence[PartName]) -> None:
+        """Take memory for a group.
+
+        Args:
+            call: The call.
+            pages: Its pages.
+            names: The parts.
+        """
         stored = pages[0].tensors
-        self._pages, self._parts, self._num_kv = pages, stored.format.parts, stored.format.k.num_heads
+        self._pages, self.num_kv = pages, stored.format.k.num_heads
+        self._names, self._parts = names, [stored.part(name)[0] for name in names]
         device = stored.k.device
         at_once = GATHERED_BYTES_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else GATHERED_BYTES
-        chunk_bytes = sum(part.num_heads * part.dim * part.dtype.itemsize for part in self._parts) * CHUNK_TOKENS
+        chunk_bytes = CHUNK_PAGES * sum(part.num_heads * part.num_rows * part.dim * part.dtype.itemsize for part in self._parts)
         self.size = max(1, at_once // chunk_bytes) if len(pages) == 1 else call.num_chunks
         """Chunks in a group. Calls whose pages are at several places have few: one group."""
-        self._heads = torch.arange(self._num_kv, device=pages[0].numbers.device)
-        rows = min(self.size, call.num_chunks) * self._num_kv * CHUNK_PAGES
-        self._memory = [torch.empty(rows, PAGE_TOKENS * part.dim, dtype=part.dtype, device=device) for part in self._parts]
+        self._heads = torch.arange(self.num_kv, device=pages[0].numbers.device)
+        rows = min(self.size, call.num_chunks) * self.num_kv * CHUNK_PAGES
+        self._memory = [torch.empty(rows, part.num_rows * part.dim, dtype=part.dtype, device=device) for part in self._parts]
 
     def __call__(self, group: slice) -> list[Tensor]:
+        """Bring the parts of some chunks."""
         gathered = self._of_one_place(group) if len(self._pages) == 1 else self._of_several_places()
-        return [x.view(-1, self._num_kv, CHUNK_TOKENS, part.dim) for x, part in zip(gathered, self._parts, strict=True)]
+        shapes = [(self.num_kv, CHUNK_PAGES * part.num_rows, part.dim) for part in self._parts]
+        return [x.view(-1, *shape) for x, shape in zip(gathered, shapes, strict=True)]
 
     def _of_one_place(self, group: slice) -> list[Tensor]:
         tensors, numbers, _ = self._pages[0]
         chunks = numbers.view(-1, 1, CHUNK_PAGES)[group]
-        rows = (chunks * self._num_kv + self._heads[:, None]).flatten()
+        rows = (chunks * self.num_kv + self._heads[:, None]).flatten()
         gathered = [memory[: len(rows)] for memory in self._memory]
-        for (part, stored), target in zip(tensors.parts, gathered, strict=True):
+        for name, target in zip(self._names, gathered, strict=True):
+            part, stored = tensors.part(name)
             part.gather(stored, rows, target)
         return gathered
 
@@ -111,8 +146,9 @@ class _Gather:
         for tensors, numbers, which in self._pages:
             assert which is not None
             chunks, places = (which // CHUNK_PAGES)[:, None], (which % CHUNK_PAGES)[:, None]
-            targets = ((chunks * self._num_kv + self._heads) * CHUNK_PAGES + places).flatten()
-            rows = (numbers[:, None] * self._num_kv + self._heads).flatten()
-            for (part, stored), target in zip(tensors.parts, self._memory, strict=True):
+            targets = ((chunks * self.num_kv + self._heads) * CHUNK_PAGES + places).flatten()
+            rows = (numbers[:, None] * self.num_kv + self._heads).flatten()
+            for name, target in zip(self._names, self._memory, strict=True):
+                part, stored = tensors.part(name)
                 target.index_copy_(0, targets, part.gather(stored, rows))
         return self._memory

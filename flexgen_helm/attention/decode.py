@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,16 +15,73 @@ from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF, Merged
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row_pages import CHUNK_TOKENS, RowPages
+from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import Visit, row_visits
-from flexgen_helm.kv_cache.page_format import PageTensors
-from flexgen_helm.kv_cache.pages import Place
+from flexgen_helm.kv_cache.page_format import PageTensors, PartFormat
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, Form, Place
+from flexgen_helm.kv_cache.sealed_format import PerChannelPart, PerTokenPart
 
 PLACES: tuple[Place, ...] = ("device", "host", "staged")
 """Places of pages that decode rows read."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the dtypes in `flexgen_helm.attention.decode_kernel`."""
+CODES = 8
+"""Codes of b bits have the number 8 + b there."""
 Array = np.ndarray[Any, Any]
+
+
+class LocatedPart(NamedTuple):
+    """K or V of C chunks in memory.
+
+    Attributes:
+        addresses: ``[C, 4]``: where each page begins.
+        kinds: ``[C]``: what the bits of the chunk mean, as a number in `KINDS` or of codes.
+        head_bytes: ``[C]``: bytes of a head of a page.
+    """
+
+    addresses: Array
+    kinds: Array
+    head_bytes: Array
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPages:
+    """A layer's pages of one form, in host memory.
+
+    Attributes:
+        stores: The pages by place.
+        slots: ``[staged pages]``: the slot of each page that is staged. None: there are none.
+    """
+
+    stores: Mapping[Place, PageTensors]
+    slots: Tensor | None = None
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of K and V of a page."""
+        return next((x.format.num_bytes for x in self.stores.values()), 0)
+
+    def locate(self, places: Array, pages: Array, part: int) -> LocatedPart:
+        """Find pages in memory.
+
+        Args:
+            places: ``[C, 4]``: the place of each page, by its number in `PLACES`.
+            pages: ``[C, 4]``: the page's number at its place.
+            part: 0: of K; 1: of V.
+        """
+        if self.slots is not None:
+            staged = places == PLACES.index("staged")
+            pages = np.where(staged, self.slots.numpy()[np.where(staged, pages, 0)], pages)
+        found = {place: x.parts[part] for place, x in self.stores.items()}
+        stored = [found[place][1] if place in found else None for place in PLACES]
+        begins = np.array([0 if x is None else x.data_ptr() for x in stored])
+        sizes = np.array([0 if x is None else x[0].nbytes for x in stored])
+        form, any_stored = next(iter(found.values()))
+        return LocatedPart(
+            begins[places] + sizes[places] * pages,
+            np.full(len(pages), _kind(form, any_stored)),
+            np.full(len(pages), form.num_bytes // form.num_heads),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +91,7 @@ class DecodePlan:
     Attributes:
         places: ``[C, 4]``: the place of each page, by its number in `PLACES`.
         pages: ``[C, 4]``: the page's number at its place.
+        sealed: bool ``[C]``: whether the chunk is read in its sealed form, or in the exact one.
         begins: ``[C + 1]``: the first visit of each chunk.
         rows: ``[V]``: the row position of each visit's query.
         visible: ``[V]``: keys of the chunk up to the query's own.
@@ -42,6 +100,7 @@ class DecodePlan:
 
     places: Array
     pages: Array
+    sealed: Array
     begins: Array
     rows: Array
     visible: Array
@@ -49,7 +108,7 @@ class DecodePlan:
 
     @classmethod
     def of(cls, pages: RowPages, rule: MaskRule, visits: list[Visit]) -> DecodePlan:
-        """Plan some visits of a decode row. A chunk that several queries share is met once.
+        """Plan some visits of a decode row. A chunk that several queries share in the same form is met once.
 
         Args:
             pages: The row and its pages.
@@ -63,32 +122,40 @@ class DecodePlan:
             seen = np.any(masks, axis=1)
             visits, masks = [visit for visit, any_key in zip(visits, seen, strict=True) if any_key], masks[seen]
         chunks = [list(group) for _, group in itertools.groupby(visits, key=_chunk_key)]
-        found = [[pages.find(page, kept=True) for page in chunk[0].pages] for chunk in chunks]
+        found = [[pages.find(page, chunk[0].form) for page in chunk[0].pages] for chunk in chunks]
         return cls(
             np.array([[PLACES.index(place) for place, _ in chunk] for chunk in found], np.int64).reshape(-1, 4),
             np.array([[number for _, number in chunk] for chunk in found], np.int64).reshape(-1, 4),
+            np.array([chunk[0].form == "sealed" for chunk in chunks], np.bool_),
             np.array([0, *itertools.accumulate(map(len, chunks))], np.int64),
             np.array([visit.offset for chunk in chunks for visit in chunk], np.int64),
             np.array([_visible(visit) for chunk in chunks for visit in chunk], np.int64),
             masks,
         )
 
-    def addresses(self, stored: Mapping[Place, Tensor], slots: Tensor | None) -> Array:
-        """Where the pages of K, or those of V, are in memory: ``[C, 4]``.
+    def locate(self, forms: Mapping[Form, LayerPages], part: int) -> LocatedPart:
+        """Find the plan's pages in memory.
 
         Args:
-            stored: The layer's pages of K or of V by place, in host memory.
-            slots: ``[staged pages]``: the slot of each page that is staged. None: there are none.
+            forms: The layer's pages by form.
+            part: 0: of K; 1: of V.
         """
-        pages = self.pages
-        if slots is not None:
-            staged = self.places == PLACES.index("staged")
-            pages = np.where(staged, slots.numpy()[np.where(staged, pages, 0)], pages)
-        found = [stored.get(place) for place in PLACES]
-        begins = np.array([0 if x is None else x.data_ptr() for x in found])
-        sizes = np.array([0 if x is None else x[0].nbytes for x in found])
-        addresses: Array = begins[self.places] + sizes[self.places] * pages
-        return addresses
+        if not self.sealed.any():
+            return forms["exact"].locate(self.places, self.pages, part)
+        found = LocatedPart(np.empty_like(self.pages), *np.empty((2, len(self.pages)), np.int64))
+        of_form: dict[Form, Array] = {"exact": ~self.sealed, "sealed": self.sealed}
+        for form, chosen in of_form.items():
+            if chosen.any():
+                located = forms[form].locate(self.places[chosen], self.pages[chosen], part)
+                for target, source in zip(found, located, strict=True):
+                    target[chosen] = source
+        return found
+
+    def num_bytes(self, forms: Mapping[Form, LayerPages]) -> int:
+        """Bytes of K and V that are read."""
+        num_sealed = int(self.sealed.sum())
+        chunks: dict[Form, int] = {"exact": len(self.sealed) - num_sealed, "sealed": num_sealed}
+        return sum(CHUNK_PAGES * chunks[form] * layer.page_bytes for form, layer in forms.items())
 
 
 class DecodeAttention:
@@ -113,8 +180,7 @@ class DecodeAttention:
         self,
         plans: list[DecodePlan],
         q: Tensor,
-        stores: Mapping[Place, PageTensors],
-        slots: Tensor | None,
+        forms: Mapping[Form, LayerPages],
         *,
         scale: float,
         softcap: float | None,
@@ -124,25 +190,24 @@ class DecodeAttention:
         Args:
             plans: The row's plans.
             q: ``[T, H, D]`` in host memory.
-            stores: The layer's pages by place, in host memory.
-            slots: ``[staged pages]``: the slot of each page that is staged. None: there are none.
+            forms: The layer's pages by form: the exact ones, and the sealed ones where a plan reads such.
             scale: Factor of the scores.
             softcap: See `flexgen_helm.attention.kernels.attend_chunk`.
         """
         # Numba takes most of a second to import, which an engine that only loads does not spend.
         from flexgen_helm.attention.decode_kernel import attend_chunks
 
-        any_store = next(iter(stores.values()))
-        k, v = ({place: x.tensors[part] for place, x in stores.items()} for part in (0, 1))
+        any_format = next(iter(forms["exact"].stores.values())).format
         queries = q.float().contiguous().numpy()
         top = np.full(queries.shape[:2], NEG_INF, np.float32)
         den = np.zeros_like(top)
-        total = np.zeros((*top.shape, any_store.format.v.dim), np.float32)
+        total = np.zeros((*top.shape, any_format.v.dim), np.float32)
 
         def attend(plan: DecodePlan) -> None:
+            k, v = (plan.locate(forms, part) for part in (0, 1))
             attend_chunks(
-                *(queries, plan.addresses(k, slots), plan.addresses(v, slots), KINDS[any_store.k.dtype]),
-                *(any_store.format.k.num_heads, plan.begins, plan.rows, plan.visible, plan.masks),
+                *(queries, k.addresses, v.addresses, *(np.stack(x, 1) for x in zip(k[1:], v[1:], strict=True))),
+                *(any_format.k.num_heads, plan.begins, plan.rows, plan.visible, plan.masks),
                 *(np.float32(scale), np.float32(softcap or 0.0), top, den, total),
             )
 
@@ -154,9 +219,17 @@ class DecodeAttention:
         self._pool.shutdown()
 
 
-def _chunk_key(visit: Visit) -> tuple[int, tuple[int, ...]]:
+def _chunk_key(visit: Visit) -> tuple[int, Form, tuple[int, ...]]:
     """What visits to the same chunk have in common."""
-    return visit.chunk, visit.pages
+    return visit.chunk, visit.form, visit.pages
+
+
+def _kind(part: PartFormat, stored: Tensor) -> int:
+    """What the bits of stored K or V mean, as a number for the compiled loop."""
+    if stored.dtype in KINDS:
+        return KINDS[stored.dtype]
+    assert isinstance(part, PerChannelPart | PerTokenPart)
+    return CODES + part.bits
 
 
 def _visible(visit: Visit) -> int:

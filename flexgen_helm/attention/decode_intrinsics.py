@@ -43,6 +43,11 @@ def array_at(address, n, dtype):  # type: ignore[no-untyped-def]
     return carray(_pointer(address), (n,), dtype)
 
 
+def pointer_to(builder: Any, address: Any, kind: Any) -> Any:
+    """An address, as a pointer to an LLVM type."""
+    return builder.inttoptr(address, kind.as_pointer())
+
+
 def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     return context.make_array(kind)(context, builder, array).data
 

@@ -3,6 +3,9 @@
 Its loops run over chunks of 128 keys, K/V heads, pages of 32 keys, and the queries that visit the chunk. What a query gets
 follows from its own keys in this order alone: pages are computed as a whole, and keys that it does not see get weight 0. So
 neither neighbours nor the place of a page change a bit (levels B and A). Everything is computed in fp32.
+
+K and V of a head and a page pass through a buffer of fp32 that stays in the cache of a core: a chunk's exact pages are widened
+and K transposed; of sealed pages codes are decoded, those of K at once into their place in the transposed buffer.
 """
 
 from __future__ import annotations
@@ -12,15 +15,15 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from flexgen_helm.attention.decode_codes import unpack_keys, unpack_values
 from flexgen_helm.attention.decode_intrinsics import LANES, array_at, fma, multiply_add, transpose_block
-from flexgen_helm.attention.row_pages import CHUNK_TOKENS
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, PAGE_TOKENS
 from flexgen_helm.machine.compiled import compiled, size
 
 REORDERED = {"contract", "reassoc", "nsz"}
 """Sums over the keys of one query may be reordered: the same query has as many keys whatever its neighbours are."""
-FP32, BFLOAT16, FLOAT16 = 0, 1, 2
-"""What the bits of stored numbers mean."""
+FP32, BFLOAT16, FLOAT16, CODES = 0, 1, 2, 8
+"""What the bits of stored numbers mean. `CODES` + b: codes of b bits, see `flexgen_helm.attention.decode_codes`."""
 FLOAT16_SCALE = np.float32(2.0**112)
 """The exponents of fp16 are smaller by 112 than those of fp32."""
 f32 = np.float32
@@ -79,6 +82,34 @@ def _transpose(rows: Array, columns: Array) -> None:
     for d in range(whole, dim):
         for t in range(size(PAGE_TOKENS)):
             columns[d * size(PAGE_TOKENS) + t] = rows[t * dim + d]
+
+
+@njit(inline="always")
+def _read_keys(address, kind, dim, rows, bits, columns):  # type: ignore[no-untyped-def]
+    """Bring K of a head and a page to fp32, channel after channel.
+
+    Args:
+        address: Where it begins.
+        kind: What its bits mean.
+        dim: Number of channels.
+        rows: fp32 ``[32 * dim]``, overwritten.
+        bits: The same memory as uint32.
+        columns: fp32 ``[dim * 32]``, filled.
+    """
+    if kind > CODES:
+        unpack_keys(address, kind - CODES, dim, columns)
+    else:
+        _load(address, kind, rows, bits)
+        _transpose(rows, columns)
+
+
+@njit(inline="always")
+def _read_values(address, kind, dim, rows, bits):  # type: ignore[no-untyped-def]
+    """Bring V of a head and a page to fp32, token after token: see `_read_keys`."""
+    if kind > CODES:
+        unpack_values(address, kind - CODES, dim, rows)
+    else:
+        _load(address, kind, rows, bits)
 
 
 @njit(fastmath={"nnan", "nsz"}, inline="always")
@@ -187,15 +218,16 @@ def _weigh(scores, visible, mask, scale, softcap, before, exponents):  # type: i
 
 @compiled
 def attend_chunks(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infers types, and knows no dataclasses
-    queries, k, v, kind, num_kv, begins, rows, visible, masks, scale, softcap, top, den, total
+    queries, k, v, kinds, head_bytes, num_kv, begins, rows, visible, masks, scale, softcap, top, den, total
 ):
     """Attend with some queries of a row to C chunks, in V visits.
 
     Args:
         queries: fp32 ``[T, H, D]``.
-        k: ``[C, 4]``: addresses of the chunks' pages of K, ``[num_kv, 32, D]``.
-        v: ``[C, 4]``: addresses of their pages of V, ``[num_kv, 32, Dv]``.
-        kind: What the bits of K and V mean: `FP32`, `BFLOAT16` or `FLOAT16`.
+        k: ``[C, 4]``: addresses of the chunks' pages of K, head after head: ``[32, D]`` or codes.
+        v: ``[C, 4]``: addresses of their pages of V, head after head: ``[32, Dv]`` or codes.
+        kinds: ``[C, 2]``: what the bits of each chunk's K and V mean: `FP32`, `BFLOAT16`, `FLOAT16` or `CODES` + 2, 4 or 8.
+        head_bytes: ``[C, 2]``: bytes of a head of a page of K, and of one of V.
         num_kv: Number of K/V heads.
         begins: ``[C + 1]``: the first visit of each chunk. Chunks of one query are in order of position.
         rows: ``[V]``: the query of each visit.
@@ -208,7 +240,7 @@ def attend_chunks(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infe
         total: ``[T, H, Dv]``, 0 at first. Becomes the weighted sum of the values.
     """
     heads, dim, value_dim = queries.shape[1], queries.shape[2], total.shape[2]
-    groups, itemsize = heads // num_kv, 4 if kind == FP32 else 2
+    groups = heads // num_kv
     flat_queries, flat_total = queries.reshape(-1), total.reshape(-1)
     loaded, columns = np.empty(PAGE_TOKENS * max(dim, value_dim), np.float32), np.empty(PAGE_TOKENS * dim, np.float32)
     keys, values = loaded[: PAGE_TOKENS * dim], loaded[: PAGE_TOKENS * value_dim]
@@ -228,8 +260,7 @@ def attend_chunks(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infe
             scores[: (visits[1] - visits[0]) * groups * CHUNK_TOKENS] = 0
             for p in range(num_pages):
                 count = _locate(visits, rows, visible, p, own, dim, row_at, score_at)
-                _load(k[c, p] + h * PAGE_TOKENS * dim * itemsize, kind, keys, key_bits)
-                _transpose(keys, columns)
+                _read_keys(k[c, p] + h * head_bytes[c, 0], kinds[c, 0], dim, keys, key_bits, columns)
                 multiply_add(flat_queries, row_at, columns, size(PAGE_TOKENS), size(dim), scores, score_at, count)
             for i in range(visits[0], visits[1]):
                 n, mask = rows[i], masks[i] if len(masks) else no_mask
@@ -242,5 +273,5 @@ def attend_chunks(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infe
                         total[n, j, d] *= factor
             for p in range(num_pages):
                 count = _locate(visits, rows, visible, p, own, value_dim, row_at, score_at)
-                _load(v[c, p] + h * PAGE_TOKENS * value_dim * itemsize, kind, values, value_bits)
+                _read_values(v[c, p] + h * head_bytes[c, 1], kinds[c, 1], value_dim, values, value_bits)
                 multiply_add(scores, score_at, values, size(value_dim), size(PAGE_TOKENS), flat_total, row_at, count)

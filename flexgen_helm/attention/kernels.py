@@ -51,13 +51,7 @@ def attend_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale:
 def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> ChunkOutput:
     """Do the same in plain products, for softcap, values wider than keys, and devices without the fused kernel."""
     b, h, m, _ = q.shape
-    groups = h // k.shape[1]
-    folded = q.float().reshape(b, k.shape[1], groups * m, -1)
-    scores = folded @ k.float().transpose(2, 3) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = (scores.view(b, h, m, -1) + mask.float()).view(scores.shape)
+    scores = _scores(q, k, mask, scale, softcap)
     top = scores.amax(-1, keepdim=True)
     top = top.masked_fill(top == NEG_INF, 0.0)
     p = torch.exp(scores - top)
@@ -65,6 +59,32 @@ def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     output = (p @ v.float()) / den
     lse = (top + torch.log(den)).view(b, h, m)
     return ChunkOutput(output.view(b, h, m, -1).transpose(1, 2), lse.transpose(1, 2))
+
+
+def score_chunk(q: Tensor, k: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None) -> ChunkOutput:
+    """Return the scores of B chunks of keys as outputs ``[B, M, H, L]`` in fp32, -inf where the mask hides a key.
+
+    Args:
+        q: See `attend_chunk`; the same for the others.
+        k: ``[B, H_kv, L, D]``.
+        mask: ``[B, 1, M, L]``.
+        scale: Factor of the scores.
+        softcap: See `attend_chunk`.
+    """
+    b, h, m, _ = q.shape
+    scores = _scores(q, k, mask, scale, softcap).view(b, h, m, -1).transpose(1, 2)
+    return ChunkOutput(scores, scores[..., 0])
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Scores in fp32, heads of K apart: ``[B, H_kv, H / H_kv * M, L]``."""
+    b, h, m, _ = q.shape
+    scores = q.float().reshape(b, k.shape[1], h // k.shape[1] * m, -1) @ k.float().transpose(2, 3) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = (scores.view(b, h, m, -1) + mask.float()).view(scores.shape)
+    return scores
 
 
 class Merged(NamedTuple):

@@ -2,91 +2,34 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from flexgen_helm.attention.calls import ChunkCall, Window, as_index, plan_attention
+from flexgen_helm.attention.calls import ChunkCall, Window, plan_attention
 from flexgen_helm.attention.chunks import LocatedPages, attend_call
-from flexgen_helm.attention.decode import DecodeAttention, DecodePlan
+from flexgen_helm.attention.decode import DecodeAttention, DecodePlan, LayerPages
 from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
-from flexgen_helm.kv_cache.page_format import CacheKey, PageTensors
+from flexgen_helm.attention.sparse import LocatedCall, choose, own_token, read_call
+from flexgen_helm.attention.writes import Locate, Stores, Writes
+from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Place
+from flexgen_helm.kv_cache.pages import Form
 from flexgen_helm.kv_cache.working_set import Loaded
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.meter import Activity
-from flexgen_helm.schedule.rows import Segment
 
-HOST = torch.device("cpu")
 LARGEST_KEY = 2.0**58
 """Keys up to this size leave masked scores finite: products with as large a query, summed over 4,096 elements, do in fp32."""
+Attend = Callable[..., ChunkOutput]
+"""Attends to a call, which is given with its pages."""
 QKV = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values."""
-Stores = Mapping[Place, PageTensors]
-"""Pages of a layer by their place."""
-Locate = Callable[[Place, Tensor], Tensor]
-"""Turns numbers of pages ``[n]`` at a place into their indices in the place's tensors: for staged pages, their slots."""
-_Spot = tuple[Place, int, int]
-"""A stored token: its place, the number of its page there, and its place in the page."""
-
-
-class _Writes:
-    """Plan of a row's writes: its own tokens, and the tokens of a page in which sequences part, copied to the new page."""
-
-    def __init__(self, pages: RowPages, device: torch.device) -> None:
-        self._pages, self._device = pages, device
-        new: dict[Place, list[tuple[int, int, int]]] = defaultdict(list)
-        self._copies: dict[_Spot, _Spot] = {}
-        offset = 0
-        for segment in pages.row.segments:
-            self._copy(segment)
-            for i, position in enumerate(range(segment.start, segment.end)):
-                place, page, token = self._spot(segment, segment.table[position // PAGE_TOKENS], position % PAGE_TOKENS)
-                new[place].append((offset + i, page, token))
-            offset += len(segment.tokens)
-        copies: dict[tuple[Place, Place], list[tuple[int, int, int, int]]] = defaultdict(list)
-        for target, source in self._copies.items():
-            copies[source[0], target[0]].append((*source[1:], *target[1:]))
-        self._new = [
-            (place, as_index([t for t, *_ in x], device), self._columns(place, [y[1:] for y in x])) for place, x in new.items()
-        ]
-        self._moves = [
-            (pair, self._columns(pair[0], [y[:2] for y in x]), self._columns(pair[1], [y[2:] for y in x]))
-            for pair, x in copies.items()
-        ]
-
-    def apply(self, stores: Stores, locate: Locate, new: tuple[Tensor, Tensor]) -> None:
-        """Write a layer's new K and V ``[T, H_kv, D]``, then copy what parting sequences share of a page."""
-        for place, rows, (pages, tokens) in self._new:
-            pages = locate(place, pages)
-            for (part, stored), x in zip(stores[place].parts, new, strict=True):
-                part.write(stored, pages, tokens, x[rows])
-        for (source_place, target_place), (source_pages, source_tokens), (pages, tokens) in self._moves:
-            source_pages, pages = locate(source_place, source_pages), locate(target_place, pages)
-            for (part, source), (_, target) in zip(stores[source_place].parts, stores[target_place].parts, strict=True):
-                part.write(target, pages, tokens, part.read(source, source_pages, source_tokens))
-
-    def _copy(self, segment: Segment) -> None:
-        if segment.copy is not None:
-            source, target, count = segment.copy
-            for i in range(count):
-                spot = self._spot(segment, source, i)
-                # A page copied in this very row is not filled yet: copy from where the token itself is.
-                self._copies[self._spot(segment, target, i)] = self._copies.get(spot, spot)
-
-    def _spot(self, segment: Segment, page: int, token: int) -> _Spot:
-        return *self._pages.find(page, kept=segment.kept), token
-
-    def _columns(self, place: Place, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        pages, tokens = torch.tensor(rows, device=HOST if place == "host" else self._device).T.contiguous()
-        return pages, tokens
 
 
 class _Outputs:
@@ -134,27 +77,31 @@ class RowAttention:
             host: Lets it run beside the device. None: the device waits.
         """
         self._pages, self._cache, self._device, self._decode, self._host = pages, cache, device, decode, host
-        self._writes = _Writes(pages, device)
+        self._format = cache.format
+        self._writes = Writes(pages, device)
         self._plans: dict[MaskRule, list[Window]] = {}
         self._decode_plans: dict[MaskRule, list[DecodePlan]] = {}
-        self._loaded: dict[int, Loaded] = {}
-        """The row's staged pages of each layer that was loaded and not stored yet."""
+        self._staged = [form for form, staged in pages.staged.items() if staged.pages]
+        self._loaded: dict[int, dict[Form, Loaded]] = {}
+        """The row's staged pages of each layer that was loaded and not stored yet, by form."""
         self.bad = torch.zeros(pages.row.size, dtype=torch.bool, device=device)
         """``[T]``: whether a token's K or V was not finite in a layer so far."""
 
     def load(self, j: int) -> Transfer | None:
         """Start to bring the row's staged pages of layer j. None: it has none."""
-        if not self._pages.staged.pages:
+        if not self._staged:
             return None
         if j not in self._loaded:
-            self._loaded[j] = self._cache.working.load(j, self._pages.staged)
-        return self._loaded[j].arriving
+            staged = self._pages.staged
+            self._loaded[j] = {form: self._cache.working(form).load(j, staged[form]) for form in self._staged}
+        return self._loaded[j][self._staged[-1]].arriving  # all forms come over one link, one after the other
 
     def store(self, j: int) -> Transfer | None:
         """Start to write back the staged pages that layer j wrote. None: nothing is to be written, or nothing was loaded."""
         if self._loaded.pop(j, None) is None:
             return None
-        return self._cache.working.release(j, self._pages.staged)
+        stored = [self._cache.working(form).release(j, self._pages.staged[form]) for form in self._staged]
+        return next((transfer for transfer in reversed(stored) if transfer is not None), None)
 
     def attend(
         self, key: CacheKey, qkv: QKV, rule: MaskRule, *, scale: float, softcap: float | None, sinks: Tensor | None
@@ -181,6 +128,9 @@ class RowAttention:
             merged, sinks = self._decoded(key.layer, q, rule, stores, scale=scale, softcap=softcap), _on_cpu(sinks)
         else:
             merged = self._in_calls(q, rule, stores, locate, scale=scale, softcap=softcap)
+            if self._format.flexgen:
+                output, lse = own_token((q, k, v), scale=scale, softcap=softcap)
+                merged = merge_chunks(merged, output[None], lse[None])
         return normalised(merged, sinks).to(qkv[2].dtype).to(qkv[2].device)
 
     def _in_calls(
@@ -188,16 +138,38 @@ class RowAttention:
     ) -> Merged:
         """Attend on the device, kernel call by kernel call."""
         if rule not in self._plans:
-            self._plans[rule] = plan_attention(self._pages, rule, dtype=q.dtype, device=self._device)
+            self._plans[rule] = plan_attention(
+                self._pages, rule, dtype=q.dtype, device=self._device, own_token=not self._format.flexgen
+            )
+        windows = self._plans[rule]
+        attend: Attend = partial(attend_call, q=q, scale=scale, softcap=softcap)
+        if self._format.sparsity is not None:
+            attend = self._sparsely(windows, q, stores, locate, scale=scale, softcap=softcap)
         merged: Merged | None = None
-        for window in self._plans[rule]:
-            outputs = _Outputs(window, q, next(iter(stores.values())).format.v.dim)
+        for window in windows:
+            outputs = _Outputs(window, q, _any_format(stores).v.dim)
             for call in window.calls:
-                pages = [LocatedPages(stores[x.place], locate(x.place, x.numbers), x.which) for x in call.pages]
-                outputs.keep(call, attend_call(call, q, pages, scale=scale, softcap=softcap))
+                outputs.keep(call, attend(call, pages=_located(call, stores, locate)))
             merged = merge_chunks(merged, outputs.outputs, outputs.lse)
         assert merged is not None
         return merged
+
+    def _sparsely(
+        self, windows: list[Window], q: Tensor, stores: Stores, locate: Locate, *, scale: float, softcap: float | None
+    ) -> Attend:
+        """Choose the keys of which V is read; returns what attends to a call with them."""
+        percent, flexgen = self._format.sparsity, self._format.flexgen
+        assert percent is not None
+        sparse = [call for window in windows for call in window.calls if flexgen or call.form == "sealed"]
+        located = [LocatedCall(call, _located(call, stores, locate)) for call in sparse]
+        chosen = choose(located, q, percent, scale=scale, softcap=softcap)
+
+        def attend(call: ChunkCall, pages: list[LocatedPages]) -> ChunkOutput:
+            if flexgen or call.form == "sealed":
+                return read_call(call, chosen, pages, means=not flexgen)
+            return attend_call(call, q, pages, scale=scale, softcap=softcap)
+
+        return attend
 
     def _decoded(self, j: int, q: Tensor, rule: MaskRule, stores: Stores, *, scale: float, softcap: float | None) -> Merged:
         """Attend on the CPU, in one pass, which is where the outcome is."""
@@ -206,12 +178,12 @@ class RowAttention:
         if rule not in self._decode_plans:
             self._decode_plans[rule] = decode.plan(self._pages, rule)
         plans = self._decode_plans[rule]
-        slots = self._loaded[j].slots if self._pages.staged.pages else None
-        work = partial(decode.attend, plans, q.cpu(), stores, slots, scale=scale, softcap=softcap)
+        loaded = self._loaded.get(j, {})
+        forms = {form: LayerPages(x, loaded[form].slots if form in loaded else None) for form, x in stores.items()}
+        work = partial(decode.attend, plans, q.cpu(), forms, scale=scale, softcap=softcap)
         if self._host is None:
             return work()
-        page_bytes = next(iter(stores.values())).format.num_bytes
-        num_bytes = sum(plan.pages.size for plan in plans) * page_bytes
+        num_bytes = sum(plan.num_bytes(forms) for plan in plans)
         return self._host.attend(Activity("compute", str(j)), num_bytes, work)
 
     def _cleaned(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,12 +204,23 @@ class RowAttention:
 
     def _locate(self, j: int) -> Locate:
         """Wait for the row's staged pages of layer j."""
-        if not self._pages.staged.pages:
-            return lambda place, index: index
+        if not self._staged:
+            return lambda form, place, index: index
         self.load(j)
-        slots = self._loaded[j].slots
-        self._cache.working.wait(self._loaded[j])
-        return lambda place, index: slots[index] if place == "staged" else index
+        loaded = self._loaded[j]
+        for form, pages in loaded.items():
+            self._cache.working(form).wait(pages)
+        return lambda form, place, index: loaded[form].slots[index] if place == "staged" else index
+
+
+def _located(call: ChunkCall, stores: Stores, locate: Locate) -> list[LocatedPages]:
+    places = stores[call.form]
+    return [LocatedPages(places[x.place], locate(call.form, x.place, x.numbers), x.which) for x in call.pages]
+
+
+def _any_format(stores: Stores) -> PageFormat:
+    """The form of exact pages, which every row has."""
+    return next(iter(stores["exact"].values())).format
 
 
 def _on_cpu(x: Tensor | None) -> Tensor | None:

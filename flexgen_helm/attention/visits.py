@@ -17,8 +17,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS, RowPages, segment_table
-from flexgen_helm.kv_cache.pages import Place
+from flexgen_helm.attention.row_pages import RowPages, earlier_form, exact_table
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, Form, Place
 from flexgen_helm.schedule.rows import Row, Segment
 
 WINDOW_CHUNKS = 4
@@ -38,6 +38,7 @@ class Visit(NamedTuple):
         chunk: Number of the chunk: it has the keys at positions ``[128 * chunk, 128 * (chunk + 1))``.
         first: Absolute position of the first query.
         last: Absolute position behind the last query.
+        form: The form in which the queries read the chunk.
         pages: The chunk's four pages. Where the sequence has fewer, its last page is repeated, and masked.
     """
 
@@ -46,6 +47,7 @@ class Visit(NamedTuple):
     chunk: int
     first: int
     last: int
+    form: Form
     pages: tuple[int, ...]
 
     @property
@@ -69,7 +71,8 @@ class VisitGroup(NamedTuple):
 
     Attributes:
         kind: See the module.
-        chunks: For each chunk of the call the visits to it. Several visits to one chunk are of different sequences.
+        chunks: For each chunk of the call, all of one form, the visits to it. Several visits to one chunk are of different
+            sequences.
         num_queries: Queries for each chunk, padding included.
     """
 
@@ -82,17 +85,21 @@ def row_visits(row: Row) -> Iterator[Visit]:
     """All visits of a row: each (query, key) pair that causality allows is in exactly one."""
     offset = 0
     for segment in row.segments:
-        table = segment_table(segment)
+        earlier, tables = earlier_form(segment), {"sealed": segment.table, "exact": exact_table(segment)}
         for chunk in range((segment.end - 1) // CHUNK_TOKENS + 1):
             low, high = chunk * CHUNK_TOKENS, (chunk + 1) * CHUNK_TOKENS
-            found = table[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES]
-            pages = tuple(found + found[-1:] * (CHUNK_PAGES - len(found)))
             if segment.end > high:
-                yield Visit(segment, offset, chunk, max(segment.start, high), segment.end, pages)
+                pages = _chunk_pages(tables[earlier], chunk)
+                yield Visit(segment, offset, chunk, max(segment.start, high), segment.end, earlier, pages)
             first, last = max(segment.start, low), min(segment.end, high)
             if first < last:
-                yield Visit(segment, offset, chunk, first, last, pages)
+                yield Visit(segment, offset, chunk, first, last, "exact", _chunk_pages(tables["exact"], chunk))
         offset += len(segment.tokens)
+
+
+def _chunk_pages(table: list[int], chunk: int) -> tuple[int, ...]:
+    found = table[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES]
+    return tuple(found + found[-1:] * (CHUNK_PAGES - len(found)))
 
 
 def row_groups(pages: RowPages) -> list[list[VisitGroup]]:
@@ -105,17 +112,17 @@ def row_groups(pages: RowPages) -> list[list[VisitGroup]]:
 
 def visit_places(pages: RowPages, visit: Visit) -> frozenset[Place]:
     """The places of a visit's pages."""
-    return frozenset([pages.find(page, kept=visit.segment.kept)[0] for page in visit.pages])
+    return frozenset([pages.find(page, visit.form)[0] for page in visit.pages])
 
 
 def _window_groups(pages: RowPages, visits: list[Visit]) -> list[VisitGroup]:
     own: list[Visit] = []
-    together: dict[tuple[bool, int, tuple[int, ...]], list[Visit]] = defaultdict(list)
+    together: dict[tuple[Form, int, tuple[int, ...]], list[Visit]] = defaultdict(list)
     for visit in visits:
         if visit.is_own:
             own.append(visit)
         else:
-            together[visit.segment.kept, visit.chunk, visit.pages].append(visit)
+            together[visit.form, visit.chunk, visit.pages].append(visit)
     if pages.row.kind == "decode":
         alone = [group[0] for group in together.values() if len(group) == 1]
         shared = [_shared(group) for group in together.values() if len(group) > 1]
@@ -138,8 +145,8 @@ def _shared(visits: list[Visit]) -> VisitGroup:
 
 
 def _singles(pages: RowPages, visits: list[Visit]) -> list[VisitGroup]:
-    """Single queries whose chunks have pages at the same places in one call."""
-    by_places: dict[frozenset[Place], list[list[Visit]]] = defaultdict(list)
+    """Single queries whose chunks have pages of the same form at the same places in one call."""
+    by_places: dict[tuple[Form, frozenset[Place]], list[list[Visit]]] = defaultdict(list)
     for visit in visits:
-        by_places[visit_places(pages, visit)].append([visit])
+        by_places[visit.form, visit_places(pages, visit)].append([visit])
     return [VisitGroup("single", chunks, 1) for chunks in by_places.values()]

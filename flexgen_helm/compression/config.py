@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -116,6 +116,11 @@ class CompressionConfig:
         return self._weights if self.scheme == "fixed" else f"{self._weights}-{self.scheme}"
 
     @property
+    def cache_scheme(self) -> str:
+        """Name of everything that decides the stored K and V; "plain" where they are not compressed."""
+        return f"{self._cache or 'plain'}{'-flexgen' if self.flexgen else ''}"
+
+    @property
     def description(self) -> str:
         """The variant in words, such as "4-bit weights, 8-bit K/V"; empty where nothing is compressed."""
         parts = [part for part in (self._describe_weights(), *self._describe_cache()) if part]
@@ -169,12 +174,6 @@ PARTS: Mapping[str, str] = {
     "-flexgen": "`-flexgen` behind `kv`, `k`, `v` or `s` (all of it FlexGen's)",
 }
 """Parts of a name, for messages."""
-UNBUILT: Mapping[str, tuple[str, Callable[[CompressionConfig], bool]]] = {
-    "kv": ("K and V of less than 16 bits", lambda config: config.compresses_cache),
-    "s": ("reading a part of V", lambda config: config.sparsity is not None),
-    "-flexgen": ("FlexGen's compression of K and V", lambda config: config.flexgen),
-}
-"""Parts that can be named but not computed yet, in words, and whether a configuration has them."""
 
 
 def parse(text: str) -> CompressionConfig:
@@ -246,7 +245,7 @@ def resolve(name: str, compression: str | CompressionConfig | None = None) -> tu
         compression: The same as what may follow the ``@``, or its configuration.
 
     Raises:
-        CompressionError: If there is no such variant, parts of it are not built yet, or the two arguments differ.
+        CompressionError: If there is no such variant, or the two arguments differ.
     """
     model, named = split_variant(name)
     given = parse(compression) if isinstance(compression, str) else compression
@@ -259,24 +258,11 @@ def resolve(name: str, compression: str | CompressionConfig | None = None) -> tu
     config = named or given
     if config is None or not config.canonical:
         return model, None
-    refuse_unbuilt(config)
     return model, config
 
 
-def refuse_unbuilt(config: CompressionConfig) -> None:
-    """Refuse what has a name but is not built yet.
-
-    Raises:
-        CompressionError: If the configuration has such a part; the message names it.
-    """
-    missing = [words for words, applies in UNBUILT.values() if applies(config)]
-    if missing:
-        what = " and ".join(missing)
-        raise CompressionError(f"The variant `@{config.canonical}` asks for {what}: that is not built yet. {_there_is()}")
-
-
 def _there_is() -> str:
-    return f"There are {'; '.join(words for part, words in PARTS.items() if part not in UNBUILT)}."
+    return f"There are {'; '.join(PARTS.values())}."
 
 
 def _is_int(value: object) -> bool:

@@ -12,26 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from torch import Tensor
 
 from flexgen_helm.compression.columns import Columns
 from flexgen_helm.compression.minmax import MinMaxCodes
 from flexgen_helm.machine.compiled import compiled, size
+from flexgen_helm.machine.floats import KINDS, from_half, store_numbers
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-"""What the bits of the target mean."""
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 BLOCK = 64
 """Rows of a block."""
 SUPER = 16
 """Groups of a super scale."""
 f32 = np.float32
-FLOAT16_SCALE = f32(2.0**112)
-"""The exponents of float16 are smaller by 112 than those of float32."""
-HALF = f32(0.5)
 Array = Any
 """A NumPy array; its shape is in the docstring."""
 
@@ -82,58 +75,6 @@ def _low_plane(bits):  # type: ignore[no-untyped-def]
     if bits == size(8):
         return size(8)
     return size(4) if bits >= size(4) else size(2)
-
-
-def _bitcast(source: Any, target: Any, width: Any) -> Any:
-    def typed(typing_context: Any, number: Any) -> Any:
-        return target(source), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], width)
-
-    return intrinsic(typed)
-
-
-_number_of: Any = _bitcast(types.uint32, types.float32, ir.FloatType())
-"""The float32 that has these bits."""
-_bits_of: Any = _bitcast(types.float32, types.uint32, ir.IntType(32))
-
-
-@njit(inline="always")
-def _from_half(half):  # type: ignore[no-untyped-def]
-    """A finite float16, given as uint16, in float32."""
-    x = np.uint32(half)
-    bits = ((x & np.uint32(0x8000)) << np.uint32(16)) | ((x & np.uint32(0x7FFF)) << np.uint32(13))
-    return _number_of(np.uint32(bits)) * FLOAT16_SCALE
-
-
-@njit(inline="always")
-def _to_bfloat16(number):  # type: ignore[no-untyped-def]
-    x = _bits_of(number)
-    return np.uint16((x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@njit(inline="always")
-def _to_half(number):  # type: ignore[no-untyped-def]
-    bits = _bits_of(number)
-    x = np.uint32(bits & np.uint32(0x7FFFFFFF))
-    # The last bit of a float32 at 0.5 is that of a subnormal float16: the addition rounds.
-    subnormal = np.uint32(_bits_of(_number_of(x) + HALF) - np.uint32(0x3F000000))
-    normal = np.uint32(x - np.uint32(0x38000000) + np.uint32(0xFFF) + ((x >> np.uint32(13)) & np.uint32(1)))
-    normal = min(np.uint32(normal >> np.uint32(13)), np.uint32(0x7C00))
-    found = subnormal if x < np.uint32(0x38800000) else normal
-    return np.uint16(((bits >> np.uint32(16)) & np.uint32(0x8000)) | found)
-
-
-@njit(nogil=True)
-def _store(numbers: Array, target: Array, kind: int) -> None:
-    """Round float32 numbers of a row to their stored form."""
-    if kind == FLOAT32:
-        for i in range(size(len(target))):
-            target[i] = _bits_of(numbers[i])
-    elif kind == BFLOAT16:
-        for i in range(size(len(target))):
-            target[i] = _to_bfloat16(numbers[i])
-    else:
-        for i in range(size(len(target))):
-            target[i] = _to_half(numbers[i])
 
 
 @njit(nogil=True)
@@ -245,7 +186,7 @@ def _spread(supers, unit, packed, blocks, out):  # type: ignore[no-untyped-def]
         for block in range(blocks):
             for column in range(first, end):
                 g = column * blocks + block
-                out[block * num_columns + column] = (_from_half(supers[g // size(SUPER)]) * unit) * f32(shares[g])
+                out[block * num_columns + column] = (from_half(supers[g // size(SUPER)]) * unit) * f32(shares[g])
 
 
 @compiled
@@ -274,7 +215,7 @@ def _unpack_columns(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba in
                 _unpack_row(codes, begin, widths[k], height, r, scale, minimum, own + first, False, row, first, counts[k])
                 at, first = at + filled * widths[k] // size(8) * counts[k], end
             begin = (block * size(BLOCK) + r) * step
-            _store(row, rounded, kind)
+            store_numbers(row, rounded, kind)
             for i in range(columns):
                 target[begin + i] = rounded[places[i]]
 
@@ -291,9 +232,9 @@ def _unpack_minmax(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - as above
     for r in range(rows):
         if r % size(group) == size(0):
             for i in range(columns):
-                s[i], m[i] = _from_half(scale[r // size(group), i]), _from_half(minimum[r // size(group), i])
+                s[i], m[i] = from_half(scale[r // size(group), i]), from_half(minimum[r // size(group), i])
         block = r // size(BLOCK)
         height = min(size(BLOCK), filled - block * size(BLOCK))
         begin, zero = block * size(8) * width * columns, size(0)
         _unpack_row(codes, begin, width, height, r % size(BLOCK), s, m, zero, True, row, zero, columns)
-        _store(row, target[r * step : r * step + columns], kind)
+        store_numbers(row, target[r * step : r * step + columns], kind)

@@ -31,13 +31,7 @@ def run_check(args: Namespace, say: Callable[[str], None]) -> int:
     if not args.candidates and args.record is None:
         raise FlexGenError("There is nothing to do. Give --candidates to check them, or --record FILE to keep the baseline.")
     config = read_config(args.config)
-    choices = Choices(
-        output_path=args.output_path.expanduser(),
-        schema=args.schema_path,
-        fidelity=args.fidelity,
-        common_runs=args.common_runs,
-        other_models=args.other_models,
-    )
+    choices = Choices.from_options(args)
     checked = check(Check(args.baseline, args.candidates, config, choices), say=say) if args.candidates else []
     if args.record is not None:
         answers = record(args.baseline, choices, config)

@@ -93,7 +93,7 @@ def split_name(name: str) -> ModelName:
 
     Raises:
         DeploymentError: The name does not follow the grammar.
-        CompressionError: There is no such variant, or it is not built yet.
+        CompressionError: There is no such variant.
     """
     prefix, _, full = name.partition("/")
     source, compression = resolve(full)
@@ -110,7 +110,7 @@ def named_model(arguments: Mapping[str, Any]) -> ModelName:
     """Return which model and variant ``client_spec.args`` of a deployment name.
 
     Raises:
-        CompressionError: There is no such variant, or it is not built yet.
+        CompressionError: There is no such variant.
     """
     source, compression = resolve(arguments["name_or_path"], arguments.get("compression"))
     return ModelName(source, arguments.get("revision"), compression)
@@ -124,7 +124,7 @@ def parse_arguments(arguments: Mapping[str, Any]) -> EngineArguments:
 
     Raises:
         DeploymentError: ``name_or_path`` is missing, or a keyword or a field of the policy does not exist.
-        CompressionError: There is no such variant, or it is not built yet.
+        CompressionError: There is no such variant.
     """
     if not isinstance(arguments.get("name_or_path"), str):
         raise DeploymentError(

@@ -31,7 +31,7 @@ def check_deployment(name: str, local_path: str | None) -> None:
 
     Raises:
         DeploymentError: A key does not exist, ``name_or_path`` is missing, or the name says another variant than the keys.
-        CompressionError: There is no such variant, or it is not built yet.
+        CompressionError: There is no such variant.
     """
     deployment = get_model_deployment(name)
     if not is_flexgen(deployment):

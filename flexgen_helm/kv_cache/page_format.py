@@ -3,22 +3,25 @@
 Stored pages of K, and those of V, are one tensor each, whose first dimension counts pages. Whole pages can so be moved between
 tensors of the same format, and through buffers of bytes, without knowing it. All else asks the format.
 
-A *sealed* page is quantised, and will be a page of another `PartFormat`: `write` is for exact pages only, a sealed page is made
-of a full exact one, and `gather` dequantises it. A query attends to its own chunk in the exact form and to every earlier chunk
-in the sealed form, so every chunk of a kernel call has the same form: the call's pages come with the tensors of that form, and
-no kernel sees a difference.
+A *sealed* page is quantised: a page of another `PartFormat`, which is made of a full exact page at once and has no `write`;
+`gather` dequantises it (`flexgen_helm.kv_cache.sealed_format`). A query attends to its own chunk in the exact form and to every
+earlier chunk in the sealed form, so every chunk of a kernel call has the same form: the call's pages come with the tensors of
+that form, and no kernel sees a difference.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 from flexgen_helm.memory.buffers import lazy_zeros
+
+PartName = Literal["k", "v", "mean"]
+"""A part of a page, see `PageFormat`."""
 
 
 class CacheKey(NamedTuple):
@@ -45,6 +48,10 @@ class PartFormat(Protocol):
         """Elements of a token in one head."""
 
     @property
+    def num_rows(self) -> int:
+        """Tokens of a page."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype in which attention reads."""
 
@@ -61,19 +68,6 @@ class PartFormat(Protocol):
     def view(self, buffer: Tensor) -> Tensor:
         """Bytes ``[pages, num_bytes]``, uint8, as stored pages."""
 
-    def write(self, stored: Tensor, pages: Tensor, tokens: Tensor, new: Tensor) -> None:
-        """Store tokens.
-
-        Args:
-            stored: Stored pages.
-            pages: ``[n]``: the page of each token.
-            tokens: ``[n]``: its place in the page, below 32.
-            new: ``[n, num_heads, dim]``, on any device.
-        """
-
-    def read(self, stored: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
-        """The tokens ``[n, num_heads, dim]`` that `write` stored."""
-
     def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Whole pages of single heads, as attention reads them.
 
@@ -87,6 +81,66 @@ class PartFormat(Protocol):
         """
 
 
+class TokenPlaces(NamedTuple):
+    """Where n tokens are stored.
+
+    Attributes:
+        stored: Stored pages.
+        pages: ``[n]``: the page of each token.
+        tokens: ``[n]``: its place in the page, below 32.
+    """
+
+    stored: Tensor
+    pages: Tensor
+    tokens: Tensor
+
+
+def copy_tokens(source: TokenPlaces, target: TokenPlaces) -> None:
+    """Copy tokens between stored pages ``[pages, num_heads, 32, ...]``."""
+    found = source.stored[source.pages, :, source.tokens]
+    target.stored[target.pages, :, target.tokens] = found.to(target.stored.device)
+
+
+@runtime_checkable
+class WritablePart(PartFormat, Protocol):
+    """A form into which tokens are written one by one, such as that of exact pages."""
+
+    def write(self, stored: Tensor, pages: Tensor, tokens: Tensor, new: Tensor) -> None:
+        """Store tokens.
+
+        Args:
+            stored: Stored pages.
+            pages: ``[n]``: the page of each token.
+            tokens: ``[n]``: its place in the page, below 32.
+            new: ``[n, num_heads, dim]``, on any device.
+        """
+
+    def read(self, stored: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
+        """The tokens ``[n, num_heads, dim]``, as attention reads them."""
+
+    def copy(self, source: TokenPlaces, target: TokenPlaces) -> None:
+        """Copy tokens, bit by bit, between stored pages that may be on two devices."""
+
+
+@runtime_checkable
+class SealablePart(PartFormat, Protocol):
+    """A form that whole exact pages take when they are sealed."""
+
+    def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
+        """Store whole pages.
+
+        Args:
+            stored: Stored pages.
+            pages: ``[n]``, without repetition.
+            exact: ``[n, num_heads, 32, dim]`` of `dtype`, finite, on any device.
+        """
+
+
+def bits_per_element(part: PartFormat) -> float:
+    """Return the stored bits of a number of K or V, scales and the like included."""
+    return 8 * part.num_bytes / (part.num_heads * PAGE_TOKENS * part.dim)
+
+
 @dataclass(frozen=True)
 class PlainPart:
     """K or V stored as it is: ``[pages, num_heads, 32, dim]``, heads first, so that the tokens of a head are one stretch."""
@@ -94,6 +148,9 @@ class PlainPart:
     num_heads: int
     dim: int
     dtype: torch.dtype
+
+    num_rows: ClassVar[int] = PAGE_TOKENS
+    """Tokens of a page."""
 
     @property
     def num_bytes(self) -> int:
@@ -108,7 +165,7 @@ class PlainPart:
 
     def view(self, buffer: Tensor) -> Tensor:
         """Bytes ``[pages, num_bytes]``, uint8, as pages."""
-        return buffer.view(self.dtype).view(-1, self.num_heads, PAGE_TOKENS, self.dim)
+        return unflattened(buffer.view(self.dtype), self.num_heads, PAGE_TOKENS, self.dim)
 
     def write(self, stored: Tensor, pages: Tensor, tokens: Tensor, new: Tensor) -> None:
         """Store tokens ``[n, num_heads, dim]``."""
@@ -118,9 +175,51 @@ class PlainPart:
         """The tokens ``[n, num_heads, dim]`` at some places."""
         return stored[pages, :, tokens]
 
+    def copy(self, source: TokenPlaces, target: TokenPlaces) -> None:
+        """Copy tokens between stored pages."""
+        copy_tokens(source, target)
+
+    def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
+        """Store whole pages ``[n, num_heads, 32, dim]`` as they are."""
+        stored[pages] = exact.to(stored.device)
+
     def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Copy pages of single heads: ``[n, 32 * dim]``."""
         return torch.index_select(stored.view(-1, PAGE_TOKENS * self.dim), 0, rows, out=out)
+
+
+@dataclass(frozen=True)
+class MeanPart:
+    """The mean of V over the 32 tokens of a page, as attention reads them: ``[pages, num_heads, dim]``."""
+
+    num_heads: int
+    dim: int
+    dtype: torch.dtype
+    num_rows: ClassVar[int] = 1
+    """Rows of numbers that a page has for each head."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one page."""
+        return self.num_heads * self.dim * self.dtype.itemsize
+
+    def allocate(self, pages: int, device: torch.device) -> Tensor:
+        """Zeros; on a CPU a page of memory is taken with its first use."""
+        num_bytes = pages * self.num_bytes
+        zeros = lazy_zeros(num_bytes) if device.type == "cpu" else torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        return self.view(zeros.view(pages, self.num_bytes))
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """Bytes ``[pages, num_bytes]``, uint8, as pages."""
+        return unflattened(buffer.view(self.dtype), self.num_heads, self.dim)
+
+    def store(self, stored: Tensor, pages: Tensor, values: Tensor) -> None:
+        """Store the means of whole pages of V ``[n, num_heads, 32, dim]``, as attention reads them."""
+        stored[pages] = values.float().mean(2).to(self.dtype).to(stored.device)
+
+    def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Copy means of single heads: ``[n, dim]``; ``rows`` as in `PartFormat.gather`."""
+        return torch.index_select(stored.reshape(-1, self.dim), 0, rows, out=out)
 
 
 @dataclass(frozen=True)
@@ -130,25 +229,32 @@ class PageFormat:
     Attributes:
         k: The form of K.
         v: The form of V: as many heads, a head size of its own.
+        mean: The form of each page's mean of V, which sparse attention reads; None: there is none.
     """
 
     k: PartFormat
     v: PartFormat
+    mean: MeanPart | None = None
 
     @classmethod
     def plain(cls, k: Tensor, v: Tensor) -> PageFormat:
         """The format that stores tokens ``[T, num_heads, dim]`` as they are."""
-        return cls(*(PlainPart(x.shape[1], x.shape[2], x.dtype) for x in (k, v)))
+        return cls(PlainPart(k.shape[1], k.shape[2], k.dtype), PlainPart(v.shape[1], v.shape[2], v.dtype))
 
     @property
-    def parts(self) -> tuple[PartFormat, PartFormat]:
-        """K and V."""
-        return self.k, self.v
+    def parts(self) -> tuple[PartFormat | MeanPart, ...]:
+        """K, V and, if there are any, means."""
+        return (self.k, self.v) if self.mean is None else (self.k, self.v, self.mean)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one stored page, K and V together."""
-        return self.k.num_bytes + self.v.num_bytes
+        """Bytes of one stored page, all parts together."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def bits_per_element(self) -> tuple[float, float]:
+        """Stored bits of a number of K, and of one of V."""
+        return bits_per_element(self.k), bits_per_element(self.v)
 
     @property
     def num_bytes_per_token(self) -> int:
@@ -161,7 +267,7 @@ class PageFormat:
         Args:
             pages: Their number.
             device: Where they are.
-            old: Stored K and V that the first pages take over. They leave the list as they are copied, so that never both are
+            old: Stored parts that the first pages take over. They leave the list as they are copied, so that never all are
                 there twice.
         """
         new = []
@@ -172,9 +278,17 @@ class PageFormat:
                 del old[0]
         return PageTensors(self, *new)
 
-    def view(self, k: Tensor, v: Tensor) -> PageTensors:
-        """Bytes ``[pages, bytes]`` of K and of V, one page a row, as pages."""
-        return PageTensors(self, self.k.view(k), self.v.view(v))
+    def view(self, buffer: Tensor) -> PageTensors:
+        """Bytes ``[pages, num_bytes]``, one page a row, as pages."""
+        sizes = [part.num_bytes for part in self.parts]
+        return PageTensors(self, *map(_view, self.parts, buffer.split(sizes, 1)))
+
+    def view_parts(self, buffer: Tensor, count: int) -> PageTensors:
+        """Bytes of ``count`` pages, all K first, then all V, as pages."""
+        sizes = [count * part.num_bytes for part in self.parts]
+        return PageTensors(
+            self, *(_view(part, x.view(count, -1)) for part, x in zip(self.parts, buffer.split(sizes), strict=True))
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,16 +299,24 @@ class PageTensors:
         format: Their form.
         k: Stored K, the first dimension counts pages.
         v: Stored V, likewise.
+        mean: Stored means of V, likewise, if the form has any.
     """
 
     format: PageFormat
     k: Tensor
     v: Tensor
+    mean: Tensor | None = None
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Stored K and V."""
-        return self.k, self.v
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Stored K, V and means."""
+        return (self.k, self.v) if self.mean is None else (self.k, self.v, self.mean)
+
+    def part(self, name: PartName) -> tuple[PartFormat | MeanPart, Tensor]:
+        """A part with its form."""
+        form, stored = getattr(self.format, name), getattr(self, name)
+        assert stored is not None, "these pages have no means"
+        return form, stored
 
     @property
     def parts(self) -> tuple[tuple[PartFormat, Tensor], tuple[PartFormat, Tensor]]:
@@ -202,6 +324,32 @@ class PageTensors:
         return (self.format.k, self.k), (self.format.v, self.v)
 
     @property
+    def sealable_parts(self) -> tuple[tuple[SealablePart, Tensor], tuple[SealablePart, Tensor]]:
+        """K and V, each with its form, of pages that are stored as a whole."""
+        k, v = self.format.k, self.format.v
+        assert isinstance(k, SealablePart)
+        assert isinstance(v, SealablePart)
+        return (k, self.k), (v, self.v)
+
+    @property
+    def writable_parts(self) -> tuple[tuple[WritablePart, Tensor], tuple[WritablePart, Tensor]]:
+        """K and V, each with its form, of pages into which tokens are written."""
+        k, v = self.format.k, self.format.v
+        assert isinstance(k, WritablePart)
+        assert isinstance(v, WritablePart)
+        return (k, self.k), (v, self.v)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all pages."""
-        return self.k.nbytes + self.v.nbytes
+        return sum(x.nbytes for x in self.tensors)
+
+
+def _view(part: PartFormat | MeanPart, buffer: Tensor) -> Tensor:
+    return part.view(buffer)
+
+
+def unflattened(rows: Tensor, *shape: int) -> Tensor:
+    """Rows ``[pages, n]`` as ``[pages, *shape]``, without a copy."""
+    found: Tensor = rows.unflatten(1, shape)
+    return found

@@ -37,14 +37,27 @@ class GrowingPages:
         self._capacity = capacity
         self.num_bytes = 0
         """Bytes of all tensors when all their pages are in use."""
-        self._pages = 0 if grows or capacity is None else capacity
+        self._grows = grows or capacity is None
+        self._pages = 0
         self._tensors: dict[tuple[CacheKey, PageFormat], PageTensors] = {}
 
-    def reserve(self, pages: int) -> None:
-        """Make room for pages numbered below this; tensors follow at their next use."""
-        if pages > self._pages:
+    def reserve(self, pages: int, limit: int | None = None) -> None:
+        """Make room for pages numbered below this; tensors follow at their next use.
+
+        Args:
+            pages: Their number.
+            limit: There are never more as long as any is in use; None: the capacity. A lower limit than the last one says that
+                none was in use meanwhile.
+        """
+        limit = self._capacity if limit is None else limit
+        if limit is not None and self._pages > limit:
+            self._tensors.clear()
+            self._pages = 0
+        if limit is not None and not self._grows:
+            self._pages = limit
+        elif pages > self._pages:
             grown = max(pages, int(GROWTH * self._pages))
-            self._pages = grown if self._capacity is None else min(grown, self._capacity)
+            self._pages = grown if limit is None else min(grown, limit)
 
     def tensors(self, key: CacheKey, page_format: PageFormat, device: torch.device) -> PageTensors:
         """The pages of one attention call, made or made larger on a device where they are missing or too few."""
@@ -97,8 +110,7 @@ class HostPages(GrowingPages):
 
     def view(self, page_format: PageFormat, buffer: Tensor, count: int) -> PageTensors:
         """The pages of a transfer in a buffer of bytes."""
-        k, v = (count * part.num_bytes for part in page_format.parts)
-        return page_format.view(buffer[:k].view(count, -1), buffer[k : k + v].view(count, -1))
+        return page_format.view_parts(buffer[: count * page_format.num_bytes], count)
 
     def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Copy pages into a buffer; nothing is left to wait for."""
@@ -164,9 +176,8 @@ class DiskPages:
 
     def view(self, page_format: PageFormat, buffer: Tensor, count: int) -> PageTensors:
         """The pages of a transfer in a buffer of bytes."""
-        k, v = (part.num_bytes for part in page_format.parts)
         records = buffer[: count * self.transfer_bytes(page_format)].view(count, -1)
-        return page_format.view(records[:, :k], records[:, k : k + v])
+        return page_format.view(records[:, : page_format.num_bytes])
 
     def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Start to read pages into a buffer."""

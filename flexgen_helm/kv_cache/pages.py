@@ -1,5 +1,7 @@
 """Accounting of K/V pages by their numbers, without tensors: which are free, on which tier each is, and in which slot.
 
+Kept pages are numbered from 0 on. The numbers of transient pages are below 0: the first is -1, see `transient_page`.
+
 `PagePool` hands numbers out, `PageMap` tells tiers, `Residency` tells slots. `flexgen_helm.kv_cache.paged_cache` holds the
 tensors. A scheduler and a simulator need only what is here.
 """
@@ -14,6 +16,9 @@ from flexgen_helm.types import TIERS, Shares, Tier
 
 PAGE_TOKENS = 32
 """Tokens in a page, by absolute position (docs/architecture.md)."""
+CHUNK_TOKENS = 128
+"""Keys in a chunk, by absolute position: attention works in chunks of this size."""
+CHUNK_PAGES = CHUNK_TOKENS // PAGE_TOKENS
 TRANSFER_BYTES = 8 << 20
 """Pages travel together up to this many bytes."""
 NUM_BUFFERS = 3
@@ -22,6 +27,14 @@ NUM_BUFFERS = 3
 
 Place = Literal["transient", "device", "host", "staged"]
 """The place where attention reads a page: among the layer's transient pages, kept on the device or the host, or in a slot."""
+
+Form = Literal["exact", "sealed"]
+"""The form in which a query reads a chunk: its own chunk exact, every earlier one sealed where the cache compresses K or V."""
+
+
+def transient_page(index: int) -> int:
+    """Number of a transient page, -1 for index 0; the same turns the number into the index."""
+    return ~index
 
 
 def num_pages(start: int, end: int) -> int:
@@ -40,6 +53,10 @@ class PageCounts(NamedTuple):
         """The tier that stores a page."""
         return "device" if page < self.device else "host" if page < self.device + self.host else "disk"
 
+    def is_staged(self, own_memory: bool) -> bool:
+        """Whether attention cannot read some pages in place; ``own_memory`` as in `PageMap`."""
+        return self.disk > 0 or (self.host > 0 and own_memory)
+
     def first(self, tier: Tier) -> int:
         """The lowest page number of a tier."""
         return sum(self[: TIERS.index(tier)])
@@ -50,12 +67,15 @@ class _TierPages:
 
     def __init__(self, first: int, capacity: int) -> None:
         self.first, self.capacity = first, capacity
-        self.high_water = 0
+        self.resize(capacity)
+
+    def resize(self, limit: int) -> None:
+        self.limit, self.high_water = limit, 0
         self.free: list[int] = []
 
     @property
     def num_free(self) -> int:
-        return self.capacity - self.num_used
+        return self.limit - self.num_used
 
     @property
     def num_used(self) -> int:
@@ -90,9 +110,24 @@ class PagePool:
         }
 
     @property
+    def limits(self) -> PageCounts:
+        """Pages that may be taken on each tier."""
+        return PageCounts(*(pages.limit for pages in self._tiers.values()))
+
+    def resize(self, share: float) -> None:
+        """Hand out no more than a share of the capacity of each tier; no page may be taken.
+
+        Args:
+            share: From 0 to 1. Pages of another form take the rest of the bytes.
+        """
+        assert not self.num_used, "pages that are taken cannot lose their storage"
+        for pages in self._tiers.values():
+            pages.resize(int(share * pages.capacity))
+
+    @property
     def capacity(self) -> int:
         """Pages on all tiers."""
-        return sum(self.capacities)
+        return sum(self.limits)
 
     @property
     def num_free(self) -> int:
@@ -138,7 +173,7 @@ class PagePool:
 
 @dataclass(frozen=True)
 class PageMap:
-    """The tier and place of every kept page, from its number alone.
+    """The tier and place of every page, from its number alone.
 
     Attributes:
         capacities: Pages of each tier; None: every page is on the device.
@@ -153,13 +188,26 @@ class PageMap:
         return "device" if self.capacities is None else self.capacities.tier_of(page)
 
     def place(self, page: int) -> Place:
-        """The place where attention reads a kept page."""
+        """The place where attention reads a page."""
+        if page < 0:
+            return "transient"
         tier = self.tier_of(page)
         return "staged" if tier == "disk" or (tier == "host" and self.own_memory) else tier
 
     def index(self, page: int) -> int:
-        """The number of a kept page among those of its tier, from 0."""
+        """The number of a page among those of its tier, or among the transient ones, from 0."""
+        if page < 0:
+            return transient_page(page)
         return page if self.capacities is None else page - self.capacities.first(self.capacities.tier_of(page))
+
+
+class PageStorage(NamedTuple):
+    """Storage of pages of one form."""
+
+    kept: PageCounts = PageCounts(0)
+    """One more than the highest number in use on each tier, among the tier's own."""
+    transient: int = 0
+    """Likewise of transient pages."""
 
 
 class StagedPages(NamedTuple):

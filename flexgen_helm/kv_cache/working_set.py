@@ -59,18 +59,29 @@ class Loaded(NamedTuple):
 class WorkingSet:
     """Slots on the device, each for a page of the layer that is being computed, and the transfers that fill and empty them."""
 
-    def __init__(self, stores: Mapping[Tier, OffloadedPages], capacities: PageCounts, device: Device, meter: Meter) -> None:
+    def __init__(
+        self,
+        stores: Mapping[Tier, OffloadedPages],
+        capacities: PageCounts,
+        device: Device,
+        link: Link,
+        meter: Meter,
+        *,
+        arena: str = "cache slots",
+    ) -> None:
         """Allocate nothing yet.
 
         Args:
             stores: The pages of each tier that attention cannot read in place.
             capacities: Number of pages of each tier.
             device: The device that computes attention and has the slots.
+            link: Moves pages; whoever made it closes it.
             meter: Counts the bytes that are moved and held.
+            arena: What the meter calls the slots.
         """
         self._stores, self._capacities, self._meter = stores, capacities, meter
         self._device, self._own_memory = device.torch_device, device.own_memory
-        self._link = Link(device.torch_device, "cache")
+        self._link, self._arena = link, arena
         self._ring = StagingRing(device)
         self._formats: dict[CacheKey, PageFormat] = {}
         self._slots: dict[tuple[int, PageFormat], PageTensors] = {}
@@ -105,7 +116,7 @@ class WorkingSet:
         if (key.call, page_format) not in self._slots:
             self._slots[key.call, page_format] = page_format.allocate(self._num_slots, self._device)
             held = sum(slots.num_bytes for slots in self._slots.values())
-            self._meter.hold("device", "cache slots", held)
+            self._meter.hold("device", self._arena, held)
         return self._slots[key.call, page_format]
 
     def load(self, j: int, staged: StagedPages) -> Loaded:
@@ -145,8 +156,7 @@ class WorkingSet:
         return self._last if batches else None
 
     def close(self) -> None:
-        """Stop transfers and close the stores."""
-        self._link.close()
+        """Close the stores; the link's transfers have ended."""
         for store in self._stores.values():
             store.close()
 

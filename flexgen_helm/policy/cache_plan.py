@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flexgen_helm.kv_cache.pages import NUM_BUFFERS, PAGE_TOKENS, TRANSFER_BYTES
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.schedule.dependencies import rows_at_once
+from flexgen_helm.schedule.exact_tables import NUM_SPARE, SEQUENCE_PAGES
 from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier
 
 CACHE_SHARE = 0.95
@@ -23,13 +24,15 @@ class CachePlan:
 
     shares: Shares
     bytes_per_token: int
-    """K and V of one token in all layers."""
+    """K and V of one token in all layers, sealed if there are sealed pages."""
     num_layers: int
     """Decoder layers. Pages are brought to the device one layer at a time; stored ones grow K of a layer, then V, and so on."""
     rows_at_once: int
     """Rows whose pages are loaded on the device at a time; one row may need all pages of a layer."""
     own_memory: bool
     """Whether the device has a memory of its own; else device and host are the same RAM."""
+    exact_bytes_per_token: int = 0
+    """K and V of one token of a chunk that is not computed yet, beside sealed pages; 0: there are none."""
 
     @classmethod
     def of(cls, shapes: ModelShapes, policy: ResolvedPolicy, *, own_memory: bool) -> CachePlan:
@@ -42,7 +45,9 @@ class CachePlan:
         """
         suspends = own_memory and policy.cpu_attention > 0
         rows = rows_at_once(suspends=suspends)
-        return cls(policy.cache, shapes.cache_bytes_per_token, shapes.num_layers, rows, own_memory)
+        sizes = {form: math.ceil(share * shapes.cache_bytes_per_token) for form, share in shapes.page_shares.items()}
+        kept, beside = (sizes["sealed"], sizes["exact"]) if "sealed" in sizes else (sizes["exact"], 0)
+        return cls(policy.cache, kept, shapes.num_layers, rows, own_memory, beside)
 
     @property
     def taken(self) -> dict[Tier, float]:
@@ -67,6 +72,7 @@ class CachePlan:
         """Least bytes of each tier for which `capacities` hold one sequence, with a page more on each tier for rounding."""
         rounding = PAGE_TOKENS * sum(share > 0 for share in self.shares)
         sequence = (SEQUENCE_TOKENS + rounding) * self.bytes_per_token
+        sequence += (PAGE_TOKENS * (NUM_SPARE + SEQUENCE_PAGES) + rounding) * self.exact_bytes_per_token
         return {
             tier: math.ceil(share * sequence / CACHE_SHARE) + (tier == "host" and self.buffer_bytes)
             for tier, share in self.taken.items()
@@ -78,7 +84,11 @@ class CachePlan:
         Args:
             block_size: Sequences of the block, of `SEQUENCE_TOKENS` tokens each.
         """
-        return block_size * SEQUENCE_TOKENS * self.bytes_per_token
+        return block_size * self.sequence_bytes(SEQUENCE_TOKENS)
+
+    def sequence_bytes(self, num_tokens: int) -> int:
+        """Return the bytes of K and V of a prompt with one completion, of so many tokens together."""
+        return num_tokens * self.bytes_per_token + PAGE_TOKENS * SEQUENCE_PAGES * self.exact_bytes_per_token
 
     def capacities(self, left: Mapping[Tier, int], most: float = math.inf) -> dict[Tier, int]:
         """Return the bytes of the cache on each tier: as many as fit into the remaining memory, in the policy's shares.

@@ -5,11 +5,12 @@ Weights, cache and working memory are computed in a file each and added here. No
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flexgen_helm.errors import PolicyError
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.policy import working_memory
 from flexgen_helm.policy.cache_plan import CachePlan
@@ -130,13 +131,14 @@ class MemoryPlan:
         """
         return working_memory.block_tokens(self.shapes, self.policy, left["device"])
 
-    def page_bytes(self, bytes_per_token: int) -> int:
-        """Return the bytes of a page in all layers.
+    def page_bytes(self, bytes_per_token: int) -> dict[Form, int]:
+        """Return the bytes of a page in all layers, by form.
 
         Args:
             bytes_per_token: K and V of one token in all layers in the model's dtype, as the self-check measured them.
         """
-        return PAGE_TOKENS * bytes_per_token * self.shapes.kv_itemsize // self.shapes.itemsize
+        plain = PAGE_TOKENS * bytes_per_token * self.shapes.kv_itemsize // self.shapes.itemsize
+        return {form: math.ceil(share * plain) for form, share in self.shapes.page_shares.items()}
 
     def exceeded(self, stats: RunStats) -> str | None:
         """Return a text that names the tiers on which a run held more than the user allows; None if there are none.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from flexgen_helm.kv_cache.pages import Form
 from flexgen_helm.schedule.operations import head_unit
 from flexgen_helm.types import Tier
 
@@ -35,6 +36,8 @@ class ModelShapes:
         kv_itemsize: Bytes of an element of K and V.
         first_layers_bytes: Bytes of the small model that is checked first: the first layers up to one of every kind, and a
             part of the vocabulary.
+        page_shares: Bytes of a page of K and V by form, for each byte of one in which they are as they come.
+        scored_keys: Keys whose scores a row of prompts holds at once, for each query and head.
     """
 
     num_layers: int
@@ -53,6 +56,8 @@ class ModelShapes:
     itemsize: int
     kv_itemsize: int
     first_layers_bytes: int
+    page_shares: Mapping[Form, float] = field(default_factory=lambda: {"exact": 1.0})
+    scored_keys: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -103,9 +108,16 @@ class ModelShapes:
             itemsize=2,
             kv_itemsize=2,
             first_layers_bytes=first_layers,
+            page_shares={"exact": 1.0},
+            scored_keys=0,
         )
 
     @property
+    def kept_share(self) -> float:
+        """`page_shares` of the form in which pages are kept."""
+        return self.page_shares.get("sealed", self.page_shares["exact"])
+
+    @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes of K and V of one token in all layers, about: layers may differ."""
+        """Bytes of K and V of one token in all layers as they come, about: layers may differ."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_itemsize

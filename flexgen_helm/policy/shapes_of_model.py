@@ -8,23 +8,34 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.loading.assembly import FEW_TOKENS
 from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.model.layers import layers_of, num_layers_of_every_kind
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
 
+SCORED_KEYS = 8192
+"""Most keys for whose scores in sparse attention memory is planned."""
 
-def shapes_of(model: PreTrainedModel, formats: Mapping[int, SlabFormat], kv_dtype: torch.dtype) -> ModelShapes:
+
+def shapes_of(
+    model: PreTrainedModel, formats: Mapping[int, SlabFormat], kv_dtype: torch.dtype, cache: CacheFormat = PLAIN_CACHE
+) -> ModelShapes:
     """Read the sizes of a model.
 
     Args:
         model: The model, on any device, such as meta.
         formats: Slab formats of its layers, and of its output head if that has weights of its own.
         kv_dtype: Dtype in which K and V are stored.
+        cache: Format in which they are stored.
     """
     layers = layers_of(model)
     vocab, hidden = _table(model).shape
     heads = setting(model, "num_attention_heads") or 1
+    num_kv, head_dim = setting(model, "num_key_value_heads") or heads, setting(model, "head_dim") or hidden // heads
+    kv = torch.empty(0, num_kv, head_dim, dtype=kv_dtype)
+    plain = PLAIN_CACHE.forms(kv, kv)["exact"].num_bytes
+    longest = min(setting(model, "max_position_embeddings") or SCORED_KEYS, SCORED_KEYS)
     stored = {j: each.stored.num_bytes for j, each in formats.items()}
     bound = {j: each.bound.num_bytes for j, each in formats.items()}
     tied = set(model.all_tied_weights_keys)
@@ -40,12 +51,14 @@ def shapes_of(model: PreTrainedModel, formats: Mapping[int, SlabFormat], kv_dtyp
         vocab_size=vocab,
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=setting(model, "num_key_value_heads") or heads,
-        head_dim=setting(model, "head_dim") or hidden // heads,
+        num_kv_heads=num_kv,
+        head_dim=head_dim,
         outputs_per_token=max(_outputs(layer, setting(model, "num_experts_per_tok")) for layer in layers),
         itemsize=model.dtype.itemsize,
         kv_itemsize=kv_dtype.itemsize,
         first_layers_bytes=_first_layers_bytes(model, layers),
+        page_shares={form: pages.num_bytes / plain for form, pages in cache.forms(kv, kv).items()},
+        scored_keys=0 if cache.sparsity is None else longest,
     )
 
 

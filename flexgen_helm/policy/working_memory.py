@@ -10,6 +10,8 @@ HIDDEN_COPIES = 4
 """Bytes of a token's hidden state, rotary table, and K and V in one layer, in units of the hidden state."""
 LOGITS_COPIES = 3
 """Tensors of the size of the logits in fp32: logits, log-probabilities, and a sorted or summed copy."""
+SCORE_COPIES = 4
+"""Copies of the scores of sparse attention: by chunk, by head, choices, and both together in turn."""
 HIDDEN_SHARE = 0.1
 """Share of the memory left that a block's hidden states may take beyond those of the smallest block."""
 MOST_BLOCK_TOKENS = 16_384
@@ -24,6 +26,7 @@ def working_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
     The outputs of all matrices of a layer count as if they existed at the same time.
     """
     row = shapes.outputs_per_token + 2 * shapes.hidden_size + (WINDOW_CHUNKS + 1) * shapes.num_heads * shapes.head_dim
+    row += SCORE_COPIES * shapes.num_heads * shapes.scored_keys
     head = policy.gpu_batch_size * shapes.vocab_size * LOGITS_COPIES
     return (policy.gpu_batch_tokens * row + head) * FP32 + block_bytes(shapes, least_block_tokens(policy))
 

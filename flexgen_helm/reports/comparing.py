@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,17 @@ class Choices:
     """Whether run entries that one side lacks are left out."""
     other_models: bool = False
     """Whether candidates may be another model than the baseline."""
+
+    @classmethod
+    def from_options(cls, options: Namespace) -> Choices:
+        """Return what the options say that ``report`` and ``check`` have in common."""
+        return cls(
+            output_path=options.output_path.expanduser(),
+            schema=options.schema_path,
+            fidelity=options.fidelity,
+            common_runs=options.common_runs,
+            other_models=options.other_models,
+        )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch
 from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
 from flexgen_helm.execution.interfaces import Rows
 from flexgen_helm.generation.job_errors import not_finite
+from flexgen_helm.kv_cache.cache_format import CacheFormat
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import PagePool
+from flexgen_helm.kv_cache.pages import Form, PagePool
 from flexgen_helm.kv_cache.state_store import StateStore
 from flexgen_helm.loading.source import LoadedModel
 from flexgen_helm.memory.device import Device
@@ -23,7 +24,7 @@ from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.rows.packed_check import check_packed
 from flexgen_helm.rows.self_check import NotNumbers, Verdict
-from flexgen_helm.rows.single import SingleRows, check_cache_shares
+from flexgen_helm.rows.single import SingleRows, check_cache_shares, require_plain_cache
 from flexgen_helm.rows.single_check import check_single
 from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.single import SingleScheduler, StateSize
@@ -125,11 +126,12 @@ class CacheStorage:
 
     capacities: Mapping[Tier, int]
     """Bytes on each tier."""
-    page_bytes: int
-    """Bytes of a page in all layers, in packed rows."""
+    page_bytes: Mapping[Form, int]
+    """Bytes of a page in all layers, by form, in packed rows."""
     device: Device
     kv_dtype: torch.dtype
-    """Dtype in which K and V are stored."""
+    """Dtype in which exact K and V are stored."""
+    cache_format: CacheFormat
     folder: Path
     meter: Meter
 
@@ -153,6 +155,7 @@ def make_rows(
     verdict, device = checked.passed.verdict, storage.device
     if checked.passed.kind == "single":
         check_cache_shares(policy.cache)
+        require_plain_cache(storage.cache_format)
         if storage.kv_dtype != checked.model.model.dtype:
             raise PolicyError("kv_dtype cannot be set in single rows: the model's own cache has its dtype. Leave it out.")
         store = None
@@ -162,15 +165,21 @@ def make_rows(
         capacity = sum(storage.capacities.values())
         single = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity, size=size)
         return SingleRows(checked.model, store), single
-    on_device, on_host, on_disk = (storage.capacities[tier] // storage.page_bytes for tier in TIERS)
-    pool = PagePool(on_device, host=on_host, disk=on_disk, shares=policy.cache, page_bytes=storage.page_bytes)
+    pools = {form: _pool(storage.capacities, policy, page_bytes) for form, page_bytes in storage.page_bytes.items()}
     cache = PagedCache(
-        pool,
+        pools,
+        cache_format=storage.cache_format,
         device=device,
         dtype=storage.kv_dtype,
         offload_folder=storage.folder,
         meter=storage.meter,
     )
     cost = PROMPT_ROW_COST if not device.is_gpu else 0.0
-    packed = PackedScheduler(policy, block_tokens=block_tokens, pool=pool, keep_all=keep_all, prompt_row_cost=cost)
+    packed = PackedScheduler(policy, block_tokens=block_tokens, pools=pools, keep_all=keep_all, prompt_row_cost=cost)
     return PackedRows(checked.model, cache, cpu_attention=policy.cpu_attention if policy.cache[1] else 0.0), packed
+
+
+def _pool(capacities: Mapping[Tier, int], policy: ResolvedPolicy, page_bytes: int) -> PagePool:
+    """Make the pool of pages of one form. Each form may take all bytes; `PageTables` divides them."""
+    on_device, on_host, on_disk = (capacities[tier] // page_bytes for tier in TIERS)
+    return PagePool(on_device, host=on_host, disk=on_disk, shares=policy.cache, page_bytes=page_bytes)

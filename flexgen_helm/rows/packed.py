@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
+from flexgen_helm.kv_cache.pages import Form
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.model.cache_argument import cache_places
 from flexgen_helm.model.experts import register_sliced_experts
@@ -87,7 +89,7 @@ class PackedRows:
         if not model.takes("position_ids"):
             raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
         self.model, self._cache = model, cache
-        self._cpu_share = cpu_attention if cache.device.own_memory else 0.0
+        self._cpu_share = cpu_attention if cache.device.own_memory and cache.format.reads_all else 0.0
         self._decode, self._host = DecodeAttention(), HostAttention(cache.meter)
         self._pages: dict[int, RowPages] = {}
         """Pages of each row of the sweep, by the row's `id`; they keep their rows alive, so that no `id` is used twice."""
@@ -115,11 +117,12 @@ class PackedRows:
         decode = [id(row) for row in sweep.rows if row.kind == "decode"]
         share = self._cpu_share
         on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
-        self._pages = {id(row): RowPages(row, self._cache.pages, host_attends=id(row) in on_host) for row in sweep.rows}
-        most = max((len(pages.staged.pages) for pages in self._pages.values()), default=0)
-        staged = rows_at_once(suspends=bool(on_host)) * most
-        host, _ = sweep.num_offloaded_pages
-        self._cache.reserve(kept=sweep.num_kept_pages, transient=sweep.num_transient_pages, host=host, staged=staged)
+        self._pages = {id(row): RowPages(row, self._cache.page_maps, host_attends=id(row) in on_host) for row in sweep.rows}
+        staged: dict[Form, int] = defaultdict(int)
+        for pages in self._pages.values():
+            for form, found in pages.staged.items():
+                staged[form] = max(staged[form], rows_at_once(suspends=bool(on_host)) * len(found.pages))
+        self._cache.reserve(sweep.pages, staged)
 
     def record(self, row: Row) -> PackedRecording:
         """Record how each layer is called for a row of the sweep given to `reserve`, without computing layers."""
@@ -129,7 +132,8 @@ class PackedRows:
         ids, positions = torch.tensor([tokens, places], device=self.model.device)
         pages = self._pages[id(row)]
         on_cpu = row.kind == "decode" and (pages.host_attends or self.model.device.type == "cpu")
-        decode, host = self._decode if on_cpu else None, self._host if pages.host_attends else None
+        in_one_pass = on_cpu and self._cache.format.reads_all
+        decode, host = self._decode if in_one_pass else None, self._host if pages.host_attends else None
         attention = RowAttention(pages, self._cache, self.model.device, decode, host)
         recording = PackedRecording(positions=positions, attention=attention)
         self.model.record(

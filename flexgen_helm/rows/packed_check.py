@@ -10,7 +10,7 @@ from torch import Tensor
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS, num_pages
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, PageCounts, PageStorage, num_pages
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows import self_check
 from flexgen_helm.rows.packed import PackedRows
@@ -127,8 +127,9 @@ def _run(
     single = [segment for segment in second if len(segment.tokens) == 1]
     rows = pack_prefill(first, policy) + pack_prefill(several, policy) + pack_decode(single, policy)
     num_kept = 1 + max(page for row in rows for segment in row.segments for page in segment.table)
+    pages: dict[Form, PageStorage] = {"exact": PageStorage(PageCounts(num_kept))}
     packed = PackedRows(model, PagedCache() if cache is None else cache)
-    found = self_check.sweep_logprobs(SerialExecutor(packed, head_slice=policy.gpu_batch_size), Sweep(rows, num_kept))
+    found = self_check.sweep_logprobs(SerialExecutor(packed, head_slice=policy.gpu_batch_size), Sweep(rows, pages))
     if not all(owner.finite for owner in owners):
         found = [torch.full_like(logprobs, torch.nan) for logprobs in found]
     asked = [id(segment) for segment in (*first, *several, *single) if segment.logit_requests]

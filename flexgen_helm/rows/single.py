@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from flexgen_helm.errors import PolicyError
+from flexgen_helm.kv_cache.cache_format import CacheFormat
 from flexgen_helm.kv_cache.state_store import OwnedState, StateStore
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.model.cache_argument import cache_parameter
@@ -163,6 +164,19 @@ def _states(j: int, recording: SingleRecording | JointRecording) -> list[OwnedSt
         for state, cache in caches
         if isinstance(cache, DynamicCache) and j < len(cache.layers)
     ]
+
+
+def require_plain_cache(cache_format: CacheFormat) -> None:
+    """Check that nothing of the caches of single rows is to be quantised.
+
+    Raises:
+        PolicyError: If it is.
+    """
+    if not cache_format.is_plain:
+        raise PolicyError(
+            "The model runs in single rows, whose caches are transformers' own, so that K and V cannot be compressed. Name a "
+            "variant of its weights alone, such as @w4."
+        )
 
 
 def check_cache_shares(shares: Shares) -> None:

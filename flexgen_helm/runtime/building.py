@@ -19,7 +19,8 @@ from flexgen_helm.errors import PolicyError, UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.execution.overlapped import OverlappedExecutor
 from flexgen_helm.execution.serial import SerialExecutor
-from flexgen_helm.kv_cache.pages import num_pages
+from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, num_pages
 from flexgen_helm.loading.source import LoadedModel, ModelSource, dtype_name
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.device_limit import DEVICE_LIMITS
@@ -163,9 +164,12 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     page_bytes = plan.page_bytes(placed.checked.passed.verdict.cache_bytes_per_token)
     most = math.inf
     if device.is_gpu and placed.checked.passed.kind == "packed":  # whose pages are made at once
-        most = policy.block_size * num_pages(0, placed.loaded.max_length) * page_bytes
+        most = policy.block_size * plan.cache.sequence_bytes(PAGE_TOKENS * num_pages(0, placed.loaded.max_length))
     cache_bytes = plan.cache.capacities(left, most)
-    storage = CacheStorage(cache_bytes, page_bytes, device=device, kv_dtype=kv_dtype, folder=folder, meter=meter)
+    cache_format = cache_format_of(options.compression)
+    storage = CacheStorage(
+        cache_bytes, page_bytes, device=device, kv_dtype=kv_dtype, cache_format=cache_format, folder=folder, meter=meter
+    )
     keep_all = options.order != "zigzag"
     rows, scheduler = make_rows(placed.checked, policy, storage, block_tokens=plan.block_tokens(left), keep_all=keep_all)
     hidden = None
@@ -180,7 +184,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         checked=placed.checked,
         device=device,
         policy=policy,
-        numerics=numerics_of(blueprint.weights, placed.checked, policy, device, kv_dtype),
+        numerics=numerics_of(blueprint.weights, placed.checked, policy, device, cache_numerics(kv_dtype, options.compression)),
         kv_dtype=kv_dtype,
         plan=plan,
         cache_bytes=cache_bytes,
@@ -194,17 +198,33 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
 
 
 def numerics_of(
-    weights: WeightNumerics, checked: CheckedModel, policy: ResolvedPolicy, device: Device, kv_dtype: torch.dtype
+    weights: WeightNumerics, checked: CheckedModel, policy: ResolvedPolicy, device: Device, cache: CacheNumerics
 ) -> Numerics:
     """Return everything besides the job that decides the bits of an answer."""
     on_host = device.is_gpu and checked.passed.kind == "packed" and policy.cpu_attention > 0 and policy.cache[1] > 0
     return Numerics(
         weights,
-        CacheNumerics(dtype_name(kv_dtype)),
+        cache,
         RowNumerics(checked.passed.kind, policy.gpu_batch_size, policy.gpu_batch_tokens),
         MachineNumerics(device.torch_device.type, "host" if on_host else "device", checked.model.matmul),
         NUMERICS_VERSION,
     )
+
+
+def cache_format_of(compression: CompressionConfig | None) -> CacheFormat:
+    """Return the format of K and V in a variant."""
+    return (
+        PLAIN_CACHE
+        if compression is None
+        else CacheFormat(compression.k_bits, compression.v_bits, compression.sparsity, compression.flexgen)
+    )
+
+
+def cache_numerics(kv_dtype: torch.dtype, compression: CompressionConfig | None) -> CacheNumerics:
+    """Return the form in which K and V of a variant are stored and read."""
+    if compression is None:
+        return CacheNumerics(dtype_name(kv_dtype))
+    return CacheNumerics(dtype_name(kv_dtype), compression.cache_scheme, (compression.sparsity or 100) / 100)
 
 
 def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Path], Tensor]) -> Blueprint:
@@ -247,14 +267,15 @@ def _plan(
 ) -> tuple[Mapping[int, SlabFormat], ResolvedPolicy, MemoryPlan]:
     """Return the formats of slabs, the policy with the place of attention, and the plan of memory."""
     formats: Mapping[int, SlabFormat] = plain_formats(whole)
-    shapes = shapes_of(whole, formats, kv_dtype)
+    cache = cache_format_of(options.compression)
+    shapes = shapes_of(whole, formats, kv_dtype, cache)
     policy = _with_place(resolved(options.policy, options.device), shapes, options)
     space = measure_space(options.device, options.limits, places.folder("plain"))
     if fitted is None and policy.keep_packed:
         raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
     if fitted is not None and (policy.keep_packed or not _fits_unpacked(shapes, policy, space)):
         formats = fitted.formats
-        shapes = shapes_of(whole, formats, kv_dtype)
+        shapes = shapes_of(whole, formats, kv_dtype, cache)
     elif fitted is not None:
         logger.info("weights are unpacked once, since the unpacked model fits on the device")
     elif policy.slab_coding != "plain":
@@ -312,8 +333,15 @@ def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOpti
     """Decide where decode rows attend and where K and V are, if the device has a memory of its own."""
     if not options.device.own_memory:
         return policy
+    asked = options.policy or Policy()
+    if not cache_format_of(options.compression).reads_all:
+        if asked.cpu_attention:
+            raise PolicyError(
+                "Sparse and FlexGen's attention is computed on the device only. Leave cpu_attention out, or give 0."
+            )
+        asked = replace(asked, cpu_attention=0.0)
     machine = whole_machine(options.device, options.limits)
-    place = attention_place(options.policy or Policy(), policy, shapes, machine)
+    place = attention_place(asked, policy, shapes, machine)
     if place.reason is not None:
         where = "on the CPU" if place.cpu_attention else "on the device"
         logger.info("packed rows that decode attend %s: %s; `cpu_attention` names another place", where, place.reason)

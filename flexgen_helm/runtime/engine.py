@@ -132,7 +132,7 @@ class Engine:
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
-            CompressionError: If there is no such variant, or it is not built yet.
+            CompressionError: If there is no such variant.
             PolicyError: If a number of the policy is out of range, or its plan does not fit.
             CorruptFile: If files of the model or of the offload folder cannot be read.
             DiskFull: If the offload folder has no space for everything that the policy puts there.
@@ -317,7 +317,7 @@ class Engine:
             policy=self.policy,
             numerics=self.numerics,
             bits_per_weight=8 * num_bytes / count,
-            bits_per_cache_element=8.0 * parts.kv_dtype.itemsize,
+            bits_per_cache_element=8.0 * parts.kv_dtype.itemsize * parts.plan.shapes.kept_share,
             planned_bytes={str(tier): count for tier, count in weights.needed_bytes.items()},
             cache_bytes={str(tier): count for tier, count in parts.cache_bytes.items()},
             weight_bytes={str(tier): count for tier, count in weights.weight_bytes.items()},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from flexgen_helm.kv_cache.pages import PagePool, num_pages
-from flexgen_helm.schedule.page_tables import PageTables, continuation_pages
+from flexgen_helm.kv_cache.pages import Form, PagePool
+from flexgen_helm.schedule.page_tables import PageTables
 from flexgen_helm.schedule.prompt_gate import PromptGate
 from flexgen_helm.schedule.rows import Continuation, Segment, Sweep, pack_decode, pack_prefill
 from flexgen_helm.schedule.scoring import ScoringQueue
@@ -20,21 +20,26 @@ class PackedScheduler:
     """Plans sweeps in the order of the prefix tree. See `Scheduler` for what its methods promise."""
 
     def __init__(
-        self, policy: ResolvedPolicy, *, block_tokens: int, pool: PagePool, keep_all: bool = False, prompt_row_cost: float = 0.0
+        self,
+        policy: ResolvedPolicy,
+        *,
+        block_tokens: int,
+        pools: Mapping[Form, PagePool],
+        keep_all: bool = False,
+        prompt_row_cost: float = 0.0,
     ) -> None:
         """Plan nothing yet.
 
         Args:
             policy: Sizes of rows and block.
             block_tokens: Prompt tokens of a sweep.
-            pool: Pages that may be kept.
+            pools: Pages that may be kept, by form; see `PageTables`.
             keep_all: Whether K and V of scoring work are kept for every layer, as orders other than the column order need.
             prompt_row_cost: Time of a row of prompts in units of a sweep that only decodes, see `PromptGate`.
         """
         self._policy = policy
         self._block_tokens = block_tokens
-        self._pool = pool
-        self._tables = PageTables(pool)
+        self._tables = PageTables(pools, keep_all=keep_all)
         self._keep_all = keep_all
         self._gate = PromptGate(row_tokens=policy.gpu_batch_tokens, block_tokens=block_tokens, row_cost=prompt_row_cost)
         self._waiting: deque[PromptWork] = deque()
@@ -49,14 +54,13 @@ class PackedScheduler:
     @property
     def capacity_bytes(self) -> int:
         """Memory for pages that are kept."""
-        return self._pool.capacity * self._pool.page_bytes
+        return self._tables.capacity_bytes
 
     def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
         """Kept pages of a prompt alone; one that generates at most one token needs none in column order."""
         if max(limits, default=0) <= 1 and not self._keep_all:
             return 0
-        pages = num_pages(0, length) + sum(continuation_pages(length, limit) for limit in limits)
-        return pages * self._pool.page_bytes
+        return self._tables.bytes_needed(length, limits)
 
     def add(self, works: list[PromptWork]) -> None:
         """Take work in; prompts added together share their prefixes."""
@@ -72,6 +76,7 @@ class PackedScheduler:
         ordered = sorted(works, key=lambda work: work.tokens)
         self._waiting.extend(work for work in ordered if work.generating)
         self._scoring.extend(work for work in ordered if not work.generating)
+        self._tables.balance([*self._waiting, *(work for work in self._scoring if self._kept(work))])
 
     def has_work(self) -> bool:
         """Whether another sweep is needed."""
@@ -89,7 +94,8 @@ class PackedScheduler:
 
     def next_sweep(self) -> Sweep:
         """Plan one sweep: every live completion takes a step, prompts fill the block's tokens."""
-        self._in_sweep, self._swept, self._tables.num_transient = [], [], 0
+        self._in_sweep, self._swept = [], []
+        self._tables.begin_sweep()
         decode = [decode_segment(work, continuation) for work, continuation in self._decoding]
         prefill: list[Segment] = []
         tokens = self._let_in(self._take_prompts())
@@ -103,8 +109,7 @@ class PackedScheduler:
         for work in block.works:
             self._schedule(work, prefill, None)
         rows = pack_prefill(prefill, self._policy) + pack_decode(decode, self._policy)
-        device, *offloaded = self._pool.high_water
-        return Sweep(rows, device, self._tables.num_transient, (offloaded[0], offloaded[1]))
+        return Sweep(rows, self._tables.storage())
 
     def end_sweep(self) -> list[PromptWork]:
         """Account for a sweep that was computed and whose logit requests were answered; returns the work that is complete."""
@@ -113,10 +118,12 @@ class PackedScheduler:
             assert work.answered(), "a scored prompt was left without an answer"
         finished = list(dict.fromkeys(scoring))
         for node in self._in_sweep:
+            self._tables.complete(node)
             if node.users == 0:
                 self._tables.drop(node)
         for work in [work for work in self._filling if _filled(work)]:
             self._filling.remove(work)
+            self._tables.join(work.node, work.continuations)
             self._decoding.extend((work, continuation) for continuation in work.continuations)
         ended = [work for work, continuation in self._decoding if continuation.done]
         self._decoding = [(work, continuation) for work, continuation in self._decoding if not continuation.done]
@@ -178,6 +185,7 @@ class PackedScheduler:
         if taken:
             return False
         self._drop_prefixes()
+        self._tables.balance([work])
         return self._tables.reserve(work.node, work.continuations)
 
     def _drop_prefixes(self) -> None:
@@ -219,6 +227,7 @@ class PackedScheduler:
     def _segment(self, node: Node, count: int) -> Segment:
         pages = node.pages
         assert pages is not None
+        self._tables.extend(node, count)
         segment = prompt_segment(node, pages.scheduled, count, self._ends.get(node))
         pages.scheduled += count
         self._in_sweep.append(node)

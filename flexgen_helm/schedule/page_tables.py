@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PagePool, num_pages
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, PagePool, PageStorage, num_pages, transient_page
+from flexgen_helm.schedule.exact_tables import NUM_SPARE, ExactTables
 from flexgen_helm.schedule.rows import Continuation
 from flexgen_helm.schedule.tree import Node, NodePages, SequencePages
+from flexgen_helm.schedule.work import PromptWork
 
 
 class PageTables:
@@ -16,17 +18,87 @@ class PageTables:
     copy its beginning into a page of their own; so a prompt alone never needs more pages than its length.
     """
 
-    def __init__(self, pool: PagePool) -> None:
-        self._pool = pool
-        self.num_transient = 0
-        """Transient pages handed out in this sweep."""
+    def __init__(self, pools: Mapping[Form, PagePool], *, keep_all: bool = False) -> None:
+        """Give nothing yet.
+
+        Args:
+            pools: Kept pages by form. If there are sealed ones, sequences have a table of both forms; either form may take all
+                bytes of the other.
+            keep_all: See `flexgen_helm.schedule.exact_tables.ExactTables`.
+        """
+        self._exact = ExactTables(pools["exact"], keep_all=keep_all) if "sealed" in pools else None
+        self._form: Form = "exact" if self._exact is None else "sealed"
+        self._pool = pools[self._form]
+        self._num_transient = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of all kept pages."""
+        return sum(self._pool.capacities) * self._pool.page_bytes
+
+    def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
+        """Return the bytes of the kept pages of a prompt alone, with completions of at most ``limits`` tokens."""
+        pages = num_pages(0, length) + sum(continuation_pages(length, limit) for limit in limits)
+        needed = pages * self._pool.page_bytes
+        if self._exact is None:
+            return needed
+        # Of a prompt whose beginning others share, the chunks in which they part stay exact: at most all of it.
+        exact = (num_pages(0, length) + self._exact.num_needed([], [(length, limits)])) * self._exact.pool.page_bytes
+        return needed + exact + self._spare_bytes
+
+    def balance(self, works: Iterable[PromptWork]) -> None:
+        """Divide the bytes between sealed and exact pages as some work needs them; nothing is done while pages are taken."""
+        if self._exact is None or self._pool.num_used or self._exact.num_used:
+            return
+        works = list(works)
+        nodes = list({node: None for work in works for node in work.node.path()})
+        sealed = sum(_own_pages(node) for node in nodes)
+        sealed += sum(continuation_pages(work.node.end, limit) for work in works for limit in work.limits)
+        exact = self._exact.num_needed(nodes, [(work.node.end, work.limits) for work in works])
+        sealed_bytes = (sealed + _num_tiers(self._pool)) * self._pool.page_bytes
+        exact_bytes = (exact + NUM_SPARE + _num_tiers(self._pool)) * self._exact.pool.page_bytes
+        share = exact_bytes / (exact_bytes + sealed_bytes)
+        self._exact.resize(share)
+        self._pool.resize(1 - share)
+
+    def begin_sweep(self) -> None:
+        """Forget the transient pages of the last sweep."""
+        self._num_transient = 0
+        if self._exact is not None:
+            self._exact.num_transient = 0
+
+    def storage(self) -> dict[Form, PageStorage]:
+        """Return the storage that must be there for the pages that were given."""
+        found: dict[Form, PageStorage] = {self._form: PageStorage(self._pool.high_water, self._num_transient)}
+        if self._exact is not None:
+            found["exact"] = PageStorage(self._exact.pool.high_water, self._exact.num_transient)
+        return found
 
     def place(self, node: Node, *, kept: bool) -> None:
         """Give a node its pages, if it has none; its parent has them already."""
         if node.pages is None:
             above = node.parent.pages if node.parent is not None else None
             pages = self._continue_behind(above, node.start, node.end, kept=kept)
-            node.pages = NodePages(pages.own, pages.table, pages.copy, pages.in_tail, kept=kept)
+            exact = None if self._exact is None else self._exact.reserve(node, pages, kept=kept)
+            node.pages = NodePages(pages.own, pages.table, pages.copy, pages.in_tail, exact=exact, kept=kept)
+
+    def extend(self, node: Node, count: int) -> None:
+        """Give exact pages to the next tokens of a node, which a sweep will compute."""
+        assert node.pages is not None
+        if self._exact is not None:
+            begin = node.start + node.pages.scheduled
+            self._exact.extend(node, begin, begin + count)
+
+    def complete(self, node: Node) -> None:
+        """Take exact pages back that nobody needs once the tokens of a node that were scheduled are computed."""
+        if self._exact is not None and node.pages is not None:
+            self._exact.complete(node)
+
+    def join(self, node: Node, continuations: Iterable[Continuation]) -> None:
+        """Give completions their exact pages, now that the node behind which they go on is computed."""
+        if self._exact is not None:
+            for continuation in continuations:
+                self._exact.join(node, continuation)
 
     def reserve(self, node: Node, continuations: Sequence[Continuation] = ()) -> bool:
         """Give the prompt that ends at a node its kept pages, and completions of it theirs.
@@ -34,16 +106,20 @@ class PageTables:
         Returns:
             False, and nothing is given, if fewer pages are free than they need.
         """
-        path = node.path()
-        needed = sum(_own_pages(upper) for upper in path if upper.pages is None)
-        needed += sum(continuation_pages(node.end, continuation.max_new_tokens) for continuation in continuations)
+        path = [upper for upper in node.path() if upper.pages is None]
+        limits = [continuation.max_new_tokens for continuation in continuations]
+        needed = sum(map(_own_pages, path)) + sum(continuation_pages(node.end, limit) for limit in limits)
         if needed > self._pool.num_free:
+            return False
+        if self._exact is not None and self._exact.num_needed(path, [(node.end, limits)]) > self._exact.pool.num_free:
             return False
         for upper in path:
             self.place(upper, kept=True)
         for continuation in continuations:
             last = node.end + continuation.max_new_tokens - 1
             continuation.pages = self._continue_behind(node.pages, node.end, last, kept=True)
+            if self._exact is not None:
+                continuation.pages.exact = self._exact.reserve_ring(node.end, continuation.max_new_tokens)
         return True
 
     def drop(self, node: Node) -> None:
@@ -51,7 +127,7 @@ class PageTables:
         if node.pages is None:
             return
         if node.pages.kept:
-            self._pool.release(node.pages.own)
+            self._release(node.pages)
         if node.pages.in_tail and node.parent is not None and node.parent.pages is not None:
             node.parent.pages.tail_free = True
         node.pages = None
@@ -60,7 +136,7 @@ class PageTables:
         """Take a completion's pages back, if it has any."""
         if continuation.pages is None:
             return
-        self._pool.release(continuation.pages.own)
+        self._release(continuation.pages)
         if continuation.pages.in_tail and node.pages is not None:
             node.pages.tail_free = True
         continuation.pages = None
@@ -71,6 +147,18 @@ class PageTables:
             self.drop(upper)
         for continuation in continuations:
             self.drop_continuation(continuation, node)
+
+    @property
+    def _spare_bytes(self) -> int:
+        """Bytes that no work may count on: exact pages for a prompt that is cut, and what whole pages leave unused."""
+        assert self._exact is not None
+        rounding = _num_tiers(self._pool)
+        return (NUM_SPARE + rounding) * self._exact.pool.page_bytes + rounding * self._pool.page_bytes
+
+    def _release(self, pages: SequencePages) -> None:
+        self._pool.release(pages.own)
+        if self._exact is not None and pages.exact is not None:
+            self._exact.drop(pages.exact)
 
     def _continue_behind(self, above: NodePages | None, start: int, end: int, *, kept: bool) -> SequencePages:
         """Pages for positions ``[start, end)`` behind a node."""
@@ -88,8 +176,8 @@ class PageTables:
     def _allocate(self, count: int, kept: bool) -> list[int]:
         if kept:
             return self._pool.allocate(count)
-        self.num_transient += count
-        return list(range(self.num_transient - count, self.num_transient))
+        self._num_transient += count
+        return [transient_page(index) for index in range(self._num_transient - count, self._num_transient)]
 
 
 def continuation_pages(length: int, max_new_tokens: int) -> int:
@@ -99,6 +187,8 @@ def continuation_pages(length: int, max_new_tokens: int) -> int:
 
 def _own_pages(node: Node) -> int:
     """Pages that a node will need: one less where it can go on in its parent's last page."""
-    above = node.parent.pages if node.parent is not None else None
-    into = -node.start % PAGE_TOKENS if above is None or above.tail_free else 0
-    return num_pages(node.start + into, node.end)
+    return num_pages(node.first_own, node.end)
+
+
+def _num_tiers(pool: PagePool) -> int:
+    return sum(count > 0 for count in pool.capacities)

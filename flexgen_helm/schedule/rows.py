@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from flexgen_helm.kv_cache.pages import Form, PageStorage
 from flexgen_helm.schedule.tree import Node, Scores, SequencePages
 from flexgen_helm.types import ResolvedPolicy
 
@@ -70,8 +71,11 @@ class Segment:
     """Absolute position of the first token."""
     table: list[int] = field(default_factory=list)
     """Pages of the sequence from position 0 on."""
-    kept: bool = True
     copy: tuple[int, int, int] | None = None
+    """See `SequencePages.copy`."""
+    exact: list[int] | None = None
+    """Exact pages of the sequence, by position like ``table``, up to the end; only those of chunks in which its tokens lie are
+    its own still. None: ``table`` has exact pages, since nothing is sealed."""
     logit_requests: list[LogitRequest] = field(default_factory=list)
     """`LogitRequest.offset` counts from the segment's first token here, from the row's first token in `Row.logit_requests`."""
     state: State | None = None
@@ -124,11 +128,8 @@ class Sweep:
     """One pass over all layers: its rows, a prefix always before what continues it."""
 
     rows: list[Row]
-    num_kept_pages: int = 0
-    """Storage that must be there on the device, as one more than the highest page number in use."""
-    num_transient_pages: int = 0
-    num_offloaded_pages: tuple[int, int] = (0, 0)
-    """Storage that must be there on the host and on disk."""
+    pages: Mapping[Form, PageStorage] = field(default_factory=dict)
+    """Storage of pages that must be there, by their form."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -174,7 +175,7 @@ def _piece(segment: Segment, offset: int, count: int) -> Segment:
     ]
     copy = segment.copy if offset == 0 else None
     tokens, start = segment.tokens[offset : offset + count], segment.start + offset
-    return Segment(tokens, start, segment.table, segment.kept, copy, logit_requests, owner=segment.owner)
+    return Segment(tokens, start, segment.table, copy, segment.exact, logit_requests, owner=segment.owner)
 
 
 def pack_decode(segments: list[Segment], policy: ResolvedPolicy) -> list[Row]:

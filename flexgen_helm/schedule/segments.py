@@ -21,8 +21,8 @@ def prompt_segment(node: Node, offset: int, count: int, work: PromptWork | None)
         node.tokens[offset : offset + count],
         node.start + offset,
         node.pages.table,
-        node.pages.kept,
-        node.pages.copy if offset == 0 else None,
+        node.pages.written_copy if offset == 0 else None,
+        node.pages.exact_table,
         _prompt_requests(node, offset, count, work),
         owner=node,
     )
@@ -32,10 +32,10 @@ def decode_segment(work: PromptWork, continuation: Continuation) -> Segment:
     """Return the last token of a completion, which requests the next one."""
     pages = continuation.pages
     assert pages is not None
-    copy = pages.copy if len(continuation.tokens) == 1 else None
+    copy = pages.written_copy if len(continuation.tokens) == 1 else None
     request = LogitRequest(0, (), (continuation,))
     start = decode_position(work, continuation)
-    return Segment((continuation.tokens[-1],), start, pages.table, True, copy, [request], owner=continuation)
+    return Segment((continuation.tokens[-1],), start, pages.table, copy, pages.exact_table, [request], owner=continuation)
 
 
 def _prompt_requests(node: Node, offset: int, count: int, work: PromptWork | None) -> list[LogitRequest]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+
 
 @dataclass(eq=False)
 class Node:
@@ -34,6 +36,12 @@ class Node:
         """Absolute position behind the last token."""
         return self.start + len(self.tokens)
 
+    @property
+    def first_own(self) -> int:
+        """Absolute position at which its own pages will begin: behind its parent's last page, if the rest of that is free."""
+        above = self.parent.pages if self.parent is not None else None
+        return self.start + (-self.start % PAGE_TOKENS if above is None or above.tail_free else 0)
+
     def path(self) -> list[Node]:
         """Nodes from the root's child down to this one."""
         nodes: list[Node] = []
@@ -57,6 +65,22 @@ class Scores:
 
 
 @dataclass(eq=False)
+class ExactPages:
+    """Exact pages of consecutive tokens, in a cache that seals pages: see `flexgen_helm.schedule.exact_tables`."""
+
+    own: list[int]
+    """Kept pages of these tokens alone that are reserved for the chunk in which they end."""
+    table: list[int] = field(default_factory=list)
+    """Pages of the whole sequence, from position 0 up to the last token that was given one."""
+    copy: tuple[int, int, int] | None = None
+    """See `SequencePages.copy`."""
+    num_given: int = 0
+    """Pages of ``own`` that are in the table."""
+    borrowed: list[tuple[int, int]] = field(default_factory=list)
+    """Pages of a chunk in whose middle a sweep ended, each behind the absolute position at which the chunk ends."""
+
+
+@dataclass(eq=False)
 class SequencePages:
     """Pages that hold the K and V of consecutive tokens, which go on behind a node."""
 
@@ -69,6 +93,18 @@ class SequencePages:
     the last page of the prefix."""
     in_tail: bool
     """Whether these tokens begin in the rest of the prefix's last page."""
+    exact: ExactPages | None = field(default=None, kw_only=True)
+    """Their pages in the exact form, if ``table`` has sealed ones."""
+
+    @property
+    def written_copy(self) -> tuple[int, int, int] | None:
+        """``copy`` in the form in which tokens are written."""
+        return self.copy if self.exact is None else self.exact.copy
+
+    @property
+    def exact_table(self) -> list[int] | None:
+        """The exact pages, if ``table`` has sealed ones."""
+        return None if self.exact is None else self.exact.table
 
 
 @dataclass(eq=False, kw_only=True)

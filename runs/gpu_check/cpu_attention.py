@@ -12,8 +12,8 @@ import torch
 
 from flexgen_helm.attention.calls import ChunkCall, PlacedPages
 from flexgen_helm.attention.chunks import LocatedPages, attend_call
-from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS
 from flexgen_helm.kv_cache.page_format import PageFormat
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS
 from flexgen_helm.machine.rates import random_numbers
 from flexgen_helm.runs.gpu_check.copies import Streams, best_seconds, buffers
 from flexgen_helm.runs.gpu_check.sizes import Sizes
@@ -47,7 +47,8 @@ def _decode_step(sizes: Sizes) -> tuple[Callable[[], object], int]:
     numbers = torch.randperm(num_chunks * CHUNK_PAGES, generator=torch.Generator().manual_seed(0))
     rows = torch.arange(sizes.num_sequences).repeat_interleave(sizes.num_chunks)
     mask = torch.zeros(num_chunks, 1, 1, CHUNK_TOKENS, dtype=DTYPE)
-    call = ChunkCall([PlacedPages("host", numbers, None)], num_chunks, rows, slice(0, num_chunks), True, mask, None, rows)
+    placed, every = [PlacedPages("host", numbers, None)], slice(0, num_chunks)
+    call = ChunkCall("exact", placed, num_chunks, (0,) * num_chunks, rows, every, True, mask, None, rows)
     located = [LocatedPages(store, numbers, None)]
     scale = sizes.head_dim**-0.5
     return partial(attend_call, call, q, located, scale=scale, softcap=None), len(numbers) * store.format.num_bytes

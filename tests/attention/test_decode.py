@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from numba import njit
 from torch import Tensor
 
-from flexgen_helm.attention.decode import KINDS, DecodeAttention, DecodePlan
+from flexgen_helm.attention.decode import KINDS, DecodeAttention, DecodePlan, LayerPages
 from flexgen_helm.attention.decode_intrinsics import multiply_add
 from flexgen_helm.attention.decode_kernel import _load, _powers_of_two, _transpose
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import row_visits
 from flexgen_helm.kv_cache.page_format import PageFormat, PageTensors
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageMap
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, PageMap
 from flexgen_helm.schedule.rows import Row, Segment
 from tests.attention.test_row import RULES, Heads, Options, dense
 
@@ -81,26 +81,32 @@ class Sequences:
         num_pages = max(map(max, self.tables)) + 1
         k, v = (torch.randn(num_pages, heads.kv, PAGE_TOKENS, d, generator=chance).to(dtype) for d in (heads.dim, heads.dim_v))
         self.stores = PageTensors(PageFormat.plain(*(x[0].transpose(0, 1) for x in (k, v))), k, v)
+        self.forms: dict[Form, LayerPages] = {"exact": LayerPages({"device": self.stores})}
         self.queries = torch.randn(16, heads.q, heads.dim, generator=chance)
         self.lengths = lengths
 
     def attend(self, options: Options, decode: DecodeAttention, only: list[int] | None = None) -> Tensor:
         """What the queries get, in a row with some of the sequences."""
         chosen = range(len(self.lengths)) if only is None else only
-        row = Row("decode", 16, [Segment((0,), self.lengths[i] - 1, self.tables[i]) for i in chosen])
-        pages = RowPages(row, PageMap(PageCounts(10**6, 0, 0), own_memory=False))
+        tables = [(table, table if "sealed" in self.forms else None) for table in self.tables]
+        row = Row("decode", 16, [Segment((0,), self.lengths[i] - 1, tables[i][0], exact=tables[i][1]) for i in chosen])
+        pages = RowPages(row, {form: PageMap() for form in self.forms})
         queries = torch.zeros_like(self.queries)
         queries[: len(chosen)] = self.queries[chosen]
         scale = queries.shape[-1] ** -0.5
         plans = decode.plan(pages, RULES[options.rule])
-        _, den, total = decode.attend(plans, queries, {"device": self.stores}, None, scale=scale, softcap=options.softcap)
+        _, den, total = decode.attend(plans, queries, self.forms, scale=scale, softcap=options.softcap)
         assert not total[len(chosen) :].any()
         return total[: len(chosen)] / den[: len(chosen), :, None]
+
+    def whole(self, i: int, pages: Tensor) -> Tensor:
+        """K or V of a sequence, ``[T, H_kv, D]``, from ``[pages, H_kv, 32, D]``."""
+        return pages[self.tables[i]].transpose(1, 2).flatten(0, 1)[: self.lengths[i]].float()
 
     def expected(self, i: int, options: Options) -> Tensor:
         """The same by plain attention."""
         n = self.lengths[i]
-        k, v = (x[self.tables[i]].transpose(1, 2).flatten(0, 1)[:n].float() for x in (self.stores.k, self.stores.v))
+        k, v = (self.whole(i, x) for x in self.stores.tensors)
         q = torch.zeros(n, *self.queries.shape[1:])
         q[-1] = self.queries[i]
         return dense(q, k, v, options, None)[-1]
@@ -133,7 +139,7 @@ def test_decode_equals_dense_attention_alone_together_and_in_threads(
 def test_a_chunk_of_many_is_met_once() -> None:
     sequences = Sequences(HEADS[0], [300, 290, 400], 260, torch.float32)
     row = Row("decode", 16, [Segment((0,), n - 1, table) for n, table in zip(sequences.lengths, sequences.tables, strict=True)])
-    pages = RowPages(row, PageMap(PageCounts(10**6, 0, 0), own_memory=False))
+    pages = RowPages(row, {"exact": PageMap()})
     plan = DecodePlan.of(pages, RULES["causal"], list(row_visits(row)))
     assert plan.begins.tolist() == [0, 3, 6, 7, 8, 9, 10]  # two shared chunks, the third of each sequence, a fourth of one
     assert plan.visible.tolist() == [128] * 6 + [44, 34, 128, 16]

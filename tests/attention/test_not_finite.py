@@ -14,7 +14,7 @@ from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import PagePool, num_pages
+from flexgen_helm.kv_cache.pages import PageCounts, PagePool, PageStorage, num_pages
 from flexgen_helm.memory.device import Device
 from flexgen_helm.schedule.rows import Row, Segment
 from flexgen_helm.schedule.tree import Node
@@ -90,24 +90,24 @@ def test_neighbours_and_later_owners_of_pages_keep_their_bits(
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_whose_tokens_were_bad_is_noted_and_pages_stay_finite(dtype: torch.dtype, which: str, bad: float) -> None:
     cache = PagedCache()
-    cache.reserve(kept=2, transient=0)
+    cache.reserve({"exact": PageStorage(PageCounts(2))})
     owners = [Node(None, 0, (0,) * 5), Node(None, 0, (0,) * 6)]
     row = Row("prefill", 16, [Segment(owner.tokens, 0, [i], owner=owner) for i, owner in enumerate(owners)])
-    attention = RowAttention(RowPages(row, cache.pages), cache, torch.device("cpu"))
+    attention = RowAttention(RowPages(row, cache.page_maps), cache, torch.device("cpu"))
     q, k, v = (torch.randn(16, 2, 16).to(dtype) for _ in range(3))
     (k if which == "k" else v)[[7, 12], 1, 3] = bad  # of the second sequence, and of the padding
     attention.attend(CacheKey(0, 0), (q, k, v), RULES["causal"], scale=0.25, softcap=None, sinks=None)
     row.mark(attention.bad.nonzero()[:, 0].tolist())
     assert [owner.finite for owner in owners] == [True, False]
-    stored = cache.tensors(CacheKey(0, 0), k, v, ["device"])["device"]
+    stored = cache.tensors(CacheKey(0, 0), k, v, {"exact": {"device"}})["exact"]["device"]
     assert all(bool(x.isfinite().all()) for x in stored.tensors)
 
 
 def test_the_largest_numbers_are_no_error() -> None:
     cache = PagedCache()
-    cache.reserve(kept=1, transient=0)
+    cache.reserve({"exact": PageStorage(PageCounts(1))})
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        pages = RowPages(Row("prefill", 16, [Segment((0,) * 16, 0, [0])]), cache.pages)
+        pages = RowPages(Row("prefill", 16, [Segment((0,) * 16, 0, [0])]), cache.page_maps)
         attention = RowAttention(pages, cache, torch.device("cpu"))
         k = torch.full((16, 1, 16), min(2.0**58, torch.finfo(dtype).max), dtype=dtype)
         v = torch.full((16, 1, 16), torch.finfo(dtype).max, dtype=dtype)

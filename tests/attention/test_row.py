@@ -17,9 +17,10 @@ from flexgen_helm.attention.decode import DecodeAttention
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageStorage
 from flexgen_helm.schedule.rows import Row, Segment
 
 KEY = CacheKey(0, 0)
@@ -76,9 +77,12 @@ def num_shared(lengths: list[int], prefix: int) -> int:
 class Machine:
     """Runs sequences through rows, piece by piece."""
 
-    def __init__(self, heads: Heads, options: Options, lengths: list[int], prefix: int) -> None:
+    def __init__(
+        self, heads: Heads, options: Options, lengths: list[int], prefix: int, cache_format: CacheFormat = PLAIN_CACHE
+    ) -> None:
         chance = torch.Generator().manual_seed(sum(lengths))
-        self.options, self.cache, self.heads = options, PagedCache(), heads
+        self.options, self.cache, self.heads = options, PagedCache(cache_format=cache_format), heads
+        self.seals = cache_format.seals
         self.decode: DecodeAttention | None = DecodeAttention()
         """Attends for decode rows; None: their attention is computed call by call, as on a GPU."""
         self.sinks = torch.randn(heads.q, generator=chance) if options.sinks else None
@@ -98,12 +102,14 @@ class Machine:
             own = -(-n // PAGE_TOKENS) - (shared if i else 0)
             self.tables.append((self.tables[0][:shared] if i else []) + list(range(next_page, next_page + own)))
             next_page += own
-        self.cache.reserve(kept=next_page, transient=0)
+        storage = PageStorage(PageCounts(next_page))
+        self.cache.reserve({"exact": storage, "sealed": storage})
         self.outputs = [torch.zeros(n, heads.q, heads.dim_v) for n in lengths]
 
     def run(self, kind: RowKind, size: int, pieces: list[tuple[int, int, int]]) -> None:
-        segments = [Segment((0,) * (b - a), a, self.tables[i], True) for i, a, b in pieces]
-        pages, decode = RowPages(Row(kind, size, segments), self.cache.pages), self.decode if kind == "decode" else None
+        tables = [(table, table if self.seals else None) for table in self.tables]
+        segments = [Segment((0,) * (b - a), a, tables[i][0], exact=tables[i][1]) for i, a, b in pieces]
+        pages, decode = RowPages(Row(kind, size, segments), self.cache.page_maps), self.decode if kind == "decode" else None
         row = RowAttention(pages, self.cache, torch.device("cpu"), decode)
         parts = [torch.cat([self.inputs[i][x][a:b] for i, a, b in pieces]) for x in range(3)]
         q, k, v = (torch.cat([part, torch.zeros(size - len(part), *part.shape[1:])]) for part in parts)
@@ -198,11 +204,11 @@ def test_pages_parted_in_one_row_are_copied_before_they_are_read() -> None:
             x[:length] = y[:length]
     tables = [[0], [1], [2]]
     segments = [
-        Segment((0,) * 10, 0, tables[0], True),
-        Segment((0,) * 4, 10, tables[1], True, (0, 1, 10)),
-        Segment((0,) * 4, 14, tables[2], True, (1, 2, 14)),
+        Segment((0,) * 10, 0, tables[0]),
+        Segment((0,) * 4, 10, tables[1], (0, 1, 10)),
+        Segment((0,) * 4, 14, tables[2], (1, 2, 14)),
     ]
-    row = RowAttention(RowPages(Row("prefill", 32, segments), machine.cache.pages), machine.cache, torch.device("cpu"))
+    row = RowAttention(RowPages(Row("prefill", 32, segments), machine.cache.page_maps), machine.cache, torch.device("cpu"))
     bounds = [(0, 0, 10), (1, 10, 14), (2, 14, 18)]
     q, k, v = (torch.cat([*(base[i][x][a:b] for i, a, b in bounds), torch.zeros(14, 2, 16)]) for x in range(3))
     out = row.attend(KEY, (q, k, v), CAUSAL, scale=0.25, softcap=None, sinks=None)

@@ -22,7 +22,7 @@ from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import DiskFull, PolicyError
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import PagePool, num_pages
+from flexgen_helm.kv_cache.pages import PagePool, PageStorage, num_pages
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.schedule.rows import Row, Segment
@@ -41,7 +41,7 @@ class TieredMachine(Machine):
         self, heads: Heads, options: Options, lengths: list[int], prefix: int, pool: PagePool, **cache: object
     ) -> None:
         super().__init__(heads, options, lengths, prefix)
-        self.cache = PagedCache(pool, **cache)  # type: ignore[arg-type]
+        self.cache = PagedCache({"exact": pool}, **cache)  # type: ignore[arg-type]
         self.device = self.cache.device.torch_device
         shared = num_shared(lengths, prefix)
         first = pool.allocate(num_pages(0, lengths[0]))
@@ -56,10 +56,9 @@ class TieredMachine(Machine):
         """Run rows through all layers, column by column."""
         made = [self._row(*row) for row in rows]
         host = [self.host if row.kind == "decode" and self.cache.device.own_memory else None for row in made]
-        pages = [RowPages(row, self.cache.pages, host_attends=h is not None) for row, h in zip(made, host, strict=True)]
-        staged = 2 * max(len(found.staged.pages) for found in pages)
-        high = self.pool.high_water
-        self.cache.reserve(kept=high.device, host=high.host, transient=0, staged=staged)
+        pages = [RowPages(row, self.cache.page_maps, host_attends=h is not None) for row, h in zip(made, host, strict=True)]
+        staged = 2 * max(len(found.staged["exact"].pages) for found in pages)
+        self.cache.reserve({"exact": PageStorage(self.pool.high_water)}, {"exact": staged})
         on_cpu = [row.kind == "decode" and (h is not None or self.device == CPU) for row, h in zip(made, host, strict=True)]
         attentions = [
             RowAttention(found, self.cache, self.device, self.decode if here else None, h)
@@ -74,7 +73,7 @@ class TieredMachine(Machine):
             attentions[square[1]].store(square[0])
 
     def _row(self, kind: RowKind, size: int, pieces: Pieces) -> Row:
-        return Row(kind, size, [Segment((0,) * (b - a), a, self.tables[i], True) for i, a, b in pieces])
+        return Row(kind, size, [Segment((0,) * (b - a), a, self.tables[i]) for i, a, b in pieces])
 
     def _attend(self, j: int, k: int, attentions: list[RowAttention], rows: list[tuple[RowKind, int, Pieces]]) -> None:
         _, size, pieces = rows[k]
@@ -156,7 +155,7 @@ def test_bytes_on_each_link_are_those_of_the_pages_that_are_read_and_written(tmp
     meter.begin_run()
     machine.sweep([("prefill", 256, [(0, 0, 199)]), ("prefill", 256, [(1, 0, 169), (2, 0, 80)])])
     machine.sweep([("decode", 16, [(0, 199, 200), (1, 169, 170)])])
-    machine.cache.reserve(kept=0, transient=0)
+    machine.cache.reserve({})
     meter.end_sweep(0, 0, 0)
     stats = RunStats()
     meter.end_run(stats)
@@ -196,7 +195,7 @@ def test_a_disk_that_fills_up_is_an_error_and_no_hang(tmp_path: Path) -> None:
 
     def fill() -> None:
         machine.sweep(ROWS)
-        machine.cache.reserve(kept=0, transient=0)
+        machine.cache.reserve({})
 
     with no_larger_files(32768), pytest.raises(DiskFull, match=rf"{tmp_path} cannot be written.*offload_folder"):
         fill()
@@ -207,9 +206,9 @@ def test_a_disk_that_fills_up_is_an_error_and_no_hang(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(DiskFull, match=r"needs [\d.]+ GiB in .*, which has [\d.]+ GiB free"):
-        PagedCache(PagePool(0, disk=1 << 30, page_bytes=1 << 20), offload_folder=tmp_path)
+        PagedCache({"exact": PagePool(0, disk=1 << 30, page_bytes=1 << 20)}, offload_folder=tmp_path)
     with pytest.raises(PolicyError, match="offload_folder"):
-        PagedCache(PagePool(0, disk=1))
+        PagedCache({"exact": PagePool(0, disk=1)})
 
 
 def test_nothing_stays_on_disk(tmp_path: Path) -> None:

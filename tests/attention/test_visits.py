@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from flexgen_helm.attention.calls import Index, plan_attention
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row_pages import CHUNK_PAGES, CHUNK_TOKENS, RowPages
+from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import OWN_QUERIES, QUERY_PAD, WINDOW_CHUNKS, row_groups, row_visits
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PageMap
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, PageCounts, PageMap, transient_page
 from flexgen_helm.schedule.rows import Row, Segment
 
 CAUSAL = MaskRule(lambda q, k: k <= q, True)
@@ -35,7 +35,9 @@ def rows(draw: st.DrawFn) -> Row:
         # A table may go on behind the segment: pages for tokens to come.
         table = list(range(common)) + list(range(next_page, next_page + pages - common + draw(st.integers(0, 2))))
         next_page += pages - common + 2
-        segments.append(Segment((0,) * count, start, table, kept=draw(st.booleans())))
+        if draw(st.booleans()):
+            table = [transient_page(page) for page in table]
+        segments.append(Segment((0,) * count, start, table))
     return Row(kind, sum(len(segment.tokens) for segment in segments) + draw(st.integers(0, 20)), segments)
 
 
@@ -44,13 +46,13 @@ def rows(draw: st.DrawFn) -> Row:
 def test_every_pair_that_causality_allows_is_in_exactly_one_visit(row: Row) -> None:
     """A pair is a row position and a key's page and place in the page."""
     expected = Counter(
-        (offset + i, segment.kept, segment.table[k // PAGE_TOKENS], k % PAGE_TOKENS, k)
+        (offset + i, segment.table[k // PAGE_TOKENS], k % PAGE_TOKENS, k)
         for offset, segment in with_offsets(row)
         for i in range(len(segment.tokens))
         for k in range(segment.start + i + 1)
     )
     found = Counter(
-        (t, visit.segment.kept, visit.pages[k // PAGE_TOKENS], k % PAGE_TOKENS, visit.chunk * CHUNK_TOKENS + k)
+        (t, visit.pages[k // PAGE_TOKENS], k % PAGE_TOKENS, visit.chunk * CHUNK_TOKENS + k)
         for visit in row_visits(row)
         for t, position in zip(visit.rows, range(visit.first, visit.last), strict=True)
         for k in range(CHUNK_TOKENS)
@@ -67,7 +69,7 @@ def with_offsets(row: Row) -> list[tuple[int, Segment]]:
 @settings(derandomize=True, max_examples=30, deadline=None)
 @given(rows(), st.booleans(), st.booleans())
 def test_groups_hold_every_visit_once_and_nothing_that_no_kernel_can_do(row: Row, own_memory: bool, host_attends: bool) -> None:
-    pages = RowPages(row, PageMap(PageCounts(20, 30, 1000), own_memory), host_attends=host_attends)
+    pages = RowPages(row, {"exact": PageMap(PageCounts(20, 30, 1000), own_memory)}, host_attends=host_attends)
     windows = row_groups(pages)
     visits = list(row_visits(row))
     grouped = [visit for groups in windows for group in groups for chunk in group.chunks for visit in chunk]
@@ -77,7 +79,7 @@ def test_groups_hold_every_visit_once_and_nothing_that_no_kernel_can_do(row: Row
         for group in groups:
             for chunk in group.chunks:
                 # All its queries read the same pages of the same chunk.
-                assert len({(visit.segment.kept, visit.chunk, visit.pages) for visit in chunk}) == 1
+                assert len({(visit.chunk, visit.pages) for visit in chunk}) == 1
                 assert sum(visit.num_queries for visit in chunk) <= group.num_queries
             owns = {visit.is_own for chunk in group.chunks for visit in chunk}
             if group.kind == "own":
@@ -97,7 +99,7 @@ def values(index: Index) -> list[int]:
 def test_the_picture_of_a_window_is_true() -> None:
     """See the docstring of flexgen_helm/attention/calls.py."""
     row = Row("prefill", 32, [Segment((0,) * 20, 120, [0, 1, 2, 3, 4]), Segment((0,) * 10, 0, [5])])
-    (window,) = plan_attention(RowPages(row, PageMap()), CAUSAL, dtype=torch.float32, device=CPU)
+    (window,) = plan_attention(RowPages(row, {"exact": PageMap()}), CAUSAL, dtype=torch.float32, device=CPU)
     own, shared = window.calls
     assert (own.num_chunks, shared.num_chunks, window.num_chunks) == (3, 1, 2)
     assert values(own.queries) == [*range(16), *range(8, 24), *range(16, 32)]

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from flexgen_helm.compression.config import (
     CompressionConfig,
     parse,
-    refuse_unbuilt,
     resolve,
     split_variant,
     with_variant,
@@ -95,7 +94,6 @@ def test_unknown_names_are_refused_with_what_there_is(text: str) -> None:
         parse(text)
     assert f"no variant `@{text}` of a model. There are `w2`, `w3`, `w4`, `w8` (bits of a weight)" in str(raised.value)
     assert "-minmax" in str(raised.value)
-    assert "kv4" not in str(raised.value).replace(f"@{text}`", "")  # which is not built
 
 
 @pytest.mark.parametrize("text", MISFITS)
@@ -210,22 +208,16 @@ def test_an_existing_folder_of_the_full_name_wins(
     assert split_variant("model@w8") == ("model", replace(W4, bits=8.5))
 
 
-@pytest.mark.parametrize("text", ["w2", "w3", "w4", "w8", "w2-minmax", "w4-entropy", "w3.25-entropy", "w4-self"])
-def test_weights_are_built(text: str) -> None:
-    refuse_unbuilt(parse(text))
+@pytest.mark.parametrize("text", ["w2", "w3.25-entropy", "w4-self", "kv8", "k4", "w4v4", "s10", "w4kv4s10-flexgen"])
+def test_every_part_of_a_name_is_served(text: str) -> None:
     assert resolve(f"org/model@{text}") == resolve("org/model", text) == ("org/model", parse(text))
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        *(("kv8", "K and V"), ("k4", "K and V"), ("w4v4", "K and V"), ("s10", "a part of V")),
-        ("w4kv4-flexgen", "K and V of less than 16 bits and FlexGen's compression"),
-    ],
+    ("text", "scheme"), [("w4", "plain"), ("kv4", "kv4"), ("k4s5", "k4"), ("s10", "plain"), ("s10-flexgen", "plain-flexgen")]
 )
-def test_what_is_not_built_is_refused_by_name(text: str, named: str) -> None:
-    with pytest.raises(CompressionError, match=rf"`@{text}` asks for .*{named}.* not built yet\. There are `w2`"):
-        resolve(f"org/model@{text}")
+def test_the_caches_scheme_is_all_that_decides_stored_numbers(text: str, scheme: str) -> None:
+    assert parse(text).cache_scheme == scheme
 
 
 def test_a_variant_may_be_named_twice_but_not_two_of_them() -> None:

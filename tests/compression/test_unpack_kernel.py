@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import njit
 from torch import Tensor
 
 from flexgen_helm.compression import columns, minmax
 from flexgen_helm.compression.allocation import LADDERS
-from flexgen_helm.compression.unpack_kernel import KINDS, _from_half, _store, unpack_columns, unpack_minmax
+from flexgen_helm.compression.unpack_kernel import unpack_columns, unpack_minmax
+from flexgen_helm.machine.floats import KINDS
 
 DTYPES = st.sampled_from(list(KINDS))
 SIZES = st.sampled_from([1e-6, 0.02, 1.0, 3e4])
@@ -55,32 +51,3 @@ def test_minmax_is_that_of_dequantize(
     expected = strided(num_rows, num_columns, dtype)
     expected[1:-1, 2:-3] = minmax.dequantize(stored).to(dtype)
     assert torch.equal(whole, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_numbers_are_rounded_as_torch_rounds_them(dtype: torch.dtype) -> None:
-    """Every number of 16 bits, what lies half way to the next, and its neighbours."""
-    exact = torch.arange(2**16).to(torch.uint16).view(dtype).float()
-    exact = exact[exact.isfinite()]
-    half = (exact.double() + torch.nextafter(exact.to(dtype), torch.tensor(torch.inf, dtype=dtype)).double()) / 2
-    half = half[half.isfinite()].float()
-    numbers = torch.cat([exact, half, *(torch.nextafter(half, torch.tensor(x)) for x in (torch.inf, -torch.inf))])
-    numbers = numbers[numbers.isfinite()]
-    found = np.empty(len(numbers), np.uint16)
-    _store(numbers.numpy(), found, KINDS[dtype])
-    assert torch.equal(torch.from_numpy(found.view(np.int16)), numbers.to(dtype).view(torch.int16))
-
-
-@njit(nogil=True)
-def _all_from_half(source: Any, target: Any) -> None:
-    for i in range(len(source)):
-        target[i] = _from_half(source[i])
-
-
-def test_every_finite_float16_is_read_as_torch_reads_it() -> None:
-    patterns = np.arange(2**16, dtype=np.uint16)
-    found = np.empty(len(patterns), np.float32)
-    _all_from_half(patterns, found)
-    expected = torch.from_numpy(patterns.view(np.int16)).view(torch.float16).float()
-    finite = expected.isfinite()
-    assert torch.equal(torch.from_numpy(found)[finite], expected[finite])

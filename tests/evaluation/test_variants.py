@@ -92,5 +92,5 @@ def test_a_folder_with_an_at_sign_is_that_folder(model: Path, suite: Path, tmp_p
 def test_what_there_is_not_is_one_line(model: Path, suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--model", f"{model}@w5", "--suite", str(suite)]) == 2
     assert "flexgen-helm: There is no variant `@w5` of a model. There are `w2`" in capsys.readouterr().err
-    with pytest.raises(CompressionError, match="`@kv4` asks for"):
-        make(f"{model}@kv4", suite, suite)
+    with pytest.raises(CompressionError, match="There is no variant `@kv5`"):
+        make(f"{model}@kv5", suite, suite)

@@ -16,6 +16,7 @@ from flexgen_helm.kv_cache.page_stores import HostPages
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, StagedPages
 from flexgen_helm.kv_cache.working_set import Loaded, WorkingSet
 from flexgen_helm.memory.device import Device
+from flexgen_helm.memory.link import Link
 from flexgen_helm.memory.meter import Meter
 
 CPU = torch.device("cpu")
@@ -77,7 +78,8 @@ class Bench:
     def __init__(self) -> None:
         self.store, self.meter = ToldPages(), Meter(CPU)
         device = Device(CPU, own_memory=True)
-        self.working = WorkingSet({"host": self.store}, PageCounts(FIRST, NUM_PAGES), device, self.meter)
+        self.link = Link(device.torch_device, "cache")
+        self.working = WorkingSet({"host": self.store}, PageCounts(FIRST, NUM_PAGES), device, self.link, self.meter)
         self.working.reserve(NUM_SLOTS)
         for j in range(2):
             self.working.register(CacheKey(j, 0), FORMAT)
@@ -118,6 +120,7 @@ def staged(*pages: int, reads: bool = True, writes: bool = False) -> StagedPages
 def bench() -> Iterator[Bench]:
     made = Bench()
     yield made
+    made.link.close()
     made.working.close()
 
 

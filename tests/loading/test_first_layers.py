@@ -16,10 +16,13 @@ from flexgen_helm import CorruptFile, Engine, Job, UnsupportedModel
 from flexgen_helm.loading import assembly
 from flexgen_helm.loading.checkpoint import StoredTensor
 from flexgen_helm.loading.read_model import read_first_layers
+from flexgen_helm.loading.source import open_model
+from flexgen_helm.rows.choice import check_model
 from flexgen_helm.runtime import load_model
 from tests.dimensions import VOCAB_SIZE
 from tests.loading.test_read_model import CPU
 from tests.models import FAMILIES, SINGLE, Family, SingleFamily, save_tiny
+from tests.runtime.test_exactness import SERVED
 from tests.survey.configs import tiny_config
 from tests.workbench import POLICY
 
@@ -67,10 +70,12 @@ def test_first_layers_are_read_first_and_hold_every_kind(name: str, read: list[S
     assert layers_of(read[again:]) == set(range(DEEP[name]["num_hidden_layers"]))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *SINGLE])
+@pytest.mark.parametrize("name", SERVED)
 def test_no_family_is_lost(name: str, read: list[StoredTensor], tmp_path: Path) -> None:
-    with Engine.from_pretrained(str(save_tiny(name, tmp_path)), device="cpu", policy=POLICY) as loaded:
-        assert loaded.rows == ("packed" if name in FAMILIES else "single")
+    """The first layers pass the check as the whole model does, which `tests.runtime.test_exactness` loads."""
+    source = open_model(str(save_tiny(name, tmp_path)), dtype="float32", device=CPU)
+    found = check_model(source.first_layers(), POLICY, "auto").passed
+    assert found.kind == ("packed" if name in FAMILIES else "single")
 
 
 def test_a_refusal_reads_no_other_layer(read: list[StoredTensor], tmp_path: Path) -> None:

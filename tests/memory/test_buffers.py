@@ -14,7 +14,7 @@ import torch
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PagePool
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PagePool, PageStorage
 from flexgen_helm.memory import buffers
 from flexgen_helm.memory.buffers import PAGE, allocate, lazy_zeros, padded
 from tests.memory.alone import alone
@@ -64,16 +64,16 @@ def test_lazy_zeros_take_memory_where_they_are_used_and_give_it_back() -> None:
 def test_kept_pages_that_grow_leave_nothing_behind() -> None:
     """The C library keeps tensors up to 32 MiB that are freed: caches that grew layer by layer took twice their size."""
     capacity, num_layers = 512, 20
-    cache = PagedCache(PagePool(capacity))
+    cache = PagedCache({"exact": PagePool(capacity)})
     k = torch.zeros(1, 8, 64)
     page_bytes = 2 * k.nbytes * PAGE_TOKENS
     torch.ones(31 * 2**20, dtype=torch.uint8)  # freed: from now on such sizes come from the heap
     gc.collect()
     before, peak = resident_bytes(), 0
     for pages in range(0, capacity + 1, 64):
-        cache.reserve(kept=pages, transient=0)
+        cache.reserve({"exact": PageStorage(PageCounts(pages))})
         for j in range(num_layers):
-            for x in cache.tensors(CacheKey(j, 0), k, k, ["device"])["device"].tensors:
+            for x in cache.tensors(CacheKey(j, 0), k, k, {"exact": {"device"}})["exact"]["device"].tensors:
                 x[max(0, pages - 64) : pages] = 1.0
         peak = max(peak, resident_bytes() - before)
     assert peak == pytest.approx(capacity * num_layers * page_bytes, rel=0.05)

@@ -12,7 +12,7 @@ from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.choice import CheckedModel, Kind, Passed
 from flexgen_helm.rows.self_check import Verdict
 from flexgen_helm.runtime.building import numerics_of
-from flexgen_helm.types import ON_DEVICE, ON_HOST, ResolvedPolicy, Shares, WeightNumerics
+from flexgen_helm.types import ON_DEVICE, ON_HOST, CacheNumerics, ResolvedPolicy, Shares, WeightNumerics
 
 GPU = Device(torch.device("cuda:0"))
 PLAYED = Device(torch.device("cpu"), own_memory=True)
@@ -36,6 +36,6 @@ def test_the_place_is_named_on_a_gpu(
     model = RecordedModel.__new__(RecordedModel)
     model.matmul = "torch"
     checked = CheckedModel(model, Passed(kind, Verdict(0.0, True, ()), None))
-    found = numerics_of(WeightNumerics("digest", "float32"), checked, policy, device, torch.float32)
+    found = numerics_of(WeightNumerics("digest", "float32"), checked, policy, device, CacheNumerics("float32"))
     assert (found.machine.device, found.machine.attention) == expected
     assert found.policy_fields == {"gpu_batch_size": 16, "gpu_batch_tokens": 64, **fields}

@@ -106,8 +106,20 @@ DEEP: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", DEEP)
+FAST = {
+    ("gemma4_text", torch.bfloat16),
+    ("deepseek_v3", torch.float32),
+    ("jamba", torch.bfloat16),
+    ("qwen3_next", torch.float32),
+}
+CASES = [
+    pytest.param(kind, dtype, marks=() if (kind, dtype) in FAST else pytest.mark.slow)
+    for kind in DEEP
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
 def test_verdict_on_first_layers_is_that_on_all(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     config = tiny_config(kind, DEEP[kind])
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

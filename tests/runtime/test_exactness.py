@@ -7,9 +7,11 @@ A: the order of computation changes no bit. B: no packing of jobs changes a bit 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
+from _pytest.mark import ParameterSet
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -23,10 +25,20 @@ from tests.workbench import NARROW, POLICY, Workbench
 MECHANISMS = ("falcon", "mpt", "falcon_h1", "lfm2", "qwen3_5_text")
 """Families of single rows that show: own rotary attention, ALiBi, attention beside a state space in six layers, convolutions,
 delta rules."""
-SERVED = [
-    *FAMILIES,
-    *(pytest.param(family, marks=() if family in MECHANISMS else pytest.mark.slow) for family in SINGLE),
-]
+KINDS = ("llama", "opt", "gemma2", "gpt_oss", "llama4_text", "mixtral", "deepseek_v3", *MECHANISMS)
+"""One family of each mechanism: in packed rows grouped heads, learned positions, softcaps, sinks, chunks, experts and latent
+attention."""
+
+
+def slow_but(fast: Iterable[str], families: Iterable[str]) -> list[ParameterSet]:
+    """Families, of which those are slow that show no mechanism of their own."""
+    return [pytest.param(family, marks=() if family in fast else pytest.mark.slow) for family in families]
+
+
+SINGLE_ROWS = slow_but(MECHANISMS, SINGLE)
+SERVED = slow_but((*FAMILIES, *MECHANISMS), (*FAMILIES, *SINGLE))
+ONE_OF_A_KIND = slow_but(KINDS, (*FAMILIES, *SINGLE))
+"""What decides here is the schedule and the mechanism; numbers of every family are compared elsewhere in this file."""
 LONG_FAMILIES = ["llama", "opt", "gemma2", "gpt_oss", "deepseek_v3", "mpt", "falcon_h1", "qwen3_5_text"]
 """Grouped heads, learned positions, softcap, sinks and latent attention, over several key splits; states over several chunks of
 their scans."""
@@ -62,7 +74,7 @@ def test_level_c(bench: Workbench, family: str, jobs: list[Job]) -> None:
     assert_level_c(bench, family, jobs)
 
 
-@pytest.mark.parametrize("family", SINGLE)
+@pytest.mark.parametrize("family", SINGLE_ROWS)
 def test_level_c_in_single_rows(bench: Workbench, family: str) -> None:
     assert assert_level_c(bench, family, fixed_mix(19, 12)).tokens > 30
     assert bench.engine(family).rows == "single"
@@ -90,7 +102,7 @@ def test_level_c_broadly_in_single_rows(bench: Workbench, family: str, jobs: lis
     assert_level_c(bench, family, jobs, policy=NARROW)
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", ONE_OF_A_KIND)
 def test_other_row_sizes_stay_within_level_c(bench: Workbench, family: str) -> None:
     """One pair of sizes for each family, in turn."""
     sizes = ROW_SIZES[[*FAMILIES, *SINGLE].index(family) % len(ROW_SIZES)]
@@ -107,13 +119,13 @@ def test_end_token_stops_a_completion(bench: Workbench, family: str) -> None:
     assert_level_c(bench, family, jobs)
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", ONE_OF_A_KIND)
 def test_level_a_row_and_zigzag_order(bench: Workbench, family: str) -> None:
     jobs = fixed_mix(7, 20)
     assert bench.engine(family, order="row").run(jobs) == bench.engine(family, order="zigzag").run(jobs)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *SINGLE])
+@pytest.mark.parametrize("family", SERVED)
 def test_level_b_neighbours_and_order(bench: Workbench, family: str) -> None:
     engine, jobs = bench.engine(family), fixed_mix(11, 20 if family in FAMILIES else 12)
     together = engine.run(jobs)
@@ -122,6 +134,7 @@ def test_level_b_neighbours_and_order(bench: Workbench, family: str) -> None:
     order = random.Random(11).sample(range(len(jobs)), len(jobs))
     assert engine.run([jobs[index] for index in order]) == [together[index] for index in order]
     assert engine.run(jobs[:7]) + engine.run(jobs[7:]) == together
+    assert engine.rows == ("packed" if family in FAMILIES else "single")
 
 
 def assert_level_b(bench: Workbench, family: str, jobs: list[Job], shuffled: random.Random) -> None:
@@ -150,13 +163,13 @@ def test_level_b_broadly_in_single_rows(bench: Workbench, family: str, jobs: lis
     assert_level_b(bench, family, jobs, shuffled)
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", ONE_OF_A_KIND)
 def test_level_b_block_sizes(bench: Workbench, family: str) -> None:
     jobs = fixed_mix(13, 40 if family in FAMILIES else 20)
     assert bench.engine(family, policy=NARROW).run(jobs) == bench.engine(family).run(jobs)
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", ONE_OF_A_KIND)
 def test_level_b_shared_prefix(bench: Workbench, family: str) -> None:
     """Prompts that share 40 tokens, beside an unrelated long one, against each of them alone."""
     engine, prefix = bench.engine(family), random_tokens(1, 40)
@@ -165,7 +178,7 @@ def test_level_b_shared_prefix(bench: Workbench, family: str) -> None:
     assert [engine.run([job])[0] for job in jobs] == engine.run(jobs)
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", ONE_OF_A_KIND)
 def test_level_b_other_fields_of_the_job(bench: Workbench, family: str) -> None:
     """What else a job asks for changes neither its tokens nor their log-probabilities."""
     engine, jobs = bench.engine(family), [replace(job, max_new_tokens=6) for job in fixed_mix(17, 8)]

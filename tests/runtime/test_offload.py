@@ -1,4 +1,7 @@
-"""Level A: answers do not change by a bit, wherever weights, cache and hidden states lie and however transfers overlap."""
+"""Level A: answers do not change by a bit, wherever weights, cache and hidden states lie and however transfers overlap.
+
+The families are a plain one, one with a tied head and learned positions, one with sliding windows, a mixture of experts.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +20,6 @@ from tests.jobs import fixed_mix, random_tokens
 from tests.runtime.test_exactness import assert_level_c
 from tests.workbench import OWN_MEMORY, POLICY, Workbench
 
-FAMILIES = ["llama", "opt", "mistral", "mixtral"]
-"""A plain one, one with a tied head and learned positions, one with sliding windows, a mixture of experts."""
 FLEXGEN = Policy(gpu_batch_size=16, num_gpu_batches=4, gpu_batch_tokens=32, weights=(0.2, 0.8, 0), cache=(0, 1, 0))
 """The headline policy of FlexGen's paper for OPT-30B: --percent 20 80 0 100 100 0, attention on the CPU, overlap, several GPU
 batches. Its own code gives wrong tokens there from the second one on, for all batches but the last."""
@@ -37,6 +39,11 @@ def run(folder: Path, offload: Path, policy: Policy, jobs: list[Job], order: Ord
         str(folder), device=OWN_MEMORY, policy=policy, order=order, offload_folder=offload, rows="packed"
     ) as engine:
         return engine.run(jobs)
+
+
+def slow(*values: object) -> ParameterSet:
+    """Values that the other test has in the fast set."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @st.composite
@@ -62,7 +69,7 @@ POLICIES = st.builds(
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "mixtral", *map(slow, ["opt", "mistral"])])
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(policy=POLICIES, order=st.sampled_from(["zigzag", "zigzag", "row"]))
 def test_placement_changes_no_bit(
@@ -72,7 +79,9 @@ def test_placement_changes_no_bit(
     assert run(deep.folder(family), tmp_path_factory.mktemp("offload"), policy, JOBS, order) == expected
 
 
-@pytest.mark.parametrize(("family", "overlap"), [*((family, True) for family in FAMILIES), ("llama", False)])
+@pytest.mark.parametrize(
+    ("family", "overlap"), [("opt", True), ("mistral", True), ("llama", False), slow("llama", True), slow("mixtral", True)]
+)
 def test_flexgens_headline_policy(deep: Workbench, tmp_path: Path, family: str, overlap: bool) -> None:
     """Several full GPU batches decode together, each with its own part of the cache."""
     jobs = [Job(token_ids=random_tokens(seed, 40 + seed % 9), max_new_tokens=6, top_logprobs=10) for seed in range(64)]

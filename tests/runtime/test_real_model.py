@@ -105,13 +105,13 @@ def test_coded_without_loss_real_weights_take_two_thirds_of_the_disk(real_model:
     with Engine.from_pretrained(
         str(real_model), dtype="bfloat16", device="cpu", policy=policy, offload_folder=tmp_path
     ) as engine:
-        found, shapes = engine.run(jobs), engine._parts.plan.shapes
+        found, shapes = engine.run(jobs[::4]), engine._parts.plan.shapes
         coded = engine.describe().weight_bytes["disk"]
     print(sum(shapes.bound_bytes.values()) / coded, "times fewer bytes")
     assert sum(shapes.bound_bytes.values()) >= 1.4 * coded
     policy = Policy(gpu_batch_size=16, gpu_batch_tokens=64)
     with Engine.from_pretrained(str(real_model), dtype="bfloat16", device="cpu", policy=policy) as engine:
-        assert engine.run(jobs) == found
+        assert engine.run(jobs[::4]) == found
 
 
 def test_level_c(results: list[Result], jobs: list[Job], reference: Reference) -> None:
@@ -124,7 +124,7 @@ def test_level_c(results: list[Result], jobs: list[Job], reference: Reference) -
 
 
 def test_level_b(results: list[Result], jobs: list[Job], engine: Engine) -> None:
-    assert [engine.run([job])[0] for job in jobs[::2]] == results[::2]
+    assert [engine.run([job])[0] for job in jobs[::4]] == results[::4]  # one of each kind
     assert engine.run(jobs[::-1]) == results[::-1]
 
 

@@ -18,12 +18,12 @@ class PagedMachine(Machine):
 
     def __init__(self, policy: ResolvedPolicy, specs: list[Spec]) -> None:
         super().__init__(policy, specs)
-        self.slots: dict[tuple[bool, int], Prefix] = {}
+        self.slots: dict[tuple[int, int], Prefix] = {}
         self.most_at_once = max([policy.block_size, *(len(spec.limits) for spec in specs)])
         """Completions that may decode side by side: a prompt's own are never taken apart."""
 
     def run(self, sweep: Sweep) -> None:
-        for key in [key for key in self.slots if not key[0]]:
+        for key in [key for key in self.slots if key[0] < 0]:
             del self.slots[key]  # what is not kept is gone with the layer
         assert sweep.num_decode_tokens <= self.most_at_once
         for row in sweep.rows:
@@ -35,19 +35,18 @@ class PagedMachine(Machine):
         if segment.copy is not None:
             source, target, count = segment.copy
             for i in range(count):
-                moved = self.slots[segment.kept, source * PAGE_TOKENS + i]
-                self.slots[segment.kept, target * PAGE_TOKENS + i] = moved
+                self.slots[target, i] = self.slots[source, i]
         for i, token in enumerate(segment.tokens):
             position = segment.start + i
-            before = [self.slots[segment.kept, self._slot(segment, p)] for p in range(position)]
+            before = [self.slots[self._slot(segment, p)] for p in range(position)]
             prefix = (*(before[-1] if before else ()), token)
             assert [held == prefix[: p + 1] for p, held in enumerate(before)] == [True] * position
-            self.slots[segment.kept, self._slot(segment, position)] = prefix
+            self.slots[self._slot(segment, position)] = prefix
             self.answer(segment, i, prefix)
 
     @staticmethod
-    def _slot(segment: Segment, position: int) -> int:
-        return segment.table[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
+    def _slot(segment: Segment, position: int) -> tuple[int, int]:
+        return segment.table[position // PAGE_TOKENS], position % PAGE_TOKENS
 
 
 def pages_alone(work: PromptWork) -> int:
@@ -65,7 +64,9 @@ def test_every_answer_comes_from_the_right_prefix(
     machine = PagedMachine(policy, specs)
     pool = PagePool(max(pages_alone(work) for work in machine.works) + spare)
     tokens = policy.block_tokens or 1
-    scheduler = PackedScheduler(policy, block_tokens=tokens, pool=pool, keep_all=keep_all, prompt_row_cost=prompt_row_cost)
+    scheduler = PackedScheduler(
+        policy, block_tokens=tokens, pools={"exact": pool}, keep_all=keep_all, prompt_row_cost=prompt_row_cost
+    )
     assert_answers(scheduler, machine, specs, first=first)
     assert pool.num_used == 0
 
@@ -86,7 +87,7 @@ def test_work_that_others_have_computed_before_its_turn_is_not_lost() -> None:
 def test_a_large_block_computes_each_prefix_once(specs: list[Spec]) -> None:
     policy = ResolvedPolicy(gpu_batch_size=64, num_gpu_batches=4, gpu_batch_tokens=16, block_tokens=10_000)
     machine = PagedMachine(policy, specs)
-    scheduler = PackedScheduler(policy, block_tokens=10_000, pool=PagePool(10_000))
+    scheduler = PackedScheduler(policy, block_tokens=10_000, pools={"exact": PagePool(10_000)})
     scheduler.add(machine.works)
     while scheduler.has_work():
         machine.run(scheduler.next_sweep())
@@ -102,7 +103,7 @@ def prompt_tokens_by_sweep(new_tokens: int, prompt_row_cost: float) -> list[int]
     specs = [Spec((i + 2,) * 32, False, ((new_tokens, new_tokens),)) for i in range(8)]
     machine = PagedMachine(policy, specs)
     pool = PagePool(5 * pages_alone(machine.works[0]))
-    scheduler = PackedScheduler(policy, block_tokens=64, pool=pool, prompt_row_cost=prompt_row_cost)
+    scheduler = PackedScheduler(policy, block_tokens=64, pools={"exact": pool}, prompt_row_cost=prompt_row_cost)
     scheduler.add(machine.works)
     found = []
     while scheduler.has_work():
@@ -129,7 +130,7 @@ def test_a_prompt_does_not_wait_for_a_full_row_for_ever() -> None:
 def test_abandoned_work_leaves_no_page_behind() -> None:
     policy = ResolvedPolicy(gpu_batch_size=2, num_gpu_batches=1, gpu_batch_tokens=8, block_tokens=8)
     pool = PagePool(100)
-    scheduler = PackedScheduler(policy, block_tokens=8, pool=pool)
+    scheduler = PackedScheduler(policy, block_tokens=8, pools={"exact": pool})
     works = [PromptWork((*range(40), i), i % 2 == 0, [Continuation(20)]) for i in range(4)]
     machine = PagedMachine(policy, [])
     machine.ends = {continuation: (work.tokens, 20) for work in works for continuation in work.continuations}

@@ -20,7 +20,7 @@ MIXED = replace(POLICY, weights=THIRDS, cache=THIRDS, hidden=THIRDS, cpu_attenti
 """Everything on all three tiers, to which the device attends."""
 ON_HOST = replace(POLICY, weights=(0.2, 0.8, 0), cache=(0, 1, 0), hidden=(0, 1, 0), cpu_attention=1)
 """Almost everything on the host, where rows attend that decode."""
-JOBS = fixed_mix(31, 6)
+JOBS = [replace(job, max_new_tokens=min(job.max_new_tokens, 4)) for job in fixed_mix(31, 6)]
 NUM_LAYERS = 3
 """One for each tier."""
 

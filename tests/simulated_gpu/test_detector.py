@@ -1,4 +1,7 @@
-"""The simulated GPU sees faults: each test takes one guard out of the package's code, and a run must show it."""
+"""The simulated GPU sees faults: each test takes one guard out of the package's code, and a run must show it.
+
+That it shows none with all guards in the same placement is told by `tests.simulated_gpu.test_placements`.
+"""
 
 from __future__ import annotations
 
@@ -64,11 +67,6 @@ def folder(folder_of: Callable[[str], Path]) -> Path:
 def gpu() -> Iterator[SimulatedGpu]:
     with simulated_gpu() as gpu:
         yield gpu
-
-
-def test_quiet_without_a_fault(gpu: SimulatedGpu, folder: Path) -> None:
-    answers(folder, MIXED)
-    assert not gpu.faults
 
 
 def test_the_computation_does_not_wait_for_transfers(planter: Planter, gpu: SimulatedGpu, folder: Path) -> None:

@@ -65,7 +65,6 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 TIGHT = ("OPT-30B", 5.5, True)
 """Where the jobs fill the cache."""
-FAST = (TIGHT, ("OPT-30B", 15, False))
 
 
 def check_on_the_device(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
@@ -81,7 +80,7 @@ def check_on_the_device(model: RecordedModel, policy: ResolvedPolicy, *, max_len
 def cases() -> list[object]:
     """Models on devices of 15 and 24 GiB, which are the whole device or what the user allows of a larger one."""
     every = [TIGHT, *itertools.product(MODELS, (15, 24), (False, True))]
-    return [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in every]
+    return [pytest.param(*case, marks=[] if case == TIGHT else pytest.mark.slow) for case in every]
 
 
 @pytest.mark.parametrize(("model", "size", "limited"), cases())

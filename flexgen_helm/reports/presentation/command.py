@@ -23,13 +23,7 @@ def report(args: Namespace, say: Callable[[str], None]) -> int:
     Raises:
         FlexGenError: If runs cannot be read or compared, or the report cannot be written.
     """
-    choices = Choices(
-        output_path=args.output_path.expanduser(),
-        schema=args.schema_path,
-        fidelity=args.fidelity,
-        common_runs=args.common_runs,
-        other_models=args.other_models,
-    )
+    choices = Choices.from_options(args)
     comparison = compare(args.baseline, args.candidates, choices, say=say)
     written = write(comparison, args.out)
     print("\n".join([*facts_of(comparison), "", *summary(written.grids[0]), ""]))

@@ -12,9 +12,12 @@ from tests.mutants.lists import (
     gpu,
     loading,
     memory,
+    page_formats,
     reports,
     requests,
     schedule,
+    sealed_decode,
+    sealed_pages,
     slab_forms,
     statistics,
 )
@@ -34,4 +37,7 @@ MUTANTS = (
     *gpu.MUTANTS,
     *entropy_coding.MUTANTS,
     *slab_forms.MUTANTS,
+    *sealed_decode.MUTANTS,
+    *sealed_pages.MUTANTS,
+    *page_formats.MUTANTS,
 )

@@ -51,7 +51,7 @@ MUTANTS = (
     Mutant(
         name="pages-of-a-completion-leak",
         file="flexgen_helm/schedule/page_tables.py",
-        old="self._pool.release(continuation.pages.own)",
+        old="self._release(continuation.pages)",
         new="continuation.pages.own.clear()",
         tests=(PACKED,),
         why="memory for the cache runs out in a long run",

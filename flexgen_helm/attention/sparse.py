@@ -1,0 +1,133 @@
+"""Sparse attention (FlexGen section 5): of earlier chunks, each query head reads V of a few keys only.
+
+A query head ranks the keys that its mask shows in earlier chunks by their attention weight and reads V of the first ``percent``
+in a hundred, rounded up. For each page it adds the exact weight of the other keys times the mean of the page's values.
+FlexGen's own rule has no means, and all keys but a query's own token are candidates. K is read in full by both.
+
+Scores of a row are held at once: 8 bytes for each query, head and key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.attention.calls import ChunkCall
+from flexgen_helm.attention.chunks import GatheredPages, LocatedPages, compute_call, score_call
+from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+class LocatedCall(NamedTuple):
+    """A call with its pages."""
+
+    call: ChunkCall
+    pages: list[LocatedPages]
+
+
+def choose(calls: Sequence[LocatedCall], q: Tensor, percent: int, *, scale: float, softcap: float | None) -> Tensor:
+    """Return what a row's queries read of their keys.
+
+    Args:
+        calls: All calls whose keys are candidates.
+        q: Queries ``[T, H, D]``.
+        percent: Keys of which V is read.
+        scale: Factor of the scores.
+        softcap: See `flexgen_helm.attention.kernels.attend_chunk`.
+
+    Returns:
+        ``[T, C, H, 2 * 128]`` fp32: for each query, chunk and head the scores of the keys, -inf where there is none, then 1 for
+        each key of which V is read, else 0.
+    """
+    num_chunks = 1 + max((max(each.call.chunks) for each in calls), default=0)
+    table = torch.full((len(q), num_chunks, q.shape[1], CHUNK_TOKENS), NEG_INF, device=q.device)
+    for call, pages in calls:
+        scores = score_call(call, q, pages, scale=scale, softcap=softcap)
+        if call.dead is not None:
+            scores.masked_fill_(call.dead[:, None, None], NEG_INF)
+        table[call.places(len(q), real=True)] = scores
+    by_head = table.transpose(1, 2).flatten(2).flatten(0, 1)
+    chosen = _choose(by_head, percent).view(len(q), -1, num_chunks, CHUNK_TOKENS).transpose(1, 2)
+    return torch.cat([table, chosen], -1)
+
+
+def read_call(call: ChunkCall, chosen: Tensor, pages: list[LocatedPages], *, means: bool) -> ChunkOutput:
+    """Attend to the chunks of a call with the weights and choices of `choose`; returns what `attend_call` does.
+
+    Args:
+        call: The call.
+        chosen: See `choose`.
+        pages: The call's pages.
+        means: Whether keys that are not read count with the mean of their page's values.
+    """
+    picked = chosen[call.places(len(chosen), real=False)]
+    gather = GatheredPages(call, pages, ("v", "mean") if means else ("v",))
+    return compute_call(call, picked, gather, _read_with_means if means else _read)
+
+
+def own_token(qkv: tuple[Tensor, Tensor, Tensor], *, scale: float, softcap: float | None) -> ChunkOutput:
+    """Attend with each query to its own token alone: outputs ``[T, H, Dv]`` and log-sum-exps ``[T, H]``, in fp32."""
+    q, k, v = (x.float() for x in qkv)
+    groups = q.shape[1] // k.shape[1]
+    scores = (q * k.repeat_interleave(groups, 1)).sum(-1) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return ChunkOutput(v.repeat_interleave(groups, 1), scores)
+
+
+def _read(picked: Tensor, v: Tensor, mask: Tensor | None) -> ChunkOutput:
+    """Weigh the chosen values of B chunks.
+
+    Args:
+        picked: ``[B, H, M, 2 * 128]``: scores and choices.
+        v: ``[B, H_kv, 128, Dv]``.
+        mask: Is in the scores already.
+    """
+    weights, read, lse = _weigh(picked)
+    return ChunkOutput(_fold(weights * read, v), lse)
+
+
+def _read_with_means(picked: Tensor, v: Tensor, mean: Tensor, mask: Tensor | None) -> ChunkOutput:
+    """Do the same, and add the others' weights times the means ``[B, H_kv, 4, Dv]``."""
+    weights, read, lse = _weigh(picked)
+    others = (weights * (1 - read)).unflatten(-1, (CHUNK_PAGES, -1)).sum(-1)
+    return ChunkOutput(_fold(weights * read, v) + _fold(others, mean), lse)
+
+
+def _weigh(picked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights within a chunk and choices ``[B, H, M, 128]``, and log-sum-exps ``[B, M, H]``."""
+    scores, read = picked.split(CHUNK_TOKENS, -1)
+    top = scores.amax(-1, keepdim=True)
+    top = top.masked_fill(top == NEG_INF, 0.0)
+    weights = torch.exp(scores - top)
+    den = weights.sum(-1, keepdim=True).clamp_min(TINY)
+    return weights / den, read, (top + torch.log(den)).squeeze(-1).transpose(1, 2)
+
+
+def _fold(weights: Tensor, v: Tensor) -> Tensor:
+    """Product of weights ``[B, H, M, L]`` and ``[B, H_kv, L, Dv]`` in fp32: ``[B, M, H, Dv]``."""
+    b, h, m, _ = weights.shape
+    product = weights.reshape(b, v.shape[1], h // v.shape[1] * m, -1) @ v.float()
+    return product.view(b, h, m, -1).transpose(1, 2)
+
+
+def _choose(scores: Tensor, percent: int) -> Tensor:
+    """Return 1 for the largest scores of each row ``[N, L]``, else 0; see `flexgen_helm.attention.sparse_kernel`."""
+    if scores.device.type == "cpu":
+        from flexgen_helm.attention.sparse_kernel import choose_rows
+
+        chosen = torch.empty_like(scores)
+        choose_rows(scores.numpy(), percent, chosen.numpy())
+        return chosen
+    present = scores > NEG_INF
+    wanted = (present.sum(-1, keepdim=True) * percent + 99) // 100
+    descending = scores.sort(dim=-1, descending=True).values
+    least = descending.gather(-1, (wanted - 1).clamp_min(0))
+    above, equal = scores > least, scores == least
+    first = equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True))
+    return ((above | first) & present).float()

@@ -1,0 +1,1 @@
+"""What compressed K/V and sparse attention lose, by length of the text."""

@@ -1,0 +1,59 @@
+"""Decode rows that read sealed chunks."""
+
+from tests.mutants.mutant import Mutant
+
+TESTS = "tests/attention/test_decode_sealed.py"
+CODES = f"{TESTS}::test_codes_are_read_with_the_two_roundings_of_fp32"
+FORMS = f"{TESTS}::test_one_chunk_is_exact_for_its_own_query_and_sealed_for_a_later_one"
+DENSE = f"{TESTS}::test_earlier_chunks_are_sealed_and_the_own_is_exact"
+
+MUTANTS = (
+    Mutant(
+        name="sealed-decode-own-chunk",
+        file="flexgen_helm/attention/decode.py",
+        old='chunk[0].form == "sealed" for chunk',
+        new='chunk[0].form != "" for chunk',
+        tests=(FORMS,),
+        why="a query reads its own chunk from codes that do not exist yet",
+    ),
+    Mutant(
+        name="sealed-decode-forms-mixed",
+        file="flexgen_helm/attention/decode.py",
+        old="return visit.chunk, visit.form, visit.pages",
+        new='return visit.chunk, "exact", visit.pages',
+        tests=(FORMS,),
+        why="what a query reads depends on who shares its chunk",
+    ),
+    Mutant(
+        name="sealed-decode-head-bytes",
+        file="flexgen_helm/attention/decode.py",
+        old="form.num_bytes // form.num_heads",
+        new="form.num_bytes",
+        tests=(DENSE,),
+        why="the second head is read from another page",
+    ),
+    Mutant(
+        name="sealed-decode-kinds-swapped",
+        file="flexgen_helm/attention/decode_kernel.py",
+        old="head_bytes[c, 1], kinds[c, 1]",
+        new="head_bytes[c, 1], kinds[c, 0]",
+        tests=(DENSE,),
+        why="values are read with the bits of keys",
+    ),
+    Mutant(
+        name="sealed-decode-code-order",
+        file="flexgen_helm/attention/decode_codes.py",
+        old="zip(parts[:half], parts[half:], strict=True)",
+        new="zip(parts[::2], parts[1::2], strict=True)",
+        tests=(CODES,),
+        why="tokens of 2 bits change places",
+    ),
+    Mutant(
+        name="sealed-decode-odd-row",
+        file="flexgen_helm/attention/decode_codes.py",
+        old="(FACTOR_BYTES * groups + (dim * bits + 7) // 8 + 1) // 2 * 2",
+        new="FACTOR_BYTES * groups + (dim * bits + 7) // 8",
+        tests=(CODES,),
+        why="values of heads of an odd number of bytes are read a byte too early",
+    ),
+)
