@@ -36,7 +36,7 @@ def test_the_variant_is_part_of_the_numerics(way: str, bench: Workbench) -> None
 
 
 def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    for suffix, compression in (("@w5", None), ("", "kv4"), ("@w4", "w8")):
+    for suffix, compression in (("@w5", None), ("", "kv5"), ("@w4", "w8")):
         with pytest.raises(CompressionError):
             Engine.from_pretrained(f"{tmp_path}/nothing{suffix}", compression=compression)
 
