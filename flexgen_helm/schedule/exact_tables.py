@@ -3,7 +3,7 @@
 A query reads its own chunk of 128 tokens in the exact form and every earlier chunk sealed. So exact pages of a chunk are needed
 as long as its last token is not computed, and while somebody may still branch from it:
 
-* a chunk that begins and ends in one sweep has *transient* pages, which every layer overwrites;
+* a page that is filled in the sweep in which its chunk ends is *transient*: every layer overwrites it;
 * the chunk in which a node ends has pages of the node's own, as long as the node has pages;
 * a completion has a ring of at most four pages, since it writes one token in a sweep;
 * of all prompts at most one is cut by the end of a sweep. The chunk in which it is cut borrows its pages of a few spare ones.
@@ -78,10 +78,10 @@ class ExactTables:
             shared, partial = divmod(begin, PAGE_TOKENS)
             exact.table = above[: shared + 1] if partial and pages.in_tail else above[:shared]
             if partial and not pages.in_tail:
-                exact.table.append(self._page(node, shared, begin, end))
+                exact.table.append(self._page(node, shared, end))
                 exact.copy = above[shared], exact.table[shared], partial
         for i in range(len(exact.table), num_pages(0, end)):
-            exact.table.append(self._page(node, i, begin, end))
+            exact.table.append(self._page(node, i, end))
 
     def complete(self, node: Node) -> None:
         """Take back what a node borrowed for chunks that are computed."""
@@ -115,13 +115,11 @@ class ExactTables:
         chunk = 0 if self._keep_all else node.end // CHUNK_TOKENS * CHUNK_TOKENS
         return num_pages(max(first, chunk), node.end)
 
-    def _page(self, node: Node, i: int, begin: int, end: int) -> int:
-        """Take page i of a sequence, when a sweep computes the positions ``[begin, end)`` of a node."""
+    def _page(self, node: Node, i: int, end: int) -> int:
+        """Take page i of a sequence, when a sweep computes a node up to position ``end``."""
         pages, exact = _exact(node)
-        first = i // CHUNK_PAGES * CHUNK_TOKENS
-        last = first + CHUNK_TOKENS
-        in_one_sweep = begin <= max(first, node.start) and last <= end
-        if not pages.kept or (in_one_sweep and not self._keep_all):
+        last = (i // CHUNK_PAGES + 1) * CHUNK_TOKENS
+        if not pages.kept or (last <= end and not self._keep_all):
             self.num_transient += 1
             return transient_page(self.num_transient - 1)
         if last > node.end or self._keep_all:

@@ -48,16 +48,18 @@ class PageTables:
 
     def balance(self, works: Iterable[PromptWork]) -> None:
         """Divide the bytes between sealed and exact pages as some work needs them; nothing is done while pages are taken."""
-        if self._exact is None or self._pool.num_used or self._exact.num_used:
+        if self._exact is None or not self.capacity_bytes or self._pool.num_used or self._exact.num_used:
             return
         works = list(works)
         nodes = list({node: None for work in works for node in work.node.path()})
         sealed = sum(_own_pages(node) for node in nodes)
         sealed += sum(continuation_pages(work.node.end, limit) for work in works for limit in work.limits)
         exact = self._exact.num_needed(nodes, [(work.node.end, work.limits) for work in works])
-        sealed_bytes = (sealed + _num_tiers(self._pool)) * self._pool.page_bytes
-        exact_bytes = (exact + NUM_SPARE + _num_tiers(self._pool)) * self._exact.pool.page_bytes
-        share = exact_bytes / (exact_bytes + sealed_bytes)
+        exact_bytes = exact * self._exact.pool.page_bytes
+        needed = max(1, exact_bytes + sealed * self._pool.page_bytes)
+        left = max(0, self.capacity_bytes - self._spare_bytes)
+        beside = self._spare_bytes - _num_tiers(self._pool) * self._pool.page_bytes
+        share = min(1.0, (beside + left * exact_bytes / needed) / self.capacity_bytes)
         self._exact.resize(share)
         self._pool.resize(1 - share)
 

@@ -9,18 +9,10 @@ RULE = "tests/attention/test_row_sealed.py::test_rows_equal_the_rule"
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(
-        name="exact-pages-gone-with-the-sweep",
-        file="flexgen_helm/schedule/exact_tables.py",
-        old="in_one_sweep = begin <= max(first, node.start) and last <= end",
-        new="in_one_sweep = last <= end",
-        tests=(TABLES,),
-        why="a prompt that is cut inside a chunk meets a page of which half is lost",
-    ),
-    Mutant(
         name="exact-pages-end-of-a-prefix",
         file="flexgen_helm/schedule/exact_tables.py",
-        old="if not pages.kept or (in_one_sweep and not self._keep_all):",
-        new="if not pages.kept or (last <= end + 128 and not self._keep_all):",
+        old="if not pages.kept or (last <= end and not self._keep_all):",
+        new="if not pages.kept or (last <= end + 32 and not self._keep_all):",
         tests=(TABLES,),
         why="who branches from a prefix inside a chunk later finds nothing there",
     ),
