@@ -14,45 +14,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from flexgen_helm.kv_cache.coded_part import TokenRowsPart
 from flexgen_helm.kv_cache.minmax import LARGEST_HALF
 from flexgen_helm.kv_cache.page_format import TokenPlaces, copy_tokens
-from flexgen_helm.kv_cache.pages import PAGE_TOKENS
-from flexgen_helm.kv_cache.sealed_format import target_of, zero_bytes
-from flexgen_helm.kv_cache.token_rows import TokenRow
 
 LARGEST_SCALE = 65504.0
 
 
 @dataclass(frozen=True)
-class FlexGenPart:
+class FlexGenPart(TokenRowsPart):
     """K or V: uint8 ``[pages, num_heads, 32, bytes]``, a `TokenRow` for each token: float16 scale and minimum, then codes."""
 
-    num_heads: int
-    dim: int
-    dtype: torch.dtype
-    bits: int
-    """Bits of a code: 2, 4 or 8."""
-
-    num_rows: ClassVar[int] = PAGE_TOKENS
-    """Tokens of a page."""
-
-    @property
-    def row(self) -> TokenRow:
-        """The bytes of a token."""
-        return TokenRow(self.dim, self.bits)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one page."""
-        return self.num_heads * PAGE_TOKENS * self.row.num_bytes
-
-    def allocate(self, pages: int, device: torch.device) -> Tensor:
-        """Zeros; on a CPU a page of memory is taken with its first use."""
-        return self.view(zero_bytes(pages, self.num_bytes, device))
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """Bytes ``[pages, num_bytes]``, uint8, as pages."""
-        return buffer.view(len(buffer), self.num_heads, PAGE_TOKENS, self.row.num_bytes)
+    flexgen: ClassVar[bool] = True
 
     def write(self, stored: Tensor, pages: Tensor, tokens: Tensor, new: Tensor) -> None:
         """Quantise tokens ``[n, num_heads, dim]`` where they are, and store them."""
@@ -65,18 +38,6 @@ class FlexGenPart:
     def copy(self, source: TokenPlaces, target: TokenPlaces) -> None:
         """Copy tokens as they are stored; quantised again, some would change."""
         copy_tokens(source, target)
-
-    def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Dequantise pages of single heads: ``[n, 32 * dim]``."""
-        out = target_of(self, rows, out)
-        flat = stored.view(-1, PAGE_TOKENS, self.row.num_bytes)
-        if stored.device.type == "cpu":
-            from flexgen_helm.kv_cache.sealed_kernel import gather_tokens
-
-            gather_tokens(flat, rows, out, self.bits, flexgen=True)
-            return out
-        out.view(-1, PAGE_TOKENS, self.dim).copy_(self.decode(flat[rows]))
-        return out
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Return the bytes of tokens ``[..., dim]``: uint8 ``[..., row.num_bytes]``."""

@@ -12,7 +12,7 @@ that form, and no kernel sees a difference.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -101,7 +101,6 @@ def copy_tokens(source: TokenPlaces, target: TokenPlaces) -> None:
     target.stored[target.pages, :, target.tokens] = found.to(target.stored.device)
 
 
-@runtime_checkable
 class WritablePart(PartFormat, Protocol):
     """A form into which tokens are written one by one, such as that of exact pages."""
 
@@ -122,7 +121,6 @@ class WritablePart(PartFormat, Protocol):
         """Copy tokens, bit by bit, between stored pages that may be on two devices."""
 
 
-@runtime_checkable
 class SealablePart(PartFormat, Protocol):
     """A form that whole exact pages take when they are sealed."""
 
@@ -326,18 +324,12 @@ class PageTensors:
     @property
     def sealable_parts(self) -> tuple[tuple[SealablePart, Tensor], tuple[SealablePart, Tensor]]:
         """K and V, each with its form, of pages that are stored as a whole."""
-        k, v = self.format.k, self.format.v
-        assert isinstance(k, SealablePart)
-        assert isinstance(v, SealablePart)
-        return (k, self.k), (v, self.v)
+        return (cast(SealablePart, self.format.k), self.k), (cast(SealablePart, self.format.v), self.v)
 
     @property
     def writable_parts(self) -> tuple[tuple[WritablePart, Tensor], tuple[WritablePart, Tensor]]:
         """K and V, each with its form, of pages into which tokens are written."""
-        k, v = self.format.k, self.format.v
-        assert isinstance(k, WritablePart)
-        assert isinstance(v, WritablePart)
-        return (k, self.k), (v, self.v)
+        return (cast(WritablePart, self.format.k), self.k), (cast(WritablePart, self.format.v), self.v)
 
     @property
     def num_bytes(self) -> int:

@@ -10,16 +10,15 @@ On a CPU loops compiled by Numba read and make pages (`sealed_kernel`, `seal_ker
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from flexgen_helm.kv_cache.coded_part import CodedPart, TokenRowsPart
 from flexgen_helm.kv_cache.minmax import dequantize, largest, pack, quantize, unpack
-from flexgen_helm.kv_cache.page_format import PageFormat, PartFormat
+from flexgen_helm.kv_cache.page_format import PageFormat
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
-from flexgen_helm.kv_cache.token_rows import NUMBER_BYTES, TokenRow
-from flexgen_helm.memory.buffers import lazy_zeros
+from flexgen_helm.kv_cache.token_rows import NUMBER_BYTES
 
 NOT_QUANTIZED = 16
 """Bits of K or V that stay as they are."""
@@ -41,21 +40,12 @@ def sealed_format(exact: PageFormat, *, k_bits: int, v_bits: int) -> PageFormat:
 
 
 @dataclass(frozen=True)
-class PerChannelPart:
+class PerChannelPart(CodedPart):
     """Sealed K: uint8 ``[pages, num_heads, bytes]``.
 
     The bytes of a head are ``[dim, 2]`` bfloat16, the scale and zero of each channel, then the codes ``[dim, 32 * bits / 8]``,
     channel after channel: token t's code is in bits ``t * bits % 8`` and up of byte ``t * bits // 8``.
     """
-
-    num_heads: int
-    dim: int
-    dtype: torch.dtype
-    bits: int
-    """Bits of a code: 2, 4 or 8."""
-
-    num_rows: ClassVar[int] = PAGE_TOKENS
-    """Tokens of a page."""
 
     @property
     def head_bytes(self) -> int:
@@ -63,17 +53,9 @@ class PerChannelPart:
         return self.dim * (NUMBER_BYTES + PAGE_TOKENS * self.bits // 8)
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of one page."""
-        return self.num_heads * self.head_bytes
-
-    def allocate(self, pages: int, device: torch.device) -> Tensor:
-        """Zeros; on a CPU a page of memory is taken with its first use."""
-        return self.view(zero_bytes(pages, self.num_bytes, device))
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """Bytes ``[pages, num_bytes]``, uint8, as pages."""
-        return buffer.view(len(buffer), self.num_heads, self.head_bytes)
+    def head_shape(self) -> tuple[int, ...]:
+        """Shape of the bytes of one head of a page."""
+        return (self.head_bytes,)
 
     def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
         """Store whole pages ``[n, num_heads, 32, dim]``, quantised where they are; their bytes go to the stored ones."""
@@ -91,7 +73,7 @@ class PerChannelPart:
 
     def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Dequantise pages of single heads: ``[n, 32 * dim]``."""
-        out = target_of(self, rows, out)
+        out = self.target(rows, out)
         flat = stored.view(-1, self.head_bytes)
         if stored.device.type == "cpu":
             from flexgen_helm.kv_cache.sealed_kernel import gather_channels
@@ -110,35 +92,8 @@ class PerChannelPart:
 
 
 @dataclass(frozen=True)
-class PerTokenPart:
+class PerTokenPart(TokenRowsPart):
     """Sealed V: uint8 ``[pages, num_heads, 32, bytes]``, a `TokenRow` for each token: bfloat16 scale and zero, then codes."""
-
-    num_heads: int
-    dim: int
-    dtype: torch.dtype
-    bits: int
-    """Bits of a code: 2, 4 or 8."""
-
-    num_rows: ClassVar[int] = PAGE_TOKENS
-    """Tokens of a page."""
-
-    @property
-    def row(self) -> TokenRow:
-        """The bytes of a token."""
-        return TokenRow(self.dim, self.bits)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one page."""
-        return self.num_heads * PAGE_TOKENS * self.row.num_bytes
-
-    def allocate(self, pages: int, device: torch.device) -> Tensor:
-        """Zeros; on a CPU a page of memory is taken with its first use."""
-        return self.view(zero_bytes(pages, self.num_bytes, device))
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """Bytes ``[pages, num_bytes]``, uint8, as pages."""
-        return buffer.view(len(buffer), self.num_heads, PAGE_TOKENS, self.row.num_bytes)
 
     def seal(self, stored: Tensor, pages: Tensor, exact: Tensor) -> None:
         """Store whole pages ``[n, num_heads, 32, dim]``, quantised where they are; their bytes go to the stored ones."""
@@ -153,32 +108,6 @@ class PerTokenPart:
         """Return the bytes of tokens ``[..., dim]``, computed by torch: uint8 ``[..., row.num_bytes]``."""
         return self.row.join(*quantize(self.row.groups(exact), self.bits))
 
-    def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Dequantise pages of single heads: ``[n, 32 * dim]``."""
-        out = target_of(self, rows, out)
-        flat = stored.view(-1, PAGE_TOKENS, self.row.num_bytes)
-        if stored.device.type == "cpu":
-            from flexgen_helm.kv_cache.sealed_kernel import gather_tokens
-
-            gather_tokens(flat, rows, out, self.bits, flexgen=False)
-            return out
-        out.view(-1, PAGE_TOKENS, self.dim).copy_(self.decode(flat[rows]))
-        return out
-
     def decode(self, tokens: Tensor) -> Tensor:
         """Dequantise tokens ``[..., row.num_bytes]`` by torch: float32 ``[..., dim]``."""
         return dequantize(*self.row.split(tokens, torch.bfloat16))
-
-
-def zero_bytes(pages: int, num_bytes: int, device: torch.device) -> Tensor:
-    """Return zeros, uint8 ``[pages, num_bytes]``; on a CPU a page of memory is taken with its first use."""
-    size = pages * num_bytes
-    zeros = lazy_zeros(size) if device.type == "cpu" else torch.zeros(size, dtype=torch.uint8, device=device)
-    return zeros.view(pages, num_bytes)
-
-
-def target_of(part: PartFormat, rows: Tensor, out: Tensor | None) -> Tensor:
-    """Return the tensor that a gather fills: what is given, or a new one."""
-    if out is not None:
-        return out
-    return torch.empty(len(rows), PAGE_TOKENS * part.dim, dtype=part.dtype, device=rows.device)

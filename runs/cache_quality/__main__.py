@@ -3,7 +3,7 @@
 The beginning of the addresses of 2024 and 2026 is read in one window of each length, after the end token. KL is the mean
 Kullback-Leibler divergence from the uncompressed engine in nats a token, top-1 the share of tokens with the same most likely
 next token. Bits are those of an element of K or V as stored, on average, scales and means counted.
-Cost on two cores: 10 s a variant for 2,000 tokens, a minute for 6,000.
+Cost: half a minute of processor time a variant for 2,000 tokens.
 
 Command: ``python -m flexgen_helm.runs.cache_quality --tokens 512 2000 6000 --json result.json``
 """
