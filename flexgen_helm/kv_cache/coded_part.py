@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 from flexgen_helm.kv_cache.token_rows import TokenRow
-from flexgen_helm.memory.buffers import lazy_zeros
+from flexgen_helm.memory.buffers import zero_bytes
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class CodedPart:
 
     def allocate(self, pages: int, device: torch.device) -> Tensor:
         """Zeros; on a CPU a page of memory is taken with its first use."""
-        size = pages * self.num_bytes
-        zeros = lazy_zeros(size) if device.type == "cpu" else torch.zeros(size, dtype=torch.uint8, device=device)
+        zeros = zero_bytes(pages * self.num_bytes, device)
         return self.view(zeros.view(pages, self.num_bytes))
 
     def view(self, buffer: Tensor) -> Tensor:

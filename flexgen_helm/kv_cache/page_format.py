@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
-from flexgen_helm.memory.buffers import lazy_zeros
+from flexgen_helm.memory.buffers import zero_bytes
 
 PartName = Literal["k", "v", "mean"]
 """A part of a page, see `PageFormat`."""
@@ -157,8 +157,7 @@ class PlainPart:
 
     def allocate(self, pages: int, device: torch.device) -> Tensor:
         """Zeros; on a CPU a page of memory is taken with its first use."""
-        num_bytes = pages * self.num_bytes
-        zeros = lazy_zeros(num_bytes) if device.type == "cpu" else torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        zeros = zero_bytes(pages * self.num_bytes, device)
         return zeros.view(self.dtype).view(pages, self.num_heads, PAGE_TOKENS, self.dim)
 
     def view(self, buffer: Tensor) -> Tensor:
@@ -203,8 +202,7 @@ class MeanPart:
 
     def allocate(self, pages: int, device: torch.device) -> Tensor:
         """Zeros; on a CPU a page of memory is taken with its first use."""
-        num_bytes = pages * self.num_bytes
-        zeros = lazy_zeros(num_bytes) if device.type == "cpu" else torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        zeros = zero_bytes(pages * self.num_bytes, device)
         return self.view(zeros.view(pages, self.num_bytes))
 
     def view(self, buffer: Tensor) -> Tensor:

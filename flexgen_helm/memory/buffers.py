@@ -64,6 +64,11 @@ def lazy_zeros(num_bytes: int) -> Tensor:
     return torch.frombuffer(_mapped(num_bytes), dtype=torch.uint8)[:num_bytes]
 
 
+def zero_bytes(num_bytes: int, device: torch.device) -> Tensor:
+    """Return zeros, uint8 ``[num_bytes]``; on a CPU those of `lazy_zeros`."""
+    return lazy_zeros(num_bytes) if device.type == "cpu" else torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+
+
 def _mapped(num_bytes: int) -> mmap.mmap:
     size = padded(max(num_bytes, 1))
     try:
