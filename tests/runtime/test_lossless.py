@@ -90,9 +90,10 @@ def test_bytes_of_each_tier_are_the_real_ones(bench: Workbench, tmp_path: Path, 
     assert info.bits_per_weight == 16
     held = {tier: stats.tier_peak_bytes.get(tier, 0) for tier in ("host", "disk")}
     assert held == {"host": info.planned_bytes["host"], "disk": sum(slabs.values())}
-    # Sweeps end in the middle of the cycle in which slabs are read ahead.
+    # At most one cycle of slabs is read ahead: by the load for the first sweep, and by the last sweep for one that never comes.
+    # Each of the two may end inside the run or outside of it.
     read, carried = (stats.bytes_moved.get(link, 0) for link in ("disk_read", "host_to_device"))
-    assert stats.sweeps * sum(slabs.values()) <= read <= (stats.sweeps + 1) * sum(slabs.values())
+    assert (stats.sweeps - 1) * sum(slabs.values()) <= read <= (stats.sweeps + 2) * sum(slabs.values())
     if device == OWN_MEMORY:
         assert carried >= stats.sweeps * sum(shapes.bound_bytes[j] for j in slabs)
 
