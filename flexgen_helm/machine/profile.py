@@ -1,0 +1,148 @@
+"""Machine profile: what one machine has and how fast it is, measured or written by hand. Plain data, no torch.
+
+The planner predicts with it (`flexgen_helm.policy.planner`). Rates are those of one resource while the others are idle, unless
+a field says otherwise. A field that is None was not measured, and whatever needs it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flexgen_helm.types import Tier
+
+RowKind = Literal["prefill", "decode"]
+Place = Literal["device", "host"]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A measured rate, per second.
+
+    Attributes:
+        value: The median of the rounds.
+        spread: Difference between the largest and the smallest round, over the median.
+    """
+
+    value: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class ProductRate:
+    """Floating-point operations per second of a matrix product on the device.
+
+    Attributes:
+        dtype: Dtype of weights and inputs, such as "bfloat16".
+        tokens: Tokens that meet the matrix at a time.
+        rate: Operations per second, two for each token and weight.
+    """
+
+    dtype: str
+    tokens: int
+    rate: Rate
+
+
+@dataclass(frozen=True)
+class AttentionRate:
+    """Speed of attention.
+
+    Attributes:
+        place: Where it is computed: on the device, or on the CPU beside it.
+        kind: Kind of row.
+        format: Dtype or format of the pages that are read: "float32", "bfloat16", "kv4" and so on.
+        rate: Prefill: floating-point operations per second. Decode: bytes of K and V per second.
+    """
+
+    place: Place
+    kind: RowKind
+    format: str
+    rate: Rate
+
+
+@dataclass(frozen=True)
+class UnpackRate:
+    """Speed of bringing stored weights to the form in which they multiply.
+
+    Attributes:
+        place: Where: on the device, or on the CPU.
+        format: Scheme and bits, such as "w4" or "w4-entropy", or "lossless".
+        rate: Bytes of the result per second.
+    """
+
+    place: Place
+    format: str
+    rate: Rate
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Time of one layer of a real model for one whole row whose tokens attend to their own chunk only, weights in place.
+
+    Attributes:
+        model: Signature of the model's sizes, see `flexgen_helm.policy.planner.signature`.
+        dtype: Dtype of weights.
+        kind: Kind of row.
+        tokens: Size of the row.
+        seconds: Median of the rounds.
+        spread: As in `Rate`.
+    """
+
+    model: str
+    dtype: str
+    kind: RowKind
+    tokens: int
+    seconds: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class MachineProfile:
+    """What a machine has and how fast it is. Bytes are per second.
+
+    Attributes:
+        name: Name of the machine.
+        date: Day of the measurement, as 2026-11-29; for a hand-written profile that of its sources.
+        source: How it was made: "measured", or where its figures come from.
+        device: Name of the device.
+        own_memory: Whether the device has a memory of its own; else device and host are one RAM.
+        is_gpu: Whether the device is a GPU.
+        threads: Threads that compute on the CPU.
+        memory: Bytes of each tier.
+        device_read: Memory of the device, read.
+        host_read: Memory of the host, read by all threads.
+        host_to_device: Link to the device from pinned memory; None where device and host are one.
+        device_to_host: Link back.
+        duplex: Bytes per second over both directions at once, over the sum of both rates: 1 if neither slows the other.
+        disk_read: Direct reads of large pieces.
+        disk_write: Direct writes of large pieces.
+        products: Matrix products on the device.
+        attention: Attention.
+        unpack: Unpacking.
+        call_seconds: Fixed time of a layer call on the device, by kind of row: dispatch, launches, waits.
+        operation_seconds: Fixed time of any other operation of a sweep in the executor.
+        layers: Times of layers of real models; where one fits, it replaces what the rates say.
+    """
+
+    name: str
+    date: str
+    source: str
+    device: str
+    own_memory: bool
+    is_gpu: bool
+    threads: int
+    memory: Mapping[Tier, int]
+    device_read: Rate
+    host_read: Rate
+    host_to_device: Rate | None = None
+    device_to_host: Rate | None = None
+    duplex: float = 1.0
+    disk_read: Rate | None = None
+    disk_write: Rate | None = None
+    products: tuple[ProductRate, ...] = ()
+    attention: tuple[AttentionRate, ...] = ()
+    unpack: tuple[UnpackRate, ...] = ()
+    call_seconds: Mapping[RowKind, float] = field(default_factory=dict)
+    operation_seconds: float = 0.0
+    layers: tuple[LayerTime, ...] = ()
