@@ -13,13 +13,19 @@ from flexgen_helm.loading.assembly import FEW_TOKENS
 from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.model.layers import layers_of, num_layers_of_every_kind
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
+from flexgen_helm.policy.roofline import layer_sizes
 
 SCORED_KEYS = 8192
 """Most keys for whose scores in sparse attention memory is planned."""
 
 
 def shapes_of(
-    model: PreTrainedModel, formats: Mapping[int, SlabFormat], kv_dtype: torch.dtype, cache: CacheFormat = PLAIN_CACHE
+    model: PreTrainedModel,
+    formats: Mapping[int, SlabFormat],
+    kv_dtype: torch.dtype,
+    cache: CacheFormat = PLAIN_CACHE,
+    *,
+    weight_format: str = "plain",
 ) -> ModelShapes:
     """Read the sizes of a model.
 
@@ -28,6 +34,7 @@ def shapes_of(
         formats: Slab formats of its layers, and of its output head if that has weights of its own.
         kv_dtype: Dtype in which K and V are stored.
         cache: Format in which they are stored.
+        weight_format: See `ModelShapes`.
     """
     layers = layers_of(model)
     vocab, hidden = _table(model).shape
@@ -59,6 +66,10 @@ def shapes_of(
         first_layers_bytes=_first_layers_bytes(model, layers),
         page_shares={form: pages.num_bytes / plain for form, pages in cache.forms(kv, kv).items()},
         scored_keys=0 if cache.sparsity is None else longest,
+        layer_products=_products(model, layers),
+        dtype=str(model.dtype).removeprefix("torch."),
+        weight_format=weight_format,
+        kv_format=cache.name or str(kv_dtype).removeprefix("torch."),
     )
 
 
@@ -84,6 +95,13 @@ def _first_layers_bytes(model: PreTrainedModel, layers: list[nn.Module]) -> int:
     table = _table(model)
     weights = sum(p.nbytes for layer in layers[: num_layers_of_every_kind(model, layers)] for p in layer.parameters())
     return weights + 2 * min(FEW_TOKENS, table.shape[0]) * table.shape[1] * model.dtype.itemsize
+
+
+def _products(model: PreTrainedModel, layers: list[nn.Module]) -> dict[int, float]:
+    """Return the elements of matrices by which each layer multiplies a token."""
+    experts = setting(model, "num_experts_per_tok")
+    sizes = {j: layer_sizes([layer], experts) for j, layer in enumerate(layers)}
+    return {j: found.active_weights for j, found in sizes.items() if found is not None}
 
 
 def _outputs(layer: nn.Module, num_experts: int | None) -> int:

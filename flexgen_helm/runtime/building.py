@@ -30,6 +30,7 @@ from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.memory.workspaces import make_workspaces
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.attention_place import attention_place
+from flexgen_helm.policy.capacity import Capacity
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.row_sizes import resolved
@@ -160,18 +161,17 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     if not device.own_memory:
         placed.checked.model.pack_weights((policy.gpu_batch_size, policy.gpu_batch_tokens))
     make_workspaces(device, blueprint.source.dtype)
-    left = plan.left(free_space(device, folder))
     page_bytes = plan.page_bytes(placed.checked.passed.verdict.cache_bytes_per_token)
     most = math.inf
     if device.is_gpu and placed.checked.passed.kind == "packed":  # whose pages are made at once
         most = policy.block_size * plan.cache.sequence_bytes(PAGE_TOKENS * num_pages(0, placed.loaded.max_length))
-    cache_bytes = plan.cache.capacities(left, most)
+    capacity = Capacity.of(plan, free_space(device, folder), most)
     cache_format = cache_format_of(options.compression)
     storage = CacheStorage(
-        cache_bytes, page_bytes, device=device, kv_dtype=kv_dtype, cache_format=cache_format, folder=folder, meter=meter
+        capacity, page_bytes, device=device, kv_dtype=kv_dtype, cache_format=cache_format, folder=folder, meter=meter
     )
     keep_all = options.order != "zigzag"
-    rows, scheduler = make_rows(placed.checked, policy, storage, block_tokens=plan.block_tokens(left), keep_all=keep_all)
+    rows, scheduler = make_rows(placed.checked, policy, storage, keep_all=keep_all)
     hidden = None
     if policy.hidden != ON_DEVICE:
         hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)
@@ -187,7 +187,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         numerics=numerics_of(blueprint.weights, placed.checked, policy, device, cache_numerics(kv_dtype, options.compression)),
         kv_dtype=kv_dtype,
         plan=plan,
-        cache_bytes=cache_bytes,
+        cache_bytes=capacity.cache_bytes,
         scheduler=scheduler,
         executor=executor,
         folder=folder,
@@ -274,8 +274,9 @@ def _plan(
     if fitted is None and policy.keep_packed:
         raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
     if fitted is not None and (policy.keep_packed or not _fits_unpacked(shapes, policy, space)):
+        assert options.compression is not None
         formats = fitted.formats
-        shapes = shapes_of(whole, formats, kv_dtype, cache)
+        shapes = shapes_of(whole, formats, kv_dtype, cache, weight_format=options.compression.weight_scheme)
     elif fitted is not None:
         logger.info("weights are unpacked once, since the unpacked model fits on the device")
     elif policy.slab_coding != "plain":
@@ -293,7 +294,8 @@ def _coded_plan(
         space = measure_space(options.device, options.limits, places.folder(coding))
         sizes = shapes
         if coding == "lossless":
-            sizes = replace(shapes, is_coded=True, disk_bytes={**shapes.disk_bytes, **places.coded_bytes()})
+            coded = {**shapes.disk_bytes, **places.coded_bytes()}
+            sizes = replace(shapes, is_coded=True, disk_bytes=coded, weight_format="lossless")
         return replace(policy, slab_coding=coding), MemoryPlan.of(sizes, policy, space, options.policy)
 
     if policy.slab_coding == "lossless":

@@ -28,9 +28,7 @@ class Workload:
     prompts: tuple[PlannedPrompt, ...]
 
     @classmethod
-    def uniform(
-        cls, num_jobs: int, prompt_len: int, gen_len: int, *, shared_prefix: int = 0, score: bool = False
-    ) -> Workload:
+    def uniform(cls, num_jobs: int, prompt_len: int, gen_len: int, *, shared_prefix: int = 0, score: bool = False) -> Workload:
         """Return jobs of equal sizes.
 
         Args:
