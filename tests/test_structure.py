@@ -36,6 +36,8 @@ WITHOUT_TORCH = (
     "attention.row_pages",
     "policy.memory_plan",
     "policy.bound",
+    "policy.capacity",
+    "policy.planner.simulate",
 )
 """What HELM lists, and what a cost model or a simulator of schedules imports."""
 MOST_LINES = 400

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from flexgen_helm.errors import DiskFull
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors
-from flexgen_helm.memory.amounts import gib
-from flexgen_helm.memory.buffers import padded
+from flexgen_helm.memory.amounts import gib, padded
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO
 from flexgen_helm.memory.usage import free_disk_bytes
 
