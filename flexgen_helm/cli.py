@@ -24,6 +24,7 @@ from flexgen_helm.cli_options import (
     add_model_options,
     add_observation_options,
     add_placement_options,
+    add_profile_options,
     add_report_options,
     add_suite_options,
     asked_policy,
@@ -120,6 +121,13 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     add_placement_options(fidelity)
     add_fidelity_options(fidelity)
     fidelity.set_defaults(run=partial(_fidelity, load_engine=load_engine), few_requests=False)
+    profile = commands.add_parser(
+        "profile",
+        help="measure this machine",
+        description="Measure how fast this machine computes and moves bytes, print it, and write it as JSON.",
+    )
+    add_profile_options(profile)
+    profile.set_defaults(run=_profile)
     _add_comparisons(commands)
     return parser
 
@@ -159,6 +167,12 @@ def _check(args: argparse.Namespace) -> int:
     from flexgen_helm.gate.command import run_check
 
     return run_check(args, _say)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from flexgen_helm.runtime.profile_command import run_profile
+
+    return run_profile(args, _say)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -143,6 +143,22 @@ def add_fidelity_options(parser: argparse.ArgumentParser) -> None:
     add("-v", "--verbose", action="store_true", help="also print the log of both engines")
 
 
+def add_profile_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `profile`."""
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--model", type=parse_model, metavar="M", help="measure at this model's sizes, and its layers; a config is enough")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add(
+        "--dtype", default="auto", choices=dtypes, help="dtype of the model (auto: the checkpoint's on a GPU, float32 on a CPU)"
+    )
+    add("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add("--offload-folder", type=Path, metavar="DIR", help="folder on the disk to measure (default: the cache folder)")
+    add = parser.add_argument_group("result").add_argument
+    add("--out", type=Path, metavar="FILE", help="write the profile as JSON")
+    add("--json", action="store_true", help="print the profile as JSON")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print the log")
+
+
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `report`."""
     add = parser.add_argument_group("runs").add_argument
