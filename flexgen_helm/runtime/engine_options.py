@@ -1,0 +1,56 @@
+"""Options of an engine: what a user gives in addition to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from flexgen_helm.compression.config import CompressionConfig
+from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
+from flexgen_helm.memory.device import Device
+from flexgen_helm.rows.choice import KindChoice
+from flexgen_helm.schedule.operations import Order
+from flexgen_helm.types import Policy, Tier
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options that a user gives for an engine in addition to the model."""
+
+    device: Device
+    policy: Policy | None = None
+    """Policy of the user; None: everything is chosen."""
+    rows: KindChoice = "auto"
+    order: Order = "zigzag"
+    kv_dtype: torch.dtype | None = None
+    """Dtype in which K and V are stored and attention reads them; None: the model's."""
+    compression: CompressionConfig | None = None
+    """What is compressed; None: nothing."""
+    limits: Mapping[Tier, int] = field(default_factory=dict)
+    """Most bytes of the tiers that the user names."""
+    folder: Path | None = None
+    """Folder for everything on disk; None: a folder under the cache folder."""
+    recheck: bool = False
+    """Whether the self-check is repeated though an equal one passed before."""
+    free_shapes: bool = False
+    """Whether rows have no padding, which is for measuring what fixed sizes cost: bits depend on neighbours."""
+    workload: Workload | None = None
+    """What the engine will be asked, for the search of a policy; None: unknown, so nothing is searched."""
+    machine: Callable[[ModelShapes], MachineProfile] = _no_machine
+    """Returns the profile with which the search predicts; called if there is something to search."""
+
+    @property
+    def cache_format(self) -> CacheFormat:
+        """Format of K and V."""
+        config = self.compression
+        if config is None:
+            return PLAIN_CACHE
+        return CacheFormat(config.k_bits, config.v_bits, config.sparsity, config.flexgen)
+
+    @property
+    def asked(self) -> Policy:
+        """Policy of the user; the default if there is none."""
+        return self.policy or Policy()

@@ -1,0 +1,135 @@
+"""The plan of an engine: formats of slabs, policy and memory, decided before weights are read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from flexgen_helm.errors import PolicyError
+from flexgen_helm.memory.slab import SlabFormat
+from flexgen_helm.policy.attention_place import attention_place
+from flexgen_helm.policy.memory_plan import MemoryPlan
+from flexgen_helm.policy.model_shapes import ModelShapes
+from flexgen_helm.policy.planner.choice import Choice
+from flexgen_helm.policy.row_sizes import resolved
+from flexgen_helm.policy.shapes_of_model import shapes_of
+from flexgen_helm.policy.space import Space
+from flexgen_helm.runtime.automatic import automatic_policy
+from flexgen_helm.runtime.engine_options import EngineOptions
+from flexgen_helm.runtime.fitting.fit import FittedModel
+from flexgen_helm.runtime.free_space import measure_space, whole_machine
+from flexgen_helm.runtime.load_model import plain_formats
+from flexgen_helm.runtime.slab_coding import automatic_coding
+from flexgen_helm.runtime.slab_places import SlabPlaces
+from flexgen_helm.types import ResolvedPolicy, SlabCoding
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What is decided before weights are read.
+
+    Attributes:
+        formats: Slab formats of the layers, and of the output head if it has weights of its own.
+        policy: Policy with the place of attention and the coding of slabs.
+        memory: Plan of memory.
+        choice: What the search for the workload found; None: nothing was searched.
+    """
+
+    formats: Mapping[int, SlabFormat]
+    policy: ResolvedPolicy
+    memory: MemoryPlan
+    choice: Choice | None = None
+
+
+def plan_engine(
+    whole: PreTrainedModel, options: EngineOptions, kv_dtype: torch.dtype, places: SlabPlaces, fitted: FittedModel | None
+) -> EnginePlan:
+    """Plan an engine.
+
+    Args:
+        whole: The model on the meta device.
+        options: Options of the user.
+        kv_dtype: Dtype in which K and V are stored.
+        places: Folders of slabs.
+        fitted: The quantised model; None: weights are not compressed.
+
+    Raises:
+        PolicyError: If the plan needs more memory than may be used, or the policy asks for something impossible.
+    """
+    formats: Mapping[int, SlabFormat] = plain_formats(whole)
+    shapes = shapes_of(whole, formats, kv_dtype, options.cache_format)
+    policy = _with_place(resolved(options.policy, options.device), shapes, options)
+    space = measure_space(options.device, options.limits, places.folder("plain"))
+    if fitted is None and policy.keep_packed:
+        raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
+    if fitted is not None:
+        if not policy.keep_packed and _fits_unpacked(shapes, policy, space):
+            logger.info("weights are unpacked once, since the unpacked model fits on the device")
+        else:
+            assert options.compression is not None
+            formats, scheme = fitted.formats, options.compression.weight_scheme
+            shapes = shapes_of(whole, formats, kv_dtype, options.cache_format, weight_format=scheme)
+    policy, choice = automatic_policy(shapes, policy, space, options)
+    if fitted is None and policy.slab_coding != "plain":
+        return replace(_coded_plan(whole, options, shapes, policy, places), choice=choice)
+    policy = replace(policy, slab_coding="plain")
+    return EnginePlan(formats, policy, MemoryPlan.of(shapes, policy, space, options.policy), choice)
+
+
+def _coded_plan(
+    whole: PreTrainedModel, options: EngineOptions, shapes: ModelShapes, policy: ResolvedPolicy, places: SlabPlaces
+) -> EnginePlan:
+    """Decide how slabs are coded. Coded ones need slots beside the buffers into which they are read."""
+
+    def planned(coding: SlabCoding) -> EnginePlan:
+        space = measure_space(options.device, options.limits, places.folder(coding))
+        sizes = shapes
+        if coding == "lossless":
+            coded = {**shapes.disk_bytes, **places.coded_bytes()}
+            sizes = replace(shapes, is_coded=True, disk_bytes=coded, weight_format="lossless")
+        memory = MemoryPlan.of(sizes, policy, space, options.policy)
+        return EnginePlan(plain_formats(whole), replace(policy, slab_coding=coding), memory)
+
+    if policy.slab_coding == "lossless":
+        return planned("lossless")
+    plain = planned("plain")
+    if automatic_coding(whole, plain.memory.weights, policy, options.device, places) == "plain":
+        return plain
+    try:
+        return planned("lossless")
+    except PolicyError:
+        logger.info("slabs on disk are plain, since there is no memory to decode them")
+        return plain
+
+
+def _fits_unpacked(shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> bool:
+    """Whether the unpacked model is resident where the policy puts it."""
+    try:
+        return MemoryPlan.of(shapes, policy, space).weights.is_resident
+    except PolicyError:
+        return False
+
+
+def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOptions) -> ResolvedPolicy:
+    """Decide where decode rows attend and where K and V are, if the device has a memory of its own."""
+    if not options.device.own_memory:
+        return policy
+    asked = options.asked
+    if not options.cache_format.reads_all:
+        if asked.cpu_attention:
+            raise PolicyError(
+                "Sparse and FlexGen's attention is computed on the device only. Leave cpu_attention out, or give 0."
+            )
+        asked = replace(asked, cpu_attention=0.0)
+    machine = whole_machine(options.device, options.limits)
+    place = attention_place(asked, policy, shapes, machine)
+    if place.reason is not None:
+        where = "on the CPU" if place.cpu_attention else "on the device"
+        logger.info("packed rows that decode attend %s: %s; `cpu_attention` names another place", where, place.reason)
+    return replace(policy, cpu_attention=place.cpu_attention, cache=place.cache)
