@@ -44,7 +44,7 @@ Array = Any
 
 
 @njit(inline="always")
-def _load(address, kind, numbers, bits):  # type: ignore[no-untyped-def]
+def load_stored(address, kind, numbers, bits):  # type: ignore[no-untyped-def]
     """Bring a head of a stored page to fp32.
 
     Args:
@@ -85,7 +85,7 @@ def _transpose(rows: Array, columns: Array) -> None:
 
 
 @njit(inline="always")
-def _read_keys(address, kind, dim, rows, bits, columns):  # type: ignore[no-untyped-def]
+def read_keys(address, kind, dim, rows, bits, columns):  # type: ignore[no-untyped-def]
     """Bring K of a head and a page to fp32, channel after channel.
 
     Args:
@@ -99,21 +99,22 @@ def _read_keys(address, kind, dim, rows, bits, columns):  # type: ignore[no-unty
     if kind > CODES:
         unpack_keys(address, kind - CODES, dim, columns)
     else:
-        _load(address, kind, rows, bits)
+        load_stored(address, kind, rows, bits)
         _transpose(rows, columns)
 
 
 @njit(inline="always")
 def _read_values(address, kind, dim, rows, bits):  # type: ignore[no-untyped-def]
-    """Bring V of a head and a page to fp32, token after token: see `_read_keys`."""
+    """Bring V of a head and a page to fp32, token after token: see `read_keys`."""
     if kind > CODES:
         unpack_values(address, kind - CODES, dim, rows)
     else:
-        _load(address, kind, rows, bits)
+        load_stored(address, kind, rows, bits)
 
 
 @njit(fastmath={"nnan", "nsz"}, inline="always")
-def _largest(x: Array) -> Any:
+def largest(x: Array) -> Any:
+    """The largest number; -inf if there is none."""
     top = NEG_INF
     for t in range(size(len(x))):
         top = max(top, x[t])
@@ -121,7 +122,8 @@ def _largest(x: Array) -> Any:
 
 
 @njit(fastmath=REORDERED, inline="always")
-def _sum(x: Array) -> Any:
+def total_of(x: Array) -> Any:
+    """The sum, in an order that follows from how many numbers there are."""
     total = f32(0)
     for t in range(size(len(x))):
         total += x[t]
@@ -129,7 +131,7 @@ def _sum(x: Array) -> Any:
 
 
 @njit(inline="always")
-def _powers_of_two(x: Array, exponents: Array) -> None:
+def powers_of_two(x: Array, exponents: Array) -> None:
     """Replace numbers of at most 0 by 2 to their power; NaN stays."""
     for t in range(size(len(x))):
         y = max(x[t], VANISHES)
@@ -144,7 +146,7 @@ def _powers_of_two(x: Array, exponents: Array) -> None:
 
 
 @njit(inline="always")
-def _finish_scores(scores: Array, visible: int, mask: Array, scale: float, softcap: float) -> None:
+def finish_scores(scores: Array, visible: int, mask: Array, scale: float, softcap: float) -> None:
     """Turn products into scores in units of log2, -inf for keys that are not seen; see `attend_chunks`."""
     if softcap > f32(0):
         for t in range(size(len(scores))):
@@ -205,15 +207,15 @@ def _weigh(scores, visible, mask, scale, softcap, before, exponents):  # type: i
     Returns:
         The largest score now, the factor for weights so far, and the sum of the new ones.
     """
-    _finish_scores(scores, visible, mask, scale, softcap)
-    top = max(before, _largest(scores))
+    finish_scores(scores, visible, mask, scale, softcap)
+    top = max(before, largest(scores))
     if top == NEG_INF:
         scores[:] = 0
         return top, f32(1), f32(0)
     for t in range(size(len(scores))):
         scores[t] -= top
-    _powers_of_two(scores, exponents)
-    return top, f32(2) ** (before - top), _sum(scores)
+    powers_of_two(scores, exponents)
+    return top, f32(2) ** (before - top), total_of(scores)
 
 
 @compiled
@@ -260,7 +262,7 @@ def attend_chunks(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infe
             scores[: (visits[1] - visits[0]) * groups * CHUNK_TOKENS] = 0
             for p in range(num_pages):
                 count = _locate(visits, rows, visible, p, own, dim, row_at, score_at)
-                _read_keys(k[c, p] + h * head_bytes[c, 0], kinds[c, 0], dim, keys, key_bits, columns)
+                read_keys(k[c, p] + h * head_bytes[c, 0], kinds[c, 0], dim, keys, key_bits, columns)
                 multiply_add(flat_queries, row_at, columns, size(PAGE_TOKENS), size(dim), scores, score_at, count)
             for i in range(visits[0], visits[1]):
                 n, mask = rows[i], masks[i] if len(masks) else no_mask

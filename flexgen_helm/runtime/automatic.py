@@ -42,7 +42,7 @@ def automatic_policy(
     asked = replace(options.asked, gpu_batch_size=policy.gpu_batch_size, gpu_batch_tokens=policy.gpu_batch_tokens)
     if space.own_memory:
         asked = replace(asked, cpu_attention=policy.cpu_attention)
-    choice = choose_policy(shapes, options.workload, options.machine(shapes), space, asked=asked)
+    choice = choose_policy(shapes, options.workload, options.profile or machine_profile(options.device), space, asked=asked)
     logger.info("policy: %s", choice.reason)
     return replace(choice.policy, auto=True), choice
 

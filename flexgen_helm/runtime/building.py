@@ -29,10 +29,13 @@ from flexgen_helm.memory.workspaces import make_workspaces
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.capacity import Capacity
 from flexgen_helm.policy.memory_plan import MemoryPlan
+from flexgen_helm.policy.planner.choice import Choice
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, log_choice, make_rows
+from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.fitting.fit import FittedModel, fit
 from flexgen_helm.runtime.free_space import free_space, make_folder
 from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check
+from flexgen_helm.runtime.planning import plan_engine
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.runtime.slab_coding import require_codable
 from flexgen_helm.runtime.slab_places import SlabPlaces, default_folder, slab_identity
@@ -50,7 +53,7 @@ from flexgen_helm.types import (
 
 logger = logging.getLogger(__name__)
 
-NUMERICS_VERSION = 5
+NUMERICS_VERSION = 6
 """Version of the numerics: raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
 
 
@@ -77,6 +80,8 @@ class Parts:
     """See `EngineInfo`."""
     fitted: FittedModel | None = None
     """The quantised model; None: weights are not compressed."""
+    choice: Choice | None = None
+    """What the search of a policy found; None: nothing was searched."""
     held: ExitStack = field(default_factory=ExitStack)
     """What is released when the engine is closed, after the executor."""
 
@@ -161,6 +166,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         meter=meter,
         released_dtype=blueprint.source.released_dtype,
         fitted=blueprint.fitted,
+        choice=blueprint.choice,
     )
 
 

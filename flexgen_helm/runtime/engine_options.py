@@ -10,7 +10,9 @@ import torch
 
 from flexgen_helm.compression.config import CompressionConfig
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
+from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.memory.device import Device
+from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.rows.choice import KindChoice
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.types import Policy, Tier
@@ -39,8 +41,8 @@ class EngineOptions:
     """Whether rows have no padding, which is for measuring what fixed sizes cost: bits depend on neighbours."""
     workload: Workload | None = None
     """What the engine will be asked, for the search of a policy; None: unknown, so nothing is searched."""
-    machine: Callable[[ModelShapes], MachineProfile] = _no_machine
-    """Returns the profile with which the search predicts; called if there is something to search."""
+    profile: MachineProfile | None = None
+    """The machine with which the search predicts; None: this one, measured where that was not done before."""
 
     @property
     def cache_format(self) -> CacheFormat:

@@ -121,10 +121,11 @@ def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOpti
     if not options.device.own_memory:
         return policy
     asked = options.asked
-    if not options.cache_format.reads_all:
+    if options.cache_format.flexgen:
         if asked.cpu_attention:
             raise PolicyError(
-                "Sparse and FlexGen's attention is computed on the device only. Leave cpu_attention out, or give 0."
+                "K and V by FlexGen's rules (`-flexgen`) are attended to on the device only. Leave cpu_attention out, or give "
+                "0, or name the variant without `-flexgen`."
             )
         asked = replace(asked, cpu_attention=0.0)
     machine = whole_machine(options.device, options.limits)

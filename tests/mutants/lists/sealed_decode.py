@@ -51,8 +51,8 @@ MUTANTS = (
     Mutant(
         name="sealed-decode-odd-row",
         file="flexgen_helm/attention/decode_codes.py",
-        old="(FACTOR_BYTES * groups + (dim * bits + 7) // 8 + 1) // 2 * 2",
-        new="FACTOR_BYTES * groups + (dim * bits + 7) // 8",
+        old="+ (dim * bits + 7) // 8 + 1) // 2 * 2",
+        new="+ (dim * bits + 7) // 8)",
         tests=(CODES,),
         why="values of heads of an odd number of bytes are read a byte too early",
     ),
