@@ -31,13 +31,16 @@ from flexgen_helm.cli_options import (
     engine_arguments,
 )
 from flexgen_helm.errors import FlexGenError, InvalidJob
-from flexgen_helm.types import Job, Result
+from flexgen_helm.types import Job, Policy, Result
 
 if TYPE_CHECKING:
+    from flexgen_helm.policy.planner.workload import Workload
     from flexgen_helm.runtime.engine import Engine
 
 AGAIN = "The same command starts again from the beginning."
 """Text for an interrupted command that keeps no results."""
+MOST_PROMPTS = 256
+"""Prompts of a benchmark that a policy is searched for, where their number depends on the machine."""
 EngineLoader = Callable[[argparse.Namespace], "Engine"]
 
 
@@ -288,6 +291,16 @@ def _as_json(prompt: str, result: Result) -> dict[str, object]:
     return {"prompt": prompt, "prompt_token_ids": result.prompt_token_ids, "completions": completions}
 
 
+def _workload(args: argparse.Namespace) -> Workload | None:
+    """Return what a benchmark will ask; None: unknown."""
+    from flexgen_helm.policy.planner.workload import Workload
+
+    if not hasattr(args, "prompt_len"):
+        return None
+    gen_len = 0 if args.score else args.gen_len
+    return Workload.uniform(args.num_prompts or MOST_PROMPTS, args.prompt_len, gen_len, score=args.score)
+
+
 def _load_engine(args: argparse.Namespace) -> Engine:
     begun = time.perf_counter()
     from transformers.utils import logging
@@ -298,10 +311,11 @@ def _load_engine(args: argparse.Namespace) -> Engine:
 
     imported = time.perf_counter()
     logging.disable_progress_bar()
-    policy = with_row_sizes(asked_policy(args), resolve_device(args.device), few_requests=args.few_requests)
+    asked = asked_policy(args) or Policy(auto=True)
+    policy = with_row_sizes(asked, resolve_device(args.device), few_requests=args.few_requests)
     names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck", "free_shapes", "compression")
     given = {name: getattr(args, name, None) for name in names}
-    options = {name: value for name, value in given.items() if value}
+    options = {name: value for name, value in given.items() if value} | {"workload": _workload(args)}
     engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)
     if args.verbose:
         _say(f"{args.model}: {imported - begun:.1f} s of imports, {time.perf_counter() - imported:.1f} s of loading")

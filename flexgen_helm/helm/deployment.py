@@ -136,6 +136,8 @@ def parse_arguments(arguments: Mapping[str, Any]) -> EngineArguments:
     policy = parsed.get("policy")
     if isinstance(policy, Mapping):
         parsed["policy"] = _parse_policy(policy)
+    elif policy == "auto":
+        del parsed["policy"]  # it is what an engine does without a policy
     return parsed
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 
-from flexgen_helm.errors import PolicyError
-from flexgen_helm.generation.prepare import PreparedJob
+from flexgen_helm.errors import InvalidJob, PolicyError
+from flexgen_helm.generation.prepare import prepare
+from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.planner.choice import Choice
@@ -15,7 +17,7 @@ from flexgen_helm.policy.planner.search import choose_policy
 from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
 from flexgen_helm.policy.space import Space
 from flexgen_helm.runtime.engine_options import EngineOptions
-from flexgen_helm.types import ON_DEVICE, ResolvedPolicy
+from flexgen_helm.types import ON_DEVICE, Job, ResolvedPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +49,23 @@ def automatic_policy(
     return replace(choice.policy, auto=True), choice
 
 
-def planned_workload(jobs: Iterable[PreparedJob]) -> Workload:
-    """Return the workload of some jobs: equal prompts count once, and answers are as long as they may be."""
+def known_workload(source: ModelSource, jobs: Iterable[Job] | Workload | None) -> Workload | None:
+    """Return the workload of some jobs: equal prompts count once, and answers are as long as they may be.
+
+    Args:
+        source: The model, whose tokenizer and context decide.
+        jobs: The jobs. One that cannot be served is left out; it gets its error when it is run. None: nobody knows them.
+    """
+    if jobs is None or isinstance(jobs, Workload):
+        return jobs
+    model = source.described(source.empty)
     prompts: dict[tuple[int, ...], PlannedPrompt] = {}
-    for prepared in jobs:
-        job, tokens = prepared.job, prepared.input_ids
-        asked = prompts.get(tokens, PlannedPrompt(tokens))
-        new = (job.max_new_tokens,) * job.num_completions if job.max_new_tokens else ()
-        prompts[tokens] = replace(asked, new_tokens=asked.new_tokens + new, score=asked.score or job.score_prompt)
+    for job in jobs:
+        with suppress(InvalidJob):
+            tokens = prepare(job, tokenizer=model.tokenizer, max_length=model.max_length, vocab_size=model.vocab_size).input_ids
+            asked = prompts.get(tokens, PlannedPrompt(tokens))
+            new = (job.max_new_tokens,) * job.num_completions if job.max_new_tokens else ()
+            prompts[tokens] = replace(asked, new_tokens=asked.new_tokens + new, score=asked.score or job.score_prompt)
     return Workload(tuple(prompts.values()))
 
 

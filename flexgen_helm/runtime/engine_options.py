@@ -24,7 +24,7 @@ class EngineOptions:
 
     device: Device
     policy: Policy | None = None
-    """Policy of the user; None: everything is chosen."""
+    """Policy of the user; None: ``Policy(auto=True)``."""
     rows: KindChoice = "auto"
     order: Order = "zigzag"
     kv_dtype: torch.dtype | None = None
@@ -54,5 +54,5 @@ class EngineOptions:
 
     @property
     def asked(self) -> Policy:
-        """Policy of the user; the default if there is none."""
-        return self.policy or Policy()
+        """Policy of the user; if there is none, one that is searched."""
+        return self.policy or Policy(auto=True)

@@ -64,7 +64,7 @@ def plan_engine(
     """
     formats: Mapping[int, SlabFormat] = plain_formats(whole)
     shapes = shapes_of(whole, formats, kv_dtype, options.cache_format)
-    policy = _with_place(resolved(options.policy, options.device), shapes, options)
+    policy = _with_place(resolved(options.asked, options.device), shapes, options)
     space = measure_space(options.device, options.limits, places.folder("plain"))
     if fitted is None and policy.keep_packed:
         raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
@@ -79,7 +79,7 @@ def plan_engine(
     if fitted is None and policy.slab_coding != "plain":
         return replace(_coded_plan(whole, options, shapes, policy, places), choice=choice)
     policy = replace(policy, slab_coding="plain")
-    return EnginePlan(formats, policy, MemoryPlan.of(shapes, policy, space, options.policy), choice)
+    return EnginePlan(formats, policy, MemoryPlan.of(shapes, policy, space, options.asked), choice)
 
 
 def _coded_plan(
@@ -93,7 +93,7 @@ def _coded_plan(
         if coding == "lossless":
             coded = {**shapes.disk_bytes, **places.coded_bytes()}
             sizes = replace(shapes, is_coded=True, disk_bytes=coded, weight_format="lossless")
-        memory = MemoryPlan.of(sizes, policy, space, options.policy)
+        memory = MemoryPlan.of(sizes, policy, space, options.asked)
         return EnginePlan(plain_formats(whole), replace(policy, slab_coding=coding), memory)
 
     if policy.slab_coding == "lossless":
