@@ -5,15 +5,17 @@
 3. A replay of one sweep of each kind ranks these plans, their neighbours and the default policy (`sampling`).
 4. Where that takes well under a second, the simulator compares the best of them with the default, sweep by sweep.
 
-So a choice is never worse than the default, by the simulator. The search is deterministic: no step depends on the time it takes.
+So a choice is never worse than the default, by the simulator. No step depends on the time that it takes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from flexgen_helm.errors import OutOfSpace, PolicyError
@@ -45,8 +47,10 @@ RANKED = 6
 """Plans that are ranked before the neighbours of the best one are."""
 SIMULATED = 2
 """Plans that are simulated, beside the default."""
-MOST_STEPS = 3000
-"""Largest run that is simulated sweep by sweep, in units of about 60 us of a simulation: see `_is_small`."""
+MOST_STEPS = 9000
+"""Work for which runs are simulated sweep by sweep, all together, in units of about 60 us: see `_affordable`."""
+MOST_RUNS = 12
+"""Most runs that are simulated sweep by sweep."""
 STEPS_PER_PROMPT, STEPS_PER_SCORE = 3, 0.05
 """Such units for planning one prompt, and for one position that is scored."""
 MOST_SQUARES = 2000
@@ -112,7 +116,7 @@ def choose_policy(
     space: Space,
     *,
     asked: Policy | None = None,
-    constraints: Constraints = Constraints(),
+    constraints: Constraints | None = None,
 ) -> Choice:
     """Choose the policy under which a workload takes least time on a machine.
 
@@ -122,7 +126,7 @@ def choose_policy(
         profile: The machine.
         space: Bytes of each tier that may be used.
         asked: Policy of the user: its fields that differ from the default are kept. None: everything is chosen.
-        constraints: Demands of the user.
+        constraints: Demands of the user; None: there are none.
 
     Raises:
         PolicyError: If no policy fits or keeps the constraints. The message names what cannot be met, and what would be enough.
@@ -132,9 +136,9 @@ def choose_policy(
     )
     default = _default(problem)
     ranked = _ranked(problem, default)
-    if _is_small(problem):
+    if (runs := _affordable(problem)) > 1:
         default = default and _simulated(default, problem)
-        ranked = [each for each in (_simulated(tried, problem) for tried in ranked[:SIMULATED]) if each is not None]
+        ranked = list(_all_simulated(problem, default, ranked, runs))
     known = [each.prediction for each in ([] if default is None else [default]) + ranked]
     met = [each for each in known if constraints.met_by(each)]
     if not met:
@@ -185,12 +189,36 @@ class _Tried(NamedTuple):
     prediction: Prediction
 
 
-def _is_small(problem: Problem) -> bool:
-    """Return whether a whole run is simulated quickly."""
+def _affordable(problem: Problem) -> int:
+    """Return how many whole runs may be simulated."""
     features = problem.model.features
-    pages = features.steps / ALIKE * max(1.0, features.context / PAGE_TOKENS)
-    prompts = STEPS_PER_PROMPT * len(problem.workload.prompts) + STEPS_PER_SCORE * features.scored_positions
-    return pages + prompts <= MOST_STEPS
+    steps = features.steps / ALIKE * max(1.0, features.context / PAGE_TOKENS)
+    steps += STEPS_PER_PROMPT * len(problem.workload.prompts) + STEPS_PER_SCORE * features.scored_positions
+    return min(MOST_RUNS, int(MOST_STEPS / max(1.0, steps)))
+
+
+def _all_simulated(problem: Problem, default: _Tried | None, ranked: Sequence[_Tried], runs: int) -> Iterator[_Tried]:
+    """Yield simulations of the best plans, then of plans with other blocks than the best one: whole rows, which a replay of an
+    average sweep does not count, decide between those.
+    """
+    best = default
+    for tried in ranked[:SIMULATED]:
+        if (made := _simulated(tried, problem)) is not None:
+            yield made
+            best = made if best is None else min(best, made, key=partial(_key, problem))
+    if best is None:
+        return
+    for candidate, plan in itertools.islice(_other_blocks(best, problem), max(0, runs - SIMULATED - 1)):
+        if (made := _simulated(best._replace(candidate=candidate, plan=plan), problem)) is not None:
+            yield made
+
+
+def _other_blocks(best: _Tried, problem: Problem) -> Iterator[tuple[Candidate, MemoryPlan]]:
+    policy, asked = best.plan.policy, problem.asked
+    counts = [1, 2, 4] if asked.num_gpu_batches == Policy.num_gpu_batches else [policy.num_gpu_batches]
+    tokens = [policy.gpu_batch_tokens * rows for rows in (4, 1, 16)] if asked.block_tokens is None else [asked.block_tokens]
+    for block, count in itertools.product(tokens, counts):
+        yield from _changed(best, problem, {"block_tokens": block, "num_gpu_batches": count})
 
 
 def _simulated(tried: _Tried, problem: Problem) -> _Tried | None:
@@ -223,15 +251,12 @@ def _try(candidate: Candidate, plan: MemoryPlan, problem: Problem) -> _Tried | N
 
 
 def _ranked(problem: Problem, default: _Tried | None) -> list[_Tried]:
-    """Return plans by a replay of their sweeps, the best first: those next to the best solutions, and the best one's neighbours.
+    """Return plans by a replay of their sweeps, the best first: those next to the best solutions, and neighbours of the best.
 
     The closed form overlaps everything, so no replay is faster than it: solutions that it says to be slower than what was
     replayed already are left out.
     """
-
-    def key(tried: _Tried) -> tuple[bool, float]:
-        return not problem.constraints.met_by(tried.prediction), tried.prediction.seconds
-
+    key = partial(_key, problem)
     found: list[_Tried] = []
     best, squares = default, 0
     for solution, plan in _best_plans(problem):
@@ -251,6 +276,11 @@ def _ranked(problem: Problem, default: _Tried | None) -> list[_Tried]:
             if tried is not None:
                 found.append(tried)
     return sorted(found, key=key)
+
+
+def _key(problem: Problem, tried: _Tried) -> tuple[bool, float]:
+    """Return what plans are compared by: those that keep the constraints come first."""
+    return not problem.constraints.met_by(tried.prediction), tried.prediction.seconds
 
 
 def _squares(candidate: Candidate, problem: Problem) -> int:
@@ -284,11 +314,15 @@ def _neighbours(best: _Tried, problem: Problem) -> Iterator[tuple[Candidate, Mem
             {"block_tokens": 2 * policy.block_tokens},
         ]
     for change in changes:
-        changed = replace(policy, **change)
-        try:
-            yield replace(best.candidate, policy=changed), MemoryPlan.of(problem.shapes, changed, problem.space)
-        except PolicyError:
-            continue
+        yield from _changed(best, problem, change)
+
+
+def _changed(best: _Tried, problem: Problem, change: Mapping[str, int]) -> Iterator[tuple[Candidate, MemoryPlan]]:
+    """Yield a plan with other integers, if it fits."""
+    policy = replace(best.plan.policy, **change)
+    with suppress(PolicyError):
+        live = min(best.candidate.live, policy.block_size)
+        yield replace(best.candidate, policy=policy, live=live), MemoryPlan.of(problem.shapes, policy, problem.space)
 
 
 def _identity(plan: MemoryPlan) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ from flexgen_helm.kv_cache.pages import PAGE_TOKENS, num_pages
 from flexgen_helm.policy.planner.loads import earlier_keys
 from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
 from flexgen_helm.schedule.page_tables import continuation_pages
-from flexgen_helm.schedule.tree import build_tree
+from flexgen_helm.schedule.tree import Node, build_tree
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Features:
         """Sum up a workload; its prompts are merged into a prefix tree as the scheduler merges them."""
         prompts = _distinct(workload)
         ends = build_tree([prompt.tokens for prompt in prompts])
-        kept, scored, users = set(), set(), {}
+        users: dict[Node, int] = {}
+        kept: set[Node] = set()
+        scored: set[Node] = set()
         for prompt, end in zip(prompts, ends, strict=True):
             long = sum(count > 1 for count in prompt.new_tokens)
             for node in end.path():

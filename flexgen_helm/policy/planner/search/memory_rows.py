@@ -1,8 +1,8 @@
 """Memory as linear functions of shares, one row for each tier.
 
 `MemoryPlan` is the one place that computes bytes. Here it is evaluated at a few placements: what a whole placement takes on a
-tier is the factor of that tier's share, and what a mixed one takes beyond is constant (slots, buffers, working memory). So a row
-is exact to within a unit of the weights; whoever rounds shares asks `MemoryPlan` again.
+tier is the factor of that tier's share, and what a mixed one takes beyond is constant (slots, buffers, working memory). So a
+row is exact to within a unit of the weights; whoever rounds shares asks `MemoryPlan` again.
 """
 
 from __future__ import annotations

@@ -37,6 +37,9 @@ class Limits(NamedTuple):
     run: float | None = None
 
 
+NO_LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Solution:
     """The best shares of a candidate.
@@ -86,7 +89,7 @@ class Formulation:
         return sum(self.first[kind] * times[kind] for kind in KINDS)  # type: ignore[operator]
 
 
-def solve(formulations: Sequence[Formulation], fixed: Mapping[What, Shares], limits: Limits = Limits()) -> list[Solution]:
+def solve(formulations: Sequence[Formulation], fixed: Mapping[What, Shares], limits: Limits = NO_LIMITS) -> list[Solution]:
     """Solve the programmes of all candidates.
 
     Args:

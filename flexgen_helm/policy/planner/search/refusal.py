@@ -109,7 +109,8 @@ def _unmet(constraints: Constraints, known: Sequence[Prediction]) -> Iterator[st
         throughput is None or best.tokens_per_second >= throughput,
     ]
     if not alone[0]:
-        yield f"max_latency of {latency:g} s cannot be met. The least that was found is {fastest.latency_seconds:.3g} s: allow that."
+        least = f"{fastest.latency_seconds:.3g} s"
+        yield f"max_latency of {latency:g} s cannot be met. The least that was found is {least}: allow that."
     if not alone[1]:
         yield (
             f"min_throughput of {throughput:g} tokens/s cannot be met. The most that was found is "
