@@ -89,6 +89,16 @@ def timeline(plan: MemoryPlan, load: SweepLoad, profile: MachineProfile) -> list
     return [span._replace(begin=max(0.0, span.begin - begin), end=span.end - begin) for span in spans if span.end > begin]
 
 
+def sweep_cost(durations: Durations, load: SweepLoad) -> Mark:
+    """Return what a sweep takes that follows one like it.
+
+    Args:
+        durations: Stages of operations.
+        load: The sweep.
+    """
+    return _sampled(durations, [load, load])[1]
+
+
 def _replayed(durations: Durations, loads: list[SweepLoad]) -> list[Mark]:
     """Return what each sweep takes, from a replay of everything."""
     clock = Fluid(duplex=durations.profile.duplex)

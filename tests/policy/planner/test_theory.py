@@ -123,9 +123,7 @@ def test_cache_traffic_of_a_row_is_the_same_in_both_orders(instance: Instance, o
 @pytest.mark.parametrize("instance", INSTANCES)
 def test_hidden_states_are_stored_and_loaded_between_all_layers_in_zigzag_only(instance: Instance) -> None:
     """Section 4.2: every square's hidden state is moved twice; a row that goes on at once keeps it on the device."""
-    moved = {
-        order: Counter(kind for sweep in sweeps(order, instance, 4) for kind, _, _ in sweep) for order in get_args(Order)
-    }
+    moved = {order: Counter(kind for sweep in sweeps(order, instance, 4) for kind, _, _ in sweep) for order in get_args(Order)}
     squares = 4 * instance.n * instance.l
     assert moved["zigzag"]["load_hidden"] == moved["zigzag"]["store_hidden"] == squares
     assert moved["row"]["load_hidden"] == moved["row"]["store_hidden"] == squares // instance.l
