@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.machine.named_rates import moved_rates, named_rates
 from flexgen_helm.machine.profile import AttentionRate, LayerTime, MachineProfile, ProductRate, Rate, UnpackRate
 from flexgen_helm.machine.profile_file import (
     from_json,
@@ -147,7 +149,7 @@ def test_files_that_cannot_be_used_are_said(tmp_path: Path) -> None:
 
 def test_an_unknown_name_lists_what_there_is() -> None:
     assert profile_names() == ["h100", "h200", "laptop-8gib", "t4"]
-    with pytest.raises(FlexGenError, match="There is no profile 't5'.*h100, h200, laptop-8gib, t4, or a file"):
+    with pytest.raises(FlexGenError, match=r"There is no profile 't5'.*h100, h200, laptop-8gib, t4, or a file"):
         named_profile("t5")
 
 
@@ -163,7 +165,9 @@ def test_shipped_profiles_have_what_a_plan_needs(name: str) -> None:
     assert not profile.is_gpu or {"w4-entropy", "lossless"} <= {rate.format for rate in profile.unpack if rate.place == "host"}
     # The processor reads its memory no slower than it attends.
     decode = [rate for rate in profile.attention if rate.kind == "decode"]
-    assert all(rate.rate.value <= (profile.device_read if rate.place == "device" else profile.host_read).value for rate in decode)
+    assert all(
+        rate.rate.value <= (profile.device_read if rate.place == "device" else profile.host_read).value for rate in decode
+    )
 
 
 def test_the_t4_is_the_papers_machine() -> None:
@@ -177,3 +181,14 @@ def test_the_t4_is_the_papers_machine() -> None:
     assert found == {("device", "prefill"): 9.97e12, ("device", "decode"): 79e9, ("host", "decode"): 12.3e9}
     assert named_profile("h200").memory["device"] == 139 * 2**30
     assert named_profile("laptop-8gib").memory["host"] == 8 * 2**30
+
+
+def test_two_profiles_are_compared_by_what_both_have() -> None:
+    first = named_profile("t4")
+    names = [each.name for each in named_rates(first)]
+    assert len(set(names)) == len(names) == 6 + 2 + 5 + 8 + 2 + 1
+    second = replace(first, disk_read=Rate(2.19e9), disk_write=Rate(0.89e9), operation_seconds=60e-6, host_to_device=None)
+    assert moved_rates(first, first) == {}
+    expected = {"disk, direct write": 0.89, "fixed time of another operation": 1.2}
+    assert moved_rates(first, second) == pytest.approx(expected)
+    assert "disk, direct read" in moved_rates(first, second, by=0.09)

@@ -36,7 +36,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         calls.append("machine")
         return LAPTOP
 
-    def measure_subject(machine: MachineProfile, device: object, subject: Subject, say: Callable[[str], None]) -> MachineProfile:
+    def measure_subject(
+        machine: MachineProfile, device: object, subject: Subject, say: Callable[[str], None]
+    ) -> MachineProfile:
         calls.append(subject.signature)
         return replace(machine, layers=(LAYER,))
 
@@ -126,7 +128,7 @@ def test_the_command_prints_a_table_and_writes_a_file(
     assert lines[0].endswith("2026-11-29")
     assert lines[1] == "memory: device 8.00 GiB, host 8.00 GiB, disk 465.66 GiB"
     assert "products, float32, 512 tokens 140.00 GFLOP/s 0%" in [" ".join(line.split()) for line in lines]
-    assert "layer, decode row of 64, float32, packed 2.00 ms 25%" in [" ".join(line.split()) for line in lines]
+    assert "layer m, float32, decode row of 64, packed 2.00 ms 25%" in [" ".join(line.split()) for line in lines]
     assert progress.splitlines()[0].startswith("measuring this machine, once")
     assert read_profile(out).layers == (LAYER,)
     assert (tmp_path / "disk").is_dir()
