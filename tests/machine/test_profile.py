@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ PROFILES = st.builds(
     unpack=some(st.builds(UnpackRate, PLACES, TEXT, RATES, TEXT)),
     call_seconds=st.dictionaries(KINDS, NUMBER),
     operation_seconds=NUMBER,
-    layers=some(st.builds(LayerTime, TEXT, TEXT, KINDS, COUNT, POSITIVE, NUMBER, st.booleans(), NUMBER)),
+    layers=some(st.builds(LayerTime, TEXT, TEXT, KINDS, COUNT, POSITIVE, NUMBER, st.booleans(), NUMBER, NUMBER)),
 )
 SMALLEST: dict[str, Any] = {
     **dict.fromkeys(("name", "date", "source", "device"), "x"),
@@ -192,3 +192,14 @@ def test_two_profiles_are_compared_by_what_both_have() -> None:
     expected = {"disk, direct write": 0.89, "fixed time of another operation": 1.2}
     assert moved_rates(first, second) == pytest.approx(expected)
     assert "disk, direct read" in moved_rates(first, second, by=0.09)
+
+
+def test_the_page_shows_a_profile_that_is_valid_and_names_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```json\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    assert from_json(example).threads == 8
+    named = {
+        field.name for each in (MachineProfile, LayerTime, UnpackRate, AttentionRate, ProductRate) for field in fields(each)
+    }
+    assert [name for name in sorted(named) if f"`{name}`" not in page and f'"{name}"' not in page] == []
+    assert [name for name in profile_names() if f"`{name}`" not in page] == []
