@@ -40,10 +40,10 @@ def _in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures little, for a short time."""
     monkeypatch.setattr(rounds, "ROUND_SECONDS", 1e-4)
     monkeypatch.setattr(disk_rate, "SECONDS", 0.005)
-    for name, value in {"PIECE": 2**14, "BUFFERS": 2}.items():
-        monkeypatch.setattr(disk_rate, name, value)
-    for sizes, value in ((rates.READ_BYTES, 2**18), (measure_products.MOST_OPERATIONS, 1e6)):
-        monkeypatch.setitem(sizes, "cpu", value)  # type: ignore[arg-type]
+    monkeypatch.setattr(disk_rate, "PIECE", 2**14)
+    monkeypatch.setattr(disk_rate, "BUFFERS", 2)
+    monkeypatch.setitem(rates.READ_BYTES, "cpu", 2**18)
+    monkeypatch.setitem(measure_products.MOST_OPERATIONS, "cpu", 1e6)
     monkeypatch.setitem(measure_attention.DECODE_NUMBERS, "cpu", 2**17)
     monkeypatch.setitem(measure_unpack.NUM_TARGETS, "cpu", 2)
     monkeypatch.setattr(measure_unpack, "SHAPE", (128, 128))
