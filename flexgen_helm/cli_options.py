@@ -148,9 +148,7 @@ def add_profile_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is measured").add_argument
     add("--model", type=parse_model, metavar="M", help="measure at this model's sizes, and its layers; a config is enough")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add(
-        "--dtype", default="auto", choices=dtypes, help="dtype of the model (auto: the checkpoint's on a GPU, float32 on a CPU)"
-    )
+    add("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
     add("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     add("--offload-folder", type=Path, metavar="DIR", help="folder on the disk to measure (default: the cache folder)")
     add = parser.add_argument_group("result").add_argument

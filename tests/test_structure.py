@@ -32,12 +32,15 @@ WITHOUT_TORCH = (
     "schedule.single",
     "schedule.dependencies",
     "kv_cache.pages",
+    "machine.profile_file",
+    "machine.named_rates",
     "attention.visits",
     "attention.row_pages",
     "policy.memory_plan",
     "policy.bound",
     "policy.capacity",
     "policy.planner.simulate",
+    "policy.planner.signature",
 )
 """What HELM lists, and what a cost model or a simulator of schedules imports."""
 MOST_LINES = 400
