@@ -29,8 +29,8 @@ from flexgen_helm.memory.workspaces import make_workspaces
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.capacity import Capacity
 from flexgen_helm.policy.memory_plan import MemoryPlan
-from flexgen_helm.policy.planner.choice import Choice
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, log_choice, make_rows
+from flexgen_helm.runtime.automatic import Automatic
 from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.fitting.fit import FittedModel, fit
 from flexgen_helm.runtime.free_space import free_space, make_folder
@@ -80,7 +80,7 @@ class Parts:
     """See `EngineInfo`."""
     fitted: FittedModel | None = None
     """The quantised model; None: weights are not compressed."""
-    choice: Choice | None = None
+    automatic: Automatic | None = None
     """What the search of a policy found; None: nothing was searched."""
     held: ExitStack = field(default_factory=ExitStack)
     """What is released when the engine is closed, after the executor."""
@@ -166,7 +166,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         meter=meter,
         released_dtype=blueprint.source.released_dtype,
         fitted=blueprint.fitted,
-        choice=blueprint.choice,
+        automatic=blueprint.automatic,
     )
 
 
@@ -204,7 +204,7 @@ def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Pat
         weights, folder, fitted = _fit(source, options, options.compression, write_text)
         places = SlabPlaces(weights, folder)
     try:
-        planned = plan_engine(whole, options, kv_dtype, places, fitted)
+        planned = plan_engine(source, options, kv_dtype, places, fitted)
     except BaseException:
         if fitted is not None:
             fitted.slabs.close()
@@ -221,7 +221,7 @@ def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Pat
         formats=planned.formats,
         plan=planned.memory,
         weights=weights,
-        choice=planned.choice,
+        automatic=planned.automatic,
         folder=places.folder("lossless" if planned.policy.slab_coding == "lossless" else "plain"),
         meter=Meter(options.device.torch_device),
     )

@@ -21,10 +21,10 @@ from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.model.layers import layer_kinds, layers_of, refuse_shared_layers
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.memory_plan import MemoryPlan
-from flexgen_helm.policy.planner.choice import Choice
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import own_head
 from flexgen_helm.rows.choice import CheckedModel, KindChoice, Passed, check_model
+from flexgen_helm.runtime.automatic import Automatic
 from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.runtime.fitting.packing import PackedLayers
 from flexgen_helm.runtime.offload import Offloader
@@ -64,7 +64,7 @@ class Blueprint:
     meter: Meter
     fitted: FittedModel | None = None
     """The quantised model; None: weights are not compressed."""
-    choice: Choice | None = None
+    automatic: Automatic | None = None
     """What the search of a policy found; None: nothing was searched."""
 
 

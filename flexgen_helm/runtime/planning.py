@@ -10,15 +10,15 @@ import torch
 from transformers import PreTrainedModel
 
 from flexgen_helm.errors import PolicyError
+from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.policy.attention_place import attention_place
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
-from flexgen_helm.policy.planner.choice import Choice
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import shapes_of
 from flexgen_helm.policy.space import Space
-from flexgen_helm.runtime.automatic import automatic_policy
+from flexgen_helm.runtime.automatic import Automatic, automatic_policy
 from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.runtime.free_space import measure_space, whole_machine
@@ -38,22 +38,22 @@ class EnginePlan:
         formats: Slab formats of the layers, and of the output head if it has weights of its own.
         policy: Policy with the place of attention and the coding of slabs.
         memory: Plan of memory.
-        choice: What the search for the workload found; None: nothing was searched.
+        automatic: What the search for the workload found; None: nothing was searched.
     """
 
     formats: Mapping[int, SlabFormat]
     policy: ResolvedPolicy
     memory: MemoryPlan
-    choice: Choice | None = None
+    automatic: Automatic | None = None
 
 
 def plan_engine(
-    whole: PreTrainedModel, options: EngineOptions, kv_dtype: torch.dtype, places: SlabPlaces, fitted: FittedModel | None
+    source: ModelSource, options: EngineOptions, kv_dtype: torch.dtype, places: SlabPlaces, fitted: FittedModel | None
 ) -> EnginePlan:
     """Plan an engine.
 
     Args:
-        whole: The model on the meta device.
+        source: The model.
         options: Options of the user.
         kv_dtype: Dtype in which K and V are stored.
         places: Folders of slabs.
@@ -62,6 +62,7 @@ def plan_engine(
     Raises:
         PolicyError: If the plan needs more memory than may be used, or the policy asks for something impossible.
     """
+    whole = source.empty
     formats: Mapping[int, SlabFormat] = plain_formats(whole)
     shapes = shapes_of(whole, formats, kv_dtype, options.cache_format)
     policy = _with_place(resolved(options.asked, options.device), shapes, options)
@@ -75,11 +76,13 @@ def plan_engine(
             assert options.compression is not None
             formats, scheme = fitted.formats, options.compression.weight_scheme
             shapes = shapes_of(whole, formats, kv_dtype, options.cache_format, weight_format=scheme)
-    policy, choice = automatic_policy(shapes, policy, space, options)
+    automatic = automatic_policy(source, shapes, policy, space, options)
+    if automatic is not None:
+        policy = replace(automatic.choice.policy, slab_coding=policy.slab_coding)
     if fitted is None and policy.slab_coding != "plain":
-        return replace(_coded_plan(whole, options, shapes, policy, places), choice=choice)
+        return replace(_coded_plan(whole, options, shapes, policy, places), automatic=automatic)
     policy = replace(policy, slab_coding="plain")
-    return EnginePlan(formats, policy, MemoryPlan.of(shapes, policy, space, options.asked), choice)
+    return EnginePlan(formats, policy, MemoryPlan.of(shapes, policy, space, options.asked), automatic)
 
 
 def _coded_plan(
