@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.loading.assembly import FEW_TOKENS
-from flexgen_helm.memory.slab import SlabFormat
+from flexgen_helm.memory.slab import Plain, SlabFormat
 from flexgen_helm.model.layers import layers_of, num_layers_of_every_kind
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
 from flexgen_helm.policy.roofline import layer_sizes
@@ -71,6 +71,12 @@ def shapes_of(
         weight_format=weight_format,
         kv_format=cache.name or str(kv_dtype).removeprefix("torch."),
     )
+
+
+def plain_formats(model: PreTrainedModel) -> dict[int, SlabFormat]:
+    """Return uncompressed slab formats by unit number, for the layers and an output head with weights of its own."""
+    units = [*layers_of(model), *filter(None, [own_head(model)])]
+    return {j: Plain.of(unit) for j, unit in enumerate(units)}
 
 
 def own_head(model: PreTrainedModel) -> nn.Module | None:

@@ -30,10 +30,9 @@ from flexgen_helm.policy.measure_attention import Heads
 from flexgen_helm.policy.measure_products import layer_matrices
 from flexgen_helm.policy.planner.signature import signature
 from flexgen_helm.policy.row_sizes import resolved
-from flexgen_helm.policy.shapes_of_model import setting, shapes_of
+from flexgen_helm.policy.shapes_of_model import plain_formats, setting, shapes_of
 from flexgen_helm.rows.layer_times import MeasuredModel, layer_times
 from flexgen_helm.runtime.free_space import make_folder
-from flexgen_helm.runtime.load_model import plain_formats
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.types import Policy, ResolvedPolicy
 

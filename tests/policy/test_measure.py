@@ -26,9 +26,8 @@ from flexgen_helm.policy.measure_attention import Heads
 from flexgen_helm.policy.measure_products import layer_matrices, product_rates
 from flexgen_helm.policy.planner.signature import signature
 from flexgen_helm.policy.row_sizes import resolved
-from flexgen_helm.policy.shapes_of_model import shapes_of
+from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
 from flexgen_helm.rows.layer_times import MeasuredModel, layer_times
-from flexgen_helm.runtime.load_model import plain_formats
 from flexgen_helm.types import Policy
 
 OWN_MEMORY = Device(torch.device("cpu"), own_memory=True)
