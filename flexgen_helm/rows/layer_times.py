@@ -115,7 +115,7 @@ def _time_row(measured: MeasuredModel, rows: PackedRows, row: Row, device: Devic
     with torch.inference_mode():
         rows.reserve(Sweep([row], {"exact": PageStorage(PageCounts(num_pages))}))
         rows.record(row)
-        found.record = [_time(lambda: rows.record(row), device) for _ in range(RECORD_ROUNDS)]
+        found.record = [_time(lambda: rows.record(row), device, 1) for _ in range(RECORD_ROUNDS)]
         recording = rows.record(row)
         hidden, stop = recording.hidden, time.perf_counter() + MOST_SECONDS
         most = ROUNDS if cold else FAST_ROUNDS
@@ -144,13 +144,13 @@ def _time_layer(rows: PackedRows, j: int, recording: PackedRecording, device: De
         rows.replay(j, recording)
         rows.store_cache(j, recording)
 
-    return _time(compute, device)
+    return _time(compute, device, torch.get_num_threads())
 
 
-def _time(work: Callable[[], object], device: Device) -> Times:
+def _time(work: Callable[[], object], device: Device, threads: int) -> Times:
     if device.is_gpu:
         torch.cuda.synchronize(device.torch_device)
-    return time_of(work, 1, device.torch_device, torch.get_num_threads())
+    return time_of(work, 1, device.torch_device, threads)
 
 
 def _prefill_row(policy: ResolvedPolicy) -> Row:
