@@ -43,12 +43,15 @@ def named_rates(profile: MachineProfile) -> Iterator[NamedRate]:
         target = f" to {unpack.dtype}" if unpack.dtype else ""
         yield NamedRate(f"unpacking {unpack.format}{target}, {unpack.place}", "B/s", unpack.rate)
     for kind, seconds in profile.call_seconds.items():
-        yield NamedRate(f"fixed time of a layer call, {kind} row", "s", Rate(seconds))
-    yield NamedRate("fixed time of another operation", "s", Rate(profile.operation_seconds))
+        rate = Rate(seconds, processor=profile.processor_call_seconds.get(kind, 0.0))
+        yield NamedRate(f"fixed time of a layer call, {kind} row", "s", rate)
+    operation = Rate(profile.operation_seconds, processor=profile.processor_operation_seconds)
+    yield NamedRate("fixed time of another operation", "s", operation)
     for layer in profile.layers:
         packed = ", packed" if layer.packed else ""
         name = f"layer {layer.model}, {layer.dtype}, {layer.kind} row of {layer.tokens}{packed}"
-        yield NamedRate(name, "s", Rate(layer.seconds, layer.spread))
+        processor = layer.processor.seconds if layer.processor is not None else 0.0
+        yield NamedRate(name, "s", Rate(layer.seconds, layer.spread, processor))
 
 
 def moved_rates(first: MachineProfile, second: MachineProfile, *, by: float = 0.1) -> dict[str, float]:

@@ -7,7 +7,7 @@ a field says otherwise. A field that is None was not measured, and whatever need
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flexgen_helm.types import Tier
@@ -25,10 +25,12 @@ class Rate:
     Attributes:
         value: The median of the rounds.
         spread: Difference between the largest and the smallest round, over the median.
+        processor: The median by processor time, which is nearer to an idle machine where others work too; 0: not measured.
     """
 
     value: float
     spread: float = 0.0
+    processor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,15 @@ class UnpackRate:
 
 
 @dataclass(frozen=True)
+class ProcessorSeconds:
+    """Processor time of each of the threads for what a `LayerTime` says, which is nearer to an idle machine."""
+
+    seconds: float
+    next_seconds: float
+    record_seconds: float
+
+
+@dataclass(frozen=True)
 class LayerTime:
     """Time of one layer of a real model for one whole row whose tokens attend to their own chunk only, weights in place.
 
@@ -99,6 +110,7 @@ class LayerTime:
         packed: As in `ProductRate`.
         next_seconds: The same right behind such a row, with what is left of the weights in caches; 0: not measured.
         record_seconds: Time of recording such a row, once a sweep; 0: not measured.
+        processor: The same by processor time; None: not measured.
     """
 
     model: str
@@ -110,6 +122,7 @@ class LayerTime:
     packed: bool = False
     next_seconds: float = 0.0
     record_seconds: float = 0.0
+    processor: ProcessorSeconds | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +150,8 @@ class MachineProfile:
         unpack: Unpacking.
         call_seconds: Fixed time of a layer call on the device, by kind of row: dispatch, launches, waits.
         operation_seconds: Fixed time of any other operation of a sweep in the executor.
+        processor_call_seconds: `call_seconds` by processor time; empty: not measured.
+        processor_operation_seconds: `operation_seconds` by processor time; 0: not measured.
         layers: Times of layers of real models; where one fits, it replaces what the rates say.
     """
 
@@ -160,4 +175,27 @@ class MachineProfile:
     unpack: tuple[UnpackRate, ...] = ()
     call_seconds: Mapping[RowKind, float] = field(default_factory=dict)
     operation_seconds: float = 0.0
+    processor_call_seconds: Mapping[RowKind, float] = field(default_factory=dict)
+    processor_operation_seconds: float = 0.0
     layers: tuple[LayerTime, ...] = ()
+
+    def by_processor_time(self) -> MachineProfile:
+        """Return the profile with what was measured by processor time in place of the clock on the wall; else it stays.
+
+        It predicts the processor time of a run, and the time of a run on a machine where nothing else works.
+        """
+        return replace(
+            self,
+            device_read=_by_processor(self.device_read),
+            host_read=_by_processor(self.host_read),
+            products=tuple(replace(each, rate=_by_processor(each.rate)) for each in self.products),
+            attention=tuple(replace(each, rate=_by_processor(each.rate)) for each in self.attention),
+            unpack=tuple(replace(each, rate=_by_processor(each.rate)) for each in self.unpack),
+            call_seconds=self.processor_call_seconds or self.call_seconds,
+            operation_seconds=self.processor_operation_seconds or self.operation_seconds,
+            layers=tuple(replace(each, **vars(each.processor)) if each.processor else each for each in self.layers),
+        )
+
+
+def _by_processor(rate: Rate) -> Rate:
+    return replace(rate, value=rate.processor or rate.value)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ def measure_machine(device: Device, folder: Path, say: Say) -> MachineProfile:
     say(f"disk of {folder}")
     found["disk_read"], found["disk_write"] = disk_read_write(folder)
     say("operations")
+    operation = operation_seconds(device)
     ram = total_bytes(CPU.torch_device)
     machine = environment(where)
     profile = MachineProfile(
@@ -85,7 +87,8 @@ def measure_machine(device: Device, folder: Path, say: Say) -> MachineProfile:
         is_gpu=device.is_gpu,
         threads=torch.get_num_threads(),
         memory={"device": total_bytes(where), "host": ram, "disk": free_disk_bytes(folder)},
-        operation_seconds=operation_seconds(device).value,
+        operation_seconds=median(operation.wall),
+        processor_operation_seconds=median(operation.processor) if operation.processor else 0.0,
         **found,
     )
     shapes = LayerShapes(STANDARD_SHAPES, Heads(), STANDARD_TOKENS[where.type])

@@ -15,7 +15,7 @@ from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.kv_cache.cache_format import CacheFormat
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, PageCounts, PageStorage, num_pages
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PageCounts, PageStorage, num_pages
 from flexgen_helm.machine.profile import AttentionRate, Place, RowKind
 from flexgen_helm.machine.rates import random_numbers
 from flexgen_helm.machine.rounds import rate_of, seconds_of
@@ -27,7 +27,7 @@ KEY = CacheKey(0, 0)
 DECODE_NUMBERS = {"cpu": 2**23, "cuda": 2**28}
 """By type of device: numbers of K and of V each that a decode row reads, about: more than caches hold."""
 DECODE_TOKENS = 16 * CHUNK_TOKENS - 1
-"""Tokens of each sequence of a decode row behind its last whole chunk but one, which is read in its sealed form."""
+"""Position of the token of each sequence of a decode row: the last one of its sixteenth chunk."""
 PREFILL_START = 8 * CHUNK_TOKENS
 """Tokens in front of those of a prefill row."""
 
@@ -134,6 +134,3 @@ class _Row:
 def _three(found: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = found
     return q, k, v
-
-
-assert DECODE_TOKENS // PAGE_TOKENS < 16 * CHUNK_PAGES

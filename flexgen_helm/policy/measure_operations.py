@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.execution.overlapped import OverlappedExecutor
-from flexgen_helm.machine.profile import Rate
-from flexgen_helm.machine.rounds import median_of, seconds_of
+from flexgen_helm.machine.rounds import Rounds, seconds_of
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.schedule.operations import sweep_operations
@@ -19,8 +18,8 @@ from flexgen_helm.schedule.rows import Row, Sweep
 NUM_LAYERS, NUM_ROWS = 32, 4
 
 
-def operation_seconds(device: Device) -> Rate:
-    """Return the seconds of an operation; a rate only by its spread.
+def operation_seconds(device: Device) -> Rounds:
+    """Return the seconds of an operation in each round.
 
     Args:
         device: The device.
@@ -28,10 +27,12 @@ def operation_seconds(device: Device) -> Rate:
     executor = OverlappedExecutor(_NothingToCompute(), head_slice=1, meter=Meter(device.torch_device))
     sweep = Sweep([Row("decode", 1) for _ in range(NUM_ROWS)])
     count = sum(1 for _ in sweep_operations("zigzag", NUM_LAYERS, NUM_ROWS, streamed=frozenset(), num_slots=0))
-    seconds = seconds_of(
-        lambda: executor.run(sweep, lambda requests, logits: None, lambda operation: None), device.torch_device
-    )
-    return median_of([each / count for each in seconds])
+
+    def run() -> None:
+        executor.run(sweep, lambda requests, logits: None, lambda operation: None)
+
+    rounds = seconds_of(run, device.torch_device, threads=1)
+    return Rounds([each / count for each in rounds.wall], [each / count for each in rounds.processor])
 
 
 @dataclass

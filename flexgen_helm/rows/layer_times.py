@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PageCounts, PageStorage
-from flexgen_helm.machine.profile import LayerTime
+from flexgen_helm.machine.profile import LayerTime, ProcessorSeconds
 from flexgen_helm.machine.rates import much_memory
-from flexgen_helm.machine.rounds import ROUNDS, median_of
+from flexgen_helm.machine.rounds import ROUNDS, median_of, time_of
 from flexgen_helm.memory.device import Device
 from flexgen_helm.model.linear import PackedLinear
 from flexgen_helm.model.recorder import RecordedModel
@@ -20,6 +21,8 @@ from flexgen_helm.rows.packed import PackedRecording, PackedRows
 from flexgen_helm.schedule.rows import Row, Segment, Sweep, pack_decode, pack_prefill
 from flexgen_helm.types import ResolvedPolicy
 
+Times = tuple[float, float]
+"""Seconds by the clock on the wall, and processor time over the number of threads."""
 MOST_SECONDS = 3.0
 """No round begins later than so long behind the first one."""
 RECORD_ROUNDS = 3
@@ -68,7 +71,10 @@ def layer_times(measured: MeasuredModel, policy: ResolvedPolicy, device: Device,
         try:
             for row in (_prefill_row(policy), _decode_row(policy)):
                 found = _time_row(measured, rows, row, device, cold=cold)
-                first = median_of(found.first)
+                first = median_of([wall for wall, _ in found.first])
+                seconds = [
+                    [median(each) for each in zip(*part, strict=True)] for part in (found.first, found.next, found.record)
+                ]
                 yield LayerTime(
                     measured.signature,
                     str(model.model.dtype).removeprefix("torch."),
@@ -77,8 +83,9 @@ def layer_times(measured: MeasuredModel, policy: ResolvedPolicy, device: Device,
                     first.value,
                     first.spread,
                     is_packed,
-                    median_of(found.next).value,
-                    median_of(found.record).value,
+                    seconds[1][0],
+                    seconds[2][0],
+                    None if device.is_gpu else ProcessorSeconds(*(by_processor for _, by_processor in seconds)),
                 )
         finally:
             rows.close()
@@ -86,7 +93,7 @@ def layer_times(measured: MeasuredModel, policy: ResolvedPolicy, device: Device,
 
 @dataclass
 class _RowTimes:
-    """Seconds of a row in each round.
+    """Seconds of a row in each round, by the clock on the wall and by processor time.
 
     Attributes:
         record: Of recording it.
@@ -94,9 +101,9 @@ class _RowTimes:
         next: Of the same right behind.
     """
 
-    record: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
-    next: list[float] = field(default_factory=list)
+    record: list[Times] = field(default_factory=list)
+    first: list[Times] = field(default_factory=list)
+    next: list[Times] = field(default_factory=list)
 
 
 def _time_row(measured: MeasuredModel, rows: PackedRows, row: Row, device: Device, *, cold: bool) -> _RowTimes:
@@ -108,44 +115,42 @@ def _time_row(measured: MeasuredModel, rows: PackedRows, row: Row, device: Devic
     with torch.inference_mode():
         rows.reserve(Sweep([row], {"exact": PageStorage(PageCounts(num_pages))}))
         rows.record(row)
-        found.record = [_time(lambda: rows.record(row), device) for _ in range(RECORD_ROUNDS)]
+        found.record = [_time(lambda: rows.record(row), device, 1) for _ in range(RECORD_ROUNDS)]
         recording = rows.record(row)
         hidden, stop = recording.hidden, time.perf_counter() + MOST_SECONDS
         most = ROUNDS if cold else FAST_ROUNDS
         while len(found.first) <= most and (not found.first or time.perf_counter() < stop):
-            first = following = 0.0
+            first, following = list[Times](), list[Times]()
             recording.hidden = hidden
-            for j, share in enumerate(shares):
+            for j in range(rows.num_layers):
                 if others is not None:
                     others.sum()
-                first += share * _time_layer(rows, j, recording, device)
-                following += share * _time_layer(rows, j, recording, device)
-            found.first.append(first)
-            found.next.append(following)
+                first.append(_time_layer(rows, j, recording, device))
+                following.append(_time_layer(rows, j, recording, device))
+            found.first.append(_mean(first, shares))
+            found.next.append(_mean(following, shares))
     # The first round plans attention, and allocates.
     return found if len(found.first) == 1 else _RowTimes(found.record, found.first[1:], found.next[1:])
 
 
-def _time_layer(rows: PackedRows, j: int, recording: PackedRecording, device: Device) -> float:
+def _mean(times: list[Times], shares: Sequence[float]) -> Times:
+    wall, processor = (sum(s * x for s, x in zip(shares, part, strict=True)) for part in zip(*times, strict=True))
+    return wall, processor
+
+
+def _time_layer(rows: PackedRows, j: int, recording: PackedRecording, device: Device) -> Times:
     def compute() -> None:
         rows.load_cache(j, recording)
         rows.replay(j, recording)
         rows.store_cache(j, recording)
 
-    return _time(compute, device)
+    return _time(compute, device, torch.get_num_threads())
 
 
-def _time(work: Callable[[], object], device: Device) -> float:
-    _wait(device)
-    begun = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - begun
-
-
-def _wait(device: Device) -> None:
+def _time(work: Callable[[], object], device: Device, threads: int) -> Times:
     if device.is_gpu:
         torch.cuda.synchronize(device.torch_device)
+    return time_of(work, 1, device.torch_device, threads)
 
 
 def _prefill_row(policy: ResolvedPolicy) -> Row:

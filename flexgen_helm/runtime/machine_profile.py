@@ -150,7 +150,12 @@ def _measure_machine(device: Device, folder: Path, say: Say) -> MachineProfile:
         num_hidden_layers=2,
     )
     calls = _layer_times(config, torch.float32, device, policy, "tiny", cold=False)
-    return replace(profile, call_seconds={found.kind: found.seconds for found in reversed(calls)})
+    by_processor = {found.kind: found.processor.seconds for found in reversed(calls) if found.processor is not None}
+    return replace(
+        profile,
+        call_seconds={found.kind: found.seconds for found in reversed(calls)},
+        processor_call_seconds=by_processor,
+    )
 
 
 def _measure_subject(machine: MachineProfile, device: Device, subject: Subject, say: Say) -> MachineProfile:

@@ -9,7 +9,7 @@ from pathlib import Path
 from flexgen_helm.compression.config import resolve
 from flexgen_helm.loading.named_configs import named_config
 from flexgen_helm.loading.source import ModelSource, open_dummy, open_without_weights
-from flexgen_helm.machine.named_rates import NamedRate, named_rates
+from flexgen_helm.machine.named_rates import named_rates
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.machine.profile_file import to_json, write_profile
 from flexgen_helm.memory.amounts import gib
@@ -50,22 +50,25 @@ def table(profile: MachineProfile) -> list[str]:
     memory = ", ".join(f"{tier} {gib(profile.memory[tier])}" for tier in TIERS)
     rates = list(named_rates(profile))
     width = max(len(each.name) for each in rates)
-    lines = [f"{each.name:{width}} {_value(each):>14} {each.rate.spread:6.0%}" for each in rates]
+    lines = [
+        f"{each.name:{width}} {_value(each.rate.value, each.unit):>14} {each.rate.spread:6.0%}"
+        f" {_value(each.rate.processor, each.unit) if each.rate.processor else '':>18}".rstrip()
+        for each in rates
+    ]
     return [
         f"{profile.name}, {profile.threads} threads: {profile.source}, {profile.date}",
         f"memory: {memory}",
         *([f"link, both directions at once: {profile.duplex:.2f} of their sum"] if profile.own_memory else []),
-        f"{'':{width}} {'median':>14} spread",
+        f"{'':{width}} {'median':>14} spread  by processor time",
         *lines,
     ]
 
 
-def _value(each: NamedRate) -> str:
-    value = each.rate.value
-    if each.unit == "s":
+def _value(value: float, unit: str) -> str:
+    if unit == "s":
         return _seconds(value)
     prefix, factor = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
-    return f"{value / factor:.2f} {prefix}{each.unit}"
+    return f"{value / factor:.2f} {prefix}{unit}"
 
 
 def _seconds(seconds: float) -> str:

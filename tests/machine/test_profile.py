@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.machine.named_rates import moved_rates, named_rates
-from flexgen_helm.machine.profile import AttentionRate, LayerTime, MachineProfile, ProductRate, Rate, UnpackRate
+from flexgen_helm.machine.profile import (
+    AttentionRate,
+    LayerTime,
+    MachineProfile,
+    ProcessorSeconds,
+    ProductRate,
+    Rate,
+    UnpackRate,
+)
 from flexgen_helm.machine.profile_file import (
     from_json,
     named_profile,
@@ -26,8 +34,9 @@ from flexgen_helm.machine.profile_file import (
 from flexgen_helm.types import TIERS
 
 POSITIVE, NUMBER, COUNT = st.floats(1e-9, 1e18), st.floats(0, 1e18), st.integers(1, 2**20)
-RATES, TEXT = st.builds(Rate, POSITIVE, NUMBER), st.text(max_size=12)
+RATES, TEXT = st.builds(Rate, POSITIVE, NUMBER, NUMBER), st.text(max_size=12)
 KINDS, PLACES = st.sampled_from(["prefill", "decode"]), st.sampled_from(["device", "host"])
+PROCESSOR = st.builds(ProcessorSeconds, POSITIVE, NUMBER, NUMBER)
 
 
 def some(member: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -53,7 +62,11 @@ PROFILES = st.builds(
     unpack=some(st.builds(UnpackRate, PLACES, TEXT, RATES, TEXT)),
     call_seconds=st.dictionaries(KINDS, NUMBER),
     operation_seconds=NUMBER,
-    layers=some(st.builds(LayerTime, TEXT, TEXT, KINDS, COUNT, POSITIVE, NUMBER, st.booleans(), NUMBER, NUMBER)),
+    processor_call_seconds=st.dictionaries(KINDS, NUMBER),
+    processor_operation_seconds=NUMBER,
+    layers=some(
+        st.builds(LayerTime, TEXT, TEXT, KINDS, COUNT, POSITIVE, NUMBER, st.booleans(), NUMBER, NUMBER, st.none() | PROCESSOR)
+    ),
 )
 SMALLEST: dict[str, Any] = {
     **dict.fromkeys(("name", "date", "source", "device"), "x"),
@@ -203,3 +216,24 @@ def test_the_page_shows_a_profile_that_is_valid_and_names_every_field() -> None:
     }
     assert [name for name in sorted(named) if f"`{name}`" not in page and f'"{name}"' not in page] == []
     assert [name for name in profile_names() if f"`{name}`" not in page] == []
+
+
+def test_processor_time_takes_the_place_of_the_clock_where_it_was_measured() -> None:
+    busy = Rate(1e9, 0.5, 3e9)
+    layer = LayerTime("m", "float32", "decode", 4, 3.0, 0.1, False, 2.0, 1.0, ProcessorSeconds(1.5, 1.2, 0.5))
+    laptop = named_profile("laptop-8gib")
+    profile = replace(
+        laptop,
+        device_read=busy,
+        products=(ProductRate("float32", 4, busy), laptop.products[0]),
+        processor_operation_seconds=1e-6,
+        layers=(layer, replace(layer, processor=None)),
+    )
+    found = profile.by_processor_time()
+    assert (found.device_read.value, found.host_read, found.disk_read) == (3e9, laptop.host_read, laptop.disk_read)
+    assert [each.rate.value for each in found.products] == [3e9, laptop.products[0].rate.value]
+    assert (found.operation_seconds, found.call_seconds) == (1e-6, laptop.call_seconds)
+    assert [(each.seconds, each.next_seconds, each.record_seconds) for each in found.layers] == [
+        (1.5, 1.2, 0.5),
+        (3.0, 2.0, 1.0),
+    ]

@@ -17,7 +17,7 @@ from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.machine import disk_rate, rates, rounds
 from flexgen_helm.machine.profile import LayerTime, Rate
 from flexgen_helm.machine.profile_file import from_json, to_json
-from flexgen_helm.machine.rounds import median_of, rate_of, seconds_of
+from flexgen_helm.machine.rounds import Rounds, median_of, rate_of, seconds_of
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy import measure, measure_attention, measure_products, measure_unpack
@@ -56,7 +56,8 @@ def _in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_median_and_spread_are_those_of_the_rounds() -> None:
     assert median_of([4.0, 1.0, 2.0]) == Rate(2.0, 1.5)
-    assert rate_of(8, [1.0, 2.0, 4.0]) == Rate(4.0, 1.5)
+    assert rate_of(8, Rounds([1.0, 2.0, 4.0])) == Rate(4.0, 1.5)
+    assert rate_of(8, Rounds([1.0, 2.0, 4.0], [1.0, 0.5, 1.0])) == Rate(4.0, 1.5, 8.0)
 
 
 def test_rounds_are_timed_behind_calls_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,8 +70,11 @@ def test_rounds_are_timed_behind_calls_that_warm_up(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.03)
     monkeypatch.setattr("flexgen_helm.machine.rounds.time.perf_counter", lambda: clock)
-    assert seconds_of(work, torch.device("cpu"), rounds=3) == pytest.approx([1e-3] * 3)
-    assert clock > 2 + 3 * 0.015
+    monkeypatch.setattr("flexgen_helm.machine.rounds.time.process_time", lambda: clock / 2)
+    found = seconds_of(work, torch.device("cpu"), threads=4)
+    assert found.wall == pytest.approx([1e-3] * rounds.ROUNDS)
+    assert found.processor == pytest.approx([1e-3 / 8] * rounds.ROUNDS)
+    assert clock > 2 + rounds.ROUNDS * 0.015
 
 
 def whole(config: LlamaConfig | MixtralConfig) -> ModelSource:
@@ -104,7 +108,7 @@ def test_products_are_counted_with_two_operations_for_each_token_and_weight(
     if library == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(measure_products, "faster_matmul", lambda device, dtype: library)
-    monkeypatch.setattr(measure_products, "seconds_of", lambda work, device: (work(), [0.5])[1])
+    monkeypatch.setattr(measure_products, "seconds_of", lambda work, device: (work(), Rounds([0.5]))[1])
     found = list(product_rates(torch.device("cpu"), torch.float32, [(256, 64), (64, 32)], (3, 5)))
     assert {rate.tokens: rate.rate.value for rate in found} == {n: 2 * n * (256 * 64 + 64 * 32) / 0.5 for n in (3, 5)}
     assert {rate.packed for rate in found} == {"torch": {False}, "onednn": {False, True}}[library]
@@ -127,7 +131,7 @@ def test_the_bytes_of_a_decode_row_are_those_that_its_plan_reads(
         return attend(self, plans, q, forms, **options)
 
     monkeypatch.setattr(decode.DecodeAttention, "attend", counted)
-    monkeypatch.setattr(measure_attention, "seconds_of", lambda work, device: (work(), [0.5])[1])
+    monkeypatch.setattr(measure_attention, "seconds_of", lambda work, device: (work(), Rounds([0.5]))[1])
     rate = measure_attention.decode_rate("device", CPU, name, (torch.float32, form), HEADS)
     assert rate.rate.value * 0.5 == read[0]
     assert (rate.place, rate.kind, rate.format) == ("device", "decode", name)
@@ -135,7 +139,7 @@ def test_the_bytes_of_a_decode_row_are_those_that_its_plan_reads(
 
 def test_the_operations_of_prompt_attention_are_those_of_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """160 tokens behind 1,024: 128 meet 9 chunks each, and 32 meet 10."""
-    monkeypatch.setattr(measure_attention, "seconds_of", lambda work, device: (work(), [2.0])[1])
+    monkeypatch.setattr(measure_attention, "seconds_of", lambda work, device: (work(), Rounds([2.0]))[1])
     rate = measure_attention.prefill_rate(CPU, torch.float32, 160, HEADS)
     assert rate.rate.value == 4 * (128 * 9 + 32 * 10) * 128 * 4 * 16 / 2
 

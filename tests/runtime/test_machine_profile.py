@@ -127,7 +127,7 @@ def test_the_command_prints_a_table_and_writes_a_file(
     assert lines[0].startswith("laptop-8gib, 4 threads: A laptop with 8 GiB")
     assert lines[0].endswith("2026-11-29")
     assert lines[1] == "memory: device 8.00 GiB, host 8.00 GiB, disk 465.66 GiB"
-    assert "products, float32, 512 tokens 140.00 GFLOP/s 0%" in [" ".join(line.split()) for line in lines]
+    assert "products, float32, 512 tokens 240.00 GFLOP/s 0%" in [" ".join(line.split()) for line in lines]
     assert "layer m, float32, decode row of 64, packed 2.00 ms 25%" in [" ".join(line.split()) for line in lines]
     assert progress.splitlines()[0].startswith("measuring this machine, once")
     assert read_profile(out).layers == (LAYER,)
