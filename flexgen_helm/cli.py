@@ -24,6 +24,7 @@ from flexgen_helm.cli_options import (
     add_model_options,
     add_observation_options,
     add_placement_options,
+    add_plan_options,
     add_profile_options,
     add_report_options,
     add_suite_options,
@@ -128,6 +129,13 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     )
     add_profile_options(profile)
     profile.set_defaults(run=_profile)
+    plan = commands.add_parser(
+        "plan",
+        help="choose a policy and predict a run",
+        description="Choose the policy under which a workload takes least time on a machine, and print what it will take.",
+    )
+    add_plan_options(plan)
+    plan.set_defaults(run=_plan)
     _add_comparisons(commands)
     return parser
 
@@ -173,6 +181,12 @@ def _profile(args: argparse.Namespace) -> int:
     from flexgen_helm.runtime.profile_command import run_profile
 
     return run_profile(args, _say)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from flexgen_helm.runtime.planning.command import run_plan
+
+    return run_plan(args, _say)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

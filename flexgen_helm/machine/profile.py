@@ -97,7 +97,8 @@ class LayerTime:
         seconds: Median of the rounds.
         spread: As in `Rate`.
         packed: As in `ProductRate`.
-        record_seconds: Time of recording such a row, once a sweep.
+        next_seconds: The same right behind such a row, with what is left of the weights in caches; 0: not measured.
+        record_seconds: Time of recording such a row, once a sweep; 0: not measured.
     """
 
     model: str
@@ -107,6 +108,7 @@ class LayerTime:
     seconds: float
     spread: float = 0.0
     packed: bool = False
+    next_seconds: float = 0.0
     record_seconds: float = 0.0
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,7 @@ from flexgen_helm.types import ResolvedPolicy
 
 MOST_SECONDS = 3.0
 """No round begins later than so long behind the first one."""
+RECORD_ROUNDS = 3
 FAST_ROUNDS = 40
 """Rounds where caches are left alone, which take a millisecond."""
 
@@ -63,60 +64,81 @@ def layer_times(measured: MeasuredModel, policy: ResolvedPolicy, device: Device,
             model.pack_weights((policy.gpu_batch_size, policy.gpu_batch_tokens))
             if not any(isinstance(module, PackedLinear) for layer in model.layers for module in layer.modules()):
                 return
-        cache = PagedCache(device=device)
-        rows = PackedRows(model, cache)
+        rows = PackedRows(model, PagedCache(device=device))
         try:
             for row in (_prefill_row(policy), _decode_row(policy)):
-                seconds, record_seconds = _time_row(measured, rows, row, device, cold=cold)
-                found = median_of(seconds)
+                found = _time_row(measured, rows, row, device, cold=cold)
+                first = median_of(found.first)
                 yield LayerTime(
                     measured.signature,
                     str(model.model.dtype).removeprefix("torch."),
                     row.kind,
                     row.size,
-                    found.value,
-                    found.spread,
+                    first.value,
+                    first.spread,
                     is_packed,
-                    record_seconds,
+                    median_of(found.next).value,
+                    median_of(found.record).value,
                 )
         finally:
             rows.close()
 
 
-def _time_row(measured: MeasuredModel, rows: PackedRows, row: Row, device: Device, *, cold: bool) -> tuple[list[float], float]:
-    """Return the seconds of a layer in each round, and those of recording the row."""
+@dataclass
+class _RowTimes:
+    """Seconds of a row in each round.
+
+    Attributes:
+        record: Of recording it.
+        first: Of a layer whose weights come from memory.
+        next: Of the same right behind.
+    """
+
+    record: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    next: list[float] = field(default_factory=list)
+
+
+def _time_row(measured: MeasuredModel, rows: PackedRows, row: Row, device: Device, *, cold: bool) -> _RowTimes:
     kinds, here = measured.kinds, measured.kinds[: rows.num_layers]
     shares = [kinds.count(kind) / len(kinds) / here.count(kind) for kind in here]
     num_pages = 1 + max(page for segment in row.segments for page in segment.table)
     others = much_memory(device.torch_device) if cold else None
-    found: list[float] = []
+    found = _RowTimes()
     with torch.inference_mode():
         rows.reserve(Sweep([row], {"exact": PageStorage(PageCounts(num_pages))}))
         rows.record(row)
-        _wait(device)
-        begun = time.perf_counter()
+        found.record = [_time(lambda: rows.record(row), device) for _ in range(RECORD_ROUNDS)]
         recording = rows.record(row)
-        _wait(device)
-        record_seconds = time.perf_counter() - begun
-        first, stop = recording.hidden, time.perf_counter() + MOST_SECONDS
+        hidden, stop = recording.hidden, time.perf_counter() + MOST_SECONDS
         most = ROUNDS if cold else FAST_ROUNDS
-        while len(found) <= most and (not found or time.perf_counter() < stop):
-            recording.hidden = first
-            total = 0.0
+        while len(found.first) <= most and (not found.first or time.perf_counter() < stop):
+            first = following = 0.0
+            recording.hidden = hidden
             for j, share in enumerate(shares):
                 if others is not None:
                     others.sum()
-                total += share * _time_layer(rows, j, recording, device)
-            found.append(total)
-    return found[1:] or found, record_seconds  # the first round plans attention, and allocates
+                first += share * _time_layer(rows, j, recording, device)
+                following += share * _time_layer(rows, j, recording, device)
+            found.first.append(first)
+            found.next.append(following)
+    # The first round plans attention, and allocates.
+    return found if len(found.first) == 1 else _RowTimes(found.record, found.first[1:], found.next[1:])
 
 
 def _time_layer(rows: PackedRows, j: int, recording: PackedRecording, device: Device) -> float:
+    def compute() -> None:
+        rows.load_cache(j, recording)
+        rows.replay(j, recording)
+        rows.store_cache(j, recording)
+
+    return _time(compute, device)
+
+
+def _time(work: Callable[[], object], device: Device) -> float:
     _wait(device)
     begun = time.perf_counter()
-    rows.load_cache(j, recording)
-    rows.replay(j, recording)
-    rows.store_cache(j, recording)
+    work()
     _wait(device)
     return time.perf_counter() - begun
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from flexgen_helm.compression.config import resolve
 from flexgen_helm.loading.named_configs import named_config
 from flexgen_helm.loading.source import ModelSource, open_dummy, open_without_weights
-from flexgen_helm.machine.profile import MachineProfile, Rate
+from flexgen_helm.machine.named_rates import NamedRate, named_rates
+from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.machine.profile_file import to_json, write_profile
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.device import Device, resolve_device
@@ -47,47 +48,24 @@ def run_profile(args: Namespace, say: Callable[[str], None]) -> int:
 def table(profile: MachineProfile) -> list[str]:
     """Return a profile as lines for a reader."""
     memory = ", ".join(f"{tier} {gib(profile.memory[tier])}" for tier in TIERS)
-    head = [
+    rates = list(named_rates(profile))
+    width = max(len(each.name) for each in rates)
+    lines = [f"{each.name:{width}} {_value(each):>14} {each.rate.spread:6.0%}" for each in rates]
+    return [
         f"{profile.name}, {profile.threads} threads: {profile.source}, {profile.date}",
         f"memory: {memory}",
-        f"{'rate':46} {'median':>12}  spread",
+        *([f"link, both directions at once: {profile.duplex:.2f} of their sum"] if profile.own_memory else []),
+        f"{'':{width}} {'median':>14} spread",
+        *lines,
     ]
-    return [*head, *(f"{name:46} {value:>12}  {spread}" for name, value, spread in _rows(profile))]
 
 
-def _rows(profile: MachineProfile) -> Iterator[tuple[str, str, str]]:
-    """Return names, medians and spreads."""
-    raw = {
-        "device memory, read": profile.device_read,
-        "host memory, read": profile.host_read,
-        "link to the device": profile.host_to_device,
-        "link to the host": profile.device_to_host,
-        "disk, direct read": profile.disk_read,
-        "disk, direct write": profile.disk_write,
-    }
-    yield from (_row(name, rate, "B/s") for name, rate in raw.items() if rate is not None)
-    if profile.host_to_device is not None:
-        yield "both directions of the link, share of their sum", f"{profile.duplex:.2f}", ""
-    for product in profile.products:
-        packed = ", packed" if product.packed else ""
-        yield _row(f"products, {product.dtype}, {product.tokens} tokens{packed}", product.rate, "FLOP/s")
-    for attention in profile.attention:
-        unit = "FLOP/s" if attention.kind == "prefill" else "B/s"
-        yield _row(f"{attention.kind} attention, {attention.format}, {attention.place}", attention.rate, unit)
-    for unpack in profile.unpack:
-        yield _row(f"unpacking {unpack.format} to {unpack.dtype}, {unpack.place}", unpack.rate, "B/s")
-    for kind, seconds in profile.call_seconds.items():
-        yield f"fixed time of a layer call, {kind} row", _seconds(seconds), ""
-    yield "fixed time of another operation", _seconds(profile.operation_seconds), ""
-    for layer in profile.layers:
-        packed = ", packed" if layer.packed else ""
-        name = f"layer, {layer.kind} row of {layer.tokens}, {layer.dtype}{packed}"
-        yield name, _seconds(layer.seconds), f"{layer.spread:.0%}"
-
-
-def _row(name: str, rate: Rate, unit: str) -> tuple[str, str, str]:
-    prefix, factor = ("T", 1e12) if rate.value >= 1e12 else ("G", 1e9)
-    return name, f"{rate.value / factor:.2f} {prefix}{unit}", f"{rate.spread:.0%}"
+def _value(each: NamedRate) -> str:
+    value = each.rate.value
+    if each.unit == "s":
+        return _seconds(value)
+    prefix, factor = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
+    return f"{value / factor:.2f} {prefix}{each.unit}"
 
 
 def _seconds(seconds: float) -> str:
