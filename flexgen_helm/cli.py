@@ -122,6 +122,13 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     add_placement_options(fidelity)
     add_fidelity_options(fidelity)
     fidelity.set_defaults(run=partial(_fidelity, load_engine=load_engine), few_requests=False)
+    _add_planning(commands)
+    _add_comparisons(commands)
+    return parser
+
+
+def _add_planning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that measure a machine and predict a run."""
     profile = commands.add_parser(
         "profile",
         help="measure this machine",
@@ -136,8 +143,6 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     )
     add_plan_options(plan)
     plan.set_defaults(run=_plan)
-    _add_comparisons(commands)
-    return parser
 
 
 def _add_comparisons(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from flexgen_helm.compression.config import CompressionConfig, resolve
 from flexgen_helm.errors import FlexGenError
@@ -22,6 +23,7 @@ from flexgen_helm.policy.planner.search.choose import Problem, choose_policy, de
 from flexgen_helm.policy.planner.search.gains import gains
 from flexgen_helm.policy.planner.search.variants import with_packed_weights
 from flexgen_helm.policy.planner.workload import Workload
+from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import shapes_of
 from flexgen_helm.policy.space import Space
 from flexgen_helm.runtime.building import cache_format_of
@@ -29,7 +31,6 @@ from flexgen_helm.runtime.free_space import GATHER_COPIES, GATHERED_BYTES, GPU_P
 from flexgen_helm.runtime.load_model import plain_formats
 from flexgen_helm.runtime.machine_profile import Subject, machine_profile
 from flexgen_helm.runtime.planning.text import Planned, as_json, lines
-from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.types import TIERS, Policy, Tier
 
 
@@ -44,9 +45,15 @@ def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
         FlexGenError: If the model or the profile cannot be read, or no policy fits.
     """
     name, compression = resolve(args.model)
-    source = open_source(args.config or name, args.dtype)
+    named = None if args.machine is None else named_profile(args.machine)
+    device = (
+        resolve_device(args.device)
+        if named is None
+        else Device(torch.device("cuda" if named.is_gpu else "cpu"), named.own_memory)
+    )
+    source = open_source(args.config or name, args.dtype, device)
     shapes = planned_shapes(source, compression)
-    profile = _profile(args, source, say)
+    profile = named or _measured(args, source, device, say)
     space = space_of(profile, parse_max_memory(args.max_memory))
     tiers: frozenset[Tier] = frozenset(tier for tier in TIERS if tier not in args.without)
     constraints = Constraints(args.max_latency, args.min_throughput, tiers, args.search_numerics)
@@ -65,17 +72,17 @@ def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
     return 0
 
 
-def open_source(model: str | Path, dtype: str) -> ModelSource:
+def open_source(model: str | Path, dtype: str, device: Device) -> ModelSource:
     """Open a model of which only the config is needed: a name, a folder, or a config file."""
-    device = resolve_device("cpu").torch_device
+    where = device.torch_device
     path = Path(model)
     if path.is_file():
         path = path.parent if path.name == "config.json" else path
         if path.is_file():
             raise FlexGenError(f"{model} is not a config.json. Give a folder that has one, or that file.")
     if path.is_dir() or named_config(str(model)) is not None:
-        return open_dummy(str(path if path.is_dir() else model), dtype=dtype, device=device)
-    return open_without_weights(str(model), dtype=dtype, device=device)
+        return open_dummy(str(path if path.is_dir() else model), dtype=dtype, device=where)
+    return open_without_weights(str(model), dtype=dtype, device=where)
 
 
 def planned_shapes(source: ModelSource, compression: CompressionConfig | None) -> ModelShapes:
@@ -98,10 +105,12 @@ def space_of(profile: MachineProfile, limits: dict[Tier, int]) -> Space:
     return Space(available, profile.own_memory, limits, is_gpu=profile.is_gpu, scratch_bytes=scratch)
 
 
-def _profile(args: Namespace, source: ModelSource, say: Callable[[str], None]) -> MachineProfile:
-    """Return the profile that was named, or this machine's, which is measured if it is not known yet."""
-    if args.machine is not None:
-        return named_profile(args.machine)
-    device: Device = resolve_device(args.device)
-    subject = Subject(replace(source, device=device.torch_device), resolved(args.policy, device))
+def _device_of(profile: MachineProfile) -> Device:
+    """Return a device of the profile's kind; it need not exist here."""
+    return Device(torch.device("cuda" if profile.is_gpu else "cpu"), profile.own_memory)
+
+
+def _measured(args: Namespace, source: ModelSource, device: Device, say: Callable[[str], None]) -> MachineProfile:
+    """Return the profile of this machine, which is measured if it is not known yet."""
+    subject = Subject(source, resolved(args.policy, device))
     return machine_profile(device, subject=subject, say=say, say_part=lambda part: say(f"  {part}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,7 @@ def _frontier(file: Path, points: Sequence[Prediction], choice: Choice) -> Path:
 def _timeline(file: Path, problem: Problem, choice: Choice) -> Path:
     plan = MemoryPlan.of(problem.shapes, choice.policy, problem.space)
     loads = sweep_loads(plan, problem.workload)
-    load = next(loads)
-    for _, load in zip(range(MIDDLE_SWEEP), loads, strict=False):
-        continue
+    load = list(itertools.islice(loads, MIDDLE_SWEEP))[-1]
     spans = timeline(plan, load, problem.profile)
     figure, axes = _figure(f"One sweep: {load.prompt_tokens} prompt tokens, {load.generated_tokens} new tokens")
     names = sorted({span.resource for span in spans}, reverse=True)

@@ -65,12 +65,14 @@ def lines(planned: Planned, shapes: ModelShapes, space: Space) -> list[str]:
 
 def _lines(planned: Planned, plan: MemoryPlan) -> Iterator[str]:
     made, profile = planned.choice.prediction, planned.profile
-    yield f"{planned.model} on {profile.name} ({profile.source}, {profile.date})"
+    yield f"{planned.model} on {profile.name} ({profile.device}, profile of {profile.date})"
     yield f"policy: {_policy(made.policy)}"
     yield f"        {planned.choice.reason}"
     yield f"weights: {plan.weights.describe()}"
     cache = plan.cache.capacities(plan.left(plan.space.available))
-    yield "K and V: " + (", ".join(f"up to {gib(count)} on the {tier}" for tier, count in cache.items() if count) or "none kept")
+    yield "K and V: " + (
+        ", ".join(f"up to {gib(count)} on the {tier}" for tier, count in cache.items() if count) or "none kept"
+    )
     peaks = (f"{gib(count)} of {gib(plan.space.of(tier))} on the {tier}" for tier, count in made.peak_bytes.items())
     yield f"predicted peaks, with the smallest cache: {', '.join(peaks)}"
     unit = "new tokens" if made.generated_tokens else "prompt tokens"
