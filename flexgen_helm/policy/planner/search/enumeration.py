@@ -109,7 +109,7 @@ def _live(model: CostModel, policy: ResolvedPolicy, bounds: Bounds, cache: Share
     parts = [max(1, int(most * part)) for part in LIVE_PARTS]
     rounds = [max(1, -(-features.sequences // (-(-features.sequences // each)))) for each in parts]
     whole = [each // policy.gpu_batch_size * policy.gpu_batch_size for each in parts if each > policy.gpu_batch_size]
-    return list(dict.fromkeys([*rounds, *whole]))
+    return list(dict.fromkeys([*rounds, *parts, *whole]))
 
 
 def _block_tokens(model: CostModel, policy: ResolvedPolicy, live: int, bounds: Bounds) -> Sequence[int]:
