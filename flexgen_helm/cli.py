@@ -24,6 +24,7 @@ from flexgen_helm.cli_options import (
     add_model_options,
     add_observation_options,
     add_placement_options,
+    add_plan_options,
     add_profile_options,
     add_report_options,
     add_suite_options,
@@ -124,6 +125,13 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     add_placement_options(fidelity)
     add_fidelity_options(fidelity)
     fidelity.set_defaults(run=partial(_fidelity, load_engine=load_engine), few_requests=False)
+    _add_planning(commands)
+    _add_comparisons(commands)
+    return parser
+
+
+def _add_planning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that measure a machine and predict a run."""
     profile = commands.add_parser(
         "profile",
         help="measure this machine",
@@ -131,8 +139,13 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     )
     add_profile_options(profile)
     profile.set_defaults(run=_profile)
-    _add_comparisons(commands)
-    return parser
+    plan = commands.add_parser(
+        "plan",
+        help="choose a policy and predict a run",
+        description="Choose the policy under which a workload takes least time on a machine, and print what it will take.",
+    )
+    add_plan_options(plan)
+    plan.set_defaults(run=_plan)
 
 
 def _add_comparisons(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -176,6 +189,12 @@ def _profile(args: argparse.Namespace) -> int:
     from flexgen_helm.runtime.profile_command import run_profile
 
     return run_profile(args, _say)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from flexgen_helm.runtime.planning.command import run_plan
+
+    return run_plan(args, _say)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

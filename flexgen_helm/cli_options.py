@@ -11,7 +11,7 @@ from typing import Any
 from flexgen_helm.compression.config import resolve, with_variant
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.options import parse_max_memory, parse_policy
-from flexgen_helm.types import SLAB_CODINGS, Policy
+from flexgen_helm.types import SLAB_CODINGS, TIERS, Policy
 
 
 def parse_model(text: str) -> str:
@@ -154,6 +154,32 @@ def add_profile_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("result").add_argument
     add("--out", type=Path, metavar="FILE", help="write the profile as JSON")
     add("--json", action="store_true", help="print the profile as JSON")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print the log")
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `plan`."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", required=True, type=parse_model, metavar="M", help="model folder or name, or with --config any name")
+    add("--config", type=Path, metavar="FILE", help="config.json of a model that has no weights here")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the checkpoint's")
+    add = parser.add_argument_group("machine").add_argument
+    add("--machine", metavar="NAME|FILE", help="t4, h100, h200, laptop-8gib, or a profile's file (default: this machine)")
+    add("--device", default="auto", metavar="D", help="device of this machine: auto, cpu, cuda or cuda:N")
+    add("--max-memory", type=parse_max_memory, metavar="M", help="memory limit of each tier: device=15GiB,host=100GiB")
+    add("--without", action="append", default=[], choices=TIERS, help="tier that must not be used; may be given several times")
+    add = parser.add_argument_group("workload").add_argument
+    add("--num-jobs", type=_positive, default=512, metavar="N", help="number of prompts (%(default)s)")
+    add("--prompt-len", type=_positive, default=512, metavar="N", help="tokens of each prompt (%(default)s)")
+    add("--gen-len", type=int, default=32, metavar="N", help="tokens generated for each; 0: prompts are scored (%(default)s)")
+    add = parser.add_argument_group("policy").add_argument
+    add("--policy", type=parse_policy, metavar="P", help="fields that are kept, as JSON or as weights=0.2:0.8:0,prefetch=2")
+    add("--max-latency", type=float, metavar="S", help="most seconds until the first job is answered")
+    add("--min-throughput", type=float, metavar="T", help="least new tokens per second")
+    add("--search-numerics", action="store_true", help="also choose row sizes and the place of attention, which change bits")
+    add = parser.add_argument_group("result").add_argument
+    add("--json", action="store_true", help="print one JSON object")
+    add("--plot", type=Path, metavar="DIR", help="draw the latency-throughput frontier and the timeline of one sweep")
     parser.add_argument("-v", "--verbose", action="store_true", help="also print the log")
 
 

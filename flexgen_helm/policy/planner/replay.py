@@ -45,12 +45,13 @@ class Replay:
         """The clock at the end of each layer of the last sweep."""
         self._device: Task | None = None
         self._cpu: Task | None = None
+        self._last: Task | None = None
         self._queues: dict[str, Task | None] = {"cache": None, "hidden": None}
         self._overhead = 0.0
         """Time of operations that were performed since the device was last given something."""
 
     def sweep(self, load: SweepLoad) -> float:
-        """Do a sweep; returns the time at which the last operation of the device has ended."""
+        """Do a sweep; returns the time at which the device has done all of it; without overlap, when stores have ended too."""
         overlap = self._policy.overlap
         suspending = frozenset(k for k, row in enumerate(load.rows) if row.on_host and overlap)
         operations = sweep_operations(
@@ -71,12 +72,14 @@ class Replay:
                 walk.ends[step.number] = self._on_device(f"compute {step.number}", [rest], [attended])
             else:
                 after = [walk.ends[number] for number in step.needs]
-                task = self._do(step, walk, after if overlap else [*after, walk.last])
+                task = self._do(step, walk, after if overlap else [*after, self._last])
                 walk.ends[step.number] = task
-                walk.last = task if task is not None else walk.last
+                if not overlap:  # what was loaded before is no later than what came last
+                    self._last = self._clock.add("", [], [task, self._last])
         self.layer_ends = [self._clock.mark(task) for task in last_tasks]
-        assert self._device is not None
-        return self._clock.run_to(self._device)
+        last = self._device if overlap else self._last
+        assert last is not None
+        return self._clock.run_to(last)
 
     def _tiers(self, num_rows: int) -> list[Tier]:
         """Return the tier of each row's hidden state between two layers; what is in place is on the device."""
@@ -152,4 +155,3 @@ class _Sweep:
         """What ends each operation; None: it needs no time."""
         self.suspended: dict[int, tuple[Task, Stage]] = {}
         """Attention of suspended calls, and what the device does behind it."""
-        self.last: Task | None = None

@@ -63,19 +63,24 @@ class WeightLoads:
             return self._clock.add(name, self._durations.slab(j), after)
         if j not in self._on_disk:
             return self._clock.add(name, stages, after)
-        if not self._reads:
-            begin = self._clock.add(name, [], after)
-            place = self._on_disk.index(j)
-            for i in range(self._num_buffers):
-                self._read(self._on_disk[(place + i) % len(self._on_disk)], begin)
+        self._read_from(j, self._clock.add(name, [], after))
         # A coded slab leaves its buffer once it is decoded for the link.
         count = 1 if stages[0].resource == "unpack" else len(stages)
         taken = self._clock.add(name, stages[:count], [*after, self._reads[j]])
-        if self._num_buffers < len(self._on_disk):
-            del self._reads[j]
-            following = (self._on_disk.index(j) + self._num_buffers) % len(self._on_disk)
-            self._read(self._on_disk[following], taken)
+        self._read_from(self._behind(j, 1), taken)
         return self._clock.add(name, stages[count:], [taken])
 
-    def _read(self, j: int, free: Task) -> None:
-        self._disk = self._reads[j] = self._clock.add(f"load_weights {j}", self._durations.slab(j), [free, self._disk])
+    def _read_from(self, j: int, free: Task) -> None:
+        """Read slab j and those after it, one for each buffer, unless a buffer has them."""
+        wanted = [self._behind(j, i) for i in range(self._num_buffers)]
+        for slab in wanted:
+            if slab not in self._reads:
+                if len(self._reads) == self._num_buffers:
+                    del self._reads[next(held for held in self._reads if held not in wanted)]
+                self._disk = self._reads[slab] = self._clock.add(
+                    f"load_weights {slab}", self._durations.slab(slab), [free, self._disk]
+                )
+
+    def _behind(self, j: int, count: int) -> int:
+        """Return the slab that comes so many behind slab j."""
+        return self._on_disk[(self._on_disk.index(j) + count) % len(self._on_disk)]

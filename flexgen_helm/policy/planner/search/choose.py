@@ -43,8 +43,8 @@ from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.policy.space import Space
 from flexgen_helm.types import ON_DEVICE, TIERS, Policy, ResolvedPolicy, Shares
 
-RANKED = 6
-"""Plans that are ranked before the neighbours of the best one are."""
+RANKED, RANKED_NUMERICS = 6, 24
+"""Plans that are ranked before the neighbours of the best one are, without and with row sizes that may change."""
 SIMULATED = 2
 """Plans that are simulated, beside the default."""
 MOST_STEPS = 9000
@@ -131,9 +131,9 @@ def choose_policy(
     Raises:
         PolicyError: If no policy fits or keeps the constraints. The message names what cannot be met, and what would be enough.
     """
-    problem = Problem(
-        shapes, workload, profile, space, asked or Policy(), constraints, default_policy(shapes, profile, space, asked)
-    )
+    asked, constraints = asked or Policy(), constraints or Constraints()
+    base = default_policy(shapes, profile, space, asked)
+    problem = Problem(shapes, workload, profile, space, asked, constraints, base)
     default = _default(problem)
     ranked = _ranked(problem, default)
     if (runs := _affordable(problem)) > 1:
@@ -198,8 +198,9 @@ def _affordable(problem: Problem) -> int:
 
 
 def _all_simulated(problem: Problem, default: _Tried | None, ranked: Sequence[_Tried], runs: int) -> Iterator[_Tried]:
-    """Yield simulations of the best plans, then of plans with other blocks than the best one: whole rows, which a replay of an
-    average sweep does not count, decide between those.
+    """Yield simulations of the best plans, then of plans with other blocks than the best one.
+
+    Whole rows decide between those, which a replay of an average sweep does not count.
     """
     best = default
     for tried in ranked[:SIMULATED]:
@@ -260,7 +261,7 @@ def _ranked(problem: Problem, default: _Tried | None) -> list[_Tried]:
     found: list[_Tried] = []
     best, squares = default, 0
     for solution, plan in _best_plans(problem):
-        if found and squares > MOST_SQUARES:
+        if found and squares > MOST_SQUARES and not problem.constraints.search_numerics:
             break
         if best is not None and key(best) <= (False, (1 + WORTH) * solution.seconds):
             break
@@ -272,7 +273,9 @@ def _ranked(problem: Problem, default: _Tried | None) -> list[_Tried]:
     if best is not None and best is not default:
         for candidate, plan in _neighbours(best, problem):
             squares += _squares(candidate, problem)
-            tried = _try(candidate, plan, problem) if squares <= 2 * MOST_SQUARES else None
+            tried = (
+                _try(candidate, plan, problem) if squares <= 2 * MOST_SQUARES or problem.constraints.search_numerics else None
+            )
             if tried is not None:
                 found.append(tried)
     return sorted(found, key=key)
@@ -297,7 +300,7 @@ def _best_plans(problem: Problem) -> Iterator[tuple[Solution, MemoryPlan]]:
             if _identity(plan) not in seen and _allowed(plan, problem.constraints):
                 seen.add(_identity(plan))
                 yield solution, plan
-            if len(seen) == RANKED:
+            if len(seen) == (RANKED_NUMERICS if problem.constraints.search_numerics else RANKED):
                 return
 
 

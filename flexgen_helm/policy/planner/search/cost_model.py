@@ -81,6 +81,14 @@ class CostModel:
         found.add_seconds("device" if self.profile.is_gpu else "host", count * self.profile.operation_seconds)
         return found.pools
 
+    def alone(self, kind: SweepKind, candidate: Candidate, busy: Mapping[Pool, Linear]) -> list[Linear]:
+        """Return the time of a sweep of one row for which the CPU attends: device and CPU wait for each other in each layer."""
+        rows = self.rows(kind, candidate)
+        one = rows["decode"] == sum(rows.values()) == 1
+        if not one or "device" not in busy or not candidate.policy.cpu_attention:
+            return []
+        return [busy["device"] + busy.get("host", Linear())]
+
     def joint(self, busy: Mapping[Pool, Linear]) -> list[Linear]:
         """Return the times of both directions of the link to the device together.
 

@@ -13,8 +13,8 @@ from flexgen_helm.policy.space import Space
 from flexgen_helm.policy.working_memory import MOST_BLOCK_TOKENS, block_bytes
 from flexgen_helm.types import ON_DEVICE, ON_HOST, TIERS, Policy, ResolvedPolicy, Shares, Tier
 
-LIVE_STEPS = 6
-"""Numbers of live sequences that are tried: as many as all tiers together hold, a half of it, a quarter and so on."""
+LIVE_PARTS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
+"""Numbers of live sequences that are tried, as parts of how many there are, or of how many fit on the tiers of the cache."""
 BLOCK_SHARE = 0.5
 """Most of the device's memory that the hidden states of a block may take."""
 MOST_ROWS = 64
@@ -106,10 +106,10 @@ def _live(model: CostModel, policy: ResolvedPolicy, bounds: Bounds, cache: Share
     room = sum(model.placements.space.of(tier) for tier, used in zip(TIERS, cache, strict=True) if used)
     each = plan.cache.sequence_bytes(max(1, round(features.sequence_tokens)))
     most = max(1, min(most, int(room / max(1, each))))
-    halves = [max(1, most >> step) for step in range(LIVE_STEPS)]
-    rounds = [max(1, -(-features.sequences // (-(-features.sequences // each)))) for each in halves]
-    whole = [each // policy.gpu_batch_size * policy.gpu_batch_size for each in halves if each > policy.gpu_batch_size]
-    return list(dict.fromkeys([*rounds, *whole]))
+    parts = [max(1, int(most * part)) for part in LIVE_PARTS]
+    rounds = [max(1, -(-features.sequences // (-(-features.sequences // each)))) for each in parts]
+    whole = [each // policy.gpu_batch_size * policy.gpu_batch_size for each in parts if each > policy.gpu_batch_size]
+    return list(dict.fromkeys([*rounds, *parts, *whole]))
 
 
 def _block_tokens(model: CostModel, policy: ResolvedPolicy, live: int, bounds: Bounds) -> Sequence[int]:

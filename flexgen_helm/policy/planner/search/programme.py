@@ -75,7 +75,7 @@ class Formulation:
         busy = {}
         for kind in KINDS:
             each = model.busy(kind, candidate)
-            busy[kind] = [*each.values(), *model.joint(each)]
+            busy[kind] = [*each.values(), *model.joint(each), *model.alone(kind, candidate, each)]
         cache_bytes = model.cache_bytes(candidate.live, middle.cache) if model.features.sequences else 0.0
         memory = list(memory_rows(model.placements, candidate, cache_bytes))
         return cls(candidate, busy, sweeps.counts, sweeps.first_counts, memory)
