@@ -19,6 +19,7 @@ from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
 from flexgen_helm.policy.space import Space
 from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.machine_profile import Subject, machine_profile
+from flexgen_helm.runtime.planning.text import Planned, lines
 from flexgen_helm.types import ON_DEVICE, Job, ResolvedPolicy
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,10 @@ def automatic_policy(
     asked = replace(options.asked, gpu_batch_size=policy.gpu_batch_size, gpu_batch_tokens=policy.gpu_batch_tokens)
     if space.own_memory:
         asked = replace(asked, cpu_attention=policy.cpu_attention)
-    found = Automatic(choose_policy(shapes, options.workload, profile, space, asked=asked), profile)
-    logger.info("policy: %s", found.choice.reason)
-    return found
+    choice = choose_policy(shapes, options.workload, profile, space, asked=asked)
+    for line in lines(Planned(source.name, profile, choice, {}), shapes, space):
+        logger.info(line)
+    return Automatic(choice, profile)
 
 
 def known_workload(source: ModelSource, jobs: Iterable[Job] | Workload | None) -> Workload | None:

@@ -47,12 +47,16 @@ class EngineOptions:
     @property
     def cache_format(self) -> CacheFormat:
         """Format of K and V."""
-        config = self.compression
-        if config is None:
-            return PLAIN_CACHE
-        return CacheFormat(config.k_bits, config.v_bits, config.sparsity, config.flexgen)
+        return cache_format_of(self.compression)
 
     @property
     def asked(self) -> Policy:
         """Policy of the user; if there is none, one that is searched."""
         return self.policy or Policy(auto=True)
+
+
+def cache_format_of(compression: CompressionConfig | None) -> CacheFormat:
+    """Return the format of K and V in a variant."""
+    if compression is None:
+        return PLAIN_CACHE
+    return CacheFormat(compression.k_bits, compression.v_bits, compression.sparsity, compression.flexgen)

@@ -26,7 +26,7 @@ class Planned(NamedTuple):
         model: Name of the model.
         profile: The machine.
         choice: The policy and its prediction.
-        gains: Part of the speed that each change would add.
+        gains: Part of the speed that each change would add; empty: not computed.
     """
 
     model: str
@@ -81,7 +81,7 @@ def _lines(planned: Planned, plan: MemoryPlan) -> Iterator[str]:
     for name, gain in planned.gains.items():
         if gain >= LEAST_GAIN:
             yield f"{name} would bring about {gain * made.tokens_per_second:.3g} {unit}/s more ({gain:.1%})"
-    if not any(gain >= LEAST_GAIN for gain in planned.gains.values()):
+    if planned.gains and max(planned.gains.values()) < LEAST_GAIN:
         yield "more memory would bring nothing"
 
 
