@@ -19,6 +19,7 @@ from flexgen_helm.runs.table5 import __main__ as command
 from flexgen_helm.runs.table5 import prompts
 from flexgen_helm.runs.table5.columns import Column, Work, answer, check_distinct, compared, figures
 from flexgen_helm.runs.table5.prompts import Question, make_questions, make_windows, most_questions
+from flexgen_helm.statistics.arrays import Floats
 from tests.models import save_tiny
 from tests.reference import PROMPT_TOLERANCE, Reference
 from tests.tokenizers import save_character_tokenizer
@@ -66,7 +67,7 @@ def test_answers_are_those_of_transformers(model: Path) -> None:
     greedy = [judge.greedy(tokenizer.encode(prompt), 8) for prompt in prompts]
     # What the model writes before its end token, and for every third question something that it does not.
     written = [[token for token in found.token_ids if token not in judge.end_tokens] for found in greedy]
-    words = ["qq" if number % 3 == 0 else tokenizer.decode(ids).strip() for number, ids in enumerate(written)]
+    words = ["qq" if number % 3 == 0 else str(tokenizer.decode(ids)).strip() for number, ids in enumerate(written)]
     assert all(words)
     questions = [Question(*each, 0) for each in zip(prompts, words, strict=True)]
     text = "What the windows of a text are made of. " * 6
@@ -86,7 +87,7 @@ def test_figures_are_those_of_their_formulas() -> None:
     )
     found = figures(other, plain)
 
-    def error(values: np.ndarray, groups: int) -> float:  # type: ignore[type-arg]
+    def error(values: Floats, groups: int) -> float:
         """Of a mean over equal groups: that of the groups' means."""
         means = values.reshape(groups, -1).mean(1)
         return float(means.std(ddof=1) / math.sqrt(groups))
