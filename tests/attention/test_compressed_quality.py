@@ -34,4 +34,3 @@ def test_the_mean_divergence_lies_in_the_references_interval(both: tuple[Judge, 
     assert wanted.kl_interval is not None
     low, high = wanted.kl_interval
     assert 0 < low <= found.kl <= high
-    assert found.top1 == pytest.approx(wanted.top1, abs=0.02)
