@@ -6,7 +6,7 @@ which this project compresses nothing. Perplexity is that of the addresses of 20
 columns answer the same prompts in float32. Behind +- stand standard errors: over contexts that ten questions share, and over
 blocks of 100 tokens; differences from 16 bits are paired. The command fails where two columns are equal to the last bit.
 
-Cost: about ten minutes of processor time, and at the first time fitting the weights and a download of 0.2 GB.
+Cost, estimated from a part: 100 s of processor time a column, more with sparsity; at the first time fitting and a download.
 
 Command: ``python -m flexgen_helm.runs.table5 --json result.json``
 """
