@@ -74,6 +74,7 @@ def test_the_engine_tells_its_bits(bench: Workbench, variant: str, told: tuple[s
     with Engine.from_pretrained(str(bench.folder("llama")), compression=variant, policy=POLICY, device="cpu") as engine:
         info = engine.describe()
     assert (info.numerics.cache.format, info.numerics.cache.sparsity) == told[:2]
+    assert (info.bits_per_k_element, info.bits_per_v_element) == told[2:]
     assert info.bits_per_cache_element == pytest.approx((told[2] + told[3]) / 2)
 
 
