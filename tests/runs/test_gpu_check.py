@@ -125,7 +125,12 @@ def test_the_worth_of_a_compressed_cache_is_measured(tmp_path: Path) -> None:
 
 def test_a_part_that_must_be_named_runs_only_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    monkeypatch.setattr(command, "run_part", lambda part, dry_run: ran.append(part.name) or {"seconds": 1.0, "result": {}})
+
+    def run(part: Part, *, dry_run: bool) -> dict[str, Any]:
+        ran.append(part.name)
+        return {"seconds": 1.0, "result": {}}
+
+    monkeypatch.setattr(command, "run_part", run)
     assert command.main(["--dry-run", "--out", str(tmp_path)]) == 0
     assert "cache_tiers" not in ran
     assert command.main(["--dry-run", "--out", str(tmp_path), "--parts", "cache_tiers"]) == 0
