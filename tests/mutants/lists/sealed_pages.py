@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 TABLES = "tests/schedule/test_sealed.py::test_queries_read_their_chunk_exact_and_earlier_ones_sealed"
+APART = "tests/schedule/test_sealed.py::test_a_prompt_shares_nothing_where_exact_pages_of_its_branches_do_not_fit"
+LEAST = "tests/schedule/test_sealed.py::test_a_sequence_needs_at_most_eight_exact_pages_whatever_its_length"
 RULE = "tests/attention/test_row_sealed.py::test_rows_equal_the_rule"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -23,6 +25,22 @@ MUTANTS: tuple[Mutant, ...] = (
         new="own[0]",
         tests=(TABLES,),
         why="a completion overwrites the page before",
+    ),
+    Mutant(
+        name="admitted-work-never-fits",
+        file="flexgen_helm/schedule/packed.py",
+        old="or (work.node.parent is not None and self._reserve_apart(work))",
+        new="",
+        tests=(APART,),
+        why="a job that was let in waits for ever, because others part from it in many chunks",
+    ),
+    Mutant(
+        name="job-that-fits-is-refused",
+        file="flexgen_helm/schedule/exact_tables.py",
+        old="return self._num_own(0, length) + sum(",
+        new="return num_pages(0, length) + sum(",
+        tests=(LEAST,),
+        why="a job that fits only because its cache is compressed is refused",
     ),
     Mutant(
         name="sealed-before-it-is-full",
