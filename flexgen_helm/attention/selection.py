@@ -19,7 +19,7 @@ from flexgen_helm.machine.compiled import size
 PAGE = size(2 * LANES)
 """Numbers whose choices are the bits of a uint32."""
 f32, u32 = np.float32, np.uint32
-HALF, INFINITY = f32(0.5), f32(np.inf)
+HALF, INFINITY, NEG_INF = f32(0.5), f32(np.inf), f32(-np.inf)
 NO_BITS = u32(0)
 Array = Any
 """A NumPy array; its shape is in the docstring."""
@@ -91,9 +91,9 @@ count_at_least: Any = intrinsic(_count)
 @njit(fastmath={"nnan", "nsz"})
 def _ends(x: Array) -> Any:
     """The smallest and the largest number above -inf."""
-    low, high = INFINITY, -INFINITY
+    low, high = INFINITY, NEG_INF
     for t in range(size(len(x))):
-        low = min(low, x[t] if x[t] > -INFINITY else INFINITY)
+        low = min(low, x[t] if x[t] > NEG_INF else INFINITY)
         high = max(high, x[t])
     return low, high
 
