@@ -131,9 +131,9 @@ def _choose(table: Tensor, percent: int) -> Tensor:
     if table.device.type == "cpu":
         from flexgen_helm.attention.sparse_kernel import choose_table
 
-        scores, chosen = table.numpy(), torch.empty(table.shape, dtype=torch.bool)
-        parts = range(0, len(table), QUERIES_AT_ONCE)
-        in_threads(lambda t: choose_table(scores[(at := slice(t, t + QUERIES_AT_ONCE))], percent, chosen.numpy()[at]), parts)
+        chosen = torch.empty(table.shape, dtype=torch.bool)
+        parts = [slice(t, t + QUERIES_AT_ONCE) for t in range(0, len(table), QUERIES_AT_ONCE)]
+        in_threads(lambda part: choose_table(table.numpy()[part], percent, chosen.numpy()[part]), parts)
         return chosen
     scores = table.transpose(1, 2).flatten(2)
     present = scores > NEG_INF

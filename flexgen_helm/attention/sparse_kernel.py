@@ -29,7 +29,7 @@ def choose_table(scores: Any, percent: int, chosen: Any) -> None:
         for h in range(scores.shape[2]):
             for c in range(num_chunks):
                 row[c * num_keys : (c + size(1)) * num_keys] = scores[t, c, h]
-            count = 0
+            count = np.int64(0)
             for i in range(size(len(bits))):
                 count += np.int64(num_ones(above(row, PAGE * i, NEG_INF)))
             choose_largest(row, (count * percent + 99) // 100, bits)
