@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from flexgen_helm.attention.kernels import NEG_INF, Merged
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import Visit, row_visits
-from flexgen_helm.kv_cache.page_format import PageTensors, PartFormat
+from flexgen_helm.kv_cache.page_format import MeanPart, PageFormat, PageTensors, PartFormat, PartName
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, Form, Place
 from flexgen_helm.kv_cache.sealed_format import PerChannelPart, PerTokenPart
 
@@ -28,10 +29,12 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CODES = 8
 """Codes of b bits have the number 8 + b there."""
 Array = np.ndarray[Any, Any]
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
 class LocatedPart(NamedTuple):
-    """K or V of C chunks in memory.
+    """K, V or means of C chunks in memory.
 
     Attributes:
         addresses: ``[C, 4]``: where each page begins.
@@ -57,22 +60,27 @@ class LayerPages:
     slots: Tensor | None = None
 
     @property
+    def any_format(self) -> PageFormat:
+        """The form of the pages, which is the same at every place."""
+        return next(iter(self.stores.values())).format
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of K and V of a page."""
         return next((x.format.num_bytes for x in self.stores.values()), 0)
 
-    def locate(self, places: Array, pages: Array, part: int) -> LocatedPart:
-        """Find pages in memory.
+    def locate(self, places: Array, pages: Array, name: PartName) -> LocatedPart:
+        """Find a part of pages in memory.
 
         Args:
             places: ``[C, 4]``: the place of each page, by its number in `PLACES`.
             pages: ``[C, 4]``: the page's number at its place.
-            part: 0: of K; 1: of V.
+            name: The part.
         """
         if self.slots is not None:
             staged = places == PLACES.index("staged")
             pages = np.where(staged, self.slots.numpy()[np.where(staged, pages, 0)], pages)
-        found = {place: x.parts[part] for place, x in self.stores.items()}
+        found = {place: x.part(name) for place, x in self.stores.items()}
         stored = [found[place][1] if place in found else None for place in PLACES]
         begins = np.array([0 if x is None else x.data_ptr() for x in stored])
         sizes = np.array([0 if x is None else x[0].nbytes for x in stored])
@@ -82,6 +90,17 @@ class LayerPages:
             np.full(len(pages), _kind(form, any_stored)),
             np.full(len(pages), form.num_bytes // form.num_heads),
         )
+
+
+LayerForms = Mapping[Form, LayerPages]
+"""A layer's pages by form."""
+
+
+class Scoring(TypedDict):
+    """How products of queries and keys become scores, see `flexgen_helm.attention.kernels.attend_chunk`."""
+
+    scale: float
+    softcap: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,29 +152,68 @@ class DecodePlan:
             masks,
         )
 
-    def locate(self, forms: Mapping[Form, LayerPages], part: int) -> LocatedPart:
-        """Find the plan's pages in memory.
+    def locate(self, forms: LayerForms, name: PartName) -> LocatedPart:
+        """Find a part of the plan's pages in memory.
 
         Args:
             forms: The layer's pages by form.
-            part: 0: of K; 1: of V.
+            name: The part; means only where all chunks are sealed.
         """
         if not self.sealed.any():
-            return forms["exact"].locate(self.places, self.pages, part)
+            return forms["exact"].locate(self.places, self.pages, name)
         found = LocatedPart(np.empty_like(self.pages), *np.empty((2, len(self.pages)), np.int64))
         of_form: dict[Form, Array] = {"exact": ~self.sealed, "sealed": self.sealed}
         for form, chosen in of_form.items():
             if chosen.any():
-                located = forms[form].locate(self.places[chosen], self.pages[chosen], part)
+                located = forms[form].locate(self.places[chosen], self.pages[chosen], name)
                 for target, source in zip(found, located, strict=True):
                     target[chosen] = source
         return found
 
-    def num_bytes(self, forms: Mapping[Form, LayerPages]) -> int:
+    def num_bytes(self, forms: LayerForms) -> int:
         """Bytes of K and V that are read."""
         num_sealed = int(self.sealed.sum())
         chunks: dict[Form, int] = {"exact": len(self.sealed) - num_sealed, "sealed": num_sealed}
         return sum(CHUNK_PAGES * chunks[form] * layer.page_bytes for form, layer in forms.items())
+
+
+class Sums(NamedTuple):
+    """Attention of T queries over the chunks so far, in fp32, as the compiled loops keep it.
+
+    Attributes:
+        top: ``[T, H]``: the largest score, in units of log2; -inf at first.
+        den: ``[T, H]``: the sum of the weights relative to it; 0 at first.
+        total: ``[T, H, Dv]``: the weighted sum of the values; 0 at first.
+    """
+
+    top: Array
+    den: Array
+    total: Array
+
+    @classmethod
+    def zeros(cls, queries: Array, forms: LayerForms) -> Sums:
+        """Begin, with queries ``[T, H, D]``."""
+        shape = queries.shape[:2]
+        values = *shape, forms["exact"].any_format.v.dim
+        return cls(np.full(shape, NEG_INF, np.float32), np.zeros(shape, np.float32), np.zeros(values, np.float32))
+
+    def merged(self) -> Merged:
+        """The same, as torch merges chunks."""
+        top, den, total = (torch.from_numpy(x) for x in self)
+        return Merged(top * math.log(2), den, total)
+
+
+def add_chunks(plan: DecodePlan, *, queries: Array, forms: LayerForms, sums: Sums, scale: float, softcap: float | None) -> None:
+    """Attend to the chunks of a plan, which are behind those that the sums have; see `DecodeAttention.attend`."""
+    # Numba takes most of a second to import, which an engine that only loads does not spend.
+    from flexgen_helm.attention.decode_kernel import attend_chunks
+
+    k, v = plan.locate(forms, "k"), plan.locate(forms, "v")
+    attend_chunks(
+        *(queries, k.addresses, v.addresses, *(np.stack(x, 1) for x in zip(k[1:], v[1:], strict=True))),
+        *(forms["exact"].any_format.k.num_heads, plan.begins, plan.rows, plan.visible, plan.masks),
+        *(np.float32(scale), np.float32(softcap or 0.0), *sums),
+    )
 
 
 class DecodeAttention:
@@ -172,15 +230,22 @@ class DecodeAttention:
 
     def plan(self, pages: RowPages, rule: MaskRule) -> list[DecodePlan]:
         """Plan a row's attention, in as many parts as queries are divided into."""
+        return [DecodePlan.of(pages, rule, visits) for visits in self.divided(pages)]
+
+    def divided(self, pages: RowPages) -> list[list[Visit]]:
+        """Divide the visits of a row among the threads, query by query."""
         size = -(-pages.row.size // self._num_threads)
-        parts = itertools.groupby(row_visits(pages.row), key=lambda visit: visit.offset // size)
-        return [DecodePlan.of(pages, rule, list(visits)) for _, visits in parts]
+        return [list(visits) for _, visits in itertools.groupby(row_visits(pages.row), key=lambda visit: visit.offset // size)]
+
+    def in_threads(self, work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+        """Work on parts of a row side by side."""
+        return list((self._pool.map if len(parts) > 1 else map)(work, parts))
 
     def attend(
         self,
         plans: list[DecodePlan],
         q: Tensor,
-        forms: Mapping[Form, LayerPages],
+        forms: LayerForms,
         *,
         scale: float,
         softcap: float | None,
@@ -194,25 +259,10 @@ class DecodeAttention:
             scale: Factor of the scores.
             softcap: See `flexgen_helm.attention.kernels.attend_chunk`.
         """
-        # Numba takes most of a second to import, which an engine that only loads does not spend.
-        from flexgen_helm.attention.decode_kernel import attend_chunks
-
-        any_format = next(iter(forms["exact"].stores.values())).format
         queries = q.float().contiguous().numpy()
-        top = np.full(queries.shape[:2], NEG_INF, np.float32)
-        den = np.zeros_like(top)
-        total = np.zeros((*top.shape, any_format.v.dim), np.float32)
-
-        def attend(plan: DecodePlan) -> None:
-            k, v = (plan.locate(forms, part) for part in (0, 1))
-            attend_chunks(
-                *(queries, k.addresses, v.addresses, *(np.stack(x, 1) for x in zip(k[1:], v[1:], strict=True))),
-                *(any_format.k.num_heads, plan.begins, plan.rows, plan.visible, plan.masks),
-                *(np.float32(scale), np.float32(softcap or 0.0), top, den, total),
-            )
-
-        list((self._pool.map if len(plans) > 1 else map)(attend, plans))
-        return Merged(torch.from_numpy(top) * math.log(2), torch.from_numpy(den), torch.from_numpy(total))
+        sums = Sums.zeros(queries, forms)
+        self.in_threads(partial(add_chunks, queries=queries, forms=forms, sums=sums, scale=scale, softcap=softcap), plans)
+        return sums.merged()
 
     def close(self) -> None:
         """End the threads."""
@@ -224,8 +274,8 @@ def _chunk_key(visit: Visit) -> tuple[int, Form, tuple[int, ...]]:
     return visit.chunk, visit.form, visit.pages
 
 
-def _kind(part: PartFormat, stored: Tensor) -> int:
-    """What the bits of stored K or V mean, as a number for the compiled loop."""
+def _kind(part: PartFormat | MeanPart, stored: Tensor) -> int:
+    """What the bits of a stored part mean, as a number for the compiled loop."""
     if stored.dtype in KINDS:
         return KINDS[stored.dtype]
     assert isinstance(part, PerChannelPart | PerTokenPart)

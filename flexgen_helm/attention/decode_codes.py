@@ -19,7 +19,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic
 
-from flexgen_helm.attention.decode_intrinsics import FLOAT, LANES, WORD, array_at, pointer_to
+from flexgen_helm.attention.decode_intrinsics import FLOAT, LANES, WORD, array_at, pointer_to, repeated
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 
 GROUP = 64
@@ -36,12 +36,6 @@ def _factors(builder: Any, address: Any) -> tuple[Any, Any]:
     words = builder.shl(builder.zext(halves, pair), ir.Constant(pair, [16, 16]))
     numbers = builder.bitcast(words, ir.VectorType(FLOAT, 2))
     return builder.extract_element(numbers, WORD(0)), builder.extract_element(numbers, WORD(1))
-
-
-def _repeated(builder: Any, number: Any, width: int) -> Any:
-    vector = ir.VectorType(FLOAT, width)
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, WORD(0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(WORD, width), [0] * width))
 
 
 def _spread(builder: Any, packed: Any, bits: int) -> Any:
@@ -70,7 +64,7 @@ def _decoding(bits: int, width: int) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         factors, codes, target, first = arguments
-        scale, zero = (_repeated(builder, x, width) for x in _factors(builder, factors))
+        scale, zero = (repeated(builder, x, width) for x in _factors(builder, factors))
         packed = builder.load(pointer_to(builder, codes, ir.VectorType(BYTE, width * bits // 8)), align=1)
         wide = builder.zext(_spread(builder, packed, bits), ir.VectorType(WORD, width))
         numbers = builder.sitofp(wide, ir.VectorType(FLOAT, width))
@@ -146,6 +140,32 @@ def _unpack_part(factors, codes, bits, n, values, first):  # type: ignore[no-unt
 
 
 @njit(inline="always")
+def unpack_token(address, bits, dim, values, first):  # type: ignore[no-untyped-def]
+    """Decode a token of V of a head.
+
+    Args:
+        address: Where its row begins.
+        bits: Bits of a code: 2, 4 or 8.
+        dim: Numbers of a token.
+        values: fp32, flat.
+        first: Where its numbers go.
+    """
+    groups = (dim + GROUP - 1) // GROUP
+    for g in range(groups):
+        factors = address + FACTOR_BYTES * g
+        codes = address + FACTOR_BYTES * groups + GROUP // 8 * bits * g
+        n, at = min(GROUP, dim - GROUP * g), first + GROUP * g
+        if n < GROUP:
+            _unpack_part(factors, codes, bits, n, values, at)
+        elif bits == 2:
+            _group_2(factors, codes, values, at)
+        elif bits == 4:
+            _group_4(factors, codes, values, at)
+        else:
+            _group_8(factors, codes, values, at)
+
+
+@njit(inline="always")
 def unpack_values(address, bits, dim, values):  # type: ignore[no-untyped-def]
     """Decode V of a head and a page.
 
@@ -155,18 +175,6 @@ def unpack_values(address, bits, dim, values):  # type: ignore[no-untyped-def]
         dim: Numbers of a token.
         values: fp32 ``[32 * dim]``, filled: token after token.
     """
-    groups = (dim + GROUP - 1) // GROUP
-    row_bytes = (FACTOR_BYTES * groups + (dim * bits + 7) // 8 + 1) // 2 * 2
+    row_bytes = (FACTOR_BYTES * ((dim + GROUP - 1) // GROUP) + (dim * bits + 7) // 8 + 1) // 2 * 2
     for t in range(PAGE_TOKENS):
-        for g in range(groups):
-            factors = address + row_bytes * t + FACTOR_BYTES * g
-            codes = address + row_bytes * t + FACTOR_BYTES * groups + GROUP // 8 * bits * g
-            n, first = min(GROUP, dim - GROUP * g), dim * t + GROUP * g
-            if n < GROUP:
-                _unpack_part(factors, codes, bits, n, values, first)
-            elif bits == 2:
-                _group_2(factors, codes, values, first)
-            elif bits == 4:
-                _group_4(factors, codes, values, first)
-            else:
-                _group_8(factors, codes, values, first)
+        unpack_token(address + row_bytes * t, bits, dim, values, dim * t)

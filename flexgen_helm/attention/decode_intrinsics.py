@@ -48,7 +48,15 @@ def pointer_to(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+def repeated(builder: Any, number: Any, width: int) -> Any:
+    """A vector of a number, as many times."""
+    vector = ir.VectorType(FLOAT, width)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, WORD(0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(WORD, width), [0] * width))
+
+
+def data_of(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Where the numbers of an array begin."""
     return context.make_array(kind)(context, builder, array).data
 
 
@@ -60,7 +68,7 @@ def _transposition(  # noqa: PLR0913
         vector = ir.VectorType(WORD, LANES)
 
         def pointers(kind: Any, array: Any, index: Any, stride: Any) -> list[Any]:
-            data, found = _data(context, builder, kind, array), []
+            data, found = data_of(context, builder, kind, array), []
             for _ in range(LANES):
                 found.append(builder.bitcast(builder.gep(data, [index]), vector.as_pointer()))
                 index = builder.add(index, stride)
@@ -94,7 +102,7 @@ def _product(num_rows: int, width: int) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         a, a_at, b, stride, n, c, c_at, first, column = (
-            _data(context, builder, kind, x) if isinstance(kind, types.Array) else x
+            data_of(context, builder, kind, x) if isinstance(kind, types.Array) else x
             for kind, x in zip(signature.args, arguments, strict=True)
         )
         name, kind = f"llvm.fma.v{width}f32", ir.FunctionType(vector, [vector] * 3)
@@ -104,14 +112,11 @@ def _product(num_rows: int, width: int) -> Any:
         outputs = [builder.gep(c, [builder.add(builder.load(builder.gep(c_at, [i])), column)]) for i in rows]
         outputs = [builder.bitcast(x, vector.as_pointer()) for x in outputs]
         sums = [cgutils.alloca_once_value(builder, builder.load(x, align=4)) for x in outputs]
-        zeros = ir.Constant(ir.VectorType(WORD, width), [0] * width)
         with cgutils.for_range(builder, n) as loop:
             at = builder.gep(b, [builder.add(column, builder.mul(loop.index, stride))])
             row = builder.load(builder.bitcast(at, vector.as_pointer()), align=4)
             for factor, total in zip(factors, sums, strict=True):
-                x = builder.load(builder.gep(factor, [loop.index]))
-                x = builder.insert_element(ir.Constant(vector, ir.Undefined), x, WORD(0))
-                x = builder.shuffle_vector(x, x, zeros)
+                x = repeated(builder, builder.load(builder.gep(factor, [loop.index])), width)
                 builder.store(builder.call(fused, [x, row, builder.load(total)]), total)
         for total, x in zip(sums, outputs, strict=True):
             builder.store(builder.load(total), x, align=4)

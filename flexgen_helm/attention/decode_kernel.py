@@ -44,7 +44,7 @@ Array = Any
 
 
 @njit(inline="always")
-def _load(address, kind, numbers, bits):  # type: ignore[no-untyped-def]
+def load_stored(address, kind, numbers, bits):  # type: ignore[no-untyped-def]
     """Bring a head of a stored page to fp32.
 
     Args:
@@ -99,7 +99,7 @@ def _read_keys(address, kind, dim, rows, bits, columns):  # type: ignore[no-unty
     if kind > CODES:
         unpack_keys(address, kind - CODES, dim, columns)
     else:
-        _load(address, kind, rows, bits)
+        load_stored(address, kind, rows, bits)
         _transpose(rows, columns)
 
 
@@ -109,7 +109,7 @@ def _read_values(address, kind, dim, rows, bits):  # type: ignore[no-untyped-def
     if kind > CODES:
         unpack_values(address, kind - CODES, dim, rows)
     else:
-        _load(address, kind, rows, bits)
+        load_stored(address, kind, rows, bits)
 
 
 @njit(fastmath={"nnan", "nsz"}, inline="always")
@@ -129,7 +129,7 @@ def _sum(x: Array) -> Any:
 
 
 @njit(inline="always")
-def _powers_of_two(x: Array, exponents: Array) -> None:
+def powers_of_two(x: Array, exponents: Array) -> None:
     """Replace numbers of at most 0 by 2 to their power; NaN stays."""
     for t in range(size(len(x))):
         y = max(x[t], VANISHES)
@@ -144,7 +144,7 @@ def _powers_of_two(x: Array, exponents: Array) -> None:
 
 
 @njit(inline="always")
-def _finish_scores(scores: Array, visible: int, mask: Array, scale: float, softcap: float) -> None:
+def finish_scores(scores: Array, visible: int, mask: Array, scale: float, softcap: float) -> None:
     """Turn products into scores in units of log2, -inf for keys that are not seen; see `attend_chunks`."""
     if softcap > f32(0):
         for t in range(size(len(scores))):
@@ -205,14 +205,14 @@ def _weigh(scores, visible, mask, scale, softcap, before, exponents):  # type: i
     Returns:
         The largest score now, the factor for weights so far, and the sum of the new ones.
     """
-    _finish_scores(scores, visible, mask, scale, softcap)
+    finish_scores(scores, visible, mask, scale, softcap)
     top = max(before, _largest(scores))
     if top == NEG_INF:
         scores[:] = 0
         return top, f32(1), f32(0)
     for t in range(size(len(scores))):
         scores[t] -= top
-    _powers_of_two(scores, exponents)
+    powers_of_two(scores, exponents)
     return top, f32(2) ** (before - top), _sum(scores)
 
 

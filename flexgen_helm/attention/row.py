@@ -10,12 +10,13 @@ from torch import Tensor
 
 from flexgen_helm.attention.calls import ChunkCall, Window, plan_attention
 from flexgen_helm.attention.chunks import LocatedPages, attend_call
-from flexgen_helm.attention.decode import DecodeAttention, DecodePlan, LayerPages
+from flexgen_helm.attention.decode import DecodeAttention, DecodePlan, LayerForms, LayerPages, Scoring
 from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.sparse import LocatedCall, choose, own_token, read_call
+from flexgen_helm.attention.sparse_decode import SparseDecode, SparsePlan
 from flexgen_helm.attention.writes import Locate, Stores, Writes
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat
 from flexgen_helm.kv_cache.paged_cache import PagedCache
@@ -78,9 +79,12 @@ class RowAttention:
         """
         self._pages, self._cache, self._device, self._decode, self._host = pages, cache, device, decode, host
         self._format = cache.format
+        percent = cache.format.sparsity
+        self._sparse = None if decode is None or percent is None else SparseDecode(decode, percent)
         self._writes = Writes(pages, device)
         self._plans: dict[MaskRule, list[Window]] = {}
         self._decode_plans: dict[MaskRule, list[DecodePlan]] = {}
+        self._sparse_plans: dict[MaskRule, list[SparsePlan]] = {}
         self._staged = [form for form, staged in pages.staged.items() if staged.pages]
         self._loaded: dict[int, dict[Form, Loaded]] = {}
         """The row's staged pages of each layer that was loaded and not stored yet, by form."""
@@ -172,19 +176,34 @@ class RowAttention:
         return attend
 
     def _decoded(self, j: int, q: Tensor, rule: MaskRule, stores: Stores, *, scale: float, softcap: float | None) -> Merged:
-        """Attend on the CPU, in one pass, which is where the outcome is."""
+        """Attend on the CPU, in compiled loops, which is where the outcome is."""
+        loaded = self._loaded.get(j, {})
+        forms = {form: LayerPages(x, loaded[form].slots if form in loaded else None) for form, x in stores.items()}
+        options: Scoring = {"scale": scale, "softcap": softcap}
+        work, num_bytes = (self._all if self._sparse is None else self._chosen)(q.cpu(), rule, forms, options)
+        return work() if self._host is None else self._host.attend(Activity("compute", str(j)), num_bytes, work)
+
+    def _all(self, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring) -> tuple[Callable[[], Merged], int]:
+        """What reads all of K and V, and how many bytes."""
         decode = self._decode
         assert decode is not None
         if rule not in self._decode_plans:
             self._decode_plans[rule] = decode.plan(self._pages, rule)
         plans = self._decode_plans[rule]
-        loaded = self._loaded.get(j, {})
-        forms = {form: LayerPages(x, loaded[form].slots if form in loaded else None) for form, x in stores.items()}
-        work = partial(decode.attend, plans, q.cpu(), forms, scale=scale, softcap=softcap)
-        if self._host is None:
-            return work()
-        num_bytes = sum(plan.num_bytes(forms) for plan in plans)
-        return self._host.attend(Activity("compute", str(j)), num_bytes, work)
+        return partial(decode.attend, plans, q, forms, **options), sum(plan.num_bytes(forms) for plan in plans)
+
+    def _chosen(self, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring) -> tuple[Callable[[], Merged], int]:
+        """What reads V of chosen keys only, and about how many bytes."""
+        sparse = self._sparse
+        assert sparse is not None
+        if rule not in self._sparse_plans:
+            self._sparse_plans[rule] = sparse.plan(self._pages, rule)
+        plans = self._sparse_plans[rule]
+
+        def work() -> Merged:
+            return sparse.attend(sparse.choose(plans, q, forms, **options), forms)
+
+        return work, sum(sparse.num_bytes(plan, forms) for plan in plans)
 
     def _cleaned(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V with zeros for tokens that are not finite, which are noted in `bad`.

@@ -36,11 +36,6 @@ class CacheFormat:
         return not self.flexgen and (self.quantizes or self.sparsity is not None)
 
     @property
-    def reads_all(self) -> bool:
-        """Whether attention reads all keys and values of a page in one way, as the one-pass kernel of the CPU does."""
-        return not self.flexgen and self.sparsity is None
-
-    @property
     def is_plain(self) -> bool:
         """Whether attention reads all of K and V as they are."""
         return not self.quantizes and self.sparsity is None

@@ -89,7 +89,7 @@ class PackedRows:
         if not model.takes("position_ids"):
             raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
         self.model, self._cache = model, cache
-        self._cpu_share = cpu_attention if cache.device.own_memory and cache.format.reads_all else 0.0
+        self._cpu_share = cpu_attention if cache.device.own_memory and not cache.format.flexgen else 0.0
         self._decode, self._host = DecodeAttention(), HostAttention(cache.meter)
         self._pages: dict[int, RowPages] = {}
         """Pages of each row of the sweep, by the row's `id`; they keep their rows alive, so that no `id` is used twice."""
@@ -132,8 +132,8 @@ class PackedRows:
         ids, positions = torch.tensor([tokens, places], device=self.model.device)
         pages = self._pages[id(row)]
         on_cpu = row.kind == "decode" and (pages.host_attends or self.model.device.type == "cpu")
-        in_one_pass = on_cpu and self._cache.format.reads_all
-        decode, host = self._decode if in_one_pass else None, self._host if pages.host_attends else None
+        in_loops = on_cpu and not self._cache.format.flexgen
+        decode, host = self._decode if in_loops else None, self._host if pages.host_attends else None
         attention = RowAttention(pages, self._cache, self.model.device, decode, host)
         recording = PackedRecording(positions=positions, attention=attention)
         self.model.record(

@@ -59,7 +59,7 @@ from flexgen_helm.types import (
 
 logger = logging.getLogger(__name__)
 
-NUMERICS_VERSION = 5
+NUMERICS_VERSION = 6
 """Version of the numerics: raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
 
 
@@ -334,10 +334,11 @@ def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOpti
     if not options.device.own_memory:
         return policy
     asked = options.policy or Policy()
-    if not cache_format_of(options.compression).reads_all:
+    if cache_format_of(options.compression).flexgen:
         if asked.cpu_attention:
             raise PolicyError(
-                "Sparse and FlexGen's attention is computed on the device only. Leave cpu_attention out, or give 0."
+                "K and V by FlexGen's rules (`-flexgen`) are attended to on the device only. Leave cpu_attention out, or give "
+                "0, or name the variant without `-flexgen`."
             )
         asked = replace(asked, cpu_attention=0.0)
     machine = whole_machine(options.device, options.limits)

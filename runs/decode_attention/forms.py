@@ -1,29 +1,30 @@
-"""What the pass over the pages of decode rows costs by the form of earlier chunks: exact, or sealed with bits of K and V."""
+"""What attention of decode rows costs by the form of earlier chunks: exact, sealed with bits of K and V, or read sparsely."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flexgen_helm.attention.decode import DecodeAttention, LayerPages
+from flexgen_helm.attention.decode import DecodeAttention, LayerPages, Scoring
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.attention.sparse_decode import SparseDecode
 from flexgen_helm.compression.config import parse
+from flexgen_helm.kv_cache.cache_format import CacheFormat
 from flexgen_helm.kv_cache.page_format import PageFormat, PageTensors, PlainPart
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, PageMap
-from flexgen_helm.kv_cache.sealed_format import sealed_format
 from flexgen_helm.schedule.rows import Row, Segment
 
 CAUSAL = MaskRule(lambda q, k: k <= q, True)
 CPU = torch.device("cpu")
 EXACT = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Forms of all chunks. The other forms have bfloat16 in a query's own chunk."""
-SEALED = ["kv8", "kv4", "kv2", "k4v2", "k4", "v4"]
+SEALED = ["kv8", "kv4", "kv2", "k4v2", "k4", "v4", "s10", "kv8s10", "kv4s10", "s30"]
 TOKENS = [544, 2000, 6000]
 NUMBERS = 1 << 23
 """Numbers of K and of V each, about, in all sequences of a case: far more than a core's cache holds."""
@@ -79,28 +80,40 @@ class Pass:
         count = -(-case.tokens // PAGE_TOKENS)
         tables = [list(range(i * count, (i + 1) * count)) for i in range(case.num_sequences)]
         self.pages: dict[Form, LayerPages] = {"exact": LayerPages({"device": exact})}
+        self.percent: int | None = None
         if form in EXACT:
             k, v = (x.to(EXACT[form]) for x in exact.tensors)
             self.read = _plain(case, EXACT[form])
             self.pages["exact"] = LayerPages({"device": PageTensors(self.read, k, v)})
         else:
             config = parse(form)
-            self.read = sealed_format(exact.format, k_bits=config.k_bits, v_bits=config.v_bits)
+            self.read = CacheFormat(config.k_bits, config.v_bits, config.sparsity).forms(*_tokens(exact))["sealed"]
             self.pages["sealed"] = LayerPages({"device": _sealed(self.read, exact)})
+            self.percent = config.sparsity
         self.queries = torch.randn(
             case.num_sequences, case.num_heads, case.head_dim, generator=torch.Generator().manual_seed(0)
         )
+        self.scoring: Scoring = {"scale": 1 / math.sqrt(case.head_dim), "softcap": None}
         is_sealed = "sealed" in self.pages
         segments = [Segment((0,), case.tokens - 1, table, exact=table if is_sealed else None) for table in tables]
-        self.decode = DecodeAttention(1)
         row = RowPages(Row("decode", case.num_sequences, segments), {form: PageMap() for form in self.pages})
-        self.plans = self.decode.plan(row, CAUSAL)
+        self.work = self._sparse(row, self.percent) if self.percent else self._dense(row)
 
     def milliseconds(self) -> float:
         """Processor time of the pass."""
         begun = time.process_time()
-        self.decode.attend(self.plans, self.queries, self.pages, scale=1 / math.sqrt(self.queries.shape[-1]), softcap=None)
+        self.work()
         return 1e3 * (time.process_time() - begun)
+
+    def _dense(self, row: RowPages) -> Callable[[], object]:
+        decode = DecodeAttention(1)
+        plans = decode.plan(row, CAUSAL)
+        return lambda: decode.attend(plans, self.queries, self.pages, **self.scoring)
+
+    def _sparse(self, row: RowPages, percent: int) -> Callable[[], object]:
+        sparse = SparseDecode(DecodeAttention(1), percent)
+        plans = sparse.plan(row, CAUSAL)
+        return lambda: sparse.attend(sparse.choose(plans, self.queries, self.pages, **self.scoring), self.pages)
 
 
 def measure_forms(case: FormCase, forms: list[str]) -> Iterator[FormResult]:
@@ -135,4 +148,11 @@ def _sealed(form: PageFormat, exact: PageTensors) -> PageTensors:
     numbers: Tensor = torch.arange(len(exact.k))
     for (part, stored), x in zip(pages.sealable_parts, exact.tensors, strict=True):
         part.seal(stored, numbers, x)
+    if form.mean is not None and pages.mean is not None:
+        form.mean.store(pages.mean, numbers, exact.v)
     return pages
+
+
+def _tokens(pages: PageTensors) -> tuple[Tensor, Tensor]:
+    """K and V ``[32, heads, dim]`` of a page."""
+    return pages.k[0].transpose(0, 1), pages.v[0].transpose(0, 1)

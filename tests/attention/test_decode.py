@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexgen_helm.attention.decode import KINDS, DecodeAttention, DecodePlan, LayerPages
 from flexgen_helm.attention.decode_intrinsics import multiply_add
-from flexgen_helm.attention.decode_kernel import _load, _powers_of_two, _transpose
+from flexgen_helm.attention.decode_kernel import _transpose, load_stored, powers_of_two
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import row_visits
 from flexgen_helm.kv_cache.page_format import PageFormat, PageTensors
@@ -27,7 +27,7 @@ def test_every_finite_number_of_16_bits_is_read_as_torch_reads_it() -> None:
     patterns = np.arange(2**16, dtype=np.uint16)
     for dtype in (torch.bfloat16, torch.float16):
         found = np.empty(len(patterns), np.float32)
-        _load(patterns.ctypes.data, KINDS[dtype], found, found.view(np.uint32))
+        load_stored(patterns.ctypes.data, KINDS[dtype], found, found.view(np.uint32))
         expected = torch.from_numpy(patterns).view(dtype).float()
         finite = expected.isfinite()
         assert int(finite.sum()) > 2**15
@@ -64,7 +64,7 @@ def _multiply_add(a, a_at, b, m, n, c, c_at, num_rows):  # type: ignore[no-untyp
 def test_powers_of_two_are_as_exact_as_fp32_and_what_is_hidden_vanishes() -> None:
     x = np.concatenate([np.linspace(-126, 0, 4093), [-1000.0, -np.inf, np.nan]]).astype(np.float32)
     found = x.copy()
-    _powers_of_two(found, np.empty(len(x), np.int32))
+    powers_of_two(found, np.empty(len(x), np.int32))
     np.testing.assert_allclose(found[:-3], 2 ** x[:-3].astype(np.float64), rtol=3e-7)
     np.testing.assert_array_equal(found[-3:], [0, 0, np.nan])
 

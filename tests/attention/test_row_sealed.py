@@ -50,7 +50,7 @@ def test_rows_equal_the_rule(
     heads: Heads, options: Options, lengths: list[int], prefix: int, seed: int, in_calls: bool, cache_format: CacheFormat
 ) -> None:
     machine = Machine(heads, options, lengths, prefix, cache_format)
-    if in_calls or not cache_format.reads_all:
+    if in_calls or cache_format.flexgen:
         machine.decode = None
     for row in random_rows(lengths, prefix, seed):
         machine.run(*row)
@@ -68,7 +68,7 @@ def test_decode_beside_others_has_the_bits_of_decode_alone(in_calls: bool, cache
     outputs = []
     for chosen in ([0], [1], [2], [0, 1, 2]):
         machine = Machine(Heads(6, 3, 64, 64), Options(), lengths, 200, cache_format)
-        if in_calls or not cache_format.reads_all:
+        if in_calls or cache_format.flexgen:
             machine.decode = None
         for k, m in enumerate(lengths):
             for a in range(0 if k == 0 else 192, m - 1, 64):

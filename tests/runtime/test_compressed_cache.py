@@ -91,16 +91,29 @@ def test_the_engine_tells_its_bits(bench: Workbench, variant: str, told: tuple[s
 def test_placement_changes_no_bit(
     bench: Workbench, answers: Answers, tmp_path: Path, case: tuple[str, str], policy: Policy, order: Order
 ) -> None:
-    if case[1] != "kv4":
+    if "flexgen" in case[1]:
         policy = replace(policy, cpu_attention=0.0)
     options = {"order": order, "device": OWN_MEMORY, "offload_folder": tmp_path / case[0]}
     assert run(bench.folder(case[0]), branching_jobs(1), case[1], policy, **options) == answers[case]
 
 
-def test_sparse_attention_on_the_cpu_beside_a_device_is_refused(bench: Workbench) -> None:
+@pytest.mark.parametrize("case", [("mistral", "s10"), ("llama", "kv4s10")])
+def test_sparse_attention_on_the_cpu_beside_a_device_has_the_same_bits(
+    bench: Workbench, answers: Answers, case: tuple[str, str]
+) -> None:
     policy = replace(POLICY, cpu_attention=1.0, cache=(0.0, 1.0, 0.0))
-    with pytest.raises(PolicyError, match=r"is computed on the device only\. Leave cpu_attention out"):
-        run(bench.folder("llama"), [], "s10", policy, device=OWN_MEMORY)
+    with Engine.from_pretrained(
+        str(bench.folder(case[0])), compression=case[1], policy=policy, device=OWN_MEMORY, rows="packed"
+    ) as engine:
+        assert engine.run(branching_jobs(1)) == answers[case]
+        assert engine.stats.bytes_moved["cpu_attention"] > 0
+
+
+def test_flexgen_s_rules_on_the_cpu_beside_a_device_are_refused(bench: Workbench) -> None:
+    policy = replace(POLICY, cpu_attention=1.0, cache=(0.0, 1.0, 0.0))
+    for variant in ("s10-flexgen", "kv4-flexgen"):
+        with pytest.raises(PolicyError, match=r"on the device only\. Leave cpu_attention out, .* without `-flexgen`"):
+            run(bench.folder("llama"), [], variant, policy, device=OWN_MEMORY)
 
 
 def test_more_bits_come_closer_to_the_uncompressed_answers(bench: Workbench) -> None:

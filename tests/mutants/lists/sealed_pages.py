@@ -53,8 +53,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="sparse-one-key-short",
         file="flexgen_helm/attention/sparse_kernel.py",
-        old="wanted = (count * percent + 99) // 100",
-        new="wanted = max(1, count * percent // 100)",
+        old="(count * percent + 99) // 100",
+        new="max(1, count * percent // 100)",
         tests=(RULE,),
         why="a query reads fewer values than its share, rounded up",
     ),
