@@ -90,13 +90,11 @@ class Completion:
     Attributes:
         text: Decoded text, cut before the stop string and without the end token.
         token_ids: Every token up to the one in which the stop string begins, the end token included.
-        token_texts: Text of each token. A token that holds part of a character is written as ``bytes:\xe2\x80``, a special
-            token as its literal text.
+        token_texts: Text of each token: part of a character as ``bytes:\xe2\x80``, a special token as its literal text.
         logprobs: Natural logarithm of each token's probability under the model, before ``temperature`` and ``top_p``.
         top_logprobs: The ``Job.top_logprobs`` most likely candidates at each step, best first.
         finish_reason: "length" (``max_new_tokens`` reached), "stop" (a stop string) or "endoftext" (an end token).
-        num_text_tokens: Number of tokens that contribute to ``text``: not the end token, and not a token at whose start a
-            stop string begins.
+        num_text_tokens: Tokens that contribute to ``text``: not the end token, and none at whose start a stop string begins.
     """
 
     text: str
@@ -322,6 +320,9 @@ class EngineInfo:
     """Bits of a weight of compressed matrices, everything counted; None: there are none."""
     statistics: str = ""
     """What made the statistics of the compression; empty: nothing."""
+    bits_per_k_element: float | None = None
+    bits_per_v_element: float | None = None
+    """Likewise of an element of K, and of one of V, whose means are counted; None: not recorded."""
     bits_per_weight_on_disk: float | None = None
     """Bits of a weight in slabs on disk, everything counted; None: there are none."""
     planned_bytes: dict[str, int] = field(default_factory=dict)

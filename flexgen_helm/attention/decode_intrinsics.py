@@ -55,7 +55,8 @@ def repeated(builder: Any, number: Any, width: int) -> Any:
     return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(WORD, width), [0] * width))
 
 
-def _data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+def data_of(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Where the numbers of an array begin."""
     return context.make_array(kind)(context, builder, array).data
 
 
@@ -67,7 +68,7 @@ def _transposition(  # noqa: PLR0913
         vector = ir.VectorType(WORD, LANES)
 
         def pointers(kind: Any, array: Any, index: Any, stride: Any) -> list[Any]:
-            data, found = _data(context, builder, kind, array), []
+            data, found = data_of(context, builder, kind, array), []
             for _ in range(LANES):
                 found.append(builder.bitcast(builder.gep(data, [index]), vector.as_pointer()))
                 index = builder.add(index, stride)
@@ -101,7 +102,7 @@ def _product(num_rows: int, width: int) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         a, a_at, b, stride, n, c, c_at, first, column = (
-            _data(context, builder, kind, x) if isinstance(kind, types.Array) else x
+            data_of(context, builder, kind, x) if isinstance(kind, types.Array) else x
             for kind, x in zip(signature.args, arguments, strict=True)
         )
         name, kind = f"llvm.fma.v{width}f32", ir.FunctionType(vector, [vector] * 3)
@@ -166,100 +167,3 @@ def multiply_add(a, a_at, b, m, n, c, c_at, num_rows):  # type: ignore[no-untype
         for j in range(narrow, m):
             for t in range(n):
                 c[c_at[r] + j] = fma(a[a_at[r] + t], b[t * m + j], c[c_at[r] + j])
-
-
-def _gathered_product(width: int) -> Any:
-    """A weighted sum of rows of some columns: see `add_rows`."""
-    vector = ir.VectorType(FLOAT, width)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        a, a_at, b, b_at, n, c, c_at = (
-            _data(context, builder, kind, x) if isinstance(kind, types.Array) else x
-            for kind, x in zip(signature.args[:-1], arguments[:-1], strict=True)
-        )
-        column = arguments[-1]
-        kind = ir.FunctionType(vector, [vector] * 3)
-        fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{width}f32")
-        output = builder.bitcast(builder.gep(c, [builder.add(c_at, column)]), vector.as_pointer())
-        total = cgutils.alloca_once_value(builder, builder.load(output, align=4))
-        with cgutils.for_range(builder, n) as loop:
-            at = builder.add(builder.load(builder.gep(b_at, [loop.index])), column)
-            row = builder.load(builder.bitcast(builder.gep(b, [at]), vector.as_pointer()), align=4)
-            factor = repeated(builder, builder.load(builder.gep(a, [builder.add(a_at, loop.index)])), width)
-            builder.store(builder.call(fused, [factor, row, builder.load(total)]), total)
-        builder.store(builder.load(total), output, align=4)
-        return context.get_dummy_value()
-
-    def typed(  # noqa: PLR0913 - Numba reads the names and their number
-        typing_context: Any, a: Any, a_at: Any, b: Any, b_at: Any, n: Any, c: Any, c_at: Any, column: Any
-    ) -> Any:
-        return types.void(a, a_at, b, b_at, n, c, c_at, column), generate
-
-    return intrinsic(typed)
-
-
-_gathered_wide, _gathered_narrow = _gathered_product(4 * LANES), _gathered_product(LANES)
-
-
-@njit(inline="always")
-def add_rows(a, a_at, b, b_at, n, c, c_at, m):  # type: ignore[no-untyped-def]  # noqa: PLR0913
-    """Add a weighted sum of rows to another one: ``c[c_at + j] += sum of a[a_at + t] * b[b_at[t] + j] over t``.
-
-    Products are added one by one, in the order of t, each rounded once.
-
-    Args:
-        a: Flat.
-        a_at: Where n weights begin.
-        b: Flat: rows of m numbers.
-        b_at: ``[n]`` or longer: where each row begins.
-        n: Number of rows.
-        c: Flat, changed in place.
-        c_at: Where m numbers begin.
-        m: Numbers of a row.
-    """
-    wide, narrow = m // size(4 * LANES) * size(4 * LANES), m // size(LANES) * size(LANES)
-    for j in range(size(0), wide, size(4 * LANES)):
-        _gathered_wide(a, a_at, b, b_at, n, c, c_at, j)
-    for j in range(wide, narrow, size(LANES)):
-        _gathered_narrow(a, a_at, b, b_at, n, c, c_at, j)
-    for j in range(narrow, m):
-        for t in range(n):
-            c[c_at + j] = fma(a[a_at + t], b[b_at[t] + j], c[c_at + j])
-
-
-def _comparison(operator: str) -> Any:
-    """A function that compares 32 neighbouring numbers with a limit: bit t of its answer is for number t; NaN gives 0.
-
-    Args of what is returned: flat array, index of the first number, limit.
-    """
-    vector = ir.VectorType(FLOAT, 2 * LANES)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array, first, limit = arguments
-        at = builder.gep(_data(context, builder, signature.args[0], array), [first])
-        numbers = builder.load(builder.bitcast(at, vector.as_pointer()), align=4)
-        found = builder.fcmp_ordered(operator, numbers, repeated(builder, limit, 2 * LANES))
-        return builder.bitcast(found, ir.IntType(2 * LANES))
-
-    def typed(typing_context: Any, array: Any, first: Any, limit: Any) -> Any:
-        return types.uint32(array, first, limit), generate
-
-    return intrinsic(typed)
-
-
-at_least, above = _comparison(">="), _comparison(">")
-
-
-def _of_bits(build: Any) -> Any:
-    def typed(typing_context: Any, bits: Any) -> Any:
-        return types.uint32(types.uint32), lambda context, builder, signature, arguments: build(builder, arguments[0])
-
-    return intrinsic(typed)
-
-
-num_ones: Any = _of_bits(lambda builder, bits: builder.ctpop(bits))
-"""How many bits of 32 are 1."""
-first_one: Any = _of_bits(lambda builder, bits: builder.cttz(bits, ir.Constant(ir.IntType(1), 0)))
-"""Which is the lowest bit that is 1."""
-num_above_last: Any = _of_bits(lambda builder, bits: builder.ctlz(bits, ir.Constant(ir.IntType(1), 0)))
-"""How many bits are above the highest one that is 1."""

@@ -85,7 +85,7 @@ def _transpose(rows: Array, columns: Array) -> None:
 
 
 @njit(inline="always")
-def read_keys(address, kind, dim, rows, bits, columns):  # type: ignore[no-untyped-def]
+def _read_keys(address, kind, dim, rows, bits, columns):  # type: ignore[no-untyped-def]
     """Bring K of a head and a page to fp32, channel after channel.
 
     Args:
@@ -105,7 +105,7 @@ def read_keys(address, kind, dim, rows, bits, columns):  # type: ignore[no-untyp
 
 @njit(inline="always")
 def _read_values(address, kind, dim, rows, bits):  # type: ignore[no-untyped-def]
-    """Bring V of a head and a page to fp32, token after token: see `read_keys`."""
+    """Bring V of a head and a page to fp32, token after token: see `_read_keys`."""
     if kind > CODES:
         unpack_values(address, kind - CODES, dim, rows)
     else:
@@ -113,8 +113,7 @@ def _read_values(address, kind, dim, rows, bits):  # type: ignore[no-untyped-def
 
 
 @njit(fastmath={"nnan", "nsz"}, inline="always")
-def largest(x: Array) -> Any:
-    """The largest number; -inf if there is none."""
+def _largest(x: Array) -> Any:
     top = NEG_INF
     for t in range(size(len(x))):
         top = max(top, x[t])
@@ -122,8 +121,7 @@ def largest(x: Array) -> Any:
 
 
 @njit(fastmath=REORDERED, inline="always")
-def total_of(x: Array) -> Any:
-    """The sum, in an order that follows from how many numbers there are."""
+def _sum(x: Array) -> Any:
     total = f32(0)
     for t in range(size(len(x))):
         total += x[t]
@@ -208,14 +206,14 @@ def _weigh(scores, visible, mask, scale, softcap, before, exponents):  # type: i
         The largest score now, the factor for weights so far, and the sum of the new ones.
     """
     finish_scores(scores, visible, mask, scale, softcap)
-    top = max(before, largest(scores))
+    top = max(before, _largest(scores))
     if top == NEG_INF:
         scores[:] = 0
         return top, f32(1), f32(0)
     for t in range(size(len(scores))):
         scores[t] -= top
     powers_of_two(scores, exponents)
-    return top, f32(2) ** (before - top), total_of(scores)
+    return top, f32(2) ** (before - top), _sum(scores)
 
 
 @compiled
@@ -262,7 +260,7 @@ def attend_chunks(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infe
             scores[: (visits[1] - visits[0]) * groups * CHUNK_TOKENS] = 0
             for p in range(num_pages):
                 count = _locate(visits, rows, visible, p, own, dim, row_at, score_at)
-                read_keys(k[c, p] + h * head_bytes[c, 0], kinds[c, 0], dim, keys, key_bits, columns)
+                _read_keys(k[c, p] + h * head_bytes[c, 0], kinds[c, 0], dim, keys, key_bits, columns)
                 multiply_add(flat_queries, row_at, columns, size(PAGE_TOKENS), size(dim), scores, score_at, count)
             for i in range(visits[0], visits[1]):
                 n, mask = rows[i], masks[i] if len(masks) else no_mask

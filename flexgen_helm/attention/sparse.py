@@ -4,7 +4,7 @@ A query head ranks the keys that its mask shows in earlier chunks by their atten
 in a hundred, rounded up. For each page it adds the exact weight of the other keys times the mean of the page's values.
 FlexGen's own rule has no means, and all keys but a query's own token are candidates. K is read in full by both.
 
-Scores of a row are held at once: 8 bytes for each query, head and key.
+Scores of a row are held at once: 5 bytes for each query, head and key. Decode rows on a CPU do without (`sparse_decode`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from flexgen_helm.attention.calls import ChunkCall
 from flexgen_helm.attention.chunks import GatheredPages, LocatedPages, compute_call, score_call
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS
+from flexgen_helm.machine.threads import in_threads
 
 TINY = torch.finfo(torch.float32).tiny
+QUERIES_AT_ONCE = 16
+"""Queries that a thread chooses for at a time."""
 
 
 class LocatedCall(NamedTuple):
@@ -30,7 +33,19 @@ class LocatedCall(NamedTuple):
     pages: list[LocatedPages]
 
 
-def choose(calls: Sequence[LocatedCall], q: Tensor, percent: int, *, scale: float, softcap: float | None) -> Tensor:
+class Choice(NamedTuple):
+    """What a row's queries read of their keys.
+
+    Attributes:
+        scores: ``[T, C, H, 128]`` fp32: for each query, chunk and head the scores of the keys, -inf where there is none.
+        read: bool ``[T, C, H, 128]``: the keys of which V is read.
+    """
+
+    scores: Tensor
+    read: Tensor
+
+
+def choose(calls: Sequence[LocatedCall], q: Tensor, percent: int, *, scale: float, softcap: float | None) -> Choice:
     """Return what a row's queries read of their keys.
 
     Args:
@@ -39,10 +54,6 @@ def choose(calls: Sequence[LocatedCall], q: Tensor, percent: int, *, scale: floa
         percent: Keys of which V is read.
         scale: Factor of the scores.
         softcap: See `flexgen_helm.attention.kernels.attend_chunk`.
-
-    Returns:
-        ``[T, C, H, 2 * 128]`` fp32: for each query, chunk and head the scores of the keys, -inf where there is none, then 1 for
-        each key of which V is read, else 0.
     """
     num_chunks = 1 + max((max(each.call.chunks) for each in calls), default=0)
     table = torch.full((len(q), num_chunks, q.shape[1], CHUNK_TOKENS), NEG_INF, device=q.device)
@@ -51,12 +62,10 @@ def choose(calls: Sequence[LocatedCall], q: Tensor, percent: int, *, scale: floa
         if call.dead is not None:
             scores.masked_fill_(call.dead[:, None, None], NEG_INF)
         table[call.places(len(q), real=True)] = scores
-    by_head = table.transpose(1, 2).flatten(2).flatten(0, 1)
-    chosen = _choose(by_head, percent).view(len(q), -1, num_chunks, CHUNK_TOKENS).transpose(1, 2)
-    return torch.cat([table, chosen], -1)
+    return Choice(table, _choose(table, percent))
 
 
-def read_call(call: ChunkCall, chosen: Tensor, pages: list[LocatedPages], *, means: bool) -> ChunkOutput:
+def read_call(call: ChunkCall, chosen: Choice, pages: list[LocatedPages], *, means: bool) -> ChunkOutput:
     """Attend to the chunks of a call with the weights and choices of `choose`; returns what `attend_call` does.
 
     Args:
@@ -65,7 +74,8 @@ def read_call(call: ChunkCall, chosen: Tensor, pages: list[LocatedPages], *, mea
         pages: The call's pages.
         means: Whether keys that are not read count with the mean of their page's values.
     """
-    picked = chosen[call.places(len(chosen), real=False)]
+    at = call.places(len(chosen.scores), real=False)
+    picked = torch.cat([chosen.scores[at], chosen.read[at].float()], -1)
     gather = GatheredPages(call, pages, ("v", "mean") if means else ("v",))
     return compute_call(call, picked, gather, _read_with_means if means else _read)
 
@@ -116,18 +126,21 @@ def _fold(weights: Tensor, v: Tensor) -> Tensor:
     return product.view(b, h, m, -1).transpose(1, 2)
 
 
-def _choose(scores: Tensor, percent: int) -> Tensor:
-    """Return 1 for the largest scores of each row ``[N, L]``, else 0; see `flexgen_helm.attention.sparse_kernel`."""
-    if scores.device.type == "cpu":
-        from flexgen_helm.attention.sparse_kernel import choose_rows
+def _choose(table: Tensor, percent: int) -> Tensor:
+    """Whether each key ``[T, C, H, 128]`` is among those with the largest scores; of equal ones the first are."""
+    if table.device.type == "cpu":
+        from flexgen_helm.attention.sparse_kernel import choose_table
 
-        chosen = torch.empty_like(scores)
-        choose_rows(scores.numpy(), percent, chosen.numpy())
+        chosen = torch.empty(table.shape, dtype=torch.bool)
+        parts = [slice(t, t + QUERIES_AT_ONCE) for t in range(0, len(table), QUERIES_AT_ONCE)]
+        in_threads(lambda part: choose_table(table.numpy()[part], percent, chosen.numpy()[part]), parts)
         return chosen
+    scores = table.transpose(1, 2).flatten(2)
     present = scores > NEG_INF
     wanted = (present.sum(-1, keepdim=True) * percent + 99) // 100
     descending = scores.sort(dim=-1, descending=True).values
     least = descending.gather(-1, (wanted - 1).clamp_min(0))
-    above, equal = scores > least, scores == least
-    first = equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True))
-    return ((above | first) & present).float()
+    larger, equal = scores > least, scores == least
+    first = equal & (equal.cumsum(-1) <= wanted - larger.sum(-1, keepdim=True))
+    found: Tensor = ((larger | first) & present).unflatten(-1, (-1, CHUNK_TOKENS)).transpose(1, 2)
+    return found

@@ -191,7 +191,7 @@ class SparseDecode:
     def num_bytes(self, plan: SparsePlan, forms: LayerForms) -> int:
         """Bytes of K and V that are read, as if all queries of a chunk and all heads chose the same keys."""
         num_bytes = plan.exact.num_bytes(forms)
-        if "sealed" in forms:
+        if plan.sealed:
             form = forms["sealed"].any_format
             page = form.num_bytes - form.v.num_bytes * (100 - self._percent) // 100
             num_bytes += sum(group.chunks.pages.size for group in plan.sealed) * page

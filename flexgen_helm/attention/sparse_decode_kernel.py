@@ -9,23 +9,41 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from flexgen_helm.attention.decode_codes import unpack_token
-from flexgen_helm.attention.decode_intrinsics import add_rows, first_one, multiply_add
+from flexgen_helm.attention.decode_codes import unpack_keys, unpack_token
+from flexgen_helm.attention.decode_intrinsics import multiply_add
 from flexgen_helm.attention.decode_kernel import (
     CODES,
+    NEG_INF,
+    REORDERED,
     finish_scores,
-    largest,
     load_stored,
     powers_of_two,
-    read_keys,
-    total_of,
 )
-from flexgen_helm.attention.selection import NO_BITS, choose_largest
+from flexgen_helm.attention.selection import NO_BITS, choose_largest, first_one
+from flexgen_helm.attention.sparse_intrinsics import add_rows, dot_products, prefetch
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS
 from flexgen_helm.machine.compiled import compiled, size
 
 u32 = np.uint32
 ONE = u32(1)
+AHEAD = 4
+"""Pages of which rows are brought before they are needed."""
+
+
+@njit(fastmath={"nnan", "nsz"})
+def _largest(x):  # type: ignore[no-untyped-def]
+    top = NEG_INF
+    for t in range(size(len(x))):
+        top = max(top, x[t])
+    return top
+
+
+@njit(fastmath=REORDERED)
+def _sum(x):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for t in range(size(len(x))):
+        total += x[t]
+    return total
 
 
 @njit(inline="always")
@@ -41,20 +59,46 @@ def _weigh(scores, bits, weights, exponents):  # type: ignore[no-untyped-def]
     Returns:
         The largest score, and the sum of all weights.
     """
-    top = largest(scores)
+    top = _largest(scores)
     for t in range(size(len(scores))):
         scores[t] -= top
     powers_of_two(scores, exponents[: len(scores)])
-    den, count = total_of(scores), size(0)
+    den, count = _sum(scores), size(0)
     for i in range(size(len(bits))):
         left, first = bits[i], size(PAGE_TOKENS) * i
         while left:
             at = first + size(first_one(left))
             weights[count], scores[at] = scores[at], 0
             left, count = u32(left & (left - ONE)), size(count + size(1))
-        weights[count] = total_of(scores[first : first + size(PAGE_TOKENS)])
+        weights[count] = _sum(scores[first : first + size(PAGE_TOKENS)])
         count += size(1)
     return top, den
+
+
+@njit(inline="always")
+def _locate(visits, visitors, places, rows, starts, heads, dim, row_at, score_at):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    """Where the numbers of all query heads begin that read a chunk, and where their scores of it do; their number.
+
+    Args:
+        visits: First and end.
+        visitors: See `choose_keys`, as for the three that follow.
+        places: ``[V]``.
+        rows: ``[Q]``.
+        starts: ``[Q + 1]``.
+        heads: First, end, and number of all.
+        dim: Numbers of a head.
+        row_at: Filled: indices in ``[T, H, dim]``.
+        score_at: Filled: indices in the scores, for each query and head its keys.
+    """
+    first, end, num_heads = heads
+    count = 0
+    for i in range(visits[0], visits[1]):
+        q = visitors[i]
+        for j in range(first, end):
+            row_at[count] = (rows[q] * num_heads + j) * dim
+            score_at[count] = num_heads * starts[q] + j * (starts[q + 1] - starts[q]) + places[i] * CHUNK_TOKENS
+            count += 1
+    return count
 
 
 @compiled
@@ -101,35 +145,36 @@ def choose_keys(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infers
     bits, weights = chosen
     heads, dim = queries.shape[1], queries.shape[2]
     groups, flat_queries = heads // num_kv, queries.reshape(-1)
-    loaded, columns = np.empty(PAGE_TOKENS * dim, np.float32), np.empty(PAGE_TOKENS * dim, np.float32)
-    loaded_bits, no_mask = loaded.view(np.uint32), np.empty(0, np.bool_)
+    keys, no_mask = np.empty(PAGE_TOKENS * dim, np.float32), np.empty(0, np.bool_)
+    key_bits = keys.view(np.uint32)
     scores, exponents = np.zeros(heads * starts[-1], np.float32), np.empty(np.max(starts[1:] - starts[:-1]), np.int32)
     most = np.max(begins[1:] - begins[:-1]) * groups
     row_at, score_at = np.empty(most, np.int64), np.empty(most, np.int64)
     for c in range(len(k)):
+        visits = begins[c], begins[c + 1]
         for h in range(num_kv):
+            own = h * groups, (h + 1) * groups, heads
             for p in range(CHUNK_PAGES):
-                count = 0
-                for i in range(begins[c], begins[c + 1]):
-                    q = visitors[i]
-                    for j in range(h * groups, (h + 1) * groups):
-                        row_at[count] = (rows[q] * heads + j) * dim
-                        at = heads * starts[q] + j * (starts[q + 1] - starts[q])
-                        score_at[count] = at + places[i] * CHUNK_TOKENS + p * PAGE_TOKENS
-                        count += 1
-                read_keys(k[c, p] + h * head_bytes[c], kinds[c], dim, loaded, loaded_bits, columns)
-                multiply_add(flat_queries, row_at, columns, size(PAGE_TOKENS), size(dim), scores, score_at, size(count))
+                count = _locate(visits, visitors, places, rows, starts, own, dim, row_at, score_at)
+                score_at[:count] += p * PAGE_TOKENS
+                begin = k[c, p] + h * head_bytes[c]
+                if kinds[c] > CODES:
+                    unpack_keys(begin, kinds[c] - CODES, dim, keys)
+                    multiply_add(flat_queries, row_at, keys, size(PAGE_TOKENS), size(dim), scores, score_at, size(count))
+                else:
+                    load_stored(begin, kinds[c], keys, key_bits)
+                    dot_products(flat_queries, row_at, keys, size(dim), scores, score_at, size(count))
     at_weight = 0
     for q in range(len(rows)):
-        keys = starts[q + 1] - starts[q]
-        pages, mask = keys // PAGE_TOKENS, shown[starts[q] : starts[q + 1]] if len(shown) else no_mask
+        num_keys = starts[q + 1] - starts[q]
+        pages, mask = num_keys // PAGE_TOKENS, shown[starts[q] : starts[q + 1]] if len(shown) else no_mask
         for j in range(heads):
-            first = heads * starts[q] + j * keys
-            own, own_bits = scores[first : first + keys], bits[first // PAGE_TOKENS : first // PAGE_TOKENS + pages]
-            finish_scores(own, keys, mask, scale, softcap)
-            choose_largest(own, wanted[q], own_bits)
+            first = heads * starts[q] + j * num_keys
+            seen, seen_bits = scores[first : first + num_keys], bits[first // PAGE_TOKENS : first // PAGE_TOKENS + pages]
+            finish_scores(seen, num_keys, mask, scale, softcap)
+            choose_largest(seen, wanted[q], seen_bits)
             end = at_weight + wanted[q] + pages
-            top[rows[q], j], den[rows[q], j] = _weigh(own, own_bits, weights[at_weight:end], exponents)
+            top[rows[q], j], den[rows[q], j] = _weigh(seen, seen_bits, weights[at_weight:end], exponents)
             at_weight = end
 
 
@@ -149,6 +194,43 @@ def _read_row(address, kind, dim, values, bits, first):  # type: ignore[no-untyp
         unpack_token(address, kind - CODES, dim, values, first)
     else:
         load_stored(address, kind, values[first : first + dim], bits[first : first + dim])
+
+
+@njit
+def _unite(bits, unions):  # type: ignore[no-untyped-def]
+    """Bits ``[pages]`` that any of some heads ``[heads * pages]`` has."""
+    unions[:] = NO_BITS
+    for j in range(0, len(bits), len(unions)):
+        for i in range(size(len(unions))):
+            unions[i] |= bits[j + i]
+
+
+@njit(inline="always")
+def _prefetch_rows(begin, row_bytes, read):  # type: ignore[no-untyped-def]
+    """Let the processor bring chosen rows of a page: they are too far apart for it to guess them."""
+    while read:
+        prefetch(begin + np.int64(first_one(read)) * row_bytes, row_bytes)
+        read = u32(read & (read - ONE))
+
+
+@njit(inline="always")
+def _read_rows(begin, row_bytes, kind, read, dim, values, bits):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+    """Bring chosen rows of a page to fp32, each to its place in ``[32 * dim]``."""
+    while read:
+        t = np.int64(first_one(read))
+        _read_row(begin + t * row_bytes, kind, dim, values, bits, t * dim)
+        read = u32(read & (read - ONE))
+
+
+@njit(inline="always")
+def _places(read, dim, places):  # type: ignore[no-untyped-def]
+    """Where chosen rows of a page begin, and its mean, which is behind them; how many they are."""
+    count = 0
+    while read:
+        places[count] = np.int64(first_one(read)) * dim
+        read, count = u32(read & (read - ONE)), count + 1
+    places[count] = PAGE_TOKENS * dim
+    return count + 1
 
 
 @compiled
@@ -175,6 +257,7 @@ def attend_chosen(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infe
     groups, flat_total = heads // num_kv, total.reshape(-1)
     values, places = np.empty((PAGE_TOKENS + 1) * dim, np.float32), np.empty(PAGE_TOKENS + 1, np.int64)
     value_bits, at, at_query = values.view(np.uint32), np.empty(groups, np.int64), 0
+    unions = np.empty(np.max(starts[1:] - starts[:-1]) // PAGE_TOKENS, np.uint32)
     for q in range(len(rows)):
         pages = (starts[q + 1] - starts[q]) // PAGE_TOKENS
         each = wanted[q] + pages
@@ -182,25 +265,24 @@ def attend_chosen(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - Numba infe
             for g in range(groups):
                 at[g] = at_query + (h * groups + g) * each
             own = heads * (starts[q] // PAGE_TOKENS) + h * groups * pages
-            for i in range(pages):
-                c, p, read = chunks[starts[q] // CHUNK_TOKENS + i // CHUNK_PAGES], i % CHUNK_PAGES, NO_BITS
-                for g in range(groups):
-                    read = u32(read | bits[own + g * pages + i])
-                begin = v[c, p] + h * head_bytes[c, 0]
-                while read:
-                    t = np.int64(first_one(read))
-                    _read_row(begin + t * (head_bytes[c, 0] // PAGE_TOKENS), kinds[c, 0], dim, values, value_bits, t * dim)
-                    read = u32(read & (read - ONE))
+            _unite(bits[own : own + groups * pages], unions[:pages])
+            for ahead in range(pages + AHEAD):
+                if ahead < pages:
+                    c, p = chunks[starts[q] // CHUNK_TOKENS + ahead // CHUNK_PAGES], ahead % CHUNK_PAGES
+                    _prefetch_rows(v[c, p] + h * head_bytes[c, 0], head_bytes[c, 0] // PAGE_TOKENS, unions[ahead])
+                    prefetch(means[c, p] + h * head_bytes[c, 1], head_bytes[c, 1])
+                if ahead < AHEAD:
+                    continue
+                i = ahead - AHEAD
+                c, p, read = chunks[starts[q] // CHUNK_TOKENS + i // CHUNK_PAGES], i % CHUNK_PAGES, unions[i]
+                row_bytes = head_bytes[c, 0] // PAGE_TOKENS
+                _read_rows(v[c, p] + h * head_bytes[c, 0], row_bytes, kinds[c, 0], read, dim, values, value_bits)
                 _read_row(means[c, p] + h * head_bytes[c, 1], kinds[c, 1], dim, values, value_bits, PAGE_TOKENS * dim)
                 for g in range(groups):
-                    left, count = bits[own + g * pages + i], 0
-                    while left:
-                        places[count] = np.int64(first_one(left)) * dim
-                        left, count = u32(left & (left - ONE)), count + 1
-                    places[count] = PAGE_TOKENS * dim
+                    count = _places(bits[own + g * pages + i], dim, places)
                     target = (rows[q] * heads + h * groups + g) * dim
-                    add_rows(weights, at[g], values, places, count + 1, flat_total, size(target), size(dim))
-                    at[g] += count + 1
+                    add_rows(weights, at[g], values, places, count, flat_total, size(target), size(dim))
+                    at[g] += count
         at_query += heads * each
 
 

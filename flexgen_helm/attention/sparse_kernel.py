@@ -1,4 +1,7 @@
-"""The loop that chooses which keys a query reads, compiled by Numba."""
+"""The loop that chooses which keys the queries of a row read, compiled by Numba.
+
+Numba keeps the compiled loop until this file changes: who changes `flexgen_helm.attention.selection` touches this one.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from flexgen_helm.machine.compiled import compiled
+from flexgen_helm.attention.selection import NEG_INF, PAGE, above, choose_largest, num_ones
+from flexgen_helm.machine.compiled import compiled, size
 
 
 @compiled
-def choose_rows(scores: Any, percent: int, chosen: Any) -> None:
-    """Choose the largest scores of each row; of equal ones the first.
+def choose_table(scores: Any, percent: int, chosen: Any) -> None:
+    """Choose the keys with the largest scores for each query and head; of equal ones the first.
 
     Args:
-        scores: fp32 ``[N, L]``, -inf for keys that are not there.
+        scores: fp32 ``[T, C, H, 128]``, -inf for keys that are not there.
         percent: How many of the others, in a hundred, rounded up.
-        chosen: fp32 ``[N, L]``: filled with 1 where a key is chosen, else 0.
+        chosen: bool ``[T, C, H, 128]``: filled: whether a key is chosen.
     """
-    present = np.empty(scores.shape[1], np.float32)
-    for i in range(len(scores)):
-        row, count = scores[i], 0
-        for j in range(len(row)):
-            if row[j] > -np.inf:
-                present[count] = row[j]
-                count += 1
-        chosen[i] = 0
-        if count == 0:
-            continue
-        wanted = (count * percent + 99) // 100
-        least = np.partition(present[:count], count - wanted)[count - wanted]
-        equal = wanted
-        for j in range(len(row)):
-            equal -= row[j] > least
-        for j in range(len(row)):
-            if row[j] > least:
-                chosen[i, j] = 1
-            elif row[j] == least and equal > 0:
-                chosen[i, j] = 1
-                equal -= 1
+    num_chunks, num_keys = size(scores.shape[1]), size(scores.shape[3])
+    row = np.empty(scores.shape[1] * scores.shape[3], np.float32)
+    bits = np.empty(len(row) // 32, np.uint32)
+    for t in range(scores.shape[0]):
+        for h in range(scores.shape[2]):
+            for c in range(num_chunks):
+                row[c * num_keys : (c + size(1)) * num_keys] = scores[t, c, h]
+            count = np.int64(0)
+            for i in range(size(len(bits))):
+                count += np.int64(num_ones(above(row, PAGE * i, NEG_INF)))
+            choose_largest(row, (count * percent + 99) // 100, bits)
+            for c in range(num_chunks):
+                for i in range(num_keys):
+                    word = bits[(c * num_keys + i) // PAGE]
+                    chosen[t, c, h, i] = (word >> np.uint32(i % PAGE)) & np.uint32(1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.compression.lossless import Planes, decode_planes, encode_planes
-from flexgen_helm.compression.threads import in_threads
+from flexgen_helm.machine.threads import in_threads
 from flexgen_helm.memory.amounts import padded
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.slab import ALIGNMENT, SlabLayout, SlabTensor

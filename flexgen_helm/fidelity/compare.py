@@ -47,9 +47,8 @@ def compare(
     check_vocabularies(reference, candidate)
     parts: list[Positions] = []
     for block in blocks(windows, block_tokens):
-        hidden = [_scored(engine, block) for engine in (reference, candidate)]
-        targets = torch.tensor([token for window in block for token in window.targets])
-        parts.append(_with_heads(reference, candidate, hidden, targets))
+        hidden = [final_states(engine, block) for engine in (reference, candidate)]
+        parts.append(compare_states(reference, candidate, hidden, block))
         if on_block is not None:
             on_block(sum(map(len, parts)))
     return Positions.joined(parts)
@@ -89,13 +88,26 @@ def check_vocabularies(reference: Engine, candidate: Engine) -> None:
         )
 
 
-def _scored(engine: Engine, block: Sequence[Window]) -> Tensor:
-    """Return the hidden states that predict the tokens of a block that count, ``[N, ...]``."""
-    found = engine.final_hidden([window.tokens for window in block])
-    return torch.cat([hidden[window.first - 1 :] for window, hidden in zip(block, found, strict=True)])
+def final_states(engine: Engine, windows: Sequence[Window]) -> Tensor:
+    """Return the hidden states behind the last layer that predict the tokens that count, ``[N, ...]``.
+
+    Raises:
+        InvalidJob: If a window is longer than the model's context, or numbers are not finite.
+    """
+    found = engine.final_hidden([window.tokens for window in windows])
+    return torch.cat([hidden[window.first - 1 :] for window, hidden in zip(windows, found, strict=True)])
 
 
-def _with_heads(reference: Engine, candidate: Engine, hidden: Sequence[Tensor], targets: Tensor) -> Positions:
+def compare_states(reference: Engine, candidate: Engine, hidden: Sequence[Tensor], windows: Sequence[Window]) -> Positions:
+    """Compare what two models predict, from what `final_states` returned for each of them.
+
+    Args:
+        reference: A model.
+        candidate: Another one, of the same vocabulary.
+        hidden: Of the reference and of the candidate, ``[N, ...]`` each.
+        windows: Those of both.
+    """
+    targets = torch.tensor([token for window in windows for token in window.targets])
     size = reference.policy.gpu_batch_size
     slices = zip(hidden[0].split(size), hidden[1].split(size), targets.split(size), strict=True)
     with ExitStack() as stack:

@@ -134,8 +134,8 @@ class SealablePart(PartFormat, Protocol):
         """
 
 
-def bits_per_element(part: PartFormat) -> float:
-    """Return the stored bits of a number of K or V, scales and the like included."""
+def bits_per_element(part: PartFormat | MeanPart) -> float:
+    """Return the stored bits of a part for a number of K or V, scales and the like included."""
     return 8 * part.num_bytes / (part.num_heads * PAGE_TOKENS * part.dim)
 
 
@@ -249,8 +249,9 @@ class PageFormat:
 
     @property
     def bits_per_element(self) -> tuple[float, float]:
-        """Stored bits of a number of K, and of one of V."""
-        return bits_per_element(self.k), bits_per_element(self.v)
+        """Stored bits of a number of K, and of one of V, means included."""
+        means = 0.0 if self.mean is None else bits_per_element(self.mean)
+        return bits_per_element(self.k), bits_per_element(self.v) + means
 
     @property
     def num_bytes_per_token(self) -> int:

@@ -69,10 +69,10 @@ class CachePlan:
 
     @property
     def least_bytes(self) -> dict[Tier, int]:
-        """Least bytes of each tier for which `capacities` hold one sequence, with a page more on each tier for rounding."""
+        """Least bytes of each tier for which `capacities` hold one sequence, with pages more on each tier for rounding."""
         rounding = PAGE_TOKENS * sum(share > 0 for share in self.shares)
         sequence = (SEQUENCE_TOKENS + rounding) * self.bytes_per_token
-        sequence += (PAGE_TOKENS * (NUM_SPARE + SEQUENCE_PAGES) + rounding) * self.exact_bytes_per_token
+        sequence += (PAGE_TOKENS * (NUM_SPARE + SEQUENCE_PAGES) + 2 * rounding) * self.exact_bytes_per_token
         return {
             tier: math.ceil(share * sequence / CACHE_SHARE) + (tier == "host" and self.buffer_bytes)
             for tier, share in self.taken.items()

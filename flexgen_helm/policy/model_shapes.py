@@ -39,6 +39,7 @@ class ModelShapes:
         first_layers_bytes: Bytes of the small model that is checked first: the first layers up to one of every kind, and a
             part of the vocabulary.
         page_shares: Bytes of a page of K and V by form, for each byte of one in which they are as they come.
+        cache_bits: Stored bits of an element of K, and of one of V, in the form in which pages are kept.
         scored_keys: Keys whose scores a row of prompts holds at once, for each query and head.
         layer_products: Elements of matrices by which a layer multiplies a token, by layer; of a mixture of experts only those
             of the experts that a token uses. Where a layer is missing, all of its weights count.
@@ -66,6 +67,7 @@ class ModelShapes:
     kv_itemsize: int
     first_layers_bytes: int
     page_shares: Mapping[Form, float] = field(default_factory=lambda: {"exact": 1.0})
+    cache_bits: tuple[float, float] = (16.0, 16.0)
     scored_keys: int = 0
     layer_products: Mapping[int, float] = field(default_factory=dict)
     dtype: str = ""
@@ -138,6 +140,7 @@ class ModelShapes:
             kv_itemsize=2,
             first_layers_bytes=first_layers,
             page_shares={"exact": 1.0},
+            cache_bits=(16.0, 16.0),
             scored_keys=0,
             dtype="",
             weight_format="plain",

@@ -41,7 +41,7 @@ def shapes_of(
     heads = setting(model, "num_attention_heads") or 1
     num_kv, head_dim = setting(model, "num_key_value_heads") or heads, setting(model, "head_dim") or hidden // heads
     kv = torch.empty(0, num_kv, head_dim, dtype=kv_dtype)
-    plain = PLAIN_CACHE.forms(kv, kv)["exact"].num_bytes
+    plain, forms = PLAIN_CACHE.forms(kv, kv)["exact"].num_bytes, cache.forms(kv, kv)
     longest = min(setting(model, "max_position_embeddings") or SCORED_KEYS, SCORED_KEYS)
     stored = {j: each.stored.num_bytes for j, each in formats.items()}
     bound = {j: each.bound.num_bytes for j, each in formats.items()}
@@ -64,7 +64,8 @@ def shapes_of(
         itemsize=model.dtype.itemsize,
         kv_itemsize=kv_dtype.itemsize,
         first_layers_bytes=_first_layers_bytes(model, layers),
-        page_shares={form: pages.num_bytes / plain for form, pages in cache.forms(kv, kv).items()},
+        page_shares={form: pages.num_bytes / plain for form, pages in forms.items()},
+        cache_bits=forms.get("sealed", forms["exact"]).bits_per_element,
         scored_keys=0 if cache.sparsity is None else longest,
         layer_products=_products(model, layers),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from flexgen_helm.reports.engine_record import NO_RECORD, NOTHING_COMPUTED, EngineRecord
+from flexgen_helm.reports.engine_record import CACHE_BITS, NO_RECORD, NOTHING_COMPUTED, EngineRecord
 from flexgen_helm.reports.fidelity_results import NONE_FOUND, FidelityResult
 
 TIERS = ("device", "host", "disk")
@@ -67,7 +67,8 @@ def engine_cells(engines: Sequence[EngineRecord | None]) -> Iterator[Cell]:
     yield _common("bits", [engine.bits for engine in known], reason)
     yield _common("bits_per_weight", [engine.bits_per_weight for engine in known], reason)
     yield _common("bits_per_compressed_weight", [engine.bits_per_compressed_weight for engine in known], compressed)
-    yield _common("bits_per_cache_element", [engine.bits_per_cache_element for engine in known], reason)
+    for name in CACHE_BITS:
+        yield _common(name, [getattr(engine, name) for engine in known], reason)
     for tier in TIERS:
         yield _common(f"weight_bytes_{tier}", [engine.weight_bytes.get(tier) for engine in known], reason)
     for tier in TIERS:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 HALF = ("float16", "bfloat16")
+CACHE_BITS = ("bits_per_cache_element", "bits_per_k_element", "bits_per_v_element")
+"""Bits of an element of both together, of K, and of V; scales included."""
 NO_RECORD = "no record of the engine: the run was served without this package's runner"
 NOTHING_COMPUTED = "every answer was known before, so no speed was measured"
 
@@ -41,6 +43,9 @@ class EngineRecord:
     bits_per_compressed_weight: float | None
     """Average over compressed matrices, scales included; None: none is compressed."""
     bits_per_cache_element: float | None
+    bits_per_k_element: float | None
+    bits_per_v_element: float | None
+    """Means of V included."""
     weight_bytes: Mapping[str, int]
     """On each tier."""
     cache_bytes: Mapping[str, int]
@@ -88,8 +93,7 @@ def engine_record(content: Mapping[str, Any]) -> EngineRecord:
         variant=str(variant) if variant else None,
         released_dtype=str(content.get("released_dtype", "")),
         numerics=_mapping(content.get("numerics")),
-        **{name: _number(content.get(name)) for name in ("bits_per_weight", "bits_per_compressed_weight")},
-        bits_per_cache_element=_number(content.get("bits_per_cache_element")),
+        **{name: _number(content.get(name)) for name in ("bits_per_weight", "bits_per_compressed_weight", *CACHE_BITS)},
         weight_bytes=_counts(content.get("weight_bytes")),
         cache_bytes=_counts(content.get("cache_bytes")),
         bit_stable=stable if isinstance(stable, bool) else None,

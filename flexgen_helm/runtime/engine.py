@@ -321,6 +321,7 @@ class Engine:
     def describe(self) -> EngineInfo:
         """Return the engine's policy, numerics and bytes on each tier."""
         parts, weights = self._parts, self._parts.plan.weights
+        k_bits, v_bits = parts.plan.shapes.cache_bits
         modules = nn.ModuleList([parts.loaded.model, *parts.checked.model.layers])  # stand-ins are in the layers' place
         parameters = list(modules.parameters())
         num_bytes, count = sum(p.numel() * p.element_size() for p in parameters), sum(p.numel() for p in parameters)
@@ -335,6 +336,8 @@ class Engine:
             numerics=self.numerics,
             bits_per_weight=8 * num_bytes / count,
             bits_per_cache_element=8.0 * parts.kv_dtype.itemsize * parts.plan.shapes.kept_share,
+            bits_per_k_element=k_bits,
+            bits_per_v_element=v_bits,
             planned_bytes={str(tier): count for tier, count in weights.needed_bytes.items()},
             cache_bytes={str(tier): count for tier, count in parts.cache_bytes.items()},
             weight_bytes={str(tier): count for tier, count in weights.weight_bytes.items()},

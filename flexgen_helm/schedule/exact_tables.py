@@ -59,12 +59,16 @@ class ExactTables:
             ends: Number of tokens before completions, and the most tokens of each of them.
         """
         rings = sum(_ring(length, limit) for length, limits in ends for limit in limits)
-        return sum(self._num_own(node, node.first_own) for node in nodes) + rings
+        return sum(self._num_own(node.first_own, node.end) for node in nodes) + rings
+
+    def num_alone(self, length: int, limits: Sequence[int]) -> int:
+        """Return the number of pages that are reserved for a prompt that shares nothing, and for completions of it."""
+        return self._num_own(0, length) + sum(_ring(length, limit) for limit in limits)
 
     def reserve(self, node: Node, pages: SequencePages, *, kept: bool) -> ExactPages:
         """Reserve the exact pages of a node that has these sealed ones."""
         first = node.start + (-node.start % PAGE_TOKENS if pages.in_tail else 0)
-        return ExactPages(self.pool.allocate(self._num_own(node, first)) if kept else [])
+        return ExactPages(self.pool.allocate(self._num_own(first, node.end)) if kept else [])
 
     def reserve_ring(self, length: int, max_new_tokens: int) -> ExactPages:
         """Reserve the pages of a completion behind ``length`` tokens."""
@@ -110,10 +114,10 @@ class ExactTables:
         self.pool.release(exact.own)
         self._spare += [page for _, page in exact.borrowed]
 
-    def _num_own(self, node: Node, first: int) -> int:
-        """Pages that a node reserves whose own pages begin at an absolute position."""
-        chunk = 0 if self._keep_all else node.end // CHUNK_TOKENS * CHUNK_TOKENS
-        return num_pages(max(first, chunk), node.end)
+    def _num_own(self, first: int, end: int) -> int:
+        """Pages that a node reserves whose own pages begin and end at these absolute positions."""
+        chunk = 0 if self._keep_all else end // CHUNK_TOKENS * CHUNK_TOKENS
+        return num_pages(max(first, chunk), end)
 
     def _page(self, node: Node, i: int, end: int) -> int:
         """Take page i of a sequence, when a sweep computes a node up to position ``end``."""

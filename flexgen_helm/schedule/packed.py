@@ -190,8 +190,23 @@ class PackedScheduler:
         if taken:
             return False
         self._drop_prefixes()
+        return self._reserve_all(work) or (work.node.parent is not None and self._reserve_apart(work))
+
+    def _reserve_all(self, work: PromptWork) -> bool:
+        """Divide all memory as a prompt and its completions need it, and give them their pages."""
         self._tables.balance([work])
         return self._tables.reserve(work.node, work.continuations)
+
+    def _reserve_apart(self, work: PromptWork) -> bool:
+        """Do the same with a prompt that shares nothing any more: where others part from it, exact pages would stay."""
+        old = work.node
+        for upper in old.path():
+            upper.users -= 1
+        self._prompt_tokens_left += len(work.tokens) - (0 if old.children else len(old.tokens) - old.num_seen)
+        work.node = Node(None, 0, work.tokens, scores=Scores(work.tokens) if work.score else None, users=1)
+        del self._ends[old]
+        self._ends[work.node] = work
+        return self._reserve_all(work)
 
     def _drop_prefixes(self) -> None:
         """Drop what earlier work left behind for later, when nothing is live that would free pages: it is computed again."""

@@ -37,14 +37,12 @@ class PageTables:
         return sum(self._pool.capacities) * self._pool.page_bytes
 
     def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
-        """Return the bytes of the kept pages of a prompt alone, with completions of at most ``limits`` tokens."""
+        """Return the bytes of the kept pages of a prompt that shares nothing, with completions of at most ``limits`` tokens."""
         pages = num_pages(0, length) + sum(continuation_pages(length, limit) for limit in limits)
         needed = pages * self._pool.page_bytes
         if self._exact is None:
             return needed
-        # Of a prompt whose beginning others share, the chunks in which they part stay exact: at most all of it.
-        exact = (num_pages(0, length) + self._exact.num_needed([], [(length, limits)])) * self._exact.pool.page_bytes
-        return needed + exact + self._spare_bytes
+        return needed + self._exact.num_alone(length, limits) * self._exact.pool.page_bytes + self._spare_bytes
 
     def balance(self, works: Iterable[PromptWork]) -> None:
         """Divide the bytes between sealed and exact pages as some work needs them; nothing is done while pages are taken."""
@@ -152,10 +150,13 @@ class PageTables:
 
     @property
     def _spare_bytes(self) -> int:
-        """Bytes that no work may count on: exact pages for a prompt that is cut, and what whole pages leave unused."""
+        """Bytes that no work may count on: exact pages for a prompt that is cut, and what whole pages leave unused.
+
+        Whole exact pages leave bytes of a tier, and of their share of it; sealed ones are what a tier's bytes are counted in.
+        """
         assert self._exact is not None
-        rounding = _num_tiers(self._pool)
-        return (NUM_SPARE + rounding) * self._exact.pool.page_bytes + rounding * self._pool.page_bytes
+        tiers = _num_tiers(self._pool)
+        return (NUM_SPARE + 2 * tiers) * self._exact.pool.page_bytes + tiers * self._pool.page_bytes
 
     def _release(self, pages: SequencePages) -> None:
         self._pool.release(pages.own)

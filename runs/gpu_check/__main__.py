@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NO_GPU
     found: dict[str, dict[str, Any]] = {}
     for part in PARTS:
-        if options.parts is None or part.name in options.parts:
+        if not part.by_name if options.parts is None else part.name in options.parts:
             found[part.name] = run_part(part, dry_run=options.dry_run)
             said = found[part.name].get("error", "done" if succeeded(found[part.name]) else "failed")
             print(f"{part.name}: {said} ({found[part.name]['seconds']:.0f} s)", flush=True)

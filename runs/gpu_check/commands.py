@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def bench(kind: str, sizes: Sizes) -> dict[str, Any]:
 
 
 generate, score = (partial(bench, kind) for kind in ("generation", "scoring"))
+
+
+def compare_caches(sizes: Sizes) -> dict[str, Any]:
+    """Run ``cache_tiers`` with the cache on the host."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name, "result.json")
+        status, _ = _run("flexgen_helm.runs.cache_tiers", *sizes.cache_tiers, "--json", str(file))
+        lines = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return {"status": status, "variants": [{**line, **line.pop("link_bytes")} for line in lines]}
 
 
 def _run(module: str, *arguments: str) -> tuple[int, str]:

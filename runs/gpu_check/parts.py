@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flexgen_helm.runs.gpu_check.commands import generate, run_tests, score
+from flexgen_helm.runs.gpu_check.commands import compare_caches, generate, run_tests, score
 from flexgen_helm.runs.gpu_check.copies import measure_copies
 from flexgen_helm.runs.gpu_check.cpu_attention import measure_cpu_attention
 from flexgen_helm.runs.gpu_check.forms import compare_forms
@@ -14,7 +14,7 @@ from flexgen_helm.runs.gpu_check.machine import describe_machine
 from flexgen_helm.runs.gpu_check.sizes import Sizes
 
 MOST_SECONDS = 540
-"""For all parts together: of a GPU that is lent for ten minutes, one is for bringing things there and back."""
+"""For all parts that need not be named: of a GPU that is lent for ten minutes, one is for bringing things there and back."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Part:
     """Seconds after which its process is killed."""
     measure: Callable[[Sizes], dict[str, Any]]
     """Returns plain data: numbers and texts, dictionaries of these, and lists of such dictionaries."""
+    by_name: bool = False
+    """Whether it runs only where it is named: for a GPU that is at hand for longer."""
 
 
 PARTS = (
@@ -42,4 +44,5 @@ PARTS = (
     ),
     Part("generation", "How fast does OPT-30B generate 32 tokens behind 512 with 15 GiB?", 190, generate),
     Part("scoring", "How fast does it score prompts as long as five examples?", 110, score),
+    Part("cache_tiers", "What is a compressed cache on the host worth?", 150, compare_caches, by_name=True),
 )

@@ -9,9 +9,10 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -46,33 +47,34 @@ def main() -> int:
     add_model(parser)
     parser.add_argument("-m", "--max-eval-instances", type=int, default=8, metavar="N", help="instances of each entry")
     parser.add_argument("--disable-cache", action="store_true", help="as of helm-run: the journal alone")
+    parser.add_argument("--variant", metavar="V", help="compressed variant, as behind an @")
+    parser.add_argument("--cache-on-disk", action="store_true", help="K and V are on disk")
     arguments = parser.parse_args()
+    engine: dict[str, Any] = {"compression": arguments.variant} if arguments.variant else {}
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.cache_on_disk:
+            engine |= {"policy": {"cache": [0, 0, 1]}, "offload_folder": str(Path(folder) / "pages")}
         model = arguments.model or smollm2_folder()
-        tally = kill(
-            Path(folder), model, arguments.kills, arguments.seed, arguments.max_eval_instances, arguments.disable_cache
-        )
+        command = Command(model, Path(folder), arguments.max_eval_instances, arguments.disable_cache, engine)
+        tally = kill(command, arguments.kills, arguments.seed)
     print(f"{tally.kills} kills, {tally.completed} suites completed, all equal to the undisturbed one.")
     print(f"Killed when the command had reached: {tally.during}. Most answers resumed: {tally.most_resumed}.")
     return 0
 
 
-def kill(folder: Path, model: Path, kills: int, seed: int, max_eval_instances: int, disable_cache: bool) -> Tally:
+def kill(command: Command, kills: int, seed: int) -> Tally:
     """Kill a suite until ``kills`` kills have met a living process.
 
     Args:
-        folder: Folder for outputs.
-        model: A model folder.
+        command: The suite, with the folder for all outputs.
         kills: Number of kills.
         seed: Seed of the moments: half of them uniform over the time of an undisturbed command, half when answers arrive.
-        max_eval_instances: Most instances of each run entry.
-        disable_cache: Whether HELM's request cache is off.
 
     Raises:
         AssertionError: An answer was lost or computed twice, or files differ from the undisturbed suite's.
     """
-    undisturbed = Command(model, folder / "undisturbed", max_eval_instances, disable_cache)
-    disturbed = Command(model, folder / "disturbed", max_eval_instances, disable_cache)
+    undisturbed = replace(command, output_path=command.output_path / "undisturbed")
+    disturbed = replace(command, output_path=command.output_path / "disturbed")
     _run_to_the_end(undisturbed)
     expected = read_suite(undisturbed.suite_folder)
     tally, moments = Tally(), random.Random(seed)

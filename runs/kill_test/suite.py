@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from flexgen_helm.helm.deployment import RUNNER
+from flexgen_helm.helm.deployment import CLIENT, RUNNER
 
 SUITE = "kill_test"
+DEPLOYMENT = "flexgen/kill/test"
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo"}
 NUM_TRAIN = 3
 PRELOADED = ("helm.benchmark.run", "flexgen_helm.helm.runner", "flexgen_helm.runtime.engine")
@@ -28,6 +30,8 @@ class Command:
     output_path: Path
     max_eval_instances: int
     disable_cache: bool
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """More keywords of ``Engine.from_pretrained``, as a deployment has them."""
 
     @property
     def suite_folder(self) -> Path:
@@ -43,7 +47,7 @@ class Command:
             f"{mcqa},method=multiple_choice_separate_calibrated",
             "wikifact:k=5,subject=capital",
         ]
-        model = f"flexgen/{self.model_folder.absolute()}"
+        model = DEPLOYMENT if self.engine else f"flexgen/{self.model_folder.absolute()}"
         return [
             *("--run-entries", *(f"{entry},model={model}" for entry in entries)),
             *("--suite", SUITE),
@@ -57,6 +61,7 @@ class Command:
     def start(self) -> BaseProcess:
         """Start the command in a process of its own, in which the slow imports are done already."""
         self._write_data()
+        self._write_deployment()
         self.computed.unlink(missing_ok=True)
         context = get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
@@ -68,6 +73,12 @@ class Command:
     def computed(self) -> Path:
         """File of the keys of all answers that the last process has computed, written before they can be durable."""
         return self.output_path / "computed.txt"
+
+    def _write_deployment(self) -> None:
+        arguments = {"name_or_path": str(self.model_folder.absolute()), **self.engine}
+        deployment = {"name": DEPLOYMENT, "client_spec": {"class_name": CLIENT, "args": arguments}}
+        path = self.output_path / "local" / "model_deployments.yaml"
+        path.write_text(json.dumps({"model_deployments": [deployment]}))  # which is YAML too
 
     def _write_data(self) -> None:
         scenarios = self.output_path / "scenarios"

@@ -153,7 +153,9 @@ def record_of(deployment: str, *, scheme: str = "plain", **changes: Any) -> dict
         "numerics": {**NUMERICS, "weights": {**NUMERICS["weights"], "scheme": scheme}},  # type: ignore[dict-item]
         "bits_per_weight": 12.0 if variant else 32.0,
         "bits_per_compressed_weight": 4.5 if variant else None,
-        "bits_per_cache_element": 32.0,
+        "bits_per_cache_element": 5.5 if variant else 32.0,
+        "bits_per_k_element": 5.0 if variant else 32.0,
+        "bits_per_v_element": 6.0 if variant else 32.0,
         "weight_bytes": {"device": 1000, "host": 0, "disk": 0},
         "cache_bytes": {"device": 4000, "host": 0, "disk": 0},
         "bit_stable": True,

@@ -144,13 +144,18 @@ def test_speed_and_size_come_from_the_record_and_one_measurement_counts_once(tmp
     comparison = compared(tmp_path)
     value = {
         name: figure(comparison, name, level="suite", scenario="all runs")["value"]
-        for name in ("tokens_per_second", "bits", "bits_per_weight", "weight_bytes_device", "limit_share")
+        for name in (
+            *("tokens_per_second", "bits", "bits_per_weight", "bits_per_k_element", "bits_per_v_element"),
+            *("weight_bytes_device", "limit_share"),
+        )
     }
     # 1000 tokens in 2 s, measured for both runs together
     assert value == {
         "tokens_per_second": 500,
         "bits": 4.5,
         "bits_per_weight": 12,
+        "bits_per_k_element": 5,
+        "bits_per_v_element": 6,
         "weight_bytes_device": 1000,
         "limit_share": 0.5,
     }

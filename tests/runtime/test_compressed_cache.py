@@ -16,7 +16,7 @@ from flexgen_helm.errors import PolicyError
 from flexgen_helm.schedule.operations import Order
 from tests.jobs import random_tokens
 from tests.runtime.test_offload import POLICIES
-from tests.workbench import OWN_MEMORY, POLICY, Workbench
+from tests.workbench import NARROW, OWN_MEMORY, POLICY, Workbench
 
 FAMILIES = ["llama", "opt", "mistral", "mixtral"]
 """A plain one, one with learned positions, one with sliding windows, a mixture of experts."""
@@ -60,6 +60,14 @@ def test_each_job_alone_gets_the_same_bits(bench: Workbench, answers: Answers, c
         assert [engine.run([job])[0] for job in branching_jobs(1)] == answers[case]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_in_another_order_and_smaller_blocks_gets_the_same_bits(
+    bench: Workbench, answers: Answers, case: tuple[str, str]
+) -> None:
+    """Two jobs were answered before; blocks of 96 tokens cut prompts inside pages and chunks."""
+    assert run(bench.folder(case[0]), branching_jobs(1)[:1:-1], case[1], NARROW) == answers[case][:1:-1]
+
+
 @pytest.mark.parametrize(
     ("variant", "told"),
     [
@@ -74,6 +82,7 @@ def test_the_engine_tells_its_bits(bench: Workbench, variant: str, told: tuple[s
     with Engine.from_pretrained(str(bench.folder("llama")), compression=variant, policy=POLICY, device="cpu") as engine:
         info = engine.describe()
     assert (info.numerics.cache.format, info.numerics.cache.sparsity) == told[:2]
+    assert (info.bits_per_k_element, info.bits_per_v_element) == told[2:]
     assert info.bits_per_cache_element == pytest.approx((told[2] + told[3]) / 2)
 
 
@@ -82,16 +91,29 @@ def test_the_engine_tells_its_bits(bench: Workbench, variant: str, told: tuple[s
 def test_placement_changes_no_bit(
     bench: Workbench, answers: Answers, tmp_path: Path, case: tuple[str, str], policy: Policy, order: Order
 ) -> None:
-    if case[1] != "kv4":
+    if "flexgen" in case[1]:
         policy = replace(policy, cpu_attention=0.0)
     options = {"order": order, "device": OWN_MEMORY, "offload_folder": tmp_path / case[0]}
     assert run(bench.folder(case[0]), branching_jobs(1), case[1], policy, **options) == answers[case]
 
 
-def test_sparse_attention_on_the_cpu_beside_a_device_is_refused(bench: Workbench) -> None:
+@pytest.mark.parametrize("case", [("mistral", "s10"), ("llama", "kv4s10")])
+def test_sparse_attention_on_the_cpu_beside_a_device_has_the_same_bits(
+    bench: Workbench, answers: Answers, case: tuple[str, str]
+) -> None:
     policy = replace(POLICY, cpu_attention=1.0, cache=(0.0, 1.0, 0.0))
-    with pytest.raises(PolicyError, match=r"is computed on the device only\. Leave cpu_attention out"):
-        run(bench.folder("llama"), [], "s10", policy, device=OWN_MEMORY)
+    with Engine.from_pretrained(
+        str(bench.folder(case[0])), compression=case[1], policy=policy, device=OWN_MEMORY, rows="packed"
+    ) as engine:
+        assert engine.run(branching_jobs(1)) == answers[case]
+        assert engine.stats.bytes_moved["cpu_attention"] > 0
+
+
+def test_flexgen_s_rules_on_the_cpu_beside_a_device_are_refused(bench: Workbench) -> None:
+    policy = replace(POLICY, cpu_attention=1.0, cache=(0.0, 1.0, 0.0))
+    for variant in ("s10-flexgen", "kv4-flexgen"):
+        with pytest.raises(PolicyError, match=r"on the device only\. Leave cpu_attention out, .* without `-flexgen`"):
+            run(bench.folder("llama"), [], variant, policy, device=OWN_MEMORY)
 
 
 def test_more_bits_come_closer_to_the_uncompressed_answers(bench: Workbench) -> None:

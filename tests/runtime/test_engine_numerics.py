@@ -118,6 +118,7 @@ def test_the_dtype_of_the_cache_is_described(bench: Workbench) -> None:
     with Engine.from_pretrained(folder, dtype="float32", device="cpu", policy=POLICY, kv_dtype="bfloat16") as engine:
         info = engine.describe()
     assert (info.bits_per_weight, info.bits_per_cache_element) == (32, 16)
+    assert (info.bits_per_k_element, info.bits_per_v_element) == (16, 16)
     assert (info.numerics.weights.dtype, info.numerics.cache.dtype) == ("float32", "bfloat16")
 
 

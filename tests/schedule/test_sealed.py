@@ -126,21 +126,42 @@ def test_queries_read_their_chunk_exact_and_earlier_ones_sealed(
     scheduler = PackedScheduler(policy, block_tokens=policy.block_tokens or 1, pools=pools, keep_all=keep_all)
     assert_answers(scheduler, machine, specs, first=first)
     assert pools["sealed"].num_used == 0
-    assert pools["exact"].num_used in (0, NUM_SPARE)  # none, or the spare ones
+    assert pools["exact"].num_used <= NUM_SPARE  # the spare ones
     assert sum(pools[form].capacity * pools[form].page_bytes for form in pools) <= scheduler.capacity_bytes + EXACT_BYTES
 
 
-def test_a_sequence_needs_at_most_eight_exact_pages_whatever_its_length() -> None:
-    policy = ResolvedPolicy(gpu_batch_size=4, num_gpu_batches=1, gpu_batch_tokens=64, block_tokens=2048)
-    pools = pools_of(100_000)
+NEEDED = (32 + 10) * SEALED_BYTES + (4 + 4 + NUM_SPARE + 2 * 2) * EXACT_BYTES + 2 * SEALED_BYTES
+"""Bytes for 1,000 tokens and 300 more: 32 and 10 sealed pages; exact ones of the chunk in which the prompt ends, of a ring and
+spare ones; and what rounding costs on two tiers."""
+
+
+@pytest.mark.parametrize("block_tokens", [2048, 200, 40])
+def test_a_sequence_needs_at_most_eight_exact_pages_whatever_its_length(block_tokens: int) -> None:
+    """Exact pages of a chunk of the prompt are free once it is computed, so that these few bytes are enough."""
+    policy = ResolvedPolicy(gpu_batch_size=4, num_gpu_batches=1, gpu_batch_tokens=64, block_tokens=block_tokens)
+    pools = pools_of(NEEDED // 2)
     machine = SealedMachine(policy, [Spec(tuple(range(1000)), False, ((300, 300),))], pools)
-    scheduler = PackedScheduler(policy, block_tokens=2048, pools=pools)
+    scheduler = PackedScheduler(policy, block_tokens=block_tokens, pools=pools)
+    assert scheduler.bytes_needed(1000, [300]) == NEEDED == scheduler.capacity_bytes
     scheduler.add(machine.works)
     while scheduler.has_work():
         machine.run(scheduler.next_sweep())
         assert pools["exact"].num_used <= 8 + NUM_SPARE
         assert pools["sealed"].num_used <= pages_alone(machine.works[0])
         scheduler.end_sweep()
+    assert machine.works[0].continuations[0].tokens
+
+
+@pytest.mark.parametrize("plenty", [True, False])
+def test_a_prompt_shares_nothing_where_exact_pages_of_its_branches_do_not_fit(plenty: bool) -> None:
+    """Others part from it in each of its chunks, and wait for it; alone it needs just what there is."""
+    policy = ResolvedPolicy(gpu_batch_size=1, num_gpu_batches=1, gpu_batch_tokens=64, block_tokens=300)
+    stem = tuple(range(1000))
+    specs = [Spec(stem, True, ((300, 300),)), *(Spec((*stem[:cut], 2000), False, ((3, 3),)) for cut in range(100, 1000, 128))]
+    pools = pools_of(100_000 if plenty else NEEDED // 2)
+    machine = SealedMachine(policy, specs, pools)
+    assert_answers(PackedScheduler(policy, block_tokens=300, pools=pools), machine, specs, first=len(specs))
+    assert (machine.computed_tokens == len(stem) + len(specs) - 1) == plenty
 
 
 @pytest.mark.parametrize("length", [20, 2000])

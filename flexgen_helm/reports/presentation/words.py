@@ -79,6 +79,8 @@ FIGURES: dict[str, Words] = {
     "bits_per_weight": Words("bits per weight", "average over all weights as they are stored, scales included", _bits),
     "bits_per_compressed_weight": Words("bits per compressed weight", "scales included", _bits),
     "bits_per_cache_element": Words("bits per K/V element", "scales included", _bits),
+    "bits_per_k_element": Words("bits per K element", "scales included", _bits),
+    "bits_per_v_element": Words("bits per V element", "scales and means included", _bits),
     "weight_bytes_device": Words("weights, device", "bytes where matrices are multiplied", _bytes),
     "weight_bytes_host": Words("weights, host", "bytes of weights in memory beside a GPU", _bytes),
     "weight_bytes_disk": Words("weights, disk", "bytes of weights on disk", _bytes),
@@ -106,7 +108,8 @@ TABLES: dict[str, tuple[str, ...]] = {
         *("missing_baseline", "missing_candidate"),
     ),
     "Size and speed": (
-        *("bits_per_weight", "bits_per_compressed_weight", "bits_per_cache_element"),
+        *("bits_per_weight", "bits_per_compressed_weight"),
+        *("bits_per_cache_element", "bits_per_k_element", "bits_per_v_element"),
         *("weight_bytes_device", "weight_bytes_host", "weight_bytes_disk"),
         *("cache_bytes_device", "cache_bytes_host", "cache_bytes_disk", "tokens_per_second", "limit_share"),
     ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 TABLES = "tests/schedule/test_sealed.py::test_queries_read_their_chunk_exact_and_earlier_ones_sealed"
+APART = "tests/schedule/test_sealed.py::test_a_prompt_shares_nothing_where_exact_pages_of_its_branches_do_not_fit"
+LEAST = "tests/schedule/test_sealed.py::test_a_sequence_needs_at_most_eight_exact_pages_whatever_its_length"
 RULE = "tests/attention/test_row_sealed.py::test_rows_equal_the_rule"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -25,6 +27,22 @@ MUTANTS: tuple[Mutant, ...] = (
         why="a completion overwrites the page before",
     ),
     Mutant(
+        name="admitted-work-never-fits",
+        file="flexgen_helm/schedule/packed.py",
+        old="or (work.node.parent is not None and self._reserve_apart(work))",
+        new="",
+        tests=(APART,),
+        why="a job that was let in waits for ever, because others part from it in many chunks",
+    ),
+    Mutant(
+        name="job-that-fits-is-refused",
+        file="flexgen_helm/schedule/exact_tables.py",
+        old="return self._num_own(0, length) + sum(",
+        new="return num_pages(0, length) + sum(",
+        tests=(LEAST,),
+        why="a job that fits only because its cache is compressed is refused",
+    ),
+    Mutant(
         name="sealed-before-it-is-full",
         file="flexgen_helm/attention/row_pages.py",
         old="full = slice(segment.start // PAGE_TOKENS, segment.end // PAGE_TOKENS)",
@@ -35,8 +53,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="sparse-one-key-short",
         file="flexgen_helm/attention/sparse_kernel.py",
-        old="wanted = (count * percent + 99) // 100",
-        new="wanted = max(1, count * percent // 100)",
+        old="(count * percent + 99) // 100",
+        new="max(1, count * percent // 100)",
         tests=(RULE,),
         why="a query reads fewer values than its share, rounded up",
     ),

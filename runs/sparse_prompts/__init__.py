@@ -1,0 +1,1 @@
+"""What sparse attention costs in prompts, against dense attention."""
