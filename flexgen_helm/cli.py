@@ -186,7 +186,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from flexgen_helm.runtime.profile_command import run_profile
+    from flexgen_helm.runtime.planning.profile_command import run_profile
 
     return run_profile(args, _say)
 

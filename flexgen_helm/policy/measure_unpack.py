@@ -14,10 +14,10 @@ from flexgen_helm.compression.lossless_slab import encode_slab
 from flexgen_helm.compression.scheme import CodedScheme, Parts, Scheme
 from flexgen_helm.compression.schemes import EntropyCoded, scheme_of
 from flexgen_helm.compression.sensitivity import Sensitivity
-from flexgen_helm.compression.threads import in_threads
 from flexgen_helm.machine.profile import Place, Rate, UnpackRate
 from flexgen_helm.machine.rates import random_numbers
 from flexgen_helm.machine.rounds import rate_of, seconds_of
+from flexgen_helm.machine.threads import in_threads
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.slab import SlabLayout, SlabTensor

@@ -30,12 +30,12 @@ from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.capacity import Capacity
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, log_choice, make_rows
-from flexgen_helm.runtime.automatic import Automatic
 from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.engine_plan import plan_engine
 from flexgen_helm.runtime.fitting.fit import FittedModel, fit
 from flexgen_helm.runtime.free_space import free_space, make_folder
 from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check
+from flexgen_helm.runtime.planning.automatic import Automatic
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.runtime.slab_coding import require_codable
 from flexgen_helm.runtime.slab_places import SlabPlaces, default_folder, slab_identity

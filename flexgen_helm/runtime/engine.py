@@ -36,13 +36,13 @@ from flexgen_helm.policy.roofline import layer_sizes, with_limit
 from flexgen_helm.policy.shapes_of_model import setting
 from flexgen_helm.rows.choice import Kind, KindChoice, validated_kind
 from flexgen_helm.run_stats import RunStats
-from flexgen_helm.runtime.automatic import known_workload
 from flexgen_helm.runtime.building import Parts, build
 from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.final_hidden import LayerProbe, final_hidden, probing
 from flexgen_helm.runtime.fitting.own_text import writing_job, written
-from flexgen_helm.runtime.forecast import prediction
 from flexgen_helm.runtime.intake import Intake, Ticket
+from flexgen_helm.runtime.planning.automatic import known_workload
+from flexgen_helm.runtime.planning.forecast import prediction
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.runtime.run import Run
 from flexgen_helm.runtime.worker import Worker

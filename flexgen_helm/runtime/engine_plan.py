@@ -18,10 +18,10 @@ from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
 from flexgen_helm.policy.space import Space
-from flexgen_helm.runtime.automatic import Automatic, automatic_policy
 from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.runtime.free_space import measure_space, whole_machine
+from flexgen_helm.runtime.planning.automatic import Automatic, automatic_policy
 from flexgen_helm.runtime.slab_coding import automatic_coding
 from flexgen_helm.runtime.slab_places import SlabPlaces
 from flexgen_helm.types import ResolvedPolicy, SlabCoding

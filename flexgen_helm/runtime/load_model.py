@@ -23,11 +23,11 @@ from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.rows.choice import CheckedModel, KindChoice, Passed, check_model
-from flexgen_helm.runtime.automatic import Automatic
 from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.runtime.fitting.packing import PackedLayers
 from flexgen_helm.runtime.offload import Offloader
 from flexgen_helm.runtime.packed_model import packed_store, unpack_all
+from flexgen_helm.runtime.planning.automatic import Automatic
 from flexgen_helm.runtime.slab_places import slab_identity
 from flexgen_helm.runtime.verdicts import Check, recall, remember
 from flexgen_helm.types import ResolvedPolicy, SlabCoding, WeightNumerics

@@ -28,7 +28,7 @@ from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
 from flexgen_helm.policy.space import Space
 from flexgen_helm.runtime.engine_options import cache_format_of
 from flexgen_helm.runtime.free_space import GATHER_COPIES, GATHERED_BYTES, GPU_PROCESS_BYTES, PROCESS_BYTES
-from flexgen_helm.runtime.machine_profile import Subject, machine_profile
+from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
 from flexgen_helm.runtime.planning.text import Planned, as_json, lines
 from flexgen_helm.types import TIERS, Policy, Tier
 

@@ -18,7 +18,7 @@ from flexgen_helm.policy.planner.search.choose import choose_policy
 from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
 from flexgen_helm.policy.space import Space
 from flexgen_helm.runtime.engine_options import EngineOptions
-from flexgen_helm.runtime.machine_profile import Subject, machine_profile
+from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
 from flexgen_helm.runtime.planning.text import Planned, lines
 from flexgen_helm.types import ON_DEVICE, Job, ResolvedPolicy
 

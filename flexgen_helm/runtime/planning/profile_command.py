@@ -15,7 +15,7 @@ from flexgen_helm.machine.profile_file import to_json, write_profile
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.device import Device, resolve_device
 from flexgen_helm.policy.row_sizes import resolved
-from flexgen_helm.runtime.machine_profile import Subject, machine_profile
+from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
 from flexgen_helm.types import TIERS
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.simulate import simulate
-from flexgen_helm.runtime.automatic import workload_of
 from flexgen_helm.runtime.building import Parts
 from flexgen_helm.runtime.intake import Ticket
+from flexgen_helm.runtime.planning.automatic import workload_of
 
 logger = logging.getLogger(__name__)
 
