@@ -128,6 +128,7 @@ class ModelShapes:
         bound = {j: 2 * count // self.itemsize for j, count in self.bound_bytes.items()}
         stored = {EMBEDDINGS: 2 * self.stored_bytes[EMBEDDINGS] // self.itemsize, **bound}
         first_layers = 2 * self.first_layers_bytes // self.itemsize
+        dtype = self.dtype if self.itemsize == 2 else "bfloat16"
         return replace(
             self,
             stored_bytes=stored,
@@ -142,9 +143,9 @@ class ModelShapes:
             page_shares={"exact": 1.0},
             cache_bits=(16.0, 16.0),
             scored_keys=0,
-            dtype="",
+            dtype=dtype,
             weight_format="plain",
-            kv_format="",
+            kv_format=dtype,
         )
 
     @property

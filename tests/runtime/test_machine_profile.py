@@ -18,7 +18,7 @@ from flexgen_helm.machine.profile import LayerTime, MachineProfile
 from flexgen_helm.machine.profile_file import named_profile, read_profile
 from flexgen_helm.memory.device import CPU
 from flexgen_helm.policy.row_sizes import resolved
-from flexgen_helm.runtime import machine_profile as module
+from flexgen_helm.runtime.planning import machine_profile as module
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
 from flexgen_helm.types import Policy
 

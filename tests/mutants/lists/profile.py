@@ -33,7 +33,7 @@ MUTANTS = (
     ),
     Mutant(
         name="profile-kept-for-other-rows",
-        file="flexgen_helm/runtime/machine_profile.py",
+        file="flexgen_helm/runtime/planning/machine_profile.py",
         old='"rows": [policy.gpu_batch_size, policy.gpu_batch_tokens],',
         new='"rows": [],',
         tests=(f"{KEPT}::test_a_model_is_measured_once_for_its_sizes_dtype_and_rows",),
@@ -41,7 +41,7 @@ MUTANTS = (
     ),
     Mutant(
         name="profile-kept-for-another-machine",
-        file="flexgen_helm/runtime/machine_profile.py",
+        file="flexgen_helm/runtime/planning/machine_profile.py",
         old="            **machine_identity(self.device.torch_device),\n",
         new="",
         tests=(f"{KEPT}::test_another_machine_threads_or_a_torn_file_are_measured_again",),
