@@ -14,6 +14,8 @@ from flexgen_helm.types import Tier
 
 RowKind = Literal["prefill", "decode"]
 Place = Literal["device", "host"]
+"""Where something is computed: on the device, which is the CPU where there is no other; or on the CPU beside a device with a
+memory of its own."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class ProductRate:
     Attributes:
         dtype: Dtype of weights and inputs, such as "bfloat16".
         tokens: Tokens that meet the matrix at a time.
-        rate: Operations per second, two for each token and weight.
+        rate: Operations per second, two for each token and weight. The weights are read from memory.
+        packed: Whether weights are in the layout of the library that multiplies, as those that stay on a CPU may be.
     """
 
     dtype: str
     tokens: int
     rate: Rate
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,11 @@ class AttentionRate:
     """Speed of attention.
 
     Attributes:
-        place: Where it is computed: on the device, or on the CPU beside it.
+        place: Where it is computed.
         kind: Kind of row.
         format: Dtype or format of the pages that are read: "float32", "bfloat16", "kv4" and so on.
-        rate: Prefill: floating-point operations per second. Decode: bytes of K and V per second.
+        rate: Prefill: floating-point operations per second, four for each query, head, element of a head, and key of the chunks
+            of 128 that the query meets. Decode: bytes of K and V as they are stored per second, in whole chunks too.
     """
 
     place: Place
@@ -66,19 +71,23 @@ class UnpackRate:
     """Speed of bringing stored weights to the form in which they multiply.
 
     Attributes:
-        place: Where: on the device, or on the CPU.
+        place: Where. A format that only a CPU decodes has a rate at each place beside a device with a memory of its own.
         format: Scheme and bits, such as "w4" or "w4-entropy", or "lossless".
-        rate: Bytes of the result per second.
+        rate: Bytes of the result per second: of the carried form for "host", of the bound form for "device".
+        dtype: Dtype of the result; empty: any.
     """
 
     place: Place
     format: str
     rate: Rate
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
 class LayerTime:
     """Time of one layer of a real model for one whole row whose tokens attend to their own chunk only, weights in place.
+
+    Where layers differ, it is their mean. The weights are read from memory, as for the first row of a layer.
 
     Attributes:
         model: Signature of the model's sizes, see `flexgen_helm.policy.planner.signature`.
@@ -87,6 +96,9 @@ class LayerTime:
         tokens: Size of the row.
         seconds: Median of the rounds.
         spread: As in `Rate`.
+        packed: As in `ProductRate`.
+        next_seconds: The same right behind such a row, with what is left of the weights in caches; 0: not measured.
+        record_seconds: Time of recording such a row, once a sweep; 0: not measured.
     """
 
     model: str
@@ -95,6 +107,9 @@ class LayerTime:
     tokens: int
     seconds: float
     spread: float = 0.0
+    packed: bool = False
+    next_seconds: float = 0.0
+    record_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ class MachineProfile:
     """What a machine has and how fast it is. Bytes are per second.
 
     Attributes:
-        name: Name of the machine.
+        name: Name of the profile.
         date: Day of the measurement, as 2026-11-29; for a hand-written profile that of its sources.
         source: How it was made: "measured", or where its figures come from.
         device: Name of the device.

@@ -94,7 +94,8 @@ class Replay:
         durations, row = self._durations, walk.load.rows[k] if k >= 0 else None
         if kind == "compute":
             assert row is not None
-            stages = durations.layer(j, row)
+            stages = durations.layer(j, row, first=walk.layer != j)
+            walk.layer = j
             if not step.suspends:
                 return self._on_device(name, stages, after)
             begun = self._on_device(name, stages[:1], after)
@@ -151,6 +152,8 @@ class _Sweep:
 
     def __init__(self, load: SweepLoad, tiers: list[Tier]) -> None:
         self.load, self.tiers = load, tiers
+        self.layer = -1
+        """Layer that was computed last."""
         self.ends: dict[int, Task | None] = {}
         """What ends each operation; None: it needs no time."""
         self.suspended: dict[int, tuple[Task, Stage]] = {}

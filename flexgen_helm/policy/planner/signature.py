@@ -1,4 +1,4 @@
-"""Signature of a model: what a profile knows the times of its layers by. No torch."""
+"""Signature of a model: the sizes that decide how long a layer takes, as a short text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from flexgen_helm.policy.model_shapes import ModelShapes
 
 
 def signature(shapes: ModelShapes) -> str:
-    """Return a text that is equal for models whose layers take equally long in the same dtype.
+    """Return the same text for models whose layers take the same time in the same dtype, however weights are stored.
 
-    It has the number of layers, hidden size, heads, K/V heads, head size, vocabulary, and elements of matrices by which the
-    first layer multiplies a token. Dtype and storage are no part of it.
+    It names hidden size, heads of queries and of K and V, elements of a head, outputs of a layer's matrices, and millions of
+    elements of a layer, each different one with its share of the layers.
     """
-    heads = f"{shapes.num_heads}x{shapes.head_dim}/{shapes.num_kv_heads}"
-    return f"L{shapes.num_layers}-h{shapes.hidden_size}-a{heads}-v{shapes.vocab_size}-p{shapes.products_of(0):.0f}"
+    sizes = [shapes.bound_bytes[j] / shapes.itemsize / 1e6 for j in range(shapes.num_layers)]
+    texts = [f"{size:.3g}M" for size in sizes]
+    layers = "+".join(
+        text if texts.count(text) == len(texts) else f"{texts.count(text)}/{len(texts)}x{text}" for text in dict.fromkeys(texts)
+    )
+    heads = f"{shapes.num_heads}/{shapes.num_kv_heads}x{shapes.head_dim}"
+    return f"{shapes.hidden_size} {heads} {shapes.outputs_per_token} {layers}"
