@@ -16,6 +16,7 @@ from flexgen_helm.errors import PolicyError
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, TRANSFER_BYTES, Form
 from flexgen_helm.machine.profile import LayerTime, MachineProfile, Place, Rate, RowKind
 from flexgen_helm.memory.amounts import padded
+from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.loads import Pages, RowLoad
 from flexgen_helm.policy.planner.signature import signature
@@ -152,6 +153,11 @@ class Durations:
                 found.insert(0 if stores else 1, link._replace(num_bytes=0))
             return found
         return [self._link("device_to_host" if stores else "host_to_device", num_bytes)]
+
+    def hidden_tiers(self, num_rows: int) -> list[Tier]:
+        """Return the tier of each row's hidden state between two layers; what is used in place is on the device."""
+        tiers = interleave([1] * num_rows, self._policy.hidden)
+        return ["device" if tier == "host" and not self._own_memory else tier for tier in tiers]
 
     def _hidden_bytes(self, row: RowLoad) -> int:
         return row.size * self._shapes.hidden_size * self._shapes.itemsize
