@@ -13,9 +13,10 @@ from math import log2
 from typing import NamedTuple
 
 from flexgen_helm.errors import PolicyError
-from flexgen_helm.kv_cache.pages import CHUNK_PAGES, PAGE_TOKENS, TRANSFER_BYTES, Form
-from flexgen_helm.machine.profile import MachineProfile, Place, Rate, RowKind
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, TRANSFER_BYTES, Form
+from flexgen_helm.machine.profile import LayerTime, MachineProfile, Place, Rate, RowKind
 from flexgen_helm.memory.amounts import padded
+from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.loads import Pages, RowLoad
 from flexgen_helm.policy.planner.signature import signature
@@ -59,33 +60,46 @@ class Durations:
         self.plan, self.profile = plan, profile
         self._shapes, self._policy, self._own_memory = plan.shapes, plan.policy, plan.space.own_memory
         self._page_bytes = {form: size / plan.shapes.num_layers for form, size in page_bytes_of(plan).items()}
+        kept: Form = "sealed" if "sealed" in self._page_bytes else "exact"
+        self._token_bytes = self._page_bytes[kept] / PAGE_TOKENS, self._page_bytes["exact"] / PAGE_TOKENS
+        """K and V of a token of a layer, in an earlier chunk and in a query's own."""
+        self._streamed = frozenset(plan.weights.streamed)
+        num_layers = plan.shapes.num_layers
+        self._mean_products = sum(map(plan.shapes.products_of, range(num_layers))) / num_layers
+        name, dtype = signature(plan.shapes), plan.shapes.dtype_name
         self._layers = {
-            (layer.kind, layer.tokens): layer.seconds
+            (layer.kind, layer.tokens, layer.packed): layer
             for layer in profile.layers
-            if layer.model == signature(plan.shapes) and layer.dtype == plan.shapes.dtype_name
+            if (layer.model, layer.dtype) == (name, dtype)
         }
-        self._calls: dict[tuple[int, RowLoad], float] = {}
+        self._calls: dict[tuple[int, RowLoad, bool], float] = {}
 
     def record(self, row: RowLoad) -> list[Stage]:
-        """Return the time in which a row's first hidden state is made: rows of the embedding table are read and written."""
-        read = 2 * self._hidden_bytes(row) / self.profile.device_read.value
-        return [self._on_device(self.profile.operation_seconds + read)]
+        """Return the time in which a row is recorded: measured, or rows of the embedding table are read and written."""
+        measured = self._measured(0, row)
+        if measured is not None and measured.record_seconds:
+            return [self._on_device(measured.record_seconds)]
+        return [self._on_device(2 * self._hidden_bytes(row) / self.profile.device_read.value)]
 
-    def layer(self, j: int, row: RowLoad) -> list[Stage]:
-        """Return layer j on a row; where the CPU attends beside the device, in three stages."""
+    def layer(self, j: int, row: RowLoad, *, first: bool = True) -> list[Stage]:
+        """Return layer j on a row; where the CPU attends beside the device, in three stages.
+
+        Args:
+            j: The layer.
+            row: The row.
+            first: Whether weights come from memory, since another layer was computed before.
+        """
+        key = j, row, first
+        if key not in self._calls:
+            self._calls[key] = self._layer_seconds(j, row, first=first)
+        seconds, shapes = self._calls[key], self._shapes
         if not row.on_host:
-            key = j, row
-            if key not in self._calls:
-                self._calls[key] = self._layer_seconds(j, row) + self._attention(row, "device", own=not self._measured(row))
-            return [self._on_device(self._calls[key])]
-        # Until K and V of the row's tokens are there; the rest of the layer follows attention.
-        shapes = self._shapes
-        before = shapes.hidden_size * (shapes.num_heads + 2 * shapes.num_kv_heads) * shapes.head_dim / shapes.products_of(j)
-        seconds = self._layer_seconds(j, row)
-        part = min(1.0, before)
-        sizes = self._page_bytes
-        earlier: Form = "sealed" if "sealed" in sizes else "exact"
-        num_bytes = int(CHUNK_PAGES * (row.chunks[0] * sizes[earlier] + row.chunks[1] * sizes["exact"]))
+            return [self._on_device(seconds + self._attention(row, "device", own=self._measured(j, row) is None))]
+        # Until Q, K and V of the row's tokens are there; the rest of the layer follows attention.
+        products = shapes.hidden_size * (shapes.num_heads + 2 * shapes.num_kv_heads) * shapes.head_dim
+        part = min(1.0, products / shapes.products_of(j))
+        earlier, own = self._token_bytes
+        num_bytes = int(row.earlier_keys * earlier + row.own_keys * own)
         attention = self._attention(row, "host", own=True) + self._over_link(row)
         return [
             self._on_device(part * seconds),
@@ -98,7 +112,7 @@ class Durations:
         size, shapes = self._policy.gpu_batch_size, self._shapes
         head = head_unit(shapes.num_layers)
         weights = shapes.bound_bytes.get(head, shapes.vocab_size * shapes.hidden_size * shapes.itemsize)
-        seconds = self._products(shapes.products_of(head), size, weights)
+        seconds = self._products(head, shapes.products_of(head), size, weights)
         seconds += LOGITS_COPIES * size * shapes.vocab_size * FP32 / self.profile.device_read.value
         seconds += self.profile.call_seconds.get("decode", 0.0)
         return [self._on_device(-(-logits // size) * seconds)]
@@ -140,30 +154,42 @@ class Durations:
             return found
         return [self._link("device_to_host" if stores else "host_to_device", num_bytes)]
 
+    def hidden_tiers(self, num_rows: int) -> list[Tier]:
+        """Return the tier of each row's hidden state between two layers; what is used in place is on the device."""
+        tiers = interleave([1] * num_rows, self._policy.hidden)
+        return ["device" if tier == "host" and not self._own_memory else tier for tier in tiers]
+
     def _hidden_bytes(self, row: RowLoad) -> int:
         return row.size * self._shapes.hidden_size * self._shapes.itemsize
 
-    def _measured(self, row: RowLoad) -> bool:
-        return (row.kind, row.size) in self._layers
+    def _packed(self, j: int) -> bool:
+        """Return whether a unit's weights may be in the layout of the library that multiplies: those that stay on a CPU."""
+        return not self._own_memory and j not in self._streamed
 
-    def _layer_seconds(self, j: int, row: RowLoad) -> float:
+    def _measured(self, j: int, row: RowLoad) -> LayerTime | None:
+        found = self._layers.get((row.kind, row.size, self._packed(j)))
+        return found or self._layers.get((row.kind, row.size, False))
+
+    def _layer_seconds(self, j: int, row: RowLoad, *, first: bool) -> float:
         """Return a layer without attention to earlier chunks: measured, or products bounded by the reading of its weights."""
-        measured = self._layers.get((row.kind, row.size))
-        shapes = self._shapes
+        measured, shapes = self._measured(j, row), self._shapes
         if measured is not None:
-            return measured * shapes.products_of(j) / shapes.products_of(0)
-        products = self._products(shapes.products_of(j), row.size, shapes.bound_bytes[j])
+            seconds = measured.seconds if first or not measured.next_seconds else measured.next_seconds
+            return seconds * shapes.products_of(j) / self._mean_products
+        products = self._products(j, shapes.products_of(j), row.size, shapes.bound_bytes[j])
         return products + self.profile.call_seconds.get(row.kind, 0.0)
 
-    def _products(self, elements: float, tokens: int, num_bytes: int) -> float:
+    def _products(self, j: int, elements: float, tokens: int, num_bytes: int) -> float:
         """Return the time of products of tokens with matrices: two operations for each token and element, or their reading."""
-        return max(2 * elements * tokens / self._product_rate(tokens), num_bytes / self.profile.device_read.value)
+        rate = self._product_rate(tokens, packed=self._packed(j))
+        return max(2 * elements * tokens / rate, num_bytes / self.profile.device_read.value)
 
-    def _product_rate(self, tokens: int) -> float:
+    def _product_rate(self, tokens: int, *, packed: bool) -> float:
         """Return the rate of products, linear in the logarithm of tokens between two that were measured."""
         dtype = self._shapes.dtype_name
-        names = [dtype, AS_FAST.get(dtype, dtype)]
-        rates = next(([r for r in self.profile.products if r.dtype == n] for n in names if _has(self.profile, n)), [])
+        of_dtype = [each for each in self.profile.products if each.dtype in (dtype, AS_FAST.get(dtype))]
+        rates = [each for each in of_dtype if each.packed and packed] or [each for each in of_dtype if not each.packed]
+        rates = [each for each in rates if each.dtype == dtype] or rates
         if not rates:
             raise self._missing(f"matrix products in {dtype}")
         points = sorted((each.tokens, each.rate.value) for each in rates)
@@ -181,8 +207,7 @@ class Durations:
         shapes, exact = self._shapes, self._shapes.kv_name if "sealed" not in self._page_bytes else ""
         exact = exact or {4: "float32"}.get(shapes.kv_itemsize, "bfloat16")
         if row.kind == "decode":
-            kept: Form = "sealed" if "sealed" in self._page_bytes else "exact"
-            earlier, mine = (self._page_bytes[form] / PAGE_TOKENS for form in (kept, "exact"))
+            earlier, mine = self._token_bytes
         else:
             earlier = mine = 4.0 * shapes.num_heads * shapes.head_dim  # products with K, and with V
         seconds = row.earlier_keys * earlier / self._attention_rate(place, row.kind, shapes.kv_name) if row.earlier_keys else 0
@@ -221,7 +246,8 @@ class Durations:
 
     def _unpack(self, place: Place, num_bytes: int) -> Stage:
         """Return unpacking; on a CPU its threads share the cores with those that compute, and on a GPU the device."""
-        form, found = self._shapes.weight_format, {u.format: u.rate.value for u in self.profile.unpack if u.place == place}
+        form, dtypes = self._shapes.weight_format, ("", self._shapes.dtype_name)
+        found = {u.format: u.rate.value for u in self.profile.unpack if u.place == place and u.dtype in dtypes}
         names = [name for name in found if form == name or form.startswith(f"{name}-")]
         if not names:
             raise self._missing(f"unpacking {form} on the {place}")
@@ -243,7 +269,3 @@ class Durations:
             f"The profile of {self.profile.name} does not say how fast {what} is, which this policy needs. Measure the machine "
             "with `flexgen-helm profile`, or write the rate into the profile."
         )
-
-
-def _has(profile: MachineProfile, dtype: str) -> bool:
-    return any(each.dtype == dtype for each in profile.products)

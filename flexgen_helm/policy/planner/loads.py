@@ -25,10 +25,8 @@ class RowLoad:
     Attributes:
         kind: Kind of row.
         size: Its tokens, padding included.
-        own_keys: Keys of queries' own chunks. Prefill: a whole chunk for each query, masked where it may not attend; decode: up
-            to the query's own.
+        own_keys: Keys of queries' own chunks, a whole chunk for each query.
         earlier_keys: Keys of earlier chunks. Prefill: summed over queries; decode: those that several queries read count once.
-        chunks: Chunks that a decode row reads: earlier and own ones.
         brought: Pages that are brought before it attends.
         taken: Pages that are written back behind it.
         stages: Whether it has pages that attention cannot read where they are stored.
@@ -39,7 +37,6 @@ class RowLoad:
     size: int
     own_keys: int
     earlier_keys: int
-    chunks: tuple[int, int] = (0, 0)
     brought: Pages = ()
     taken: Pages = ()
     stages: bool = False
@@ -93,18 +90,15 @@ def row_loads(sweep: Sweep, maps: Mapping[Form, PageMap], on_host: Collection[in
 
 
 def _load(row: Row, *, on_host: bool, moved: tuple[Pages, Pages] = ((), ()), stages: bool = False) -> RowLoad:
+    own = row.num_tokens * CHUNK_TOKENS
     if row.kind == "prefill":
-        own = sum(len(segment.tokens) for segment in row.segments) * CHUNK_TOKENS
         earlier = sum(earlier_keys(segment.end) - earlier_keys(segment.start) for segment in row.segments)
-        return RowLoad("prefill", row.size, own, earlier, (0, 0), *moved, stages)
+        return RowLoad("prefill", row.size, own, earlier, *moved, stages)
     # A chunk's last page tells the chunk: sequences that share it share all before it.
     chunks: set[int] = set()
-    own = 0
     for segment in row.segments:
-        own += segment.start % CHUNK_TOKENS + 1
         chunks.update(segment.table[CHUNK_PAGES - 1 : segment.start // CHUNK_TOKENS * CHUNK_PAGES : CHUNK_PAGES])
-    numbers = len(chunks), len(row.segments)
-    return RowLoad("decode", row.size, own, len(chunks) * CHUNK_TOKENS, numbers, *moved, stages, on_host)
+    return RowLoad("decode", row.size, own, len(chunks) * CHUNK_TOKENS, *moved, stages, on_host)
 
 
 def earlier_keys(end: int) -> int:

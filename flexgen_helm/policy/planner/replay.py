@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flexgen_helm.kv_cache.pages import NUM_BUFFERS
-from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.planner.durations import Durations, Stage
 from flexgen_helm.policy.planner.fluid import Fluid, Mark, Task
 from flexgen_helm.policy.planner.loads import SweepLoad
@@ -35,7 +34,7 @@ class Replay:
         """
         self._durations, self._clock, self._order = durations, clock, order
         plan = durations.plan
-        self._policy, self._own_memory = plan.policy, plan.space.own_memory
+        self._policy = plan.policy
         self._num_layers = num_layers or plan.shapes.num_layers
         self._skipped = plan.shapes.num_layers - self._num_layers
         streamed = [j for j in plan.weights.streamed if j < self._num_layers or j == plan.shapes.num_layers]
@@ -61,7 +60,7 @@ class Replay:
             streamed=self._streamed,
             num_slots=self._weights.num_slots,
         )
-        walk = _Sweep(load, self._tiers(len(load.rows)))
+        walk = _Sweep(load, self._durations.hidden_tiers(len(load.rows)))
         last_tasks: list[Task] = []
         for step in performed(operations, suspending):
             if not isinstance(step, Resumed) and step.kind in ("compute", "finish") and step.j > len(last_tasks):
@@ -81,11 +80,6 @@ class Replay:
         assert last is not None
         return self._clock.run_to(last)
 
-    def _tiers(self, num_rows: int) -> list[Tier]:
-        """Return the tier of each row's hidden state between two layers; what is in place is on the device."""
-        tiers = interleave([1] * num_rows, self._policy.hidden)
-        return ["device" if tier == "host" and not self._own_memory else tier for tier in tiers]
-
     def _do(self, step: Performed, walk: _Sweep, after: list[Task | None]) -> Task | None:
         """Add the tasks of an operation; returns the one that ends it."""
         kind, j, k = step.operation
@@ -94,7 +88,8 @@ class Replay:
         durations, row = self._durations, walk.load.rows[k] if k >= 0 else None
         if kind == "compute":
             assert row is not None
-            stages = durations.layer(j, row)
+            stages = durations.layer(j, row, first=walk.layer != j)
+            walk.layer = j
             if not step.suspends:
                 return self._on_device(name, stages, after)
             begun = self._on_device(name, stages[:1], after)
@@ -151,6 +146,8 @@ class _Sweep:
 
     def __init__(self, load: SweepLoad, tiers: list[Tier]) -> None:
         self.load, self.tiers = load, tiers
+        self.layer = -1
+        """Layer that was computed last."""
         self.ends: dict[int, Task | None] = {}
         """What ends each operation; None: it needs no time."""
         self.suspended: dict[int, tuple[Task, Stage]] = {}

@@ -3,8 +3,11 @@
 Sweeps are not all replayed.
 
 * One sweep stands for up to `flexgen_helm.policy.planner.sweeps.ALIKE` that follow each other and only decode the same
-  completions. Equal sweeps take equally long.
-* A sweep begins with the weights that one like it has loaded ahead; the first of a run begins with nothing.
+  completions.
+* Where only the device works, times add up. Else sweeps are alike that have as many rows of each kind and the same busiest
+  resource: `SAMPLES` of these are replayed, over the whole range of that resource's time, and the ratio of the sweep's time to
+  it is interpolated.
+* A sweep begins with the weights that the one before it has loaded ahead, and what that still stores; the first with nothing.
 * Of layers that repeat with a period only the first few are replayed, if the last of them take equally long: then so do all.
 
 `tests/policy/planner` compares that with the replay of everything.
@@ -12,6 +15,7 @@ Sweeps are not all replayed.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
 from flexgen_helm.machine.profile import MachineProfile
@@ -22,12 +26,15 @@ from flexgen_helm.policy.planner.loads import SweepLoad
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.replay import Replay
 from flexgen_helm.policy.planner.sweeps import sweep_loads
+from flexgen_helm.policy.planner.totals import Totals
 from flexgen_helm.policy.planner.workload import Workload
 
 MOST_PERIOD = 4
 """Longest period of layers that is looked for."""
-LEAST_LAYERS = 12
+LEAST_LAYERS = 6
 """Fewest layers that are replayed if the others are not: weights that are loaded ahead come into step meanwhile."""
+SAMPLES = 9
+"""Most sweeps that are replayed of those that are alike."""
 EQUAL = 1e-3
 """Largest relative difference between layers that take equally long."""
 
@@ -113,46 +120,74 @@ def _cost_of(replay: Replay, clock: Fluid, load: SweepLoad) -> Mark:
 
 
 def _sampled(durations: Durations, loads: list[SweepLoad]) -> list[Mark]:
-    """Return what each sweep takes, from replays of some layers of different sweeps."""
-    num_layers = durations.plan.shapes.num_layers
-    few = _few_layers(durations)
-    known: dict[object, Mark] = {}
-    costs: list[Mark] = []
+    """Return what each sweep takes, from replays of some."""
+    totals = Totals(durations)
+    found = [totals.of(load) for load in loads]
+    alike: dict[object, list[int]] = defaultdict(list)
     for i, load in enumerate(loads):
-        first = i == 0 and bool(durations.plan.weights.streamed)
-        key = first, load.rows, load.logits
-        if key not in known:
-            found = _one(durations, load, few, first=first) if few is not None else None
-            known[key] = found or _one(durations, load, (num_layers, 1), first=first) or NOTHING
-        costs.append(known[key])
-    return costs
+        if totals.waits(load):
+            busiest = max(found[i].busy, key=found[i].busy.__getitem__)
+            alike[busiest, tuple((row.kind, row.size) for row in load.rows)].append(i)
+        else:
+            found[i] = found[i]._replace(seconds=found[i].busy["device"])
+    few = _few_layers(durations)
+    for numbers in alike.values():
+        _stretch(durations, loads, found, sorted(numbers, key=lambda i: found[i].seconds), few)
+    if durations.plan.weights.streamed:
+        found[:1] = [_one(durations, load, None, before=None) for load in loads[:1]]
+    return found
 
 
-def _one(durations: Durations, load: SweepLoad, layers: tuple[int, int], *, first: bool) -> Mark | None:
+def _stretch(
+    durations: Durations, loads: list[SweepLoad], found: list[Mark], numbers: list[int], few: tuple[int, int] | None
+) -> None:
+    """Replay some of the sweeps that are alike, and make the others as much longer than their busiest resource needs.
+
+    Args:
+        durations: Stages of operations.
+        loads: All sweeps.
+        found: Their totals, which get their time.
+        numbers: Sweeps that are alike, by the time of their busiest resource.
+        few: See `_few_layers`.
+    """
+    last = len(numbers) - 1
+    chosen = sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})
+    ratios = {}
+    for place in chosen:
+        i = numbers[place]
+        before = loads[i - 1] if i and loads[i].count == 1 else loads[i]
+        ratios[place] = _one(durations, loads[i], few, before=before).seconds / found[i].seconds
+    below = 0
+    for place, i in enumerate(numbers):
+        above = next(each for each in chosen if each >= place)
+        below = place if place == above else below
+        share = (place - below) / (above - below) if above > below else 0.0
+        ratio = (1 - share) * ratios[below] + share * ratios[above]
+        found[i] = found[i]._replace(seconds=ratio * found[i].seconds)
+
+
+def _one(durations: Durations, load: SweepLoad, few: tuple[int, int] | None, *, before: SweepLoad | None) -> Mark:
     """Return what a sweep takes.
 
     Args:
         durations: Stages of operations.
         load: The sweep.
-        layers: Layers that are replayed, and their period.
-        first: Whether nothing was loaded ahead.
-
-    Returns:
-        None: layers that should take equally long do not.
+        few: Layers that are replayed, and their period; None: all, as also if the last of these do not take equally long.
+        before: The sweep before it, which loads ahead; None: there is none.
     """
-    num_layers, period = layers
+    num_layers, period = few or (durations.plan.shapes.num_layers, 0)
     clock = Fluid(duplex=durations.profile.duplex)
     replay = Replay(durations, clock, num_layers=num_layers)
-    if not first and durations.plan.weights.streamed:
-        replay.sweep(load)
+    if before is not None:
+        replay.sweep(before)
     cost = _cost_of(replay, clock, load)
     skipped = durations.plan.shapes.num_layers - num_layers
     if not skipped:
         return cost
     ends = replay.layer_ends
-    last, before = ends[-1].since(ends[-1 - period]), ends[-1 - period].since(ends[-1 - 2 * period])
-    if abs(last.seconds - before.seconds) > EQUAL * last.seconds:
-        return None
+    last, other = ends[-1].since(ends[-1 - period]), ends[-1 - period].since(ends[-1 - 2 * period])
+    if abs(last.seconds - other.seconds) > EQUAL * last.seconds:
+        return _one(durations, load, None, before=before)
     return cost.plus(last, skipped / period)
 
 
@@ -164,6 +199,6 @@ def _few_layers(durations: Durations) -> tuple[int, int] | None:
     for period in range(1, MOST_PERIOD + 1):
         if kinds[period:] == kinds[:-period]:
             few = shapes.num_layers % period
-            few += -(-(max(LEAST_LAYERS, 4 * period) - few) // period) * period
+            few += -(-(max(LEAST_LAYERS + plan.policy.prefetch, 4 * period) - few) // period) * period
             return (few, period) if few < shapes.num_layers else None
     return None

@@ -19,7 +19,7 @@ from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.schedule.rows import Continuation, LogitRequest, Sweep
 from flexgen_helm.schedule.work import PromptWork
 
-ALIKE = 8
+ALIKE = 4
 """Most sweeps for which one stands."""
 
 
@@ -88,6 +88,8 @@ class _Sweeps:
     def _alone(self, sweep: Sweep) -> int:
         """Return how many sweeps like this one follow each other, itself included, since it is all that can be done."""
         rows = sweep.rows
+        if any(segment.copy is not None for row in rows for segment in row.segments):
+            return 1  # the first step of a completion brings a page more
         if not rows or self._alike == 1 or len(self._pools) > 1 or any(row.kind == "prefill" for row in rows):
             return 1
         if self._scheduler.holds_back:

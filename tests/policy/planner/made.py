@@ -56,7 +56,7 @@ def plan_with(
 ) -> MemoryPlan:
     """Returns the plan with a tier for each unit; those that are not named are on the device."""
     space = Space(dict.fromkeys(TIERS, available), own_memory)
-    placed: dict[int, Tier] = dict.fromkeys(shapes.stored_bytes, "device") | dict(tiers or {})
+    placed: dict[int, Tier] = {**dict.fromkeys(shapes.stored_bytes, "device"), **(tiers or {})}
     weights = WeightPlan(shapes, placed, own_memory, policy.prefetch)
     return MemoryPlan(shapes, policy, space, weights, CachePlan.of(shapes, policy, own_memory=own_memory))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexgen_helm.machine.profile import Rate
 from flexgen_helm.policy.planner.durations import Durations
 from flexgen_helm.policy.planner.fluid import Fluid
-from flexgen_helm.policy.planner.loads import RowLoad, SweepLoad
+from flexgen_helm.policy.planner.loads import Pages, RowLoad, SweepLoad
 from flexgen_helm.policy.planner.replay import Replay
 from flexgen_helm.schedule.operations import ORDERS, Order
 from flexgen_helm.types import TIERS, Shares, Tier
@@ -43,23 +43,27 @@ def durations(draw: st.DrawFn) -> Durations:
 
 
 @st.composite
-def sweeps(draw: st.DrawFn, own_memory: bool) -> SweepLoad:
+def pages(draw: st.DrawFn, own_memory: bool) -> Pages:
     tiers: list[Tier] = ["host", "disk"] if own_memory else ["disk"]
+    count = draw(st.integers(0, 30))
+    return ((draw(st.sampled_from(tiers)), "exact", count),) if count else ()
+
+
+@st.composite
+def sweeps(draw: st.DrawFn, own_memory: bool) -> SweepLoad:
     rows: list[RowLoad] = []
     for _ in range(draw(st.integers(1, 5))):
         decode = draw(st.booleans())
         stages = draw(st.booleans())
-        pages = st.tuples(st.sampled_from(tiers), st.just("exact"), st.integers(1, 30)).map(lambda page: (page,))
-        brought, taken = (draw(st.just(()) | pages) if stages else () for _ in range(2))
+        brought, taken = (draw(pages(own_memory)) if stages else () for _ in range(2))
         keys = draw(st.integers(0, 200)), draw(st.integers(0, 4000))
         on_host = decode and own_memory and draw(st.booleans())
         size = 16 if decode else 32
-        chunks = (draw(st.integers(1, 9)), 16) if decode else (0, 0)
-        rows.append(RowLoad("decode" if decode else "prefill", size, *keys, chunks, brought, taken, stages, on_host))
+        rows.append(RowLoad("decode" if decode else "prefill", size, *keys, brought, taken, stages, on_host))
     return SweepLoad(tuple(rows), draw(st.integers(0, sum(row.size for row in rows))), 0, 0)
 
 
-@settings(derandomize=True, max_examples=250, deadline=None)
+@settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.data(), durations(), st.sampled_from(sorted(ORDERS)))
 def test_a_sweep_takes_as_long_as_in_the_real_executor(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, durations: Durations, order: Order
@@ -69,14 +73,14 @@ def test_a_sweep_takes_as_long_as_in_the_real_executor(
     clock = Fluid(duplex=durations.profile.duplex)
     replay = Replay(durations, clock, order=order)
     predicted = [replay.sweep(load) for load in loads]
-    assert predicted == pytest.approx(measured(durations, loads, order, folder), rel=1e-6)
+    assert predicted == pytest.approx(measured(durations, loads, order, folder), rel=0.02)
 
 
 def test_pages_travel_while_others_are_read() -> None:
     """Disk and link work at the same time on all but the first and the last piece."""
     durations = Durations(plan_with(shapes_with(1), policy_with()), machine_with(disk_read=Rate(1e7)))
     num_pages = 64 * MIB // (2 * 2 * 8 * 32 * 2)
-    (load,) = [RowLoad("decode", 16, 0, 0, (0, 0), (("disk", "exact", num_pages),), (), True)]
+    (load,) = [RowLoad("decode", 16, 0, 0, (("disk", "exact", num_pages),), (), True)]
     pieces = durations.load_cache(load)
     seconds = sum(piece[0].seconds for piece in pieces)
     clock = Fluid()

@@ -259,9 +259,10 @@ class PacedRows:
         self._suspend: Callable[[], None] = lambda: None
         self.load = SweepLoad((), 0, 0, 0)
         self._rows: list[Row] = []
+        self._layer = -1
 
     def reserve(self, sweep: Sweep) -> None:
-        self._rows = sweep.rows
+        self._rows, self._layer = sweep.rows, -1
 
     def record(self, row: Row) -> PacedRecording:
         k = next(k for k, other in enumerate(self._rows) if other is row)
@@ -315,7 +316,8 @@ class PacedRows:
     def replay(self, j: int, recording: PacedRecording) -> None:
         if recording.load.stages:
             recording.arriving.pop(j).wait()
-        stages = self._durations.layer(j, recording.load)
+        stages = self._durations.layer(j, recording.load, first=self._layer != j)
+        self._layer = j
         self._spend(stages[:1])
         if recording.load.on_host:
             attended = self._cpu.submit(lambda: self._spend(stages[1:2]))
@@ -359,7 +361,7 @@ def measured(durations: Durations, loads: list[SweepLoad], order: Order, folder:
             hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)  # type: ignore[arg-type]
         weights = _weights(clock, durations, device, meter)
         kind = OverlappedExecutor if policy.overlap else SerialExecutor
-        executor = kind(rows, head_slice=policy.gpu_batch_size, order=order, weights=weights, hidden=hidden)  # type: ignore[type-var]
+        executor = kind(rows, head_slice=policy.gpu_batch_size, order=order, weights=weights, hidden=hidden)
         for load in loads:
             rows.load = load
             executor.run(_sweep(load), lambda requests, logits: None)
