@@ -43,13 +43,13 @@ from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.policy.space import Space
 from flexgen_helm.types import ON_DEVICE, TIERS, Policy, ResolvedPolicy, Shares
 
-RANKED, RANKED_NUMERICS = 6, 24
+RANKED, RANKED_NUMERICS = 12, 24
 """Plans that are ranked before the neighbours of the best one are, without and with row sizes that may change."""
-SIMULATED = 2
+SIMULATED = 4
 """Plans that are simulated, beside the default."""
 MOST_STEPS = 9000
 """Work for which runs are simulated sweep by sweep, all together, in units of about 60 us: see `_affordable`."""
-MOST_RUNS = 12
+MOST_RUNS = 9
 """Most runs that are simulated sweep by sweep."""
 STEPS_PER_PROMPT, STEPS_PER_SCORE = 3, 0.05
 """Such units for planning one prompt, and for one position that is scored."""
