@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Literal, TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flexgen_helm.compression.config import CompressionConfig, resolve
@@ -37,6 +37,7 @@ from flexgen_helm.policy.shapes_of_model import setting
 from flexgen_helm.rows.choice import Kind, KindChoice, validated_kind
 from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runtime.building import Parts, build
+from flexgen_helm.runtime.description import describe
 from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.final_hidden import LayerProbe, final_hidden, probing
 from flexgen_helm.runtime.fitting.own_text import writing_job, written
@@ -320,30 +321,7 @@ class Engine:
 
     def describe(self) -> EngineInfo:
         """Return the engine's policy, numerics and bytes on each tier."""
-        parts, weights = self._parts, self._parts.plan.weights
-        k_bits, v_bits = parts.plan.shapes.cache_bits
-        modules = nn.ModuleList([parts.loaded.model, *parts.checked.model.layers])  # stand-ins are in the layers' place
-        parameters = list(modules.parameters())
-        num_bytes, count = sum(p.numel() * p.element_size() for p in parameters), sum(p.numel() for p in parameters)
-        fitted = parts.fitted
-        if fitted is not None:
-            num_bytes += fitted.num_bytes - sum(each.bound.num_bytes for each in fitted.formats.values())
-        return EngineInfo(
-            bits_per_compressed_weight=None if fitted is None else fitted.bits_per_weight,
-            statistics="" if fitted is None else fitted.statistics,
-            bits_per_weight_on_disk=weights.bits_on_disk,
-            policy=self.policy,
-            numerics=self.numerics,
-            bits_per_weight=8 * num_bytes / count,
-            bits_per_cache_element=8.0 * parts.kv_dtype.itemsize * parts.plan.shapes.kept_share,
-            bits_per_k_element=k_bits,
-            bits_per_v_element=v_bits,
-            planned_bytes={str(tier): count for tier, count in weights.needed_bytes.items()},
-            cache_bytes={str(tier): count for tier, count in parts.cache_bytes.items()},
-            weight_bytes={str(tier): count for tier, count in weights.weight_bytes.items()},
-            bit_stable=self.self_check.bit_stable,
-            released_dtype=parts.released_dtype,
-        )
+        return describe(self._parts)
 
     def with_limit(self, stats: RunStats) -> RunStats:
         """Return a run's stats with the least time that this machine needs for them, from rates measured now.
