@@ -60,10 +60,10 @@ class RunStats:
     """Least seconds in which this machine could have done the run, from ``Engine.with_limit``; None: not known."""
     least_seconds: dict[str, float] = field(default_factory=dict)
     """Least seconds that each resource alone would have needed (``flexgen_helm.policy.roofline``)."""
-    predicted_seconds: float | None = None
-    """Seconds that the planner predicted before the run; None: it was not asked, because everything fits on the device."""
     per_sweep: list[SweepStats] = field(default_factory=list, repr=False)
     """Measurements of each sweep, in order."""
+    predicted_seconds: float | None = None
+    """Seconds that the planner predicted before the run; None: it was not asked, because everything fits on the device."""
 
     @property
     def roofline_efficiency(self) -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from flexgen_helm.attention.chunks import GATHERED_BYTES
 from flexgen_helm.compression.config import CompressionConfig, resolve
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.loading.named_configs import named_config
@@ -27,7 +28,7 @@ from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
 from flexgen_helm.policy.space import Space
 from flexgen_helm.runtime.engine_options import cache_format_of
-from flexgen_helm.runtime.free_space import GATHER_COPIES, GATHERED_BYTES, GPU_PROCESS_BYTES, PROCESS_BYTES
+from flexgen_helm.runtime.free_space import GATHER_COPIES, GPU_PROCESS_BYTES, PROCESS_BYTES
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
 from flexgen_helm.runtime.planning.text import Planned, as_json, lines
 from flexgen_helm.types import TIERS, Policy, Tier

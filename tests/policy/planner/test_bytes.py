@@ -12,7 +12,8 @@ from flexgen_helm import Engine, Job
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.policy.planner.simulate import simulate
 from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
-from flexgen_helm.types import LINKS, ResolvedPolicy, RunStats
+from flexgen_helm.run_stats import RunStats
+from flexgen_helm.types import LINKS, ResolvedPolicy
 from tests.jobs import random_tokens
 from tests.policy.planner.made import machine_with
 from tests.workbench import OWN_MEMORY, Workbench
