@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from flexgen_helm.errors import InvalidJob
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.policy.bound import bound_of
+from flexgen_helm.run_stats import RunStats, SweepStats
 from flexgen_helm.runtime.trace import traced
-from flexgen_helm.types import LINKS, TIERS, EngineInfo, Job, RunStats, SweepStats
+from flexgen_helm.types import LINKS, TIERS, EngineInfo, Job
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine

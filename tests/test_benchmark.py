@@ -13,7 +13,8 @@ from flexgen_helm import Engine, Job, Policy, benchmark
 from flexgen_helm.benchmark import Measurement, Workload, measure
 from flexgen_helm.cli import main
 from flexgen_helm.errors import InvalidJob
-from flexgen_helm.types import EngineInfo, ResolvedPolicy, RunStats, SweepStats
+from flexgen_helm.run_stats import RunStats, SweepStats
+from flexgen_helm.types import EngineInfo, ResolvedPolicy
 from tests.helm.fakes import numerics_of
 from tests.models import save_tiny
 

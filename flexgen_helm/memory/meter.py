@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from flexgen_helm.memory.usage import PeakBytes
-from flexgen_helm.types import RESOURCES, Resource, RunStats, SweepStats, Tier
+from flexgen_helm.run_stats import RunStats, SweepStats
+from flexgen_helm.types import RESOURCES, Resource, Tier
 
 ActivityKind = Literal[
     "plan",

@@ -18,7 +18,8 @@ from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.shortage import Shortage, describe_shortage
 from flexgen_helm.policy.space import Space, pool_name
 from flexgen_helm.policy.weight_plan import WeightPlan
-from flexgen_helm.types import ON_DEVICE, TIERS, Policy, ResolvedPolicy, RunStats, Shares, Tier
+from flexgen_helm.run_stats import RunStats
+from flexgen_helm.types import ON_DEVICE, TIERS, Policy, ResolvedPolicy, Shares, Tier
 
 FITS_SHARE = 0.8
 """A model fits on the device if it takes at most this share of it: K, V, hidden states and logits need the remaining memory."""

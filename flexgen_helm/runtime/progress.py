@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Never, TextIO
 from tqdm import tqdm
 
 from flexgen_helm.memory.amounts import gib
-from flexgen_helm.types import LINKS, FinishReason, Result, RunStats
+from flexgen_helm.run_stats import RunStats
+from flexgen_helm.types import LINKS, FinishReason, Result
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.worker import Snapshot

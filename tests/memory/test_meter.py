@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.memory.meter import Activity, Meter, covered_seconds
-from flexgen_helm.types import RunStats
+from flexgen_helm.run_stats import RunStats
 
 CPU = torch.device("cpu")
 INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(lambda pair: (min(pair), max(pair))), max_size=8)

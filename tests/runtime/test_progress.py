@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runtime.progress import Progress, TimeLeft, summary
 from flexgen_helm.runtime.worker import Snapshot
-from flexgen_helm.types import RunStats
 
 SECONDS_PER_PROMPT_TOKEN = 0.001
 SECONDS_PER_STEP = 0.3
