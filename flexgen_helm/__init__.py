@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flexgen_helm.errors import CorruptFile, FlexGenError, InvalidJob, OutOfSpace, PolicyError, UnsupportedModel
-from flexgen_helm.types import Completion, Job, Policy, Result, RunStats, TokenLogprob
+from flexgen_helm.run_stats import RunStats
+from flexgen_helm.types import Completion, Job, Policy, Result, TokenLogprob
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine

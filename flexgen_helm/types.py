@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from flexgen_helm.errors import FlexGenError, PolicyError
@@ -218,73 +217,6 @@ def _shares(name: str, given: object) -> Shares:
 
 def _is_share(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-@dataclass(frozen=True)
-class SweepStats:
-    """Measurements of one sweep. Its time begins when the time of the sweep before it ends."""
-
-    begin: float
-    """Seconds since the run began."""
-    seconds: float
-    prompt_tokens: int
-    """Tokens that went through the layers in prefill rows."""
-    decode_tokens: int
-    """Tokens that went through the layers in decode rows."""
-    generated_tokens: int
-    """Tokens chosen at the end of the sweep, including the first ones after its prompts."""
-    bytes_moved: dict[str, int] = field(default_factory=dict)
-    """Bytes that each resource moved in transfers that ended in this sweep; for ``cpu_attention`` bytes of K and V read."""
-    weight_bytes_moved: dict[str, int] = field(default_factory=dict)
-    """Part of ``bytes_moved`` that is weights."""
-    busy_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds in which each resource did at least one thing."""
-
-    @property
-    def bound_by(self) -> str | None:
-        """Resource that was busy longest; None if none was measured."""
-        return max(self.busy_seconds, key=self.busy_seconds.__getitem__, default=None)
-
-
-@dataclass
-class RunStats:
-    """Measurements of one ``Engine.run``."""
-
-    num_jobs: int = 0
-    prompt_tokens_asked: int = 0
-    """Sum of the prompt lengths of all jobs, as if each were computed alone."""
-    prompt_tokens_computed: int = 0
-    """Prompt tokens that went through the layers; identical jobs and shared prefixes count once, padding not at all."""
-    generated_tokens: int = 0
-    sweeps: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    """Highest resident memory of this process in bytes (on a GPU, device memory that torch has taken) during the run; at the
-    ends of its sweeps, if this process held more before the run."""
-    idle_bytes: int = 0
-    """The same when the run began, with the model loaded."""
-    tier_peak_bytes: dict[str, int] = field(default_factory=dict)
-    """Most bytes that weights, slots, buffers, K and V together held on each tier during the run."""
-    bytes_moved: dict[str, int] = field(default_factory=dict)
-    """Bytes moved on each of LINKS, and bytes of K and V read by ``cpu_attention``."""
-    busy_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds in which each of RESOURCES did at least one thing."""
-    limit_seconds: float | None = None
-    """Least seconds in which this machine could have done the run, from ``Engine.with_limit``; None: not known."""
-    least_seconds: dict[str, float] = field(default_factory=dict)
-    """Least seconds that each resource alone would have needed (``flexgen_helm.policy.roofline``)."""
-    per_sweep: list[SweepStats] = field(default_factory=list, repr=False)
-    """Measurements of each sweep, in order."""
-
-    @property
-    def roofline_efficiency(self) -> float | None:
-        """Ratio of the limit to the time taken; None: not known."""
-        return self.limit_seconds / self.seconds if self.limit_seconds is not None and self.seconds else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return all fields in plain types; `per_sweep` becomes the number of sweeps that each resource bound."""
-        bound_by = Counter(sweep.bound_by for sweep in self.per_sweep if sweep.bound_by)
-        return asdict(replace(self, per_sweep=[])) | {"per_sweep": {"bound_by": dict(bound_by)}}
 
 
 @dataclass(frozen=True)

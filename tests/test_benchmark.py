@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from flexgen_helm import Engine, Job, Policy, benchmark
 from flexgen_helm.benchmark import Measurement, Workload, measure
 from flexgen_helm.cli import main
 from flexgen_helm.errors import InvalidJob
-from flexgen_helm.types import EngineInfo, ResolvedPolicy, RunStats, SweepStats
+from flexgen_helm.run_stats import RunStats, SweepStats
+from flexgen_helm.types import EngineInfo, ResolvedPolicy
 from tests.helm.fakes import numerics_of
 from tests.models import save_tiny
 
@@ -144,6 +146,9 @@ def test_the_report_of_a_run_from_disk() -> None:
         "process         5.00 GiB at most, 4.00 GiB more",
     ):
         assert line in text
+    sparse = dataclasses.replace(stats, bytes_saved={"disk_read": 2**29})
+    lines = Measurement("m", Workload(512, 2, 2), info, sparse, 9.0).lines()
+    assert "  disk read       0.72 GB/s, 1.00 GiB in all, 512.0 MiB saved by sparsity" in lines
 
 
 def test_the_command_prints_one_object(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import flexgen_helm
 
 PACKAGE = Path(flexgen_helm.__file__).parent
 LAYERS = (
-    *("errors", "types", "options", "cache_folder"),
+    *("errors", "types", "run_stats", "options", "cache_folder"),
     *("statistics", "memory", "machine", "kv_cache", "model", "loading", "generation"),
     *("schedule", "compression", "attention", "execution", "policy", "rows", "runtime"),
     *("fidelity", "helm", "reports", "gate", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),

@@ -13,7 +13,8 @@ from helm.benchmark.model_deployment_registry import ModelDeployment
 
 from flexgen_helm.helm.deployment import named_model
 from flexgen_helm.policy.bound import bound_of
-from flexgen_helm.types import EngineInfo, RunStats
+from flexgen_helm.run_stats import RunStats
+from flexgen_helm.types import EngineInfo
 
 WORKLOAD_FILE = "flexgen_workload.json"
 """In the suite's folder: one entry for each deployment and set of runs that was served, see ``WorkloadReport``."""

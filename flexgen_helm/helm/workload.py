@@ -29,7 +29,8 @@ from flexgen_helm.helm.requests import (
 )
 from flexgen_helm.helm.response_cache import ResponseCache
 from flexgen_helm.helm.run_record import Source, WorkloadReport
-from flexgen_helm.types import Job, Numerics, Policy, Result, RunStats
+from flexgen_helm.run_stats import RunStats
+from flexgen_helm.types import Job, Numerics, Policy, Result
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import NamedTuple
 
-from flexgen_helm.types import RunStats
+from flexgen_helm.run_stats import RunStats
 
 
 class Bound(NamedTuple):

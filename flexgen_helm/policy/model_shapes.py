@@ -38,6 +38,7 @@ class ModelShapes:
             part of the vocabulary.
         page_shares: Bytes of a page of K and V by form, for each byte of one in which they are as they come.
         cache_bits: Stored bits of an element of K, and of one of V, in the form in which pages are kept.
+        mean_share: Bytes of the mean of V of a sealed page, likewise: on the device, whatever tier the page is on.
         scored_keys: Keys whose scores a row of prompts holds at once, for each query and head.
     """
 
@@ -59,6 +60,7 @@ class ModelShapes:
     first_layers_bytes: int
     page_shares: Mapping[Form, float] = field(default_factory=lambda: {"exact": 1.0})
     cache_bits: tuple[float, float] = (16.0, 16.0)
+    mean_share: float = 0.0
     scored_keys: int = 0
 
     @property
@@ -112,13 +114,14 @@ class ModelShapes:
             first_layers_bytes=first_layers,
             page_shares={"exact": 1.0},
             cache_bits=(16.0, 16.0),
+            mean_share=0.0,
             scored_keys=0,
         )
 
     @property
     def kept_share(self) -> float:
-        """`page_shares` of the form in which pages are kept."""
-        return self.page_shares.get("sealed", self.page_shares["exact"])
+        """`page_shares` of the form in which pages are kept, with the means of V."""
+        return self.page_shares.get("sealed", self.page_shares["exact"]) + self.mean_share
 
     @property
     def cache_bytes_per_token(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from flexgen_helm.machine.rates import Rates
-from flexgen_helm.types import RunStats, SweepStats
+from flexgen_helm.run_stats import RunStats, SweepStats
 
 LEAST_WIDTH = 1024
 """Outputs and inputs of the smallest matrix whose products are measured; smaller ones would measure the overhead of calls."""

@@ -32,6 +32,7 @@ from flexgen_helm.model.linear import plain_weights
 from flexgen_helm.policy.roofline import layer_sizes, with_limit
 from flexgen_helm.policy.shapes_of_model import setting
 from flexgen_helm.rows.choice import Kind, KindChoice, validated_kind
+from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runtime.building import EngineOptions, Parts, build
 from flexgen_helm.runtime.final_hidden import LayerProbe, final_hidden, probing
 from flexgen_helm.runtime.fitting.own_text import writing_job, written
@@ -41,7 +42,7 @@ from flexgen_helm.runtime.run import Run
 from flexgen_helm.runtime.worker import Worker
 from flexgen_helm.schedule.operations import ORDERS, Order
 from flexgen_helm.schedule.work import Scheduler
-from flexgen_helm.types import EngineInfo, Job, Policy, Result, RunStats
+from flexgen_helm.types import EngineInfo, Job, Policy, Result
 
 logger = logging.getLogger(__name__)
 

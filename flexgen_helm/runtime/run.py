@@ -11,10 +11,11 @@ from typing import Literal, TextIO
 
 from flexgen_helm.errors import DiskFull, InvalidJob, JobFailed, OutOfSpace
 from flexgen_helm.memory.meter import Meter
+from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runtime.intake import Ticket
 from flexgen_helm.runtime.progress import Progress
 from flexgen_helm.runtime.worker import Snapshot, Worker
-from flexgen_helm.types import Result, RunStats
+from flexgen_helm.types import Result
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.meter import Span
-from flexgen_helm.types import RESOURCES, SweepStats
+from flexgen_helm.run_stats import SweepStats
+from flexgen_helm.types import RESOURCES
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine

@@ -24,10 +24,11 @@ from statistics import median
 import torch
 
 from flexgen_helm.memory.amounts import parse_size
+from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runs.command_line import add_json, make_parser, prepare_libraries, reports_errors, write_json
 from flexgen_helm.runs.memory_limit.model import random_prompts
 from flexgen_helm.runtime.engine import Engine
-from flexgen_helm.types import LINKS, TIERS, Job, Policy, RunStats
+from flexgen_helm.types import LINKS, TIERS, Job, Policy
 
 PLAIN = "16"
 VOCAB_SIZE = 8192

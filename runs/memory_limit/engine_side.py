@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from flexgen_helm import Engine, Job
-from flexgen_helm.types import Policy, SweepStats
+from flexgen_helm.run_stats import SweepStats
+from flexgen_helm.types import Policy
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import PagePool, PageStorage, num_pages
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
+from flexgen_helm.run_stats import RunStats
 from flexgen_helm.schedule.rows import Row, Segment
-from flexgen_helm.types import RunStats
 from tests.attention.test_row import RULES, Heads, Machine, Options, RowKind, dense, num_shared, random_rows
 
 CPU = torch.device("cpu")

@@ -25,6 +25,7 @@ from helm.benchmark.scenarios.scenario import (
 from helm.benchmark.window_services.local_window_service import LocalWindowService
 
 from flexgen_helm.errors import FlexGenError, InvalidJob
+from flexgen_helm.run_stats import RunStats, SweepStats
 from flexgen_helm.types import (
     CacheNumerics,
     Completion,
@@ -36,8 +37,6 @@ from flexgen_helm.types import (
     ResolvedPolicy,
     Result,
     RowNumerics,
-    RunStats,
-    SweepStats,
     WeightNumerics,
 )
 

@@ -15,9 +15,10 @@ from flexgen_helm.kv_cache.state_store import StateStore
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.single import SingleRows, cache_bytes, check_cache_shares
+from flexgen_helm.run_stats import RunStats
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.rows import Continuation, LogitRequest, Row, Segment, State, Sweep, pack_decode
-from flexgen_helm.types import ResolvedPolicy, RunStats
+from flexgen_helm.types import ResolvedPolicy
 from tests.models import save_tiny
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.usage import PeakBytes, free_bytes, total_bytes, used_bytes
-from flexgen_helm.types import RunStats
+from flexgen_helm.run_stats import RunStats
 from tests.memory.alone import alone
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.slab import Binding, Plain, SlabFormat, SlabLayout, SlabTensor, layout_of
 from flexgen_helm.memory.weight_store import Unit, WeightStore
-from flexgen_helm.types import RunStats
+from flexgen_helm.run_stats import RunStats
 
 OWN_MEMORY = Device(CPU.torch_device, own_memory=True)
 NUM_PARTS = 5

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flexgen_helm.policy.bound import BOUNDS, bound_of
-from flexgen_helm.types import RESOURCES, RunStats, SweepStats
+from flexgen_helm.run_stats import RunStats, SweepStats
+from flexgen_helm.types import RESOURCES
 
 
 def sweep(seconds: float, moved: dict[str, int], weights: dict[str, int], busy: dict[str, float]) -> SweepStats:

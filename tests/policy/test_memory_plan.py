@@ -22,8 +22,9 @@ from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
 from flexgen_helm.policy.shapes_of_model import shapes_of
 from flexgen_helm.policy.space import Space
+from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runtime.load_model import plain_formats
-from flexgen_helm.types import TIERS, ResolvedPolicy, RunStats, Shares, Tier
+from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier
 
 GIB = 2**30
 CONFIG = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=20, num_attention_heads=8, vocab_size=1000)

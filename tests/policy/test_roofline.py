@@ -18,7 +18,8 @@ from flexgen_helm.machine import rates as module
 from flexgen_helm.machine.disk_rate import disk_rates
 from flexgen_helm.machine.rates import Rates, measure_rates
 from flexgen_helm.policy.roofline import LayerSizes, layer_sizes, sweep_seconds, with_limit
-from flexgen_helm.types import LINKS, RunStats, SweepStats
+from flexgen_helm.run_stats import RunStats, SweepStats
+from flexgen_helm.types import LINKS
 from tests.models import save_tiny
 
 SHAPE: dict[str, Any] = {

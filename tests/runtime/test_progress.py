@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runtime.progress import Progress, TimeLeft, summary
 from flexgen_helm.runtime.worker import Snapshot
-from flexgen_helm.types import RunStats
 
 SECONDS_PER_PROMPT_TOKEN = 0.001
 SECONDS_PER_STEP = 0.3
@@ -215,3 +215,5 @@ def test_summary_says_what_was_moved_how_fast_and_what_was_held() -> None:
     assert summary(stats) == (
         f"{summary(STATS)}, disk read 2.00 GiB at 1.07 GB/s, at most 3.00 GiB on host, at most 1.00 GiB on disk"
     )
+    sparse = dataclasses.replace(stats, bytes_saved={"disk_read": 0})
+    assert "disk read 2.00 GiB at 1.07 GB/s, 0 bytes saved there by sparsity, at most" in summary(sparse)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.memory.meter import Activity, Span
+from flexgen_helm.run_stats import SweepStats
 from flexgen_helm.runtime.trace import write_trace
-from flexgen_helm.types import RESOURCES, SweepStats
+from flexgen_helm.types import RESOURCES
 
 SWEEPS = [
     SweepStats(0.0, 2.0, 512, 0, 4, {"disk_read": 10}, {"disk_read": 10}, {"disk_read": 1.5, "device": 0.5}),
