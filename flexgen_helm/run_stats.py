@@ -62,6 +62,8 @@ class RunStats:
     """Least seconds that each resource alone would have needed (``flexgen_helm.policy.roofline``)."""
     per_sweep: list[SweepStats] = field(default_factory=list, repr=False)
     """Measurements of each sweep, in order."""
+    bytes_saved: dict[str, int] = field(default_factory=dict)
+    """Bytes of V that links did not move because sparse attention does not read them; empty without sparse attention."""
     predicted_seconds: float | None = None
     """Seconds that the planner predicted before the run; None: it was not asked, because everything fits on the device."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +146,9 @@ def test_the_report_of_a_run_from_disk() -> None:
         "process         5.00 GiB at most, 4.00 GiB more",
     ):
         assert line in text
+    sparse = dataclasses.replace(stats, bytes_saved={"disk_read": 2**29})
+    lines = Measurement("m", Workload(512, 2, 2), info, sparse, 9.0).lines()
+    assert "  disk read       0.72 GB/s, 1.00 GiB in all, 512.0 MiB saved by sparsity" in lines
 
 
 def test_the_command_prints_one_object(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from flexgen_helm.attention.kernels import NEG_INF
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import WINDOW_CHUNKS, Visit, VisitGroup, row_groups
-from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, Form, Place
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, Form, Place
 
 Index = slice | Tensor
 """Indices ``[n]``; consecutive ones as a slice, which costs no copy."""
@@ -93,12 +94,38 @@ class ChunkCall:
     dead: Tensor | None
     outputs: Index
 
+    @cached_property
+    def chunk_numbers(self) -> Tensor:
+        """``chunks`` on the device."""
+        return torch.tensor(self.chunks, device=self.pages[0].numbers.device)
+
     def places(self, row_size: int, *, real: bool) -> tuple[Tensor, Tensor]:
         """Row position and chunk of each padded query, or of the real ones: ``[B * M]`` or ``[N]`` each."""
-        device = self.pages[0].numbers.device
-        t = torch.arange(row_size, device=device)[self.queries]
-        c = torch.tensor(self.chunks, device=device).repeat_interleave(len(t) // self.num_chunks)
+        t = torch.arange(row_size, device=self.chunk_numbers.device)[self.queries]
+        c = self.chunk_numbers.repeat_interleave(len(t) // self.num_chunks)
         return (t[self.real], c[self.real]) if real else (t, c)
+
+    def page_sums(self, x: Tensor, row_size: int) -> Tensor:
+        """Sum numbers of keys over the queries that read them.
+
+        Args:
+            x: ``[T, C, H, 128]``: for each query of a row, chunk and head.
+            row_size: T.
+
+        Returns:
+            ``[4 * B, H, 32]``, for each of the call's pages.
+        """
+        t, c = self.places(row_size, real=True)
+        which = torch.arange(self.num_chunks, device=x.device).repeat_interleave(self.num_queries)[self.real]
+        sums = x.new_zeros(self.num_chunks, *x.shape[2:]).index_add_(0, which, x[t, c])
+        by_page: Tensor = sums.unflatten(-1, (CHUNK_PAGES, PAGE_TOKENS))
+        return by_page.transpose(1, 2).flatten(0, 1)
+
+    @property
+    def num_queries(self) -> int:
+        """M."""
+        count = self.queries.stop - self.queries.start if isinstance(self.queries, slice) else len(self.queries)
+        return int(count) // self.num_chunks
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,17 @@ class LocatedPages(NamedTuple):
         tensors: The pages of the place.
         numbers: ``[P]``: their numbers in the tensors.
         which: ``[P]``: see `PlacedPages.which`.
+        means: ``[P]``: numbers of the pages' means. None: they have none.
     """
 
     tensors: PageTensors
     numbers: Tensor
     which: Tensor | None
+    means: Tensor | None = None
+
+    def numbers_of(self, name: PartName) -> Tensor:
+        """The numbers of the pages in the tensor of a part, or of the means."""
+        return self.numbers if name != "mean" or self.means is None else self.means
 
 
 def attend_call(call: ChunkCall, q: Tensor, pages: list[LocatedPages], *, scale: float, softcap: float | None) -> ChunkOutput:
@@ -133,22 +139,22 @@ class GatheredPages:
         return [x.view(-1, *shape) for x, shape in zip(gathered, shapes, strict=True)]
 
     def _of_one_place(self, group: slice) -> list[Tensor]:
-        tensors, numbers, _ = self._pages[0]
-        chunks = numbers.view(-1, 1, CHUNK_PAGES)[group]
-        rows = (chunks * self.num_kv + self._heads[:, None]).flatten()
-        gathered = [memory[: len(rows)] for memory in self._memory]
-        for name, target in zip(self._names, gathered, strict=True):
-            part, stored = tensors.part(name)
-            part.gather(stored, rows, target)
+        pages, numbers, gathered = self._pages[0], None, []
+        for name, memory in zip(self._names, self._memory, strict=True):
+            if numbers is not pages.numbers_of(name):
+                numbers = pages.numbers_of(name)
+                rows = (numbers.view(-1, 1, CHUNK_PAGES)[group] * self.num_kv + self._heads[:, None]).flatten()
+            part, stored = pages.tensors.part(name)
+            gathered.append(part.gather(stored, rows, memory[: len(rows)]))
         return gathered
 
     def _of_several_places(self) -> list[Tensor]:
-        for tensors, numbers, which in self._pages:
-            assert which is not None
-            chunks, places = (which // CHUNK_PAGES)[:, None], (which % CHUNK_PAGES)[:, None]
+        for pages in self._pages:
+            assert pages.which is not None
+            chunks, places = (pages.which // CHUNK_PAGES)[:, None], (pages.which % CHUNK_PAGES)[:, None]
             targets = ((chunks * self.num_kv + self._heads) * CHUNK_PAGES + places).flatten()
-            rows = (numbers[:, None] * self.num_kv + self._heads).flatten()
             for name, target in zip(self._names, self._memory, strict=True):
-                part, stored = tensors.part(name)
+                rows = (pages.numbers_of(name)[:, None] * self.num_kv + self._heads).flatten()
+                part, stored = pages.tensors.part(name)
                 target.index_copy_(0, targets, part.gather(stored, rows))
         return self._memory

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF, Merged
+from flexgen_helm.attention.locate import MeanNumbers
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import Visit, row_visits
@@ -54,10 +55,12 @@ class LayerPages:
     Attributes:
         stores: The pages by place.
         slots: ``[staged pages]``: the slot of each page that is staged. None: there are none.
+        means: Numbers of the means of V. None: means are where their pages are.
     """
 
     stores: Mapping[Place, PageTensors]
     slots: Tensor | None = None
+    means: MeanNumbers | None = None
 
     @property
     def any_format(self) -> PageFormat:
@@ -77,7 +80,9 @@ class LayerPages:
             pages: ``[C, 4]``: the page's number at its place.
             name: The part.
         """
-        if self.slots is not None:
+        if name == "mean" and self.means is not None:
+            pages = self.means.of_places(places, pages, PLACES)
+        elif self.slots is not None:
             staged = places == PLACES.index("staged")
             pages = np.where(staged, self.slots.numpy()[np.where(staged, pages, 0)], pages)
         found = {place: x.part(name) for place, x in self.stores.items()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,14 +15,15 @@ from flexgen_helm.attention.chunks import LocatedPages, attend_call
 from flexgen_helm.attention.decode import DecodeAttention, DecodePlan, LayerForms, LayerPages, Scoring
 from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
+from flexgen_helm.attention.locate import Locate, MeanNumbers
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
-from flexgen_helm.attention.sparse import LocatedCall, choose, own_token, read_call
+from flexgen_helm.attention.sparse import LocatedCall, choose, own_token, read_call, staged_choices
 from flexgen_helm.attention.sparse_decode import SparseDecode, SparsePlan
-from flexgen_helm.attention.writes import Locate, Stores, Writes
+from flexgen_helm.attention.writes import Stores, Writes
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import Form
+from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form
 from flexgen_helm.kv_cache.working_set import Loaded
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.meter import Activity
@@ -82,9 +85,13 @@ class RowAttention:
         percent = cache.format.sparsity
         self._sparse = None if decode is None or percent is None else SparseDecode(decode, percent)
         self._writes = Writes(pages, device)
+        self._means = None if cache.means is None else MeanNumbers(pages, cache.means, device)
         self._plans: dict[MaskRule, list[Window]] = {}
         self._decode_plans: dict[MaskRule, list[DecodePlan]] = {}
         self._sparse_plans: dict[MaskRule, list[SparsePlan]] = {}
+        # A thread of attention beside a device never asks for rows: what it reads of staged pages comes whole.
+        self._values_apart = pages.row.kind == "decode" and cache.means is not None and host is None
+        """Whether sealed pages come without V, of which only the chosen rows follow."""
         self._staged = [form for form, staged in pages.staged.items() if staged.pages]
         self._loaded: dict[int, dict[Form, Loaded]] = {}
         """The row's staged pages of each layer that was loaded and not stored yet, by form."""
@@ -97,7 +104,10 @@ class RowAttention:
             return None
         if j not in self._loaded:
             staged = self._pages.staged
-            self._loaded[j] = {form: self._cache.working(form).load(j, staged[form]) for form in self._staged}
+            self._loaded[j] = {
+                form: self._cache.working(form).load(j, staged[form], values=form == "exact" or not self._values_apart)
+                for form in self._staged
+            }
         return self._loaded[j][self._staged[-1]].arriving  # all forms come over one link, one after the other
 
     def store(self, j: int) -> Transfer | None:
@@ -126,19 +136,19 @@ class RowAttention:
         q, k, v = (self._cache.cast(x) for x in qkv)
         k, v = self._cleaned(k, v)
         stores = self._cache.tensors(key, k, v, self._pages.places)
-        locate = self._locate(key.layer)
+        locate = self._locate(key)
         self._writes.apply(stores, locate, (k, v))
         if self._decode is not None:
-            merged, sinks = self._decoded(key.layer, q, rule, stores, scale=scale, softcap=softcap), _on_cpu(sinks)
+            merged, sinks = self._decoded(key, q, rule, stores, scale=scale, softcap=softcap), _on_cpu(sinks)
         else:
-            merged = self._in_calls(q, rule, stores, locate, scale=scale, softcap=softcap)
+            merged = self._in_calls(key, q, rule, _Places(stores, locate), scale=scale, softcap=softcap)
             if self._format.flexgen:
                 output, lse = own_token((q, k, v), scale=scale, softcap=softcap)
                 merged = merge_chunks(merged, output[None], lse[None])
         return normalised(merged, sinks).to(qkv[2].dtype).to(qkv[2].device)
 
     def _in_calls(
-        self, q: Tensor, rule: MaskRule, stores: Stores, locate: Locate, *, scale: float, softcap: float | None
+        self, key: CacheKey, q: Tensor, rule: MaskRule, places: _Places, *, scale: float, softcap: float | None
     ) -> Merged:
         """Attend on the device, kernel call by kernel call."""
         if rule not in self._plans:
@@ -148,25 +158,28 @@ class RowAttention:
         windows = self._plans[rule]
         attend: Attend = partial(attend_call, q=q, scale=scale, softcap=softcap)
         if self._format.sparsity is not None:
-            attend = self._sparsely(windows, q, stores, locate, scale=scale, softcap=softcap)
+            attend = self._sparsely(key, windows, q, places, scale=scale, softcap=softcap)
         merged: Merged | None = None
         for window in windows:
-            outputs = _Outputs(window, q, _any_format(stores).v.dim)
+            outputs = _Outputs(window, q, _any_format(places.stores).v.dim)
             for call in window.calls:
-                outputs.keep(call, attend(call, pages=_located(call, stores, locate)))
+                outputs.keep(call, attend(call, pages=places.of(call)))
             merged = merge_chunks(merged, outputs.outputs, outputs.lse)
         assert merged is not None
         return merged
 
     def _sparsely(
-        self, windows: list[Window], q: Tensor, stores: Stores, locate: Locate, *, scale: float, softcap: float | None
+        self, key: CacheKey, windows: list[Window], q: Tensor, places: _Places, *, scale: float, softcap: float | None
     ) -> Attend:
         """Choose the keys of which V is read; returns what attends to a call with them."""
         percent, flexgen = self._format.sparsity, self._format.flexgen
         assert percent is not None
         sparse = [call for window in windows for call in window.calls if flexgen or call.form == "sealed"]
-        located = [LocatedCall(call, _located(call, stores, locate)) for call in sparse]
+        located = [LocatedCall(call, places.of(call)) for call in sparse]
         chosen = choose(located, q, percent, scale=scale, softcap=softcap)
+        if self._are_values_missing(key.layer):
+            num_pages, num_kv = len(self._pages.staged["sealed"].pages), _any_format(places.stores).v.num_heads
+            self._bring(key, staged_choices(sparse, chosen, num_pages, num_kv).cpu())
 
         def attend(call: ChunkCall, pages: list[LocatedPages]) -> ChunkOutput:
             if flexgen or call.form == "sealed":
@@ -175,15 +188,21 @@ class RowAttention:
 
         return attend
 
-    def _decoded(self, j: int, q: Tensor, rule: MaskRule, stores: Stores, *, scale: float, softcap: float | None) -> Merged:
+    def _decoded(
+        self, key: CacheKey, q: Tensor, rule: MaskRule, stores: Stores, *, scale: float, softcap: float | None
+    ) -> Merged:
         """Attend on the CPU, in compiled loops, which is where the outcome is."""
-        loaded = self._loaded.get(j, {})
-        forms = {form: LayerPages(x, loaded[form].slots if form in loaded else None) for form, x in stores.items()}
+        loaded, means = self._loaded.get(key.layer, {}), {"sealed": self._means}
+        forms = {
+            form: LayerPages(x, loaded[form].slots if form in loaded else None, means.get(form)) for form, x in stores.items()
+        }
         options: Scoring = {"scale": scale, "softcap": softcap}
-        work, num_bytes = (self._all if self._sparse is None else self._chosen)(q.cpu(), rule, forms, options)
-        return work() if self._host is None else self._host.attend(Activity("compute", str(j)), num_bytes, work)
+        work, num_bytes = (self._all if self._sparse is None else self._chosen)(key, q.cpu(), rule, forms, options)
+        return work() if self._host is None else self._host.attend(Activity("compute", str(key.layer)), num_bytes, work)
 
-    def _all(self, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring) -> tuple[Callable[[], Merged], int]:
+    def _all(
+        self, key: CacheKey, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring
+    ) -> tuple[Callable[[], Merged], int]:
         """What reads all of K and V, and how many bytes."""
         decode = self._decode
         assert decode is not None
@@ -192,7 +211,9 @@ class RowAttention:
         plans = self._decode_plans[rule]
         return partial(decode.attend, plans, q, forms, **options), sum(plan.num_bytes(forms) for plan in plans)
 
-    def _chosen(self, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring) -> tuple[Callable[[], Merged], int]:
+    def _chosen(
+        self, key: CacheKey, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring
+    ) -> tuple[Callable[[], Merged], int]:
         """What reads V of chosen keys only, and about how many bytes."""
         sparse = self._sparse
         assert sparse is not None
@@ -201,9 +222,22 @@ class RowAttention:
         plans = self._sparse_plans[rule]
 
         def work() -> Merged:
-            return sparse.attend(sparse.choose(plans, q, forms, **options), forms)
+            choices = sparse.choose(plans, q, forms, **options)
+            if self._are_values_missing(key.layer):
+                union = torch.from_numpy(choices.rows_of("staged", len(self._pages.staged["sealed"].pages)).view(np.int32))
+                self._bring(key, (union[..., None] >> torch.arange(PAGE_TOKENS, dtype=torch.int32) & 1).bool())
+            return sparse.attend(choices, forms)
 
         return work, sum(sparse.num_bytes(plan, forms) for plan in plans)
+
+    def _are_values_missing(self, j: int) -> bool:
+        """Whether sealed pages of layer j came without V."""
+        return self._values_apart and "sealed" in self._loaded.get(j, {})
+
+    def _bring(self, key: CacheKey, wanted: Tensor) -> None:
+        """Bring rows of V, bool ``[staged pages, num_heads, 32]``, of sealed pages."""
+        loaded, staged = self._loaded[key.layer]["sealed"], self._pages.staged["sealed"]
+        self._cache.working("sealed").bring_values(key, staged, loaded, wanted)
 
     def _cleaned(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V with zeros for tokens that are not finite, which are noted in `bad`.
@@ -221,20 +255,38 @@ class RowAttention:
         kept = good[:, None, None]
         return torch.where(kept, k, 0.0), torch.where(kept, v, 0.0)
 
-    def _locate(self, j: int) -> Locate:
-        """Wait for the row's staged pages of layer j."""
+    def _locate(self, key: CacheKey) -> Locate:
+        """Wait for the row's staged pages of a layer."""
         if not self._staged:
-            return lambda form, place, index: index
-        self.load(j)
-        loaded = self._loaded[j]
+            return Locate({}, self._means)
+        self.load(key.layer)
+        loaded = self._loaded[key.layer]
         for form, pages in loaded.items():
-            self._cache.working(form).wait(pages)
-        return lambda form, place, index: loaded[form].slots[index] if place == "staged" else index
+            working = self._cache.working(form)
+            working.wait(pages)
+            if pages.is_partial and not self._values_apart:
+                working.bring_values(key, self._pages.staged[form], pages)
+        return Locate({form: pages.slots for form, pages in loaded.items()}, self._means)
 
 
-def _located(call: ChunkCall, stores: Stores, locate: Locate) -> list[LocatedPages]:
-    places = stores[call.form]
-    return [LocatedPages(places[x.place], locate(call.form, x.place, x.numbers), x.which) for x in call.pages]
+class _Places(NamedTuple):
+    """The pages of a layer, and where the row's are among them."""
+
+    stores: Stores
+    locate: Locate
+
+    def of(self, call: ChunkCall) -> list[LocatedPages]:
+        """The pages of a call."""
+        tensors, means = self.stores[call.form], self.locate.means if call.form == "sealed" else None
+        return [
+            LocatedPages(
+                tensors[pages.place],
+                self.locate.pages(call.form, pages.place, pages.numbers),
+                pages.which,
+                None if means is None else means(pages.place, pages.numbers),
+            )
+            for pages in call.pages
+        ]
 
 
 def _any_format(stores: Stores) -> PageFormat:

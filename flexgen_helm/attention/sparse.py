@@ -18,7 +18,7 @@ from torch import Tensor
 from flexgen_helm.attention.calls import ChunkCall
 from flexgen_helm.attention.chunks import GatheredPages, LocatedPages, compute_call, score_call
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput
-from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS
 from flexgen_helm.machine.threads import in_threads
 
 TINY = torch.finfo(torch.float32).tiny
@@ -63,6 +63,26 @@ def choose(calls: Sequence[LocatedCall], q: Tensor, percent: int, *, scale: floa
             scores.masked_fill_(call.dead[:, None, None], NEG_INF)
         table[call.places(len(q), real=True)] = scores
     return Choice(table, _choose(table, percent))
+
+
+def staged_choices(calls: Sequence[ChunkCall], chosen: Choice, num_pages: int, num_kv: int) -> Tensor:
+    """Return which rows of V a row's queries read together: bool ``[num_pages, num_kv, 32]``.
+
+    Args:
+        calls: All calls whose keys are candidates.
+        chosen: See `choose`.
+        num_pages: Staged pages of the row.
+        num_kv: K/V heads. A head of V is read by all query heads of its group.
+    """
+    by_group: Tensor = chosen.read.unflatten(2, (num_kv, -1))
+    read = by_group.any(3).float()
+    counts = read.new_zeros(num_pages, num_kv, PAGE_TOKENS)
+    for call in calls:
+        staged = [pages for pages in call.pages if pages.place == "staged"]
+        sums = call.page_sums(read, len(read)) if staged else read
+        for pages in staged:
+            counts.index_add_(0, pages.numbers, sums if pages.which is None else sums[pages.which])
+    return counts > 0
 
 
 def read_call(call: ChunkCall, chosen: Choice, pages: list[LocatedPages], *, means: bool) -> ChunkOutput:

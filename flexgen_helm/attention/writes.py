@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from flexgen_helm.attention.calls import as_index
+from flexgen_helm.attention.locate import Locate
 from flexgen_helm.attention.row_pages import RowPages, exact_table, sealed_now
 from flexgen_helm.kv_cache.page_format import PageTensors, PartFormat, TokenPlaces
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, Place
@@ -17,8 +18,6 @@ from flexgen_helm.schedule.rows import Segment
 HOST = torch.device("cpu")
 Stores = Mapping[Form, Mapping[Place, PageTensors]]
 """Pages of a layer by form and place."""
-Locate = Callable[[Form, Place, Tensor], Tensor]
-"""Turns numbers of pages ``[n]`` at a place into their indices in the place's tensors: for staged pages, their slots."""
 _Spot = tuple[Place, int, int]
 """A stored token: its place, the number of its page there, and its place in the page."""
 
@@ -68,22 +67,25 @@ class Writes:
         """Write a layer's new K and V ``[T, H_kv, D]``, copy what parting sequences share of a page, and seal full pages."""
         exact = stores["exact"]
         for place, rows, (pages, tokens) in self._new:
-            pages = locate("exact", place, pages)
+            pages = locate.pages("exact", place, pages)
             for (part, stored), x in zip(exact[place].writable_parts, new, strict=True):
                 part.write(stored, pages, tokens, x[rows])
         for (source_place, target_place), (source_pages, source_tokens), (pages, tokens) in self._moves:
-            source_pages, pages = locate("exact", source_place, source_pages), locate("exact", target_place, pages)
+            source_pages = locate.pages("exact", source_place, source_pages)
+            pages = locate.pages("exact", target_place, pages)
             both = zip(exact[source_place].writable_parts, exact[target_place].writable_parts, strict=True)
             for (part, source), (_, target) in both:
                 part.copy(TokenPlaces(source, source_pages, source_tokens), TokenPlaces(target, pages, tokens))
-        for (source_place, target_place), source_pages, pages in self._full:
-            source_pages, pages = locate("exact", source_place, source_pages), locate("sealed", target_place, pages)
+        for (source_place, target_place), source_pages, numbers in self._full:
+            source_pages = locate.pages("exact", source_place, source_pages)
+            pages = locate.pages("sealed", target_place, numbers)
             targets = stores["sealed"][target_place]
             for (plain, source), (sealed, target) in zip(exact[source_place].parts, targets.sealable_parts, strict=True):
                 sealed.seal(target, pages, _whole(plain, source, source_pages))
-            if targets.format.mean is not None and targets.mean is not None:
+            if targets.format.mean is not None and targets.mean is not None and locate.means is not None:
                 # Of the values as attention reads them.
-                targets.format.mean.store(targets.mean, pages, _whole(targets.format.v, targets.v, pages))
+                values = _whole(targets.format.v, targets.v, pages)
+                targets.format.mean.store(targets.mean, locate.means(target_place, numbers), values)
 
     def _copy(self, segment: Segment) -> None:
         if segment.copy is not None:

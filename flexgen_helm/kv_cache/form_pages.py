@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors
+from flexgen_helm.kv_cache.page_means import PageMeans
 from flexgen_helm.kv_cache.page_stores import HOST, DiskPages, GrowingPages, HostPages, OffloadedPages
 from flexgen_helm.kv_cache.pages import Form, PageCounts, PageMap, PagePool, PageStorage, Place
 from flexgen_helm.kv_cache.working_set import WorkingSet
@@ -45,12 +47,16 @@ class FormPages:
         """Which tier and place each page has."""
         self._kept = GrowingPages(None if pool is None else pool.capacities.device, grows=not device.is_gpu)
         self._transient = GrowingPages(None)
+        self.means = PageMeans(pool, self.page_map, grows=not device.is_gpu)
+        """Means of V, if the form has any."""
         self._host = HostPages(0 if pool is None else pool.capacities.host)
         stores = {} if pool is None else self._offloaded(pool, offload_folder)
         self._working: WorkingSet | None = None
         if pool is not None and stores and link is not None:
             self._working = WorkingSet(stores, pool.capacities, device, link, meter, arena=f"{self._arena} slots")
-        self._held = (0, 0)
+        self.are_means_on_host = False
+        """Whether the CPU reads the means, beside a device with a memory of its own."""
+        self._held = (0, 0, 0)
 
     def _offloaded(self, pool: PagePool, offload_folder: Path | None) -> dict[Tier, OffloadedPages]:
         """The pages of each tier that attention cannot read in place."""
@@ -85,6 +91,7 @@ class FormPages:
         limits = PageCounts(0) if self._pool is None else self._pool.limits
         self._kept.reserve(storage.kept.device, None if self._pool is None else limits.device)
         self._transient.reserve(storage.transient)
+        self.means.reserve(storage)
         self._host.reserve(storage.kept.host, limits.host)
         if self._working is not None:
             self._working.reserve(staged)
@@ -105,6 +112,9 @@ class FormPages:
                 found[place] = self._kept.tensors(key, page_format, device)
             else:
                 found[place] = self._host.tensors(key, page_format, HOST)
+            if page_format.mean is not None:
+                means = self.means.tensor(key, page_format.mean, place, HOST if self.are_means_on_host else device)
+                found[place] = replace(found[place], mean=means)
         self._measure()
         return found
 
@@ -114,8 +124,9 @@ class FormPages:
             self._working.close()
 
     def _measure(self) -> None:
-        held = self._kept.num_bytes + self._transient.num_bytes, self._host.num_bytes
+        held = self._kept.num_bytes + self._transient.num_bytes, self._host.num_bytes, self.means.num_bytes
         if held != self._held:
             self._held = held
             self._meter.hold("device", self._arena, held[0])
             self._meter.hold("host", self._arena, held[1])
+            self._meter.hold("host" if self.are_means_on_host else "device", f"{self._arena} means", held[2])

@@ -211,11 +211,15 @@ class MeanPart:
 
     def store(self, stored: Tensor, pages: Tensor, values: Tensor) -> None:
         """Store the means of whole pages of V ``[n, num_heads, 32, dim]``, as attention reads them."""
-        stored[pages] = values.float().mean(2).to(self.dtype).to(stored.device)
+        stored[pages.to(stored.device)] = values.float().mean(2).to(self.dtype).to(stored.device)
 
     def gather(self, stored: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Copy means of single heads: ``[n, dim]``; ``rows`` as in `PartFormat.gather`."""
-        return torch.index_select(stored.reshape(-1, self.dim), 0, rows, out=out)
+        """Copy means of single heads: ``[n, dim]``; ``rows`` as in `PartFormat.gather`, and so is where the copy is."""
+        flat = stored.view(-1, self.dim)
+        if stored.device == rows.device:
+            return torch.index_select(flat, 0, rows, out=out)
+        found = flat.index_select(0, rows.to(stored.device)).to(rows.device)
+        return found if out is None else out.copy_(found)
 
 
 @dataclass(frozen=True)
@@ -225,7 +229,8 @@ class PageFormat:
     Attributes:
         k: The form of K.
         v: The form of V: as many heads, a head size of its own.
-        mean: The form of each page's mean of V, which sparse attention reads; None: there is none.
+        mean: The form of each page's mean of V, which sparse attention reads; None: there is none. Means are stored apart
+            (`flexgen_helm.kv_cache.page_means`).
     """
 
     k: PartFormat
@@ -238,14 +243,24 @@ class PageFormat:
         return cls(PlainPart(k.shape[1], k.shape[2], k.dtype), PlainPart(v.shape[1], v.shape[2], v.dtype))
 
     @property
-    def parts(self) -> tuple[PartFormat | MeanPart, ...]:
-        """K, V and, if there are any, means."""
-        return (self.k, self.v) if self.mean is None else (self.k, self.v, self.mean)
+    def parts(self) -> tuple[PartFormat, PartFormat]:
+        """K and V: what is stored on the tier of a page."""
+        return self.k, self.v
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of one stored page, all parts together."""
-        return sum(part.num_bytes for part in self.parts)
+        """Bytes of one stored page, K and V together."""
+        return self.k.num_bytes + self.v.num_bytes
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether K and V travel apart, as sparse attention wants it."""
+        return self.mean is not None
+
+    @property
+    def mean_bytes(self) -> int:
+        """Bytes of a page's mean of V."""
+        return 0 if self.mean is None else self.mean.num_bytes
 
     @property
     def bits_per_element(self) -> tuple[float, float]:
@@ -275,18 +290,6 @@ class PageFormat:
                 del old[0]
         return PageTensors(self, *new)
 
-    def view(self, buffer: Tensor) -> PageTensors:
-        """Bytes ``[pages, num_bytes]``, one page a row, as pages."""
-        sizes = [part.num_bytes for part in self.parts]
-        return PageTensors(self, *map(_view, self.parts, buffer.split(sizes, 1)))
-
-    def view_parts(self, buffer: Tensor, count: int) -> PageTensors:
-        """Bytes of ``count`` pages, all K first, then all V, as pages."""
-        sizes = [count * part.num_bytes for part in self.parts]
-        return PageTensors(
-            self, *(_view(part, x.view(count, -1)) for part, x in zip(self.parts, buffer.split(sizes), strict=True))
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class PageTensors:
@@ -296,7 +299,7 @@ class PageTensors:
         format: Their form.
         k: Stored K, the first dimension counts pages.
         v: Stored V, likewise.
-        mean: Stored means of V, likewise, if the form has any.
+        mean: Means of V, if the form has any; numbered in their own way (`flexgen_helm.kv_cache.page_means`).
     """
 
     format: PageFormat
@@ -306,11 +309,11 @@ class PageTensors:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Stored K, V and means."""
-        return (self.k, self.v) if self.mean is None else (self.k, self.v, self.mean)
+        """Stored K and V."""
+        return self.k, self.v
 
     def part(self, name: PartName) -> tuple[PartFormat | MeanPart, Tensor]:
-        """A part with its form."""
+        """A part, or the means, with its form."""
         form, stored = getattr(self.format, name), getattr(self, name)
         assert stored is not None, "these pages have no means"
         return form, stored
@@ -334,10 +337,6 @@ class PageTensors:
     def num_bytes(self) -> int:
         """Bytes of all pages."""
         return sum(x.nbytes for x in self.tensors)
-
-
-def _view(part: PartFormat | MeanPart, buffer: Tensor) -> Tensor:
-    return part.view(buffer)
 
 
 def unflattened(rows: Tensor, *shape: int) -> Tensor:

@@ -13,14 +13,25 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import DiskFull
-from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors
+from flexgen_helm.kv_cache.cargo import Cargo, ValueRows, as_rows
+from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors, PartName
+from flexgen_helm.kv_cache.pages import TRANSFER_BYTES
 from flexgen_helm.memory.amounts import gib, padded
+from flexgen_helm.memory.block_reader import BlockReader
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO
 from flexgen_helm.memory.usage import free_disk_bytes
 
 GROWTH = 1.5
 """Storage that is too small is made larger by at least this factor, since growing copies what is stored."""
 HOST = torch.device("cpu")
+
+
+def grown(have: int, wanted: int, limit: int | None) -> int:
+    """Return the size of storage that grows where more is wanted than there is, to a limit at most."""
+    if wanted <= have:
+        return have
+    size = max(wanted, int(GROWTH * have))
+    return size if limit is None else min(size, limit)
 
 
 class GrowingPages:
@@ -52,11 +63,7 @@ class GrowingPages:
         if limit is not None and self._pages > limit:
             self._tensors.clear()
             self._pages = 0
-        if limit is not None and not self._grows:
-            self._pages = limit
-        elif pages > self._pages:
-            grown = max(pages, int(GROWTH * self._pages))
-            self._pages = grown if limit is None else min(grown, limit)
+        self._pages = limit if limit is not None and not self._grows else grown(self._pages, pages, limit)
 
     def tensors(self, key: CacheKey, page_format: PageFormat, device: torch.device) -> PageTensors:
         """The pages of one attention call, made or made larger on a device where they are missing or too few."""
@@ -80,17 +87,20 @@ class OffloadedPages(Protocol):
     def register(self, key: CacheKey, page_format: PageFormat) -> None:
         """Make room for an attention call."""
 
-    def transfer_bytes(self, page_format: PageFormat) -> int:
+    def transfer_bytes(self, cargo: Cargo) -> int:
         """Bytes of a page in a transfer."""
 
-    def view(self, page_format: PageFormat, buffer: Tensor, count: int) -> PageTensors:
-        """The ``count`` pages of a transfer in a buffer of bytes."""
+    def view(self, cargo: Cargo, buffer: Tensor, count: int) -> list[Tensor]:
+        """The parts of the ``count`` pages of a transfer in a buffer of bytes."""
 
-    def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+    def read(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Start to copy pages into a buffer of bytes; the futures say when they are there."""
 
-    def write(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+    def write(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Start to copy pages out of a buffer of bytes; the futures say when they are stored."""
+
+    def read_rows(self, rows: ValueRows, out: Tensor) -> int:
+        """Copy rows of V into memory, uint8 ``[n, row_bytes]``; returns the bytes that were read from a disk."""
 
     def close(self) -> None:
         """Remove what there is."""
@@ -103,29 +113,33 @@ class HostPages(GrowingPages):
         """Make room for an attention call."""
         self.tensors(key, page_format, HOST)
 
-    def transfer_bytes(self, page_format: PageFormat) -> int:
-        """Bytes of a page in a transfer: the page itself."""
-        return page_format.num_bytes
+    def transfer_bytes(self, cargo: Cargo) -> int:
+        """Bytes of a page in a transfer: its parts themselves."""
+        return cargo.num_bytes
 
-    def view(self, page_format: PageFormat, buffer: Tensor, count: int) -> PageTensors:
-        """The pages of a transfer in a buffer of bytes."""
-        return page_format.view_parts(buffer[: count * page_format.num_bytes], count)
+    def view(self, cargo: Cargo, buffer: Tensor, count: int) -> list[Tensor]:
+        """The parts of the pages of a transfer in a buffer of bytes."""
+        return cargo.stretches(buffer[: count * cargo.num_bytes], count)
 
-    def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+    def read(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Copy pages into a buffer; nothing is left to wait for."""
-        index = torch.tensor(pages)
-        leaving = self.view(page_format, buffer, len(pages))
-        for source, target in zip(self._tensors[key, page_format].tensors, leaving.tensors, strict=True):
-            torch.index_select(source, 0, index, out=target)
+        index, stored = torch.tensor(pages), self._tensors[cargo.key, cargo.page_format]
+        for name, target in zip(cargo.names, self.view(cargo, buffer, len(pages)), strict=True):
+            torch.index_select(stored.part(name)[1], 0, index, out=target)
         return []
 
-    def write(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+    def write(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Copy pages out of a buffer; nothing is left to wait for."""
-        index = torch.tensor(pages)
-        arrived = self.view(page_format, buffer, len(pages))
-        for target, source in zip(self._tensors[key, page_format].tensors, arrived.tensors, strict=True):
-            target.index_copy_(0, index, source)
+        index, stored = torch.tensor(pages), self._tensors[cargo.key, cargo.page_format]
+        for name, source in zip(cargo.names, self.view(cargo, buffer, len(pages)), strict=True):
+            stored.part(name)[1].index_copy_(0, index, source)
         return []
+
+    def read_rows(self, rows: ValueRows, out: Tensor) -> int:
+        """Copy rows of V into memory."""
+        stored = as_rows(self._tensors[rows.key, rows.page_format].v, rows.row_bytes)
+        torch.index_select(stored, 0, rows.rows, out=out)
+        return 0
 
     def close(self) -> None:
         """Do nothing: memory goes with its last use."""
@@ -134,6 +148,7 @@ class HostPages(GrowingPages):
 class DiskPages:
     """Pages in a file, a record for each page of each attention call, K before V.
 
+    Where K and V travel apart, each has records of its own, so that no block of the file holds both.
     The file has no name, so that it is gone at `close`, or with the process.
     """
 
@@ -160,41 +175,66 @@ class DiskPages:
         path.unlink()  # so that nothing stays, whatever ends the process
         self._file.path = folder  # which errors can name
         self._io, self._capacity = DiskIO(), capacity
-        self._begins: dict[CacheKey, int] = {}
+        self._reader = BlockReader(self._file, self._io, num_bytes=TRANSFER_BYTES)
+        self._begins: dict[tuple[CacheKey, PartName], int] = {}
         self._end = 0
 
     def register(self, key: CacheKey, page_format: PageFormat) -> None:
         """Make room for an attention call."""
-        if key not in self._begins:
-            self._begins[key] = self._end
-            self._end += self._capacity * self.transfer_bytes(page_format)
+        for record in _records(Cargo(key, page_format)):
+            if (key, record.names[0]) not in self._begins:
+                self._begins[key, record.names[0]] = self._end
+                self._end += self._capacity * padded(record.num_bytes)
 
-    def transfer_bytes(self, page_format: PageFormat) -> int:
-        """Bytes of a record, which direct access wants to be whole pages of memory."""
-        return padded(page_format.num_bytes)
+    def transfer_bytes(self, cargo: Cargo) -> int:
+        """Bytes of a page's records, which direct access wants to be whole pages of memory."""
+        return sum(padded(record.num_bytes) for record in _records(cargo))
 
-    def view(self, page_format: PageFormat, buffer: Tensor, count: int) -> PageTensors:
-        """The pages of a transfer in a buffer of bytes."""
-        records = buffer[: count * self.transfer_bytes(page_format)].view(count, -1)
-        return page_format.view(records[:, : page_format.num_bytes])
+    def view(self, cargo: Cargo, buffer: Tensor, count: int) -> list[Tensor]:
+        """The parts of the pages of a transfer in a buffer of bytes."""
+        found: list[Tensor] = []
+        for record, stretch in _stretches(cargo, buffer, count):
+            found += record.records(stretch.view(count, -1)[:, : record.num_bytes])
+        return found
 
-    def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+    def read(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Start to read pages into a buffer."""
-        return [self._io.read(self._file, *part) for part in self._runs(key, page_format, pages, buffer)]
+        return [self._io.read(self._file, *part) for part in self._runs(cargo, pages, buffer)]
 
-    def write(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+    def write(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Start to write pages out of a buffer."""
-        return [self._io.write(self._file, *part) for part in self._runs(key, page_format, pages, buffer)]
+        return [self._io.write(self._file, *part) for part in self._runs(cargo, pages, buffer)]
+
+    def read_rows(self, rows: ValueRows, out: Tensor) -> int:
+        """Read the blocks that hold rows of V, and copy the rows into memory."""
+        pages, within = rows.rows // rows.rows_per_page, rows.rows % rows.rows_per_page
+        begins = self._begins[rows.key, "v"] + pages * padded(rows.page_format.v.num_bytes) + within * rows.row_bytes
+        return self._reader.read(begins, out)
 
     def close(self) -> None:
         """Give the space back."""
         self._io.close()
         self._file.close()
 
-    def _runs(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def _runs(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Neighbours in the file as one range: where it begins, and its part of the buffer."""
-        size, begin = self.transfer_bytes(page_format), 0
-        for i in range(1, len(pages) + 1):
-            if i == len(pages) or pages[i] != pages[i - 1] + 1:
-                yield self._begins[key] + pages[begin] * size, buffer[begin * size : i * size]
-                begin = i
+        for record, stretch in _stretches(cargo, buffer, len(pages)):
+            size, first, begin = padded(record.num_bytes), self._begins[cargo.key, record.names[0]], 0
+            for i in range(1, len(pages) + 1):
+                if i == len(pages) or pages[i] != pages[i - 1] + 1:
+                    yield first + pages[begin] * size, stretch[begin * size : i * size]
+                    begin = i
+
+
+def _records(cargo: Cargo) -> list[Cargo]:
+    """What has records of its own in a file."""
+    return [cargo._replace(names=(name,)) for name in cargo.names] if cargo.page_format.is_apart else [cargo]
+
+
+def _stretches(cargo: Cargo, buffer: Tensor, count: int) -> Iterator[tuple[Cargo, Tensor]]:
+    """The part of a buffer that has the records of ``count`` pages, for everything that has records of its own."""
+    begin = 0
+    for record in _records(cargo):
+        end = begin + count * padded(record.num_bytes)
+        yield record, buffer[begin:end]
+        begin = end

@@ -16,12 +16,16 @@ from torch import Tensor
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.kv_cache.form_pages import FormPages
 from flexgen_helm.kv_cache.page_format import CacheKey, PageTensors
+from flexgen_helm.kv_cache.page_means import PageMeans
 from flexgen_helm.kv_cache.pages import Form, PageMap, PagePool, PageStorage, Place
 from flexgen_helm.kv_cache.working_set import WorkingSet
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.link import Link
 from flexgen_helm.memory.meter import Meter
+from flexgen_helm.types import Resource
 
+SPARSE_LINKS: tuple[Resource, ...] = ("host_to_device", "disk_read")
+"""Links on which sparse attention saves bytes, if anything comes over them."""
 NOTHING = PageStorage()
 """The storage of a sweep without pages."""
 
@@ -81,6 +85,16 @@ class PagedCache:
         """The staged pages of a form."""
         return self._forms[form].working
 
+    @property
+    def means(self) -> PageMeans | None:
+        """The means of V of sealed pages, which sparse attention reads; None: it is not sparse."""
+        return self._forms["sealed"].means if self.format.seals and self.format.sparsity is not None else None
+
+    def keep_means_on_host(self) -> None:
+        """Keep means where the CPU reads them, beside a device with a memory of its own; prompts then bring what they read."""
+        for pages in self._forms.values():
+            pages.are_means_on_host = True
+
     def reserve(self, pages: Mapping[Form, PageStorage], staged: Mapping[Form, int] | None = None) -> None:
         """Make room for so many pages of each form; tensors follow at their next use.
 
@@ -91,6 +105,9 @@ class PagedCache:
         Raises:
             DiskFull: Or any other error of an earlier transfer that was not raised yet.
         """
+        if self.format.sparsity is not None and any((staged or {}).values()):
+            for link in SPARSE_LINKS:
+                self.meter.save(link, 0)  # so that nothing saved is told too
         for form, storage in self._forms.items():
             storage.reserve(pages.get(form, NOTHING), (staged or {}).get(form, 0))
 

@@ -228,11 +228,17 @@ class SlotPlan(NamedTuple):
     """The slot of each of `StagedPages.pages`."""
     missing: dict[int, int]
     """Page to slot, for the pages whose content must be brought."""
+    fresh: list[int]
+    """The slots that had no page."""
+    is_partial: bool
+    """Whether another row brought some of the pages without their V, of which it may have brought some rows since."""
 
 
 @dataclass(eq=False)
 class _Resident:
     slot: int
+    whole: bool
+    """Whether its V comes or is written as a whole."""
     users: int = 0
     written: bool = False
 
@@ -254,19 +260,29 @@ class Residency:
         self._resident.clear()
         self._free = list(range(num_slots))[::-1]
 
-    def load(self, j: int, staged: StagedPages) -> SlotPlan:
-        """Give each of a row's pages of layer j a slot, or the one that it has already."""
+    def load(self, j: int, staged: StagedPages, *, values: bool = True) -> SlotPlan:
+        """Give each of a row's pages of layer j a slot, or the one that it has already.
+
+        Args:
+            j: The layer.
+            staged: The pages.
+            values: Whether V of the missing pages comes with K.
+        """
         slots: list[int] = []
+        fresh: list[int] = []
         missing: dict[int, int] = {}
+        is_partial = False
         for page in staged.pages:
             resident = self._resident.get((j, page))
             if resident is None:
-                resident = self._resident[j, page] = _Resident(self._free.pop())
+                resident = self._resident[j, page] = _Resident(self._free.pop(), values or page not in staged.reads)
+                fresh.append(resident.slot)
                 if page in staged.reads:
                     missing[page] = resident.slot
+            is_partial |= not resident.whole
             resident.users += 1
             slots.append(resident.slot)
-        return SlotPlan(slots, missing)
+        return SlotPlan(slots, missing, fresh, is_partial)
 
     def release(self, j: int, staged: StagedPages) -> dict[int, int]:
         """Take back the slots of the pages that no other loaded row of layer j needs.

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors
+from flexgen_helm.kv_cache.cargo import NUMBER_BYTES, Cargo, HeldRows, ValueRows, as_rows
+from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors, PartName
 from flexgen_helm.kv_cache.page_stores import OffloadedPages
-from flexgen_helm.kv_cache.pages import NUM_BUFFERS, TRANSFER_BYTES, PageCounts, Residency, StagedPages
+from flexgen_helm.kv_cache.pages import NUM_BUFFERS, PAGE_TOKENS, TRANSFER_BYTES, PageCounts, Residency, StagedPages
 from flexgen_helm.kv_cache.staging import StagingBuffer, StagingRing
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
@@ -28,11 +29,19 @@ from flexgen_helm.types import Resource, Tier
 class _Batch(NamedTuple):
     """Pages of one attention call that travel together."""
 
-    key: CacheKey
-    page_format: PageFormat
+    cargo: Cargo
     tier: Tier
     pages: list[int]
     slots: list[int]
+
+
+class _RowBatch(NamedTuple):
+    """Rows of V that travel together."""
+
+    tier: Tier
+    source: ValueRows
+    target: Tensor
+    """``[n]``: their places in the slots, numbered in the same way."""
 
 
 class _Flight(NamedTuple):
@@ -50,10 +59,14 @@ class Loaded(NamedTuple):
     Attributes:
         slots: ``[pages]``: the slot of each of `StagedPages.pages`.
         arriving: Their transfer.
+        numbers: The slots as numbers on the host.
+        is_partial: Whether V of some pages may be missing: see `WorkingSet.bring_values`.
     """
 
     slots: Tensor
     arriving: Transfer
+    numbers: list[int]
+    is_partial: bool
 
 
 class WorkingSet:
@@ -85,7 +98,7 @@ class WorkingSet:
         self._ring = StagingRing(device)
         self._formats: dict[CacheKey, PageFormat] = {}
         self._slots: dict[tuple[int, PageFormat], PageTensors] = {}
-        self._residency = Residency()
+        self._residency, self._held = Residency(), HeldRows()
         self._num_slots = 0
         self._last: Transfer | None = None
         self._failure: BaseException | None = None
@@ -101,6 +114,7 @@ class WorkingSet:
         if slots > self._num_slots:
             self._num_slots = slots
             self._slots.clear()
+            self._held.clear()
         self._residency.reset(self._num_slots)
         if failure is not None:
             raise failure
@@ -115,21 +129,31 @@ class WorkingSet:
         """The slots as an attention call sees them."""
         if (key.call, page_format) not in self._slots:
             self._slots[key.call, page_format] = page_format.allocate(self._num_slots, self._device)
+            if page_format.is_apart:
+                self._held.register(key.call, page_format, self._num_slots)
             held = sum(slots.num_bytes for slots in self._slots.values())
             self._meter.hold("device", self._arena, held)
         return self._slots[key.call, page_format]
 
-    def load(self, j: int, staged: StagedPages) -> Loaded:
+    def load(self, j: int, staged: StagedPages, *, values: bool = True) -> Loaded:
         """Start to bring a row's pages of layer j. The caller waits before it uses them, and releases them after.
 
         A page that an earlier row loaded and nobody released yet is not brought again.
+
+        Args:
+            j: The layer.
+            staged: The pages.
+            values: Whether V comes with K; if not, `bring_values` brings what is read of it.
         """
-        slots, missing = self._residency.load(j, staged)
-        batches = list(self._batches(j, missing))
+        slots, missing, fresh, is_partial = self._residency.load(j, staged, values=values)
+        batches = list(self._batches(j, missing, ("k", "v") if values else ("k",)))
+        self._held.set(fresh, whole=True)
+        if not values:
+            self._held.set(list(missing.values()), whole=False)
         # Also where nothing is read: what leaves the slots must be gone before the row fills them.
         self._submit(lambda: self._bring(batches, Activity("load_cache", str(j))))
         assert self._last is not None
-        return Loaded(torch.tensor(slots, dtype=torch.long, device=self._device), self._last)
+        return Loaded(torch.tensor(slots, dtype=torch.long, device=self._device), self._last, slots, is_partial)
 
     def wait(self, loaded: Loaded) -> None:
         """Let the computation that follows see a row's pages.
@@ -137,11 +161,28 @@ class WorkingSet:
         Raises:
             OutOfSpace: Or any other error of this or an earlier transfer.
         """
-        try:
-            loaded.arriving.wait()
-        except BaseException:
-            self._failure_seen = True
-            raise
+        self._wait(loaded.arriving)
+
+    def bring_values(self, key: CacheKey, staged: StagedPages, loaded: Loaded, wanted: Tensor | None = None) -> None:
+        """Bring rows of V that the slots of a row's pages do not hold, and let the computation that follows see them.
+
+        Rows that nobody wanted are those of pages that had the slot before: finite numbers, which a weight of 0 hides.
+
+        Args:
+            key: The attention call.
+            staged: The row's pages.
+            loaded: What `load` returned for them.
+            wanted: bool ``[pages, num_heads, 32]`` on the host: what is read. None: all rows.
+
+        Raises:
+            OutOfSpace: Or any other error of this or an earlier transfer.
+        """
+        missing = self._held.take_missing(key.call, self._formats[key], loaded.numbers, wanted)
+        batches = list(self._row_batches(key, staged.pages, loaded.numbers, missing)) if bool(missing.any()) else []
+        if batches:
+            self._submit(lambda: self._bring_rows(batches, Activity("load_cache", str(key.layer))))
+            assert self._last is not None
+            self._wait(self._last)
 
     def release(self, j: int, staged: StagedPages) -> Transfer | None:
         """Start to write back the pages that a row of layer j has written, once no other loaded row needs them.
@@ -159,6 +200,13 @@ class WorkingSet:
         """Close the stores; the link's transfers have ended."""
         for store in self._stores.values():
             store.close()
+
+    def _wait(self, transfer: Transfer) -> None:
+        try:
+            transfer.wait()
+        except BaseException:
+            self._failure_seen = True
+            raise
 
     def _submit(self, work: Callable[[], None]) -> None:
         self._last = self._link.submit(lambda: self._run(work))
@@ -183,18 +231,35 @@ class WorkingSet:
         self._failure, self._failure_seen, self._last = None, False, None
         return unheard
 
-    def _batches(self, j: int, places: Mapping[int, int]) -> Iterator[_Batch]:
+    def _batches(self, j: int, places: Mapping[int, int], names: tuple[PartName, ...] = ("k", "v")) -> Iterator[_Batch]:
         """Sort pages of layer j, given with their slots, by tier and number, so that neighbours travel together."""
         by_tier: dict[Tier, list[int]] = {tier: [] for tier in self._stores}
         for page in sorted(places):
             by_tier[self._capacities.tier_of(page)].append(page)
         for key, page_format in [call for call in self._formats.items() if call[0].layer == j]:
             self.tensors(key, page_format)
+            cargo = Cargo(key, page_format, names)
             for tier, pages in by_tier.items():
-                size = max(1, TRANSFER_BYTES // self._stores[tier].transfer_bytes(page_format))
+                size = max(1, TRANSFER_BYTES // self._stores[tier].transfer_bytes(cargo))
                 for part in (pages[i : i + size] for i in range(0, len(pages), size)):
                     indices = [page - self._capacities.first(tier) for page in part]
-                    yield _Batch(key, page_format, tier, indices, [places[page] for page in part])
+                    yield _Batch(cargo, tier, indices, [places[page] for page in part])
+
+    def _row_batches(self, key: CacheKey, pages: list[int], slots: list[int], missing: Tensor) -> Iterator[_RowBatch]:
+        """Sort rows of V ``[pages, num_heads, 32]`` by tier and page."""
+        num_heads = missing.shape[1]
+        for tier in self._stores:
+            order = [i for i in sorted(range(len(pages)), key=pages.__getitem__) if self._capacities.tier_of(pages[i]) == tier]
+            which, heads, tokens = missing[order].nonzero(as_tuple=True)
+            first = self._capacities.first(tier)
+            sources, targets = (
+                (torch.tensor(numbers, dtype=torch.long)[which] * num_heads + heads) * PAGE_TOKENS + tokens
+                for numbers in ([pages[i] - first for i in order], [slots[i] for i in order])
+            )
+            size = max(1, TRANSFER_BYTES // (ValueRows(key, self._formats[key], sources).row_bytes + NUMBER_BYTES))
+            for source, target in zip(sources.split(size), targets.split(size), strict=True):
+                if len(source):
+                    yield _RowBatch(tier, ValueRows(key, self._formats[key], source), target)
 
     def _bring(self, batches: list[_Batch], activity: Activity) -> None:
         flights: deque[_Flight] = deque()
@@ -203,21 +268,48 @@ class WorkingSet:
                 self._arrive(flights.popleft(), activity)
             flights.append(self._flight(batch))
             store, buffer = self._stores[batch.tier], flights[-1].buffer
-            buffer.futures += store.read(batch.key, batch.page_format, batch.pages, buffer.host)
+            buffer.futures += store.read(batch.cargo, batch.pages, buffer.host)
         for flight in flights:
             self._arrive(flight, activity)
 
     def _arrive(self, flight: _Flight, activity: Activity) -> None:
-        (key, page_format, tier, pages, slots), buffer = flight.batch, flight.buffer
+        (cargo, tier, pages, slots), buffer = flight.batch, flight.buffer
         buffer.finish()
         if tier == "disk":
             self._meter.add("disk_read", activity, flight.begun, self._meter.now(), flight.num_bytes)
-        with self._on_link("host_to_device", flight, activity):
+        with self._on_link("host_to_device", tier, activity, flight.num_bytes):
             buffer.to_device(flight.num_bytes)
         index = torch.tensor(slots, device=self._device)
-        arrived = self._stores[tier].view(page_format, buffer.twin, len(pages))
-        for target, source in zip(self.tensors(key, page_format).tensors, arrived.tensors, strict=True):
-            target.index_copy_(0, index, source)
+        stored = self.tensors(cargo.key, cargo.page_format)
+        for name, source in zip(cargo.names, self._stores[tier].view(cargo, buffer.twin, len(pages)), strict=True):
+            stored.part(name)[1].index_copy_(0, index, source)
+        if "v" not in cargo.names:
+            left = len(pages) * self._stores[tier].transfer_bytes(cargo._replace(names=("v",)))
+            self._save(tier, left, left)
+
+    def _bring_rows(self, batches: list[_RowBatch], activity: Activity) -> None:
+        """Bring rows with their numbers: gathered on the host, scattered on the device."""
+        for tier, source, target in batches:
+            count, row_bytes = len(target), source.row_bytes
+            numbers_end, end = count * NUMBER_BYTES, count * (NUMBER_BYTES + row_bytes)
+            buffer, begun = self._ring.next(max(TRANSFER_BYTES, end)), self._meter.now()
+            buffer.host[:numbers_end].view(torch.int32).copy_(target)
+            read = self._stores[tier].read_rows(source, buffer.host[numbers_end:end].view(count, row_bytes))
+            if tier == "disk":
+                self._meter.add("disk_read", activity, begun, self._meter.now(), read)
+            with self._on_link("host_to_device", tier, activity, end):
+                buffer.to_device(end)
+            self._save(tier, -read, -end)
+            slots = as_rows(self.tensors(source.key, source.page_format).v, row_bytes)
+            index = buffer.twin[:numbers_end].view(torch.int32).long()
+            slots.index_copy_(0, index, buffer.twin[numbers_end:end].view(count, row_bytes))
+
+    def _save(self, tier: Tier, from_disk: int, to_device: int) -> None:
+        """Count bytes that did not travel because nothing reads them."""
+        if tier == "disk":
+            self._meter.save("disk_read", from_disk)
+        if tier != "disk" or self._own_memory:
+            self._meter.save("host_to_device", to_device)
 
     def _take_away(self, batches: list[_Batch], activity: Activity) -> None:
         flights: deque[_Flight] = deque()
@@ -226,11 +318,11 @@ class WorkingSet:
                 self._put_down(flights.popleft(), activity)
             flight = self._flight(batch)
             index = torch.tensor(batch.slots, device=self._device)
-            leaving = self._stores[batch.tier].view(batch.page_format, flight.buffer.twin, len(batch.pages))
-            slots = self.tensors(batch.key, batch.page_format)
-            for source, target in zip(slots.tensors, leaving.tensors, strict=True):
+            leaving = self._stores[batch.tier].view(batch.cargo, flight.buffer.twin, len(batch.pages))
+            slots = self.tensors(batch.cargo.key, batch.cargo.page_format)
+            for source, target in zip(slots.tensors, leaving, strict=True):
                 target.copy_(source.index_select(0, index))
-            with self._on_link("device_to_host", flight, activity):
+            with self._on_link("device_to_host", batch.tier, activity, flight.num_bytes):
                 flight.buffer.to_host(flight.num_bytes)
             flights.append(flight)
         for flight in flights:
@@ -238,22 +330,22 @@ class WorkingSet:
         self._ring.finish()
 
     def _put_down(self, flight: _Flight, activity: Activity) -> None:
-        (key, page_format, tier, pages, _), buffer = flight.batch, flight.buffer
+        (cargo, tier, pages, _), buffer = flight.batch, flight.buffer
         buffer.finish()
         begun = self._meter.now()
-        buffer.futures += self._stores[tier].write(key, page_format, pages, buffer.host)
+        buffer.futures += self._stores[tier].write(cargo, pages, buffer.host)
         for future in buffer.futures[-1:]:
             future.add_done_callback(
                 lambda _: self._meter.add("disk_write", activity, begun, self._meter.now(), flight.num_bytes)
             )
 
     def _flight(self, batch: _Batch) -> _Flight:
-        page_bytes = self._stores[batch.tier].transfer_bytes(batch.page_format)
+        page_bytes = self._stores[batch.tier].transfer_bytes(batch.cargo)
         buffer = self._ring.next(max(TRANSFER_BYTES, page_bytes))
         return _Flight(batch, buffer, page_bytes * len(batch.pages), self._meter.now())
 
-    def _on_link(self, resource: Resource, flight: _Flight, activity: Activity) -> AbstractContextManager[None]:
+    def _on_link(self, resource: Resource, tier: Tier, activity: Activity, num_bytes: int) -> AbstractContextManager[None]:
         """Measure a copy between host and device. Pages on disk need none where the device uses the host's memory."""
-        if flight.batch.tier == "disk" and not self._own_memory:
+        if tier == "disk" and not self._own_memory:
             return nullcontext()
-        return self._meter.span(resource, activity, flight.num_bytes)
+        return self._meter.span(resource, activity, num_bytes)

@@ -95,6 +95,7 @@ class Meter:
         self._arenas: dict[tuple[Tier, str], int] = {}
         self._peaks: dict[str, int] = {}
         self._running: list[_Running] = []
+        self._saved: dict[str, int] = defaultdict(int)
         self._sweeps: list[SweepStats] | None = None
         self._begun = self._window = clock()
         self._anchor: _Anchor = (None, self._begun)
@@ -147,10 +148,21 @@ class Meter:
             held = sum(count for (place, _), count in self._arenas.items() if place == tier)
             self._peaks[tier] = max(self._peaks.get(tier, 0), held)
 
+    def save(self, resource: Resource, num_bytes: int) -> None:
+        """Count bytes that a resource would have moved without sparse attention.
+
+        Args:
+            resource: The resource.
+            num_bytes: Bytes; below 0 for a part of earlier ones that is moved after all.
+        """
+        with self._lock:
+            self._saved[resource] += num_bytes
+
     def begin_run(self) -> None:
         """Begin to measure a run: forget the run before it, keep the memory held."""
         with self._lock:
             self._running, self._sweeps, self._peaks = [], [], {}
+            self._saved.clear()
             self.spans = None if self.spans is None else []
             for tier, _ in self._arenas:
                 self._peaks[tier] = sum(count for (place, _), count in self._arenas.items() if place == tier)
@@ -192,6 +204,7 @@ class Meter:
             moved = sum(sweep.bytes_moved.get(name, 0) for sweep in stats.per_sweep)
             busy = sum(sweep.busy_seconds.get(name, 0.0) for sweep in stats.per_sweep)
             stats.bytes_moved |= {name: moved} if moved else {}
+            stats.bytes_saved |= {name: self._saved[name]} if name in self._saved and (moved or self._saved[name]) else {}
             stats.busy_seconds |= {name: busy} if busy else {}
 
     def _note(self, span: _Running) -> None:

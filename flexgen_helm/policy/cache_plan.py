@@ -33,6 +33,10 @@ class CachePlan:
     """Whether the device has a memory of its own; else device and host are the same RAM."""
     exact_bytes_per_token: int = 0
     """K and V of one token of a chunk that is not computed yet, beside sealed pages; 0: there are none."""
+    mean_share: float = 0.0
+    """Means of V for each byte of K and V on any tier; at most, since only sealed pages have means."""
+    means_tier: Tier = "device"
+    """Where they are: on the host if the CPU attends beside a device with a memory of its own."""
 
     @classmethod
     def of(cls, shapes: ModelShapes, policy: ResolvedPolicy, *, own_memory: bool) -> CachePlan:
@@ -47,7 +51,13 @@ class CachePlan:
         rows = rows_at_once(suspends=suspends)
         sizes = {form: math.ceil(share * shapes.cache_bytes_per_token) for form, share in shapes.page_shares.items()}
         kept, beside = (sizes["sealed"], sizes["exact"]) if "sealed" in sizes else (sizes["exact"], 0)
-        return cls(policy.cache, kept, shapes.num_layers, rows, own_memory, beside)
+        means = shapes.mean_share / shapes.page_shares["sealed"] if shapes.mean_share else 0.0
+        tier: Tier = "host" if suspends and policy.cache[1] else "device"
+        return cls(policy.cache, kept, shapes.num_layers, rows, own_memory, beside, means, tier)
+
+    def share_with_means(self, tier: Tier) -> float:
+        """Bytes of pages and means on a tier for one byte of cache."""
+        return self.shares[TIERS.index(tier)] + self.mean_share * (tier == self.means_tier)
 
     @property
     def taken(self) -> dict[Tier, float]:
@@ -58,6 +68,7 @@ class CachePlan:
             ram = "host"
             taken["host"] += taken.pop("device")
         brought = sum(share for tier, share in taken.items() if tier != ram)
+        taken["host" if self.means_tier == "host" else ram] += self.mean_share
         taken[ram] += (taken[ram] / 2 + self.rows_at_once * brought) / self.num_layers
         return taken
 
@@ -65,7 +76,8 @@ class CachePlan:
     def buffer_bytes(self) -> int:
         """Bytes of the buffers on the host through which pages pass."""
         brought = self.shares[1] * self.own_memory + self.shares[2]
-        return NUM_BUFFERS * TRANSFER_BYTES if brought else 0
+        rows_from_disk = self.mean_share and self.shares[2]
+        return (NUM_BUFFERS + bool(rows_from_disk)) * TRANSFER_BYTES if brought else 0
 
     @property
     def least_bytes(self) -> dict[Tier, int]:

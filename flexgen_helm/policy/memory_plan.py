@@ -175,13 +175,13 @@ class MemoryPlan:
         """Return the shares of weights that fill the memory left by a full cache: the device first, then host, then disk."""
         slots = (self.policy.prefetch + 1) * max(self.shapes.bound_bytes.values())
         buffers = (self.policy.prefetch + 1) * self.shapes.largest_bytes if self.shapes.is_coded else 0
-        cache, loading = self.cache.shares, self.shapes.loading_bytes
+        cache, loading = self.cache, self.shapes.loading_bytes
         if not self.space.own_memory:
-            host = self._filled("host", slots + buffers + self.working_bytes, cache[0] + cache[1])
+            host = self._filled("host", slots + buffers + self.working_bytes, sum(map(cache.share_with_means, TIERS[:2])))
             return 0.0, host, max(0.0, 1 - host)
         arrival = max(self.shapes.carried_bytes.values()) if self.shapes.is_packed else 0
         taken = slots + arrival + self.working_bytes
-        device = self._filled("device", taken + self._loaded_cache_bytes(taken, loading), cache[0])
+        device = self._filled("device", taken + self._loaded_cache_bytes(taken, loading), cache.share_with_means("device"))
         host = self._host_share(loading, 1 - device)
         if device + host < 1:
             decoded = max(self.shapes.carried_bytes.values()) if self.shapes.is_coded else 0
@@ -211,7 +211,7 @@ class MemoryPlan:
         """
         if wanted * self.shapes.total_bytes <= min(FILL_SHARE * self._usable("host", taken), self._most("host", taken)):
             return wanted
-        return min(wanted, self._filled("host", taken, self.cache.shares[1]))
+        return min(wanted, self._filled("host", taken, self.cache.share_with_means("host")))
 
     def _loaded_cache_bytes(self, taken: int, loading: int) -> int:
         """Return the bytes of the device for the rows that have pages of one layer loaded from a cache on the host."""

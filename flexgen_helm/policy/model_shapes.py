@@ -40,6 +40,7 @@ class ModelShapes:
             part of the vocabulary.
         page_shares: Bytes of a page of K and V by form, for each byte of one in which they are as they come.
         cache_bits: Stored bits of an element of K, and of one of V, in the form in which pages are kept.
+        mean_share: Bytes of the mean of V of a sealed page, likewise: on the device, whatever tier the page is on.
         scored_keys: Keys whose scores a row of prompts holds at once, for each query and head.
         layer_products: Elements of matrices by which a layer multiplies a token, by layer; of a mixture of experts only those
             of the experts that a token uses. Where a layer is missing, all of its weights count.
@@ -68,6 +69,7 @@ class ModelShapes:
     first_layers_bytes: int
     page_shares: Mapping[Form, float] = field(default_factory=lambda: {"exact": 1.0})
     cache_bits: tuple[float, float] = (16.0, 16.0)
+    mean_share: float = 0.0
     scored_keys: int = 0
     layer_products: Mapping[int, float] = field(default_factory=dict)
     dtype: str = ""
@@ -142,6 +144,7 @@ class ModelShapes:
             first_layers_bytes=first_layers,
             page_shares={"exact": 1.0},
             cache_bits=(16.0, 16.0),
+            mean_share=0.0,
             scored_keys=0,
             dtype=dtype,
             weight_format="plain",
@@ -150,8 +153,8 @@ class ModelShapes:
 
     @property
     def kept_share(self) -> float:
-        """`page_shares` of the form in which pages are kept."""
-        return self.page_shares.get("sealed", self.page_shares["exact"])
+        """`page_shares` of the form in which pages are kept, with the means of V."""
+        return self.page_shares.get("sealed", self.page_shares["exact"]) + self.mean_share
 
     @property
     def cache_bytes_per_token(self) -> int:

@@ -66,6 +66,7 @@ def shapes_of(
         first_layers_bytes=_first_layers_bytes(model, layers),
         page_shares={form: pages.num_bytes / plain for form, pages in forms.items()},
         cache_bits=forms.get("sealed", forms["exact"]).bits_per_element,
+        mean_share=sum(pages.mean_bytes for pages in forms.values()) / plain,
         scored_keys=0 if cache.sparsity is None else longest,
         layer_products=_products(model, layers),
         dtype=str(model.dtype).removeprefix("torch."),

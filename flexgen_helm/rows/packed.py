@@ -90,6 +90,8 @@ class PackedRows:
             raise UnsupportedModel("its forward takes no position_ids, so sequences cannot share a row")
         self.model, self._cache = model, cache
         self._cpu_share = cpu_attention if cache.device.own_memory and not cache.format.flexgen else 0.0
+        if self._cpu_share:
+            cache.keep_means_on_host()
         self._decode, self._host = DecodeAttention(), HostAttention(cache.meter)
         self._pages: dict[int, RowPages] = {}
         """Pages of each row of the sweep, by the row's `id`; they keep their rows alive, so that no `id` is used twice."""

@@ -73,16 +73,19 @@ def counted(cache_size: int, tokens: int, variants: Sequence[str]) -> list[Admit
 
 
 def admitted(cache_size: int, tokens: int, cache_format: CacheFormat) -> tuple[int, int]:
-    """Return how many sequences a scheduler admits at once, and the bytes of a page in the form in which it is kept."""
+    """Return how many sequences a scheduler admits at once, and the bytes of a page as it is kept, with means."""
     kv = torch.empty(0, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16)
-    sizes: dict[Form, int] = {form: NUM_LAYERS * pages.num_bytes for form, pages in cache_format.forms(kv, kv).items()}
-    pools = {form: PagePool(cache_size // size, page_bytes=size) for form, size in sizes.items()}
+    forms = cache_format.forms(kv, kv)
+    sizes: dict[Form, int] = {form: NUM_LAYERS * pages.num_bytes for form, pages in forms.items()}
+    kept = forms.get("sealed", forms["exact"])
+    pages_size = cache_size * kept.num_bytes // (kept.num_bytes + kept.mean_bytes)
+    pools = {form: PagePool(pages_size // size, page_bytes=size) for form, size in sizes.items()}
     policy = ResolvedPolicy(gpu_batch_size=MOST, num_gpu_batches=1, gpu_batch_tokens=4096)
     scheduler = PackedScheduler(policy, block_tokens=MOST * tokens, pools=pools)
     prompts = [(i, *[0] * (tokens - NEW_TOKENS - 1)) for i in range(1, MOST + 1)]
     scheduler.add([PromptWork(prompt, False, [Continuation(NEW_TOKENS)]) for prompt in prompts])
     sweep = scheduler.next_sweep()
-    return sweep.num_prompt_tokens // (tokens - NEW_TOKENS), sizes.get("sealed", sizes["exact"])
+    return sweep.num_prompt_tokens // (tokens - NEW_TOKENS), NUM_LAYERS * (kept.num_bytes + kept.mean_bytes)
 
 
 if __name__ == "__main__":

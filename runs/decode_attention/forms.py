@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -148,9 +148,11 @@ def _sealed(form: PageFormat, exact: PageTensors) -> PageTensors:
     numbers: Tensor = torch.arange(len(exact.k))
     for (part, stored), x in zip(pages.sealable_parts, exact.tensors, strict=True):
         part.seal(stored, numbers, x)
-    if form.mean is not None and pages.mean is not None:
-        form.mean.store(pages.mean, numbers, exact.v)
-    return pages
+    if form.mean is None:
+        return pages
+    means = form.mean.allocate(len(exact.k), CPU)
+    form.mean.store(means, numbers, exact.v)
+    return replace(pages, mean=means)
 
 
 def _tokens(pages: PageTensors) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,8 @@ def moved(sequences: SparseSequences, plans: list[SparsePlan]) -> tuple[list[Spa
     copies = {}
     for name in PLACES:
         index = slots[order] if name == "staged" else torch.from_numpy(order)
-        parts = [torch.zeros_like(x).index_copy(0, index, x) for x in stored.tensors]
+        assert stored.mean is not None
+        parts = [torch.zeros_like(x).index_copy(0, index, x) for x in (*stored.tensors, stored.mean)]
         copies[name] = PageTensors(stored.format, *parts)
     forms: Forms = {**sequences.forms, "sealed": LayerPages(copies, slots)}
     found = []

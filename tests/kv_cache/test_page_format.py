@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexgen_helm.kv_cache.page_format import PageFormat
+from flexgen_helm.kv_cache.cargo import Cargo
+from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 
 CPU = torch.device("cpu")
@@ -64,5 +65,8 @@ def test_bytes_of_a_transfer_are_pages() -> None:
     # One record a page, K before V, and something behind it: rows that are not contiguous.
     k, v = (x.flatten(1).view(torch.uint8) for x in stored.tensors)
     records = torch.cat([k, v, torch.zeros(NUM_PAGES, 64, dtype=torch.uint8)], 1)
-    found = page_format.view(records[:, : page_format.num_bytes])
-    assert all(torch.equal(a, b) for a, b in zip(found.tensors, stored.tensors, strict=True))
+    cargo = Cargo(CacheKey(0, 0), page_format)
+    found = cargo.records(records[:, : page_format.num_bytes])
+    assert all(torch.equal(a, b) for a, b in zip(found, stored.tensors, strict=True))
+    (values,) = cargo._replace(names=("v",)).records(v)
+    assert torch.equal(values, stored.v)

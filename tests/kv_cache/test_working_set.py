@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.kv_cache import working_set
+from flexgen_helm.kv_cache.cargo import Cargo
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat
 from flexgen_helm.kv_cache.page_stores import HostPages
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, StagedPages
@@ -43,16 +44,16 @@ class ToldPages(HostPages):
         """Writes happen when it opens."""
         self._pool = ThreadPoolExecutor(1)
 
-    def read(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
-        self._tell("read", key, pages)
-        return super().read(key, page_format, pages, buffer) + self._late()
+    def read(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+        self._tell("read", cargo.key, pages)
+        return super().read(cargo, pages, buffer) + self._late()
 
-    def write(self, key: CacheKey, page_format: PageFormat, pages: list[int], buffer: Tensor) -> list[Future[None]]:
-        self._tell("write", key, pages)
+    def write(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
+        self._tell("write", cargo.key, pages)
 
         def later() -> None:
             assert self.gate is None or self.gate.wait(10)
-            super(ToldPages, self).write(key, page_format, pages, buffer)
+            super(ToldPages, self).write(cargo, pages, buffer)
 
         return [self._pool.submit(later), *self._late()]
 

@@ -66,6 +66,21 @@ def test_sweeps_share_out_what_spans_them() -> None:
     assert (second.bytes_moved, second.weight_bytes_moved) == ({"disk_read": 85}, {"disk_read": 80})
     assert (stats.bytes_moved, stats.busy_seconds) == ({"disk_read": 85}, {"device": 3, "disk_read": 6})
     assert second.bound_by == "disk_read"
+    assert stats.bytes_saved == {}
+
+
+def test_bytes_that_were_saved_are_told_where_a_link_is_used() -> None:
+    meter, stats = Meter(CPU), RunStats()
+    meter.save("disk_read", 7)  # of no run
+    meter.begin_run()
+    meter.save("host_to_device", 0)
+    meter.save("disk_read", 0)
+    meter.save("device_to_host", 60)
+    meter.save("device_to_host", -20)
+    meter.add("disk_read", Activity("load_cache", "0"), meter.now(), meter.now(), 5)
+    meter.end_sweep(0, 0, 0)
+    meter.end_run(stats)
+    assert stats.bytes_saved == {"device_to_host": 40, "disk_read": 0}
 
 
 def test_what_was_done_elsewhere_counts_once_where_it_overlaps() -> None:

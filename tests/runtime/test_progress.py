@@ -215,3 +215,5 @@ def test_summary_says_what_was_moved_how_fast_and_what_was_held() -> None:
     assert summary(stats) == (
         f"{summary(STATS)}, disk read 2.00 GiB at 1.07 GB/s, at most 3.00 GiB on host, at most 1.00 GiB on disk"
     )
+    sparse = dataclasses.replace(stats, bytes_saved={"disk_read": 0})
+    assert "disk read 2.00 GiB at 1.07 GB/s, 0 bytes saved there by sparsity, at most" in summary(sparse)

@@ -109,14 +109,15 @@ class Costs:
             self.note(run._sweep.rows[operation.k].kind, operation.kind, operation.j, events)
 
 
-CostsOf = Callable[[str, Policy], Costs]
+CostsOf = Callable[..., Costs]
+"""Of a family and a policy, maybe of other jobs and a variant."""
 
 
 @pytest.fixture
 def costs_of(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> CostsOf:
     """What a family's rows cost under a policy."""
 
-    def found(family: str, policy: Policy) -> Costs:
+    def found(family: str, policy: Policy, jobs: list[Job] = JOBS, compression: str | None = None) -> Costs:
         with simulated_gpu() as gpu:
             costs = Costs(gpu)
             compute, move = SweepRun.compute, SweepRun.move
@@ -131,7 +132,7 @@ def costs_of(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) 
 
             monkeypatch.setattr(SweepRun, "compute", computing)
             monkeypatch.setattr(SweepRun, "move", moving)
-            answers(folder_of(family), policy, JOBS)
+            answers(folder_of(family), policy, jobs, compression=compression)
         return costs
 
     return found
@@ -159,6 +160,15 @@ def test_k_and_v_are_brought_with_one_wait(costs_of: CostsOf) -> None:
     assert_within(costs.highest("decode", "compute"), Cost(shared + DECODE + LOCATE))
     assert_within(costs.highest("decode", "load_cache"), Cost(1, 1, 1))
     assert costs.highest("decode", "store_cache") == Cost()
+
+
+def test_sparse_rows_wait_once_for_what_they_chose(costs_of: CostsOf) -> None:
+    """The host must know which rows of V to bring."""
+    jobs = [Job(token_ids=random_tokens(1, 140), max_new_tokens=3, ignore_eos=True)]
+    beside = costs_of("llama", replace(ROWS, cache=(0, 1, 0), cpu_attention=0), jobs, "s10")
+    assert beside.highest("decode", "compute").waits == 1
+    assert beside.highest("prefill", "compute").waits == 0
+    assert_within(beside.highest("decode", "load_cache"), Cost(2, 2, 2))  # of each form
 
 
 def test_attention_on_the_cpu(costs_of: CostsOf) -> None:

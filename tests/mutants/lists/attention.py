@@ -85,8 +85,8 @@ MUTANTS = (
     Mutant(
         name="attention-keys-of-another-head",
         file="flexgen_helm/attention/chunks.py",
-        old="rows = (chunks * self.num_kv + self._heads[:, None])",
-        new="rows = (chunks * self.num_kv + self._heads.flip(0)[:, None])",
+        old="[group] * self.num_kv + self._heads[:, None])",
+        new="[group] * self.num_kv + self._heads.flip(0)[:, None])",
         tests=(ROWS,),
         why="queries meet the keys of another head",
     ),
@@ -165,7 +165,7 @@ MUTANTS = (
     Mutant(
         name="disk-pages-of-all-layers-in-one-place",
         file="flexgen_helm/kv_cache/page_stores.py",
-        old="yield self._begins[key] + pages[begin] * size",
+        old="yield first + pages[begin] * size",
         new="yield pages[begin] * size",
         tests=(RESIDENCY, TIERS),
         why="layers overwrite each other's K and V on disk",

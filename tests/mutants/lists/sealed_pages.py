@@ -7,6 +7,8 @@ from tests.mutants.mutant import Mutant
 TABLES = "tests/schedule/test_sealed.py::test_queries_read_their_chunk_exact_and_earlier_ones_sealed"
 APART = "tests/schedule/test_sealed.py::test_a_prompt_shares_nothing_where_exact_pages_of_its_branches_do_not_fit"
 LEAST = "tests/schedule/test_sealed.py::test_a_sequence_needs_at_most_eight_exact_pages_whatever_its_length"
+ROWS = "tests/kv_cache/test_chosen_rows.py"
+CHOSEN = "tests/runtime/test_chosen_values.py::test_answers_in_kernel_calls"
 RULE = "tests/attention/test_row_sealed.py::test_rows_equal_the_rule"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -65,5 +67,37 @@ MUTANTS: tuple[Mutant, ...] = (
         new="others = weights",
         tests=(RULE,),
         why="keys that are read count twice",
+    ),
+    Mutant(
+        name="values-of-the-page-before",
+        file="flexgen_helm/kv_cache/working_set.py",
+        old="self._held.set(list(missing.values()), whole=False)",
+        new="self._held.set(list(missing.values()), whole=True)",
+        tests=(ROWS,),
+        why="values that a query chose never come, and those of another page are read",
+    ),
+    Mutant(
+        name="values-brought-again",
+        file="flexgen_helm/kv_cache/cargo.py",
+        old="held[slots] = held[slots] | missing",
+        new="held[slots] = held[slots]",
+        tests=(ROWS,),
+        why="rows of one layer that choose the same values bring them twice",
+    ),
+    Mutant(
+        name="values-beside-a-row-of-prompts",
+        file="flexgen_helm/kv_cache/pages.py",
+        old="is_partial |= not resident.whole",
+        new="is_partial = False",
+        tests=(ROWS,),
+        why="a prompt that shares a page with a decode row reads values that did not come",
+    ),
+    Mutant(
+        name="values-of-one-head-of-a-group",
+        file="flexgen_helm/attention/sparse.py",
+        old="read = by_group.any(3).float()",
+        new="read = by_group[:, :, :, 0].float()",
+        tests=(CHOSEN,),
+        why="what the other query heads of a K/V head chose never comes",
     ),
 )

@@ -1,0 +1,67 @@
+"""Means of V of the pages that sparse attention reads: on the device, whatever tier the pages are on. They never travel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexgen_helm.kv_cache.page_format import CacheKey, MeanPart
+from flexgen_helm.kv_cache.page_stores import grown
+from flexgen_helm.kv_cache.pages import PageCounts, PageMap, PagePool, PageStorage, Place
+from flexgen_helm.types import TIERS
+
+
+class PageMeans:
+    """A mean for each page that is kept on any tier, numbered through all tiers, and for each transient page."""
+
+    def __init__(self, pool: PagePool | None, page_map: PageMap, *, grows: bool) -> None:
+        """Allocate nothing yet.
+
+        Args:
+            pool: The pages; None: a device without bound.
+            page_map: Which tier each page has.
+            grows: See `flexgen_helm.kv_cache.page_stores.GrowingPages`.
+        """
+        self._pool, self._page_map, self._grows = pool, page_map, grows or pool is None
+        self._kept = self._transient = 0
+        self._tensors: dict[tuple[CacheKey, MeanPart], Tensor] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors when all their pages are in use."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def first(self, place: Place) -> int:
+        """The number of the mean of a tier's first page; numbers change only while no page is in use."""
+        return self._pool.limits.first("host") if place == "host" and self._pool is not None else 0
+
+    def numbers(self, pages: list[int]) -> list[int]:
+        """The numbers of the means of kept pages."""
+        limits = PageCounts(0) if self._pool is None else self._pool.limits
+        return [limits.first(self._page_map.tier_of(page)) + self._page_map.index(page) for page in pages]
+
+    def reserve(self, storage: PageStorage) -> None:
+        """Make room for the means of so many pages; tensors follow at their next use."""
+        kept, limit = storage.kept.device, None
+        if self._pool is not None:
+            limits = self._pool.limits
+            limit = sum(limits)
+            ends = [limits.first(tier) + count for tier, count in zip(TIERS, storage.kept, strict=True) if count]
+            kept = max(ends, default=0) if self._grows else limit
+        if limit is not None and self._kept > limit:
+            self._tensors.clear()
+            self._kept = 0
+        self._kept = max(self._kept, kept) if not self._grows else grown(self._kept, kept, limit)
+        self._transient = grown(self._transient, storage.transient, None)
+
+    def tensor(self, key: CacheKey, part: MeanPart, place: Place, device: torch.device) -> Tensor:
+        """The means ``[n, num_heads, dim]`` for the pages of one attention call at a place, on a device."""
+        is_transient = place == "transient"
+        key, count = (CacheKey(-1, key.call), self._transient) if is_transient else (key, self._kept)
+        found = self._tensors.get((key, part))
+        if found is None or len(found) < count:
+            larger = part.allocate(count, device)
+            if found is not None:
+                larger[: len(found)] = found
+            found = self._tensors[key, part] = larger
+        return found

@@ -1,0 +1,1 @@
+"""Bytes of K and V that travel between tiers, by variant."""
