@@ -27,7 +27,7 @@ never overlaps everything."""
 PENALTY = 1e4
 """Weight of a row that is not met, in units of the run's time for the whole of the row."""
 LATE = 10
-"""The same for the latency: memory is never exceeded to be earlier. A least throughput needs no row, since time is minimised."""
+"""The same for the latency: memory is never exceeded to be earlier. A least throughput needs no row: time is least anyway."""
 MET = 1e-6
 """Part of a row by which a solver's rounding may miss it."""
 
