@@ -33,7 +33,7 @@ from flexgen_helm.policy.planner.search.enumeration import Bounds, candidates
 from flexgen_helm.policy.planner.search.features import Features
 from flexgen_helm.policy.planner.search.linear import What
 from flexgen_helm.policy.planner.search.memory_rows import Placements
-from flexgen_helm.policy.planner.search.programme import Formulation, Limits, Solution, solve
+from flexgen_helm.policy.planner.search.programme import DEMANDS, Formulation, Limits, Solution, solve
 from flexgen_helm.policy.planner.search.refusal import refuse
 from flexgen_helm.policy.planner.search.rounding import realised_plans
 from flexgen_helm.policy.planner.search.sampling import sampled
@@ -178,7 +178,8 @@ def solutions(problem: Problem) -> list[Solution]:
     bounds = Bounds(problem.asked, problem.constraints.tiers, problem.constraints.search_numerics)
     rows = [Formulation.of(problem.model, each) for each in candidates(problem.model, problem.base, bounds)]
     solved = solve(rows, problem.fixed, problem.limits) if rows else []
-    return sorted((each for each in solved if not each.violations), key=lambda each: each.seconds)
+    fitting = (each for each in solved if not each.violations.keys() - DEMANDS)  # whose times the closed form only estimates
+    return sorted(fitting, key=lambda each: (bool(each.violations), each.seconds))
 
 
 class _Tried(NamedTuple):

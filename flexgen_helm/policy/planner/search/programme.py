@@ -26,6 +26,8 @@ EVERY_BUSY_SECOND = 1e-3
 never overlaps everything."""
 PENALTY = 1e4
 """Weight of a row that is not met, in units of the run's time for the whole of the row."""
+LATE = 10
+"""The same for the latency: memory is never exceeded to be earlier. A least throughput needs no row: time is least anyway."""
 MET = 1e-6
 """Part of a row by which a solver's rounding may miss it."""
 
@@ -38,6 +40,8 @@ class Limits(NamedTuple):
 
 
 NO_LIMITS = Limits()
+DEMANDS = {"max_latency", "min_throughput"}
+"""Names of the rows of `Limits`."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +140,12 @@ class _Part:
             self._elastic(row.name, self._expression(row.taken * (1 / available)), row.available / available)
         if limits.latency is not None:
             self._elastic("max_latency", rows.latency(times) * (1 / limits.latency), 1)  # type: ignore[operator]
-        if limits.run is not None:
-            self._elastic("min_throughput", total * (1 / limits.run), 1)
         weight = EVERY_BUSY_SECOND / self._scale
-        self.objective = total * (1 / self._scale) + weight * pulp.lpSum(spent) + PENALTY * pulp.lpSum(self._slacks.values())
+        self.objective = (
+            total * (1 / self._scale)
+            + weight * pulp.lpSum(spent)
+            + pulp.lpSum(slack * (LATE if name in DEMANDS else PENALTY) for name, slack in self._slacks.items())
+        )
 
     def solution(self) -> Solution:
         shares = {what: _values(variables) for what, variables in self._shares.items()}
