@@ -41,10 +41,15 @@ def shares(weights: Shares, cache: Shares = ON_HOST, hidden: Shares = ON_DEVICE)
     return {"weights": weights, "cache": cache, "hidden": hidden}
 
 
+def used_tiers(given: Shares) -> Shares:
+    device, host, disk = (float(share > 0) for share in given)
+    return device, host, disk
+
+
 def test_links_take_the_time_of_the_papers_formulas() -> None:
     """Appendix A.3 for one layer times l: ctog_g and dtoc_g with weights and hidden states, ctod_p with K and V of a prompt."""
     costs, block = cost_model(), 144
-    decode, prompt = (costs.busy(kind, candidate()) for kind in ("decode", "prompt"))  # type: ignore[arg-type]
+    decode, prompt = (costs.busy(kind, candidate()) for kind in ("decode", "prompt"))
     w_i = 8 * HIDDEN**2 + 4 * HIDDEN * 4 * HIDDEN
     placed = shares((0.2, 0.5, 0.3), ON_HOST)
     embeddings = 1 - LAYERS * w_i / OPT_30B.total_bytes  # shares count them, the paper's do not
@@ -123,19 +128,18 @@ def test_memory_rows_are_exact_to_within_a_unit(own_memory: bool, weights: Share
     if not own_memory:
         weights = (0.0, weights[0] + weights[1], weights[2])
     shapes, space = model(24, 2048, 16), space_of(profile)
-    tiers = tuple(float(share > 0) for share in weights)
     cache: Shares = (0.5, 0.0, 0.5) if not own_memory else (0.2, 0.5, 0.3)
-    each = replace(candidate(), weights=tiers, cache=tuple(float(share > 0) for share in cache))
+    each = replace(candidate(), weights=used_tiers(weights), cache=used_tiers(cache))
     placements = Placements(shapes, space)
     plan = placements.plan(each, weights, cache)
     held = 8 * GIB
     capacities = plan.cache.capacities(plan.left(space.available), held)
     assert sum(capacities.values()) == pytest.approx(held, rel=1e-6), "there is room for all"
-    realised = {"weights": plan.weights.shares, "cache": cache, "hidden": ON_DEVICE}
+    realised: dict[What, Shares] = {"weights": plan.weights.shares, "cache": cache, "hidden": ON_DEVICE}
     taken = {row.name: row.taken.at(realised) for row in memory_rows(placements, each, held)}
     unit = max(shapes.stored_bytes.values())
     for tier in ("host", "disk") if not own_memory else TIERS:
-        used = plan.weights.needed_bytes[tier] + (plan.working_bytes if tier == "device" else 0)
+        used: float = plan.weights.needed_bytes[tier] + (plan.working_bytes if tier == "device" else 0)
         if not own_memory and tier == "host":
             used += plan.weights.needed_bytes["device"] + plan.working_bytes
         used += held * plan.cache.taken[tier] / 0.95 + (plan.cache.buffer_bytes if tier == "host" else 0)

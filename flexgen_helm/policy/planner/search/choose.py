@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flexgen_helm.errors import OutOfSpace, PolicyError
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
@@ -321,7 +321,7 @@ def _neighbours(best: _Tried, problem: Problem) -> Iterator[tuple[Candidate, Mem
         yield from _changed(best, problem, change)
 
 
-def _changed(best: _Tried, problem: Problem, change: Mapping[str, int]) -> Iterator[tuple[Candidate, MemoryPlan]]:
+def _changed(best: _Tried, problem: Problem, change: Mapping[str, Any]) -> Iterator[tuple[Candidate, MemoryPlan]]:
     """Yield a plan with other integers, if it fits."""
     policy = replace(best.plan.policy, **change)
     with suppress(PolicyError):

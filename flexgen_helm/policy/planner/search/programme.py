@@ -90,7 +90,7 @@ class Formulation:
 
     def latency(self, times: Mapping[SweepKind, object]) -> object:
         """Return the time until the first job is answered, for the times of sweeps: numbers, or variables of a solver."""
-        return sum(self.first[kind] * times[kind] for kind in KINDS)  # type: ignore[operator]
+        return sum(self.first[kind] * times[kind] for kind in KINDS)  # type: ignore[operator,misc]
 
 
 def solve(formulations: Sequence[Formulation], fixed: Mapping[What, Shares], limits: Limits = NO_LIMITS) -> list[Solution]:
@@ -139,7 +139,7 @@ class _Part:
             available = max(1, row.available)
             self._elastic(row.name, self._expression(row.taken * (1 / available)), row.available / available)
         if limits.latency is not None:
-            self._elastic("max_latency", rows.latency(times) * (1 / limits.latency), 1)  # type: ignore[operator]
+            self._elastic("max_latency", rows.latency(times) * (1 / limits.latency), 1)  # type: ignore[operator,misc]
         weight = EVERY_BUSY_SECOND / self._scale
         self.objective = (
             total * (1 / self._scale)

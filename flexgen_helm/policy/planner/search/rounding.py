@@ -35,7 +35,7 @@ def realised_plans(solution: Solution, placements: Placements, asked: Policy) ->
         every: list[Shares] = [asked.weights]
     else:
         every = list(_rounded(solution, placements))
-    found = []
+    found: list[MemoryPlan] = []
     for weights in every:
         plan = _first_that_fits(solution, shapes, space, (weights, cache, hidden), asked)
         if plan is not None and plan.weights.tiers not in [other.weights.tiers for other in found]:

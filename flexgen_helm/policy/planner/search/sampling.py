@@ -14,12 +14,12 @@ from flexgen_helm.kv_cache.pages import Form
 from flexgen_helm.policy.capacity import Capacity
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.durations import Durations
-from flexgen_helm.policy.planner.loads import Pages, RowLoad, SweepLoad
+from flexgen_helm.policy.planner.loads import RowLoad, SweepLoad
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.search.candidate import Candidate, SweepKind
 from flexgen_helm.policy.planner.search.cost_model import CostModel
 from flexgen_helm.policy.planner.simulate import NOTHING, sweep_cost
-from flexgen_helm.types import TIERS
+from flexgen_helm.types import TIERS, Tier
 
 
 def sampled(model: CostModel, candidate: Candidate, plan: MemoryPlan) -> Prediction:
@@ -82,20 +82,18 @@ def _sweep(model: CostModel, kind: SweepKind, candidate: Candidate, durations: D
         on_host = policy.cpu_attention if model.profile.own_memory and policy.cache[1] else 0.0
         for i in range(count):
             attends = int(on_host * (i + 1)) > int(on_host * i)
-            here = RowLoad(row.kind, row.size, row.own_keys, row.earlier_keys, row.chunks, on_host=attends)
-            found.append(_with_pages(here, durations.plan, read / count, sweeps.live / count))
+            found.append(_with_pages(replace(row, on_host=attends), durations.plan, read / count, sweeps.live / count))
     return SweepLoad(tuple(found), model.logits(kind, sweeps), 0, 0)
 
 
 def _with_pages(row: RowLoad, plan: MemoryPlan, read: float, new: float) -> RowLoad:
     """Return a row that brings and takes away its part of the pages on each tier from which they must be brought."""
     form: Form = "sealed" if "sealed" in plan.shapes.page_shares else "exact"
-    brought: list[tuple[str, Form, int]] = []
-    taken: list[tuple[str, Form, int]] = []
+    brought: list[tuple[Tier, Form, int]] = []
+    taken: list[tuple[Tier, Form, int]] = []
     for tier, share in zip(TIERS, plan.policy.cache, strict=True):
         in_place = tier == "device" or (tier == "host" and (row.on_host or not plan.space.own_memory))
         if share and not in_place:
             brought.append((tier, form, round(share * read)))
             taken.append((tier, form, round(share * new)))
-    pages: tuple[Pages, Pages] = tuple(brought), tuple(taken)  # type: ignore[assignment]
-    return RowLoad(row.kind, row.size, row.own_keys, row.earlier_keys, row.chunks, *pages, bool(brought), row.on_host)
+    return replace(row, brought=tuple(brought), taken=tuple(taken), stages=bool(brought))
