@@ -134,8 +134,8 @@ class CostModel:
         """Return a decode row of average load (A.3: s + n / 2 tokens that each sequence reads)."""
         sequences, context = sweeps.live / count, self._read_tokens(sweeps) / count
         own = min(context, sequences * (CHUNK_TOKENS + 1) / 2)
-        chunks = math.ceil(sequences), math.ceil((context - own) / CHUNK_TOKENS)
-        return RowLoad("decode", durations.plan.policy.gpu_batch_size, *(CHUNK_TOKENS * count for count in chunks))
+        own_keys, earlier_keys = (CHUNK_TOKENS * math.ceil(count) for count in (sequences, (context - own) / CHUNK_TOKENS))
+        return RowLoad("decode", durations.plan.policy.gpu_batch_size, own_keys, earlier_keys)
 
     def rows(self, kind: SweepKind, candidate: Candidate) -> dict[RowKind, int]:
         """Return the rows of a sweep by kind, prefill rows first."""

@@ -139,7 +139,7 @@ class _Part:
             available = max(1, row.available)
             self._elastic(row.name, self._expression(row.taken * (1 / available)), row.available / available)
         if limits.latency is not None:
-            self._elastic("max_latency", rows.latency(times) * (1 / limits.latency), 1)  # type: ignore[operator,misc]
+            self._elastic("max_latency", rows.latency(times) * (1 / limits.latency), 1)  # type: ignore[operator]
         weight = EVERY_BUSY_SECOND / self._scale
         self.objective = (
             total * (1 / self._scale)
