@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -139,8 +139,13 @@ def rows_of(page: Tensor) -> Tensor:
     return page.contiguous().view(torch.uint8).view(HEADS, TOKENS, -1)
 
 
+ALIKE = [Asked([0, 1], False, 3)] * 2
+"""Rows that choose the same values of pages on the host."""
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ROWS, st.sampled_from(FORMATS), st.booleans())
+@example(ALIKE, FORMATS[0], True)
 def test_wanted_rows_are_there_and_come_once(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Asked], page_format: PageFormat, together: bool
 ) -> None:
