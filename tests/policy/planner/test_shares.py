@@ -41,7 +41,7 @@ def test_what_is_kept_off_a_tier_gets_no_share_of_it(own_memory: bool) -> None:
         forbidden = "host" if off is None else off  # one RAM: hidden states, K and V are on the device by name
         for solution in found(own_memory, off):
             for what, shares in solution.shares.items():
-                assert off is None and what == "weights" or shares[TIERS.index(forbidden)] == 0
+                assert (off is None and what == "weights") or shares[TIERS.index(forbidden)] == 0
 
 
 @pytest.mark.parametrize("own_memory", [True, False])

@@ -51,9 +51,7 @@ def planned(capsys: pytest.CaptureFixture[str], config: Path, machine: object, *
     return found
 
 
-def test_json_of_a_config_on_a_machine_in_a_file(
-    config: Path, machine: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_of_a_config_on_a_machine_in_a_file(config: Path, machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, config, machine)
     assert (found["model"], found["machine"]) == ("tiny", "cpu")
     assert found["generated_tokens"] == JOBS * GEN_LEN
@@ -105,7 +103,9 @@ def test_a_throughput_that_cannot_be_met_is_refused_with_one_that_can(
 ) -> None:
     assert plan(config, machine, "--min-throughput", "1e9") == 2
     error = capsys.readouterr().err
-    most = re.search(r"min_throughput of 1e\+09 tokens/s cannot be met\. The most that was found is ([0-9.e+]+) tokens/s", error)
+    most = re.search(
+        r"min_throughput of 1e\+09 tokens/s cannot be met\. The most that was found is ([0-9.e+]+) tokens/s", error
+    )
     assert most is not None, error
     enough = 0.99 * float(most[1])
     assert planned(capsys, config, machine, "--min-throughput", str(enough))["tokens_per_second"] >= enough
