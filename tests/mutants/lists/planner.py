@@ -35,12 +35,12 @@ MUTANTS = (
         why="writing K and V back looks cheaper than it is beside weights that come",
     ),
     Mutant(
-        name="planner-prompts-do-not-bind",
+        name="planner-one-round-too-many",
         file=f"{SEARCH}/candidate.py",
-        old="if group * sweeps_each <= live:",
-        new="if group * sweeps_each < 0:",
+        old="rounds = math.ceil(count / live) - 1",
+        new="rounds = math.ceil(count / live)",
         tests=(f"{COST}::test_sweeps_of_groups_that_enter_and_leave",),
-        why="small blocks of prompts look as fast as large ones",
+        why="small blocks look slower than they are",
     ),
     Mutant(
         name="planner-shared-prompts-counted-again",
