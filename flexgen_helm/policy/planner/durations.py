@@ -72,7 +72,12 @@ class Durations:
             for layer in profile.layers
             if (layer.model, layer.dtype) == (name, dtype)
         }
-        self._calls: dict[tuple[int, RowLoad, bool], float] = {}
+        kinds: dict[object, int] = {}
+        layers = [(plan.shapes.products_of(j), plan.shapes.bound_bytes[j], self._packed(j)) for j in range(num_layers)]
+        self._alike = [kinds.setdefault(kind, j) for j, kind in enumerate(layers)]
+        """For each layer the first one that takes as long."""
+        self._calls: dict[tuple[int, RowLoad, bool], list[Stage]] = {}
+        self._moves: dict[tuple[RowLoad, bool], list[list[Stage]]] = {}
 
     def record(self, row: RowLoad) -> list[Stage]:
         """Return the time in which a row is recorded: measured, or rows of the embedding table are read and written."""
@@ -89,10 +94,13 @@ class Durations:
             row: The row.
             first: Whether weights come from memory, since another layer was computed before.
         """
-        key = j, row, first
+        key = self._alike[j], row, first
         if key not in self._calls:
-            self._calls[key] = self._layer_seconds(j, row, first=first)
-        seconds, shapes = self._calls[key], self._shapes
+            self._calls[key] = self._layer_stages(j, row, first=first)
+        return self._calls[key]
+
+    def _layer_stages(self, j: int, row: RowLoad, *, first: bool) -> list[Stage]:
+        seconds, shapes = self._layer_seconds(j, row, first=first), self._shapes
         if not row.on_host:
             return [self._on_device(seconds + self._attention(row, "device", own=self._measured(j, row) is None))]
         # Until Q, K and V of the row's tokens are there; the rest of the layer follows attention.
@@ -137,11 +145,15 @@ class Durations:
 
     def load_cache(self, row: RowLoad) -> list[list[Stage]]:
         """Return the pieces in which a row's pages come: each goes over its links one after the other."""
-        return self._pieces(row.brought, "disk_read", "host_to_device")
+        if (row, False) not in self._moves:
+            self._moves[row, False] = self._pieces(row.brought, "disk_read", "host_to_device")
+        return self._moves[row, False]
 
     def store_cache(self, row: RowLoad) -> list[list[Stage]]:
         """Return the pieces in which a row's pages go."""
-        return [piece[::-1] for piece in self._pieces(row.taken, "disk_write", "device_to_host")]
+        if (row, True) not in self._moves:
+            self._moves[row, True] = [piece[::-1] for piece in self._pieces(row.taken, "disk_write", "device_to_host")]
+        return self._moves[row, True]
 
     def hidden(self, row: RowLoad, tier: Tier, *, stores: bool) -> list[Stage]:
         """Return the transfer of a row's hidden state between two layers to or from a tier."""

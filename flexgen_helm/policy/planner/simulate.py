@@ -103,7 +103,11 @@ def sweep_cost(durations: Durations, load: SweepLoad) -> Mark:
         durations: Stages of operations.
         load: The sweep.
     """
-    return _sampled(durations, [load, load])[1]
+    totals = Totals(durations)
+    cost = totals.of(load)
+    if not totals.waits(load):
+        return cost._replace(seconds=cost.busy["device"])
+    return cost._replace(seconds=_one(durations, load, _few_layers(durations), before=load).seconds)
 
 
 def _replayed(durations: Durations, loads: list[SweepLoad]) -> list[Mark]:

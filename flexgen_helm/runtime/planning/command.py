@@ -60,7 +60,7 @@ def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
     workload = Workload.uniform(args.num_jobs, args.prompt_len, args.gen_len, score=args.gen_len == 0)
     asked = args.policy or Policy()
     choice = choose_policy(shapes, workload, profile, space, asked=asked, constraints=constraints)
-    base = default_policy(shapes, profile, space, asked)
+    base = default_policy(shapes, profile, space, asked, tiers=tiers)
     problem = Problem(shapes, workload, profile, space, asked, constraints, base)
     planned = Planned(args.model, profile, choice, gains(problem))
     print(json.dumps(as_json(planned)) if args.json else "\n".join(lines(planned, shapes, space)))

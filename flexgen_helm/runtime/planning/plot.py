@@ -55,12 +55,19 @@ def _figure(title: str) -> tuple[Any, Any]:
 
 
 def _frontier(file: Path, points: Sequence[Prediction], choice: Choice) -> Path:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     figure, axes = _figure("Predicted throughput by latency")
     axes.plot([p.latency_seconds for p in points], [p.tokens_per_second for p in points], marker="o", label="best policies")
-    for made, name in ((choice.prediction, "chosen"), (choice.default, "default")):
-        if made is not None:
+    same = choice.default is choice.prediction  # one star would hide the other
+    for made, name in ((choice.prediction, "chosen: the default" if same else "chosen"), (choice.default, "default")):
+        if made is not None and not (same and name == "default"):
             axes.plot(made.latency_seconds, made.tokens_per_second, marker="*", linestyle="none", markersize=12, label=name)
     axes.set(xscale="log", yscale="log", xlabel="seconds until the first answer", ylabel="tokens per second")
+    for axis in (axes.xaxis, axes.yaxis):  # 200 rather than 2 x 10^2
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.legend()
     figure.savefig(file, format="png", dpi=120)
     return file

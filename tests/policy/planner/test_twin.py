@@ -63,7 +63,7 @@ def sweeps(draw: st.DrawFn, own_memory: bool) -> SweepLoad:
     return SweepLoad(tuple(rows), draw(st.integers(0, sum(row.size for row in rows))), 0, 0)
 
 
-@settings(derandomize=True, max_examples=200, deadline=None)
+@settings(derandomize=True, max_examples=120, deadline=None)
 @given(st.data(), durations(), st.sampled_from(sorted(ORDERS)))
 def test_a_sweep_takes_as_long_as_in_the_real_executor(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, durations: Durations, order: Order

@@ -22,12 +22,14 @@ class Candidate:
         live: Most sequences that decode at a time: no more than its rows hold, fewer where memory is meant to hold fewer.
         weights: For device, host and disk 1 where weights may be, else 0.
         cache: The same for K and V.
+        hidden: The same for hidden states between two layers.
     """
 
     policy: ResolvedPolicy
     live: int
     weights: Shares
     cache: Shares
+    hidden: Shares = ON_DEVICE
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from flexgen_helm.policy.planner.simulate import simulate
 from flexgen_helm.policy.planner.sweeps import ALIKE
 from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.policy.space import Space
-from flexgen_helm.types import ON_DEVICE, TIERS, Policy, ResolvedPolicy, Shares
+from flexgen_helm.types import ON_DEVICE, TIERS, Policy, ResolvedPolicy, Shares, Tier
 
 RANKED, RANKED_NUMERICS = 12, 24
 """Plans that are ranked before the neighbours of the best one are, without and with row sizes that may change."""
@@ -132,7 +132,7 @@ def choose_policy(
         PolicyError: If no policy fits or keeps the constraints. The message names what cannot be met, and what would be enough.
     """
     asked, constraints = asked or Policy(), constraints or Constraints()
-    base = default_policy(shapes, profile, space, asked)
+    base = default_policy(shapes, profile, space, asked, tiers=constraints.tiers)
     problem = Problem(shapes, workload, profile, space, asked, constraints, base)
     default = _default(problem)
     ranked = _ranked(problem, default)
@@ -151,7 +151,14 @@ def choose_policy(
     return Choice(best.policy, best, tuple(others), plain, _reason(best, plain))
 
 
-def default_policy(shapes: ModelShapes, profile: MachineProfile, space: Space, asked: Policy | None = None) -> ResolvedPolicy:
+def default_policy(
+    shapes: ModelShapes,
+    profile: MachineProfile,
+    space: Space,
+    asked: Policy | None = None,
+    *,
+    tiers: frozenset[Tier] = frozenset(TIERS),
+) -> ResolvedPolicy:
     """Return the policy of an engine that searches nothing: row sizes by device, the place of attention by machine and limits.
 
     Args:
@@ -159,6 +166,7 @@ def default_policy(shapes: ModelShapes, profile: MachineProfile, space: Space, a
         profile: The machine.
         space: Bytes of each tier that may be used.
         asked: Policy of the user.
+        tiers: Tiers that may be used; without the host the CPU attends to nothing beside a device.
     """
     asked = asked or Policy()
     size, tokens = default_rows(is_gpu=profile.is_gpu, threads=profile.threads)
@@ -167,6 +175,8 @@ def default_policy(shapes: ModelShapes, profile: MachineProfile, space: Space, a
     base = ResolvedPolicy(**{name: value for name, value in named.items() if value is not None})
     if not profile.own_memory:
         return base
+    if "host" not in tiers and asked.cpu_attention is None:
+        return replace(base, cpu_attention=0.0)
     limits = {tier: min(profile.memory[tier], space.limits.get(tier, profile.memory[tier])) for tier in TIERS}
     machine = replace(space, available=limits)
     place = attention_place(asked, base, shapes, machine)

@@ -47,13 +47,14 @@ def candidates(model: CostModel, base: ResolvedPolicy, bounds: Bounds) -> Iterat
         bounds: What may be chosen.
     """
     space = model.placements.space
+    hidden = next(reversed(_supports(space, bounds)), ON_DEVICE)  # the largest set; one RAM has no "host" of its own
     for sized in _row_sizes(base, space, bounds):
         for weights, cache in itertools.product(_weight_tiers(space, bounds), _cache_tiers(sized, space, bounds)):
             for live in _live(model, sized, bounds, cache):
                 count = max(1, -(-live // sized.gpu_batch_size))
                 policy = replace(sized, num_gpu_batches=count)
                 for tokens in _block_tokens(model, policy, live, bounds):
-                    yield Candidate(replace(policy, block_tokens=tokens), live, weights, cache)
+                    yield Candidate(replace(policy, block_tokens=tokens), live, weights, cache, hidden)
 
 
 def _row_sizes(base: ResolvedPolicy, space: Space, bounds: Bounds) -> list[ResolvedPolicy]:

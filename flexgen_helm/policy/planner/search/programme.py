@@ -123,7 +123,8 @@ class _Part:
     ) -> None:
         self._rows, self._slacks = rows, dict[str, pulp.LpVariable]()
         self._problem, self._name = problem, f"c{number}"
-        allowed: dict[What, Shares] = {"weights": rows.candidate.weights, "cache": rows.candidate.cache, "hidden": (1, 1, 1)}
+        candidate = rows.candidate
+        allowed: dict[What, Shares] = {"weights": candidate.weights, "cache": candidate.cache, "hidden": candidate.hidden}
         self._shares = {what: self._variables(what, tiers, fixed.get(what)) for what, tiers in allowed.items()}
         start = {what: fixed.get(what) or mixed(tiers) for what, tiers in allowed.items()}
         self._scale = max(rows.seconds(start), 1e-9)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
-from flexgen_helm.policy.planner.search.candidate import with_shares
+from flexgen_helm.policy.planner.search.candidate import Candidate, with_shares
 from flexgen_helm.policy.planner.search.memory_rows import Placements, mixed
 from flexgen_helm.policy.planner.search.programme import Solution
 from flexgen_helm.policy.space import Space
-from flexgen_helm.types import ON_DEVICE, Policy, Shares
+from flexgen_helm.types import ON_DEVICE, TIERS, Policy, Shares
 
 SMALL = 1e-3
 """Share of K and V, or of hidden states, below which a tier is left out."""
@@ -65,13 +65,31 @@ def _rounded(solution: Solution, placements: Placements) -> Iterator[Shares]:
         device, disk = min(1.0, on_device * size / total), min(1.0, on_disk * size / total)
         if on_device == layers:
             yield ON_DEVICE
-        elif device + disk <= 1:
+        elif not candidate.weights[1] and device + disk <= 1:
             host = 1 - device - disk
-            yield (
-                (device, host, disk)
-                if candidate.weights[1]
-                else (device + (not on_disk) * host, 0.0, disk + (on_disk > 0) * host)
-            )
+            yield device + (not on_disk) * host, 0.0, disk + (on_disk > 0) * host
+        elif on_device + on_disk <= layers:
+            yield _shares_of(placements, candidate, (on_device, layers - on_device - on_disk, on_disk))
+
+
+def _shares_of(placements: Placements, candidate: Candidate, counts: tuple[int, int, int]) -> Shares:
+    """Return shares for which `WeightPlan` puts so many layers on each tier, or nearly so where layers differ in size.
+
+    It divides the embedding tables with the layers before it puts them where they may be, so their bytes count on the tier
+    that they leave.
+    """
+    shapes = placements.shapes
+    total, tables = shapes.total_bytes, shapes.stored_bytes[EMBEDDINGS]
+    size, tried = (total - tables) / sum(counts), []
+    for place in TIERS[::-1]:
+        device, host, disk = (
+            (count * size + tables * (tier == place)) / total for tier, count in zip(TIERS, counts, strict=True)
+        )
+        tried.append((device, host, disk))
+        tiers = placements.plan(candidate, tried[-1], ON_DEVICE).weights.tiers
+        if tuple(sum(tiers[j] == tier for j in shapes.bound_bytes) for tier in TIERS) == counts:
+            return tried[-1]
+    return tried[-1]
 
 
 def _first_that_fits(
