@@ -148,7 +148,7 @@ def test_the_report_of_a_run_from_disk() -> None:
         assert line in text
     sparse = dataclasses.replace(stats, bytes_saved={"disk_read": 2**29})
     lines = Measurement("m", Workload(512, 2, 2), info, sparse, 9.0).lines()
-    assert "  disk read       0.72 GB/s, 1.00 GiB in all, 512.0 MiB saved by sparsity" in lines
+    assert "  disk read       0.72 GB/s, 1.00 GiB in all, 0.50 GiB saved by sparsity" in lines
 
 
 def test_the_command_prints_one_object(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,19 +36,19 @@ from tests.policy.planner.triples import random_triple
 from tests.workbench import OWN_MEMORY, Workbench
 
 ROWS = Policy(auto=True, gpu_batch_size=16, gpu_batch_tokens=32)
-GENERATION = Workload.uniform(64, 96, 16)
-SCORING = Workload.uniform(64, 96, 0, score=True)
+GENERATION = Workload.uniform(12, 40, 8)
+SCORING = Workload.uniform(12, 40, 0, score=True)
 MACHINES: dict[bool, tuple[Device, MachineProfile]] = {False: (CPU, cpu()), True: (OWN_MEMORY, t4())}
-TIGHT: dict[bool, MaxMemory] = {False: {"host": "20MiB"}, True: {"device": "12MiB", "host": "8MiB"}}
-"""Less than the weights of the model below need, which are 19 MiB."""
+TIGHT: dict[bool, MaxMemory] = {False: {"host": "14MiB"}, True: {"device": "10MiB", "host": "5MiB"}}
+"""Less than the weights of the model below need, which are 12 MiB."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
-    """A model of 8 layers of 2.3 MiB; its weights are never made."""
+    """A model of 5 layers of 2.3 MiB; its weights are never made."""
     folder = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaConfig(num_hidden_layers=8, vocab_size=300, **sizes).save_pretrained(folder)  # type: ignore[arg-type]
+    LlamaConfig(num_hidden_layers=5, vocab_size=300, **sizes).save_pretrained(folder)  # type: ignore[arg-type]
     return open_dummy(str(folder), dtype="float32", device=CPU.torch_device)
 
 
@@ -92,24 +92,24 @@ def test_a_model_that_does_not_fit_in_ram_is_on_disk(source: ModelSource, own_me
 
 def test_blocks_for_scoring_are_larger_than_for_generation(source: ModelSource) -> None:
     """Scores need no cache, so that a sweep over the weights on disk may serve more prompts."""
-    limits: MaxMemory = {"host": "24MiB"}
+    limits: MaxMemory = {"host": "16MiB"}
     scoring, generation = (planned(source, work, max_memory=limits).memory for work in (SCORING, GENERATION))
     blocks = [plan.block_tokens(plan.left(plan.space.available)) for plan in (scoring, generation)]
     assert blocks[0] > blocks[1]
 
 
-@pytest.mark.parametrize("variant", ["", "@kv4", "@s10", "@kv4s10"])
+@pytest.mark.parametrize("variant", ["", "@kv4s10"])
 @pytest.mark.parametrize("own_memory", [False, True])
 def test_row_sizes_and_the_place_of_attention_do_not_depend_on_workload_or_variant(
     source: ModelSource, own_memory: bool, variant: str
 ) -> None:
-    policies = [
-        planned(source, work, own_memory=own_memory, max_memory={"device": "40MiB", "host": "8MiB"}, policy=asked, variant=each)
-        for asked in (Policy(auto=True), Policy())
-        for work in (None, GENERATION, SCORING)
-        for each in ("", variant)
-    ]
-    numerics = {(p.policy.gpu_batch_size, p.policy.gpu_batch_tokens, p.policy.cpu_attention) for p in policies}
+    memory = {"own_memory": own_memory, "max_memory": TIGHT[own_memory]}
+    searched = planned(source, GENERATION, variant=variant, **memory)  # type: ignore[arg-type]
+    assert searched.automatic is not None
+    others = [planned(source, None, policy=asked, **memory) for asked in (ROWS, replace(ROWS, auto=False))]  # type: ignore[arg-type]
+    numerics = {
+        (p.policy.gpu_batch_size, p.policy.gpu_batch_tokens, p.policy.cpu_attention) for p in (searched, *others)
+    }
     assert len(numerics) == 1
 
 
@@ -131,7 +131,7 @@ def test_packed_weights_leave_the_numerics_alone(source: ModelSource, own_memory
 
 @pytest.mark.parametrize(
     "kept",
-    [{"prefetch": 2}, {"num_gpu_batches": 3}, {"block_tokens": 96}, {"weights": (0.0, 0.2, 0.8)}, {"overlap": False}],
+    [{"prefetch": 2, "num_gpu_batches": 3, "overlap": False}, {"block_tokens": 96, "weights": (0.0, 0.2, 0.8)}],
     ids=str,
 )
 def test_fields_that_the_user_gave_are_kept(source: ModelSource, kept: Mapping[str, Any]) -> None:
@@ -261,7 +261,7 @@ def test_a_run_is_predicted_and_measured(bench: Workbench, tmp_path: Path) -> No
     assert plain.stats.forecast_text() is None
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 10**6), room=st.integers(0, 12))
 def test_answers_are_those_of_the_default_policy_by_a_bit(
     bench: Workbench, tmp_path_factory: pytest.TempPathFactory, seed: int, room: int
@@ -279,4 +279,4 @@ def test_answers_are_those_of_the_default_policy_by_a_bit(
         bench.folder("llama"), jobs, device, workload=jobs, profile=profile, max_memory=limits, offload_folder=folder
     )
     assert found == expected
-    assert engine.policy.gpu_batch_size, engine.policy.gpu_batch_tokens == (16, 32)
+    assert (engine.policy.gpu_batch_size, engine.policy.gpu_batch_tokens) == (16, 32)
