@@ -343,7 +343,17 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     logging.disable_progress_bar()
     asked = asked_policy(args) or Policy(auto=True)
     policy = with_row_sizes(asked, resolve_device(args.device), few_requests=args.few_requests)
-    names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck", "free_shapes", "compression", "profile")
+    names = (
+        "max_memory",
+        "offload_folder",
+        "kv_dtype",
+        "order",
+        "dummy_weights",
+        "recheck",
+        "free_shapes",
+        "compression",
+        "profile",
+    )
     given = {name: getattr(args, name, None) for name in names}
     options = {name: value for name, value in given.items() if value} | {"workload": _workload(args)}
     engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)

@@ -191,7 +191,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     add("--search-numerics", action="store_true", help="also choose row sizes and the place of attention, which change bits")
     add = parser.add_argument_group("result").add_argument
     add("--json", action="store_true", help="print one JSON object")
-    replay = "explain a run that is over: its flexgen.json, or what `bench --json` printed; nothing else but --json is used then"
+    replay = (
+        "explain a run that is over: its flexgen.json, or what `bench --json` printed; nothing else but --json is used then"
+    )
     add("--replay", type=Path, metavar="FILE", help=replay)
     add("--plot", type=Path, metavar="DIR", help="draw the latency-throughput frontier and the timeline of one sweep")
     parser.add_argument("-v", "--verbose", action="store_true", help="also print the log")

@@ -167,9 +167,7 @@ class FakeLoader:
         self.workload: Sequence[Job] | None = None
         """Jobs that it announced."""
 
-    def __call__(
-        self, arguments: dict[str, Any], *, few_requests: bool, workload: Sequence[Job] | None = None
-    ) -> FakeEngine:
+    def __call__(self, arguments: dict[str, Any], *, few_requests: bool, workload: Sequence[Job] | None = None) -> FakeEngine:
         self.few_requests, self.workload = few_requests, workload
         self.attempts += 1
         if self.error is not None:

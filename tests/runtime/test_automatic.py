@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from flexgen_helm.runtime.planning import automatic
 from flexgen_helm.runtime.planning.automatic import automatic_policy, known_workload
 from flexgen_helm.runtime.slab_places import SlabPlaces
 from flexgen_helm.types import ON_DEVICE, WeightNumerics
+from tests.dimensions import VOCAB_SIZE
 from tests.jobs import fixed_mix, random_tokens
 from tests.policy.planner.machines import cpu, t4
 from tests.policy.planner.triples import random_triple
@@ -39,7 +40,7 @@ ROWS = Policy(auto=True, gpu_batch_size=16, gpu_batch_tokens=32)
 GENERATION = Workload.uniform(12, 40, 8)
 SCORING = Workload.uniform(12, 40, 0, score=True)
 MACHINES: dict[bool, tuple[Device, MachineProfile]] = {False: (CPU, cpu()), True: (OWN_MEMORY, t4())}
-TIGHT: dict[bool, MaxMemory] = {False: {"host": "14MiB"}, True: {"device": "10MiB", "host": "5MiB"}}
+TIGHT: dict[bool, MaxMemory] = {False: {"host": "14MiB"}, True: {"device": "14MiB", "host": "6MiB"}}
 """Less than the weights of the model below need, which are 12 MiB."""
 
 
@@ -48,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     """A model of 5 layers of 2.3 MiB; its weights are never made."""
     folder = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaConfig(num_hidden_layers=5, vocab_size=300, **sizes).save_pretrained(folder)  # type: ignore[arg-type]
+    LlamaConfig(num_hidden_layers=5, vocab_size=VOCAB_SIZE, **sizes).save_pretrained(folder)  # type: ignore[arg-type]
     return open_dummy(str(folder), dtype="float32", device=CPU.torch_device)
 
 
@@ -92,8 +93,8 @@ def test_a_model_that_does_not_fit_in_ram_is_on_disk(source: ModelSource, own_me
 
 def test_blocks_for_scoring_are_larger_than_for_generation(source: ModelSource) -> None:
     """Scores need no cache, so that a sweep over the weights on disk may serve more prompts."""
-    limits: MaxMemory = {"host": "16MiB"}
-    scoring, generation = (planned(source, work, max_memory=limits).memory for work in (SCORING, GENERATION))
+    many = (Workload.uniform(64, 96, 0, score=True), Workload.uniform(64, 96, 16))
+    scoring, generation = (planned(source, work, max_memory={"host": "17MiB"}).memory for work in many)
     blocks = [plan.block_tokens(plan.left(plan.space.available)) for plan in (scoring, generation)]
     assert blocks[0] > blocks[1]
 
@@ -107,9 +108,7 @@ def test_row_sizes_and_the_place_of_attention_do_not_depend_on_workload_or_varia
     searched = planned(source, GENERATION, variant=variant, **memory)  # type: ignore[arg-type]
     assert searched.automatic is not None
     others = [planned(source, None, policy=asked, **memory) for asked in (ROWS, replace(ROWS, auto=False))]  # type: ignore[arg-type]
-    numerics = {
-        (p.policy.gpu_batch_size, p.policy.gpu_batch_tokens, p.policy.cpu_attention) for p in (searched, *others)
-    }
+    numerics = {(p.policy.gpu_batch_size, p.policy.gpu_batch_tokens, p.policy.cpu_attention) for p in (searched, *others)}
     assert len(numerics) == 1
 
 
@@ -138,7 +137,7 @@ def test_fields_that_the_user_gave_are_kept(source: ModelSource, kept: Mapping[s
     found = planned(source, GENERATION, max_memory=TIGHT[False], policy=replace(ROWS, **kept))
     assert found.automatic is not None
     for name, value in kept.items():
-        assert getattr(found.policy, name) == value
+        assert getattr(found.policy, name) == pytest.approx(value, abs=0.2)  # shares are those of whole layers
 
 
 @pytest.mark.parametrize("options", [{"policy": replace(ROWS, auto=False)}, {"workload": None}], ids=["plain", "unknown"])
@@ -208,7 +207,7 @@ def test_a_profile_of_another_kind_of_machine_is_refused(source: ModelSource) ->
 
 def test_a_profile_that_cannot_be_read_is_one_clear_error(bench: Workbench, tmp_path: Path) -> None:
     folder = str(bench.folder("llama"))
-    with pytest.raises(FlexGenError, match="no profile 'hal9000'.*laptop-8gib"):
+    with pytest.raises(FlexGenError, match=r"no profile 'hal9000'.*laptop-8gib"):
         Engine.from_pretrained(folder, profile="hal9000")
     torn = tmp_path / "torn.json"
     write_profile(cpu(), torn)
@@ -242,21 +241,29 @@ def test_greedy_completions_count_once(source: ModelSource) -> None:
         assert found.prompts[0].new_tokens == (4,) * count
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    """Tiny models of six layers, most of which can be on disk."""
+    made = Workbench(tmp_path_factory.mktemp("deep"), num_layers=6)
+    yield made
+    made.close()
+
+
 def answers(folder: Path, jobs: Sequence[Job], device: Device, **options: Any) -> tuple[list[Any], Engine]:
     with Engine.from_pretrained(str(folder), device=device, policy=ROWS, **options) as engine:
         return engine.run(jobs), engine
 
 
-def test_a_run_is_predicted_and_measured(bench: Workbench, tmp_path: Path) -> None:
+def test_a_run_is_predicted_and_measured(deep: Workbench, tmp_path: Path) -> None:
     jobs = fixed_mix(3, 6)
-    limits = {"max_memory": {"host": "1.8MiB"}, "offload_folder": tmp_path, "profile": cpu()}
-    _, searched = answers(bench.folder("llama"), jobs, CPU, workload=jobs, **limits)
+    limits = {"max_memory": {"host": "1.62MiB"}, "offload_folder": tmp_path, "profile": cpu()}
+    _, searched = answers(deep.folder("llama"), jobs, CPU, workload=jobs, **limits)
     expected = searched.stats.predicted
     assert expected is not None
     assert expected.sweeps == searched.stats.sweeps
     assert searched.stats.as_dict()["predicted_seconds"] == expected.seconds > 0
     assert f"{expected.seconds:.3g} s predicted, " in str(searched.stats.forecast_text())
-    _, plain = answers(bench.folder("llama"), jobs[:1], CPU, **limits)
+    _, plain = answers(deep.folder("llama"), jobs[:1], CPU, **limits)
     assert plain.stats.predicted is None
     assert plain.stats.forecast_text() is None
 
@@ -264,19 +271,19 @@ def test_a_run_is_predicted_and_measured(bench: Workbench, tmp_path: Path) -> No
 @settings(max_examples=5)
 @given(seed=st.integers(0, 10**6), room=st.integers(0, 12))
 def test_answers_are_those_of_the_default_policy_by_a_bit(
-    bench: Workbench, tmp_path_factory: pytest.TempPathFactory, seed: int, room: int
+    deep: Workbench, tmp_path_factory: pytest.TempPathFactory, seed: int, room: int
 ) -> None:
     """Whatever the search picks, for machines drawn at random and memory from the least that works."""
     profile = random_triple(seed).profile
     device = MACHINES[profile.own_memory][0]
     jobs = fixed_mix(seed, 6)
-    expected = bench.engine("llama", policy=replace(ROWS, auto=False)).run(jobs)
-    limits = {"device": f"{1.6 + room / 20}MiB", "host": f"{0.5 + room / 10}MiB"}
+    expected = deep.engine("llama", policy=replace(ROWS, auto=False)).run(jobs)
+    limits = {"device": f"{1.52 + room / 40}MiB", "host": f"{0.5 + room / 20}MiB"}
     if not profile.own_memory:
-        limits = {"host": f"{1.7 + room / 20}MiB"}
+        limits = {"host": f"{1.62 + room / 60}MiB"}
     folder = tmp_path_factory.mktemp("slabs")
     found, engine = answers(
-        bench.folder("llama"), jobs, device, workload=jobs, profile=profile, max_memory=limits, offload_folder=folder
+        deep.folder("llama"), jobs, device, workload=jobs, profile=profile, max_memory=limits, offload_folder=folder
     )
     assert found == expected
     assert (engine.policy.gpu_batch_size, engine.policy.gpu_batch_tokens) == (16, 32)

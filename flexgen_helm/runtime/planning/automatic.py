@@ -77,11 +77,12 @@ def automatic_policy(
         return None
     try:
         found = _searched(source, shapes, policy, space, replace(options, workload=workload))
+        text = lines(Planned(source.name, found.profile, found.choice, found.gains), shapes, space)
     except Exception as error:  # a prediction is not worth the answers
         if default is not None:  # else its own plan says what does not fit
             logger.warning(FALLBACK, error if isinstance(error, FlexGenError) else f"{type(error).__name__}: {error}")
         return None
-    for line in lines(Planned(source.name, found.profile, found.choice, found.gains), shapes, space):
+    for line in text:
         logger.info("%s", line)
     return found
 

@@ -124,12 +124,14 @@ def read_run(file: Path) -> Replayed:
     except (OSError, ValueError) as error:
         raise FlexGenError(f"The record of a run {file} cannot be read ({error}). {wanted}") from None
     try:
-        measured = record["measured"] if "measured" in record else record
+        measured = record.get("measured", record)
         if measured is None:
             raise FlexGenError(f"In the run of {file} nothing was computed: all answers were known. Give another run.")
         stats = measured["stats"]
         predicted = stats.get("predicted")
-        title = " ".join(str(each) for each in (record.get("deployment", record.get("model")), measured.get("date", "")) if each)
+        title = " ".join(
+            str(each) for each in (record.get("deployment", record.get("model")), measured.get("date", "")) if each
+        )
         policy = record.get("policy") or record["engine"]["policy"]
         seconds, _, _ = stats["seconds"], stats["busy_seconds"], stats["bytes_moved"]
     except (KeyError, TypeError, AttributeError):
@@ -189,15 +191,16 @@ def _lines(run: Replayed) -> Iterator[str]:
     if worst is not None:
         off = worst.measured_seconds - worst.predicted_seconds
         cause = f": {worst.cause}" if worst.cause else ""
-        yield f"most off: {_words(worst.resource)}, busy {abs(off):.3g} s {'longer' if off > 0 else 'less'} than predicted{cause}"
+        more = "longer" if off > 0 else "less"
+        yield f"most off: {_words(worst.resource)}, busy {abs(off):.3g} s {more} than predicted{cause}"
 
 
 def _peaks(run: Replayed) -> Iterator[str]:
     measured: Mapping[str, int] = run.stats.get("tier_peak_bytes", {})
     for tier in TIERS:
         if run.predicted.peak_bytes.get(tier) or measured.get(tier):
-            planned = gib(run.predicted.peak_bytes.get(tier, 0))
-            yield f"most bytes on the {tier}: {planned} predicted, with the smallest cache; {gib(measured.get(tier, 0))} measured"
+            planned, found = gib(run.predicted.peak_bytes.get(tier, 0)), gib(measured.get(tier, 0))
+            yield f"most bytes on the {tier}: {planned} predicted, with the smallest cache; {found} measured"
 
 
 def _words(name: str) -> str:
