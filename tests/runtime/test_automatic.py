@@ -256,7 +256,7 @@ def answers(folder: Path, jobs: Sequence[Job], device: Device, **options: Any) -
 
 def test_a_run_is_predicted_and_measured(deep: Workbench, tmp_path: Path) -> None:
     jobs = fixed_mix(3, 6)
-    limits = {"max_memory": {"host": "1.62MiB"}, "offload_folder": tmp_path, "profile": cpu()}
+    limits = {"max_memory": {"host": "1.6MiB"}, "offload_folder": tmp_path, "profile": cpu()}
     _, searched = answers(deep.folder("llama"), jobs, CPU, workload=jobs, **limits)
     expected = searched.stats.predicted
     assert expected is not None

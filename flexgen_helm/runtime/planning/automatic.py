@@ -110,6 +110,8 @@ def _searched(
     if space.own_memory:
         asked = replace(asked, cpu_attention=policy.cpu_attention)
     choice = choose_policy(shapes, options.workload, profile, space, asked=asked)
+    if choice.prediction is choice.default:  # realised shares, planned again, may need more than shares that are open
+        choice = replace(choice, policy=policy)
     base = default_policy(shapes, profile, space, asked)
     problem = Problem(shapes, options.workload, profile, space, asked, Constraints(), base)
     return Automatic(choice, profile, gains(problem))
