@@ -106,4 +106,7 @@ class RunStats:
     def as_dict(self) -> dict[str, Any]:
         """Return all fields in plain types; `per_sweep` becomes the number of sweeps that each resource bound."""
         bound_by = Counter(sweep.bound_by for sweep in self.per_sweep if sweep.bound_by)
-        return asdict(replace(self, per_sweep=[])) | {"per_sweep": {"bound_by": dict(bound_by)}}
+        return asdict(replace(self, per_sweep=[])) | {
+            "predicted_seconds": self.predicted_seconds,
+            "per_sweep": {"bound_by": dict(bound_by)},
+        }
