@@ -42,6 +42,8 @@ AGAIN = "The same command starts again from the beginning."
 """Text for an interrupted command that keeps no results."""
 MOST_PROMPTS = 256
 """Prompts of a benchmark that a policy is searched for, where their number depends on the machine."""
+SHOWN = ("flexgen_helm.runtime.progress", "flexgen_helm.runtime.planning")
+"""Loggers whose lines are shown without ``--verbose``: progress, and what was planned before."""
 EngineLoader = Callable[[argparse.Namespace], "Engine"]
 
 
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
     """
     try:
         args = _parser(load_engine or _load_engine).parse_args(argv)
-        with _log_on_screen("flexgen_helm" if args.verbose else "flexgen_helm.runtime.progress"):
+        with _log_on_screen(*(["flexgen_helm"] if args.verbose else SHOWN)):
             status: int = args.run(args)
     except FlexGenError as error:
         message = " ".join(str(error).split())
@@ -67,16 +69,19 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
 
 
 @contextmanager
-def _log_on_screen(name: str) -> Iterator[None]:
-    """Show what a logger says, which includes the lines that replace a progress bar if standard error is no terminal."""
-    logger, handler = logging.getLogger(name), logging.StreamHandler()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+def _log_on_screen(*names: str) -> Iterator[None]:
+    """Show what some loggers say, which includes the lines that replace a progress bar if standard error is no terminal."""
+    handler = logging.StreamHandler()
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.setLevel(logging.NOTSET)
 
 
 def _say(text: str) -> None:
@@ -192,6 +197,12 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    if args.replay is not None:
+        from flexgen_helm.runtime.planning.explain import run_replay
+
+        return run_replay(args.replay, as_json=args.json)
+    if args.model is None:
+        raise FlexGenError("plan has no model. Give --model M, or --replay FILE for a run that is over.")
     from flexgen_helm.runtime.planning.command import run_plan
 
     return run_plan(args, _say)
@@ -316,8 +327,8 @@ def _workload(args: argparse.Namespace) -> Workload | None:
 
     if not hasattr(args, "prompt_len"):
         return None
-    gen_len = 0 if args.score else args.gen_len
-    return Workload.uniform(args.num_prompts or MOST_PROMPTS, args.prompt_len, gen_len, score=args.score)
+    gen_len = 1 if args.score else args.gen_len
+    return Workload.uniform(args.num_prompts or MOST_PROMPTS, args.prompt_len, gen_len)
 
 
 def _load_engine(args: argparse.Namespace) -> Engine:
@@ -332,7 +343,17 @@ def _load_engine(args: argparse.Namespace) -> Engine:
     logging.disable_progress_bar()
     asked = asked_policy(args) or Policy(auto=True)
     policy = with_row_sizes(asked, resolve_device(args.device), few_requests=args.few_requests)
-    names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck", "free_shapes", "compression")
+    names = (
+        "max_memory",
+        "offload_folder",
+        "kv_dtype",
+        "order",
+        "dummy_weights",
+        "recheck",
+        "free_shapes",
+        "compression",
+        "profile",
+    )
     given = {name: getattr(args, name, None) for name in names}
     options = {name: value for name, value in given.items() if value} | {"workload": _workload(args)}
     engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)

@@ -33,7 +33,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     DEPLOYMENT: tuple(field.name for field in dataclasses.fields(ModelDeployment)),
     "client_spec": ("class_name", "args"),
     ARGUMENTS: (
-        *("name_or_path", "dtype", "device", "policy", "max_memory", "offload_folder", "kv_dtype"),
+        *("name_or_path", "dtype", "device", "policy", "profile", "max_memory", "offload_folder", "kv_dtype"),
         *("compression", "revision", "order", "rows", "dummy_weights", "recheck"),
     ),
     POLICY: tuple(field.name for field in dataclasses.fields(Policy)),

@@ -37,8 +37,10 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool, workload: Seq
     if few_requests:
         device = resolve_device(arguments.get("device", "auto"))
         arguments = {**arguments, "policy": with_row_sizes(arguments.get("policy"), device, few_requests=True)}
+    if workload is not None:
+        arguments = {**arguments, "workload": workload}
     with messages_in_helms_log():
-        return Engine.from_pretrained(**arguments, workload=workload)
+        return Engine.from_pretrained(**arguments)
 
 
 @contextmanager

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
 
 
+PLANNING = "flexgen_helm.runtime.planning"
+"""Logger of what is planned before anything runs."""
+
+
 @dataclass(frozen=True)
 class Served:
     """Answers in the order of the requests."""
@@ -71,7 +75,7 @@ def serve(
         workload.look_up(info.numerics)
     if info is None or workload.missing:
         console.say(f"Loading {'@'.join(filter(None, (arguments['name_or_path'], arguments.get('compression'))))}")
-        with registry.lease(arguments, workload=workload.open_jobs) as engine:
+        with console.showing(PLANNING), registry.lease(arguments, workload=workload.open_jobs) as engine:
             if info is None or info.numerics != engine.numerics:
                 workload.look_up(engine.numerics)
             info = engine.describe()
@@ -190,7 +194,7 @@ class _Workload:
             self._journal.append(self._keys[index], computed[index])
 
         try:
-            with messages_in_helms_log("flexgen_helm.runtime.progress"):
+            with messages_in_helms_log("flexgen_helm.runtime.progress"), messages_in_helms_log(PLANNING):
                 asked = [jobs[index] for index in missing]
                 results = engine.run(asked, on_result=on_result, on_error="return", progress=console.stream)
             self.stats = engine.stats

@@ -43,7 +43,7 @@ from flexgen_helm.runtime.final_hidden import LayerProbe, final_hidden, probing
 from flexgen_helm.runtime.fitting.own_text import writing_job, written
 from flexgen_helm.runtime.intake import Intake, Ticket
 from flexgen_helm.runtime.planning.automatic import known_workload
-from flexgen_helm.runtime.planning.forecast import prediction
+from flexgen_helm.runtime.planning.forecast import forecast
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.runtime.run import Run
 from flexgen_helm.runtime.worker import Worker
@@ -229,9 +229,9 @@ class Engine:
                 results[index] = Result(error=error)
         with self._run_lock:
             run = Run(self._worker, self.meter, tickets, results, on_error)
-            expected = prediction(self._parts, tickets.values())
+            expected = forecast(self._parts, tickets.values())
             self.stats = run.answer(on_result, progress)
-            self.stats.predicted_seconds = None if expected is None else expected.seconds
+            self.stats.predicted = expected
         over = self._parts.plan.exceeded(self.stats)
         if over is not None:
             logger.warning("more memory was used than allowed: %s. Lower block_tokens or num_gpu_batches.", over)

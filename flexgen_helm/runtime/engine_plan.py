@@ -75,7 +75,8 @@ def plan_engine(
             assert options.compression is not None
             formats, scheme = fitted.formats, options.compression.weight_scheme
             shapes = shapes_of(whole, formats, kv_dtype, options.cache_format, weight_format=scheme)
-    automatic = automatic_policy(source, shapes, policy, space, options)
+    stored = _coded(shapes, places) if policy.slab_coding == "lossless" else shapes
+    automatic = automatic_policy(source, stored, policy, space, options)
     if automatic is not None:
         policy = replace(automatic.choice.policy, slab_coding=policy.slab_coding)
     if fitted is None and policy.slab_coding != "plain":
@@ -91,10 +92,7 @@ def _coded_plan(
 
     def planned(coding: SlabCoding) -> EnginePlan:
         space = measure_space(options.device, options.limits, places.folder(coding))
-        sizes = shapes
-        if coding == "lossless":
-            coded = {**shapes.disk_bytes, **places.coded_bytes()}
-            sizes = replace(shapes, is_coded=True, disk_bytes=coded, weight_format="lossless")
+        sizes = _coded(shapes, places) if coding == "lossless" else shapes
         memory = MemoryPlan.of(sizes, policy, space, options.asked)
         return EnginePlan(plain_formats(whole), replace(policy, slab_coding=coding), memory)
 
@@ -108,6 +106,11 @@ def _coded_plan(
     except PolicyError:
         logger.info("slabs on disk are plain, since there is no memory to decode them")
         return plain
+
+
+def _coded(shapes: ModelShapes, places: SlabPlaces) -> ModelShapes:
+    """Return the sizes of a model whose slabs on disk are coded without loss."""
+    return replace(shapes, is_coded=True, disk_bytes={**shapes.disk_bytes, **places.coded_bytes()}, weight_format="lossless")
 
 
 def _fits_unpacked(shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> bool:

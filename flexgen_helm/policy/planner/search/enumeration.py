@@ -51,7 +51,8 @@ def candidates(model: CostModel, base: ResolvedPolicy, bounds: Bounds) -> Iterat
     for sized in _row_sizes(base, space, bounds):
         for weights, cache in itertools.product(_weight_tiers(space, bounds), _cache_tiers(sized, space, bounds)):
             for live in _live(model, sized, bounds, cache):
-                count = max(1, -(-live // sized.gpu_batch_size))
+                asked = bounds.asked.num_gpu_batches
+                count = asked if asked != Policy.num_gpu_batches else max(1, -(-live // sized.gpu_batch_size))
                 policy = replace(sized, num_gpu_batches=count)
                 for tokens in _block_tokens(model, policy, live, bounds):
                     yield Candidate(replace(policy, block_tokens=tokens), live, weights, cache, hidden)
