@@ -30,7 +30,7 @@ from flexgen_helm.runs.policy_validation.cases import CASES, Case, Sizes, write_
 from flexgen_helm.runs.policy_validation.matrix import run_matrix
 from flexgen_helm.runs.policy_validation.measuring import TRIES, Outcome, measure
 from flexgen_helm.runs.policy_validation.rates import Bench
-from flexgen_helm.runs.policy_validation.report import draw, lines, summary
+from flexgen_helm.runs.policy_validation.report import cells, draw, header, in_words, row, summary
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
 
 MEDIAN, WORST, RANK = 0.08, 0.15, 0.9
@@ -92,9 +92,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tries", type=int, default=TRIES, metavar="N", help="most runs of a policy")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw predicted against measured")
     parser.add_argument("--quiet", action="store_true", help="print the table alone")
-    parser.add_argument(
-        "--matrix", action="store_true", help="simulate `auto` and the default on several machines instead"
-    )
+    parser.add_argument("--matrix", action="store_true", help="simulate `auto` and the default on several machines instead")
     parser.add_argument("--machines", nargs="+", metavar="NAME", help="machines of the matrix (default: all)")
     add_json(parser)
     options = parser.parse_args(arguments)
@@ -108,10 +106,12 @@ def validate(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = options.model or str(write_config(folder / "small-llama"))
+        print(header(), flush=True)
         for outcome in run_cases(options, model, folder):
+            print(row(cells(outcome)), flush=True)
             outcomes.append(outcome)
             write_json(options.json, {"policies": [asdict(each) for each in outcomes], **summary(outcomes)._asdict()})
-    print("\n".join(lines(outcomes)))
+    print(f"\n{in_words(outcomes)}")
     if options.plot is not None:
         draw(outcomes, options.plot)
     found = summary(outcomes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -57,15 +57,15 @@ def summary(outcomes: Sequence[Outcome]) -> Summary:
     return Summary(median(errors), max(errors), rank, wall, changed, sum(outcome.discarded for outcome in outcomes))
 
 
-def lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Yield the table in Markdown, and the summary."""
-    yield row(HEADER)
-    yield "|---" * len(HEADER) + "|"
-    for outcome in outcomes:
-        yield row(cells(outcome))
+def header() -> str:
+    """Return the first two lines of the table, in Markdown."""
+    return f"{row(HEADER)}\n{'|---' * len(HEADER)}|"
+
+
+def in_words(outcomes: Sequence[Outcome]) -> str:
+    """Return the summary as a sentence."""
     found = summary(outcomes)
-    yield ""
-    yield (
+    return (
         f"error: {found.median_error:.1%} on the median, {found.worst_error:.1%} at worst; rank correlation "
         f"{found.rank_correlation:.3f}; by the clock on the wall {found.median_wall_error:.1%} on the median; "
         f"{found.discarded} runs discarded, {found.by_processor} of {len(outcomes)} policies by processor time"
