@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from flexgen_helm.memory.slab import SlabLayout, SlabTensor
 
 FORMATS = ("w8", "w4", "w3", "w2", "w4-minmax", "w4-entropy")
 """Formats of quantised weights that are measured; others have the rate of the nearest one."""
+LOSSLESS = "lossless"
 SHAPE = (1024, 1536)
 """Of a matrix that is packed once, and unpacked into many targets."""
 NUM_TARGETS = {"cpu": 16, "cuda": 256}
@@ -32,17 +33,20 @@ LOSSLESS_NUMBERS = 2**23
 """Numbers that are coded without loss."""
 
 
-def unpack_rates(device: Device, dtype: torch.dtype) -> Iterator[UnpackRate]:
-    """Measure all formats, on the device and, beside one with a memory of its own, on the CPU too.
+def unpack_rates(device: Device, dtype: torch.dtype, formats: Sequence[str] = (*FORMATS, LOSSLESS)) -> Iterator[UnpackRate]:
+    """Measure formats, on the device and, beside one with a memory of its own, on the CPU too.
 
     Args:
         device: The device.
         dtype: Of the weights that multiply.
+        formats: Which; other dtypes than those of 16 bits have no `LOSSLESS`.
     """
-    for name in FORMATS:
+    for name in formats:
+        if name == LOSSLESS:
+            continue
         scheme = _scheme(name)
         yield from _quantized(name, scheme, _stored(scheme), device, dtype)
-    if dtype in CODED_BITS:
+    if dtype in CODED_BITS and LOSSLESS in formats:
         yield _lossless("host" if device.own_memory else "device", dtype)
 
 
@@ -104,4 +108,4 @@ def _lossless(place: Place, dtype: torch.dtype) -> UnpackRate:
     layout.tensors[0].view(bound).copy_(random_numbers((LOSSLESS_NUMBERS,), CPU.torch_device, dtype))
     stored, form = encode_slab(bound, layout, dtype)
     seconds = seconds_of(lambda: form.decode(stored, bound), CPU.torch_device)
-    return UnpackRate(place, "lossless", rate_of(layout.num_bytes, seconds), str(dtype).removeprefix("torch."))
+    return UnpackRate(place, LOSSLESS, rate_of(layout.num_bytes, seconds), str(dtype).removeprefix("torch."))

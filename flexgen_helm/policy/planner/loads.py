@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from flexgen_helm.attention.row_pages import RowPages
@@ -54,6 +54,7 @@ class SweepLoad:
         generated_tokens: Tokens that are chosen at its end.
         count: Sweeps that it stands for.
         answers: Whether a job is answered at its end.
+        cache_bytes: Bytes of K and V that are held on each tier.
     """
 
     rows: tuple[RowLoad, ...]
@@ -62,6 +63,7 @@ class SweepLoad:
     generated_tokens: int
     count: int = 1
     answers: bool = False
+    cache_bytes: Mapping[Tier, int] = field(default_factory=dict)
 
 
 def rows_on_host(sweep: Sweep, share: float) -> frozenset[int]:

@@ -6,18 +6,19 @@ stands for up to `ALIKE` of them: the one in their middle, since their K and V g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from flexgen_helm.errors import OutOfSpace
-from flexgen_helm.kv_cache.pages import Form, PageMap
+from flexgen_helm.kv_cache.pages import Form, PageCounts, PageMap, PageStorage, grown
 from flexgen_helm.policy.capacity import Capacity, packed_scheduler
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.loads import SweepLoad, row_loads, rows_on_host
 from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.schedule.rows import Continuation, LogitRequest, Sweep
 from flexgen_helm.schedule.work import PromptWork
+from flexgen_helm.types import TIERS, Tier
 
 ALIKE = 4
 """Most sweeps for which one stands."""
@@ -64,6 +65,7 @@ class _Sweeps:
         self._staged = any(pool.capacities.is_staged(own_memory) for pool in self._pools.values())
         self._host_share = policy.cpu_attention if own_memory and policy.cache[1] else 0.0
         self._alike = alike
+        self._held = _Held(plan, {form: pool.limits for form, pool in self._pools.items()})
 
     def run(self, workload: Workload) -> Iterator[SweepLoad]:
         scheduler = self._scheduler
@@ -112,7 +114,31 @@ class _Sweeps:
         loads = row_loads(sweep, self._maps, on_host, staged=self._staged)
         requests = list(_requests(sweep))
         generated = sum(len(request.continuations) for request in requests)
-        return SweepLoad(loads, len(requests), sweep.num_prompt_tokens, generated)
+        held = self._held.with_pages(sweep.pages)
+        return SweepLoad(loads, len(requests), sweep.num_prompt_tokens, generated, cache_bytes=held)
+
+
+class _Held:
+    """Bytes of K and V on each tier, which grow as those of `flexgen_helm.kv_cache.form_pages` do."""
+
+    def __init__(self, plan: MemoryPlan, limits: Mapping[Form, PageCounts]) -> None:
+        self._sizes, self._limits, self._num_layers = page_bytes_of(plan), limits, plan.shapes.num_layers
+        self._grows = not plan.space.is_gpu
+        self._pages: dict[tuple[Form, str], int] = {}
+
+    def with_pages(self, pages: Mapping[Form, PageStorage]) -> dict[Tier, int]:
+        """Return the bytes once there is room for the pages of a sweep. Transient ones are those of one layer."""
+        found: dict[Tier, int] = dict.fromkeys(TIERS, 0)
+        for form, storage in pages.items():
+            size = self._sizes[form]
+            for tier, wanted, limit in zip(TIERS, storage.kept, self._limits[form], strict=True):
+                found[tier] += size * self._grown((form, tier), wanted if self._grows else limit, limit)
+            found["device"] += size * self._grown((form, "transient"), storage.transient, None) // self._num_layers
+        return found
+
+    def _grown(self, key: tuple[Form, str], wanted: int, limit: int | None) -> int:
+        self._pages[key] = grown(self._pages.get(key, 0), wanted, limit)
+        return self._pages[key]
 
 
 def _requests(sweep: Sweep) -> Iterator[LogitRequest]:

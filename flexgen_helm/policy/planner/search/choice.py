@@ -36,7 +36,7 @@ class Choice:
     """A policy and what it is better than.
 
     Attributes:
-        policy: The policy, with realised shares of whole layers.
+        policy: The policy, with shares of which `MemoryPlan.of` makes the plan that was predicted.
         prediction: What a run under it is expected to take.
         alternatives: Predictions for others that were tried, best first.
         default: Prediction for the plain default policy; None: it does not fit, or may not be used.

@@ -139,16 +139,17 @@ def choose_policy(
     if (runs := _affordable(problem)) > 1:
         default = default and _simulated(default, problem)
         ranked = list(_all_simulated(problem, default, ranked, runs))
-    known = [each.prediction for each in ([] if default is None else [default]) + ranked]
-    met = [each for each in known if constraints.met_by(each)]
+    known = ([] if default is None else [default]) + ranked
+    met = [each for each in known if constraints.met_by(each.prediction)]
     if not met:
-        raise refuse(problem.shapes, problem.base, problem.space, constraints, known)
-    best = min(met, key=lambda each: each.seconds)
+        raise refuse(problem.shapes, problem.base, problem.space, constraints, [each.prediction for each in known])
+    best = min(met, key=lambda each: each.prediction.seconds)
+    if default is not None and default in met and default.prediction.seconds <= (1 + WORTH) * best.prediction.seconds:
+        best = default
+    others = sorted((each.prediction for each in known if each is not best), key=lambda each: each.seconds)
     plain = None if default is None else default.prediction
-    if plain is not None and constraints.met_by(plain) and plain.seconds <= (1 + WORTH) * best.seconds:
-        best = plain
-    others = sorted((each for each in known if each is not best), key=lambda each: each.seconds)
-    return Choice(best.policy, best, tuple(others), plain, _reason(best, plain))
+    # Not the realised shares: those of the embedding table would make another plan.
+    return Choice(best.plan.policy, best.prediction, tuple(others), plain, _reason(best.prediction, plain))
 
 
 def default_policy(
