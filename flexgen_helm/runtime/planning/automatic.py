@@ -25,6 +25,10 @@ from flexgen_helm.types import ON_DEVICE, Job, ResolvedPolicy
 
 logger = logging.getLogger(__name__)
 
+LEAST_MEASURED = 2**26
+"""Bytes of the smallest model for which this machine is measured: the runs of smaller ones take less time than that."""
+LEAST_EXPLAINED = 60.0
+"""Predicted seconds of the shortest run for which the plan says what more memory would bring: that takes a second itself."""
 FALLBACK = "the default policy is used, because none could be searched: %s"
 
 
@@ -35,7 +39,7 @@ class Automatic:
     Attributes:
         choice: What the search found.
         profile: The machine.
-        gains: See `flexgen_helm.policy.planner.search.gains`.
+        gains: See `flexgen_helm.policy.planner.search.gains`; empty for a short run.
     """
 
     choice: Choice
@@ -70,6 +74,9 @@ def automatic_policy(
         return None
     if default is not None and _holds_all(default, workload):
         logger.info("the default policy stays: weights, K and V of the jobs all fit on the device")
+        return None
+    if options.profile is None and shapes.total_bytes < LEAST_MEASURED:
+        logger.info("the default policy stays: this machine is not measured for so small a model; `profile` names a machine")
         return None
     _check_profile(options.profile, space)
     if options.rows == "single" or options.order != "zigzag":
@@ -110,8 +117,8 @@ def _searched(
     if space.own_memory:
         asked = replace(asked, cpu_attention=policy.cpu_attention)
     choice = choose_policy(shapes, options.workload, profile, space, asked=asked)
-    if choice.prediction is choice.default:  # realised shares, planned again, may need more than shares that are open
-        choice = replace(choice, policy=policy)
+    if choice.prediction.seconds < LEAST_EXPLAINED:
+        return Automatic(choice, profile, {})
     base = default_policy(shapes, profile, space, asked)
     problem = Problem(shapes, options.workload, profile, space, asked, Constraints(), base)
     return Automatic(choice, profile, gains(problem))
