@@ -2,7 +2,8 @@
 
 Every policy answers its jobs in this process. Right before and right after each run the rates that it needs most are measured:
 layers of its rows, unpacking, the disk, the link. The prediction is made with their mean. A run whose binding rates differ by
-more than 10 % before and after does not count; after three of these a policy's processor time is compared in place of the
+more than 10 % before and after does not count, nor one beside which layers take 10 % longer than their processor time, since
+others work on the machine; after three of these a policy's processor time is compared in place of the
 time by the clock on the wall. Exit status 1 if the errors are larger than 8 % on the median or 15 % at worst, or
 the rank correlation is below 0.9.
 

@@ -101,6 +101,12 @@ def difference(before: MachineProfile, after: MachineProfile, resource: str) -> 
     return max((max(pair) / min(pair) - 1 for pair in pairs), default=0.0)
 
 
+def sharing(profile: MachineProfile) -> float:
+    """Return the part by which layers take longer than their processor time: others work on the machine. 0 on a GPU."""
+    pairs = [(each.seconds, each.processor.seconds) for each in profile.layers if each.processor]
+    return max((seconds / processor - 1 for seconds, processor in pairs), default=0.0)
+
+
 def _mean_rate(one: Rate, other: Rate) -> Rate:
     return replace(one, value=_harmonic(one.value, other.value), processor=_harmonic(one.processor, other.processor))
 
