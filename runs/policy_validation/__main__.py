@@ -116,7 +116,7 @@ def validate(options: argparse.Namespace) -> int:
     if options.plot is not None:
         draw(outcomes, options.plot)
     found = summary(outcomes)
-    reached = found.median_error <= MEDIAN and found.worst_error <= WORST and not found.rank_correlation < RANK
+    reached: bool = found.median_error <= MEDIAN and found.worst_error <= WORST and not found.rank_correlation < RANK
     return 0 if reached else 1
 
 
@@ -126,7 +126,8 @@ def main() -> int:
     options = parse()
     exit_on_sigterm()
     if options.matrix:
-        return run_matrix(options.machines, options.json)
+        status: int = run_matrix(options.machines, options.json)
+        return status
     prepare_libraries(options.threads)
     return validate(options)
 

@@ -49,8 +49,8 @@ class Outcome:
     binding: str
     predicted_busy: Mapping[str, float]
     measured_busy: Mapping[str, float]
-    predicted_peaks: Mapping[str, int]
-    measured_peaks: Mapping[str, int]
+    predicted_peaks: Mapping[Tier, int]
+    measured_peaks: Mapping[Tier, int]
     discarded: int
     steady: bool
 
