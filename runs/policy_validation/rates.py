@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +77,16 @@ def measured_form(form: str) -> str:
 
 def middle(before: MachineProfile, after: MachineProfile) -> MachineProfile:
     """Return a profile with the mean of two whose same rates were measured."""
+    rates: dict[str, Any] = {
+        name: _mean_rate(one, other)
+        for name in ("disk_read", "disk_write", "host_to_device", "device_to_host")
+        if (one := getattr(before, name)) and (other := getattr(after, name))
+    }
     return replace(
         before,
         layers=tuple(map(_mean_layer, before.layers, after.layers)),
         unpack=tuple(map(_mean_unpack, before.unpack, after.unpack)),
-        **{
-            name: _mean_rate(one, other)
-            for name in ("disk_read", "disk_write", "host_to_device", "device_to_host")
-            if (one := getattr(before, name)) and (other := getattr(after, name))
-        },
+        **rates,
     )
 
 
@@ -101,6 +101,12 @@ def difference(before: MachineProfile, after: MachineProfile, resource: str) -> 
     return max((max(pair) / min(pair) - 1 for pair in pairs), default=0.0)
 
 
+def sharing(profile: MachineProfile) -> float:
+    """Return the part by which layers take longer than their processor time: others work on the machine. 0 on a GPU."""
+    pairs = [(each.seconds, each.processor.seconds) for each in profile.layers if each.processor]
+    return max((seconds / processor - 1 for seconds, processor in pairs), default=0.0)
+
+
 def _mean_rate(one: Rate, other: Rate) -> Rate:
     return replace(one, value=_harmonic(one.value, other.value), processor=_harmonic(one.processor, other.processor))
 
@@ -110,12 +116,17 @@ def _mean_unpack(one: UnpackRate, other: UnpackRate) -> UnpackRate:
 
 
 def _mean_layer(one: LayerTime, other: LayerTime) -> LayerTime:
-    pairs = {name: (getattr(one, name), getattr(other, name)) for name in ("seconds", "next_seconds", "record_seconds")}
     processor = None
     if one.processor and other.processor:
-        names = [field.name for field in fields(ProcessorSeconds)]
-        processor = ProcessorSeconds(*((getattr(one.processor, n) + getattr(other.processor, n)) / 2 for n in names))
-    return replace(one, processor=processor, **{name: math.fsum(pair) / 2 for name, pair in pairs.items()})
+        pairs = zip(astuple(one.processor), astuple(other.processor), strict=True)
+        processor = ProcessorSeconds(*(sum(pair) / 2 for pair in pairs))
+    return replace(
+        one,
+        seconds=(one.seconds + other.seconds) / 2,
+        next_seconds=(one.next_seconds + other.next_seconds) / 2,
+        record_seconds=(one.record_seconds + other.record_seconds) / 2,
+        processor=processor,
+    )
 
 
 def _harmonic(one: float, other: float) -> float:

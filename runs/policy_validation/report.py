@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -81,7 +81,7 @@ def cells(outcome: Outcome) -> list[str]:
     """Return the cells of a line."""
     disk = (busy.get("disk_read", 0.0) for busy in (outcome.predicted_busy, outcome.measured_busy))
     peaks = (
-        f"{tier} {_bytes(outcome.predicted_peaks, tier)} / {_bytes(outcome.measured_peaks, tier)}"
+        f"{tier} {gib(outcome.predicted_peaks[tier])} / {gib(outcome.measured_peaks.get(tier, 0))}"
         for tier in outcome.predicted_peaks
         if outcome.predicted_peaks[tier] or outcome.measured_peaks.get(tier)
     )
@@ -96,10 +96,6 @@ def cells(outcome: Outcome) -> list[str]:
         ", ".join(peaks),
         str(outcome.discarded),
     ]
-
-
-def _bytes(peaks: Mapping[str, int], tier: str) -> str:
-    return gib(peaks.get(tier, 0))
 
 
 def draw(outcomes: Sequence[Outcome], file: Path) -> None:

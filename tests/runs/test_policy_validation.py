@@ -19,7 +19,7 @@ from flexgen_helm.runs.policy_validation import matrix
 from flexgen_helm.runs.policy_validation.cases import CASES, Sizes
 from flexgen_helm.runs.policy_validation.matrix import Cell
 from flexgen_helm.runs.policy_validation.measuring import Outcome
-from flexgen_helm.runs.policy_validation.rates import difference, measured_form, middle
+from flexgen_helm.runs.policy_validation.rates import difference, measured_form, middle, sharing
 from flexgen_helm.runs.policy_validation.report import summary
 from tests.models import save_tiny
 
@@ -78,9 +78,12 @@ def test_profiles_around_a_run_are_compared_and_averaged() -> None:
     assert difference(before, after, "device") == pytest.approx(0.2)
     assert difference(before, after, "unpack") == pytest.approx(1.0)
     assert difference(before, after, "disk_read") == pytest.approx(1.0)
+    assert sharing(before) == pytest.approx(1.0)  # half of the time goes to others
+    assert sharing(LAPTOP) == 0
     made = middle(before, after)
     assert made.layers[0].seconds == pytest.approx(1.1)
-    assert made.layers[0].processor == ProcessorSeconds(pytest.approx(0.55), 0.0, 0.0)
+    assert made.layers[0].processor is not None
+    assert made.layers[0].processor.seconds == pytest.approx(0.55)
     # Half the bytes take 1/200 s, the others 1/100 s.
     assert made.unpack[0].rate.value == pytest.approx(200 / 3)
     assert made.disk_read is not None
