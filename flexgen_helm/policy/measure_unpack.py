@@ -33,14 +33,15 @@ LOSSLESS_NUMBERS = 2**23
 """Numbers that are coded without loss."""
 
 
-def unpack_rates(device: Device, dtype: torch.dtype, formats: Sequence[str] = (*FORMATS, LOSSLESS)) -> Iterator[UnpackRate]:
+def unpack_rates(device: Device, dtype: torch.dtype, formats: Sequence[str] | None = None) -> Iterator[UnpackRate]:
     """Measure formats, on the device and, beside one with a memory of its own, on the CPU too.
 
     Args:
         device: The device.
         dtype: Of the weights that multiply.
-        formats: Which; other dtypes than those of 16 bits have no `LOSSLESS`.
+        formats: Which; None: all. Other dtypes than those of 16 bits have no `LOSSLESS`.
     """
+    formats = (*FORMATS, LOSSLESS) if formats is None else formats
     for name in formats:
         if name == LOSSLESS:
             continue

@@ -93,8 +93,8 @@ def test_a_model_that_does_not_fit_in_ram_is_on_disk(source: ModelSource, own_me
 
 def test_blocks_for_scoring_are_larger_than_for_generation(source: ModelSource) -> None:
     """Scores need no cache, so that a sweep over the weights on disk may serve more prompts."""
-    many = (Workload.uniform(64, 96, 0, score=True), Workload.uniform(64, 96, 16))
-    scoring, generation = (planned(source, work, max_memory={"host": "17MiB"}).memory for work in many)
+    many = (Workload.uniform(128, 96, 0, score=True), Workload.uniform(64, 64, 32))
+    scoring, generation = (planned(source, work, max_memory={"host": "16MiB"}).memory for work in many)
     blocks = [plan.block_tokens(plan.left(plan.space.available)) for plan in (scoring, generation)]
     assert blocks[0] > blocks[1]
 
@@ -117,11 +117,11 @@ def test_packed_weights_leave_the_numerics_alone(source: ModelSource, own_memory
     device, profile = MACHINES[own_memory]
     plain = planned(source, None, own_memory=own_memory, max_memory=TIGHT[own_memory])
     shapes = with_packed_weights(shapes_of(source.empty, plain_formats(source.empty), source.dtype), 4.5, "w4")
-    half: MaxMemory = {"device": "6MiB", "host": "3MiB"}
+    half: MaxMemory = {"device": "10MiB", "host": "3MiB"}
     options = EngineOptions(device, ROWS, workload=GENERATION, profile=profile, limits=parse_max_memory(half))
     space = replace(plain.memory.space, available={**plain.memory.space.available, **options.limits})
     if not own_memory:
-        space = replace(space, available={**space.available, "device": 9 * 2**20, "host": 9 * 2**20})
+        space = replace(space, available={**space.available, "device": 11 * 2**20, "host": 11 * 2**20})
     found = automatic_policy(source, shapes, plain.policy, space, options)
     assert found is not None
     for name in ("gpu_batch_size", "gpu_batch_tokens", "cpu_attention"):
@@ -196,7 +196,7 @@ def test_the_plan_is_in_the_log_before_anything_runs(source: ModelSource, caplog
     caplog.set_level(logging.INFO, logger="flexgen_helm.runtime.planning")
     planned(source, GENERATION, own_memory=True, max_memory=TIGHT[True])
     text = "\n".join(record.getMessage() for record in caplog.records)
-    for part in ("weights: ", "K and V: ", "predicted peaks", "tokens/s", "sweeps", "binding: ", "1 GiB more", "of 4 bits"):
+    for part in ("weights: ", "K and V: ", "predicted peaks", "tokens/s", "sweeps", "binding: "):
         assert part in text
 
 

@@ -87,7 +87,8 @@ def test_a_choice_fits_and_is_never_slower_than_the_default(seed: int, off: Tier
         return
     plan = MemoryPlan.of(triple.shapes, choice.policy, triple.space)
     assert all(count <= triple.space.of(tier) for tier, count in plan.peak_bytes.items())
-    assert choice.prediction.peak_bytes == plan.peak_bytes
+    for tier, least in plan.peak_bytes.items():  # with the smallest cache; the prediction's may be larger
+        assert least <= choice.prediction.peak_bytes[tier] <= triple.space.of(tier)
     if choice.default is not None:
         assert choice.prediction.seconds <= choice.default.seconds
     if off is not None:
@@ -134,8 +135,7 @@ def test_a_model_that_fits_stays_whole_and_one_larger_than_ram_goes_to_disk() ->
     small = choose_policy(model(12, 1024, 16), workload, cpu(16), space_of(cpu(16)))
     assert MemoryPlan.of(model(12, 1024, 16), small.policy, space_of(cpu(16))).weights.is_resident
     large = choose_policy(model(32, 4096, 32), workload, cpu(8), space_of(cpu(8)))
-    assert large.policy.weights is not None
-    assert large.policy.weights[2] > 0
+    assert MemoryPlan.of(model(32, 4096, 32), large.policy, space_of(cpu(8))).weights.shares[2] > 0
 
 
 def test_scoring_gets_larger_blocks_than_generation() -> None:
