@@ -140,6 +140,7 @@ class Measurement:
             f"{self.model}: {work.num_prompts} prompts of {work.prompt_len} tokens, {generated} generated for each",
             f"  throughput      {self.throughput:,.2f} generated token/s, {read:,.1f} prompt token/s",
             f"  latency         {stats.seconds:.2f} s, after {self.load_seconds:.1f} s of loading",
+            *([] if (expected := stats.forecast_text()) is None else [f"  prediction      {expected}"]),
             f"  prefill         {_rate_text(self.prefill_rate)} in {self.prefill_seconds:.2f} s",
             f"  decode          {_rate_text(self.decode_rate)} in {self.decode_seconds:.2f} s",
             f"  limit           {_share_text(self.stats.roofline_efficiency)} of what this machine could do at best",

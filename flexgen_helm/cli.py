@@ -24,19 +24,26 @@ from flexgen_helm.cli_options import (
     add_model_options,
     add_observation_options,
     add_placement_options,
+    add_plan_options,
+    add_profile_options,
     add_report_options,
     add_suite_options,
     asked_policy,
     engine_arguments,
 )
 from flexgen_helm.errors import FlexGenError, InvalidJob
-from flexgen_helm.types import Job, Result
+from flexgen_helm.types import Job, Policy, Result
 
 if TYPE_CHECKING:
+    from flexgen_helm.policy.planner.workload import Workload
     from flexgen_helm.runtime.engine import Engine
 
 AGAIN = "The same command starts again from the beginning."
 """Text for an interrupted command that keeps no results."""
+MOST_PROMPTS = 256
+"""Prompts of a benchmark that a policy is searched for, where their number depends on the machine."""
+SHOWN = ("flexgen_helm.runtime.progress", "flexgen_helm.runtime.planning")
+"""Loggers whose lines are shown without ``--verbose``: progress, and what was planned before."""
 EngineLoader = Callable[[argparse.Namespace], "Engine"]
 
 
@@ -49,7 +56,7 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
     """
     try:
         args = _parser(load_engine or _load_engine).parse_args(argv)
-        with _log_on_screen("flexgen_helm" if args.verbose else "flexgen_helm.runtime.progress"):
+        with _log_on_screen(*(["flexgen_helm"] if args.verbose else SHOWN)):
             status: int = args.run(args)
     except FlexGenError as error:
         message = " ".join(str(error).split())
@@ -62,16 +69,19 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
 
 
 @contextmanager
-def _log_on_screen(name: str) -> Iterator[None]:
-    """Show what a logger says, which includes the lines that replace a progress bar if standard error is no terminal."""
-    logger, handler = logging.getLogger(name), logging.StreamHandler()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+def _log_on_screen(*names: str) -> Iterator[None]:
+    """Show what some loggers say, which includes the lines that replace a progress bar if standard error is no terminal."""
+    handler = logging.StreamHandler()
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.setLevel(logging.NOTSET)
 
 
 def _say(text: str) -> None:
@@ -120,8 +130,27 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     add_placement_options(fidelity)
     add_fidelity_options(fidelity)
     fidelity.set_defaults(run=partial(_fidelity, load_engine=load_engine), few_requests=False)
+    _add_planning(commands)
     _add_comparisons(commands)
     return parser
+
+
+def _add_planning(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands that measure a machine and predict a run."""
+    profile = commands.add_parser(
+        "profile",
+        help="measure this machine",
+        description="Measure how fast this machine computes and moves bytes, print it, and write it as JSON.",
+    )
+    add_profile_options(profile)
+    profile.set_defaults(run=_profile)
+    plan = commands.add_parser(
+        "plan",
+        help="choose a policy and predict a run",
+        description="Choose the policy under which a workload takes least time on a machine, and print what it will take.",
+    )
+    add_plan_options(plan)
+    plan.set_defaults(run=_plan)
 
 
 def _add_comparisons(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -159,6 +188,24 @@ def _check(args: argparse.Namespace) -> int:
     from flexgen_helm.gate.command import run_check
 
     return run_check(args, _say)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from flexgen_helm.runtime.planning.profile_command import run_profile
+
+    return run_profile(args, _say)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    if args.replay is not None:
+        from flexgen_helm.runtime.planning.explain import run_replay
+
+        return run_replay(args.replay, as_json=args.json)
+    if args.model is None:
+        raise FlexGenError("plan has no model. Give --model M, or --replay FILE for a run that is over.")
+    from flexgen_helm.runtime.planning.command import run_plan
+
+    return run_plan(args, _say)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -274,6 +321,16 @@ def _as_json(prompt: str, result: Result) -> dict[str, object]:
     return {"prompt": prompt, "prompt_token_ids": result.prompt_token_ids, "completions": completions}
 
 
+def _workload(args: argparse.Namespace) -> Workload | None:
+    """Return what a benchmark will ask; None: unknown."""
+    from flexgen_helm.policy.planner.workload import Workload
+
+    if not hasattr(args, "prompt_len"):
+        return None
+    gen_len = 1 if args.score else args.gen_len
+    return Workload.uniform(args.num_prompts or MOST_PROMPTS, args.prompt_len, gen_len)
+
+
 def _load_engine(args: argparse.Namespace) -> Engine:
     begun = time.perf_counter()
     from transformers.utils import logging
@@ -284,10 +341,21 @@ def _load_engine(args: argparse.Namespace) -> Engine:
 
     imported = time.perf_counter()
     logging.disable_progress_bar()
-    policy = with_row_sizes(asked_policy(args), resolve_device(args.device), few_requests=args.few_requests)
-    names = ("max_memory", "offload_folder", "kv_dtype", "order", "dummy_weights", "recheck", "free_shapes", "compression")
+    asked = asked_policy(args) or Policy(auto=True)
+    policy = with_row_sizes(asked, resolve_device(args.device), few_requests=args.few_requests)
+    names = (
+        "max_memory",
+        "offload_folder",
+        "kv_dtype",
+        "order",
+        "dummy_weights",
+        "recheck",
+        "free_shapes",
+        "compression",
+        "profile",
+    )
     given = {name: getattr(args, name, None) for name in names}
-    options = {name: value for name, value in given.items() if value}
+    options = {name: value for name, value in given.items() if value} | {"workload": _workload(args)}
     engine = Engine.from_pretrained(args.model, dtype=args.dtype, device=args.device, policy=policy, rows=args.rows, **options)
     if args.verbose:
         _say(f"{args.model}: {imported - begun:.1f} s of imports, {time.perf_counter() - imported:.1f} s of loading")

@@ -10,8 +10,9 @@ from typing import Any
 
 from flexgen_helm.compression.config import resolve, with_variant
 from flexgen_helm.errors import PolicyError
+from flexgen_helm.machine.profile_file import named_profile, profile_names
 from flexgen_helm.options import parse_max_memory, parse_policy
-from flexgen_helm.types import SLAB_CODINGS, Policy
+from flexgen_helm.types import SLAB_CODINGS, TIERS, Policy
 
 
 def parse_model(text: str) -> str:
@@ -41,6 +42,16 @@ def add_model_options(parser: argparse.ArgumentParser, *, read: Callable[[str], 
     group.add_argument("--recheck", action="store_true", help="repeat the self-check, though the model passed it before here")
 
 
+def parse_profile(text: str) -> str:
+    """Return the name of a machine's profile, or the absolute path of its file, both of which are known to be good.
+
+    Raises:
+        FlexGenError: If there is no such profile, or it cannot be read.
+    """
+    named_profile(text)
+    return text if text in profile_names() else str(Path(text).absolute())
+
+
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
     """Add options that place weights, K/V cache and hidden states on tiers."""
     add = parser.add_argument_group("placement").add_argument
@@ -53,6 +64,7 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--offload-folder", type=Path, metavar="DIR", help="folder for everything placed on disk (default: in the cache folder)"
     )
+    add("--profile", type=parse_profile, metavar="NAME|FILE", help="machine for which a policy is searched (default: this one)")
     dtypes = ["float32", "bfloat16", "float16"]
     add("--kv-dtype", choices=dtypes, help="dtype of the K/V cache (default: the model's; changes results)")
 
@@ -143,6 +155,50 @@ def add_fidelity_options(parser: argparse.ArgumentParser) -> None:
     add("-v", "--verbose", action="store_true", help="also print the log of both engines")
 
 
+def add_profile_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `profile`."""
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--model", type=parse_model, metavar="M", help="measure at this model's sizes, and its layers; a config is enough")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
+    add("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add("--offload-folder", type=Path, metavar="DIR", help="folder on the disk to measure (default: the cache folder)")
+    add = parser.add_argument_group("result").add_argument
+    add("--out", type=Path, metavar="FILE", help="write the profile as JSON")
+    add("--json", action="store_true", help="print the profile as JSON")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print the log")
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `plan`."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", type=parse_model, metavar="M", help="model folder or name, or with --config any name")
+    add("--config", type=Path, metavar="FILE", help="config.json of a model that has no weights here")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the checkpoint's")
+    add = parser.add_argument_group("machine").add_argument
+    add("--machine", metavar="NAME|FILE", help="t4, h100, h200, laptop-8gib, or a profile's file (default: this machine)")
+    add("--device", default="auto", metavar="D", help="device of this machine: auto, cpu, cuda or cuda:N")
+    add("--max-memory", type=parse_max_memory, metavar="M", help="memory limit of each tier: device=15GiB,host=100GiB")
+    add("--without", action="append", default=[], choices=TIERS, help="tier that must not be used; may be given several times")
+    add = parser.add_argument_group("workload").add_argument
+    add("--num-jobs", type=_positive, default=512, metavar="N", help="number of prompts (%(default)s)")
+    add("--prompt-len", type=_positive, default=512, metavar="N", help="tokens of each prompt (%(default)s)")
+    add("--gen-len", type=int, default=32, metavar="N", help="tokens generated for each; 0: prompts are scored (%(default)s)")
+    add = parser.add_argument_group("policy").add_argument
+    add("--policy", type=parse_policy, metavar="P", help="fields that are kept, as JSON or as weights=0.2:0.8:0,prefetch=2")
+    add("--max-latency", type=float, metavar="S", help="most seconds until the first job is answered")
+    add("--min-throughput", type=float, metavar="T", help="least new tokens per second")
+    add("--search-numerics", action="store_true", help="also choose row sizes and the place of attention, which change bits")
+    add = parser.add_argument_group("result").add_argument
+    add("--json", action="store_true", help="print one JSON object")
+    replay = (
+        "explain a run that is over: its flexgen.json, or what `bench --json` printed; nothing else but --json is used then"
+    )
+    add("--replay", type=Path, metavar="FILE", help=replay)
+    add("--plot", type=Path, metavar="DIR", help="draw the latency-throughput frontier and the timeline of one sweep")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print the log")
+
+
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `report`."""
     add = parser.add_argument_group("runs").add_argument
@@ -200,7 +256,7 @@ def asked_policy(args: argparse.Namespace) -> Policy | None:
     policy: Policy | None = args.policy
     if args.slab_coding is None:
         return policy
-    policy = policy or Policy()
+    policy = policy or Policy(auto=True)
     if policy.slab_coding not in ("auto", args.slab_coding):
         raise PolicyError(f"--slab-coding is {args.slab_coding}, but --policy says {policy.slab_coding}. Leave one out.")
     return dataclasses.replace(policy, slab_coding=args.slab_coding)
@@ -208,7 +264,7 @@ def asked_policy(args: argparse.Namespace) -> Policy | None:
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that the user gave for the engine, such as dtype and policy, as plain data for YAML."""
-    names = ("dtype", "device", "rows", "policy", "max_memory", "offload_folder", "kv_dtype", "recheck")
+    names = ("dtype", "device", "rows", "policy", "profile", "max_memory", "offload_folder", "kv_dtype", "recheck")
     given = {name: getattr(args, name) for name in names} | {"policy": asked_policy(args)}
     chosen = {name: value for name, value in given.items() if value not in (None, "auto", False)}
     if "policy" in chosen:

@@ -9,15 +9,17 @@ from typing import Any
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.types import SLAB_CODINGS, Policy
 
-POLICY_FORM = "Give JSON, or name=value pairs such as `gpu_batch_size=64,weights=0.2:0.8:0,overlap=false`."
+POLICY_FORM = "Give auto, JSON, or name=value pairs such as `gpu_batch_size=64,weights=0.2:0.8:0,overlap=false`."
 
 
 def parse_policy(text: str) -> Policy:
-    """Return the policy for a text: JSON, or pairs such as ``gpu_batch_size=64,weights=0.2:0.8:0``.
+    """Return the policy for a text: "auto", JSON, or pairs such as ``gpu_batch_size=64,weights=0.2:0.8:0``.
 
     Raises:
         PolicyError: If the text cannot be read, names an unknown field, or gives a field a value out of its range.
     """
+    if text.strip() == "auto":
+        return Policy(auto=True)
     try:
         fields = json.loads(text) if text.lstrip().startswith("{") else dict(_pair(part) for part in text.split(","))
     except ValueError:

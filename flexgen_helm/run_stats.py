@@ -33,6 +33,25 @@ class SweepStats:
         return max(self.busy_seconds, key=self.busy_seconds.__getitem__, default=None)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What the planner expected of a run before it began (docs/planning.md)."""
+
+    machine: str
+    """Name of the profile with which it was computed."""
+    seconds: float
+    sweeps: int
+    peak_bytes: dict[str, int]
+    """Most bytes of each tier, with as much cache as the plan needs at least."""
+    bytes_moved: dict[str, int]
+    busy_seconds: dict[str, float]
+
+    @property
+    def binding(self) -> str:
+        """Resource that was expected to be busy longest."""
+        return max(self.busy_seconds, key=self.busy_seconds.__getitem__, default="none")
+
+
 @dataclass
 class RunStats:
     """Measurements of one ``Engine.run``."""
@@ -64,13 +83,30 @@ class RunStats:
     """Measurements of each sweep, in order."""
     bytes_saved: dict[str, int] = field(default_factory=dict)
     """Bytes of V that links did not move because sparse attention does not read them; empty without sparse attention."""
+    predicted: Forecast | None = None
+    """What the planner expected before the run; None: no policy was searched, because everything fits or the user names it."""
 
     @property
     def roofline_efficiency(self) -> float | None:
         """Ratio of the limit to the time taken; None: not known."""
         return self.limit_seconds / self.seconds if self.limit_seconds is not None and self.seconds else None
 
+    @property
+    def predicted_seconds(self) -> float | None:
+        """Seconds that the planner expected; None: it was not asked."""
+        return None if self.predicted is None else self.predicted.seconds
+
+    def forecast_text(self) -> str | None:
+        """Return predicted against measured in words; None: nothing was predicted."""
+        if self.predicted is None or not self.seconds:
+            return None
+        off = self.predicted.seconds / self.seconds - 1
+        return f"{self.predicted.seconds:.3g} s predicted, {abs(off):.1%} {'more' if off > 0 else 'less'} than measured"
+
     def as_dict(self) -> dict[str, Any]:
         """Return all fields in plain types; `per_sweep` becomes the number of sweeps that each resource bound."""
         bound_by = Counter(sweep.bound_by for sweep in self.per_sweep if sweep.bound_by)
-        return asdict(replace(self, per_sweep=[])) | {"per_sweep": {"bound_by": dict(bound_by)}}
+        return asdict(replace(self, per_sweep=[])) | {
+            "predicted_seconds": self.predicted_seconds,
+            "per_sweep": {"bound_by": dict(bound_by)},
+        }

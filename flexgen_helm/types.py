@@ -150,6 +150,8 @@ class Policy:
         overlap: Whether transfers and computation overlap.
         keep_packed: Whether compressed weights stay packed on the device, though the unpacked model fits there.
         slab_coding: How 16-bit weights lie on disk: "plain", "lossless" (fewer bytes, the same bits), or "auto": as is faster.
+        auto: Whether `num_gpu_batches`, `block_tokens`, `prefetch` and shares that have their defaults are chosen for the
+            workload, if it is known and weights or K/V do not all fit on the device (docs/planning.md).
 
     Raises:
         PolicyError: If a field is out of its range.
@@ -167,6 +169,7 @@ class Policy:
     overlap: bool = True
     keep_packed: bool = False
     slab_coding: Literal["auto", "plain", "lossless"] = "auto"
+    auto: bool = False
 
     def __post_init__(self) -> None:
         for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens", "block_tokens", "prefetch"):
@@ -175,7 +178,7 @@ class Policy:
                 raise PolicyError(f"{name} must be an integer of at least 1, not {value!r}.")
         if not _is_share(self.cpu_attention) and not self._may_be_open("cpu_attention"):
             raise PolicyError(f"cpu_attention must be a number from 0 to 1, not {self.cpu_attention!r}.")
-        for name in ("overlap", "keep_packed"):
+        for name in ("overlap", "keep_packed", "auto"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name} must be true or false, not {getattr(self, name)!r}.")
         if self.slab_coding not in SLAB_CODINGS:

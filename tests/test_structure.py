@@ -32,10 +32,18 @@ WITHOUT_TORCH = (
     "schedule.single",
     "schedule.dependencies",
     "kv_cache.pages",
+    "machine.profile_file",
+    "machine.named_rates",
     "attention.visits",
     "attention.row_pages",
     "policy.memory_plan",
+    "policy.planner.search.choose",
+    "policy.planner.search.gains",
+    "policy.planner.search.frontier",
     "policy.bound",
+    "policy.capacity",
+    "policy.planner.simulate",
+    "policy.planner.signature",
 )
 """What HELM lists, and what a cost model or a simulator of schedules imports."""
 MOST_LINES = 400

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flexgen_helm.compression.lossless import Planes, decode_planes, encode_planes
 from flexgen_helm.machine.threads import in_threads
-from flexgen_helm.memory.buffers import allocate, padded
+from flexgen_helm.memory.amounts import padded
+from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.slab import ALIGNMENT, SlabLayout, SlabTensor
 
 FORMAT_VERSION = 1

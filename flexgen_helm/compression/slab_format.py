@@ -13,7 +13,7 @@ from flexgen_helm.compression.matrices import MatrixTensor
 from flexgen_helm.compression.scheme import CodedScheme, Parts, Scheme
 from flexgen_helm.compression.schemes import EntropyCoded
 from flexgen_helm.machine.threads import in_threads
-from flexgen_helm.memory.buffers import padded
+from flexgen_helm.memory.amounts import padded
 from flexgen_helm.memory.slab import ALIGNMENT, SlabLayout, SlabTensor, named_tensors
 
 SEPARATOR = "/"

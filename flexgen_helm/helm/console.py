@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
 from helm.common.hierarchical_logger import hlog
@@ -39,6 +41,22 @@ class Console:
         hlog(text)
         if self.stream is not None:
             print(text, file=self.stream, flush=True)
+
+    @contextmanager
+    def showing(self, name: str) -> Iterator[None]:
+        """Show what a logger says, where HELM's log is not on the screen."""
+        if self.stream is None:
+            yield
+            return
+        handler, shown = logging.StreamHandler(self.stream), logging.getLogger(name)
+        level = shown.level
+        shown.addHandler(handler)
+        shown.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            shown.removeHandler(handler)
+            shown.setLevel(level)
 
     def each(self, items: Sequence[T], what: str) -> Iterator[T]:
         """Yield items behind a bar, or with a line every half minute where there is no terminal."""

@@ -33,7 +33,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     DEPLOYMENT: tuple(field.name for field in dataclasses.fields(ModelDeployment)),
     "client_spec": ("class_name", "args"),
     ARGUMENTS: (
-        *("name_or_path", "dtype", "device", "policy", "max_memory", "offload_folder", "kv_dtype"),
+        *("name_or_path", "dtype", "device", "policy", "profile", "max_memory", "offload_folder", "kv_dtype"),
         *("compression", "revision", "order", "rows", "dummy_weights", "recheck"),
     ),
     POLICY: tuple(field.name for field in dataclasses.fields(Policy)),
@@ -136,6 +136,8 @@ def parse_arguments(arguments: Mapping[str, Any]) -> EngineArguments:
     policy = parsed.get("policy")
     if isinstance(policy, Mapping):
         parsed["policy"] = _parse_policy(policy)
+    elif policy == "auto":
+        del parsed["policy"]  # it is what an engine does without a policy
     return parsed
 
 

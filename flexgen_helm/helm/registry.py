@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,16 +12,18 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.helm.deployment import EngineArguments
 from flexgen_helm.helm.known import remember
 from flexgen_helm.helm.response_cache import ResponseCaches
+from flexgen_helm.types import Job
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
 
 
-def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
+def load_engine(arguments: EngineArguments, *, few_requests: bool, workload: Sequence[Job] | None = None) -> Engine:
     """Load an engine.
 
     Args:
         arguments: Keywords of ``Engine.from_pretrained``.
+        workload: Jobs that it will run; None: unknown.
         few_requests: Whether rows are small unless the policy names their sizes, because what is missing in a row is
             computed as padding.
 
@@ -35,6 +37,8 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool) -> Engine:
     if few_requests:
         device = resolve_device(arguments.get("device", "auto"))
         arguments = {**arguments, "policy": with_row_sizes(arguments.get("policy"), device, few_requests=True)}
+    if workload is not None:
+        arguments = {**arguments, "workload": workload}
     with messages_in_helms_log():
         return Engine.from_pretrained(**arguments)
 
@@ -78,7 +82,12 @@ class EngineRegistry:
 
     @contextmanager
     def lease(
-        self, arguments: EngineArguments, *, few_requests: bool = False, on_load: Callable[[], None] | None = None
+        self,
+        arguments: EngineArguments,
+        *,
+        few_requests: bool = False,
+        workload: Sequence[Job] | None = None,
+        on_load: Callable[[], None] | None = None,
     ) -> Iterator[Engine]:
         """Lend the engine of a deployment; it is not closed before the lease ends.
 
@@ -87,6 +96,7 @@ class EngineRegistry:
         Args:
             arguments: The deployment, as keywords of ``Engine.from_pretrained``.
             few_requests: See ``load_engine``; an engine that is loaded already is lent as it is.
+            workload: See ``load_engine``.
             on_load: Called before the engine is loaded, if that is necessary.
 
         Raises:
@@ -97,7 +107,7 @@ class EngineRegistry:
             if self._engine is None or self._arguments != arguments:
                 if on_load is not None:
                     on_load()
-                self._replace(arguments, few_requests)
+                self._replace(arguments, few_requests, workload)
             engine = self._engine
             assert engine is not None
             self._borrowers += 1
@@ -121,13 +131,13 @@ class EngineRegistry:
             self._engine.close()
         self._engine = self._arguments = None
 
-    def _replace(self, arguments: EngineArguments, few_requests: bool) -> None:
+    def _replace(self, arguments: EngineArguments, few_requests: bool, workload: Sequence[Job] | None) -> None:
         # Requests of one run ask from several threads; each would load the whole model again to see it refused.
         if self._refused is not None and self._refused[0] == arguments:
             raise self._refused[1]
         self._close()
         try:
-            self._engine = load_engine(arguments, few_requests=few_requests)
+            self._engine = load_engine(arguments, few_requests=few_requests, workload=workload)
         except UnsupportedModel as error:
             self._refused = (arguments, error)
             raise

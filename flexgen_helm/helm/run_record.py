@@ -73,6 +73,8 @@ class WorkloadReport:
         if not self.stats.num_jobs:
             return counts
         limit = "" if self.stats.roofline_efficiency is None else f", {self.stats.roofline_efficiency:.0%} of the limit"
+        expected = self.stats.forecast_text()
+        limit += "" if expected is None else f", {expected}"
         bound = bound_of(self.stats)
         advice = "" if bound is None else f". Most time went into {bound.what}; what helps: {bound.advice}"
         return f"{counts}; {summary(self.stats)}{limit}{advice}"

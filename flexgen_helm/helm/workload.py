@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
 
 
+PLANNING = "flexgen_helm.runtime.planning"
+"""Logger of what is planned before anything runs."""
+
+
 @dataclass(frozen=True)
 class Served:
     """Answers in the order of the requests."""
@@ -71,7 +75,7 @@ def serve(
         workload.look_up(info.numerics)
     if info is None or workload.missing:
         console.say(f"Loading {'@'.join(filter(None, (arguments['name_or_path'], arguments.get('compression'))))}")
-        with registry.lease(arguments) as engine:
+        with console.showing(PLANNING), registry.lease(arguments, workload=workload.open_jobs) as engine:
             if info is None or info.numerics != engine.numerics:
                 workload.look_up(engine.numerics)
             info = engine.describe()
@@ -89,7 +93,7 @@ def serve(
 def _arguments(deployment: ModelDeployment, journal: Journal) -> EngineArguments:
     """Return the deployment's arguments; what is resumed has the row sizes and the place of attention with which it began."""
     arguments, begun = parse_arguments(deployment.client_spec.args), journal.policy(deployment.name)
-    policy = arguments.get("policy") or Policy()
+    policy = arguments.get("policy") or Policy(auto=True)
     left_open = {name: value for name, value in begun.items() if getattr(policy, name) is None}
     if left_open:
         hlog(f"{deployment.name} continues with the numerics of the journal: {left_open}")
@@ -128,6 +132,11 @@ class _Workload:
     def missing(self) -> list[int]:
         """Requests whose answers are not known."""
         return [index for index in self._jobs if index not in self._results]
+
+    @property
+    def open_jobs(self) -> list[Job]:
+        """Jobs of the requests whose answers are not known."""
+        return [self._jobs[index] for index in self.missing]
 
     def describe(self) -> str:
         """Say how much is asked."""
@@ -185,7 +194,7 @@ class _Workload:
             self._journal.append(self._keys[index], computed[index])
 
         try:
-            with messages_in_helms_log("flexgen_helm.runtime.progress"):
+            with messages_in_helms_log("flexgen_helm.runtime.progress"), messages_in_helms_log(PLANNING):
                 asked = [jobs[index] for index in missing]
                 results = engine.run(asked, on_result=on_result, on_error="return", progress=console.stream)
             self.stats = engine.stats

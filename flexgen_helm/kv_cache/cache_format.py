@@ -40,6 +40,13 @@ class CacheFormat:
         """Whether attention reads all of K and V as they are."""
         return not self.quantizes and self.sparsity is None
 
+    @property
+    def name(self) -> str:
+        """Bits of K and V, such as "kv4" or "k8v4"; "" where they are not quantised."""
+        if not self.quantizes:
+            return ""
+        return f"kv{self.k_bits}" if self.k_bits == self.v_bits else f"k{self.k_bits}v{self.v_bits}"
+
     def forms(self, k: Tensor, v: Tensor) -> dict[Form, PageFormat]:
         """Return the forms of the pages of an attention call, for K and V like ``k`` and ``v`` ``[T, num_heads, dim]``."""
         exact = PageFormat.plain(k, v)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.kv_cache.page_format import CacheKey, MeanPart
-from flexgen_helm.kv_cache.page_stores import grown
-from flexgen_helm.kv_cache.pages import PageCounts, PageMap, PagePool, PageStorage, Place
+from flexgen_helm.kv_cache.pages import PageCounts, PageMap, PagePool, PageStorage, Place, grown
 from flexgen_helm.types import TIERS
 
 

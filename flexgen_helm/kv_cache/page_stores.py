@@ -15,24 +15,13 @@ from torch import Tensor
 from flexgen_helm.errors import DiskFull
 from flexgen_helm.kv_cache.cargo import Cargo, ValueRows, as_rows
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors, PartName
-from flexgen_helm.kv_cache.pages import TRANSFER_BYTES
-from flexgen_helm.memory.amounts import gib
+from flexgen_helm.kv_cache.pages import TRANSFER_BYTES, grown
+from flexgen_helm.memory.amounts import gib, padded
 from flexgen_helm.memory.block_reader import BlockReader
-from flexgen_helm.memory.buffers import padded
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO
 from flexgen_helm.memory.usage import free_disk_bytes
 
-GROWTH = 1.5
-"""Storage that is too small is made larger by at least this factor, since growing copies what is stored."""
 HOST = torch.device("cpu")
-
-
-def grown(have: int, wanted: int, limit: int | None) -> int:
-    """Return the size of storage that grows where more is wanted than there is, to a limit at most."""
-    if wanted <= have:
-        return have
-    size = max(wanted, int(GROWTH * have))
-    return size if limit is None else min(size, limit)
 
 
 class GrowingPages:

@@ -21,6 +21,8 @@ CHUNK_TOKENS = 128
 CHUNK_PAGES = CHUNK_TOKENS // PAGE_TOKENS
 TRANSFER_BYTES = 8 << 20
 """Pages travel together up to this many bytes."""
+GROWTH = 1.5
+"""Storage that is too small is made larger by at least this factor, since growing copies what is stored."""
 NUM_BUFFERS = 3
 """Buffers through which pages pass: one is filled, one travels, one is emptied."""
 
@@ -199,6 +201,14 @@ class PageMap:
         if page < 0:
             return transient_page(page)
         return page if self.capacities is None else page - self.capacities.first(self.capacities.tier_of(page))
+
+
+def grown(have: int, wanted: int, limit: int | None) -> int:
+    """Return the size of storage that grows where more is wanted than there is, to a limit at most."""
+    if wanted <= have:
+        return have
+    size = max(wanted, int(GROWTH * have))
+    return size if limit is None else min(size, limit)
 
 
 class PageStorage(NamedTuple):

@@ -29,9 +29,7 @@ SCRATCH_PIECES = 32
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:
-    """Measure how fast a disk reads and writes.
-
-    It writes a file of 128 MiB into the folder, reads the largest file there, and removes the written one.
+    """Measure how fast a disk reads and writes, see `disk_rounds`.
 
     Args:
         folder: A folder on the disk.
@@ -42,11 +40,33 @@ def disk_rates(folder: Path) -> tuple[float, float]:
     Raises:
         FlexGenError: If the disk has no space for the file, or the folder cannot be written to.
     """
+    return disk_rounds(folder, 1)[0]
+
+
+def disk_rounds(folder: Path, num_rounds: int) -> list[tuple[float, float]]:
+    """Measure how fast a disk reads and writes, some times in turn.
+
+    It writes a file of 128 MiB into the folder, reads the largest file there, and removes the written one.
+
+    Args:
+        folder: A folder on the disk.
+        num_rounds: Number of rounds.
+
+    Returns:
+        For each round the rates of reading and of writing, in bytes per second.
+
+    Raises:
+        FlexGenError: If the disk has no space for the file, or the folder cannot be written to.
+    """
     try:
+        pieces = _random_pieces()
         with tempfile.NamedTemporaryFile(dir=folder, prefix="rate_") as scratch:
-            write = _write_rate(Path(scratch.name))
-            files = [path for path in folder.iterdir() if path.is_file()]
-            return _read_rate(max(files, key=lambda path: path.stat().st_size)), write
+            found = []
+            for _ in range(num_rounds):
+                write = _write_rate(Path(scratch.name), pieces)
+                files = [path for path in folder.iterdir() if path.is_file()]
+                found.append((_read_rate(max(files, key=lambda path: path.stat().st_size), pieces), write))
+            return found
     except OSError as error:
         raise FlexGenError(
             f"How fast the disk is could not be measured in {folder} ({error}). Free {SCRATCH_PIECES * PIECE / 2**20:.0f} MiB "
@@ -54,7 +74,14 @@ def disk_rates(folder: Path) -> tuple[float, float]:
         ) from None
 
 
-def _read_rate(path: Path) -> float:
+def _random_pieces() -> list[memoryview]:
+    """Return buffers of random bytes, which no disk can compress, for all threads."""
+    memory = allocate(NUM_THREADS * BUFFERS * PIECE).numpy()
+    memory[:] = np.random.default_rng(0).integers(0, 256, len(memory), np.uint8)
+    return [memoryview(memory[begin : begin + PIECE]) for begin in range(0, len(memory), PIECE)]  # type: ignore[arg-type]
+
+
+def _read_rate(path: Path, pieces: Sequence[memoryview]) -> float:
     num_pieces = max(1, path.stat().st_size // PIECE)
     descriptor = _open_direct(path, os.O_RDONLY)
     offsets = itertools.count()
@@ -67,17 +94,17 @@ def _read_rate(path: Path) -> float:
             count += os.preadv(descriptor, [buffer], next(offsets) % num_pieces * PIECE)
         return count
 
-    return _rate(descriptor, read)
+    return _rate(descriptor, read, pieces)
 
 
-def _write_rate(path: Path) -> float:
+def _write_rate(path: Path, pieces: Sequence[memoryview]) -> float:
     descriptor = _open_direct(path, os.O_WRONLY)
     offsets = iter(range(0, SCRATCH_PIECES * PIECE, PIECE))
 
     def write(buffers: Sequence[memoryview], _: float) -> int:
         return sum(os.pwritev(descriptor, [buffers[0]], offset) for offset in offsets)
 
-    return _rate(descriptor, write)
+    return _rate(descriptor, write, pieces)
 
 
 def _open_direct(path: Path, flags: int) -> int:
@@ -87,14 +114,11 @@ def _open_direct(path: Path, flags: int) -> int:
         return os.open(path, flags)
 
 
-def _rate(descriptor: int, work: Callable[[Sequence[memoryview], float], int]) -> float:
+def _rate(descriptor: int, work: Callable[[Sequence[memoryview], float], int], pieces: Sequence[memoryview]) -> float:
     """Run ``work``, which returns a number of bytes, in all threads. Return their total rate in bytes per second.
 
     ``work`` gets a thread's buffers, and the time at which it may begin: filling them may take longer than reading.
     """
-    memory = allocate(NUM_THREADS * BUFFERS * PIECE).numpy()
-    memory[:] = np.random.default_rng(0).integers(0, 256, len(memory), np.uint8)  # Random bytes, which no disk can compress.
-    pieces = [memoryview(memory[begin : begin + PIECE]) for begin in range(0, len(memory), PIECE)]  # type: ignore[arg-type]
     try:
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             begun = time.perf_counter()

@@ -90,14 +90,14 @@ def product_rate(device: torch.device, dtype: torch.dtype, num_tokens: int, matr
 @functools.cache
 def read_rate(device: torch.device) -> float:
     """Bytes per second read from memory."""
-    memory = _much_memory(device)
+    memory = much_memory(device)
     return per_second(lambda: memory.sum(), device) * memory.nbytes
 
 
 @functools.cache
 def link_rates(device: torch.device) -> tuple[float, float]:
     """Bytes per second copied to the device and back, from and to pinned memory."""
-    there = _much_memory(device)
+    there = much_memory(device)
     host = torch.empty_like(there, device="cpu", pin_memory=device.type == "cuda").copy_(there)  # no first touch is measured
     to_host = per_second(lambda: host.copy_(there, non_blocking=True), device)
     to_device = per_second(lambda: there.copy_(host, non_blocking=True), device)
@@ -117,7 +117,7 @@ def cpu_attention_rate(dtype: torch.dtype) -> float:
     return max(rates) * 2 * keys.numel() * keys.element_size()
 
 
-def _much_memory(device: torch.device) -> Tensor:
+def much_memory(device: torch.device) -> Tensor:
     """Random fp32 numbers of `READ_BYTES`; on a GPU on which an engine has left less, of a half, a quarter and so on."""
     num_bytes = READ_BYTES[device.type]
     while True:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.types import TIERS, Tier
 
+PAGE = 4096
+"""Bytes of a memory page: direct I/O needs addresses, offsets and lengths that are multiples of it."""
 UNITS = {
     "": 1,
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},
@@ -62,3 +64,8 @@ def gib(num_bytes: float, *, up: bool = False) -> str:
     power, digits = (3, 2) if num_bytes >= 2**30 / 10 else (2, 1) if num_bytes >= 2**20 / 10 else (1, 1)
     shown = num_bytes / 1024**power * 10**digits
     return f"{(math.ceil(shown) if up else shown) / 10**digits:.{digits}f} {'KMG'[power - 1]}iB"
+
+
+def padded(num_bytes: int) -> int:
+    """Round a number of bytes up to whole pages."""
+    return -(-num_bytes // PAGE) * PAGE

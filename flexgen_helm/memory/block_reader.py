@@ -7,7 +7,8 @@ from concurrent.futures import wait
 import torch
 from torch import Tensor
 
-from flexgen_helm.memory.buffers import PAGE, allocate
+from flexgen_helm.memory.amounts import PAGE
+from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO
 
 

@@ -13,17 +13,9 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import OutOfSpace
-from flexgen_helm.memory.amounts import gib
+from flexgen_helm.memory.amounts import PAGE, gib, padded
 
 logger = logging.getLogger(__name__)
-
-PAGE = 4096
-"""Bytes of a memory page: direct I/O needs addresses, offsets and lengths that are multiples of it."""
-
-
-def padded(num_bytes: int) -> int:
-    """Round a number of bytes up to whole pages."""
-    return -(-num_bytes // PAGE) * PAGE
 
 
 def allocate(num_bytes: int, *, pin: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from flexgen_helm.errors import DISK_FULL_ERRNOS, CorruptFile, DiskFull, FlexGenError
-from flexgen_helm.memory.buffers import PAGE
+from flexgen_helm.memory.amounts import PAGE
 
 logger = logging.getLogger(__name__)
 

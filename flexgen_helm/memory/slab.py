@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flexgen_helm.memory.buffers import padded
+from flexgen_helm.memory.amounts import padded
 
 ALIGNMENT = 256
 """Bytes: each tensor begins at a multiple of it, as in torch's own GPU allocator."""

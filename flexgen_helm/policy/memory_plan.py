@@ -95,11 +95,19 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> dict[Tier, int]:
         """Most bytes that each tier needs at any time, with the smallest cache; one sum as host if device and host are one."""
+        return self.peak_with({})
+
+    def peak_with(self, cache: Mapping[Tier, int]) -> dict[Tier, int]:
+        """Return `peak_bytes` with a larger cache.
+
+        Args:
+            cache: Bytes of K and V on each tier; at least those of the smallest cache count.
+        """
         weights, shapes = self.weights, self.shapes
         peak, stored = dict(weights.needed_bytes), weights.weight_bytes
         peak["device"] += self.working_bytes
         for tier, count in self.cache.least_bytes.items():
-            peak[tier] += count
+            peak[tier] += max(count, cache.get(tier, 0))
         loading = shapes.loading_bytes
         checking = (shapes.total_bytes if weights.is_resident else shapes.first_layers_bytes) + self.checking_bytes
         if self.space.own_memory:

@@ -9,6 +9,8 @@ from flexgen_helm.kv_cache.pages import Form
 from flexgen_helm.schedule.operations import head_unit
 from flexgen_helm.types import Tier
 
+DTYPES = {4: "float32", 2: "bfloat16"}
+"""Most widespread dtype of each number of bytes."""
 EMBEDDINGS = -1
 """Number of the embedding tables among the units of a model. Layers have 0 to L - 1, and the output head has L."""
 
@@ -40,6 +42,13 @@ class ModelShapes:
         cache_bits: Stored bits of an element of K, and of one of V, in the form in which pages are kept.
         mean_share: Bytes of the mean of V of a sealed page, likewise: on the device, whatever tier the page is on.
         scored_keys: Keys whose scores a row of prompts holds at once, for each query and head.
+        layer_products: Elements of matrices by which a layer multiplies a token, by layer; of a mixture of experts only those
+            of the experts that a token uses. Where a layer is missing, all of its weights count.
+        dtype: Dtype of weights and hidden states, such as "bfloat16"; "": the widespread one of its size.
+        weight_format: Format in which weights are stored, as `flexgen_helm.machine.profile.UnpackRate` names it; "plain": as
+            they are bound.
+        kv_format: Format of the kept pages of K and V, as `flexgen_helm.machine.profile.AttentionRate` names it; "": the
+            dtype's.
     """
 
     num_layers: int
@@ -62,6 +71,10 @@ class ModelShapes:
     cache_bits: tuple[float, float] = (16.0, 16.0)
     mean_share: float = 0.0
     scored_keys: int = 0
+    layer_products: Mapping[int, float] = field(default_factory=dict)
+    dtype: str = ""
+    weight_format: str = "plain"
+    kv_format: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -96,11 +109,28 @@ class ModelShapes:
         """Whether the output head has weights of its own."""
         return head_unit(self.num_layers) in self.bound_bytes
 
+    @property
+    def dtype_name(self) -> str:
+        """Name of the dtype of weights and hidden states."""
+        return self.dtype or DTYPES[self.itemsize]
+
+    @property
+    def kv_name(self) -> str:
+        """Name of the format in which kept K and V are read."""
+        return self.kv_format or DTYPES[self.kv_itemsize]
+
+    def products_of(self, j: int) -> float:
+        """Return the elements of matrices by which unit j multiplies a token."""
+        if j == head_unit(self.num_layers):
+            return self.vocab_size * self.hidden_size
+        return self.layer_products.get(j, self.bound_bytes[j] / self.itemsize)
+
     def at_16_bits(self) -> ModelShapes:
         """Return the sizes with two bytes for every element of weights, K and V, whatever their dtype and compression."""
         bound = {j: 2 * count // self.itemsize for j, count in self.bound_bytes.items()}
         stored = {EMBEDDINGS: 2 * self.stored_bytes[EMBEDDINGS] // self.itemsize, **bound}
         first_layers = 2 * self.first_layers_bytes // self.itemsize
+        dtype = self.dtype if self.itemsize == 2 else "bfloat16"
         return replace(
             self,
             stored_bytes=stored,
@@ -116,6 +146,9 @@ class ModelShapes:
             cache_bits=(16.0, 16.0),
             mean_share=0.0,
             scored_keys=0,
+            dtype=dtype,
+            weight_format="plain",
+            kv_format=dtype,
         )
 
     @property

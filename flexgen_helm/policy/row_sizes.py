@@ -7,16 +7,8 @@ import dataclasses
 import torch
 
 from flexgen_helm.memory.device import Device
+from flexgen_helm.policy.default_rows import default_rows
 from flexgen_helm.types import Policy, ResolvedPolicy
-
-VECTOR = 16
-"""Floats in a vector register (AVX-512). Elementwise kernels give other bits in the scalar tail of each thread's share."""
-GPU_ROWS = (256, 4096)
-"""(gpu_batch_size, gpu_batch_tokens) on a GPU."""
-CPU_ROWS = (64, 512)
-"""(gpu_batch_size, gpu_batch_tokens) on a CPU, for throughput."""
-SMALL_CPU_ROWS = (16, 64)
-"""(gpu_batch_size, gpu_batch_tokens) on a CPU for a few requests at a time: padding would cost more than large rows gain."""
 
 
 def with_row_sizes(policy: Policy | None, device: Device, *, few_requests: bool = False) -> Policy:
@@ -28,11 +20,7 @@ def with_row_sizes(policy: Policy | None, device: Device, *, few_requests: bool 
         few_requests: Whether requests come a few at a time, as in HELM's client.
     """
     policy = Policy() if policy is None else policy
-    if device.is_gpu:
-        size, tokens = GPU_ROWS
-    else:
-        step = VECTOR * torch.get_num_threads()
-        size, tokens = (-(-count // step) * step for count in (SMALL_CPU_ROWS if few_requests else CPU_ROWS))
+    size, tokens = default_rows(is_gpu=device.is_gpu, threads=torch.get_num_threads(), few_requests=few_requests)
     return dataclasses.replace(
         policy,
         gpu_batch_size=policy.gpu_batch_size or size,

@@ -10,16 +10,22 @@ from transformers import PreTrainedModel
 
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.loading.assembly import FEW_TOKENS
-from flexgen_helm.memory.slab import SlabFormat
+from flexgen_helm.memory.slab import Plain, SlabFormat
 from flexgen_helm.model.layers import layers_of, num_layers_of_every_kind
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
+from flexgen_helm.policy.roofline import layer_sizes
 
 SCORED_KEYS = 8192
 """Most keys for whose scores in sparse attention memory is planned."""
 
 
 def shapes_of(
-    model: PreTrainedModel, formats: Mapping[int, SlabFormat], kv_dtype: torch.dtype, cache: CacheFormat = PLAIN_CACHE
+    model: PreTrainedModel,
+    formats: Mapping[int, SlabFormat],
+    kv_dtype: torch.dtype,
+    cache: CacheFormat = PLAIN_CACHE,
+    *,
+    weight_format: str = "plain",
 ) -> ModelShapes:
     """Read the sizes of a model.
 
@@ -28,6 +34,7 @@ def shapes_of(
         formats: Slab formats of its layers, and of its output head if that has weights of its own.
         kv_dtype: Dtype in which K and V are stored.
         cache: Format in which they are stored.
+        weight_format: See `ModelShapes`.
     """
     layers = layers_of(model)
     vocab, hidden = _table(model).shape
@@ -61,7 +68,17 @@ def shapes_of(
         cache_bits=forms.get("sealed", forms["exact"]).bits_per_element,
         mean_share=sum(pages.mean_bytes for pages in forms.values()) / plain,
         scored_keys=0 if cache.sparsity is None else longest,
+        layer_products=_products(model, layers),
+        dtype=str(model.dtype).removeprefix("torch."),
+        weight_format=weight_format,
+        kv_format=cache.name or str(kv_dtype).removeprefix("torch."),
     )
+
+
+def plain_formats(model: PreTrainedModel) -> dict[int, SlabFormat]:
+    """Return uncompressed slab formats by unit number, for the layers and an output head with weights of its own."""
+    units = [*layers_of(model), *filter(None, [own_head(model)])]
+    return {j: Plain.of(unit) for j, unit in enumerate(units)}
 
 
 def own_head(model: PreTrainedModel) -> nn.Module | None:
@@ -86,6 +103,13 @@ def _first_layers_bytes(model: PreTrainedModel, layers: list[nn.Module]) -> int:
     table = _table(model)
     weights = sum(p.nbytes for layer in layers[: num_layers_of_every_kind(model, layers)] for p in layer.parameters())
     return weights + 2 * min(FEW_TOKENS, table.shape[0]) * table.shape[1] * model.dtype.itemsize
+
+
+def _products(model: PreTrainedModel, layers: list[nn.Module]) -> dict[int, float]:
+    """Return the elements of matrices by which each layer multiplies a token."""
+    experts = setting(model, "num_experts_per_tok")
+    sizes = {j: layer_sizes([layer], experts) for j, layer in enumerate(layers)}
+    return {j: found.active_weights for j, found in sizes.items() if found is not None}
 
 
 def _outputs(layer: nn.Module, num_experts: int | None) -> int:

@@ -15,30 +15,27 @@ from flexgen_helm.execution.interfaces import Rows
 from flexgen_helm.generation.job_errors import not_finite
 from flexgen_helm.kv_cache.cache_format import CacheFormat
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import Form, PagePool
+from flexgen_helm.kv_cache.pages import Form
 from flexgen_helm.kv_cache.state_store import StateStore
 from flexgen_helm.loading.source import LoadedModel
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.model.recorder import RecordedModel
+from flexgen_helm.policy.capacity import Capacity, packed_scheduler
 from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.rows.packed_check import check_packed
 from flexgen_helm.rows.self_check import NotNumbers, Verdict
 from flexgen_helm.rows.single import SingleRows, check_cache_shares, require_plain_cache
 from flexgen_helm.rows.single_check import check_single
-from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.single import SingleScheduler, StateSize
 from flexgen_helm.schedule.work import Scheduler
-from flexgen_helm.types import TIERS, ResolvedPolicy, Tier
+from flexgen_helm.types import ResolvedPolicy
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["packed", "single"]
 KindChoice = Literal["auto", "packed", "single"]
 ALTERNATIVE = "Evaluate it with HELM's own HuggingFaceClient."
-PROMPT_ROW_COST = 3.0
-"""Time of a prefill row on a CPU, in units of a sweep that only decodes (measured in runs/LOG.md). On a GPU it is 0: loading
-the weights takes longer than the row."""
 CHECKS: dict[Kind, Callable[..., Verdict]] = {"packed": check_packed, "single": check_single}
 
 
@@ -124,8 +121,8 @@ def log_choice(loaded: LoadedModel, passed: Passed) -> None:
 class CacheStorage:
     """Storage for K and V, or for other state that sequences keep between sweeps."""
 
-    capacities: Mapping[Tier, int]
-    """Bytes on each tier."""
+    capacity: Capacity
+    """Bytes on each tier, and tokens of a block."""
     page_bytes: Mapping[Form, int]
     """Bytes of a page in all layers, by form, in packed rows."""
     device: Device
@@ -137,7 +134,7 @@ class CacheStorage:
 
 
 def make_rows(
-    checked: CheckedModel, policy: ResolvedPolicy, storage: CacheStorage, *, block_tokens: int, keep_all: bool
+    checked: CheckedModel, policy: ResolvedPolicy, storage: CacheStorage, *, keep_all: bool
 ) -> tuple[Rows[Any], Scheduler]:
     """Make the rows object that computes a model, and the scheduler that plans its sweeps.
 
@@ -145,7 +142,6 @@ def make_rows(
         checked: The model, with the kind of rows that it passed.
         policy: Row sizes and shares.
         storage: Storage for K and V or other state.
-        block_tokens: Prompt tokens in a sweep.
         keep_all: Whether the operations have another order than the column order, which needs K and V of all layers.
 
     Raises:
@@ -162,10 +158,11 @@ def make_rows(
         if device.own_memory and policy.cache[1]:
             store = StateStore(device.torch_device, share=policy.cache[1], meter=storage.meter)
         size = StateSize(verdict.cache_bytes_per_sequence, verdict.cache_bytes_per_token)
-        capacity = sum(storage.capacities.values())
-        single = SingleScheduler(policy, block_tokens=block_tokens, capacity_bytes=capacity, size=size)
+        capacity = sum(storage.capacity.cache_bytes.values())
+        tokens = storage.capacity.block_tokens
+        single = SingleScheduler(policy, block_tokens=tokens, capacity_bytes=capacity, size=size)
         return SingleRows(checked.model, store), single
-    pools = {form: _pool(storage.capacities, policy, page_bytes) for form, page_bytes in storage.page_bytes.items()}
+    packed, pools = packed_scheduler(policy, storage.capacity, storage.page_bytes, is_gpu=device.is_gpu, keep_all=keep_all)
     cache = PagedCache(
         pools,
         cache_format=storage.cache_format,
@@ -174,12 +171,4 @@ def make_rows(
         offload_folder=storage.folder,
         meter=storage.meter,
     )
-    cost = PROMPT_ROW_COST if not device.is_gpu else 0.0
-    packed = PackedScheduler(policy, block_tokens=block_tokens, pools=pools, keep_all=keep_all, prompt_row_cost=cost)
     return PackedRows(checked.model, cache, cpu_attention=policy.cpu_attention if policy.cache[1] else 0.0), packed
-
-
-def _pool(capacities: Mapping[Tier, int], policy: ResolvedPolicy, page_bytes: int) -> PagePool:
-    """Make the pool of pages of one form. Each form may take all bytes; `PageTables` divides them."""
-    on_device, on_host, on_disk = (capacities[tier] // page_bytes for tier in TIERS)
-    return PagePool(on_device, host=on_host, disk=on_disk, shares=policy.cache, page_bytes=page_bytes)

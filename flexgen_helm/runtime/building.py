@@ -15,44 +15,38 @@ from transformers import PreTrainedModel
 
 from flexgen_helm.compression.config import CompressionConfig
 from flexgen_helm.compression.schemes import FORMAT_VERSION, scheme_of
-from flexgen_helm.errors import PolicyError, UnsupportedModel
+from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.execution.overlapped import OverlappedExecutor
 from flexgen_helm.execution.serial import SerialExecutor
-from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, num_pages
 from flexgen_helm.loading.source import LoadedModel, ModelSource, dtype_name
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.device_limit import DEVICE_LIMITS
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.memory.workspaces import make_workspaces
 from flexgen_helm.model.layers import layers_of
-from flexgen_helm.policy.attention_place import attention_place
+from flexgen_helm.policy.capacity import Capacity
 from flexgen_helm.policy.memory_plan import MemoryPlan
-from flexgen_helm.policy.model_shapes import ModelShapes
-from flexgen_helm.policy.row_sizes import resolved
-from flexgen_helm.policy.shapes_of_model import shapes_of
-from flexgen_helm.policy.space import Space
-from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, KindChoice, log_choice, make_rows
+from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, log_choice, make_rows
+from flexgen_helm.runtime.engine_options import EngineOptions
+from flexgen_helm.runtime.engine_plan import plan_engine
 from flexgen_helm.runtime.fitting.fit import FittedModel, fit
-from flexgen_helm.runtime.free_space import free_space, make_folder, measure_space, whole_machine
-from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check, plain_formats
+from flexgen_helm.runtime.free_space import free_space, make_folder
+from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check
+from flexgen_helm.runtime.planning.automatic import Automatic
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
-from flexgen_helm.runtime.slab_coding import automatic_coding, require_codable
+from flexgen_helm.runtime.slab_coding import require_codable
 from flexgen_helm.runtime.slab_places import SlabPlaces, default_folder, slab_identity
-from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.work import Scheduler
 from flexgen_helm.types import (
     ON_DEVICE,
     CacheNumerics,
     MachineNumerics,
     Numerics,
-    Policy,
     ResolvedPolicy,
     RowNumerics,
-    SlabCoding,
     Tier,
     WeightNumerics,
 )
@@ -61,29 +55,6 @@ logger = logging.getLogger(__name__)
 
 NUMERICS_VERSION = 6
 """Version of the numerics: raised whenever answers may change by a bit for equal weights, dtype and row sizes."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Options that a user gives for an engine in addition to the model."""
-
-    device: Device
-    policy: Policy | None = None
-    """Policy of the user; None: everything is chosen."""
-    rows: KindChoice = "auto"
-    order: Order = "zigzag"
-    kv_dtype: torch.dtype | None = None
-    """Dtype in which K and V are stored and attention reads them; None: the model's."""
-    compression: CompressionConfig | None = None
-    """What is compressed; None: nothing."""
-    limits: Mapping[Tier, int] = field(default_factory=dict)
-    """Most bytes of the tiers that the user names."""
-    folder: Path | None = None
-    """Folder for everything on disk; None: a folder under the cache folder."""
-    recheck: bool = False
-    """Whether the self-check is repeated though an equal one passed before."""
-    free_shapes: bool = False
-    """Whether rows have no padding, which is for measuring what fixed sizes cost: bits depend on neighbours."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +80,8 @@ class Parts:
     """See `EngineInfo`."""
     fitted: FittedModel | None = None
     """The quantised model; None: weights are not compressed."""
+    automatic: Automatic | None = None
+    """What the search of a policy found; None: nothing was searched."""
     held: ExitStack = field(default_factory=ExitStack)
     """What is released when the engine is closed, after the executor."""
 
@@ -160,18 +133,17 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     if not device.own_memory:
         placed.checked.model.pack_weights((policy.gpu_batch_size, policy.gpu_batch_tokens))
     make_workspaces(device, blueprint.source.dtype)
-    left = plan.left(free_space(device, folder))
     page_bytes = plan.page_bytes(placed.checked.passed.verdict.cache_bytes_per_token)
     most = math.inf
     if device.is_gpu and placed.checked.passed.kind == "packed":  # whose pages are made at once
         most = policy.block_size * plan.cache.sequence_bytes(PAGE_TOKENS * num_pages(0, placed.loaded.max_length))
-    cache_bytes = plan.cache.capacities(left, most)
-    cache_format = cache_format_of(options.compression)
+    capacity = Capacity.of(plan, free_space(device, folder), most)
+    cache_format = options.cache_format
     storage = CacheStorage(
-        cache_bytes, page_bytes, device=device, kv_dtype=kv_dtype, cache_format=cache_format, folder=folder, meter=meter
+        capacity, page_bytes, device=device, kv_dtype=kv_dtype, cache_format=cache_format, folder=folder, meter=meter
     )
     keep_all = options.order != "zigzag"
-    rows, scheduler = make_rows(placed.checked, policy, storage, block_tokens=plan.block_tokens(left), keep_all=keep_all)
+    rows, scheduler = make_rows(placed.checked, policy, storage, keep_all=keep_all)
     hidden = None
     if policy.hidden != ON_DEVICE:
         hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)
@@ -187,13 +159,14 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         numerics=numerics_of(blueprint.weights, placed.checked, policy, device, cache_numerics(kv_dtype, options.compression)),
         kv_dtype=kv_dtype,
         plan=plan,
-        cache_bytes=cache_bytes,
+        cache_bytes=capacity.cache_bytes,
         scheduler=scheduler,
         executor=executor,
         folder=folder,
         meter=meter,
         released_dtype=blueprint.source.released_dtype,
         fitted=blueprint.fitted,
+        automatic=blueprint.automatic,
     )
 
 
@@ -208,15 +181,6 @@ def numerics_of(
         RowNumerics(checked.passed.kind, policy.gpu_batch_size, policy.gpu_batch_tokens),
         MachineNumerics(device.torch_device.type, "host" if on_host else "device", checked.model.matmul),
         NUMERICS_VERSION,
-    )
-
-
-def cache_format_of(compression: CompressionConfig | None) -> CacheFormat:
-    """Return the format of K and V in a variant."""
-    return (
-        PLAIN_CACHE
-        if compression is None
-        else CacheFormat(compression.k_bits, compression.v_bits, compression.sparsity, compression.flexgen)
     )
 
 
@@ -235,12 +199,12 @@ def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Pat
     weights = WeightNumerics(source.digest(), dtype_name(source.dtype))
     places = SlabPlaces(weights, options.folder)
     compressed = options.compression is not None and options.compression.bits is not None
-    require_codable((options.policy or Policy()).slab_coding, source.dtype, compressed=compressed)
+    require_codable(options.asked.slab_coding, source.dtype, compressed=compressed)
     if options.compression is not None and compressed:
         weights, folder, fitted = _fit(source, options, options.compression, write_text)
         places = SlabPlaces(weights, folder)
     try:
-        formats, policy, plan = _plan(whole, options, kv_dtype, places, fitted)
+        planned = plan_engine(source, options, kv_dtype, places, fitted)
     except BaseException:
         if fitted is not None:
             fitted.slabs.close()
@@ -250,62 +214,17 @@ def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Pat
         source=source,
         whole=whole,
         device=options.device,
-        policy=policy,
+        policy=planned.policy,
         rows=options.rows,
         kv_dtype=kv_dtype,
         recheck=options.recheck,
-        formats=formats,
-        plan=plan,
+        formats=planned.formats,
+        plan=planned.memory,
         weights=weights,
-        folder=places.folder("lossless" if policy.slab_coding == "lossless" else "plain"),
+        automatic=planned.automatic,
+        folder=places.folder("lossless" if planned.policy.slab_coding == "lossless" else "plain"),
         meter=Meter(options.device.torch_device),
     )
-
-
-def _plan(
-    whole: PreTrainedModel, options: EngineOptions, kv_dtype: torch.dtype, places: SlabPlaces, fitted: FittedModel | None
-) -> tuple[Mapping[int, SlabFormat], ResolvedPolicy, MemoryPlan]:
-    """Return the formats of slabs, the policy with the place of attention, and the plan of memory."""
-    formats: Mapping[int, SlabFormat] = plain_formats(whole)
-    cache = cache_format_of(options.compression)
-    shapes = shapes_of(whole, formats, kv_dtype, cache)
-    policy = _with_place(resolved(options.policy, options.device), shapes, options)
-    space = measure_space(options.device, options.limits, places.folder("plain"))
-    if fitted is None and policy.keep_packed:
-        raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
-    if fitted is not None and (policy.keep_packed or not _fits_unpacked(shapes, policy, space)):
-        formats = fitted.formats
-        shapes = shapes_of(whole, formats, kv_dtype, cache)
-    elif fitted is not None:
-        logger.info("weights are unpacked once, since the unpacked model fits on the device")
-    elif policy.slab_coding != "plain":
-        policy, plan = _coded_plan(whole, options, shapes, policy, places)
-        return formats, policy, plan
-    return formats, replace(policy, slab_coding="plain"), MemoryPlan.of(shapes, policy, space, options.policy)
-
-
-def _coded_plan(
-    whole: PreTrainedModel, options: EngineOptions, shapes: ModelShapes, policy: ResolvedPolicy, places: SlabPlaces
-) -> tuple[ResolvedPolicy, MemoryPlan]:
-    """Decide how slabs are coded. Coded ones need slots beside the buffers into which they are read."""
-
-    def planned(coding: SlabCoding) -> tuple[ResolvedPolicy, MemoryPlan]:
-        space = measure_space(options.device, options.limits, places.folder(coding))
-        sizes = shapes
-        if coding == "lossless":
-            sizes = replace(shapes, is_coded=True, disk_bytes={**shapes.disk_bytes, **places.coded_bytes()})
-        return replace(policy, slab_coding=coding), MemoryPlan.of(sizes, policy, space, options.policy)
-
-    if policy.slab_coding == "lossless":
-        return planned("lossless")
-    plain = planned("plain")
-    if automatic_coding(whole, plain[1].weights, policy, options.device, places) == "plain":
-        return plain
-    try:
-        return planned("lossless")
-    except PolicyError:
-        logger.info("slabs on disk are plain, since there is no memory to decode them")
-        return plain
 
 
 def _fit(
@@ -319,34 +238,6 @@ def _fit(
     folder = options.folder or default_folder(shared, identity, "compressed")
     fitted = fit(source, scheme_of(compression.scheme, compression.bits), folder, identity, write_text)
     return replace(shared, dtype=dtype_name(source.dtype), statistics=fitted.decisions), folder, fitted
-
-
-def _fits_unpacked(shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> bool:
-    """Whether the unpacked model is resident where the policy puts it."""
-    try:
-        return MemoryPlan.of(shapes, policy, space).weights.is_resident
-    except PolicyError:
-        return False
-
-
-def _with_place(policy: ResolvedPolicy, shapes: ModelShapes, options: EngineOptions) -> ResolvedPolicy:
-    """Decide where decode rows attend and where K and V are, if the device has a memory of its own."""
-    if not options.device.own_memory:
-        return policy
-    asked = options.policy or Policy()
-    if cache_format_of(options.compression).flexgen:
-        if asked.cpu_attention:
-            raise PolicyError(
-                "K and V by FlexGen's rules (`-flexgen`) are attended to on the device only. Leave cpu_attention out, or give "
-                "0, or name the variant without `-flexgen`."
-            )
-        asked = replace(asked, cpu_attention=0.0)
-    machine = whole_machine(options.device, options.limits)
-    place = attention_place(asked, policy, shapes, machine)
-    if place.reason is not None:
-        where = "on the CPU" if place.cpu_attention else "on the device"
-        logger.info("packed rows that decode attend %s: %s; `cpu_attention` names another place", where, place.reason)
-    return replace(policy, cpu_attention=place.cpu_attention, cache=place.cache)
 
 
 def _empty(source: ModelSource) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Literal, TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flexgen_helm.compression.config import CompressionConfig, resolve
@@ -25,18 +25,25 @@ from flexgen_helm.generation.prepare import PreparedJob, prepare
 from flexgen_helm.generation.vocabulary import Vocabulary
 from flexgen_helm.loading.source import ModelSource, named_dtype, open_dummy, open_model
 from flexgen_helm.loading.versions import warn_if_untested
+from flexgen_helm.machine.profile import MachineProfile
+from flexgen_helm.machine.profile_file import named_profile
 from flexgen_helm.machine.rates import measure_rates
 from flexgen_helm.memory.amounts import MaxMemory, gib, parse_max_memory
 from flexgen_helm.memory.device import Device, resolve_device
 from flexgen_helm.model.linear import plain_weights
+from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.policy.roofline import layer_sizes, with_limit
 from flexgen_helm.policy.shapes_of_model import setting
 from flexgen_helm.rows.choice import Kind, KindChoice, validated_kind
 from flexgen_helm.run_stats import RunStats
-from flexgen_helm.runtime.building import EngineOptions, Parts, build
+from flexgen_helm.runtime.building import Parts, build
+from flexgen_helm.runtime.description import describe
+from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.final_hidden import LayerProbe, final_hidden, probing
 from flexgen_helm.runtime.fitting.own_text import writing_job, written
 from flexgen_helm.runtime.intake import Intake, Ticket
+from flexgen_helm.runtime.planning.automatic import known_workload
+from flexgen_helm.runtime.planning.forecast import forecast
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.runtime.run import Run
 from flexgen_helm.runtime.worker import Worker
@@ -95,7 +102,9 @@ class Engine:
         *,
         dtype: str = "auto",
         device: str | Device = "auto",
-        policy: Policy | None = None,
+        policy: Policy | Literal["auto"] | None = None,
+        workload: Sequence[Job] | Workload | None = None,
+        profile: str | Path | MachineProfile | None = None,
         max_memory: MaxMemory | None = None,
         offload_folder: str | Path | None = None,
         kv_dtype: str | None = None,
@@ -113,7 +122,11 @@ class Engine:
             name_or_path: A model folder, or a name on the model hub; with `@w4` and the like a compressed variant of it.
             dtype: "auto" (the checkpoint's on a GPU, float32 on a CPU), "float32", "bfloat16" or "float16".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; a `Device` gives a CPU a memory of its own.
-            policy: Sizes and placement. Fields that are None are chosen by device and memory.
+            policy: Sizes and placement. Fields that are None are chosen by device and memory. None or "auto":
+                ``Policy(auto=True)``, which is searched for the workload where not everything fits on the device.
+            workload: Jobs that the engine will run, as far as they are known. None: no policy is searched.
+            profile: The machine with which the search predicts: a `MachineProfile`, the name of one that comes with the
+                package, or a file. None: this machine, measured once and kept in the cache folder.
             max_memory: Most bytes of "device", "host" and "disk", as numbers or texts such as "15GiB"; a tier without an entry
                 may use what is free. On a CPU, device and host are one memory, and their sum counts.
             offload_folder: Folder for weights, cache and hidden states on disk; None: a folder under the cache folder.
@@ -143,7 +156,7 @@ class Engine:
         name, config = resolve(str(name_or_path), compression)
         options = EngineOptions(
             resolve_device(device),
-            policy,
+            None if policy == "auto" else policy,
             validated_kind(rows),
             order,
             None if kv_dtype is None else named_dtype("kv_dtype", kv_dtype),
@@ -152,6 +165,7 @@ class Engine:
             Path(offload_folder) if offload_folder else None,
             recheck,
             free_shapes,
+            profile=named_profile(profile) if isinstance(profile, str | Path) else profile,
         )
         warn_if_untested()
         where = options.device.torch_device
@@ -159,6 +173,7 @@ class Engine:
             source = open_dummy(name, dtype=dtype, device=where)
         else:
             source = open_model(name, dtype=dtype, device=where, revision=revision)
+        options = replace(options, workload=known_workload(source, workload))
         return cls(build(source, options, partial(cls._write_text, source, options)))
 
     @classmethod
@@ -214,7 +229,9 @@ class Engine:
                 results[index] = Result(error=error)
         with self._run_lock:
             run = Run(self._worker, self.meter, tickets, results, on_error)
+            expected = forecast(self._parts, tickets.values())
             self.stats = run.answer(on_result, progress)
+            self.stats.predicted = expected
         over = self._parts.plan.exceeded(self.stats)
         if over is not None:
             logger.warning("more memory was used than allowed: %s. Lower block_tokens or num_gpu_batches.", over)
@@ -304,30 +321,7 @@ class Engine:
 
     def describe(self) -> EngineInfo:
         """Return the engine's policy, numerics and bytes on each tier."""
-        parts, weights = self._parts, self._parts.plan.weights
-        k_bits, v_bits = parts.plan.shapes.cache_bits
-        modules = nn.ModuleList([parts.loaded.model, *parts.checked.model.layers])  # stand-ins are in the layers' place
-        parameters = list(modules.parameters())
-        num_bytes, count = sum(p.numel() * p.element_size() for p in parameters), sum(p.numel() for p in parameters)
-        fitted = parts.fitted
-        if fitted is not None:
-            num_bytes += fitted.num_bytes - sum(each.bound.num_bytes for each in fitted.formats.values())
-        return EngineInfo(
-            bits_per_compressed_weight=None if fitted is None else fitted.bits_per_weight,
-            statistics="" if fitted is None else fitted.statistics,
-            bits_per_weight_on_disk=weights.bits_on_disk,
-            policy=self.policy,
-            numerics=self.numerics,
-            bits_per_weight=8 * num_bytes / count,
-            bits_per_cache_element=8.0 * parts.kv_dtype.itemsize * parts.plan.shapes.kept_share,
-            bits_per_k_element=k_bits,
-            bits_per_v_element=v_bits,
-            planned_bytes={str(tier): count for tier, count in weights.needed_bytes.items()},
-            cache_bytes={str(tier): count for tier, count in parts.cache_bytes.items()},
-            weight_bytes={str(tier): count for tier, count in weights.weight_bytes.items()},
-            bit_stable=self.self_check.bit_stable,
-            released_dtype=parts.released_dtype,
-        )
+        return describe(self._parts)
 
     def with_limit(self, stats: RunStats) -> RunStats:
         """Return a run's stats with the least time that this machine needs for them, from rates measured now.

@@ -16,18 +16,18 @@ from flexgen_helm.memory.allocator import return_freed_memory
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.slab import Plain, SlabFormat
+from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.model.layers import layer_kinds, layers_of, refuse_shared_layers
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.row_sizes import resolved
-from flexgen_helm.policy.shapes_of_model import own_head
 from flexgen_helm.rows.choice import CheckedModel, KindChoice, Passed, check_model
 from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.runtime.fitting.packing import PackedLayers
 from flexgen_helm.runtime.offload import Offloader
 from flexgen_helm.runtime.packed_model import packed_store, unpack_all
+from flexgen_helm.runtime.planning.automatic import Automatic
 from flexgen_helm.runtime.slab_places import slab_identity
 from flexgen_helm.runtime.verdicts import Check, recall, remember
 from flexgen_helm.types import ResolvedPolicy, SlabCoding, WeightNumerics
@@ -63,6 +63,8 @@ class Blueprint:
     meter: Meter
     fitted: FittedModel | None = None
     """The quantised model; None: weights are not compressed."""
+    automatic: Automatic | None = None
+    """What the search of a policy found; None: nothing was searched."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,6 @@ class PlacedModel:
     """Store that brings streamed weights to the device; None: all weights are resident."""
     disk_bytes: Mapping[int, int] = field(default_factory=dict)
     """Bytes of the slabs on disk by number, where they may differ from the plan's."""
-
-
-def plain_formats(model: PreTrainedModel) -> dict[int, SlabFormat]:
-    """Return uncompressed slab formats by unit number, for the layers and an output head with weights of its own."""
-    units = [*layers_of(model), *filter(None, [own_head(model)])]
-    return {j: Plain.of(unit) for j, unit in enumerate(units)}
 
 
 def load_and_check(blueprint: Blueprint) -> PlacedModel:

@@ -56,6 +56,11 @@ class PackedScheduler:
         """Memory for pages that are kept."""
         return self._tables.capacity_bytes
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether prompts that have their pages wait for a sweep."""
+        return bool(self._filling)
+
     def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
         """Kept pages of a prompt alone; one that generates at most one token needs none in column order."""
         if max(limits, default=0) <= 1 and not self._keep_all:

@@ -12,7 +12,8 @@ from torch import Tensor
 from flexgen_helm.compression import lossless
 from flexgen_helm.compression.lossless_slab import encode_slab
 from flexgen_helm.errors import CorruptFile
-from flexgen_helm.memory.buffers import PAGE, allocate
+from flexgen_helm.memory.amounts import PAGE
+from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.slab import SlabLayout, SlabTensor
 
 DTYPES = [torch.bfloat16, torch.float16]

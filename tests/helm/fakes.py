@@ -164,9 +164,11 @@ class FakeLoader:
         self.attempts = 0
         self.few_requests: bool | None = None
         """What the last caller asked for."""
+        self.workload: Sequence[Job] | None = None
+        """Jobs that it announced."""
 
-    def __call__(self, arguments: dict[str, Any], *, few_requests: bool) -> FakeEngine:
-        self.few_requests = few_requests
+    def __call__(self, arguments: dict[str, Any], *, few_requests: bool, workload: Sequence[Job] | None = None) -> FakeEngine:
+        self.few_requests, self.workload = few_requests, workload
         self.attempts += 1
         if self.error is not None:
             raise self.error

@@ -145,7 +145,9 @@ def test_a_resumed_run_keeps_its_row_sizes(run_suite: RunSuite, loader: FakeLoad
         registry.ENGINES.close()
         loader.engines.clear()
     run_suite(SPECS, execution=NO_CACHE)
-    assert [engine.arguments.get("policy") for engine in loader.engines] == [Policy(gpu_batch_size=48, gpu_batch_tokens=96)]
+    assert [engine.arguments.get("policy") for engine in loader.engines] == [
+        Policy(gpu_batch_size=48, gpu_batch_tokens=96, auto=True)
+    ]
 
 
 @pytest.mark.parametrize("attention", ["host", "device"])
@@ -161,7 +163,7 @@ def test_a_resumed_run_keeps_the_place_of_attention(
     registry.ENGINES.close()
     loader.engines.clear()
     run_suite(SPECS, execution=NO_CACHE)
-    expected = Policy(gpu_batch_size=48, gpu_batch_tokens=96, cpu_attention=float(attention == "host"))
+    expected = Policy(gpu_batch_size=48, gpu_batch_tokens=96, cpu_attention=float(attention == "host"), auto=True)
     assert [engine.arguments.get("policy") for engine in loader.engines] == [expected]
 
 

@@ -18,7 +18,7 @@ from flexgen_helm.kv_cache.page_stores import DiskPages, HostPages
 from flexgen_helm.kv_cache.pages import PageCounts, StagedPages
 from flexgen_helm.kv_cache.sealed_format import PerTokenPart
 from flexgen_helm.kv_cache.working_set import Loaded, WorkingSet
-from flexgen_helm.memory.buffers import padded
+from flexgen_helm.memory.amounts import padded
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link
 from flexgen_helm.memory.meter import Meter

@@ -16,7 +16,8 @@ from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PagePool, PageStorage
 from flexgen_helm.memory import buffers
-from flexgen_helm.memory.buffers import PAGE, allocate, lazy_zeros, padded
+from flexgen_helm.memory.amounts import PAGE, padded
+from flexgen_helm.memory.buffers import allocate, lazy_zeros
 from tests.memory.alone import alone
 
 SIZE = 64 * 2**20

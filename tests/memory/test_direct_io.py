@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError
-from flexgen_helm.memory.buffers import PAGE, allocate
+from flexgen_helm.memory.amounts import PAGE
+from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.direct_io import PIECE, DirectFile, DiskIO
 
 SIZE = 2 * PIECE + 3 * PAGE

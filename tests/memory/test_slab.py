@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from flexgen_helm.memory.buffers import PAGE, allocate
+from flexgen_helm.memory.amounts import PAGE
+from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.slab import ALIGNMENT, Binding, layout_of, pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError
 from flexgen_helm.memory import direct_io
-from flexgen_helm.memory.buffers import PAGE, allocate
+from flexgen_helm.memory.amounts import PAGE
+from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.slab import SlabLayout, SlabTensor
 from flexgen_helm.memory.slab_folder import SlabFolder
 

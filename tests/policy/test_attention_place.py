@@ -15,9 +15,8 @@ from flexgen_helm.loading.named_configs import named_config
 from flexgen_helm.policy.attention_place import AttentionPlace, attention_place
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
-from flexgen_helm.policy.shapes_of_model import shapes_of
+from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
 from flexgen_helm.policy.space import Space
-from flexgen_helm.runtime.load_model import plain_formats
 from flexgen_helm.types import ON_DEVICE, ON_HOST, Policy, ResolvedPolicy, Shares
 
 GIB = 2**30

@@ -20,10 +20,9 @@ from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.cache_plan import CACHE_SHARE, CachePlan
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
-from flexgen_helm.policy.shapes_of_model import shapes_of
+from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
 from flexgen_helm.policy.space import Space
 from flexgen_helm.run_stats import RunStats
-from flexgen_helm.runtime.load_model import plain_formats
 from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier
 
 GIB = 2**30

@@ -148,11 +148,11 @@ def test_less_memory_is_measured_where_an_engine_leaves_less(monkeypatch: pytest
 
     monkeypatch.setattr(module, "random_numbers", on_a_full_device)
     monkeypatch.setattr(module, "READ_BYTES", {"meta": 1024, "cpu": 128})
-    assert module._much_memory(torch.device("meta")).nbytes == 256
+    assert module.much_memory(torch.device("meta")).nbytes == 256
     assert asked == [1024, 512, 256]
     room = 0
     with pytest.raises(torch.OutOfMemoryError):
-        module._much_memory(torch.device("meta"))
+        module.much_memory(torch.device("meta"))
     assert asked[3:] == [1024, 512, 256, 128]
 
 

@@ -18,9 +18,8 @@ from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.model_shapes import EMBEDDINGS
-from flexgen_helm.policy.shapes_of_model import shapes_of
+from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
 from flexgen_helm.policy.weight_plan import WeightPlan
-from flexgen_helm.runtime.load_model import plain_formats
 from flexgen_helm.runtime.offload import Offloader
 from flexgen_helm.types import TIERS, Tier
 

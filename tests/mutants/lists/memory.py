@@ -59,8 +59,8 @@ MUTANTS = (
     ),
     Mutant(
         name="row-sizes-not-of-the-vectors",
-        file="flexgen_helm/policy/row_sizes.py",
-        old="step = VECTOR * torch.get_num_threads()",
+        file="flexgen_helm/policy/default_rows.py",
+        old="step = VECTOR * threads",
         new="step = VECTOR + 1",
         tests=(f"{NUMERICS}::test_default_rows_are_whole_vectors_of_every_thread",),
         why="answers change in the last bit with their place in a row",

@@ -1,0 +1,154 @@
+"""Replay of sweeps on a clock: the operations of the schedule, with their dependencies, as tasks on resources. No torch.
+
+It behaves as `flexgen_helm.execution.overlapped` does, or as `flexgen_helm.execution.serial` where the policy does not overlap:
+the device does one thing after the other, three queues move one thing after the other each, the CPU attends for one row at a
+time, and an operation begins when all have ended that `flexgen_helm.schedule.dependencies.needs` names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flexgen_helm.kv_cache.pages import NUM_BUFFERS
+from flexgen_helm.policy.planner.durations import Durations, Stage
+from flexgen_helm.policy.planner.fluid import Fluid, Mark, Task
+from flexgen_helm.policy.planner.loads import SweepLoad
+from flexgen_helm.policy.planner.order import Performed, Resumed, performed
+from flexgen_helm.policy.planner.weight_loads import WeightLoads
+from flexgen_helm.schedule.dependencies import QUEUES
+from flexgen_helm.schedule.operations import Order, sweep_operations
+from flexgen_helm.types import Tier
+
+
+class Replay:
+    """Sweeps one after the other. What is loaded ahead at the end of one is there, or on its way, in the next."""
+
+    def __init__(self, durations: Durations, clock: Fluid, *, order: Order = "zigzag", num_layers: int | None = None) -> None:
+        """Begin with nothing loaded.
+
+        Args:
+            durations: Stages of operations.
+            clock: Runs them.
+            order: Order in which rows go through layers.
+            num_layers: Layers that are replayed, the model's first ones; None: all.
+        """
+        self._durations, self._clock, self._order = durations, clock, order
+        plan = durations.plan
+        self._policy = plan.policy
+        self._num_layers = num_layers or plan.shapes.num_layers
+        self._skipped = plan.shapes.num_layers - self._num_layers
+        streamed = [j for j in plan.weights.streamed if j < self._num_layers or j == plan.shapes.num_layers]
+        self._streamed = frozenset(min(j, self._num_layers) for j in streamed)
+        self._weights = WeightLoads(durations, clock, streamed)
+        self.layer_ends: list[Mark] = []
+        """The clock at the end of each layer of the last sweep."""
+        self._device: Task | None = None
+        self._cpu: Task | None = None
+        self._last: Task | None = None
+        self._queues: dict[str, Task | None] = {"cache": None, "hidden": None}
+        self._overhead = 0.0
+        """Time of operations that were performed since the device was last given something."""
+
+    def sweep(self, load: SweepLoad) -> float:
+        """Do a sweep; returns the time at which the device has done all of it; without overlap, when stores have ended too."""
+        overlap = self._policy.overlap
+        suspending = frozenset(k for k, row in enumerate(load.rows) if row.on_host and overlap)
+        operations = sweep_operations(
+            self._order,
+            self._num_layers,
+            len(load.rows),
+            streamed=self._streamed,
+            num_slots=self._weights.num_slots,
+        )
+        walk = _Sweep(load, self._durations.hidden_tiers(len(load.rows)))
+        last_tasks: list[Task] = []
+        for step in performed(operations, suspending):
+            if not isinstance(step, Resumed) and step.kind in ("compute", "finish") and step.j > len(last_tasks):
+                assert self._device is not None
+                last_tasks.append(self._device)
+            if isinstance(step, Resumed):
+                attended, rest = walk.suspended.pop(step.number)
+                walk.ends[step.number] = self._on_device(f"compute {step.number}", [rest], [attended])
+            else:
+                after = [walk.ends[number] for number in step.needs]
+                task = self._do(step, walk, after if overlap else [*after, self._last])
+                walk.ends[step.number] = task
+                if not overlap:  # what was loaded before is no later than what came last
+                    self._last = self._clock.add("", [], [task, self._last])
+        self.layer_ends = [self._clock.mark(task) for task in last_tasks]
+        last = self._device if overlap else self._last
+        assert last is not None
+        return self._clock.run_to(last)
+
+    def _do(self, step: Performed, walk: _Sweep, after: list[Task | None]) -> Task | None:
+        """Add the tasks of an operation; returns the one that ends it."""
+        kind, j, k = step.operation
+        j = j if j < self._num_layers else j + self._skipped
+        name = f"{kind} {j}" if k < 0 else f"{kind} {j},{k}"
+        durations, row = self._durations, walk.load.rows[k] if k >= 0 else None
+        if kind == "compute":
+            assert row is not None
+            stages = durations.layer(j, row, first=walk.layer != j)
+            walk.layer = j
+            if not step.suspends:
+                return self._on_device(name, stages, after)
+            begun = self._on_device(name, stages[:1], after)
+            self._cpu = self._clock.add(name, stages[1:2], [begun, self._cpu])
+            walk.suspended[step.number] = self._cpu, stages[2]
+            return begun
+        self._overhead += durations.profile.operation_seconds
+        if kind == "record":
+            assert row is not None
+            return self._on_device(name, durations.record(row), after)
+        if kind == "finish":
+            return self._on_device(name, durations.finish(walk.load.logits), after)
+        if kind == "load_weights":
+            return self._weights.begin(j, after)
+        if kind == "release_weights":
+            self._weights.release(j)
+            return self._clock.add(name, [], after)
+        assert row is not None
+        if kind in ("load_cache", "store_cache"):
+            stores = kind == "store_cache"
+            if not (row.taken if stores else row.stages):
+                return None
+            return self._move(QUEUES[kind], name, durations.store_cache(row) if stores else durations.load_cache(row), after)
+        tier = walk.tiers[k]
+        if tier == "device":
+            return None
+        return self._move("hidden", name, [durations.hidden(row, tier, stores=kind == "store_hidden")], after)
+
+    def _on_device(self, name: str, stages: Sequence[Stage], after: list[Task | None]) -> Task:
+        first = stages[0]._replace(seconds=stages[0].seconds + self._overhead)
+        self._overhead = 0.0
+        self._device = self._clock.add(name, [first, *stages[1:]], [*after, self._device])
+        return self._device
+
+    def _move(self, queue: str, name: str, pieces: list[list[Stage]], after: list[Task | None]) -> Task:
+        """Add a transfer in pieces: each goes over its links one after the other, in one of a few buffers."""
+        begin = self._clock.add(name, [], [*after, self._queues[queue]])
+        ends: list[list[Task]] = []
+        for number, piece in enumerate(pieces):
+            free = ends[number - NUM_BUFFERS][-1] if number >= NUM_BUFFERS else begin
+            tasks: list[Task] = []
+            for i, stage in enumerate(piece):
+                before = ends[-1][i] if ends and i < len(ends[-1]) else None
+                tasks.append(self._clock.add(name, [stage], [tasks[-1] if tasks else free, before]))
+            if tasks:
+                ends.append(tasks)
+        end = self._clock.add(name, [], [task for tasks in ends for task in tasks[-1:]] or [begin])
+        self._queues[queue] = end
+        return end
+
+
+class _Sweep:
+    """What is known of the sweep that is being added."""
+
+    def __init__(self, load: SweepLoad, tiers: list[Tier]) -> None:
+        self.load, self.tiers = load, tiers
+        self.layer = -1
+        """Layer that was computed last."""
+        self.ends: dict[int, Task | None] = {}
+        """What ends each operation; None: it needs no time."""
+        self.suspended: dict[int, tuple[Task, Stage]] = {}
+        """Attention of suspended calls, and what the device does behind it."""

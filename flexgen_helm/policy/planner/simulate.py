@@ -1,0 +1,209 @@
+"""Simulation of a run: what a plan makes of a workload on a machine, sweep by sweep (FlexGen section 4.3). No torch.
+
+Sweeps are not all replayed.
+
+* One sweep stands for up to `flexgen_helm.policy.planner.sweeps.ALIKE` that follow each other and only decode the same
+  completions.
+* Where only the device works, times add up. Else sweeps are alike that have as many rows of each kind and the same busiest
+  resource: `SAMPLES` of these are replayed, over the whole range of that resource's time, and the ratio of the sweep's time to
+  it is interpolated.
+* A sweep begins with the weights that the one before it has loaded ahead, and what that still stores; the first with nothing.
+* Of layers that repeat with a period only the first few are replayed, if the last of them take equally long: then so do all.
+
+`tests/policy/planner` compares that with the replay of everything.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+from flexgen_helm.machine.profile import MachineProfile
+from flexgen_helm.policy.memory_plan import MemoryPlan
+from flexgen_helm.policy.planner.durations import Durations
+from flexgen_helm.policy.planner.fluid import Fluid, Mark, Span
+from flexgen_helm.policy.planner.loads import SweepLoad
+from flexgen_helm.policy.planner.prediction import Prediction
+from flexgen_helm.policy.planner.replay import Replay
+from flexgen_helm.policy.planner.sweeps import sweep_loads
+from flexgen_helm.policy.planner.totals import Totals
+from flexgen_helm.policy.planner.workload import Workload
+from flexgen_helm.types import TIERS
+
+MOST_PERIOD = 4
+"""Longest period of layers that is looked for."""
+LEAST_LAYERS = 6
+"""Fewest layers that are replayed if the others are not: weights that are loaded ahead come into step meanwhile."""
+SAMPLES = 9
+"""Most sweeps that are replayed of those that are alike."""
+EQUAL = 1e-3
+"""Largest relative difference between layers that take equally long."""
+
+
+NOTHING = Mark(0.0, {}, {})
+
+
+def simulate(plan: MemoryPlan, workload: Workload, profile: MachineProfile, *, exactly: bool = False) -> Prediction:
+    """Predict a run.
+
+    Args:
+        plan: The memory plan; rows are packed and in column order.
+        workload: What is asked.
+        profile: The machine.
+        exactly: Whether every sweep and layer is replayed.
+
+    Raises:
+        PolicyError: If the profile lacks a rate that the policy needs.
+        OutOfSpace: If a prompt of the workload does not fit into the cache.
+    """
+    durations = Durations(plan, profile)
+    loads = list(sweep_loads(plan, workload, **({"alike": 1} if exactly else {})))
+    latency = 0.0
+    total = NOTHING
+    costs = _replayed(durations, loads) if exactly else _sampled(durations, loads)
+    for load, cost in zip(loads, costs, strict=True):
+        total = total.plus(cost, load.count)
+        if not latency and load.answers:
+            latency = total.seconds
+    return Prediction(
+        policy=replace(plan.policy, weights=plan.weights.shares),
+        seconds=total.seconds,
+        prompt_tokens=sum(load.prompt_tokens * load.count for load in loads),
+        generated_tokens=sum(load.generated_tokens * load.count for load in loads),
+        sweeps=sum(load.count for load in loads),
+        peak_bytes=plan.peak_with({tier: max(load.cache_bytes.get(tier, 0) for load in loads) for tier in TIERS}),
+        bytes_moved={name: round(count) for name, count in total.moved.items() if count},
+        busy_seconds=total.busy,
+        latency_seconds=latency,
+    )
+
+
+def timeline(plan: MemoryPlan, load: SweepLoad, profile: MachineProfile) -> list[Span]:
+    """Return what every resource does in a sweep that follows one like it.
+
+    Args:
+        plan: The memory plan.
+        load: The sweep, from `flexgen_helm.policy.planner.sweeps.sweep_loads`.
+        profile: The machine.
+
+    Returns:
+        Spans in the order of their ends; the sweep begins at 0.
+    """
+    spans: list[Span] = []
+    clock = Fluid(duplex=profile.duplex, spans=spans)
+    replay = Replay(Durations(plan, profile), clock)
+    begin = replay.sweep(load)
+    replay.sweep(load)
+    return [span._replace(begin=max(0.0, span.begin - begin), end=span.end - begin) for span in spans if span.end > begin]
+
+
+def sweep_cost(durations: Durations, load: SweepLoad) -> Mark:
+    """Return what a sweep takes that follows one like it.
+
+    Args:
+        durations: Stages of operations.
+        load: The sweep.
+    """
+    totals = Totals(durations)
+    cost = totals.of(load)
+    if not totals.waits(load):
+        return cost._replace(seconds=cost.busy["device"])
+    return cost._replace(seconds=_one(durations, load, _few_layers(durations), before=load).seconds)
+
+
+def _replayed(durations: Durations, loads: list[SweepLoad]) -> list[Mark]:
+    """Return what each sweep takes, from a replay of everything."""
+    clock = Fluid(duplex=durations.profile.duplex)
+    replay = Replay(durations, clock)
+    return [_cost_of(replay, clock, load) for load in loads]
+
+
+def _cost_of(replay: Replay, clock: Fluid, load: SweepLoad) -> Mark:
+    begin = clock.mark()
+    replay.sweep(load)
+    return clock.mark().since(begin)
+
+
+def _sampled(durations: Durations, loads: list[SweepLoad]) -> list[Mark]:
+    """Return what each sweep takes, from replays of some."""
+    totals = Totals(durations)
+    found = [totals.of(load) for load in loads]
+    alike: dict[object, list[int]] = defaultdict(list)
+    for i, load in enumerate(loads):
+        if totals.waits(load):
+            busiest = max(found[i].busy, key=found[i].busy.__getitem__)
+            alike[busiest, tuple((row.kind, row.size) for row in load.rows)].append(i)
+        else:
+            found[i] = found[i]._replace(seconds=found[i].busy["device"])
+    few = _few_layers(durations)
+    for numbers in alike.values():
+        _stretch(durations, loads, found, sorted(numbers, key=lambda i: found[i].seconds), few)
+    if durations.plan.weights.streamed:
+        found[:1] = [_one(durations, load, None, before=None) for load in loads[:1]]
+    return found
+
+
+def _stretch(
+    durations: Durations, loads: list[SweepLoad], found: list[Mark], numbers: list[int], few: tuple[int, int] | None
+) -> None:
+    """Replay some of the sweeps that are alike, and make the others as much longer than their busiest resource needs.
+
+    Args:
+        durations: Stages of operations.
+        loads: All sweeps.
+        found: Their totals, which get their time.
+        numbers: Sweeps that are alike, by the time of their busiest resource.
+        few: See `_few_layers`.
+    """
+    last = len(numbers) - 1
+    chosen = sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})
+    ratios = {}
+    for place in chosen:
+        i = numbers[place]
+        before = loads[i - 1] if i and loads[i].count == 1 else loads[i]
+        ratios[place] = _one(durations, loads[i], few, before=before).seconds / found[i].seconds
+    below = 0
+    for place, i in enumerate(numbers):
+        above = next(each for each in chosen if each >= place)
+        below = place if place == above else below
+        share = (place - below) / (above - below) if above > below else 0.0
+        ratio = (1 - share) * ratios[below] + share * ratios[above]
+        found[i] = found[i]._replace(seconds=ratio * found[i].seconds)
+
+
+def _one(durations: Durations, load: SweepLoad, few: tuple[int, int] | None, *, before: SweepLoad | None) -> Mark:
+    """Return what a sweep takes.
+
+    Args:
+        durations: Stages of operations.
+        load: The sweep.
+        few: Layers that are replayed, and their period; None: all, as also if the last of these do not take equally long.
+        before: The sweep before it, which loads ahead; None: there is none.
+    """
+    num_layers, period = few or (durations.plan.shapes.num_layers, 0)
+    clock = Fluid(duplex=durations.profile.duplex)
+    replay = Replay(durations, clock, num_layers=num_layers)
+    if before is not None:
+        replay.sweep(before)
+    cost = _cost_of(replay, clock, load)
+    skipped = durations.plan.shapes.num_layers - num_layers
+    if not skipped:
+        return cost
+    ends = replay.layer_ends
+    last, other = ends[-1].since(ends[-1 - period]), ends[-1 - period].since(ends[-1 - 2 * period])
+    if abs(last.seconds - other.seconds) > EQUAL * last.seconds:
+        return _one(durations, load, None, before=before)
+    return cost.plus(last, skipped / period)
+
+
+def _few_layers(durations: Durations) -> tuple[int, int] | None:
+    """Return how many layers stand for all, and their period; None: only all of them."""
+    plan = durations.plan
+    shapes, tiers = plan.shapes, plan.weights.tiers
+    kinds = [(tiers[j], shapes.bound_bytes[j], shapes.disk_bytes[j], shapes.products_of(j)) for j in range(shapes.num_layers)]
+    for period in range(1, MOST_PERIOD + 1):
+        if kinds[period:] == kinds[:-period]:
+            few = shapes.num_layers % period
+            few += -(-(max(LEAST_LAYERS + plan.policy.prefetch, 4 * period) - few) // period) * period
+            return (few, period) if few < shapes.num_layers else None
+    return None

@@ -1,0 +1,1 @@
+"""The command `flexgen-helm plan`."""

@@ -1,0 +1,116 @@
+"""The command `flexgen-helm plan`: from its options to a plan in words, as JSON and as plots."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from flexgen_helm.attention.chunks import GATHERED_BYTES
+from flexgen_helm.compression.config import CompressionConfig, resolve
+from flexgen_helm.errors import FlexGenError
+from flexgen_helm.loading.named_configs import named_config
+from flexgen_helm.loading.source import ModelSource, open_dummy, open_without_weights
+from flexgen_helm.machine.profile import MachineProfile
+from flexgen_helm.machine.profile_file import named_profile
+from flexgen_helm.memory.amounts import parse_max_memory
+from flexgen_helm.memory.device import Device, resolve_device
+from flexgen_helm.policy.model_shapes import ModelShapes
+from flexgen_helm.policy.planner.search.choice import Constraints
+from flexgen_helm.policy.planner.search.choose import Problem, choose_policy, default_policy
+from flexgen_helm.policy.planner.search.gains import gains
+from flexgen_helm.policy.planner.search.variants import with_packed_weights
+from flexgen_helm.policy.planner.workload import Workload
+from flexgen_helm.policy.row_sizes import resolved
+from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
+from flexgen_helm.policy.space import Space
+from flexgen_helm.runtime.engine_options import cache_format_of
+from flexgen_helm.runtime.free_space import GATHER_COPIES, GPU_PROCESS_BYTES, PROCESS_BYTES
+from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
+from flexgen_helm.runtime.planning.text import Planned, as_json, lines
+from flexgen_helm.types import TIERS, Policy, Tier
+
+
+def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
+    """Choose a policy, print it with what it takes, and draw what was asked for.
+
+    Args:
+        args: Options of the command.
+        say: Told what happens, a line at a time.
+
+    Raises:
+        FlexGenError: If the model or the profile cannot be read, or no policy fits.
+    """
+    name, compression = resolve(args.model)
+    named = None if args.machine is None else named_profile(args.machine)
+    device = (
+        resolve_device(args.device)
+        if named is None
+        else Device(torch.device("cuda" if named.is_gpu else "cpu"), named.own_memory)
+    )
+    source = open_source(args.config or name, args.dtype, device)
+    shapes = planned_shapes(source, compression)
+    profile = named or _measured(args, source, device, say)
+    space = space_of(profile, parse_max_memory(args.max_memory))
+    tiers: frozenset[Tier] = frozenset(tier for tier in TIERS if tier not in args.without)
+    constraints = Constraints(args.max_latency, args.min_throughput, tiers, args.search_numerics)
+    workload = Workload.uniform(args.num_jobs, args.prompt_len, args.gen_len, score=args.gen_len == 0)
+    asked = args.policy or Policy()
+    choice = choose_policy(shapes, workload, profile, space, asked=asked, constraints=constraints)
+    base = default_policy(shapes, profile, space, asked, tiers=tiers)
+    problem = Problem(shapes, workload, profile, space, asked, constraints, base)
+    planned = Planned(args.model, profile, choice, gains(problem))
+    print(json.dumps(as_json(planned)) if args.json else "\n".join(lines(planned, shapes, space)))
+    if args.plot is not None:
+        from flexgen_helm.runtime.planning.plot import draw
+
+        for file in draw(args.plot, problem, choice):
+            say(f"plot: {file}")
+    return 0
+
+
+def open_source(model: str | Path, dtype: str, device: Device) -> ModelSource:
+    """Open a model of which only the config is needed: a name, a folder, or a config file."""
+    where = device.torch_device
+    path = Path(model)
+    if path.is_file():
+        path = path.parent if path.name == "config.json" else path
+        if path.is_file():
+            raise FlexGenError(f"{model} is not a config.json. Give a folder that has one, or that file.")
+    if path.is_dir() or named_config(str(model)) is not None:
+        return open_dummy(str(path if path.is_dir() else model), dtype=dtype, device=where)
+    return open_without_weights(str(model), dtype=dtype, device=where)
+
+
+def planned_shapes(source: ModelSource, compression: CompressionConfig | None) -> ModelShapes:
+    """Return the sizes of a model or of a variant of it, whose packed weights are estimated by their bits."""
+    whole = source.empty
+    shapes = shapes_of(whole, plain_formats(whole), source.dtype, cache_format_of(compression))
+    if compression is None or compression.bits is None:
+        return shapes
+    return with_packed_weights(shapes, compression.bits, compression.weight_scheme)
+
+
+def space_of(profile: MachineProfile, limits: dict[Tier, int]) -> Space:
+    """Return the bytes that an engine may use on a machine: all but a reserve, and no more than the user allows."""
+    reserve = {"device": GPU_PROCESS_BYTES if profile.is_gpu else PROCESS_BYTES, "host": PROCESS_BYTES, "disk": 0}
+    available = {tier: min(profile.memory[tier] - reserve[tier], limits.get(tier, profile.memory[tier])) for tier in TIERS}
+    if not profile.own_memory and {"device", "host"} & limits.keys():
+        ram = limits.get("device", 0) + limits.get("host", 0)
+        available["device"] = available["host"] = min(profile.memory["host"] - PROCESS_BYTES, ram)
+    scratch = GATHER_COPIES * GATHERED_BYTES if profile.is_gpu else 0
+    return Space(available, profile.own_memory, limits, is_gpu=profile.is_gpu, scratch_bytes=scratch)
+
+
+def _device_of(profile: MachineProfile) -> Device:
+    """Return a device of the profile's kind; it need not exist here."""
+    return Device(torch.device("cuda" if profile.is_gpu else "cpu"), profile.own_memory)
+
+
+def _measured(args: Namespace, source: ModelSource, device: Device, say: Callable[[str], None]) -> MachineProfile:
+    """Return the profile of this machine, which is measured if it is not known yet."""
+    subject = Subject(source, resolved(args.policy, device))
+    return machine_profile(device, subject=subject, say=say, say_part=lambda part: say(f"  {part}"))

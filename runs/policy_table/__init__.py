@@ -1,0 +1,1 @@
+"""Policies and predictions for FlexGen's machine beside what the paper measured."""

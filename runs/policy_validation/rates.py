@@ -1,0 +1,134 @@
+"""The rates that decide how long a policy takes, measured right before and right after each of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexgen_helm.loading.dummy_weights import make_first_layers
+from flexgen_helm.loading.source import ModelSource
+from flexgen_helm.machine.profile import LayerTime, MachineProfile, ProcessorSeconds, Rate, UnpackRate
+from flexgen_helm.machine.raw_rates import disk_read_write, link_rates
+from flexgen_helm.memory.device import Device
+from flexgen_helm.model.layers import layer_kinds, layers_of
+from flexgen_helm.model.recorder import RecordedModel
+from flexgen_helm.policy.measure_unpack import FORMATS, LOSSLESS, unpack_rates
+from flexgen_helm.policy.planner.signature import signature
+from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
+from flexgen_helm.rows.layer_times import MeasuredModel, layer_times
+from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
+from flexgen_helm.types import ResolvedPolicy
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where runs are measured.
+
+    Attributes:
+        device: The device.
+        source: The model.
+        folder: Folder on the disk.
+        base: Profile of the machine, from which rates that are not measured again are taken.
+    """
+
+    device: Device
+    source: ModelSource
+    folder: Path
+    base: MachineProfile
+
+    def profile(self, policy: ResolvedPolicy, form: str, used: Sequence[str]) -> MachineProfile:
+        """Return the profile with what a run needs most measured now: layers of its rows, unpacking, the disk, the link.
+
+        Args:
+            policy: Its row sizes count.
+            form: Format of its weights, if they are unpacked.
+            used: Resources that the run uses.
+        """
+        device, source = self.device, self.source
+        with device.current(), PRECISE_PRODUCTS.hold():
+            found: dict[str, Any] = {"layers": tuple(self._layers(policy))}
+            if "unpack" in used:
+                again = list(unpack_rates(device, source.dtype, [measured_form(form)]))
+                done = {(each.place, each.format, each.dtype) for each in again}
+                kept = [each for each in self.base.unpack if (each.place, each.format, each.dtype) not in done]
+                found["unpack"] = (*kept, *again)
+            if "disk_read" in used or "disk_write" in used:
+                found["disk_read"], found["disk_write"] = disk_read_write(self.folder)
+            if device.own_memory:
+                link = link_rates(device.torch_device)
+                found |= {"host_to_device": link.to_device, "device_to_host": link.to_host, "duplex": link.duplex}
+        return replace(self.base, **found)
+
+    def _layers(self, policy: ResolvedPolicy) -> list[LayerTime]:
+        source = self.source
+        first = make_first_layers(source.config, dtype=source.dtype, device=self.device.torch_device)
+        whole = source.empty
+        name = signature(shapes_of(whole, plain_formats(whole), source.dtype))
+        measured = MeasuredModel(RecordedModel(first), name, layer_kinds(whole, layers_of(whole)))
+        return list(layer_times(measured, policy, self.device))
+
+
+def measured_form(form: str) -> str:
+    """Return the measured format whose rate a format of weights has: the longest that its name begins with."""
+    return max((name for name in (*FORMATS, LOSSLESS) if form == name or form.startswith(f"{name}-")), key=len)
+
+
+def middle(before: MachineProfile, after: MachineProfile) -> MachineProfile:
+    """Return a profile with the mean of two whose same rates were measured."""
+    rates: dict[str, Any] = {
+        name: _mean_rate(one, other)
+        for name in ("disk_read", "disk_write", "host_to_device", "device_to_host")
+        if (one := getattr(before, name)) and (other := getattr(after, name))
+    }
+    return replace(
+        before,
+        layers=tuple(map(_mean_layer, before.layers, after.layers)),
+        unpack=tuple(map(_mean_unpack, before.unpack, after.unpack)),
+        **rates,
+    )
+
+
+def difference(before: MachineProfile, after: MachineProfile, resource: str) -> float:
+    """Return by how much the rates of a resource differ, over the smaller one: the most of them."""
+    if resource == "unpack":
+        pairs = [(a.rate.value, b.rate.value) for a, b in zip(before.unpack, after.unpack, strict=True)]
+    elif resource in ("device", "cpu_attention"):
+        pairs = [(a.seconds, b.seconds) for a, b in zip(before.layers, after.layers, strict=True)]
+    else:
+        pairs = [(getattr(before, resource).value, getattr(after, resource).value)]
+    return max((max(pair) / min(pair) - 1 for pair in pairs), default=0.0)
+
+
+def sharing(profile: MachineProfile) -> float:
+    """Return the part by which layers take longer than their processor time: others work on the machine. 0 on a GPU."""
+    pairs = [(each.seconds, each.processor.seconds) for each in profile.layers if each.processor]
+    return max((seconds / processor - 1 for seconds, processor in pairs), default=0.0)
+
+
+def _mean_rate(one: Rate, other: Rate) -> Rate:
+    return replace(one, value=_harmonic(one.value, other.value), processor=_harmonic(one.processor, other.processor))
+
+
+def _mean_unpack(one: UnpackRate, other: UnpackRate) -> UnpackRate:
+    return replace(one, rate=_mean_rate(one.rate, other.rate))
+
+
+def _mean_layer(one: LayerTime, other: LayerTime) -> LayerTime:
+    processor = None
+    if one.processor and other.processor:
+        pairs = zip(astuple(one.processor), astuple(other.processor), strict=True)
+        processor = ProcessorSeconds(*(sum(pair) / 2 for pair in pairs))
+    return replace(
+        one,
+        seconds=(one.seconds + other.seconds) / 2,
+        next_seconds=(one.next_seconds + other.next_seconds) / 2,
+        record_seconds=(one.record_seconds + other.record_seconds) / 2,
+        processor=processor,
+    )
+
+
+def _harmonic(one: float, other: float) -> float:
+    """Return the rate whose time is the mean of both rates' times."""
+    return 2 / (1 / one + 1 / other) if one and other else 0.0
