@@ -86,7 +86,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_block_is_of_a_known_language_and_every_yaml_has_a_name_and_a_command() -> None:
-    assert {block.language for block in BLOCKS} == {"", "sh", "python", "yaml"}
+    assert {block.language for block in BLOCKS} == {"", "sh", "python", "yaml", "json"}
     for here, after in zip(BLOCKS, [*BLOCKS[1:], None], strict=True):
         if here.language == "yaml" and here.page not in RUN_ELSEWHERE - {"evaluating.md"}:
             (deployment,) = yaml.safe_load(here.text)["model_deployments"]

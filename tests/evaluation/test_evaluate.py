@@ -93,6 +93,7 @@ def test_suite_by_path_from_end_to_end(
     assert steps == [
         f"flexgen/{tiny_model}: 3 requests (3 of at most 5 new tokens)",
         f"Loading {tiny_model}",
+        "the default policy stays: weights, K and V of the jobs all fit on the device",
         "3 of 3 requests are computed",
     ]
     assert "Runner.run_one" in log.read_text() or "run_specs {" in log.read_text()
