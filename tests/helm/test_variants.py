@@ -84,6 +84,7 @@ def test_the_variant_reaches_the_engine(
     asked: list[dict[str, Any]] = []
 
     def from_pretrained(**arguments: Any) -> FakeEngine:
+        assert len(arguments.pop("workload")) == 3
         asked.append(arguments)
         return FakeEngine(arguments)
 
