@@ -42,7 +42,7 @@ class Forecast:
     seconds: float
     sweeps: int
     peak_bytes: dict[str, int]
-    """Most bytes of each tier, with as much cache as the plan needs at least."""
+    """Most bytes of each tier."""
     bytes_moved: dict[str, int]
     busy_seconds: dict[str, float]
 

@@ -23,9 +23,9 @@ def load_engine(arguments: EngineArguments, *, few_requests: bool, workload: Seq
 
     Args:
         arguments: Keywords of ``Engine.from_pretrained``.
-        workload: Jobs that it will run; None: unknown.
         few_requests: Whether rows are small unless the policy names their sizes, because what is missing in a row is
             computed as padding.
+        workload: Jobs that it will run; None: unknown.
 
     Raises:
         FlexGenError: The engine cannot be made; see ``Engine.from_pretrained``.

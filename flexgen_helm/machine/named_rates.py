@@ -1,4 +1,4 @@
-"""Everything that a profile says by name, to show it and to compare two profiles. No torch."""
+"""Everything that a profile says by name, to show it. No torch."""
 
 from __future__ import annotations
 
@@ -52,20 +52,3 @@ def named_rates(profile: MachineProfile) -> Iterator[NamedRate]:
         name = f"layer {layer.model}, {layer.dtype}, {layer.kind} row of {layer.tokens}{packed}"
         processor = layer.processor.seconds if layer.processor is not None else 0.0
         yield NamedRate(name, "s", Rate(layer.seconds, layer.spread, processor))
-
-
-def moved_rates(first: MachineProfile, second: MachineProfile, *, by: float = 0.1) -> dict[str, float]:
-    """Return what two profiles say differently.
-
-    Args:
-        first: A profile.
-        second: One of the same machine, taken later.
-        by: Smallest difference, as a share of the first one's value.
-
-    Returns:
-        The second one's value over the first one's, by name; only of what both have.
-    """
-    before = {name: rate.value for name, _, rate in named_rates(first)}
-    after = {name: rate.value for name, _, rate in named_rates(second)}
-    ratios = {name: after[name] / value for name, value in before.items() if name in after and value}
-    return {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > by}

@@ -28,7 +28,7 @@ from flexgen_helm.model.cache_argument import cache_places
 from flexgen_helm.model.experts import register_sliced_experts
 from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording
 from flexgen_helm.schedule.dependencies import rows_at_once
-from flexgen_helm.schedule.rows import Row, Sweep
+from flexgen_helm.schedule.rows import Row, Sweep, host_attended
 
 HARMLESS_ARGUMENTS = frozenset(
     (
@@ -116,10 +116,8 @@ class PackedRows:
         Args:
             sweep: The sweep that will be computed next.
         """
-        decode = [id(row) for row in sweep.rows if row.kind == "decode"]
-        share = self._cpu_share
-        on_host = {row for i, row in enumerate(decode) if int(share * (i + 1)) > int(share * i)}
-        self._pages = {id(row): RowPages(row, self._cache.page_maps, host_attends=id(row) in on_host) for row in sweep.rows}
+        on_host, maps = host_attended(sweep.rows, self._cpu_share), self._cache.page_maps
+        self._pages = {id(row): RowPages(row, maps, host_attends=k in on_host) for k, row in enumerate(sweep.rows)}
         staged: dict[Form, int] = defaultdict(int)
         for pages in self._pages.values():
             for form, found in pages.staged.items():

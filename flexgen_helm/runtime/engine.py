@@ -173,7 +173,8 @@ class Engine:
             source = open_dummy(name, dtype=dtype, device=where)
         else:
             source = open_model(name, dtype=dtype, device=where, revision=revision)
-        options = replace(options, workload=known_workload(source, workload))
+        if options.asked.auto:
+            options = replace(options, workload=known_workload(source, workload))
         return cls(build(source, options, partial(cls._write_text, source, options)))
 
     @classmethod

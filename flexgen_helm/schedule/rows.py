@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, compress
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from flexgen_helm.kv_cache.pages import Form, PageStorage
@@ -140,6 +140,17 @@ class Sweep:
     def num_decode_tokens(self) -> int:
         """Sequences that take a step."""
         return sum(row.num_tokens for row in self.rows if row.kind == "decode")
+
+
+def spread(count: int, share: float) -> list[bool]:
+    """Return which of some rows are in a share of them, spread evenly."""
+    return [int(share * (i + 1)) > int(share * i) for i in range(count)]
+
+
+def host_attended(rows: Sequence[Row], share: float) -> frozenset[int]:
+    """Return the numbers of the rows for which the CPU attends beside the device: a share of those that decode."""
+    decode = [k for k, row in enumerate(rows) if row.kind == "decode"]
+    return frozenset(compress(decode, spread(len(decode), share)))
 
 
 def pack_prefill(segments: Iterable[Segment], policy: ResolvedPolicy) -> list[Row]:

@@ -16,10 +16,11 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.search.choice import Constraints
-from flexgen_helm.policy.planner.search.choose import choose_policy
+from flexgen_helm.policy.planner.search.choose import Problem, choose_policy
 from flexgen_helm.policy.planner.simulate import simulate
 from flexgen_helm.policy.planner.workload import Workload
-from flexgen_helm.runtime.planning.command import open_source, planned_shapes, space_of
+from flexgen_helm.runtime.planning.command import planned_shapes, space_of
+from flexgen_helm.runtime.planning.sources import open_source
 from flexgen_helm.types import ON_DEVICE, ON_HOST, ResolvedPolicy, Shares
 
 PROMPT_LEN, GEN_LEN, NUM_JOBS = 512, 32, 512
@@ -61,8 +62,8 @@ def main() -> None:
     for case in CASES:
         name, compression = resolve(case.model)
         shapes = planned_shapes(open_source(name, "auto", Device(torch.device("cuda"))), compression)
-        kept = choose_policy(shapes, workload, profile, space)
-        free = choose_policy(shapes, workload, profile, space, constraints=Constraints(search_numerics=True))
+        kept = choose_policy(Problem.of(shapes, workload, profile, space))
+        free = choose_policy(Problem.of(shapes, workload, profile, space, constraints=Constraints(search_numerics=True)))
         policy = ResolvedPolicy(
             gpu_batch_size=case.size,
             gpu_batch_tokens=min(ROW_TOKENS, case.size * PROMPT_LEN),

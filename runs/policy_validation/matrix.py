@@ -17,13 +17,14 @@ from flexgen_helm.memory.amounts import parse_max_memory
 from flexgen_helm.memory.device import Device, resolve_device
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
-from flexgen_helm.policy.planner.search.choose import choose_policy, default_policy
+from flexgen_helm.policy.planner.search.choose import Problem, choose_policy, default_policy
 from flexgen_helm.policy.planner.simulate import simulate
 from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.policy.space import Space
 from flexgen_helm.runs.command_line import write_json
-from flexgen_helm.runtime.planning.command import open_source, planned_shapes, space_of
+from flexgen_helm.runtime.planning.command import planned_shapes, space_of
 from flexgen_helm.runtime.planning.machine_profile import machine_profile
+from flexgen_helm.runtime.planning.sources import open_source
 from flexgen_helm.types import ResolvedPolicy
 
 HERE = "this machine"
@@ -78,7 +79,7 @@ def cells(machines: Sequence[str]) -> Iterator[Cell]:
             shapes = planned_shapes(open_source(model, "auto", device), None)
             space = space_of(machine, parse_max_memory({"device": limit}))
             default = default_policy(shapes, machine, space)
-            chosen = choose_policy(shapes, workload, machine, space).policy
+            chosen = choose_policy(Problem.of(shapes, workload, machine, space)).policy
             simulated = [_seconds(shapes, policy, space, workload, machine) for policy in (default, chosen)]
             assert simulated[1] is not None
             yield Cell(name, model, limit, work, simulated[0], simulated[1])

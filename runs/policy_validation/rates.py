@@ -7,17 +7,12 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexgen_helm.loading.dummy_weights import make_first_layers
 from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.machine.profile import LayerTime, MachineProfile, ProcessorSeconds, Rate, UnpackRate
 from flexgen_helm.machine.raw_rates import disk_read_write, link_rates
 from flexgen_helm.memory.device import Device
-from flexgen_helm.model.layers import layer_kinds, layers_of
-from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.measure_unpack import FORMATS, LOSSLESS, unpack_rates
-from flexgen_helm.policy.planner.signature import signature
-from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
-from flexgen_helm.rows.layer_times import MeasuredModel, layer_times
+from flexgen_helm.runtime.planning.machine_profile import Subject, dummy_layer_times
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.types import ResolvedPolicy
 
@@ -62,12 +57,9 @@ class Bench:
         return replace(self.base, **found)
 
     def _layers(self, policy: ResolvedPolicy) -> list[LayerTime]:
-        source = self.source
-        first = make_first_layers(source.config, dtype=source.dtype, device=self.device.torch_device)
-        whole = source.empty
-        name = signature(shapes_of(whole, plain_formats(whole), source.dtype))
-        measured = MeasuredModel(RecordedModel(first), name, layer_kinds(whole, layers_of(whole)))
-        return list(layer_times(measured, policy, self.device))
+        source, device = self.source, self.device
+        name = Subject(source, policy).signature
+        return dummy_layer_times(source.config, source.dtype, device, policy, name)
 
 
 def measured_form(form: str) -> str:

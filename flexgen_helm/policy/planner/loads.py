@@ -66,12 +66,6 @@ class SweepLoad:
     cache_bytes: Mapping[Tier, int] = field(default_factory=dict)
 
 
-def rows_on_host(sweep: Sweep, share: float) -> frozenset[int]:
-    """Return the rows for which the CPU attends beside the device, as `flexgen_helm.rows.packed` chooses them."""
-    decode = [k for k, row in enumerate(sweep.rows) if row.kind == "decode"]
-    return frozenset(k for i, k in enumerate(decode) if int(share * (i + 1)) > int(share * i))
-
-
 def row_loads(sweep: Sweep, maps: Mapping[Form, PageMap], on_host: Collection[int], *, staged: bool) -> tuple[RowLoad, ...]:
     """Count what the rows of a sweep do in a layer.
 

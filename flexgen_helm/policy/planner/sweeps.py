@@ -14,9 +14,9 @@ from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.kv_cache.pages import Form, PageCounts, PageMap, PageStorage, grown
 from flexgen_helm.policy.capacity import Capacity, packed_scheduler
 from flexgen_helm.policy.memory_plan import MemoryPlan
-from flexgen_helm.policy.planner.loads import SweepLoad, row_loads, rows_on_host
+from flexgen_helm.policy.planner.loads import SweepLoad, row_loads
 from flexgen_helm.policy.planner.workload import Workload
-from flexgen_helm.schedule.rows import Continuation, LogitRequest, Sweep
+from flexgen_helm.schedule.rows import Continuation, LogitRequest, Sweep, host_attended
 from flexgen_helm.schedule.work import PromptWork
 from flexgen_helm.types import TIERS, Tier
 
@@ -110,7 +110,7 @@ class _Sweeps:
                 segment.start += count
 
     def _load(self, sweep: Sweep) -> SweepLoad:
-        on_host = rows_on_host(sweep, self._host_share)
+        on_host = host_attended(sweep.rows, self._host_share)
         loads = row_loads(sweep, self._maps, on_host, staged=self._staged)
         requests = list(_requests(sweep))
         generated = sum(len(request.continuations) for request in requests)

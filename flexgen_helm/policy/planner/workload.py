@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -28,6 +28,15 @@ class Workload:
     prompts: tuple[PlannedPrompt, ...]
 
     @classmethod
+    def of(cls, prompts: Iterable[PlannedPrompt]) -> Workload:
+        """Return a workload of prompts of which some may be equal: what is asked of these is put together."""
+        found: dict[tuple[int, ...], PlannedPrompt] = {}
+        for each in prompts:
+            known = found.get(each.tokens, PlannedPrompt(each.tokens))
+            found[each.tokens] = PlannedPrompt(each.tokens, known.new_tokens + each.new_tokens, known.score or each.score)
+        return cls(tuple(found.values()))
+
+    @classmethod
     def uniform(cls, num_jobs: int, prompt_len: int, gen_len: int, *, shared_prefix: int = 0, score: bool = False) -> Workload:
         """Return jobs of equal sizes.
 
@@ -44,8 +53,3 @@ class Workload:
             for i in range(0, num_jobs * prompt_len, prompt_len)
         )
         return cls(tuple(prompts))
-
-
-def total_new_tokens(prompts: Sequence[PlannedPrompt]) -> int:
-    """Return the new tokens of some prompts."""
-    return sum(sum(prompt.new_tokens) for prompt in prompts)

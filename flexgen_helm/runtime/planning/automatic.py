@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -13,15 +13,15 @@ from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
-from flexgen_helm.policy.planner.search.choice import Choice, Constraints
-from flexgen_helm.policy.planner.search.choose import Problem, choose_policy, default_policy
+from flexgen_helm.policy.planner.search.choice import Choice
+from flexgen_helm.policy.planner.search.choose import Problem, choose_policy
 from flexgen_helm.policy.planner.search.gains import gains
 from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
 from flexgen_helm.policy.space import Space
 from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
 from flexgen_helm.runtime.planning.text import Planned, lines
-from flexgen_helm.types import ON_DEVICE, Job, ResolvedPolicy
+from flexgen_helm.types import ON_DEVICE, Job, Policy, ResolvedPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,10 @@ class Automatic:
     Attributes:
         choice: What the search found.
         profile: The machine.
-        gains: See `flexgen_helm.policy.planner.search.gains`; empty for a short run.
     """
 
     choice: Choice
     profile: MachineProfile
-    gains: Mapping[str, float]
 
 
 def automatic_policy(
@@ -83,15 +81,18 @@ def automatic_policy(
         logger.warning(FALLBACK, f"predictions are for packed rows in zigzag order, not for {options.rows} and {options.order}")
         return None
     try:
-        found = _searched(source, shapes, policy, space, replace(options, workload=workload))
-        text = lines(Planned(source.name, found.profile, found.choice, found.gains), shapes, space)
+        profile = options.profile or machine_profile(options.device, subject=Subject(source, policy), folder=options.folder)
+        problem = Problem.of(shapes, workload, profile, space, asked=_asked(options, policy))
+        choice = choose_policy(problem)
+        found = gains(problem) if choice.prediction.seconds >= LEAST_EXPLAINED else {}
+        text = lines(Planned(source.name, problem, choice, found))
     except Exception as error:  # a prediction is not worth the answers
         if default is not None:  # else its own plan says what does not fit
             logger.warning(FALLBACK, error if isinstance(error, FlexGenError) else f"{type(error).__name__}: {error}")
         return None
     for line in text:
         logger.info("%s", line)
-    return found
+    return Automatic(choice, profile)
 
 
 def _check_profile(profile: MachineProfile | None, space: Space) -> None:
@@ -108,20 +109,10 @@ def _check_profile(profile: MachineProfile | None, space: Space) -> None:
         )
 
 
-def _searched(
-    source: ModelSource, shapes: ModelShapes, policy: ResolvedPolicy, space: Space, options: EngineOptions
-) -> Automatic:
-    assert options.workload is not None
-    profile = options.profile or machine_profile(options.device, subject=Subject(source, policy), folder=options.folder)
+def _asked(options: EngineOptions, policy: ResolvedPolicy) -> Policy:
+    """Return what the user asked for, with the numerics that were decided."""
     asked = replace(options.asked, gpu_batch_size=policy.gpu_batch_size, gpu_batch_tokens=policy.gpu_batch_tokens)
-    if space.own_memory:
-        asked = replace(asked, cpu_attention=policy.cpu_attention)
-    choice = choose_policy(shapes, options.workload, profile, space, asked=asked)
-    if choice.prediction.seconds < LEAST_EXPLAINED:
-        return Automatic(choice, profile, {})
-    base = default_policy(shapes, profile, space, asked)
-    problem = Problem(shapes, options.workload, profile, space, asked, Constraints(), base)
-    return Automatic(choice, profile, gains(problem))
+    return replace(asked, cpu_attention=policy.cpu_attention) if options.device.own_memory else asked
 
 
 def known_workload(source: ModelSource, jobs: Iterable[Job] | Workload | None) -> Workload | None:
@@ -151,14 +142,14 @@ def known_workload(source: ModelSource, jobs: Iterable[Job] | Workload | None) -
 
 def workload_of(jobs: Iterable[PreparedJob]) -> Workload:
     """Return the workload of some jobs: equal prompts count once, and answers are as long as they may be."""
-    prompts: dict[tuple[int, ...], PlannedPrompt] = {}
-    for prepared in jobs:
-        job, tokens = prepared.job, prepared.input_ids
-        asked = prompts.get(tokens, PlannedPrompt(tokens))
-        completions = 1 if prepared.is_greedy else job.num_completions
-        new = (job.max_new_tokens,) * completions if job.max_new_tokens else ()
-        prompts[tokens] = replace(asked, new_tokens=asked.new_tokens + new, score=asked.score or job.score_prompt)
-    return Workload(tuple(prompts.values()))
+    return Workload.of(map(_planned, jobs))
+
+
+def _planned(prepared: PreparedJob) -> PlannedPrompt:
+    job = prepared.job
+    completions = 1 if prepared.is_greedy else job.num_completions
+    new = (job.max_new_tokens,) * completions if job.max_new_tokens else ()
+    return PlannedPrompt(prepared.input_ids, new, job.score_prompt)
 
 
 def _default_plan(shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> MemoryPlan | None:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from flexgen_helm.attention.chunks import GATHERED_BYTES
 from flexgen_helm.compression.config import CompressionConfig, resolve
-from flexgen_helm.errors import FlexGenError
-from flexgen_helm.loading.named_configs import named_config
-from flexgen_helm.loading.source import ModelSource, open_dummy, open_without_weights
+from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.machine.profile_file import named_profile
 from flexgen_helm.memory.amounts import parse_max_memory
 from flexgen_helm.memory.device import Device, resolve_device
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.planner.search.choice import Constraints
-from flexgen_helm.policy.planner.search.choose import Problem, choose_policy, default_policy
+from flexgen_helm.policy.planner.search.choose import Problem, choose_policy
 from flexgen_helm.policy.planner.search.gains import gains
 from flexgen_helm.policy.planner.search.variants import with_packed_weights
 from flexgen_helm.policy.planner.workload import Workload
@@ -30,8 +27,9 @@ from flexgen_helm.policy.space import Space
 from flexgen_helm.runtime.engine_options import cache_format_of
 from flexgen_helm.runtime.free_space import GATHER_COPIES, GPU_PROCESS_BYTES, PROCESS_BYTES
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
+from flexgen_helm.runtime.planning.sources import open_source
 from flexgen_helm.runtime.planning.text import Planned, as_json, lines
-from flexgen_helm.types import TIERS, Policy, Tier
+from flexgen_helm.types import TIERS, Tier
 
 
 def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
@@ -58,31 +56,16 @@ def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
     tiers: frozenset[Tier] = frozenset(tier for tier in TIERS if tier not in args.without)
     constraints = Constraints(args.max_latency, args.min_throughput, tiers, args.search_numerics)
     workload = Workload.uniform(args.num_jobs, args.prompt_len, args.gen_len, score=args.gen_len == 0)
-    asked = args.policy or Policy()
-    choice = choose_policy(shapes, workload, profile, space, asked=asked, constraints=constraints)
-    base = default_policy(shapes, profile, space, asked, tiers=tiers)
-    problem = Problem(shapes, workload, profile, space, asked, constraints, base)
-    planned = Planned(args.model, profile, choice, gains(problem))
-    print(json.dumps(as_json(planned)) if args.json else "\n".join(lines(planned, shapes, space)))
+    problem = Problem.of(shapes, workload, profile, space, asked=args.policy, constraints=constraints)
+    choice = choose_policy(problem)
+    planned = Planned(args.model, problem, choice, gains(problem))
+    print(json.dumps(as_json(planned)) if args.json else "\n".join(lines(planned)))
     if args.plot is not None:
         from flexgen_helm.runtime.planning.plot import draw
 
         for file in draw(args.plot, problem, choice):
             say(f"plot: {file}")
     return 0
-
-
-def open_source(model: str | Path, dtype: str, device: Device) -> ModelSource:
-    """Open a model of which only the config is needed: a name, a folder, or a config file."""
-    where = device.torch_device
-    path = Path(model)
-    if path.is_file():
-        path = path.parent if path.name == "config.json" else path
-        if path.is_file():
-            raise FlexGenError(f"{model} is not a config.json. Give a folder that has one, or that file.")
-    if path.is_dir() or named_config(str(model)) is not None:
-        return open_dummy(str(path if path.is_dir() else model), dtype=dtype, device=where)
-    return open_without_weights(str(model), dtype=dtype, device=where)
 
 
 def planned_shapes(source: ModelSource, compression: CompressionConfig | None) -> ModelShapes:

@@ -200,7 +200,7 @@ def _peaks(run: Replayed) -> Iterator[str]:
     for tier in TIERS:
         if run.predicted.peak_bytes.get(tier) or measured.get(tier):
             planned, found = gib(run.predicted.peak_bytes.get(tier, 0)), gib(measured.get(tier, 0))
-            yield f"most bytes on the {tier}: {planned} predicted, with the smallest cache; {found} measured"
+            yield f"most bytes on the {tier}: {planned} predicted, {found} measured"
 
 
 def _words(name: str) -> str:

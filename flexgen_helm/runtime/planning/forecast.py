@@ -24,8 +24,10 @@ def forecast(parts: Parts, tickets: Iterable[Ticket]) -> Forecast | None:
     Returns:
         The prediction; None: the policy was not searched, rows are not those that are predicted, or nothing is asked.
     """
+    if parts.automatic is None or parts.checked.passed.kind != "packed":
+        return None
     workload = workload_of(ticket.prepared for ticket in tickets)
-    if parts.automatic is None or parts.checked.passed.kind != "packed" or not workload.prompts:
+    if not workload.prompts:
         return None
     try:
         made = simulate(parts.plan, workload, parts.automatic.profile)

@@ -149,7 +149,7 @@ def _measure_machine(device: Device, folder: Path, say: Say) -> MachineProfile:
         num_key_value_heads=2,
         num_hidden_layers=2,
     )
-    calls = _layer_times(config, torch.float32, device, policy, "tiny", cold=False)
+    calls = dummy_layer_times(config, torch.float32, device, policy, "tiny", cold=False)
     by_processor = {found.kind: found.processor.seconds for found in reversed(calls) if found.processor is not None}
     return replace(
         profile,
@@ -170,14 +170,14 @@ def _measure_subject(machine: MachineProfile, device: Device, subject: Subject, 
     profile = measure_model(machine, device, subject.source.dtype, sizes, say)
     say(f"layers of {subject.source.name}")
     try:
-        layers = _layer_times(subject.source.config, subject.source.dtype, device, policy, signature(shapes))
+        layers = dummy_layer_times(subject.source.config, subject.source.dtype, device, policy, signature(shapes))
     except UnsupportedModel as error:
         say(f"its layers are not measured, because in packed rows {error}")
         layers = []
     return replace(profile, layers=tuple(layers))
 
 
-def _layer_times(
+def dummy_layer_times(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     device: Device,
@@ -186,7 +186,16 @@ def _layer_times(
     *,
     cold: bool = True,
 ) -> list[LayerTime]:
-    """Measure layers of dummy weights."""
+    """Measure the first layers of a model, with random weights.
+
+    Args:
+        config: Config of the model.
+        dtype: Dtype of the weights.
+        device: The device.
+        policy: Row sizes.
+        name: Signature of the model's sizes.
+        cold: Whether weights come from memory; otherwise they stay in caches if they fit.
+    """
     first = make_first_layers(config, dtype=dtype, device=device.torch_device)
     source = ModelSource(name, None, config, None, dtype, device.torch_device)
     kinds = layer_kinds(source.empty, layers_of(source.empty))

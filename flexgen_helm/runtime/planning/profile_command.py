@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 
 from flexgen_helm.compression.config import resolve
-from flexgen_helm.loading.named_configs import named_config
-from flexgen_helm.loading.source import ModelSource, open_dummy, open_without_weights
 from flexgen_helm.machine.named_rates import named_rates
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.machine.profile_file import to_json, write_profile
 from flexgen_helm.memory.amounts import gib
-from flexgen_helm.memory.device import Device, resolve_device
+from flexgen_helm.memory.device import resolve_device
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
+from flexgen_helm.runtime.planning.sources import open_source
 from flexgen_helm.types import TIERS
 
 
@@ -30,7 +28,9 @@ def run_profile(args: Namespace, say: Callable[[str], None]) -> int:
         FlexGenError: If the model or the disk cannot be used, or the file cannot be written.
     """
     device = resolve_device(args.device)
-    subject = None if args.model is None else Subject(_open(args.model, args.dtype, device), resolved(None, device))
+    subject = (
+        None if args.model is None else Subject(open_source(resolve(args.model)[0], args.dtype, device), resolved(None, device))
+    )
     profile = machine_profile(
         device,
         subject=subject,
@@ -73,12 +73,3 @@ def _value(value: float, unit: str) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
-
-
-def _open(name: str, dtype: str, device: Device) -> ModelSource:
-    """Open a model of which only the config is needed."""
-    model, _ = resolve(name)
-    where = device.torch_device
-    if named_config(model) is not None or (Path(model) / "config.json").is_file():
-        return open_dummy(model, dtype=dtype, device=where)
-    return open_without_weights(model, dtype=dtype, device=where)

@@ -6,14 +6,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.policy.memory_plan import MemoryPlan
-from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.search.choice import Choice
-from flexgen_helm.policy.space import Space
-from flexgen_helm.types import TIERS, ResolvedPolicy
+from flexgen_helm.policy.planner.search.choose import Problem
+from flexgen_helm.types import ON_DEVICE, TIERS, ResolvedPolicy
 
 LEAST_GAIN = 0.001
 """Smallest part of the speed that is worth a line."""
@@ -24,13 +22,13 @@ class Planned(NamedTuple):
 
     Attributes:
         model: Name of the model.
-        profile: The machine.
+        problem: What was searched for.
         choice: The policy and its prediction.
         gains: Part of the speed that each change would add; empty: not computed.
     """
 
     model: str
-    profile: MachineProfile
+    problem: Problem
     choice: Choice
     gains: Mapping[str, float]
 
@@ -40,8 +38,8 @@ def as_json(planned: Planned) -> dict[str, Any]:
     made, default = planned.choice.prediction, planned.choice.default
     return {
         "model": planned.model,
-        "machine": planned.profile.name,
-        "policy": dataclasses.asdict(made.policy),
+        "machine": planned.problem.profile.name,
+        "policy": dataclasses.asdict(_shown(planned.choice)),
         "tokens_per_second": made.tokens_per_second,
         "seconds": made.seconds,
         "latency_seconds": made.latency_seconds,
@@ -58,15 +56,16 @@ def as_json(planned: Planned) -> dict[str, Any]:
     }
 
 
-def lines(planned: Planned, shapes: ModelShapes, space: Space) -> list[str]:
+def lines(planned: Planned) -> list[str]:
     """Return a plan as lines for a reader."""
-    return list(_lines(planned, MemoryPlan.of(shapes, planned.choice.policy, space)))
+    problem = planned.problem
+    return list(_lines(planned, MemoryPlan.of(problem.shapes, planned.choice.policy, problem.space)))
 
 
 def _lines(planned: Planned, plan: MemoryPlan) -> Iterator[str]:
-    made, profile = planned.choice.prediction, planned.profile
+    made, profile = planned.choice.prediction, planned.problem.profile
     yield f"{planned.model} on {profile.name} ({profile.device}, profile of {profile.date})"
-    yield f"policy: {_policy(made.policy)}"
+    yield f"policy: {_policy(_shown(planned.choice))}"
     yield f"        {planned.choice.reason}"
     yield f"weights: {plan.weights.describe()}"
     cache = plan.cache.capacities(plan.left(plan.space.available))
@@ -74,7 +73,7 @@ def _lines(planned: Planned, plan: MemoryPlan) -> Iterator[str]:
         ", ".join(f"up to {gib(count)} on the {tier}" for tier, count in cache.items() if count) or "none kept"
     )
     peaks = (f"{gib(count)} of {gib(plan.space.of(tier))} on the {tier}" for tier, count in made.peak_bytes.items())
-    yield f"predicted peaks, with the smallest cache: {', '.join(peaks)}"
+    yield f"predicted peaks: {', '.join(peaks)}"
     unit = "new tokens" if made.generated_tokens else "prompt tokens"
     yield f"prediction: {made.tokens_per_second:.3g} {unit}/s, {_time(made)}, {made.sweeps:,} sweeps"
     yield f"binding: {_busy(made)}"
@@ -85,11 +84,16 @@ def _lines(planned: Planned, plan: MemoryPlan) -> Iterator[str]:
         yield "more memory would bring nothing"
 
 
+def _shown(choice: Choice) -> ResolvedPolicy:
+    """Return the policy with shares of weights: those asked for, which give the same plan again, or else the realised ones."""
+    return choice.policy if choice.policy.weights is not None else choice.prediction.policy
+
+
 def _policy(policy: ResolvedPolicy) -> str:
     parts = [f"{name}={getattr(policy, name)}" for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens")]
     if policy.block_tokens is not None:
         parts.append(f"block_tokens={policy.block_tokens}")
-    shares = {"weights": policy.weights or (0.0, 0.0, 0.0), "cache": policy.cache, "hidden": policy.hidden}
+    shares = {"weights": policy.weights or ON_DEVICE, "cache": policy.cache, "hidden": policy.hidden}
     parts += [f"{name}={':'.join(f'{share:.4g}' for share in each)}" for name, each in shares.items()]
     return ",".join([*parts, f"cpu_attention={policy.cpu_attention:g}", f"prefetch={policy.prefetch}"])
 

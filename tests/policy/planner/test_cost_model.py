@@ -112,7 +112,7 @@ def test_features_of_a_mixture() -> None:
     shared = tuple(range(40))
     generating = PlannedPrompt((*shared, *range(100, 130)), (3,))
     scored = PlannedPrompt((*shared, *range(200, 220)), (), score=True)
-    found = Features.of(Workload((generating, scored, replace(generating, new_tokens=(5,)))))
+    found = Features.of(Workload.of((generating, scored, replace(generating, new_tokens=(5,)))))
     assert found.prompt_tokens == 40 + 30 + 20
     assert found.kept_tokens == 70
     assert (found.sequences, found.steps, found.longest, found.new_tokens) == (2, 2 + 4, 4, 8)

@@ -83,6 +83,22 @@ class Problem:
     constraints: Constraints
     base: ResolvedPolicy
 
+    @classmethod
+    def of(
+        cls,
+        shapes: ModelShapes,
+        workload: Workload,
+        profile: MachineProfile,
+        space: Space,
+        *,
+        asked: Policy | None = None,
+        constraints: Constraints | None = None,
+    ) -> Problem:
+        """Return a problem with the default policy that belongs to it; without ``asked`` and ``constraints`` all is free."""
+        asked, constraints = asked or Policy(), constraints or Constraints()
+        base = default_policy(shapes, profile, space, asked, tiers=constraints.tiers)
+        return cls(shapes, workload, profile, space, asked, constraints, base)
+
     @cached_property
     def model(self) -> CostModel:
         """The closed form."""
@@ -109,31 +125,16 @@ class Problem:
         return Limits(self.constraints.max_latency, run)
 
 
-def choose_policy(
-    shapes: ModelShapes,
-    workload: Workload,
-    profile: MachineProfile,
-    space: Space,
-    *,
-    asked: Policy | None = None,
-    constraints: Constraints | None = None,
-) -> Choice:
+def choose_policy(problem: Problem) -> Choice:
     """Choose the policy under which a workload takes least time on a machine.
 
     Args:
-        shapes: Sizes of the model.
-        workload: What is asked.
-        profile: The machine.
-        space: Bytes of each tier that may be used.
-        asked: Policy of the user: its fields that differ from the default are kept. None: everything is chosen.
-        constraints: Demands of the user; None: there are none.
+        problem: What is searched for.
 
     Raises:
         PolicyError: If no policy fits or keeps the constraints. The message names what cannot be met, and what would be enough.
     """
-    asked, constraints = asked or Policy(), constraints or Constraints()
-    base = default_policy(shapes, profile, space, asked, tiers=constraints.tiers)
-    problem = Problem(shapes, workload, profile, space, asked, constraints, base)
+    constraints = problem.constraints
     default = _default(problem)
     ranked = _ranked(problem, default)
     if (runs := _affordable(problem)) > 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, num_pages
 from flexgen_helm.policy.planner.loads import earlier_keys
-from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
+from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.schedule.page_tables import continuation_pages
 from flexgen_helm.schedule.tree import Node, build_tree
 
@@ -27,7 +27,6 @@ class Features:
         earlier_keys: Pairs of a computed prompt token and a key of an earlier chunk than its own.
         new_tokens: New tokens of all work.
         scored_positions: Positions of prompts whose logits are needed.
-        most_tokens: Tokens of the longest prompt with its completion.
     """
 
     prompt_tokens: int
@@ -41,12 +40,11 @@ class Features:
     earlier_keys: int
     new_tokens: int
     scored_positions: int
-    most_tokens: int
 
     @classmethod
     def of(cls, workload: Workload) -> Features:
         """Sum up a workload; its prompts are merged into a prefix tree as the scheduler merges them."""
-        prompts = _distinct(workload)
+        prompts = workload.prompts
         ends = build_tree([prompt.tokens for prompt in prompts])
         users: dict[Node, int] = {}
         kept: set[Node] = set()
@@ -78,20 +76,9 @@ class Features:
             earlier_keys=sum(earlier_keys(node.end) - earlier_keys(node.start) for node in users),
             new_tokens=sum(sum(prompt.new_tokens) for prompt in prompts),
             scored_positions=sum(len(node.tokens) for node in scored),
-            most_tokens=max((len(prompt.tokens) + max(prompt.new_tokens, default=0) for prompt in prompts), default=0),
         )
 
     @property
     def prompt_share(self) -> float:
         """Share of the computed prompt tokens whose K and V are kept."""
         return self.kept_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-
-def _distinct(workload: Workload) -> list[PlannedPrompt]:
-    """Return the prompts with what is asked of equal ones put together, as the engine merges equal prompts."""
-    found: dict[tuple[int, ...], PlannedPrompt] = {}
-    for prompt in workload.prompts:
-        first = found.get(prompt.tokens)
-        new = (() if first is None else first.new_tokens) + prompt.new_tokens
-        found[prompt.tokens] = PlannedPrompt(prompt.tokens, new, prompt.score or (first is not None and first.score))
-    return list(found.values())

@@ -11,8 +11,9 @@ from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.search.choice import Constraints
+from flexgen_helm.policy.planner.search.memory_rows import only
 from flexgen_helm.policy.space import Space, pool_name
-from flexgen_helm.types import ON_DEVICE, TIERS, Policy, ResolvedPolicy, Shares, Tier
+from flexgen_helm.types import ON_DEVICE, TIERS, ResolvedPolicy, Shares, Tier
 
 PRECISION = 2**20
 """Bytes to which the missing memory is found."""
@@ -81,18 +82,17 @@ def missing_bytes(shapes: ModelShapes, base: ResolvedPolicy, space: Space, const
 def _smallest(base: ResolvedPolicy, constraints: Constraints, *, own_memory: bool) -> Iterator[ResolvedPolicy]:
     """Yield the policies that take least on one tier: the smallest block, and all weights on one tier."""
     least = replace(base, num_gpu_batches=1, block_tokens=base.gpu_batch_tokens, prefetch=1)
-    caches: list[Shares] = [_only(tier) for tier in TIERS if tier in constraints.tiers]
+    caches: list[Shares] = [only(tier) for tier in TIERS if tier in constraints.tiers]
     if (own_memory and base.cpu_attention) or "device" not in constraints.tiers:
         caches = [base.cache, *caches]
     for tier in (tier for tier in TIERS if tier in constraints.tiers and (own_memory or tier != "host")):
         for cache in caches if own_memory else [ON_DEVICE]:
-            yield replace(least, weights=_only(tier), cache=cache)
+            yield replace(least, weights=only(tier), cache=cache)
     if base.weights is not None:
         yield base
 
 
-def _fits(shapes: ModelShapes, policy: Policy, space: Space) -> bool:
-    assert isinstance(policy, ResolvedPolicy)
+def _fits(shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> bool:
     try:
         MemoryPlan.of(shapes, policy, space)
     except PolicyError:
@@ -122,8 +122,3 @@ def _unmet(constraints: Constraints, known: Sequence[Prediction]) -> Iterator[st
             f"The least latency is {fastest.latency_seconds:.3g} s, with {fastest.tokens_per_second:.3g} tokens/s; the most is "
             f"{best.tokens_per_second:.3g} tokens/s, with a latency of {best.latency_seconds:.3g} s."
         )
-
-
-def _only(tier: Tier) -> Shares:
-    device, host, disk = (float(each == tier) for each in TIERS)
-    return device, host, disk

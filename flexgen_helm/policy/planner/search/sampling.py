@@ -19,6 +19,7 @@ from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.search.candidate import Candidate, SweepKind
 from flexgen_helm.policy.planner.search.cost_model import CostModel
 from flexgen_helm.policy.planner.simulate import NOTHING, sweep_cost
+from flexgen_helm.schedule.rows import spread
 from flexgen_helm.types import TIERS, Tier
 
 
@@ -80,8 +81,7 @@ def _sweep(model: CostModel, kind: SweepKind, candidate: Candidate, durations: D
         row = model.decode_row(durations, sweeps, count)
         policy = durations.plan.policy
         on_host = policy.cpu_attention if model.profile.own_memory and policy.cache[1] else 0.0
-        for i in range(count):
-            attends = int(on_host * (i + 1)) > int(on_host * i)
+        for attends in spread(count, on_host):
             found.append(_with_pages(replace(row, on_host=attends), durations.plan, read / count, sweeps.live / count))
     return SweepLoad(tuple(found), model.logits(kind, sweeps), 0, 0)
 
