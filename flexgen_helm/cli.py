@@ -201,8 +201,9 @@ def _plan(args: argparse.Namespace) -> int:
         from flexgen_helm.runtime.planning.explain import run_replay
 
         return run_replay(args.replay, as_json=args.json)
+    args.model = args.model or (None if args.config is None else str(args.config))
     if args.model is None:
-        raise FlexGenError("plan has no model. Give --model M, or --replay FILE for a run that is over.")
+        raise FlexGenError("plan has no model. Give --model M or --config FILE, or --replay FILE for a run that is over.")
     from flexgen_helm.runtime.planning.command import run_plan
 
     return run_plan(args, _say)

@@ -172,9 +172,14 @@ def add_profile_options(parser: argparse.ArgumentParser) -> None:
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `plan`."""
     add = parser.add_argument_group("model").add_argument
-    add("--model", type=parse_model, metavar="M", help="model folder or name, or with --config any name")
+    add("--model", type=parse_model, metavar="M", help="model folder or name; @w4kv4 and the like name variants")
     add("--config", type=Path, metavar="FILE", help="config.json of a model that has no weights here")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: the checkpoint's")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: the checkpoint's on a GPU, float32 on a CPU",
+    )
     add = parser.add_argument_group("machine").add_argument
     add("--machine", metavar="NAME|FILE", help="t4, h100, h200, laptop-8gib, or a profile's file (default: this machine)")
     add("--device", default="auto", metavar="D", help="device of this machine: auto, cpu, cuda or cuda:N")

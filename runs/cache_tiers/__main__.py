@@ -157,9 +157,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 @reports_errors
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Run the command and return its exit status."""
-    options = parse(arguments)
+    options = parse()
     prepare_libraries(options.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

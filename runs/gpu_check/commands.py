@@ -61,7 +61,7 @@ def compare_caches(sizes: Sizes) -> dict[str, Any]:
         file = Path(name, "result.json")
         status, _ = _run("flexgen_helm.runs.cache_tiers", *sizes.cache_tiers, "--json", str(file))
         lines = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    return {"status": status, "variants": [{**line, **line.pop("link_bytes")} for line in lines]}
+    return {"status": status, "variants": [{**line.pop("link_bytes"), **line} for line in lines]}
 
 
 def _run(module: str, *arguments: str) -> tuple[int, str]:

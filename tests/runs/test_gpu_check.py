@@ -116,6 +116,7 @@ def test_the_worth_of_a_compressed_cache_is_measured(tmp_path: Path) -> None:
     assert found["status"] == 0
     assert [row["variant"] for row in found["variants"]] == ["16", "kv4"]
     plain, compressed = found["variants"]
+    assert "link_bytes" not in plain
     # Pages of 32 tokens of 512 bytes: of 300 tokens and two that generate, ten.
     assert plain["sequences"] == int(0.95 * 500) // 16 // 10
     assert plain["disk_read"] == plain["sequences"] * 10 * 32 * 512

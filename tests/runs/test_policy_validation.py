@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pulp", reason="the search needs PuLP")
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.machine.profile import LayerTime, MachineProfile, ProcessorSeconds, Rate, UnpackRate

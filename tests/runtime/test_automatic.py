@@ -73,12 +73,26 @@ def planned(
 
 @pytest.mark.parametrize("own_memory", [False, True])
 def test_a_model_that_fits_stays_resident_and_nothing_is_measured(
-    source: ModelSource, own_memory: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    source: ModelSource, own_memory: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("FLEXGEN_HELM_CACHE", str(tmp_path))
-    found = planned(source, GENERATION, own_memory=own_memory, profile=None)
+    monkeypatch.setattr(automatic, "LEAST_MEASURED", 0)
+    with caplog.at_level(logging.INFO):
+        found = planned(source, GENERATION, own_memory=own_memory, profile=None)
+    assert "all fit on the device" in caplog.text
     assert found.automatic is None
     assert found.memory.weights.shares == ON_DEVICE
+    assert not (tmp_path / "profiles").exists()
+
+
+def test_this_machine_is_not_measured_for_a_small_model(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FLEXGEN_HELM_CACHE", str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        found = planned(source, GENERATION, profile=None, max_memory=TIGHT[False])
+    assert "not measured for so small a model" in caplog.text
+    assert found.automatic is None
     assert not (tmp_path / "profiles").exists()
 
 

@@ -65,10 +65,16 @@ def automatic_policy(
     Raises:
         PolicyError: If the user's profile is of another kind of machine.
     """
-    workload, default = options.workload, _default_plan(shapes, policy, space)
-    if workload is not None and default is not None:
+    workload = options.workload
+    if workload is None or not policy.auto:
+        if options.profile is not None:
+            reason = "no jobs are known in advance" if policy.auto else "the policy is given without `auto`"
+            logger.warning("the profile %s is not used, because %s", options.profile.name, reason)
+        return None
+    default = _default_plan(shapes, policy, space)
+    if default is not None:
         workload = _servable(default, workload)
-    if workload is None or not policy.auto or not workload.prompts:
+    if not workload.prompts:
         return None
     if default is not None and _holds_all(default, workload):
         logger.info("the default policy stays: weights, K and V of the jobs all fit on the device")

@@ -69,7 +69,7 @@ MUTANTS = (
     Mutant(
         name="planner-choice-does-not-keep-demands",
         file=f"{SEARCH}/choose.py",
-        old="met = [each for each in known if constraints.met_by(each)]",
+        old="met = [each for each in known if constraints.met_by(each.prediction)]",
         new="met = known",
         tests=(f"{SEARCHED}::test_demands_are_kept_or_refused_with_what_would_be_possible",),
         why="a policy is returned that is later than the user allows",

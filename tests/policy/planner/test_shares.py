@@ -39,7 +39,9 @@ def found(own_memory: bool, off: Tier | None) -> Sequence[Solution]:
 def test_what_is_kept_off_a_tier_gets_no_share_of_it(own_memory: bool) -> None:
     for off in ("host", "disk") if own_memory else (None,):
         forbidden = "host" if off is None else off  # one RAM: hidden states, K and V are on the device by name
-        for solution in found(own_memory, off):
+        solutions = found(own_memory, off)
+        assert solutions
+        for solution in solutions:
             for what, shares in solution.shares.items():
                 assert (off is None and what == "weights") or shares[TIERS.index(forbidden)] == 0
 
