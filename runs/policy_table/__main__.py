@@ -1,26 +1,27 @@
 """Print a table: for the machine of the FlexGen paper, policies that the search finds, predictions, and the paper's figures.
 
-It predicts only, in about a minute on any machine: python -m flexgen_helm.runs.policy_table
+It predicts only, which takes a few minutes of processor time on any machine.
+
+Command: ``python -m flexgen_helm.runs.policy_table --models 6.7b 30b``
 """
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
-
-import torch
 
 from flexgen_helm.compression.config import resolve
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.machine.profile_file import named_profile
-from flexgen_helm.memory.device import Device
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.search.choice import Constraints
 from flexgen_helm.policy.planner.search.choose import Problem, choose_policy
 from flexgen_helm.policy.planner.simulate import simulate
 from flexgen_helm.policy.planner.workload import Workload
+from flexgen_helm.runs.command_line import make_parser, reports_errors
 from flexgen_helm.runtime.planning.command import planned_shapes, space_of
-from flexgen_helm.runtime.planning.sources import open_source
+from flexgen_helm.runtime.planning.sources import device_of, open_source
 from flexgen_helm.types import ON_DEVICE, ON_HOST, ResolvedPolicy, Shares
 
 PROMPT_LEN, GEN_LEN, NUM_JOBS = 512, 32, 512
@@ -51,17 +52,23 @@ CASES = (
 )
 
 
-def main() -> None:
-    """Print the table."""
+@reports_errors
+def main() -> int:
+    """Print the table and return the exit status."""
+    parser = make_parser("policy_table", __doc__)
+    parser.add_argument(
+        "--models", nargs="+", default=[""], metavar="TEXT", help="those whose names contain one of these (all)"
+    )
+    models = parser.parse_args().models
     profile = named_profile("t4")
     space = space_of(profile, {})
     workload = Workload.uniform(NUM_JOBS, PROMPT_LEN, GEN_LEN)
     names = ["model", "paper measured", "paper's policy, predicted", "default", "searched", "rows too", "its policy", "binds"]
     print("| " + " | ".join(names) + " |")
     print("|---|---|---|---|---|---|---|---|")
-    for case in CASES:
+    for case in (case for case in CASES if any(text in case.model for text in models)):
         name, compression = resolve(case.model)
-        shapes = planned_shapes(open_source(name, "auto", Device(torch.device("cuda"))), compression)
+        shapes = planned_shapes(open_source(name, "auto", device_of(profile)), compression)
         kept = choose_policy(Problem.of(shapes, workload, profile, space))
         free = choose_policy(Problem.of(shapes, workload, profile, space, constraints=Constraints(search_numerics=True)))
         policy = ResolvedPolicy(
@@ -77,11 +84,13 @@ def main() -> None:
             block = Workload.uniform(case.size * case.batches, PROMPT_LEN, GEN_LEN)
             own = f"{simulate(MemoryPlan.of(shapes, policy, space), block, profile).tokens_per_second:.2f}"
         except FlexGenError as error:
-            own = f"does not fit ({str(error).split('. ')[0]})"
+            own = "does not fit"
+            print(f"{case.model}: {error}", file=sys.stderr)
         default = "does not fit" if kept.default is None else f"{kept.default.tokens_per_second:.2f}"
         best = free.prediction
         cells = [case.model, f"{case.paper:.2f}", own, default, f"{kept.prediction.tokens_per_second:.2f}"]
         print("| " + " | ".join([*cells, f"{best.tokens_per_second:.2f}", describe(best), best.binding]) + " |", flush=True)
+    return 0
 
 
 def describe(made: Prediction) -> str:
@@ -94,4 +103,4 @@ def describe(made: Prediction) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

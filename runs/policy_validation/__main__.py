@@ -125,10 +125,10 @@ def main() -> int:
     """Run the command and return its exit status."""
     options = parse()
     exit_on_sigterm()
+    prepare_libraries(options.threads)
     if options.matrix:
         status: int = run_matrix(options.machines, options.json)
         return status
-    prepare_libraries(options.threads)
     return validate(options)
 
 

@@ -8,13 +8,11 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from flexgen_helm.errors import FlexGenError, PolicyError
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.machine.profile_file import named_profile
 from flexgen_helm.memory.amounts import parse_max_memory
-from flexgen_helm.memory.device import Device, resolve_device
+from flexgen_helm.memory.device import resolve_device
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.planner.search.choose import Problem, choose_policy, default_policy
@@ -24,7 +22,7 @@ from flexgen_helm.policy.space import Space
 from flexgen_helm.runs.command_line import write_json
 from flexgen_helm.runtime.planning.command import planned_shapes, space_of
 from flexgen_helm.runtime.planning.machine_profile import machine_profile
-from flexgen_helm.runtime.planning.sources import open_source
+from flexgen_helm.runtime.planning.sources import device_of, open_source
 from flexgen_helm.types import ResolvedPolicy
 
 HERE = "this machine"
@@ -74,7 +72,7 @@ def cells(machines: Sequence[str]) -> Iterator[Cell]:
     """Search and simulate every combination of some machines."""
     for name in machines:
         machine = machine_profile(resolve_device("cpu")) if name == HERE else named_profile(name)
-        device = Device(torch.device("cuda" if machine.is_gpu else "cpu"), machine.own_memory)
+        device = device_of(machine)
         for (model, limit), (work, workload) in product(MACHINES[name], WORKLOADS.items()):
             shapes = planned_shapes(open_source(model, "auto", device), None)
             space = space_of(machine, parse_max_memory({"device": limit}))

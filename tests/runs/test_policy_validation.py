@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.machine.profile import LayerTime, MachineProfile, ProcessorSeconds, Rate, UnpackRate
 from flexgen_helm.machine.profile_file import named_profile

@@ -6,8 +6,6 @@ import json
 from argparse import Namespace
 from collections.abc import Callable
 
-import torch
-
 from flexgen_helm.attention.chunks import GATHERED_BYTES
 from flexgen_helm.compression.config import CompressionConfig, resolve
 from flexgen_helm.loading.source import ModelSource
@@ -27,7 +25,7 @@ from flexgen_helm.policy.space import Space
 from flexgen_helm.runtime.engine_options import cache_format_of
 from flexgen_helm.runtime.free_space import GATHER_COPIES, GPU_PROCESS_BYTES, PROCESS_BYTES
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
-from flexgen_helm.runtime.planning.sources import open_source
+from flexgen_helm.runtime.planning.sources import device_of, open_source
 from flexgen_helm.runtime.planning.text import Planned, as_json, lines
 from flexgen_helm.types import TIERS, Tier
 
@@ -44,11 +42,7 @@ def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
     """
     name, compression = resolve(args.model)
     named = None if args.machine is None else named_profile(args.machine)
-    device = (
-        resolve_device(args.device)
-        if named is None
-        else Device(torch.device("cuda" if named.is_gpu else "cpu"), named.own_memory)
-    )
+    device = resolve_device(args.device) if named is None else device_of(named)
     source = open_source(args.config or name, args.dtype, device)
     shapes = planned_shapes(source, compression)
     profile = named or _measured(args, source, device, say)
@@ -86,11 +80,6 @@ def space_of(profile: MachineProfile, limits: dict[Tier, int]) -> Space:
         available["device"] = available["host"] = min(profile.memory["host"] - PROCESS_BYTES, ram)
     scratch = GATHER_COPIES * GATHERED_BYTES if profile.is_gpu else 0
     return Space(available, profile.own_memory, limits, is_gpu=profile.is_gpu, scratch_bytes=scratch)
-
-
-def _device_of(profile: MachineProfile) -> Device:
-    """Return a device of the profile's kind; it need not exist here."""
-    return Device(torch.device("cuda" if profile.is_gpu else "cpu"), profile.own_memory)
 
 
 def _measured(args: Namespace, source: ModelSource, device: Device, say: Callable[[str], None]) -> MachineProfile:
