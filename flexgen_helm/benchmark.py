@@ -160,7 +160,7 @@ class Measurement:
     def _link_lines(self) -> Iterator[str]:
         for link, rate in self.gb_per_second.items():
             saved = self.stats.bytes_saved.get(link)
-            of_sparsity = "" if saved is None else f", {gib(saved)} saved by sparsity"
+            of_sparsity = "" if saved is None else f", {gib(max(0, saved))} saved by sparsity"
             yield f"  {link.replace('_', ' '):<16}{rate:.2f} GB/s, {gib(self.stats.bytes_moved[link])} in all{of_sparsity}"
         for resource, count in self.stats.as_dict()["per_sweep"]["bound_by"].items():
             yield f"  bound by        {resource.replace('_', ' ')} in {count} of {self.stats.sweeps} sweeps"

@@ -1,7 +1,8 @@
 """Blocks of numbers in vector registers: LLVM instructions for `flexgen_helm.attention.decode_kernel` that Numba does not emit.
 
 Vectors of 16 numbers are LLVM's: on processors with narrower registers it takes several for each.
-Numba keeps the compiled kernel until decode_kernel.py changes: who changes this file touches that one.
+Numba keeps compiled loops until their own file changes: who changes this file touches decode_kernel.py,
+sparse_decode_kernel.py and sparse_kernel.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -32,6 +32,8 @@ LARGEST_KEY = 2.0**58
 """Keys up to this size leave masked scores finite: products with as large a query, summed over 4,096 elements, do in fp32."""
 Attend = Callable[..., ChunkOutput]
 """Attends to a call, which is given with its pages."""
+Reading = tuple[Callable[[], Merged], Callable[[], int]]
+"""Attends in compiled loops, and says how many bytes of K and V that reads."""
 QKV = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values."""
 
@@ -156,30 +158,30 @@ class RowAttention:
                 self._pages, rule, dtype=q.dtype, device=self._device, own_token=not self._format.flexgen
             )
         windows = self._plans[rule]
+        located = {call: places.of(call) for window in windows for call in window.calls}
         attend: Attend = partial(attend_call, q=q, scale=scale, softcap=softcap)
         if self._format.sparsity is not None:
-            attend = self._sparsely(key, windows, q, places, scale=scale, softcap=softcap)
+            attend = self._sparsely(key, located, q, scale=scale, softcap=softcap)
         merged: Merged | None = None
         for window in windows:
             outputs = _Outputs(window, q, _any_format(places.stores).v.dim)
             for call in window.calls:
-                outputs.keep(call, attend(call, pages=places.of(call)))
+                outputs.keep(call, attend(call, pages=located[call]))
             merged = merge_chunks(merged, outputs.outputs, outputs.lse)
         assert merged is not None
         return merged
 
     def _sparsely(
-        self, key: CacheKey, windows: list[Window], q: Tensor, places: _Places, *, scale: float, softcap: float | None
+        self, key: CacheKey, located: Mapping[ChunkCall, list[LocatedPages]], q: Tensor, *, scale: float, softcap: float | None
     ) -> Attend:
         """Choose the keys of which V is read; returns what attends to a call with them."""
         percent, flexgen = self._format.sparsity, self._format.flexgen
         assert percent is not None
-        sparse = [call for window in windows for call in window.calls if flexgen or call.form == "sealed"]
-        located = [LocatedCall(call, places.of(call)) for call in sparse]
-        chosen = choose(located, q, percent, scale=scale, softcap=softcap)
+        sparse = [LocatedCall(call, pages) for call, pages in located.items() if flexgen or call.form == "sealed"]
+        chosen = choose(sparse, q, percent, scale=scale, softcap=softcap)
         if self._are_values_missing(key.layer):
-            num_pages, num_kv = len(self._pages.staged["sealed"].pages), _any_format(places.stores).v.num_heads
-            self._bring(key, staged_choices(sparse, chosen, num_pages, num_kv).cpu())
+            num_pages, num_kv = len(self._pages.staged["sealed"].pages), sparse[0].pages[0].tensors.format.v.num_heads
+            self._bring(key, staged_choices([call for call, _ in sparse], chosen, num_pages, num_kv).cpu())
 
         def attend(call: ChunkCall, pages: list[LocatedPages]) -> ChunkOutput:
             if flexgen or call.form == "sealed":
@@ -192,29 +194,29 @@ class RowAttention:
         self, key: CacheKey, q: Tensor, rule: MaskRule, stores: Stores, *, scale: float, softcap: float | None
     ) -> Merged:
         """Attend on the CPU, in compiled loops, which is where the outcome is."""
-        loaded, means = self._loaded.get(key.layer, {}), {"sealed": self._means}
+        loaded = self._loaded.get(key.layer, {})
         forms = {
-            form: LayerPages(x, loaded[form].slots if form in loaded else None, means.get(form)) for form, x in stores.items()
+            form: LayerPages(x, loaded[form].slots if form in loaded else None, self._means if form == "sealed" else None)
+            for form, x in stores.items()
         }
         options: Scoring = {"scale": scale, "softcap": softcap}
-        work, num_bytes = (self._all if self._sparse is None else self._chosen)(key, q.cpu(), rule, forms, options)
-        return work() if self._host is None else self._host.attend(Activity("compute", str(key.layer)), num_bytes, work)
+        if self._sparse is None:
+            work, num_bytes = self._reading_all(q.cpu(), rule, forms, options)
+        else:
+            work, num_bytes = self._reading_chosen(key, q.cpu(), rule, forms, options)
+        return work() if self._host is None else self._host.attend(Activity("compute", str(key.layer)), num_bytes(), work)
 
-    def _all(
-        self, key: CacheKey, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring
-    ) -> tuple[Callable[[], Merged], int]:
-        """What reads all of K and V, and how many bytes."""
+    def _reading_all(self, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring) -> Reading:
+        """What reads all of K and V, and what says how many bytes that are."""
         decode = self._decode
         assert decode is not None
         if rule not in self._decode_plans:
             self._decode_plans[rule] = decode.plan(self._pages, rule)
         plans = self._decode_plans[rule]
-        return partial(decode.attend, plans, q, forms, **options), sum(plan.num_bytes(forms) for plan in plans)
+        return partial(decode.attend, plans, q, forms, **options), lambda: sum(plan.num_bytes(forms) for plan in plans)
 
-    def _chosen(
-        self, key: CacheKey, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring
-    ) -> tuple[Callable[[], Merged], int]:
-        """What reads V of chosen keys only, and about how many bytes."""
+    def _reading_chosen(self, key: CacheKey, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring) -> Reading:
+        """What reads V of chosen keys only, and what says how many bytes that are, about."""
         sparse = self._sparse
         assert sparse is not None
         if rule not in self._sparse_plans:
@@ -228,7 +230,7 @@ class RowAttention:
                 self._bring(key, (union[..., None] >> torch.arange(PAGE_TOKENS, dtype=torch.int32) & 1).bool())
             return sparse.attend(choices, forms)
 
-        return work, sum(sparse.num_bytes(plan, forms) for plan in plans)
+        return work, lambda: sum(sparse.num_bytes(plan, forms) for plan in plans)
 
     def _are_values_missing(self, j: int) -> bool:
         """Whether sealed pages of layer j came without V."""

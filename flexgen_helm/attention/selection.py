@@ -100,7 +100,7 @@ def _ends(x: Array) -> Any:
 
 @njit
 def limit_of_largest(x: Array, wanted: int) -> Any:
-    """Return a limit that at least ``wanted`` numbers reach, and that fewer, or as many, exceed.
+    """Return a limit: at least ``wanted`` numbers are not below it, and at most ``wanted`` are above it.
 
     The interval in which the limit lies is halved until one of both counts is ``wanted``, or no number lies inside: about 14
     times for thousands of scores, each of which compares all numbers, which is faster than to sort them.

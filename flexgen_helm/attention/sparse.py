@@ -4,7 +4,8 @@ A query head ranks the keys that its mask shows in earlier chunks by their atten
 in a hundred, rounded up. For each page it adds the exact weight of the other keys times the mean of the page's values.
 FlexGen's own rule has no means, and all keys but a query's own token are candidates. K is read in full by both.
 
-Scores of a row are held at once: 5 bytes for each query, head and key. Decode rows on a CPU do without (`sparse_decode`).
+Scores of a row are held at once: 5 bytes for each query, head and key. Decode rows on a CPU
+hold those of a few queries at a time (`sparse_decode`), unless they follow FlexGen's rule.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PartFormat, PartName
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 
-NUMBER_BYTES = 4
+INDEX_BYTES = 4
 """Bytes of the number that travels with each row: int32, its place in the slots."""
 
 
@@ -99,8 +99,7 @@ class HeldRows:
             wanted: bool ``[slots, num_heads, 32]``; None: all rows.
         """
         held = self._held[call, page_format]
-        missing = ~held[slots]
-        if wanted is not None:
-            missing &= wanted
-        held[slots] = held[slots] | missing
+        here = held[slots]
+        missing = ~here if wanted is None else wanted & ~here
+        held[slots] = here | missing
         return missing

@@ -1,4 +1,4 @@
-"""Means of V of the pages that sparse attention reads: on the device, whatever tier the pages are on. They never travel."""
+"""Means of V of sealed pages: on the device, or on the host where the CPU attends beside it, whatever tier the pages are on."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PageMeans:
         if limit is not None and self._kept > limit:
             self._tensors.clear()
             self._kept = 0
-        self._kept = max(self._kept, kept) if not self._grows else grown(self._kept, kept, limit)
+        self._kept = grown(self._kept, kept, limit) if self._grows else kept
         self._transient = grown(self._transient, storage.transient, None)
 
     def tensor(self, key: CacheKey, part: MeanPart, place: Place, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 A row's pages are loaded before it attends and written back once no loaded row needs them; `Residency` says which. All transfers
 run in one thread, in the order in which they were asked for: a page is never read before it was written, and a slot never
-filled before it was emptied.
+filled before it was emptied. V of sealed pages may come later than K, row by row (`bring_values`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexgen_helm.kv_cache.cargo import NUMBER_BYTES, Cargo, HeldRows, ValueRows, as_rows
+from flexgen_helm.kv_cache.cargo import INDEX_BYTES, Cargo, HeldRows, ValueRows, as_rows
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors, PartName
 from flexgen_helm.kv_cache.page_stores import OffloadedPages
 from flexgen_helm.kv_cache.pages import NUM_BUFFERS, PAGE_TOKENS, TRANSFER_BYTES, PageCounts, Residency, StagedPages
@@ -256,7 +256,7 @@ class WorkingSet:
                 (torch.tensor(numbers, dtype=torch.long)[which] * num_heads + heads) * PAGE_TOKENS + tokens
                 for numbers in ([pages[i] - first for i in order], [slots[i] for i in order])
             )
-            size = max(1, TRANSFER_BYTES // (ValueRows(key, self._formats[key], sources).row_bytes + NUMBER_BYTES))
+            size = max(1, TRANSFER_BYTES // (ValueRows(key, self._formats[key], sources).row_bytes + INDEX_BYTES))
             for source, target in zip(sources.split(size), targets.split(size), strict=True):
                 if len(source):
                     yield _RowBatch(tier, ValueRows(key, self._formats[key], source), target)
@@ -291,7 +291,7 @@ class WorkingSet:
         """Bring rows with their numbers: gathered on the host, scattered on the device."""
         for tier, source, target in batches:
             count, row_bytes = len(target), source.row_bytes
-            numbers_end, end = count * NUMBER_BYTES, count * (NUMBER_BYTES + row_bytes)
+            numbers_end, end = count * INDEX_BYTES, count * (INDEX_BYTES + row_bytes)
             buffer, begun = self._ring.next(max(TRANSFER_BYTES, end)), self._meter.now()
             buffer.host[:numbers_end].view(torch.int32).copy_(target)
             read = self._stores[tier].read_rows(source, buffer.host[numbers_end:end].view(count, row_bytes))

@@ -57,8 +57,9 @@ def link_rates(device: torch.device) -> LinkRates:
         to_device()
         to_host()
 
-    down, up = (rate_of(there.nbytes, seconds_of(work, device)) for work in (to_device, to_host))
-    together = rate_of(2 * there.nbytes, seconds_of(both, device))
+    down = rate_of(there.nbytes, seconds_of(to_device, device))
+    up = rate_of(back.nbytes, seconds_of(to_host, device))  # the second may be smaller where memory is short
+    together = rate_of(there.nbytes + back.nbytes, seconds_of(both, device))
     return LinkRates(down, up, together.value / (down.value + up.value))
 
 

@@ -1,4 +1,4 @@
-"""Decoding and unpacking in as many threads as torch computes with. The kernels and zstd release the GIL."""
+"""Work on parts in as many threads as torch computes with. It gains only if the work releases the GIL, as compiled loops do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def in_threads(work: Callable[[Part], None], parts: Sequence[Part], *, most: int
 
     threads = min(most or torch.get_num_threads(), len(parts))
     if threads > 1:
-        with ThreadPoolExecutor(threads, thread_name_prefix="flexgen-helm-unpack") as pool:
+        with ThreadPoolExecutor(threads, thread_name_prefix="flexgen-helm-work") as pool:
             list(pool.map(run, parts))
     else:
         for part in parts:

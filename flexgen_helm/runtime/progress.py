@@ -238,7 +238,7 @@ def summary(stats: RunStats) -> str:
         moved, busy = stats.bytes_moved[link], stats.busy_seconds.get(link, 0.0)
         parts.append(f"{link.replace('_', ' ')} {gib(moved)} at {moved / 1e9 / max(busy, 1e-9):.2f} GB/s")
         if link in stats.bytes_saved:
-            parts.append(f"{gib(stats.bytes_saved[link])} saved there by sparsity")
+            parts.append(f"{gib(max(0, stats.bytes_saved[link]))} saved there by sparsity")
     if stats.bytes_moved:
         parts += [f"at most {gib(count)} on {tier}" for tier, count in stats.tier_peak_bytes.items()]
     return ", ".join(parts)

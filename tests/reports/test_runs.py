@@ -235,6 +235,8 @@ def test_nothing_else_reads_these_files() -> None:
     pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))}|RUN_FILE|WORKLOAD_FILE|LAST_FILE)\b")
     reader = {ROOT / "flexgen_helm/reports" / name for name in ("runs.py", "contents.py")}
     writers = set((ROOT / "flexgen_helm/helm").glob("*.py"))
+    # `plan --replay` reads a file that the user names, which may also be what `bench` printed.
+    replay = {ROOT / "flexgen_helm" / name for name in ("cli_options.py", "runtime/planning/explain.py")}
     sources = {path for folder in ("flexgen_helm", "runs", "scenarios") for path in (ROOT / folder).rglob("*.py")}
     assert any(pattern.search(path.read_text()) for path in reader)
-    assert [path for path in sources - reader - writers if pattern.search(path.read_text())] == []
+    assert [path for path in sources - reader - writers - replay if pattern.search(path.read_text())] == []

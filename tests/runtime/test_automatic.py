@@ -154,15 +154,20 @@ def test_fields_that_the_user_gave_are_kept(source: ModelSource, kept: Mapping[s
         assert getattr(found.policy, name) == pytest.approx(value, abs=0.2)  # shares are those of whole layers
 
 
-@pytest.mark.parametrize("options", [{"policy": replace(ROWS, auto=False)}, {"workload": None}], ids=["plain", "unknown"])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"policy": replace(ROWS, auto=False)}, "given without `auto`"), ({"workload": None}, "no jobs are known")],
+    ids=["plain", "unknown"],
+)
 def test_without_auto_or_without_a_workload_nothing_is_searched(
-    source: ModelSource, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+    source: ModelSource, options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    work = options.pop("workload", GENERATION)
     caplog.set_level(logging.INFO, logger="flexgen_helm.runtime.planning")
-    found = planned(source, work, max_memory=TIGHT[False], **options)
+    found = planned(source, max_memory=TIGHT[False], **{"workload": GENERATION, **options})
     assert found.automatic is None
-    assert not caplog.records
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "profile cpu is not used" in message
+    assert reason in message
     default = planned(source, None, max_memory=TIGHT[False], policy=replace(ROWS, auto=False))
     assert replace(found.policy, auto=False) == default.policy
     assert found.memory.weights == default.memory.weights
@@ -193,6 +198,7 @@ def test_a_search_that_fails_leaves_the_default_and_says_why(
     if not options:
         monkeypatch.setattr(automatic, "choose_policy", broken)
     default = planned(source, None, max_memory=TIGHT[False])
+    caplog.clear()
     found = planned(source, GENERATION, max_memory=TIGHT[False], **options)
     assert found.automatic is None
     assert (found.policy, found.memory.weights) == (default.policy, default.memory.weights)

@@ -110,8 +110,8 @@ def test_read_ahead_buffers_are_used_again_at_once(planter: Planter, gpu: Simula
 
 
 def test_slots_of_pages_are_filled_before_they_are_emptied(planter: Planter, gpu: SimulatedGpu, folder: Path) -> None:
-    old = "device=self._device), self._last)"
-    planter.plant(WorkingSet, "load", old, "device=self._device), self._last if batches else Arrived())")
+    old = "device=self._device), self._last, slots"
+    planter.plant(WorkingSet, "load", old, "device=self._device), self._last if batches else Arrived(), slots")
     answers(folder, MIXED)
     assert gpu.races
 

@@ -79,8 +79,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="values-brought-again",
         file="flexgen_helm/kv_cache/cargo.py",
-        old="held[slots] = held[slots] | missing",
-        new="held[slots] = held[slots]",
+        old="held[slots] = here | missing",
+        new="held[slots] = here",
         tests=(ROWS,),
         why="rows of one layer that choose the same values bring them twice",
     ),

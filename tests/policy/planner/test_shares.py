@@ -23,7 +23,7 @@ SHAPES = model(LAYERS, 2048, 16)
 
 @lru_cache
 def problem(own_memory: bool, off: Tier | None) -> Problem:
-    profile = t4(1, 1.5, 100) if own_memory else cpu(1.5)
+    profile = t4(1, 3 if off == "disk" else 1.5, 100) if own_memory else cpu(1.5)  # without a disk, all must fit in RAM
     space, asked = space_of(profile), Policy(gpu_batch_size=16, gpu_batch_tokens=256)
     constraints = Constraints(tiers=frozenset(TIERS) - {off})
     base = default_policy(SHAPES, profile, space, asked, tiers=constraints.tiers)
