@@ -25,6 +25,8 @@ from flexgen_helm.machine.threads import in_threads
 TINY = torch.finfo(torch.float32).tiny
 QUERIES_AT_ONCE = 16
 """Queries that a thread chooses for at a time."""
+SORTED_AT_ONCE = 2**22
+"""Scores that are sorted at a time on other devices, which takes about 21 bytes for each."""
 
 
 class LocatedCall(NamedTuple):
@@ -149,13 +151,25 @@ def _fold(weights: Tensor, v: Tensor) -> Tensor:
 
 def _choose(table: Tensor, percent: int) -> Tensor:
     """Whether each key ``[T, C, H, 128]`` is among those with the largest scores; of equal ones the first are."""
+    chosen = torch.empty(table.shape, dtype=torch.bool, device=table.device)
     if table.device.type == "cpu":
         from flexgen_helm.attention.sparse_kernel import choose_table
 
-        chosen = torch.empty(table.shape, dtype=torch.bool)
-        parts = [slice(t, t + QUERIES_AT_ONCE) for t in range(0, len(table), QUERIES_AT_ONCE)]
-        in_threads(lambda part: choose_table(table.numpy()[part], percent, chosen.numpy()[part]), parts)
-        return chosen
+        in_threads(
+            lambda part: choose_table(table.numpy()[part], percent, chosen.numpy()[part]), _parts(len(table), QUERIES_AT_ONCE)
+        )
+    else:
+        for part in _parts(len(table), SORTED_AT_ONCE // table[0].numel()):
+            chosen[part] = _choose_sorted(table[part], percent)
+    return chosen
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(begin, begin + max(1, size)) for begin in range(0, count, max(1, size))]
+
+
+def _choose_sorted(table: Tensor, percent: int) -> Tensor:
+    """`_choose` by sorting."""
     scores = table.transpose(1, 2).flatten(2)
     present = scores > NEG_INF
     wanted = (present.sum(-1, keepdim=True) * percent + 99) // 100

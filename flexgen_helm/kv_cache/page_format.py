@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
+from flexgen_helm.memory.amounts import padded
 from flexgen_helm.memory.buffers import zero_bytes
 
 PartName = Literal["k", "v", "mean"]
@@ -251,6 +252,12 @@ class PageFormat:
     def num_bytes(self) -> int:
         """Bytes of one stored page, K and V together."""
         return self.k.num_bytes + self.v.num_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of one page in a file: records are whole pages of memory, and K and V that travel apart are two."""
+        records = (self.k.num_bytes, self.v.num_bytes) if self.is_apart else (self.num_bytes,)
+        return sum(map(padded, records))
 
     @property
     def is_apart(self) -> bool:

@@ -37,6 +37,8 @@ class CachePlan:
     """Means of V for each byte of K and V on any tier; at most, since only sealed pages have means."""
     means_tier: Tier = "device"
     """Where they are: on the host if the CPU attends beside a device with a memory of its own."""
+    disk_padding: float = 1.0
+    """Bytes in the file for each byte of K and V on disk."""
 
     @classmethod
     def of(cls, shapes: ModelShapes, policy: ResolvedPolicy, *, own_memory: bool) -> CachePlan:
@@ -53,7 +55,8 @@ class CachePlan:
         kept, beside = (sizes["sealed"], sizes["exact"]) if "sealed" in sizes else (sizes["exact"], 0)
         means = shapes.mean_share / shapes.page_shares["sealed"] if shapes.mean_share else 0.0
         tier: Tier = "host" if suspends and policy.cache[1] else "device"
-        return cls(policy.cache, kept, shapes.num_layers, rows, own_memory, beside, means, tier)
+        padding = max(shapes.disk_padding.values(), default=1.0)
+        return cls(policy.cache, kept, shapes.num_layers, rows, own_memory, beside, means, tier, padding)
 
     def share_with_means(self, tier: Tier) -> float:
         """Bytes of pages and means on a tier for one byte of cache."""
@@ -70,6 +73,7 @@ class CachePlan:
         brought = sum(share for tier, share in taken.items() if tier != ram)
         taken["host" if self.means_tier == "host" else ram] += self.mean_share
         taken[ram] += (taken[ram] / 2 + self.rows_at_once * brought) / self.num_layers
+        taken["disk"] *= self.disk_padding
         return taken
 
     @property

@@ -39,6 +39,8 @@ class ModelShapes:
         first_layers_bytes: Bytes of the small model that is checked first: the first layers up to one of every kind, and a
             part of the vocabulary.
         page_shares: Bytes of a page of K and V by form, for each byte of one in which they are as they come.
+        disk_padding: Bytes in a file for each byte of a page, by form, since records are whole pages of memory; a form that
+            is missing has 1.
         cache_bits: Stored bits of an element of K, and of one of V, in the form in which pages are kept.
         mean_share: Bytes of the mean of V of a sealed page, likewise: on the device, whatever tier the page is on.
         scored_keys: Keys whose scores a row of prompts holds at once, for each query and head.
@@ -68,6 +70,7 @@ class ModelShapes:
     kv_itemsize: int
     first_layers_bytes: int
     page_shares: Mapping[Form, float] = field(default_factory=lambda: {"exact": 1.0})
+    disk_padding: Mapping[Form, float] = field(default_factory=dict)
     cache_bits: tuple[float, float] = (16.0, 16.0)
     mean_share: float = 0.0
     scored_keys: int = 0
@@ -143,6 +146,7 @@ class ModelShapes:
             kv_itemsize=2,
             first_layers_bytes=first_layers,
             page_shares={"exact": 1.0},
+            disk_padding={},
             cache_bits=(16.0, 16.0),
             mean_share=0.0,
             scored_keys=0,

@@ -65,6 +65,7 @@ def shapes_of(
         kv_itemsize=kv_dtype.itemsize,
         first_layers_bytes=_first_layers_bytes(model, layers),
         page_shares={form: pages.num_bytes / plain for form, pages in forms.items()},
+        disk_padding={form: pages.disk_bytes / pages.num_bytes for form, pages in forms.items()},
         cache_bits=forms.get("sealed", forms["exact"]).bits_per_element,
         mean_share=sum(pages.mean_bytes for pages in forms.values()) / plain,
         scored_keys=0 if cache.sparsity is None else longest,

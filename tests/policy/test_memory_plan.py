@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,15 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from flexgen_helm.errors import PolicyError
+from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
+from flexgen_helm.kv_cache.cargo import Cargo
+from flexgen_helm.kv_cache.page_format import CacheKey
+from flexgen_helm.kv_cache.page_stores import DiskPages
 from flexgen_helm.kv_cache.pages import NUM_BUFFERS, TRANSFER_BYTES
 from flexgen_helm.memory.amounts import parse_max_memory, parse_size
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.cache_plan import CACHE_SHARE, CachePlan
+from flexgen_helm.policy.capacity import Capacity, packed_scheduler
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
 from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
@@ -26,6 +32,7 @@ from flexgen_helm.run_stats import RunStats
 from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier
 
 GIB = 2**30
+KEY = CacheKey(0, 0)
 CONFIG = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=20, num_attention_heads=8, vocab_size=1000)
 
 
@@ -365,3 +372,22 @@ def test_what_was_held_beyond_a_limit_is_said(model: PreTrainedModel, held: int,
     found = plan_of(model, policy(), limited).exceeded(stats)
     assert (said is None) == (found is None)
     assert (said or "") in (found or "")
+
+
+@pytest.mark.parametrize("variant", [PLAIN_CACHE, CacheFormat(4, 4), CacheFormat(2, 8, sparsity=10), CacheFormat(sparsity=10)])
+def test_the_file_of_a_cache_fits_on_the_disk_with_its_padding(
+    model: PreTrainedModel, variant: CacheFormat, tmp_path: Path
+) -> None:
+    """Records are whole pages of memory, so that a file is larger than the K and V in it."""
+    on_disk = policy(weights=(0, 1, 0), cache=(0, 0, 1))
+    room = Space({**space(10).available, "disk": 200 * 2**20}, own_memory=True)
+    plan = MemoryPlan.of(shapes_of(model, plain_formats(model), torch.float32, variant), on_disk, room)
+    per_token = 2 * CONFIG.num_hidden_layers * CONFIG.hidden_size * 4
+    _, pools = packed_scheduler(on_disk, Capacity.of(plan, room.available), plan.page_bytes(per_token), is_gpu=False)
+    kv = torch.empty(0, 8, 64)
+    for form, page_format in variant.forms(kv, kv).items():
+        store = DiskPages(tmp_path, 1, page_bytes=1)
+        num_bytes = pools[form].capacities.disk * CONFIG.num_hidden_layers * store.transfer_bytes(Cargo(KEY, page_format))
+        store.close()
+        assert num_bytes <= room.available["disk"]
+    assert num_bytes > 0.7 * room.available["disk"]

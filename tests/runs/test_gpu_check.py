@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig
 import torch
 from torch import Tensor
 
@@ -109,17 +110,17 @@ def test_a_benchmark_gives_its_figures(tmp_path: Path) -> None:
 
 
 def test_the_worth_of_a_compressed_cache_is_measured(tmp_path: Path) -> None:
-    from tests.models import save_tiny
-
-    given = ("--model", str(save_tiny("llama", tmp_path)), "--vocab-size", "320", "--prompts", "5", "--limit", "500KiB")
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=320, **sizes)).save_pretrained(tmp_path)
+    given = ("--model", str(tmp_path), "--vocab-size", "320", "--prompts", "12", "--limit", "9MiB")
     found = commands.compare_caches(replace(TINY, cache_tiers=(*TINY.cache_tiers, *given)))
     assert found["status"] == 0
     assert [row["variant"] for row in found["variants"]] == ["16", "kv4"]
     plain, compressed = found["variants"]
     assert "link_bytes" not in plain
-    # Pages of 32 tokens of 512 bytes: of 300 tokens and two that generate, ten.
-    assert plain["sequences"] == int(0.95 * 500) // 16 // 10
-    assert plain["disk_read"] == plain["sequences"] * 10 * 32 * 512
+    # Pages of 32 tokens of 4 KiB: of 300 tokens and two that generate, ten.
+    assert plain["sequences"] == int(0.95 * 9 * 1024) // 128 // 10
+    assert plain["disk_read"] == plain["sequences"] * 10 * 32 * 4096
     assert compressed["sequences"] > plain["sequences"]
     assert 0 < compressed["disk_read"] / compressed["sequences"] < plain["disk_read"] / plain["sequences"]
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, TRANSFER_BYTES, Form
 from flexgen_helm.machine.profile import LayerTime, MachineProfile, Place, Rate, RowKind
-from flexgen_helm.memory.amounts import padded
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.loads import Pages, RowLoad
@@ -245,8 +244,8 @@ class Durations:
     def _pieces(self, pages: Pages, disk: Resource, link: Resource) -> list[list[Stage]]:
         found: list[list[Stage]] = []
         for tier, form, count in pages:
-            page = int(self._page_bytes[form])
-            num_bytes = count * (padded(page) if tier == "disk" else page)
+            padding = self._shapes.disk_padding.get(form, 1.0) if tier == "disk" else 1.0
+            num_bytes = int(count * self._page_bytes[form] * padding)
             ways: list[Resource] = [*([disk] if tier == "disk" else []), *([link] if self._own_memory else [])]
             number = max(1, min(-(-num_bytes // TRANSFER_BYTES), MOST_PIECES)) if len(ways) > 1 else 1
             cuts = [num_bytes * i // number for i in range(number + 1)]
