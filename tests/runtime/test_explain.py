@@ -94,7 +94,7 @@ def test_a_missing_file_and_a_missing_model_are_errors(tmp_path: Path, capsys: p
     assert main(["plan", "--replay", str(tmp_path / "none.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert main(["plan"]) == 2
-    assert "Give --model M, or --replay FILE" in capsys.readouterr().err
+    assert "Give --model M or --config FILE, or --replay FILE" in capsys.readouterr().err
 
 
 def test_the_record_is_what_statistics_write(tmp_path: Path) -> None:
