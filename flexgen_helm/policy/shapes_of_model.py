@@ -65,7 +65,9 @@ def shapes_of(
         kv_itemsize=kv_dtype.itemsize,
         first_layers_bytes=_first_layers_bytes(model, layers),
         page_shares={form: pages.num_bytes / plain for form, pages in forms.items()},
-        disk_padding={form: pages.disk_bytes / pages.num_bytes for form, pages in forms.items()},
+        disk_padding={
+            form: each.disk_bytes / each.num_bytes for form, each in forms.items() if each.disk_bytes > each.num_bytes
+        },
         cache_bits=forms.get("sealed", forms["exact"]).bits_per_element,
         mean_share=sum(pages.mean_bytes for pages in forms.values()) / plain,
         scored_keys=0 if cache.sparsity is None else longest,

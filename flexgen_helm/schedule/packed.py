@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from flexgen_helm.kv_cache.pages import Form, PagePool
 from flexgen_helm.schedule.page_tables import PageTables
 from flexgen_helm.schedule.prompt_gate import PromptGate
-from flexgen_helm.schedule.rows import Continuation, Segment, Sweep, pack_decode, pack_prefill
+from flexgen_helm.schedule.rows import Continuation, Segment, Sweep, in_order, pack_decode, pack_prefill
 from flexgen_helm.schedule.scoring import ScoringQueue
 from flexgen_helm.schedule.segments import decode_segment, prompt_segment
 from flexgen_helm.schedule.tree import Node, Scores, build_tree
@@ -113,7 +113,7 @@ class PackedScheduler:
         self._swept.extend(block.answered)
         for work in block.works:
             self._schedule(work, prefill, None)
-        rows = pack_prefill(prefill, self._policy) + pack_decode(decode, self._policy)
+        rows = in_order(pack_prefill(prefill, self._policy), pack_decode(decode, self._policy), self._policy)
         return Sweep(rows, self._tables.storage())
 
     def end_sweep(self) -> list[PromptWork]:

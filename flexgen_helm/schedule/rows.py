@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, compress
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from flexgen_helm.kv_cache.pages import Form, PageStorage
 from flexgen_helm.schedule.tree import Node, Scores, SequencePages
@@ -14,6 +14,8 @@ from flexgen_helm.types import ResolvedPolicy
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+AnyRow = TypeVar("AnyRow")
 
 
 @dataclass(eq=False)
@@ -156,6 +158,15 @@ def host_attended(rows: Sequence[Row], share: float) -> frozenset[int]:
 def pack_prefill(segments: Iterable[Segment], policy: ResolvedPolicy) -> list[Row]:
     """Cut segments, in order, into prefill rows of ``policy.gpu_batch_tokens`` tokens."""
     return _pack("prefill", segments, policy.gpu_batch_tokens)
+
+
+def in_order(prefill: list[AnyRow], decode: list[AnyRow], policy: ResolvedPolicy) -> list[AnyRow]:
+    """Return the rows of a sweep in the order in which they are computed.
+
+    Decode rows come first where the CPU attends to them: prompts fill the time for which the device waits. Elsewhere they come
+    last: their pages arrive while prompts are computed.
+    """
+    return decode + prefill if policy.cpu_attention and policy.cache[1] else prefill + decode
 
 
 def halved(row: Row) -> list[Row]:

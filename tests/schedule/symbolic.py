@@ -43,6 +43,7 @@ POLICIES = st.builds(
     num_gpu_batches=st.integers(1, 3),
     gpu_batch_tokens=st.integers(1, 50),
     block_tokens=st.integers(1, 200),
+    cache=st.sampled_from([(1.0, 0.0, 0.0), (0.0, 1.0, 0.0)]),  # with the second, decode rows come first
 )
 
 

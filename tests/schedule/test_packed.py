@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +10,7 @@ from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PagePool, num_pages
 from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.schedule.rows import Continuation, Segment, Sweep
 from flexgen_helm.schedule.work import PromptWork
-from flexgen_helm.types import ResolvedPolicy
+from flexgen_helm.types import ResolvedPolicy, Shares
 from tests.schedule.symbolic import POLICIES, SPECS, Machine, Prefix, Spec, assert_answers
 
 
@@ -125,6 +126,24 @@ def test_a_prompt_waits_for_a_full_row_while_that_is_cheaper() -> None:
 def test_a_prompt_does_not_wait_for_a_full_row_for_ever() -> None:
     """One of five slots is idle, and half a row of padding costs one and a half sweeps: eight fifths are more."""
     assert prompt_tokens_by_sweep(100, 3.0)[:10] == [64, 64, *[0] * 7, 32]
+
+
+@pytest.mark.parametrize(
+    ("cache", "cpu_attention", "first"),
+    [((0, 1, 0), 1.0, "decode"), ((1, 0, 0), 1.0, "prefill"), ((0, 1, 0), 0.0, "prefill")],
+)
+def test_decode_rows_come_first_where_the_cpu_attends(cache: Shares, cpu_attention: float, first: str) -> None:
+    """Prompts then fill the time in which the device waits; elsewhere pages arrive while prompts are computed."""
+    policy = ResolvedPolicy(gpu_batch_size=2, gpu_batch_tokens=8, cache=cache, cpu_attention=cpu_attention)
+    machine = PagedMachine(policy, [Spec((i + 2,) * 6, False, ((3, 3),)) for i in range(4)])
+    scheduler = PackedScheduler(policy, block_tokens=8, pools={"exact": PagePool(100)})
+    scheduler.add(machine.works)
+    for _ in range(2):
+        sweep = scheduler.next_sweep()
+        machine.run(sweep)
+        scheduler.end_sweep()
+    assert {row.kind for row in sweep.rows} == {"prefill", "decode"}
+    assert sweep.rows[0].kind == first
 
 
 def test_abandoned_work_leaves_no_page_behind() -> None:

@@ -19,7 +19,7 @@ from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.search.candidate import Candidate, SweepKind
 from flexgen_helm.policy.planner.search.cost_model import CostModel
 from flexgen_helm.policy.planner.simulate import NOTHING, sweep_cost
-from flexgen_helm.schedule.rows import spread
+from flexgen_helm.schedule.rows import in_order, spread
 from flexgen_helm.types import TIERS, Tier
 
 
@@ -70,19 +70,21 @@ def _fitting(model: CostModel, plan: MemoryPlan) -> int:
 def _sweep(model: CostModel, kind: SweepKind, candidate: Candidate, durations: Durations) -> SweepLoad:
     """Return an average sweep."""
     sweeps, rows = model.sweeps(candidate), model.rows(kind, candidate)
-    found: list[RowLoad] = []
+    prompts: list[RowLoad] = []
+    decoding: list[RowLoad] = []
     read, new = model.pages(kind, sweeps)
     count = rows["decode"]
     if prefill := rows.get("prefill", 0):
         row = model.prompt_row(durations, sweeps, prefill)
         written = (new - sweeps.live) / prefill
-        found += [_with_pages(row, durations.plan, 0.0, max(0.0, written))] * prefill
+        prompts = [_with_pages(row, durations.plan, 0.0, max(0.0, written))] * prefill
     if count:
         row = model.decode_row(durations, sweeps, count)
         policy = durations.plan.policy
         on_host = policy.cpu_attention if model.profile.own_memory and policy.cache[1] else 0.0
         for attends in spread(count, on_host):
-            found.append(_with_pages(replace(row, on_host=attends), durations.plan, read / count, sweeps.live / count))
+            decoding.append(_with_pages(replace(row, on_host=attends), durations.plan, read / count, sweeps.live / count))
+    found = in_order(prompts, decoding, durations.plan.policy)
     return SweepLoad(tuple(found), model.logits(kind, sweeps), 0, 0)
 
 
