@@ -32,8 +32,8 @@ test-all: lint  ## Run all tests.
 test-versions: env  ## Run what depends on transformers with its lowest version allowed, or with VERSIONS="5.20.0 5.22.2".
 	@$(TEST_ENV) $(BIN)/python .ci/test_versions.py $(VERSIONS)
 
-test-simulated-gpu: env  ## Run every placement, family and limit on the simulated GPU; `test` runs a part of them.
-	@$(TEST_ENV) $(BIN)/$(PYTEST) --dist load -m slow tests/simulated_gpu tests/runtime/test_gpu.py
+test-simulated-gpu: env  ## Run every placement, family and limit on the simulated GPU, of which `test` runs a part, and what a GPU is checked with.
+	@$(TEST_ENV) $(BIN)/$(PYTEST) --dist load -m slow tests/simulated_gpu tests/runtime/test_gpu.py tests/runs/test_gpu_check.py
 
 gate: env  ## Check on a real model that placement and block sizes change no bit, with INSTANCES="5" of each run entry.
 	@$(TEST_ENV) $(BIN)/python .ci/gate.py $(addprefix -m ,$(INSTANCES))

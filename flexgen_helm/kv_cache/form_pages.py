@@ -88,13 +88,13 @@ class FormPages:
         Raises:
             DiskFull: Or any other error of an earlier transfer that was not raised yet.
         """
+        if self._working is not None:
+            self._working.reserve(staged)  # first, for it waits for transfers that use the stores
         limits = PageCounts(0) if self._pool is None else self._pool.limits
         self._kept.reserve(storage.kept.device, None if self._pool is None else limits.device)
         self._transient.reserve(storage.transient)
         self.means.reserve(storage)
         self._host.reserve(storage.kept.host, limits.host)
-        if self._working is not None:
-            self._working.reserve(staged)
 
     def tensors(
         self, key: CacheKey, page_format: PageFormat, places: Iterable[Place], device: torch.device

@@ -145,6 +145,8 @@ class WorkingSet:
             staged: The pages.
             values: Whether V comes with K; if not, `bring_values` brings what is read of it.
         """
+        for key, page_format in self._calls(j):  # stores grow now: no transfer of this layer is under way since `reserve`
+            self.register(key, page_format)
         slots, missing, fresh, is_partial = self._residency.load(j, staged, values=values)
         batches = list(self._batches(j, missing, ("k", "v") if values else ("k",)))
         self._held.set(fresh, whole=True)
@@ -231,12 +233,15 @@ class WorkingSet:
         self._failure, self._failure_seen, self._last = None, False, None
         return unheard
 
+    def _calls(self, j: int) -> list[tuple[CacheKey, PageFormat]]:
+        return [call for call in self._formats.items() if call[0].layer == j]
+
     def _batches(self, j: int, places: Mapping[int, int], names: tuple[PartName, ...] = ("k", "v")) -> Iterator[_Batch]:
         """Sort pages of layer j, given with their slots, by tier and number, so that neighbours travel together."""
         by_tier: dict[Tier, list[int]] = {tier: [] for tier in self._stores}
         for page in sorted(places):
             by_tier[self._capacities.tier_of(page)].append(page)
-        for key, page_format in [call for call in self._formats.items() if call[0].layer == j]:
+        for key, page_format in self._calls(j):
             self.tensors(key, page_format)
             cargo = Cargo(key, page_format, names)
             for tier, pages in by_tier.items():

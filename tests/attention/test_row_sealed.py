@@ -36,7 +36,7 @@ def expected(machine: Machine, cache_format: CacheFormat) -> list[Tensor]:
     return found
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     HEADS,
     OPTIONS,

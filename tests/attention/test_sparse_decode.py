@@ -84,7 +84,7 @@ class SparseSequences(SealedSequences):
         return torch.stack(outputs)
 
 
-@settings(derandomize=True, max_examples=30, deadline=None)
+@settings(derandomize=True, max_examples=15, deadline=None)
 @given(
     st.sampled_from([*HEADS, Heads(2, 1, 80, 96), Heads(2, 1, 8, 100)]),
     st.builds(Options, st.sampled_from(sorted(RULES)), st.sampled_from([None, 20.0])),

@@ -125,6 +125,16 @@ def bench() -> Iterator[Bench]:
     made.working.close()
 
 
+def test_stores_grow_before_their_pages_travel() -> None:
+    """The link's thread reads a store's tensors, which must not be replaced meanwhile."""
+    made = Bench()
+    made.store.reserve(2 * NUM_PAGES, 2 * NUM_PAGES)
+    made.load(0, 1, j=1)
+    assert len(made.store._tensors[CacheKey(1, 0), FORMAT].k) == 2 * NUM_PAGES
+    made.link.close()
+    made.working.close()
+
+
 def test_a_page_that_two_rows_touch_is_moved_once_each_way(bench: Bench) -> None:
     first = bench.load(0, 1)
     second = bench.load(1, 2)

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.runs.gpu_check import __main__ as command
@@ -98,6 +98,7 @@ def test_attention_on_the_cpu_is_the_engines() -> None:
     assert lse.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_benchmark_gives_its_figures(tmp_path: Path) -> None:
     from tests.models import save_tiny
 
@@ -109,6 +110,7 @@ def test_a_benchmark_gives_its_figures(tmp_path: Path) -> None:
     assert commands.generate(replace(tiny, generation=("--no-such-option",)))["status"] == 2
 
 
+@pytest.mark.slow
 def test_the_worth_of_a_compressed_cache_is_measured(tmp_path: Path) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
     AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=320, **sizes)).save_pretrained(tmp_path)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.errors import CorruptFile, DiskFull, OutOfSpace
@@ -81,26 +81,27 @@ def test_full_disks_and_torn_files(
 
 
 @pytest.fixture
-def long_llama(bench: Workbench, tmp_path: Path) -> Path:
-    """A model that reads prompts of thousands of tokens."""
-    folder = shutil.copytree(bench.folder("llama"), tmp_path / "llama")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
-    return folder
+def long_llama(tmp_path: Path) -> Path:
+    """A model that reads prompts of thousands of tokens, with 4 KiB of K and V for each."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=320, max_position_embeddings=4096, **sizes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
 
 
 def test_a_job_that_fits_only_compressed_is_served(long_llama: Path, tmp_path: Path) -> None:
-    """Of 1,020 tokens 512 bytes each would be needed; the disk has 400 KiB. Prompts that part from the first leave less."""
+    """1,020 tokens would need 4 MiB; the disk has 3.5 MiB. Prompts that part from the first leave less."""
     stem = random_tokens(1, 1000)
     jobs = [Job(token_ids=stem, max_new_tokens=20, score_prompt=True, ignore_eos=True)]
     jobs += [Job(token_ids=[*stem[:cut], 5], max_new_tokens=5, ignore_eos=True) for cut in (200, 500, 780)]
     with load(long_llama, "kv4", tmp_path / "plenty", replace(ON_DISK, cache=(1, 0, 0), block_tokens=512)) as engine:
         expected = engine.run(jobs)
-    with load(long_llama, "kv4", tmp_path / "little", disk="400KiB") as engine:
+    with load(long_llama, "kv4", tmp_path / "little", disk="3600KiB") as engine:
         assert engine.run(jobs[:1]) == expected[:1]
         assert engine.run(jobs) == expected
-        with pytest.raises(OutOfSpace, match=r"The K/V cache of the job needs 0\.5 MiB, but there are 0\.4 MiB for all jobs"):
+        with pytest.raises(OutOfSpace, match=r"The K/V cache of the job needs 3\.7 MiB, but there are 2\.8 MiB for all jobs"):
             engine.run([Job(token_ids=random_tokens(2, 3000), max_new_tokens=20)])
-    plain = load(long_llama, None, tmp_path / "plain", disk="400KiB")
-    with plain as engine, pytest.raises(OutOfSpace, match=r"The K/V cache of the job needs 0\.6 MiB, but there are 0\.4 MiB"):
+    plain = load(long_llama, None, tmp_path / "plain", disk="3600KiB")
+    with plain as engine, pytest.raises(OutOfSpace, match=r"The K/V cache of the job needs 4\.2 MiB, but there are 3\.2 MiB"):
         engine.run(jobs[:1])

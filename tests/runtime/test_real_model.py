@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,16 +103,17 @@ def results(engine: Engine, jobs: list[Job]) -> list[Result]:
 
 def test_coded_without_loss_real_weights_take_two_thirds_of_the_disk(real_model: Path, jobs: list[Job], tmp_path: Path) -> None:
     policy = Policy(gpu_batch_size=16, gpu_batch_tokens=64, weights=(0, 0, 1), slab_coding="lossless")
+    short = [replace(job, max_new_tokens=2) for job in jobs[-len(TEXTS) :]]
     with Engine.from_pretrained(
         str(real_model), dtype="bfloat16", device="cpu", policy=policy, offload_folder=tmp_path
     ) as engine:
-        found, shapes = engine.run(jobs[::4]), engine._parts.plan.shapes
+        found, shapes = engine.run(short), engine._parts.plan.shapes
         coded = engine.describe().weight_bytes["disk"]
     print(sum(shapes.bound_bytes.values()) / coded, "times fewer bytes")
     assert sum(shapes.bound_bytes.values()) >= 1.4 * coded
     policy = Policy(gpu_batch_size=16, gpu_batch_tokens=64)
     with Engine.from_pretrained(str(real_model), dtype="bfloat16", device="cpu", policy=policy) as engine:
-        assert engine.run(jobs[::4]) == found
+        assert engine.run(short) == found
 
 
 def test_level_c(results: list[Result], jobs: list[Job], reference: Reference) -> None:
