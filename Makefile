@@ -9,7 +9,12 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # tests/conftest.py puts the longest files first; xdist would put those with most tests first.
 PYTEST := pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env lint test test-all test-versions test-simulated-gpu gate demo clean
+# Of these, the slow tests.
+MATRIX := tests/simulated_gpu tests/runtime/test_gpu.py tests/runtime/test_exactness.py tests/runtime/test_offload.py \
+	tests/runtime/test_lossless.py tests/loading/test_first_layers.py tests/runs/test_gpu_check.py \
+	"tests/runs/test_kill.py::test_killed_suite_equals_an_undisturbed_one[1-True]"
+
+.PHONY: help env lint test test-all test-versions test-matrix gate demo clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,8 +37,8 @@ test-all: lint  ## Run all tests.
 test-versions: env  ## Run what depends on transformers with its lowest version allowed, or with VERSIONS="5.20.0 5.22.2".
 	@$(TEST_ENV) $(BIN)/python .ci/test_versions.py $(VERSIONS)
 
-test-simulated-gpu: env  ## Run every placement, family and limit on the simulated GPU, of which `test` runs a part, and what a GPU is checked with.
-	@$(TEST_ENV) $(BIN)/$(PYTEST) --dist load -m slow tests/simulated_gpu tests/runtime/test_gpu.py tests/runs/test_gpu_check.py
+test-matrix: env  ## Run every family, placement and limit, on the simulated GPU and off it, of which `test` runs a part.
+	@$(TEST_ENV) $(BIN)/$(PYTEST) --dist load -m slow -k "not broadly" $(MATRIX)
 
 gate: env  ## Check on a real model that placement and block sizes change no bit, with INSTANCES="5" of each run entry.
 	@$(TEST_ENV) $(BIN)/python .ci/gate.py $(addprefix -m ,$(INSTANCES))

@@ -16,7 +16,7 @@ from environment import ROOT, environment_path, pip_install, read_requirements
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXACTNESS = "tests/runtime/test_exactness.py"
+EXACTNESS, EQUALITY = "tests/runtime/test_exactness.py", "tests/helm/test_equality.py"
 PACKED = ("llama", "gemma2", "qwen3_moe", "llama4_text")
 """Dense, windows with softcaps, mixture of experts, and positions that come from the cache."""
 SINGLE = ("falcon", "mpt", "falcon_h1")
@@ -28,9 +28,10 @@ TESTS = (
     *(f"{EXACTNESS}::test_level_c[{family}]" for family in PACKED),
     *(f"{EXACTNESS}::test_level_c_in_single_rows[{family}]" for family in SINGLE),
     *(f"{EXACTNESS}::test_level_b_neighbours_and_order[{family}]" for family in (*PACKED, *SINGLE)),
-    "tests/helm/test_equality.py",
+    f"{EQUALITY}::test_every_entry_with_tokenizers_of_all_kinds[llama-2]",
+    f"{EQUALITY}::test_a_real_model_on_few_instances",
 )
-PYTEST = ("-m", "pytest", "-q", "--numprocesses", "2", "--dist", "loadfile", "-m", "not slow")
+PYTEST = ("-m", "pytest", "-q", "--numprocesses", "2", "--dist", "loadfile")
 
 
 def lowest_version() -> str:

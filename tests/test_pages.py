@@ -32,6 +32,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_ELSEWHERE = {"README.md", "evaluating.md", "reports.md", "gate.md"}
 """Pages whose blocks tests/test_docs.py, tests/reports/test_documented.py and tests/gate/test_page.py run."""
 NOT_RUN = {
+    "flexgen-helm profile": "measures for half a minute; tests/runtime/test_machine_profile.py runs it",
     "flexgen-helm plan --replay": "needs the record of a run; tests/runtime/test_explain.py has one",
     "flexgen-helm bench --model facebook/opt-30b": "a model of the hub, on a GPU of 15 GiB",
 }

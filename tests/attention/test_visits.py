@@ -41,7 +41,7 @@ def rows(draw: st.DrawFn) -> Row:
     return Row(kind, sum(len(segment.tokens) for segment in segments) + draw(st.integers(0, 20)), segments)
 
 
-@settings(derandomize=True, max_examples=30, deadline=None)
+@settings(derandomize=True, max_examples=15, deadline=None)
 @given(rows())
 def test_every_pair_that_causality_allows_is_in_exactly_one_visit(row: Row) -> None:
     """A pair is a row position and a key's page and place in the page."""
@@ -66,7 +66,7 @@ def with_offsets(row: Row) -> list[tuple[int, Segment]]:
     return [(sum(lengths[:i]), segment) for i, segment in enumerate(row.segments)]
 
 
-@settings(derandomize=True, max_examples=30, deadline=None)
+@settings(derandomize=True, max_examples=15, deadline=None)
 @given(rows(), st.booleans(), st.booleans())
 def test_groups_hold_every_visit_once_and_nothing_that_no_kernel_can_do(row: Row, own_memory: bool, host_attends: bool) -> None:
     pages = RowPages(row, {"exact": PageMap(PageCounts(20, 30, 1000), own_memory)}, host_attends=host_attends)

@@ -112,7 +112,7 @@ def test_a_benchmark_gives_its_figures(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_worth_of_a_compressed_cache_is_measured(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
     AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=320, **sizes)).save_pretrained(tmp_path)
     given = ("--model", str(tmp_path), "--vocab-size", "320", "--prompts", "12", "--limit", "9MiB")
     found = commands.compare_caches(replace(TINY, cache_tiers=(*TINY.cache_tiers, *given)))

@@ -13,7 +13,8 @@ from tests.models import save_tiny
 from tests.tokenizers import save_character_tokenizer
 
 
-@pytest.mark.parametrize(("kills", "disable_cache"), [(1, True), pytest.param(3, False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "disable_cache"), [(1, True), (3, False)])
 def test_killed_suite_equals_an_undisturbed_one(kills: int, disable_cache: bool, tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path)
     save_character_tokenizer(model)

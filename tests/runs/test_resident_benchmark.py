@@ -36,7 +36,9 @@ def reference(task: Task) -> list[Greedy]:
     return [model.greedy(prompt, task.new_tokens) for prompt in task.prompts]
 
 
-@pytest.mark.parametrize("name", ["engine", "transformers", pytest.param("generate_batch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["engine", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transformers", "generate_batch"))]
+)
 def test_a_side_answers_as_the_reference_does(name: str, task: Task, reference: list[Greedy], tmp_path: Path) -> None:
     found = run(name, sys.executable, task, tmp_path)
     assert isinstance(found, Measured), found

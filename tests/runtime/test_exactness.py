@@ -28,6 +28,8 @@ delta rules."""
 KINDS = ("llama", "opt", "gemma2", "gpt_oss", "llama4_text", "mixtral", "deepseek_v3", *MECHANISMS)
 """One family of each mechanism: in packed rows grouped heads, learned positions, softcaps, sinks, chunks, experts and latent
 attention."""
+SCHEDULES = ("llama", "opt", "gpt_oss", "mixtral", "falcon_h1", "qwen3_5_text")
+"""Of these, the ones that the schedule treats differently."""
 
 
 def slow_but(fast: Iterable[str], families: Iterable[str]) -> list[ParameterSet]:
@@ -36,10 +38,13 @@ def slow_but(fast: Iterable[str], families: Iterable[str]) -> list[ParameterSet]
 
 
 SINGLE_ROWS = slow_but(MECHANISMS, SINGLE)
-SERVED = slow_but((*FAMILIES, *MECHANISMS), (*FAMILIES, *SINGLE))
-ONE_OF_A_KIND = slow_but(KINDS, (*FAMILIES, *SINGLE))
+SERVED = slow_but(KINDS, (*FAMILIES, *SINGLE))
+ONE_OF_A_KIND = slow_but(SCHEDULES, (*FAMILIES, *SINGLE))
 """What decides here is the schedule and the mechanism; numbers of every family are compared elsewhere in this file."""
-LONG_FAMILIES = ["llama", "opt", "gemma2", "gpt_oss", "deepseek_v3", "mpt", "falcon_h1", "qwen3_5_text"]
+LONG_FAMILIES = slow_but(
+    ("llama", "gpt_oss", "deepseek_v3", "falcon_h1", "qwen3_5_text"),
+    ("llama", "opt", "gemma2", "gpt_oss", "deepseek_v3", "mpt", "falcon_h1", "qwen3_5_text"),
+)
 """Grouped heads, learned positions, softcap, sinks and latent attention, over several key splits; states over several chunks of
 their scans."""
 ROW_SIZES = [(8, 48), (32, 20)]

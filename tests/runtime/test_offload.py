@@ -80,7 +80,8 @@ def test_placement_changes_no_bit(
 
 
 @pytest.mark.parametrize(
-    ("family", "overlap"), [("opt", True), ("mistral", True), ("llama", False), slow("llama", True), slow("mixtral", True)]
+    ("family", "overlap"),
+    [("opt", True), ("llama", False), *(slow(family, True) for family in ("mistral", "llama", "mixtral"))],
 )
 def test_flexgens_headline_policy(deep: Workbench, tmp_path: Path, family: str, overlap: bool) -> None:
     """Several full GPU batches decode together, each with its own part of the cache."""

@@ -121,6 +121,7 @@ def test_all_types_and_enough_variants_are_listed() -> None:
     assert len(all_names()) - len(variants) >= 150
 
 
+@pytest.mark.slow
 def test_short_form_agrees_with_the_page() -> None:
     stated = table.read(PAGE)
     verdicts = list(judge_all(SHORT_FORM, jobs=os.cpu_count() or 1, timeout=120.0))
