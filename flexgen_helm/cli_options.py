@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexgen_helm.compression.config import resolve, with_variant
+from flexgen_helm.compression.config import parse, resolve, with_variant
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.machine.profile_file import named_profile, profile_names
 from flexgen_helm.options import parse_max_memory, parse_policy
@@ -180,6 +180,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="auto: the checkpoint's on a GPU, float32 on a CPU",
     )
+    add("--allow", nargs="+", default=[], type=parse, metavar="V", help="variants that may be chosen where faster: w4 w4kv4")
     add = parser.add_argument_group("machine").add_argument
     add("--machine", metavar="NAME|FILE", help="t4, h100, h200, laptop-8gib, or a profile's file (default: this machine)")
     add("--device", default="auto", metavar="D", help="device of this machine: auto, cpu, cuda or cuda:N")
@@ -188,7 +189,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("workload").add_argument
     add("--num-jobs", type=_positive, default=512, metavar="N", help="number of prompts (%(default)s)")
     add("--prompt-len", type=_positive, default=512, metavar="N", help="tokens of each prompt (%(default)s)")
-    add("--gen-len", type=int, default=32, metavar="N", help="tokens generated for each; 0: prompts are scored (%(default)s)")
+    add(
+        "--gen-len", type=_count, default=32, metavar="N", help="tokens generated for each; 0: prompts are scored (%(default)s)"
+    )
     add = parser.add_argument_group("policy").add_argument
     add("--policy", type=parse_policy, metavar="P", help="fields that are kept, as JSON or as weights=0.2:0.8:0,prefetch=2")
     add("--max-latency", type=float, metavar="S", help="most seconds until the first job is answered")
@@ -246,9 +249,13 @@ def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text) if text.isascii() and text.isdigit() else 0
-    if not number:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give 1 or more")
+    return _count(text, least=1)
+
+
+def _count(text: str, least: int = 0) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give {least} or more")
     return number
 
 

@@ -32,8 +32,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_ELSEWHERE = {"README.md", "evaluating.md", "reports.md", "gate.md"}
 """Pages whose blocks tests/test_docs.py, tests/reports/test_documented.py and tests/gate/test_page.py run."""
 NOT_RUN = {
-    "flexgen-helm profile": "measures for half a minute; tests/runtime/test_machine_profile.py runs it",
-    "flexgen-helm plan --replay": "needs the record of a run; tests/runtime/test_explain.py has one",
+    "flexgen-helm profile": "measures for half a minute; tests/runtime/planning/test_machine_profile.py runs it",
+    "flexgen-helm plan --replay": "needs the record of a run; tests/runtime/planning/test_explain.py has one",
     "flexgen-helm bench --model facebook/opt-30b": "a model of the hub, on a GPU of 15 GiB",
 }
 """Beginnings of the commands that no test runs, with the reason."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from flexgen_helm.attention.chunks import GATHERED_BYTES
-from flexgen_helm.compression.config import CompressionConfig, resolve
+from flexgen_helm.compression.config import CompressionConfig, resolve, with_variant
+from flexgen_helm.errors import PolicyError
 from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.machine.profile_file import named_profile
@@ -38,28 +39,54 @@ def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
         say: Told what happens, a line at a time.
 
     Raises:
-        FlexGenError: If the model or the profile cannot be read, or no policy fits.
+        FlexGenError: If the model or the profile cannot be read, options contradict each other, or no policy fits.
     """
     name, compression = resolve(args.model)
     named = None if args.machine is None else named_profile(args.machine)
+    if named is not None and args.device != "auto":
+        raise PolicyError(f"--device {args.device} is of this machine, but --machine names another one. Leave one of them out.")
     device = resolve_device(args.device) if named is None else device_of(named)
     source = open_source(args.config or name, args.dtype, device)
-    shapes = planned_shapes(source, compression)
     profile = named or _measured(args, source, device, say)
     space = space_of(profile, parse_max_memory(args.max_memory))
     tiers: frozenset[Tier] = frozenset(tier for tier in TIERS if tier not in args.without)
     constraints = Constraints(args.max_latency, args.min_throughput, tiers, args.search_numerics)
     workload = Workload.uniform(args.num_jobs, args.prompt_len, args.gen_len, score=args.gen_len == 0)
-    problem = Problem.of(shapes, workload, profile, space, asked=args.policy, constraints=constraints)
-    choice = choose_policy(problem)
-    planned = Planned(args.model, problem, choice, gains(problem))
+    planned = _fastest(
+        {
+            with_variant(name, each): Problem.of(
+                planned_shapes(source, each), workload, profile, space, asked=args.policy, constraints=constraints
+            )
+            for each in (compression, *args.allow)
+        }
+    )
     print(json.dumps(as_json(planned)) if args.json else "\n".join(lines(planned)))
     if args.plot is not None:
         from flexgen_helm.runtime.planning.plot import draw
 
-        for file in draw(args.plot, problem, choice):
+        for file in draw(args.plot, planned.problem, planned.choice):
             say(f"plot: {file}")
     return 0
+
+
+def _fastest(problems: Mapping[str, Problem]) -> Planned:
+    """Plan a model and the variants of it that are allowed; returns the plan that takes least time, with what the others take.
+
+    Raises:
+        PolicyError: If there is a plan for none of them; it is the first one's.
+    """
+    plans: dict[str, Planned] = {}
+    refused: dict[str, PolicyError] = {}
+    for name, problem in problems.items():
+        try:
+            plans[name] = Planned(name, problem, choose_policy(problem))
+        except PolicyError as error:
+            refused[name] = error
+    if not plans:
+        raise next(iter(refused.values()))
+    best = min(plans.values(), key=lambda plan: plan.choice.prediction.seconds)
+    others = {name: plan.choice.prediction for name, plan in plans.items() if plan is not best}
+    return best._replace(gains=gains(best.problem), others=others, refused={name: str(each) for name, each in refused.items()})
 
 
 def planned_shapes(source: ModelSource, compression: CompressionConfig | None) -> ModelShapes:

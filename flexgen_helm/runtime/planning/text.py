@@ -25,12 +25,16 @@ class Planned(NamedTuple):
         problem: What was searched for.
         choice: The policy and its prediction.
         gains: Part of the speed that each change would add; empty: not computed.
+        others: What is predicted for other variants that were allowed.
+        refused: Why there is no plan for the others.
     """
 
     model: str
     problem: Problem
     choice: Choice
-    gains: Mapping[str, float]
+    gains: Mapping[str, float] = {}
+    others: Mapping[str, Prediction] = {}
+    refused: Mapping[str, str] = {}
 
 
 def as_json(planned: Planned) -> dict[str, Any]:
@@ -52,6 +56,8 @@ def as_json(planned: Planned) -> dict[str, Any]:
         "binding": made.binding,
         "default_seconds": None if default is None else default.seconds,
         "gains": dict(planned.gains),
+        "others": {name: each.tokens_per_second for name, each in planned.others.items()},
+        "refused": dict(planned.refused),
         "reason": planned.choice.reason,
     }
 
@@ -82,6 +88,10 @@ def _lines(planned: Planned, plan: MemoryPlan) -> Iterator[str]:
             yield f"{name} would bring about {gain * made.tokens_per_second:.3g} {unit}/s more ({gain:.1%})"
     if planned.gains and max(planned.gains.values()) < LEAST_GAIN:
         yield "more memory would bring nothing"
+    for name, other in planned.others.items():
+        yield f"{name}: {other.tokens_per_second:.3g} {unit}/s"
+    for name, reason in planned.refused.items():
+        yield f"{name}: {reason}"
 
 
 def _shown(choice: Choice) -> ResolvedPolicy:

@@ -4,7 +4,7 @@ from tests.mutants.mutant import Mutant
 
 FILE = "flexgen_helm/machine/profile_file.py"
 FIELDS = "tests/machine/test_profile.py::test_every_wrong_field_is_named_with_what_it_must_be"
-KEPT = "tests/runtime/test_machine_profile.py"
+KEPT = "tests/runtime/planning/test_machine_profile.py"
 
 MUTANTS = (
     Mutant(

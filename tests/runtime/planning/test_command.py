@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,35 @@ def test_mistakes_are_named_with_a_way_out(
     assert plan(config, machine, *options) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
+
+
+def test_the_fastest_of_the_variants_that_are_allowed_is_planned(
+    config: Path, machine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speeds = {name: planned(capsys, config, machine, *["--model", name])["tokens_per_second"] for name in ("tiny", "tiny@kv4")}
+    with_w4 = planned(capsys, config, machine, "--allow", "kv4", "w4")
+    fastest = max(speeds, key=speeds.__getitem__)
+    assert with_w4["model"] in (fastest, "tiny@w4")
+    assert with_w4["tokens_per_second"] >= max(speeds.values())
+    found = {with_w4["model"]: with_w4["tokens_per_second"], **with_w4["others"]}
+    assert found.keys() == {"tiny", "tiny@kv4", "tiny@w4"}
+    assert {name: found[name] for name in speeds} == speeds
+    assert plan(config, machine, "--allow", "w4") == 0
+    assert "new tokens/s" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_variant_that_cannot_be_predicted_does_not_hide_the_others(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = tmp_path / "no_unpacking.json"
+    write_profile(replace(cpu(ram=2, disk=10), unpack=()), machine)
+    found = planned(capsys, config, machine, "--allow", "w4")
+    assert found["model"] == "tiny"
+    assert "unpacking w4" in found["refused"]["tiny@w4"]
+
+
+def test_a_device_of_this_machine_is_refused_beside_another_machine(
+    config: Path, machine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(config, machine, "--device", "cpu") != 0
+    assert "Leave one of them out" in capsys.readouterr().err
