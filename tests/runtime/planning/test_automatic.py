@@ -306,4 +306,5 @@ def test_answers_are_those_of_the_default_policy_by_a_bit(
         deep.folder("llama"), jobs, device, workload=jobs, profile=profile, max_memory=limits, offload_folder=folder
     )
     assert found == expected
+    assert engine.stats.predicted is not None, "nothing was searched"
     assert (engine.policy.gpu_batch_size, engine.policy.gpu_batch_tokens) == (16, 32)
