@@ -76,6 +76,10 @@ class CachePlan:
         taken["disk"] *= self.disk_padding
         return taken
 
+    def taken_bytes(self, num_bytes: float) -> dict[Tier, int]:
+        """Return the bytes taken on each tier by so many bytes of K and V."""
+        return {tier: math.ceil(num_bytes * factor) for tier, factor in self.taken.items()}
+
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the buffers on the host through which pages pass."""

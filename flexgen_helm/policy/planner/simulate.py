@@ -28,7 +28,6 @@ from flexgen_helm.policy.planner.replay import Replay
 from flexgen_helm.policy.planner.sweeps import sweep_loads
 from flexgen_helm.policy.planner.totals import Totals
 from flexgen_helm.policy.planner.workload import Workload
-from flexgen_helm.types import TIERS
 
 MOST_PERIOD = 4
 """Longest period of layers that is looked for."""
@@ -71,7 +70,7 @@ def simulate(plan: MemoryPlan, workload: Workload, profile: MachineProfile, *, e
         prompt_tokens=sum(load.prompt_tokens * load.count for load in loads),
         generated_tokens=sum(load.generated_tokens * load.count for load in loads),
         sweeps=sum(load.count for load in loads),
-        peak_bytes=plan.peak_with({tier: max(load.cache_bytes.get(tier, 0) for load in loads) for tier in TIERS}),
+        peak_bytes=plan.peak_with(plan.cache.taken_bytes(max(sum(load.cache_bytes.values()) for load in loads))),
         bytes_moved={name: round(count) for name, count in total.moved.items() if count},
         busy_seconds=total.busy,
         latency_seconds=latency,

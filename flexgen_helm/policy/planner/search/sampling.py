@@ -47,13 +47,16 @@ def sampled(model: CostModel, candidate: Candidate, plan: MemoryPlan) -> Predict
     for kind, cost in costs.items():
         total = total.plus(cost, counts[kind])
     features = model.features
+    cache = model.cache_bytes(live, plan.cache) if features.sequences else 0.0
+    if plan.space.is_gpu:  # whose pages are made at their capacity
+        cache = sum(Capacity.of(plan, plan.space.available).cache_bytes.values())
     return Prediction(
         policy=replace(plan.policy, weights=plan.weights.shares),
         seconds=total.seconds,
         prompt_tokens=features.prompt_tokens,
         generated_tokens=features.new_tokens,
         sweeps=sweeps.total,
-        peak_bytes=plan.peak_bytes,
+        peak_bytes=plan.peak_with(plan.cache.taken_bytes(cache)),
         bytes_moved={name: round(count) for name, count in total.moved.items() if count},
         busy_seconds=total.busy,
         latency_seconds=sum(first[kind] * cost.seconds for kind, cost in costs.items()),
