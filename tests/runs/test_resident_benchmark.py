@@ -49,6 +49,7 @@ def test_a_side_answers_as_the_reference_does(name: str, task: Task, reference: 
     assert found.setting
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_says_why(task: Task, tmp_path: Path) -> None:
     found = run("engine", sys.executable, replace(task, folder=str(tmp_path / "nothing")), tmp_path)
     assert isinstance(found, str)

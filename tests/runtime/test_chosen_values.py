@@ -62,8 +62,18 @@ def whole_values() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("variant", ["s10", "kv4s10"])
-@pytest.mark.parametrize("cache", [(0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.2, 0.4, 0.4)], ids=str)
+@pytest.mark.parametrize(
+    ("variant", "cache"),
+    [
+        ("kv4s10", (0.0, 1.0, 0.0)),
+        ("s10", (0.0, 0.0, 1.0)),
+        ("kv4s10", (0.2, 0.4, 0.4)),
+        pytest.param("s10", (0.0, 1.0, 0.0), marks=pytest.mark.slow),
+        pytest.param("kv4s10", (0.0, 0.0, 1.0), marks=pytest.mark.slow),
+        pytest.param("s10", (0.2, 0.4, 0.4), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_answers_are_those_of_a_cache_on_the_device(
     bench: Workbench, tmp_path: Path, variant: str, cache: tuple[float, float, float]
 ) -> None:

@@ -60,8 +60,8 @@ def _unpacked(source: Path, compressed: Path, variant: str, target: Path) -> Pat
     return target
 
 
-FAST = {("llama", "w4-entropy"), ("gpt2", "w4"), ("mixtral", "w4-self"), ("mamba2", "w4-minmax")}
-"""Each family and each variant once."""
+FAST = {("gpt2", "w4"), ("mixtral", "w4-self")}
+"""One of columns in a row, and one of experts."""
 CASES = [
     pytest.param(family, variant, marks=() if (family, variant) in FAST else pytest.mark.slow)
     for family in ("llama", "gpt2", "mixtral", "mamba2")

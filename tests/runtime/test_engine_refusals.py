@@ -19,6 +19,7 @@ from flexgen_helm.rows.packed import PackedRows
 from tests.jobs import random_tokens
 from tests.models import LONGROPE_LENGTH, SINGLE
 from tests.reference import Agreement
+from tests.runtime.test_exactness import MECHANISMS, slow_but
 from tests.workbench import POLICY, Workbench
 
 
@@ -30,7 +31,7 @@ def test_packed_rows_refuse_by_name_and_reason(bench: Workbench, family: str) ->
     assert "rows at 'auto'" in str(refusal.value)
 
 
-@pytest.mark.parametrize("family", SINGLE)
+@pytest.mark.parametrize("family", slow_but(MECHANISMS, SINGLE))
 def test_single_rows_are_chosen_in_one_line(bench: Workbench, family: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="flexgen_helm")
     with Engine.from_pretrained(str(bench.folder(family)), dtype="float32", device="cpu", policy=POLICY) as engine:

@@ -101,6 +101,7 @@ def results(engine: Engine, jobs: list[Job]) -> list[Result]:
     return engine.run(jobs)
 
 
+@pytest.mark.slow
 def test_coded_without_loss_real_weights_take_two_thirds_of_the_disk(real_model: Path, jobs: list[Job], tmp_path: Path) -> None:
     policy = Policy(gpu_batch_size=16, gpu_batch_tokens=64, weights=(0, 0, 1), slab_coding="lossless")
     short = [replace(job, max_new_tokens=2) for job in jobs[-len(TEXTS) :]]

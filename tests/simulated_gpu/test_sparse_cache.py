@@ -32,8 +32,9 @@ def policy(cache: Shares, *, cpu_attention: float = 0, overlap: bool = True) -> 
     return replace(POLICY, cache=cache, cpu_attention=cpu_attention, overlap=overlap, block_tokens=256)
 
 
-@pytest.mark.parametrize("cache", [CACHES[0], *(pytest.param(cache, marks=pytest.mark.slow) for cache in CACHES[1:])], ids=str)
-@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize("overlap", [True, False])
 def test_answers_are_those_of_a_cache_on_the_device(folder_of: Callable[[str], Path], cache: Shares, overlap: bool) -> None:
     with simulated_gpu() as gpu:
         expected = answers(folder_of("llama"), policy((1, 0, 0)), JOBS, compression="kv4s10")
