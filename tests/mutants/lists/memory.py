@@ -180,4 +180,28 @@ MUTANTS = (
         tests=("tests/memory/test_read_ahead.py",),
         why="the disk reads nothing ahead at the end of a sweep, so that each sweep begins by waiting",
     ),
+    Mutant(
+        name="store-emptied-under-a-transfer",
+        file="flexgen_helm/kv_cache/form_pages.py",
+        old="self._working.reserve(staged)  # first",
+        new="pass  # first",
+        tests=("tests/kv_cache/test_page_stores.py::test_stores_are_emptied_when_their_transfers_have_ended",),
+        why="pages of the last sweep are written to tensors that are gone",
+    ),
+    Mutant(
+        name="store-grown-under-a-transfer",
+        file="flexgen_helm/kv_cache/working_set.py",
+        old="            self.register(key, page_format)\n        slots, missing",
+        new="            pass\n        slots, missing",
+        tests=("tests/kv_cache/test_working_set.py::test_stores_grow_before_their_pages_travel",),
+        why="a page is read from a tensor that is being replaced",
+    ),
+    Mutant(
+        name="file-without-padding",
+        file="flexgen_helm/policy/cache_plan.py",
+        old='taken["disk"] *= self.disk_padding',
+        new="pass",
+        tests=("tests/policy/test_memory_plan.py::test_the_file_of_a_cache_fits_on_the_disk_with_its_padding",),
+        why="the file takes more of the disk than the user allows",
+    ),
 )

@@ -219,4 +219,12 @@ MUTANTS = (
         tests=(OVERLAPPED,),
         why="a simulated time is shorter than any real one",
     ),
+    Mutant(
+        name="prompts-before-rows-for-which-the-cpu-attends",
+        file="flexgen_helm/schedule/rows.py",
+        old="return decode + prefill if",
+        new="return prefill + decode if",
+        tests=("tests/schedule/test_packed.py::test_decode_rows_come_first_where_the_cpu_attends",),
+        why="the device has nothing to do while the CPU attends",
+    ),
 )
