@@ -113,3 +113,14 @@ def test_accuracy_against_compression_and_the_steps_that_are_left_out(
     assert "[2/5] evaluate w3-minmax: " in said
     kept = {file: text for file, text in records.items() if "w3" not in str(file)}
     assert {file: file.read_text() for file in kept} == kept
+
+
+@pytest.mark.slow
+def test_choosing_a_policy(tmp_path: Path) -> None:
+    values = {"MODEL": "facebook/opt-6.7b", "VARIANTS": ["", "kv4"], "NUM_JOBS": 64, "OUT": str(tmp_path / "plan")}
+    _, _, table, words, pictures = execute("choosing_a_policy.ipynb", values, tmp_path)
+    for name in ("16 bits", "kv4", "tokens/s", "binds", "device, GiB"):
+        assert name in table
+    assert words.startswith("facebook/opt-6.7b, ")
+    assert "predicted peaks" in words
+    assert pictures.count("Image") == 2
