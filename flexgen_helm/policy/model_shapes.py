@@ -43,6 +43,8 @@ class ModelShapes:
             is missing has 1.
         cache_bits: Stored bits of an element of K, and of one of V, in the form in which pages are kept.
         mean_share: Bytes of the mean of V of a sealed page, likewise: on the device, whatever tier the page is on.
+        chosen_share: Bytes of a kept page that a decode row brings from the host, for each byte of it: with sparse attention K
+            and the rows of V that its heads choose, about.
         scored_keys: Keys whose scores a row of prompts holds at once, for each query and head.
         layer_products: Elements of matrices by which a layer multiplies a token, by layer; of a mixture of experts only those
             of the experts that a token uses. Where a layer is missing, all of its weights count.
@@ -73,6 +75,7 @@ class ModelShapes:
     disk_padding: Mapping[Form, float] = field(default_factory=dict)
     cache_bits: tuple[float, float] = (16.0, 16.0)
     mean_share: float = 0.0
+    chosen_share: float = 1.0
     scored_keys: int = 0
     layer_products: Mapping[int, float] = field(default_factory=dict)
     dtype: str = ""
@@ -149,6 +152,7 @@ class ModelShapes:
             disk_padding={},
             cache_bits=(16.0, 16.0),
             mean_share=0.0,
+            chosen_share=1.0,
             scored_keys=0,
             dtype=dtype,
             weight_format="plain",

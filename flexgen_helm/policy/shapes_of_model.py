@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
+from flexgen_helm.kv_cache.page_format import PageFormat
+from flexgen_helm.kv_cache.pages import Form
 from flexgen_helm.loading.assembly import FEW_TOKENS
 from flexgen_helm.memory.slab import Plain, SlabFormat
 from flexgen_helm.model.layers import layers_of, num_layers_of_every_kind
@@ -70,12 +72,22 @@ def shapes_of(
         },
         cache_bits=forms.get("sealed", forms["exact"]).bits_per_element,
         mean_share=sum(pages.mean_bytes for pages in forms.values()) / plain,
+        chosen_share=_chosen_share(forms, cache.sparsity, heads // num_kv),
         scored_keys=0 if cache.sparsity is None else longest,
         layer_products=_products(model, layers),
         dtype=str(model.dtype).removeprefix("torch."),
         weight_format=weight_format,
         kv_format=cache.name or str(kv_dtype).removeprefix("torch."),
     )
+
+
+def _chosen_share(forms: Mapping[Form, PageFormat], percent: int | None, group: int) -> float:
+    """See `ModelShapes.chosen_share`: query heads of a group are taken to choose at random."""
+    pages = forms.get("sealed")
+    if percent is None or pages is None:
+        return 1.0
+    chosen = 1 - (1 - percent / 100) ** group
+    return (pages.k.num_bytes + chosen * pages.v.num_bytes) / pages.num_bytes
 
 
 def plain_formats(model: PreTrainedModel) -> dict[int, SlabFormat]:

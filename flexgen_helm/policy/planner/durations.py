@@ -145,7 +145,7 @@ class Durations:
     def load_cache(self, row: RowLoad) -> list[list[Stage]]:
         """Return the pieces in which a row's pages come: each goes over its links one after the other."""
         if (row, False) not in self._moves:
-            self._moves[row, False] = self._pieces(row.brought, "disk_read", "host_to_device")
+            self._moves[row, False] = self._pieces(row.brought, "disk_read", "host_to_device", chooses=row.kind == "decode")
         return self._moves[row, False]
 
     def store_cache(self, row: RowLoad) -> list[list[Stage]]:
@@ -241,11 +241,13 @@ class Durations:
         links = self._rate("device_to_host"), self._rate("host_to_device")
         return row.size * (down / links[0] + up / links[1])
 
-    def _pieces(self, pages: Pages, disk: Resource, link: Resource) -> list[list[Stage]]:
+    def _pieces(self, pages: Pages, disk: Resource, link: Resource, *, chooses: bool = False) -> list[list[Stage]]:
         found: list[list[Stage]] = []
         for tier, form, count in pages:
+            # Of V on the host only rows that are chosen travel; a block of the disk holds rows of many tokens.
+            part = self._shapes.chosen_share if chooses and form == "sealed" and tier == "host" else 1.0
             padding = self._shapes.disk_padding.get(form, 1.0) if tier == "disk" else 1.0
-            num_bytes = int(count * self._page_bytes[form] * padding)
+            num_bytes = int(count * self._page_bytes[form] * padding * part)
             ways: list[Resource] = [*([disk] if tier == "disk" else []), *([link] if self._own_memory else [])]
             number = max(1, min(-(-num_bytes // TRANSFER_BYTES), MOST_PIECES)) if len(ways) > 1 else 1
             cuts = [num_bytes * i // number for i in range(number + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from flexgen_helm import Engine, Job
+from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.policy.planner.simulate import simulate
 from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
@@ -41,13 +43,19 @@ def both(folder: Path, disk: Path, device: Device, **fields: Any) -> tuple[dict[
     with Engine.from_pretrained(str(folder), device=device, policy=policy, offload_folder=disk, rows="packed") as engine:
         engine.run(jobs)
         plan, stats = engine._parts.plan, engine.stats
-    machine = machine_with(own_memory=device.own_memory)
-    slow = tuple(rate for r in machine.attention for rate in (r, type(r)(r.place, r.kind, "float32", r.rate)))
-    products = tuple(type(r)("float32", r.tokens, r.rate) for r in machine.products)
-    found = simulate(plan, workload, type(machine)(**vars(machine) | {"attention": slow, "products": products}), exactly=True)
+    found = simulate(plan, workload, float_machine(device), exactly=True)
     assert found.sweeps == stats.sweeps
     assert (found.prompt_tokens, found.generated_tokens) == (stats.prompt_tokens_computed, stats.generated_tokens)
     return dict(found.bytes_moved), stats, plan
+
+
+def float_machine(device: Device) -> MachineProfile:
+    """A machine that knows float32 and what is made of it."""
+    machine = machine_with(own_memory=device.own_memory)
+    formats = ("float32", "kv4", "kv4s10")
+    attention = tuple(rate for r in machine.attention for rate in (r, *(replace(r, format=name) for name in formats)))
+    products = tuple(replace(r, dtype="float32") for r in machine.products)
+    return replace(machine, attention=attention, products=products)
 
 
 PLACEMENTS: list[tuple[Device, dict[str, Any]]] = [
@@ -66,6 +74,23 @@ def test_cache_and_hidden_states_move_as_many_bytes(
     predicted, stats, _ = both(workbench.folder("llama"), tmp_path, device, weights=(1.0, 0.0, 0.0), **fields)
     assert predicted == stats.bytes_moved
     assert predicted.keys() & LINKS
+
+
+def test_of_v_the_chosen_rows_are_counted(workbench: Workbench, tmp_path: Path) -> None:
+    """Prompts over several chunks, two query heads to one of K and V: between a tenth and a fifth of V in sealed pages."""
+    policy = ResolvedPolicy(gpu_batch_size=16, gpu_batch_tokens=64, num_gpu_batches=1, cache=(0, 1, 0), cpu_attention=0.0)
+    jobs = [Job(token_ids=random_tokens(i, 400), max_new_tokens=16, ignore_eos=True) for i in range(4)]
+    workload = Workload.uniform(4, 400, 16)
+    found = {}
+    for variant in ("kv4", "kv4s10"):
+        options = {"device": OWN_MEMORY, "policy": policy, "offload_folder": tmp_path, "compression": variant}
+        with Engine.from_pretrained(str(workbench.folder("llama")), **options) as engine:
+            engine.run(jobs)
+            plan, measured = engine._parts.plan, engine.stats.bytes_moved["host_to_device"]
+        predicted = simulate(plan, workload, float_machine(OWN_MEMORY), exactly=True).bytes_moved["host_to_device"]
+        found[variant] = predicted
+        assert predicted == pytest.approx(measured, rel=0.1)
+    assert found["kv4s10"] < 0.8 * found["kv4"]
 
 
 @pytest.mark.parametrize(
