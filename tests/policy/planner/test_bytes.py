@@ -83,7 +83,7 @@ def test_of_v_the_chosen_rows_are_counted(workbench: Workbench, tmp_path: Path) 
     workload = Workload.uniform(4, 400, 16)
     found = {}
     for variant in ("kv4", "kv4s10"):
-        options = {"device": OWN_MEMORY, "policy": policy, "offload_folder": tmp_path, "compression": variant}
+        options: dict[str, Any] = {"device": OWN_MEMORY, "policy": policy, "offload_folder": tmp_path, "compression": variant}
         with Engine.from_pretrained(str(workbench.folder("llama")), **options) as engine:
             engine.run(jobs)
             plan, measured = engine._parts.plan, engine.stats.bytes_moved["host_to_device"]
