@@ -75,14 +75,18 @@ class EngineRecord:
     @property
     def is_half(self) -> bool:
         """Whether the weights as released have 16 bits and none is compressed, whatever the dtype that computes."""
-        return self.variant is None and (self.released_dtype or self.dtype) in HALF
+        return self.variant is None and self._released_half
 
     @property
     def bits(self) -> float | None:
         """Bits per weight that a plot shows: of compressed matrices, or of the weights as they were released."""
-        if self.variant is not None and self.bits_per_compressed_weight is not None:
+        if self.bits_per_compressed_weight is not None:
             return self.bits_per_compressed_weight
-        return 16.0 if self.is_half else self.bits_per_weight
+        return 16.0 if self._released_half else self.bits_per_weight
+
+    @property
+    def _released_half(self) -> bool:
+        return (self.released_dtype or self.dtype) in HALF
 
 
 def engine_record(content: Mapping[str, Any]) -> EngineRecord:
