@@ -159,13 +159,13 @@ def _choose(table: Tensor, percent: int) -> Tensor:
             lambda part: choose_table(table.numpy()[part], percent, chosen.numpy()[part]), _parts(len(table), QUERIES_AT_ONCE)
         )
     else:
-        for part in _parts(len(table), SORTED_AT_ONCE // table[0].numel()):
+        for part in _parts(len(table), max(1, SORTED_AT_ONCE // table[0].numel())):
             chosen[part] = _choose_sorted(table[part], percent)
     return chosen
 
 
 def _parts(count: int, size: int) -> list[slice]:
-    return [slice(begin, begin + max(1, size)) for begin in range(0, count, max(1, size))]
+    return [slice(begin, begin + size) for begin in range(0, count, size)]
 
 
 def _choose_sorted(table: Tensor, percent: int) -> Tensor:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
+from flexgen_helm.attention import sparse
+from flexgen_helm.attention.kernels import NEG_INF
 from flexgen_helm.attention.selection import choose_largest
+from tests.simulated_gpu.patches import simulated_gpu
 
 NUMBERS = st.one_of(
     st.floats(width=32, allow_nan=False, allow_infinity=False),
@@ -60,3 +64,16 @@ def test_what_is_no_finite_number_does_not_choose_too_many(bad: float) -> None:
     x = np.arange(64, dtype=np.float32)
     x[5:] = bad
     assert chosen(x, 7).sum() <= 7
+
+
+@pytest.mark.parametrize("percent", [1, 10, 60, 99])
+def test_sorting_in_parts_chooses_what_the_compiled_loop_chooses(monkeypatch: pytest.MonkeyPatch, percent: int) -> None:
+    """Other devices sort; here a simulated one has the CPU's numbers."""
+    table = torch.randint(-6, 6, (7, 3, 2, 128), generator=torch.Generator().manual_seed(percent)).float()
+    table[table == -6] = NEG_INF
+    table[3] = NEG_INF
+    expected = sparse._choose(table, percent)
+    monkeypatch.setattr(sparse, "SORTED_AT_ONCE", 2 * table[0].numel())
+    with simulated_gpu():
+        found = sparse._choose(table.to("cuda"), percent).cpu()
+    assert torch.equal(found, expected)
