@@ -85,7 +85,8 @@ class MemoryPlan:
     @property
     def checking_bytes(self) -> int:
         """Bytes that the self-check takes in addition to the layers that it checks."""
-        return self.space.scratch_bytes + working_memory.checking_bytes(self.shapes, self.policy)
+        whole = self.weights.is_resident
+        return self.space.scratch_bytes + working_memory.checking_bytes(self.shapes, self.policy, whole=whole)
 
     @property
     def has_room(self) -> bool:
@@ -104,20 +105,32 @@ class MemoryPlan:
             cache: Bytes of K and V on each tier; at least those of the smallest cache count.
         """
         weights, shapes = self.weights, self.shapes
-        peak, stored = dict(weights.needed_bytes), weights.weight_bytes
-        peak["device"] += self.working_bytes
-        for tier, count in self.cache.least_bytes.items():
-            peak[tier] += max(count, cache.get(tier, 0))
-        loading = shapes.loading_bytes
+        peak = self.running_with({tier: max(count, cache.get(tier, 0)) for tier, count in self.cache.least_bytes.items()})
+        stored, loading = weights.weight_bytes, shapes.loading_bytes
         checking = (shapes.total_bytes if weights.is_resident else shapes.first_layers_bytes) + self.checking_bytes
         if self.space.own_memory:
             if weights.is_resident:
                 peak["device"] = max(peak["device"], checking)
             peak["host"] = max(peak["host"], stored["host"] + loading)
         else:
-            ram = peak.pop("device") + peak["host"]
-            peak["host"] = max(ram, stored["device"] + stored["host"] + loading, checking)
+            peak["host"] = max(peak["host"], stored["device"] + stored["host"] + loading, checking)
         return peak
+
+    def running_with(self, cache: Mapping[Tier, int]) -> dict[Tier, int]:
+        """Return the most bytes that each tier needs while jobs run, loading and the self-check left out.
+
+        Args:
+            cache: Bytes of K and V on each tier.
+        """
+        peak = dict(self.weights.needed_bytes)
+        peak["device"] += self.working_bytes
+        return self._in_tiers({tier: count + cache.get(tier, 0) for tier, count in peak.items()})
+
+    def _in_tiers(self, found: dict[Tier, int]) -> dict[Tier, int]:
+        """Return bytes by tier, with those of the device added to the host's if they are one."""
+        if not self.space.own_memory:
+            found["host"] += found.pop("device")
+        return found
 
     def left(self, free: Mapping[Tier, int]) -> dict[Tier, int]:
         """Return the bytes of each tier that remain once weights are loaded and working memory is reserved.
@@ -149,22 +162,25 @@ class MemoryPlan:
         plain = PAGE_TOKENS * bytes_per_token * self.shapes.kv_itemsize // self.shapes.itemsize
         return {form: math.ceil(share * plain) for form, share in self.shapes.page_shares.items()}
 
-    def exceeded(self, stats: RunStats) -> str | None:
-        """Return a text that names the tiers on which a run held more than the user allows; None if there are none.
+    def held_bytes(self, stats: RunStats) -> dict[Tier, int]:
+        """Return the most bytes that a run held on each tier; one sum as host if device and host are one.
 
-        The runtime's own allocations are known by tier. Those of the computation count for the device: the growth of the
-        process during the run, minus the growth of the runtime's allocations.
+        The runtime's own allocations are known by tier. Those of the computation count for the device, or for host and
+        device as one: the growth of the process during the run, minus the growth of the runtime's allocations.
         """
-        own_memory, needed = self.space.own_memory, self.weights.needed_bytes
-        held = {tier: stats.tier_peak_bytes.get(tier, 0) for tier in TIERS}
-        grown = sum(max(0, held[tier] - needed[tier]) for tier in (TIERS[:1] if own_memory else TIERS[:2]))
-        held["device"] += max(0, stats.peak_bytes - stats.idle_bytes - grown)
-        allowed = dict(self.space.limits)
-        if not own_memory and {"device", "host"} & allowed.keys():
-            held["host"] += held.pop("device")
-            allowed["host"] = allowed.get("host", 0) + allowed.pop("device", 0)
+        memory: Tier = "device" if self.space.own_memory else "host"
+        held = self._in_tiers({tier: stats.tier_peak_bytes.get(tier, 0) for tier in TIERS})
+        grown = max(0, held[memory] - self._in_tiers(dict(self.weights.needed_bytes))[memory])
+        return held | {memory: held[memory] + max(0, stats.peak_bytes - stats.idle_bytes - grown)}
+
+    def exceeded(self, stats: RunStats) -> str | None:
+        """Return a text that names the tiers on which a run held more than the user allows; None if there are none."""
+        held, allowed = self.held_bytes(stats), dict(self.space.limits)
+        if "device" in allowed and "device" not in held:
+            allowed["host"] = allowed.get("host", 0) + allowed.pop("device")
         found = [
-            f"{gib(held[tier])} of {pool_name(tier, own_memory=own_memory)}, where max_memory allows {gib(allowed[tier])}"
+            f"{gib(held[tier])} of {pool_name(tier, own_memory=self.space.own_memory)}, where max_memory allows "
+            f"{gib(allowed[tier])}"
             for tier in allowed
             if held[tier] > allowed[tier]
         ]

@@ -38,6 +38,7 @@ class ModelShapes:
         kv_itemsize: Bytes of an element of K and V.
         first_layers_bytes: Bytes of the small model that is checked first: the first layers up to one of every kind, and a
             part of the vocabulary.
+        first_layers_vocab: Tokens of the vocabulary of that small model.
         page_shares: Bytes of a page of K and V by form, for each byte of one in which they are as they come.
         disk_padding: Bytes in a file for each byte of a page, by form, since records are whole pages of memory; a form that
             is missing has 1.
@@ -77,6 +78,7 @@ class ModelShapes:
     mean_share: float = 0.0
     chosen_share: float = 1.0
     scored_keys: int = 0
+    first_layers_vocab: int = 0
     layer_products: Mapping[int, float] = field(default_factory=dict)
     dtype: str = ""
     weight_format: str = "plain"

@@ -66,6 +66,7 @@ def shapes_of(
         itemsize=model.dtype.itemsize,
         kv_itemsize=kv_dtype.itemsize,
         first_layers_bytes=_first_layers_bytes(model, layers),
+        first_layers_vocab=min(FEW_TOKENS, vocab),
         page_shares={form: pages.num_bytes / plain for form, pages in forms.items()},
         disk_padding={
             form: each.disk_bytes / each.num_bytes for form, each in forms.items() if each.disk_bytes > each.num_bytes

@@ -10,6 +10,8 @@ HIDDEN_COPIES = 4
 """Bytes of a token's hidden state, rotary table, and K and V in one layer, in units of the hidden state."""
 LOGITS_COPIES = 3
 """Tensors of the size of the logits in fp32: logits, log-probabilities, and a sorted or summed copy."""
+CHECKED_POSITIONS = 256
+"""Positions of which the self-check holds log-probabilities over the vocabulary, packed and alone: 128 each."""
 SCORE_COPIES = 4
 """Copies of the scores of sparse attention: by chunk, by head, choices, and both together in turn."""
 HIDDEN_SHARE = 0.1
@@ -31,10 +33,19 @@ def working_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
     return (policy.gpu_batch_tokens * row + head) * FP32 + block_bytes(shapes, least_block_tokens(policy))
 
 
-def checking_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
-    """Estimate the bytes of the self-check in addition to the model; first layers in 16 bits are copied in fp32."""
+def checking_bytes(shapes: ModelShapes, policy: ResolvedPolicy, *, whole: bool) -> int:
+    """Estimate the bytes of the self-check in addition to the model that it checks.
+
+    Args:
+        shapes: Sizes of the model.
+        policy: Row sizes.
+        whole: Whether the whole model is checked; else its first layers, with a small vocabulary. In both cases those of a
+            model in 16 bits are there in fp32, too.
+    """
     copies = 0 if shapes.itemsize == FP32 else FP32 // shapes.itemsize
-    return copies * shapes.first_layers_bytes + working_bytes(shapes, policy)
+    vocab = shapes.vocab_size if whole else shapes.first_layers_vocab
+    logprobs = CHECKED_POSITIONS * vocab * FP32
+    return copies * shapes.first_layers_bytes + logprobs + working_bytes(shapes, policy)
 
 
 def block_bytes(shapes: ModelShapes, num_tokens: int) -> int:

@@ -24,7 +24,7 @@ from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.capacity import Capacity, packed_scheduler
 from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.rows.packed_check import check_packed
-from flexgen_helm.rows.self_check import NotNumbers, Verdict
+from flexgen_helm.rows.self_check import FirstLayers, NotNumbers, Verdict
 from flexgen_helm.rows.single import SingleRows, check_cache_shares, require_plain_cache
 from flexgen_helm.rows.single_check import check_single
 from flexgen_helm.schedule.single import SingleScheduler, StateSize
@@ -68,13 +68,16 @@ def validated_kind(rows: str) -> KindChoice:
     return rows  # type: ignore[return-value]
 
 
-def check_model(loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice) -> CheckedModel:
+def check_model(
+    loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice, first: FirstLayers | None = None
+) -> CheckedModel:
     """Check a model in one kind of rows; "auto" tries packed rows, then single rows.
 
     Args:
         loaded: The model.
         policy: Policy with the row sizes.
         rows: Kind of rows that the user asked for.
+        first: Reads the model's first layers, for comparisons in fp32; None: they are copied.
 
     Raises:
         UnsupportedModel: If the model would be computed wrongly.
@@ -88,7 +91,7 @@ def check_model(loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice) -
     for kind, check in CHECKS.items():
         if rows in ("auto", kind):
             try:
-                verdict = check(model, policy, max_length=loaded.max_length)
+                verdict = check(model, policy, max_length=loaded.max_length, first=first)
             except NotNumbers as error:
                 raise UnsupportedModel(f"{name} {not_finite(loaded.model.dtype)} ({error}.)") from error
             except UnsupportedModel as error:

@@ -14,7 +14,7 @@ from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, PageCounts, PageStora
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows import self_check
 from flexgen_helm.rows.packed import PackedRows
-from flexgen_helm.rows.self_check import TOLERANCE, Cuts, LayerCache, Tokens, Verdict
+from flexgen_helm.rows.self_check import TOLERANCE, Cuts, FirstLayers, LayerCache, Tokens, Verdict
 from flexgen_helm.schedule.rows import Segment, Sweep, pack_decode, pack_prefill
 from flexgen_helm.schedule.tree import Node
 from flexgen_helm.types import ResolvedPolicy
@@ -27,16 +27,16 @@ LONG_CUTS: Cuts = ((300, 187), (29, 7), (200, 199), (130, 129))
 """Sequences of which some have several chunks of keys, for the first layers only."""
 
 
-def check_packed(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
+def check_packed(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int, first: FirstLayers | None = None) -> Verdict:
     """Compare packed and continued sequences with transformers' own forward.
 
-    16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
+    16-bit models are compared in fp32, on their first layers (`self_check.in_fp32`).
 
     Raises:
         UnsupportedModel: If they differ, or if the model does anything that packed rows do not support.
     """
     with self_check.as_refusal():
-        exact = self_check.in_fp32(model)
+        exact = self_check.in_fp32(model, first)
         cache = PagedCache()
         worst = _difference(exact, policy, max_length, cache)
         if exact is not model:

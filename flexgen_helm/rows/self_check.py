@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexgen_helm.errors import FlexGenError, OutOfSpace, UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
+from flexgen_helm.loading.source import LoadedModel
 from flexgen_helm.memory.out_of_memory import is_out_of_device_memory
 from flexgen_helm.model.layers import num_layers_of_every_kind
 from flexgen_helm.model.recorder import RecordedModel
@@ -27,6 +28,7 @@ ALL_COMPARED = 32
 STRIDE = 8
 """Every eighth position of a longer sequence is compared, and its last eight."""
 Tokens = tuple[int, ...]
+FirstLayers = Callable[[], LoadedModel]
 Cuts = Sequence[tuple[int, int]]
 """(length, tokens before the cut) of each sequence."""
 
@@ -168,10 +170,17 @@ def sweep_logprobs(executor: Executor, sweep: Sweep) -> list[Tensor]:
     return [torch.stack([logprob for marker, logprob in found if marker is requested]) for requested in markers]
 
 
-def in_fp32(model: RecordedModel) -> RecordedModel:
-    """Return the model if it is in fp32, else an fp32 copy of its first layers that holds one layer of every kind."""
+def in_fp32(model: RecordedModel, first: FirstLayers | None = None) -> RecordedModel:
+    """Return the model if it is in fp32, else its first layers in fp32, as many as include every kind of layer.
+
+    Args:
+        model: The model.
+        first: Reads the first layers anew, with a small vocabulary; None: they are copied, with the whole vocabulary.
+    """
     if model.model.dtype == torch.float32:
         return model
+    if first is not None:
+        return RecordedModel(first().model.float())
     with model.shortened(num_layers_of_every_kind(model.model, model.layers)) as short:
         duplicate = copy.deepcopy(short)
     return RecordedModel(duplicate.float(), own=model.own)

@@ -11,7 +11,7 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows import self_check
-from flexgen_helm.rows.self_check import TOLERANCE, Cuts, LayerCache, Tokens, Verdict
+from flexgen_helm.rows.self_check import TOLERANCE, Cuts, FirstLayers, LayerCache, Tokens, Verdict
 from flexgen_helm.rows.single import SingleRows, cache_bytes
 from flexgen_helm.schedule.rows import Row, Segment, State, Sweep, pack_decode
 from flexgen_helm.types import ResolvedPolicy
@@ -22,16 +22,16 @@ LONG_CUTS: Cuts = ((300, 295), (29, 24))
 """Sequences longer than the chunks in which state space models scan, for the first layers only."""
 
 
-def check_single(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
+def check_single(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int, first: FirstLayers | None = None) -> Verdict:
     """Compare prompts and their continuations, several in one sweep, with transformers' own forward.
 
-    16-bit models are compared in fp32, on a copy of their first layers that holds one layer of every kind.
+    16-bit models are compared in fp32, on their first layers (`self_check.in_fp32`).
 
     Raises:
         UnsupportedModel: If they differ, or if the model's code fails in single rows.
     """
     with self_check.as_refusal():
-        exact = self_check.in_fp32(model)
+        exact = self_check.in_fp32(model, first)
         worst = _difference(exact, policy, CUTS, max_length)
         with self_check.first_layers(exact) as few:
             worst = max(worst, _difference(few, policy, LONG_CUTS, max_length))

@@ -101,10 +101,9 @@ def load_and_check(blueprint: Blueprint) -> PlacedModel:
     loaded = _load_resident(blueprint)
     if passed is not None:
         return PlacedModel(loaded, CheckedModel(RecordedModel(loaded.model), passed), None)
-    checked = check_model(loaded, blueprint.policy, blueprint.rows)
+    checked = check_model(loaded, blueprint.policy, blueprint.rows, source.first_layers)
     remember(check, checked.passed)
-    if blueprint.device.is_gpu:
-        _free_what_is_left_of_checks()
+    _free_what_is_left_of_checks()
     return PlacedModel(loaded, checked, None)
 
 

@@ -15,7 +15,7 @@ from flexgen_helm.types import ON_DEVICE, Job, Policy, Shares
 
 ON_DISK: Shares = (0.0, 0.0, 1.0)
 HALF: Shares = (0.5, 0.0, 0.5)
-SMALL, LARGE = (16, 64), (32, 256)
+SMALL, LARGE = (4, 32), (32, 256)
 """Sequences of a decode row and tokens of a prefill row."""
 
 
@@ -80,11 +80,11 @@ def _policy(
 
 CASES: Sequence[Case] = (
     Case("RAM, large blocks", _policy(LARGE, 1, 512)),
-    Case("RAM, small blocks", _policy(SMALL, 1, 64)),
+    Case("RAM, small blocks", _policy(SMALL, 1, 32)),
     Case("RAM, scoring", _policy(LARGE, 1, 1024), "score"),
     Case("RAM, long prompts", _policy(SMALL, 1, 256), "long"),
     Case("disk, large blocks", _policy(LARGE, 1, 512, ON_DISK)),
-    Case("disk, small blocks", _policy(SMALL, 2, 128, ON_DISK)),
+    Case("disk, small blocks", _policy(SMALL, 2, 64, ON_DISK)),
     Case("disk, scoring", _policy(LARGE, 1, 512, ON_DISK), "score"),
     Case("half on disk", _policy(SMALL, 2, 512, HALF)),
     Case("disk, lossless", _policy(LARGE, 1, 512, ON_DISK, "lossless")),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from flexgen_helm import Engine
+from flexgen_helm.memory.allocator import return_freed_memory
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.simulate import simulate
-from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runs.policy_validation.cases import Case
 from flexgen_helm.runs.policy_validation.rates import Bench, difference, middle, sharing
 from flexgen_helm.runtime.planning.automatic import known_workload
-from flexgen_helm.types import TIERS, Job, Tier
+from flexgen_helm.types import Job, Tier
 
 TRIES = 3
 STEADY = 0.1
@@ -35,7 +38,7 @@ class Outcome:
         binding: Resource that is predicted to be busy longest.
         predicted_busy: Seconds of each resource, by the clock on the wall.
         measured_busy: The same, measured.
-        predicted_peaks: Most bytes of each tier.
+        predicted_peaks: Most bytes of each tier while the jobs run.
         measured_peaks: The same, measured.
         discarded: Runs that do not count because the machine changed meanwhile.
         steady: Whether the last one counts. Otherwise its processor time does.
@@ -85,6 +88,7 @@ def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, *, tr
     used = [name for name, seconds in expected.busy_seconds.items() if seconds]
     before, discarded = bench.profile(engine.policy, form, used), 0
     while True:
+        _forget_peak()
         begun = time.process_time()
         engine.run(jobs, progress=False)
         processor = time.process_time() - begun
@@ -107,8 +111,8 @@ def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, *, tr
         binding=made.binding,
         predicted_busy=made.busy_seconds,
         measured_busy=stats.busy_seconds,
-        predicted_peaks=made.peak_bytes,
-        measured_peaks=held(stats, own_memory=plan.space.own_memory),
+        predicted_peaks=made.running_bytes,
+        measured_peaks=plan.held_bytes(stats),
         discarded=discarded,
         steady=steady,
     )
@@ -119,17 +123,9 @@ def processor_seconds(made: Prediction) -> float:
     return sum(made.busy_seconds.get(name, 0.0) for name in BY_PROCESSOR)
 
 
-def held(stats: RunStats, *, own_memory: bool) -> dict[Tier, int]:
-    """Return the most bytes that a run held on each tier, as `MemoryPlan.exceeded` counts them.
-
-    What computing takes is the growth of the process during the run, less that of what the runtime holds itself.
-
-    Args:
-        stats: Of the run.
-        own_memory: Whether the device has a memory of its own; else device and host are one.
-    """
-    found: dict[Tier, int] = {tier: stats.tier_peak_bytes.get(tier, 0) for tier in TIERS}
-    found["device"] += max(0, stats.peak_bytes - stats.idle_bytes)
-    if not own_memory:
-        found["host"] += found.pop("device")
-    return found
+def _forget_peak() -> None:
+    """Return freed memory and make the kernel note this process's peak anew: the self-check may have held more than the run."""
+    gc.collect()
+    return_freed_memory()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

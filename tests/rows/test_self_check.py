@@ -15,11 +15,14 @@ from flexgen_helm import Engine, UnsupportedModel
 from flexgen_helm.attention import row
 from flexgen_helm.attention.kernels import Merged, merge_chunks
 from flexgen_helm.errors import OutOfSpace
+from flexgen_helm.loading import assembly
 from flexgen_helm.loading.assembly import cut_to_first_layers, empty_model
 from flexgen_helm.loading.read_model import read_first_layers
 from flexgen_helm.loading.source import open_model
 from flexgen_helm.model.layers import layer_kinds, layers_of, num_layers_of_every_kind
-from flexgen_helm.rows import packed_check
+from flexgen_helm.model.recorder import RecordedModel
+from flexgen_helm.policy import working_memory
+from flexgen_helm.rows import packed_check, self_check
 from flexgen_helm.rows.choice import check_model
 from flexgen_helm.types import ResolvedPolicy
 from tests.models import save_tiny
@@ -94,6 +97,27 @@ def test_first_layers_hold_one_of_every_kind(kind: str, changes: dict[str, Any],
     cut_to_first_layers(model)
     assert len(layers_of(model)) == num_layers_of_every_kind(model, layers_of(model)) == count
     assert layer_kinds(model, layers_of(model)) == kinds[:count]
+
+
+def test_16_bits_are_compared_in_fp32_without_a_copy_of_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[torch.dtype, int]] = []
+    difference = packed_check._difference
+
+    def noted(model: RecordedModel, *arguments: Any) -> float:
+        compared.append((model.model.dtype, model.model.config.vocab_size))
+        return difference(model, *arguments)
+
+    monkeypatch.setattr(packed_check, "_difference", noted)
+    monkeypatch.setattr(assembly, "FEW_TOKENS", 64)
+    folder = str(save_tiny("llama", tmp_path))
+    with Engine.from_pretrained(folder, dtype="bfloat16", device="cpu", policy=POLICY, recheck=True) as engine:
+        assert engine.vocab_size > 64
+    assert compared == [(torch.float32, 64)]
+
+
+def test_positions_whose_logprobs_are_planned() -> None:
+    positions = sum(len(self_check.compared(length)) for length, _ in packed_check.LONG_CUTS)
+    assert 2 * positions == working_memory.CHECKED_POSITIONS  # packed and alone
 
 
 DEEP: dict[str, dict[str, Any]] = {

@@ -178,7 +178,7 @@ def test_layers_too_large_for_the_device_are_checked_on_the_cpu(
 ) -> None:
     """The check of a 16-bit model needs three times its layers: more than where they are computed one at a time."""
     expected = bench.engine("llama").run(JOBS)
-    monkeypatch.setattr("flexgen_helm.policy.working_memory.checking_bytes", lambda *_: 2**60)
+    monkeypatch.setattr("flexgen_helm.policy.working_memory.checking_bytes", lambda *_, **__: 2**60)
     with caplog.at_level(logging.INFO), load(bench, tmp_path, device=OWN_MEMORY) as engine:
         assert engine.run(JOBS) == expected
     assert any("checked on the CPU" in record.getMessage() for record in caplog.records)

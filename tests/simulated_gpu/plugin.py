@@ -12,7 +12,7 @@ import torch
 from flexgen_helm.model.layers import layer_kinds
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.choice import CHECKS
-from flexgen_helm.rows.self_check import Verdict
+from flexgen_helm.rows.self_check import FirstLayers, Verdict
 from flexgen_helm.types import ResolvedPolicy
 from tests.simulated_gpu.patches import simulated_gpu
 
@@ -35,11 +35,11 @@ def one_check(known_verdicts: dict[VerdictKey, Verdict]) -> Iterator[None]:
     """
     check = CHECKS["packed"]
 
-    def checked(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
+    def checked(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int, first: FirstLayers | None = None) -> Verdict:
         kinds = layer_kinds(model.model, model.layers)
         key = type(model.model), model.model.dtype, model.device.type
         if key not in known_verdicts or max(kinds) >= len(known_verdicts[key].layers):
-            known_verdicts[key] = check(model, policy, max_length=max_length)
+            known_verdicts[key] = check(model, policy, max_length=max_length, first=first)
         return known_verdicts[key].of_all_layers(kinds)
 
     if torch.cuda.is_available():

@@ -17,7 +17,7 @@ from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.cache_plan import CACHE_SHARE
 from flexgen_helm.rows.choice import CHECKS
 from flexgen_helm.rows.packed_check import check_packed
-from flexgen_helm.rows.self_check import LayerCache, Verdict
+from flexgen_helm.rows.self_check import FirstLayers, LayerCache, Verdict
 from flexgen_helm.runtime.free_space import GPU_PROCESS_BYTES
 from flexgen_helm.types import ResolvedPolicy
 from tests.jobs import random_tokens
@@ -67,10 +67,12 @@ TIGHT = ("OPT-30B", 5.5, True)
 """Where the jobs fill the cache."""
 
 
-def check_on_the_device(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int) -> Verdict:
+def check_on_the_device(
+    model: RecordedModel, policy: ResolvedPolicy, *, max_length: int, first: FirstLayers | None = None
+) -> Verdict:
     """The self-check; where the device has no room for it, the host's large tensors have no content to be checked."""
     if model.device.type == "cuda":
-        return check_packed(model, policy, max_length=max_length)
+        return check_packed(model, policy, max_length=max_length, first=first)
     config = model.model.config
     num_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_dim = config.hidden_size // config.num_attention_heads

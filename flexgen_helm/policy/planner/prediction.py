@@ -18,7 +18,8 @@ class Prediction:
         prompt_tokens: Prompt tokens that are computed.
         generated_tokens: New tokens.
         sweeps: Number of sweeps.
-        peak_bytes: Most bytes of each tier, from `MemoryPlan`.
+        peak_bytes: Most bytes of each tier, from `MemoryPlan`, loading and the self-check included.
+        running_bytes: The same while jobs run.
         bytes_moved: Bytes over each link.
         busy_seconds: Time in which each resource is busy.
         latency_seconds: Time until the first job is answered.
@@ -30,6 +31,7 @@ class Prediction:
     generated_tokens: int
     sweeps: int
     peak_bytes: Mapping[Tier, int]
+    running_bytes: Mapping[Tier, int]
     bytes_moved: Mapping[str, int] = field(default_factory=dict)
     busy_seconds: Mapping[str, float] = field(default_factory=dict)
     latency_seconds: float = 0.0

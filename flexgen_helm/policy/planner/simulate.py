@@ -64,13 +64,15 @@ def simulate(plan: MemoryPlan, workload: Workload, profile: MachineProfile, *, e
         total = total.plus(cost, load.count)
         if not latency and load.answers:
             latency = total.seconds
+    cache = plan.cache.taken_bytes(max(sum(load.cache_bytes.values()) for load in loads))
     return Prediction(
         policy=replace(plan.policy, weights=plan.weights.shares),
         seconds=total.seconds,
         prompt_tokens=sum(load.prompt_tokens * load.count for load in loads),
         generated_tokens=sum(load.generated_tokens * load.count for load in loads),
         sweeps=sum(load.count for load in loads),
-        peak_bytes=plan.peak_with(plan.cache.taken_bytes(max(sum(load.cache_bytes.values()) for load in loads))),
+        peak_bytes=plan.peak_with(cache),
+        running_bytes=plan.running_with(cache),
         bytes_moved={name: round(count) for name, count in total.moved.items() if count},
         busy_seconds=total.busy,
         latency_seconds=latency,

@@ -42,7 +42,7 @@ def forecast(parts: Parts, tickets: Iterable[Ticket]) -> Forecast | None:
         machine=parts.automatic.profile.name,
         seconds=made.seconds,
         sweeps=made.sweeps,
-        peak_bytes={str(tier): count for tier, count in made.peak_bytes.items()},
+        peak_bytes={str(tier): count for tier, count in made.running_bytes.items()},
         bytes_moved=dict(made.bytes_moved),
         busy_seconds=dict(made.busy_seconds),
     )

@@ -50,13 +50,15 @@ def sampled(model: CostModel, candidate: Candidate, plan: MemoryPlan) -> Predict
     cache = model.cache_bytes(live, plan.cache) if features.sequences else 0.0
     if plan.space.is_gpu:  # whose pages are made at their capacity
         cache = sum(Capacity.of(plan, plan.space.available).cache_bytes.values())
+    taken = plan.cache.taken_bytes(cache)
     return Prediction(
         policy=replace(plan.policy, weights=plan.weights.shares),
         seconds=total.seconds,
         prompt_tokens=features.prompt_tokens,
         generated_tokens=features.new_tokens,
         sweeps=sweeps.total,
-        peak_bytes=plan.peak_with(plan.cache.taken_bytes(cache)),
+        peak_bytes=plan.peak_with(taken),
+        running_bytes=plan.running_with(taken),
         bytes_moved={name: round(count) for name, count in total.moved.items() if count},
         busy_seconds=total.busy,
         latency_seconds=sum(first[kind] * cost.seconds for kind, cost in costs.items()),
