@@ -26,6 +26,7 @@ RESOURCES: tuple[Resource, ...] = get_args(Resource)
 LINKS: tuple[Resource, ...] = ("host_to_device", "device_to_host", "disk_read", "disk_write")
 """Resources that move bytes between tiers."""
 DEFAULT_NEW_TOKENS = 16
+Kernel = Literal["torch", "triton"]
 SlabCoding = Literal["plain", "lossless"]
 SLAB_CODINGS = ("auto", *get_args(SlabCoding))
 
@@ -272,6 +273,8 @@ class MachineNumerics:
     """Library of the matrix products."""
     compiled: bool = False
     """Whether layers are compiled."""
+    kernel: Kernel = "torch"
+    """Library of attention on the device: "triton" for one kernel that reads pages in place, "torch" for several calls."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.locate import Locate, MeanNumbers
 from flexgen_helm.attention.masks import MaskRule
+from flexgen_helm.attention.paged.plan import TilePlan, tile_queries
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.sparse import LocatedCall, choose, own_token, read_call, staged_choices
 from flexgen_helm.attention.sparse_decode import SparseDecode, SparsePlan
@@ -32,6 +33,8 @@ LARGEST_KEY = 2.0**58
 """Keys up to this size leave masked scores finite: products with as large a query, summed over 4,096 elements, do in fp32."""
 Attend = Callable[..., ChunkOutput]
 """Attends to a call, which is given with its pages."""
+AttendTiles = Callable[..., Tensor]
+"""`flexgen_helm.attention.paged.attention.attend_row`, which needs Triton."""
 Reading = tuple[Callable[[], Merged], Callable[[], int]]
 """Attends in compiled loops, and says how many bytes of K and V that reads."""
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -72,6 +75,7 @@ class RowAttention:
         device: torch.device,
         decode: DecodeAttention | None = None,
         host: HostAttention | None = None,
+        attend_tiles: AttendTiles | None = None,
     ) -> None:
         """Plan nothing yet.
 
@@ -81,8 +85,12 @@ class RowAttention:
             device: The device that computes the row.
             decode: Attends on the CPU, for decode rows. None: the device attends call by call.
             host: Lets it run beside the device. None: the device waits.
+            attend_tiles: The kernel that reads pages in place (`flexgen_helm.attention.paged`). None: the device attends call
+                by call.
         """
         self._pages, self._cache, self._device, self._decode, self._host = pages, cache, device, decode, host
+        self._attend_tiles = attend_tiles
+        self._tile_plans: dict[tuple[MaskRule, int], TilePlan] = {}
         self._format = cache.format
         percent = cache.format.sparsity
         self._sparse = None if decode is None or percent is None else SparseDecode(decode, percent)
@@ -140,6 +148,10 @@ class RowAttention:
         stores = self._cache.tensors(key, k, v, self._pages.places)
         locate = self._locate(key)
         self._writes.apply(stores, locate, (k, v))
+        if self._attend_tiles is not None:
+            plan = self._tile_plan(rule, q.shape[1] // k.shape[1])
+            output = self._attend_tiles(plan, (q, v), stores, locate, scale=scale, softcap=softcap, sinks=sinks)
+            return output.to(qkv[2].dtype)
         if self._decode is not None:
             merged, sinks = self._decoded(key, q, rule, stores, scale=scale, softcap=softcap), _on_cpu(sinks)
         else:
@@ -148,6 +160,12 @@ class RowAttention:
                 output, lse = own_token((q, k, v), scale=scale, softcap=softcap)
                 merged = merge_chunks(merged, output[None], lse[None])
         return normalised(merged, sinks).to(qkv[2].dtype).to(qkv[2].device)
+
+    def _tile_plan(self, rule: MaskRule, sharing: int) -> TilePlan:
+        size = tile_queries(self._pages.row.kind, sharing)
+        if (rule, size) not in self._tile_plans:
+            self._tile_plans[rule, size] = TilePlan.of(self._pages, rule, size, self._device)
+        return self._tile_plans[rule, size]
 
     def _in_calls(
         self, key: CacheKey, q: Tensor, rule: MaskRule, places: _Places, *, scale: float, softcap: float | None

@@ -17,7 +17,8 @@ from transformers.masking_utils import causal_mask_function
 from flexgen_helm.attention.decode import DecodeAttention
 from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row import RowAttention
+from flexgen_helm.attention.paged.trial import HeadShape, paged_kernel
+from flexgen_helm.attention.row import AttendTiles, RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.kv_cache.page_format import CacheKey
@@ -29,6 +30,7 @@ from flexgen_helm.model.experts import register_sliced_experts
 from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording
 from flexgen_helm.schedule.dependencies import rows_at_once
 from flexgen_helm.schedule.rows import Row, Sweep, host_attended
+from flexgen_helm.types import Kernel
 
 HARMLESS_ARGUMENTS = frozenset(
     (
@@ -93,12 +95,18 @@ class PackedRows:
         if self._cpu_share:
             cache.keep_means_on_host()
         self._decode, self._host = DecodeAttention(), HostAttention(cache.meter)
+        self._attend_tiles = _kernel_for(model, cache)
         self._pages: dict[int, RowPages] = {}
         """Pages of each row of the sweep, by the row's `id`; they keep their rows alive, so that no `id` is used twice."""
         self._running: PackedRecording | None = None
         self._key = CacheKey(0, 0)
         model.use(Implementations(self._register(), register_sliced_experts()))
         self._cache_places = cache_places(model)
+
+    @property
+    def kernel(self) -> Kernel:
+        """Library of attention on the device."""
+        return "torch" if self._attend_tiles is None else "triton"
 
     @property
     def num_layers(self) -> int:
@@ -134,7 +142,8 @@ class PackedRows:
         on_cpu = row.kind == "decode" and (pages.host_attends or self.model.device.type == "cpu")
         in_loops = on_cpu and not self._cache.format.flexgen
         decode, host = self._decode if in_loops else None, self._host if pages.host_attends else None
-        attention = RowAttention(pages, self._cache, self.model.device, decode, host)
+        tiles = None if in_loops else self._attend_tiles
+        attention = RowAttention(pages, self._cache, self.model.device, decode, host, tiles)
         recording = PackedRecording(positions=positions, attention=attention)
         self.model.record(
             recording,
@@ -232,6 +241,18 @@ class PackedRows:
         # While this call was suspended, that of another row ran.
         self._running, self._key = recording, current._replace(call=current.call + 1)
         return output
+
+
+def _kernel_for(model: RecordedModel, cache: PagedCache) -> AttendTiles | None:
+    """Return the kernel that reads pages in place, where it serves the model's heads."""
+    config = model.model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None)
+    if model.device.type != "cuda" or not isinstance(heads, int):
+        return None
+    num_kv = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    dtype = cache.cast(torch.empty(0, dtype=model.model.dtype)).dtype
+    return paged_kernel(model.device, HeadShape(heads, num_kv, dim), cache.format, dtype)
 
 
 def _mask_rule(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> MaskRule:

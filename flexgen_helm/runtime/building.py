@@ -30,6 +30,7 @@ from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.capacity import Capacity
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.rows.choice import ALTERNATIVE, CacheStorage, CheckedModel, log_choice, make_rows
+from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.engine_plan import plan_engine
 from flexgen_helm.runtime.fitting.fit import FittedModel, fit
@@ -43,6 +44,7 @@ from flexgen_helm.schedule.work import Scheduler
 from flexgen_helm.types import (
     ON_DEVICE,
     CacheNumerics,
+    Kernel,
     MachineNumerics,
     Numerics,
     ResolvedPolicy,
@@ -156,7 +158,14 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         checked=placed.checked,
         device=device,
         policy=policy,
-        numerics=numerics_of(blueprint.weights, placed.checked, policy, device, cache_numerics(kv_dtype, options.compression)),
+        numerics=numerics_of(
+            blueprint.weights,
+            placed.checked,
+            policy,
+            device,
+            cache_numerics(kv_dtype, options.compression),
+            rows.kernel if isinstance(rows, PackedRows) else "torch",
+        ),
         kv_dtype=kv_dtype,
         plan=plan,
         cache_bytes=capacity.cache_bytes,
@@ -171,7 +180,12 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
 
 
 def numerics_of(
-    weights: WeightNumerics, checked: CheckedModel, policy: ResolvedPolicy, device: Device, cache: CacheNumerics
+    weights: WeightNumerics,
+    checked: CheckedModel,
+    policy: ResolvedPolicy,
+    device: Device,
+    cache: CacheNumerics,
+    kernel: Kernel = "torch",
 ) -> Numerics:
     """Return everything besides the job that decides the bits of an answer."""
     on_host = device.is_gpu and checked.passed.kind == "packed" and policy.cpu_attention > 0 and policy.cache[1] > 0
@@ -179,7 +193,7 @@ def numerics_of(
         weights,
         cache,
         RowNumerics(checked.passed.kind, policy.gpu_batch_size, policy.gpu_batch_tokens),
-        MachineNumerics(device.torch_device.type, "host" if on_host else "device", checked.model.matmul),
+        MachineNumerics(device.torch_device.type, "host" if on_host else "device", checked.model.matmul, kernel=kernel),
         NUMERICS_VERSION,
     )
 

@@ -10,6 +10,7 @@ from flexgen_helm.runs.gpu_check.commands import compare_caches, generate, run_t
 from flexgen_helm.runs.gpu_check.copies import measure_copies
 from flexgen_helm.runs.gpu_check.cpu_attention import measure_cpu_attention
 from flexgen_helm.runs.gpu_check.forms import compare_forms
+from flexgen_helm.runs.gpu_check.kernel import compare_kernel
 from flexgen_helm.runs.gpu_check.machine import describe_machine
 from flexgen_helm.runs.gpu_check.sizes import Sizes
 
@@ -33,16 +34,17 @@ class Part:
 
 PARTS = (
     Part("machine", "Which machine, in which versions?", 20, describe_machine),
-    Part("tests", "Do the tests marked gpu pass?", 100, run_tests),
-    Part("forms", "Do the same rows have the same bits in products of other forms?", 40, compare_forms),
-    Part("cpu_attention", "How fast does the CPU attend, alone and beside copies of weights?", 50, measure_cpu_attention),
+    Part("tests", "Do the tests marked gpu pass?", 85, run_tests),
+    Part("forms", "Do the same rows have the same bits in products of other forms?", 30, compare_forms),
+    Part("kernel", "Does the kernel of attention serve, and how fast is it beside attention by hand?", 60, compare_kernel),
+    Part("cpu_attention", "How fast does the CPU attend, alone and beside copies of weights?", 45, measure_cpu_attention),
     Part(
         "copies",
         "How long does a small copy wait for a large one, and do both directions hinder each other?",
-        30,
+        25,
         measure_copies,
     ),
-    Part("generation", "How fast does OPT-30B generate 32 tokens behind 512 with 15 GiB?", 190, generate),
-    Part("scoring", "How fast does it score prompts as long as five examples?", 110, score),
+    Part("generation", "How fast does OPT-30B generate 32 tokens behind 512 with 15 GiB?", 175, generate),
+    Part("scoring", "How fast does it score prompts as long as five examples?", 100, score),
     Part("cache_tiers", "What is a compressed cache on the host worth?", 150, compare_caches, by_name=True),
 )

@@ -31,6 +31,10 @@ class Sizes:
     tokens: tuple[int, ...] = (16, 40, 64, 256, 1000, 4096)
     """Tokens that meet a linear layer at a time."""
     rounds: int = 5
+    kernel_heads: tuple[tuple[int, int, int], ...] = ((56, 56, 128), (32, 8, 128), (16, 8, 256))
+    """Query heads, K/V heads and head size of OPT-30B, Llama 3.1 8B and Gemma 2 9B."""
+    kernel_lengths: tuple[int, ...] = (1024, 1024, 1024, 1024)
+    """Tokens of the sequences with which the kernel is timed."""
     bench: tuple[str, ...] = ("--model", "facebook/opt-30b", "--dtype", "bfloat16", "--max-memory", "device=15GiB")
     generation: tuple[str, ...] = ("--prompt-len", "512", "--gen-len", "32", "--num-prompts", "80")
     scoring: tuple[str, ...] = ("--score", "--prompt-len", "700", "--num-prompts", "128")
@@ -59,6 +63,8 @@ TINY = Sizes(
     queries=(16, 32),
     tokens=(16, 40),
     rounds=1,
+    kernel_heads=((2, 1, 16),),
+    kernel_lengths=(40, 20),
     bench=("--model", "facebook/opt-125m", "--device", "cpu"),
     generation=("--prompt-len", "8", "--gen-len", "2", "--num-prompts", "2"),
     scoring=("--score", "--prompt-len", "8", "--num-prompts", "2"),

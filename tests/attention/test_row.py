@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexgen_helm.attention.decode import DecodeAttention
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row import RowAttention
+from flexgen_helm.attention.row import AttendTiles, RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.kv_cache.page_format import CacheKey
@@ -85,6 +85,8 @@ class Machine:
         self.seals = cache_format.seals
         self.decode: DecodeAttention | None = DecodeAttention()
         """Attends for decode rows; None: their attention is computed call by call, as on a GPU."""
+        self.attend_tiles: AttendTiles | None = None
+        """The kernel for GPUs; None: it is not used."""
         self.sinks = torch.randn(heads.q, generator=chance) if options.sinks else None
         shapes = ((heads.q, heads.dim), (heads.kv, heads.dim), (heads.kv, heads.dim_v))
         self.inputs: list[QKV] = []
@@ -110,7 +112,7 @@ class Machine:
         tables = [(table, table if self.seals else None) for table in self.tables]
         segments = [Segment((0,) * (b - a), a, tables[i][0], exact=tables[i][1]) for i, a, b in pieces]
         pages, decode = RowPages(Row(kind, size, segments), self.cache.page_maps), self.decode if kind == "decode" else None
-        row = RowAttention(pages, self.cache, torch.device("cpu"), decode)
+        row = RowAttention(pages, self.cache, torch.device("cpu"), decode, attend_tiles=self.attend_tiles)
         parts = [torch.cat([self.inputs[i][x][a:b] for i, a, b in pieces]) for x in range(3)]
         q, k, v = (torch.cat([part, torch.zeros(size - len(part), *part.shape[1:])]) for part in parts)
         scale = self.heads.dim**-0.5

@@ -1,0 +1,94 @@
+"""Launch of the kernel: where the pages of a layer are, and what shape tiles have."""
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from flexgen_helm.attention.locate import Locate
+from flexgen_helm.attention.paged.kernel import attend_tiles
+from flexgen_helm.attention.paged.plan import PLACES, TilePlan
+from flexgen_helm.attention.writes import Stores
+from flexgen_helm.kv_cache.coded_part import CodedPart
+from flexgen_helm.kv_cache.page_format import PageFormat, PartFormat
+from flexgen_helm.kv_cache.pages import Form
+from flexgen_helm.kv_cache.sealed_format import NOT_QUANTIZED
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+LEAST_ROWS = 16
+"""Rows of the smallest product of matrix units."""
+
+
+def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
+    plan: TilePlan,
+    qv: tuple[Tensor, Tensor],
+    stores: Stores,
+    locate: Locate,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend with all queries of a row.
+
+    Args:
+        plan: The row's tiles.
+        qv: Queries ``[T, H, D]``, and values ``[T, H_kv, Dv]``, of which only shape and dtype count.
+        stores: The layer's pages by form and place.
+        locate: Finds the slots of staged pages.
+        scale: Factor of the scores.
+        softcap: See `flexgen_helm.attention.kernels.attend_chunk`.
+        sinks: ``[H]`` logits of an attention sink, or None.
+
+    Returns:
+        ``[T, H, Dv]`` in the dtype of the values, zeros for queries that attend to nothing.
+    """
+    q, v = qv
+    exact = _format(stores, "exact")
+    sealed = _format(stores, "sealed") if stores.get("sealed") else exact
+    (num_heads, dim), dim_v, num_kv = q.shape[1:], exact.v.dim, exact.k.num_heads
+    sharing = num_heads // num_kv
+    outputs = torch.zeros(len(q), num_heads, dim_v, dtype=v.dtype, device=q.device)
+    empty = torch.zeros(1, dtype=torch.long, device=q.device)
+    attend_tiles[(plan.num_tiles, num_kv)](
+        q.contiguous(),
+        outputs,
+        empty if sinks is None else sinks,
+        *(plan.tiles, plan.visits, plan.masks),
+        *(locate.slots.get(form, empty) for form in ("exact", "sealed")),
+        *_addresses(stores, "exact"),
+        *_addresses(stores, "sealed"),
+        *(exact.k.num_bytes, exact.v.num_bytes, sealed.k.num_bytes, sealed.v.num_bytes),
+        *(scale, softcap or 1.0),
+        HEADS=num_heads,
+        SHARING=sharing,
+        SIZE=plan.size,
+        ROWS=max(LEAST_ROWS, triton.next_power_of_2(plan.size * sharing)),
+        DIM=dim,
+        DIM_V=dim_v,
+        WIDE=max(LEAST_ROWS, triton.next_power_of_2(dim)),
+        WIDE_V=max(LEAST_ROWS, triton.next_power_of_2(dim_v)),
+        K_BITS=_bits(sealed.k),
+        V_BITS=_bits(sealed.v),
+        DTYPE=DTYPES[exact.k.dtype],
+        HAS_SEALED=bool(stores.get("sealed")),
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
+    )
+    return outputs
+
+
+def _format(stores: Stores, form: Form) -> PageFormat:
+    return next(iter(stores[form].values())).format
+
+
+def _bits(part: PartFormat) -> int:
+    return part.bits if isinstance(part, CodedPart) else NOT_QUANTIZED
+
+
+def _addresses(stores: Stores, form: Form) -> list[int]:
+    """Where the pages of each place begin, K of all places, then V; 0 where there are none."""
+    found = stores.get(form, {})
+    return [found[place].tensors[part].data_ptr() if place in found else 0 for part in range(2) for place in PLACES]
