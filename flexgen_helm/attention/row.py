@@ -149,7 +149,7 @@ class RowAttention:
         locate = self._locate(key)
         self._writes.apply(stores, locate, (k, v))
         if self._attend_tiles is not None:
-            plan = self._tile_plan(rule, q.shape[1] // k.shape[1])
+            plan = self._tile_plan(rule, q.shape[1] // k.shape[1], q.itemsize)
             output = self._attend_tiles(plan, (q, v), stores, locate, scale=scale, softcap=softcap, sinks=sinks)
             return output.to(qkv[2].dtype)
         if self._decode is not None:
@@ -161,8 +161,8 @@ class RowAttention:
                 merged = merge_chunks(merged, output[None], lse[None])
         return normalised(merged, sinks).to(qkv[2].dtype).to(qkv[2].device)
 
-    def _tile_plan(self, rule: MaskRule, sharing: int) -> TilePlan:
-        size = tile_queries(self._pages.row.kind, sharing)
+    def _tile_plan(self, rule: MaskRule, sharing: int, itemsize: int) -> TilePlan:
+        size = tile_queries(self._pages.row.kind, sharing, itemsize)
         if (rule, size) not in self._tile_plans:
             self._tile_plans[rule, size] = TilePlan.of(self._pages, rule, size, self._device)
         return self._tile_plans[rule, size]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,8 +103,64 @@ def test_no_kernel_where_no_gpu_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "sharing", "expected"),
-    [("decode", 8, 1), ("prefill", 1, 64), ("prefill", 3, 32), ("prefill", 8, 16), ("prefill", 200, 1)],
+    ("kind", "sharing", "itemsize", "expected"),
+    [
+        ("decode", 8, 2, 1),
+        ("prefill", 1, 2, 64),
+        ("prefill", 3, 2, 16),
+        ("prefill", 8, 2, 8),
+        ("prefill", 1, 4, 32),
+        ("prefill", 200, 2, 1),
+    ],
 )
-def test_tiles_have_at_most_128_rows(kind: str, sharing: int, expected: int) -> None:
-    assert tile_queries(kind, sharing) == expected
+def test_tiles_fit_into_registers(kind: str, sharing: int, itemsize: int, expected: int) -> None:
+    assert tile_queries(kind, sharing, itemsize) == expected
+
+
+COMPILE = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from flexgen_helm.attention.paged.attention import constants, num_warps
+from flexgen_helm.attention.paged.kernel import attend_tiles
+from flexgen_helm.attention.paged.plan import tile_queries
+from flexgen_helm.kv_cache.page_format import PageFormat
+from flexgen_helm.kv_cache.sealed_format import sealed_format
+
+heads, kv, dim, kind, name, bits = (int(x) if x.isdigit() else x for x in sys.argv[1:])
+dtype = getattr(torch, name)
+exact = PageFormat.plain(*(torch.empty(0, kv, dim, dtype=dtype),) * 2)
+sealed = exact if bits == 16 else sealed_format(exact, k_bits=bits, v_bits=bits)
+size = tile_queries(kind, heads // kv, dtype.itemsize)
+options = {"HAS_SEALED": bits != 16, "HAS_SOFTCAP": True, "HAS_SINKS": True}
+fixed = {**constants(size, heads, exact, sealed), **options}
+float_type = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+pointers = {"queries": float_type, "outputs": float_type, "sinks": float_type, "tiles": "i32", "visits": "i32", "masks": "u8"}
+pointers |= {"exact_slots": "i64", "sealed_slots": "i64"}
+signature = {}
+for argument in attend_tiles.arg_names:
+    plain = "fp32" if argument in ("scale", "softcap") else "i32" if argument.endswith("bytes") else "i64"
+    signature[argument] = f"*{pointers[argument]}" if argument in pointers else "constexpr" if argument in fixed else plain
+source = ASTSource(fn=attend_tiles, signature=signature, constexprs=fixed)
+made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps(size, dtype)})
+assert made.asm["cubin"] and made.metadata.shared <= 227 * 1024, made.metadata.shared
+"""
+GPU_CODE = [("56", "56", "128"), ("32", "8", "128"), ("16", "8", "256"), ("9", "3", "64"), ("32", "32", "80")]
+
+
+FORMS = [("bfloat16", "16"), ("bfloat16", "4"), ("float32", "16")]
+FAST = ("32", "8", "128", "decode", "bfloat16", "4")
+COMPILED = [(*heads, kind, *form) for heads in GPU_CODE for kind in ("decode", "prefill") for form in FORMS]
+
+
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(each, marks=() if each == FAST else pytest.mark.slow) for each in COMPILED], ids=" ".join
+)
+def test_the_kernel_compiles_for_an_h100(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Without a GPU: by Triton's own compiler and assembler, in a process without the interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    (tmp_path / "compile.py").write_text(COMPILE)
+    command = [sys.executable, str(tmp_path / "compile.py"), *arguments]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-2000:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
@@ -48,9 +50,8 @@ def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
     q, v = qv
     exact = _format(stores, "exact")
     sealed = _format(stores, "sealed") if stores.get("sealed") else exact
-    (num_heads, dim), dim_v, num_kv = q.shape[1:], exact.v.dim, exact.k.num_heads
-    sharing = num_heads // num_kv
-    outputs = torch.zeros(len(q), num_heads, dim_v, dtype=v.dtype, device=q.device)
+    num_heads, num_kv = q.shape[1], exact.k.num_heads
+    outputs = torch.zeros(len(q), num_heads, exact.v.dim, dtype=v.dtype, device=q.device)
     empty = torch.zeros(1, dtype=torch.long, device=q.device)
     attend_tiles[(plan.num_tiles, num_kv)](
         q.contiguous(),
@@ -62,22 +63,43 @@ def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
         *_addresses(stores, "sealed"),
         *(exact.k.num_bytes, exact.v.num_bytes, sealed.k.num_bytes, sealed.v.num_bytes),
         *(scale, softcap or 1.0),
-        HEADS=num_heads,
-        SHARING=sharing,
-        SIZE=plan.size,
-        ROWS=max(LEAST_ROWS, triton.next_power_of_2(plan.size * sharing)),
-        DIM=dim,
-        DIM_V=dim_v,
-        WIDE=max(LEAST_ROWS, triton.next_power_of_2(dim)),
-        WIDE_V=max(LEAST_ROWS, triton.next_power_of_2(dim_v)),
-        K_BITS=_bits(sealed.k),
-        V_BITS=_bits(sealed.v),
-        DTYPE=DTYPES[exact.k.dtype],
+        **constants(plan.size, num_heads, exact, sealed),
         HAS_SEALED=bool(stores.get("sealed")),
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
+        num_warps=num_warps(plan.size, exact.k.dtype),
     )
     return outputs
+
+
+def constants(size: int, num_heads: int, exact: PageFormat, sealed: PageFormat) -> dict[str, Any]:
+    """Return what the kernel is compiled for, besides the options of a family.
+
+    Args:
+        size: Queries of a tile.
+        num_heads: Query heads.
+        exact: Form of exact pages.
+        sealed: Form of sealed pages; where there are none, that of exact ones.
+    """
+    sharing, dim, dim_v = num_heads // exact.k.num_heads, exact.k.dim, exact.v.dim
+    return {
+        "HEADS": num_heads,
+        "SHARING": sharing,
+        "SIZE": size,
+        "ROWS": max(LEAST_ROWS, triton.next_power_of_2(size * sharing)),
+        "DIM": dim,
+        "DIM_V": dim_v,
+        "WIDE": max(LEAST_ROWS, triton.next_power_of_2(dim)),
+        "WIDE_V": max(LEAST_ROWS, triton.next_power_of_2(dim_v)),
+        "K_BITS": _bits(sealed.k),
+        "V_BITS": _bits(sealed.v),
+        "DTYPE": DTYPES[exact.k.dtype],
+    }
+
+
+def num_warps(size: int, dtype: torch.dtype) -> int:
+    """Return the warps of a program: 8 for a tile of prompts in 16 bits, whose sums would not fit into the registers of 4."""
+    return 8 if size > 1 and dtype.itemsize < 4 else 4
 
 
 def _format(stores: Stores, form: Form) -> PageFormat:

@@ -16,22 +16,24 @@ from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, Place
 
 PLACES: tuple[Place, ...] = ("transient", "device", "staged")
 """Places of pages that a GPU reads, numbered as in the kernel."""
-TILE_ROWS, MOST_QUERIES = 128, 64
-"""Rows of products of a tile in prompts, queries times the heads that share a K/V head, and most queries."""
+TILE_BYTES, MOST_QUERIES = 128, 64
+"""Bytes of a column of a tile of prompts, queries times the heads that share a K/V head, and most queries. Twice as many spill
+registers with heads of 128 and 256 (ptxas for sm_90a)."""
 SEEN, CAUSAL, MASKED = range(3)
 """Kinds of visits: all keys are seen; those up to the query; number 2 + i: those of mask i."""
 
 
-def tile_queries(kind: str, sharing: int) -> int:
+def tile_queries(kind: str, sharing: int, itemsize: int) -> int:
     """Return the queries M of a tile: 1 in decode rows; else positions ``[M * i, M * (i + 1))`` of a sequence, M divides 128.
 
     Args:
         kind: Kind of the row.
         sharing: Query heads that share a K/V head.
+        itemsize: Bytes of an element of queries.
     """
     if kind == "decode":
         return 1
-    fitting = max(1, TILE_ROWS // sharing)
+    fitting = max(1, TILE_BYTES // itemsize // sharing)
     return int(min(MOST_QUERIES, 1 << (fitting.bit_length() - 1)))
 
 
