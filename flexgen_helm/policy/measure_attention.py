@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexgen_helm.attention.decode import DecodeAttention
 from flexgen_helm.attention.masks import MaskRule
+from flexgen_helm.attention.paged import trial
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.kv_cache.cache_format import CacheFormat
@@ -100,7 +101,8 @@ class _Row:
         row = Row(kind, tokens * len(starts), segments)
         pages = RowPages(row, self._cache.page_maps)
         self._decode = DecodeAttention() if kind == "decode" and where.type == "cpu" else None
-        self._attention = RowAttention(pages, self._cache, where, self._decode)
+        kernel = trial.paged_kernel(where, trial.HeadShape(heads.queries, heads.keys, heads.dim), cache_format, dtype)
+        self._attention = RowAttention(pages, self._cache, where, self._decode, attend_tiles=kernel)
         shapes = [(row.size, number, heads.dim) for number in (heads.queries, heads.keys, heads.keys)]
         self._qkv = _three([random_numbers(shape, where, dtype) for shape in shapes])
         self._scale = 1 / math.sqrt(heads.dim)

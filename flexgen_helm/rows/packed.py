@@ -17,7 +17,7 @@ from transformers.masking_utils import causal_mask_function
 from flexgen_helm.attention.decode import DecodeAttention
 from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.paged.trial import HeadShape, paged_kernel
+from flexgen_helm.attention.paged import trial
 from flexgen_helm.attention.row import AttendTiles, RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import UnsupportedModel
@@ -252,7 +252,7 @@ def _kernel_for(model: RecordedModel, cache: PagedCache) -> AttendTiles | None:
     num_kv = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     dtype = cache.cast(torch.empty(0, dtype=model.model.dtype)).dtype
-    return paged_kernel(model.device, HeadShape(heads, num_kv, dim), cache.format, dtype)
+    return trial.paged_kernel(model.device, trial.HeadShape(heads, num_kv, dim), cache.format, dtype)
 
 
 def _mask_rule(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> MaskRule:

@@ -142,7 +142,8 @@ for argument in attend_tiles.arg_names:
     plain = "fp32" if argument in ("scale", "softcap") else "i32" if argument.endswith("bytes") else "i64"
     signature[argument] = f"*{pointers[argument]}" if argument in pointers else "constexpr" if argument in fixed else plain
 source = ASTSource(fn=attend_tiles, signature=signature, constexprs=fixed)
-made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps(size, dtype)})
+options = {"num_warps": num_warps(size, dtype), "enable_fp_fusion": True}
+made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 assert made.asm["cubin"] and made.metadata.shared <= 227 * 1024, made.metadata.shared
 """
 GPU_CODE = [("56", "56", "128"), ("32", "8", "128"), ("16", "8", "256"), ("9", "3", "64"), ("32", "32", "80")]

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from flexgen_helm.rows import packed
+from flexgen_helm.attention.paged import trial
 from tests.simulated_gpu.allocator import GIB
 from tests.simulated_gpu.gpu import SimulatedGpu
 from tests.simulated_gpu.kernels import touch
@@ -42,7 +42,7 @@ def simulated_gpu(total: int = 80 * GIB, *, shapes_only: bool = False) -> Iterat
         for name, value in (_device(gpu) | _memory(gpu) | _streams(gpu)).items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(Tensor, "numpy", _numpy(gpu, Tensor.numpy)))
-        stack.enter_context(patch.object(packed, "paged_kernel", lambda *_: None))  # Triton sees no GPU
+        stack.enter_context(patch.object(trial, "paged_kernel", lambda *_: None))  # Triton sees no GPU
         stack.enter_context(threads_patched(gpu))
         stack.enter_context(on_gpu(gpu))
         yield gpu

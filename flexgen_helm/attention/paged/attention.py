@@ -68,6 +68,7 @@ def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
         num_warps=num_warps(plan.size, exact.k.dtype),
+        enable_fp_fusion=True,  # stated, since the default differs between versions of Triton
     )
     return outputs
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PAGE = tl.constexpr(32)
-CHUNK = tl.constexpr(128)
-GROUP_SIZE = tl.constexpr(64)
-STAGED = tl.constexpr(2)
-SEEN, CAUSAL, MASKED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+from flexgen_helm.attention.paged import plan
+from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, PAGE_TOKENS
+from flexgen_helm.kv_cache.token_rows import GROUP
+
+PAGE, CHUNK, GROUP_SIZE = tl.constexpr(PAGE_TOKENS), tl.constexpr(CHUNK_TOKENS), tl.constexpr(GROUP)
+CAUSAL, MASKED = tl.constexpr(plan.CAUSAL), tl.constexpr(plan.MASKED)
+STAGED = tl.constexpr(plan.PLACES.index("staged"))
 
 
 @triton.jit
