@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from torch import Tensor
 
 from flexgen_helm import Job, Policy
+from flexgen_helm.attention.paged.plan import TilePlan
 from flexgen_helm.execution.sweep_run import SweepRun
+from flexgen_helm.rows import packed
 from flexgen_helm.schedule.operations import Operation, OperationKind
 from tests.jobs import random_tokens
 from tests.simulated_gpu.engines import POLICY, answers
@@ -63,6 +67,8 @@ TRANSIENT = 2
 """Room for K and V of prompts, in every layer anew."""
 PUT = 2
 """Outputs and log-sum-exps go to their places."""
+KERNEL = 3
+"""Room for outputs, a place for slots that there are not, and the kernel."""
 LOCATE = 2
 """Pages become slots, for writing and for reading."""
 
@@ -71,6 +77,8 @@ PLAN = 2 + 1 + 1
 """Of the first layer: positions of queries and chunks and numbers of pages are uploaded, places without outputs are found."""
 PLAN_DECODE, PLAN_PREFILL = PLAN + 2, PLAN + 2 + 3
 """Whether the mask shows anything is read twice. Queries of prompts are not neighbours: three indices are uploaded."""
+TABLES = 3
+"""Of the kernel's plan: tiles, visits and masks are uploaded."""
 BESIDE = 2 + 1 + 1
 """Attention on the CPU: K, V and queries go down, outputs come up."""
 
@@ -151,6 +159,26 @@ def test_rows_on_the_device_never_wait(costs_of: CostsOf) -> None:
         assert costs.highest(row, "load_cache") == costs.highest(row, "store_cache") == Cost()
     assert costs.highest("decode", "compute", FIRST).waits <= PLAN_DECODE
     assert costs.highest("prefill", "compute", FIRST).waits <= PLAN_PREFILL
+
+
+def as_one_kernel(plan: TilePlan, qv: tuple[Tensor, Tensor], *places: Any, **options: Any) -> Tensor:
+    """What the kernel asks of the device, without its result."""
+    q, v = qv
+    outputs = torch.zeros(*q.shape[:2], v.shape[2], dtype=v.dtype, device=q.device)
+    torch.zeros(1, dtype=torch.long, device=q.device)
+    return outputs.add_(0)
+
+
+def test_the_kernel_is_one_launch_for_any_number_of_chunks(costs_of: CostsOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = [Job(token_ids=random_tokens(seed, 600), max_new_tokens=3, ignore_eos=True) for seed in range(3)]
+    rows = replace(ROWS, gpu_batch_tokens=2048)
+    by_hand = costs_of("llama", rows, long)
+    monkeypatch.setattr(packed, "_kernel_for", lambda *_: as_one_kernel)
+    costs = costs_of("llama", rows, long)
+    for row, room in (("decode", 0), ("prefill", TRANSIENT)):
+        assert_within(costs.highest(row, "compute"), Cost(AROUND_ATTENTION + MLP + KEEP + WRITE + room + KERNEL))
+        assert costs.highest(row, "compute", FIRST).waits <= TABLES
+        assert by_hand.highest(row, "compute").launches > 2 * costs.highest(row, "compute").launches
 
 
 def test_k_and_v_are_brought_with_one_wait(costs_of: CostsOf) -> None:
