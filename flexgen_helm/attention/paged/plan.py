@@ -110,7 +110,8 @@ class _Tile:
         if rule.causal_only:
             yield from ((visit, None) for visit in self.visits)
             return
-        q = torch.arange(self.begin, self.begin + self.size)[:, None]
+        # A model's predicate may know no positions that are not there.
+        q = torch.arange(self.begin, self.begin + self.size).clamp(self.low, self.high - 1)[:, None]
         for visit in self.visits:
             k = visit.chunk * CHUNK_TOKENS + torch.arange(CHUNK_TOKENS)[None]
             causal = k <= q
