@@ -51,9 +51,10 @@ class Run:
             FlexGenError: If a job fails and `on_error` is "raise", or if all jobs are given up.
         """
         worker, meter = self._worker, self._meter
+        begun = time.perf_counter()  # before the meter, whose sweeps are a part of the run
         meter.begin_run()
         before = worker.snapshot
-        begun, progress = time.perf_counter(), Progress(len(self._tickets), since=before, shown=shown)
+        progress = Progress(len(self._tickets), since=before, shown=shown)
         worker.watch = progress.update
         try:
             for index in self._finished():

@@ -97,6 +97,12 @@ def test_the_trial_passes_and_a_wrong_kernel_is_refused() -> None:
     with pytest.raises(RuntimeError, match="differs from attention by hand"):
         require_equal(without_the_last_visit, CPU, shape, PLAIN_CACHE, torch.float32)
 
+    def moved_by_neighbours(plan: TilePlan, qv: tuple[Tensor, Tensor], *arguments: Any, **options: Any) -> Tensor:
+        return attend_row(plan, qv, *arguments, **options) * (1 + 1e-6 * len(qv[0]) / 100)
+
+    with pytest.raises(RuntimeError, match="alone has other bits"):
+        require_equal(moved_by_neighbours, CPU, shape, PLAIN_CACHE, torch.float32)
+
 
 def test_no_kernel_where_no_gpu_is() -> None:
     assert paged_kernel(CPU, HeadShape(4, 2, 16), PLAIN_CACHE, torch.float32) is None

@@ -7,6 +7,7 @@ VISITS = "tests/attention/test_visits.py::test_every_pair_that_causality_allows_
 TIERS = "tests/attention/test_tiers.py::test_answers_do_not_depend_on_where_pages_rest"
 RESIDENCY = "tests/kv_cache/test_residency.py"
 WORKING_SET = "tests/kv_cache/test_working_set.py"
+KERNEL = "tests/attention/test_paged.py::test_the_kernel_equals_attention_by_hand"
 LOADS = "tests/rows/test_self_check.py::test_an_honest_model_is_stable"
 
 MUTANTS = (
@@ -209,5 +210,37 @@ MUTANTS = (
         new="        buffer = self._buffers[self._turn]",
         tests=("tests/kv_cache/test_staging.py",),
         why="a page on its way to disk is overwritten by the next",
+    ),
+    Mutant(
+        name="kernel-hides-a-querys-own-key",
+        file="flexgen_helm/attention/paged/kernel.py",
+        old="key[None, :] <= (place_in_chunk + query)[:, None]",
+        new="key[None, :] < (place_in_chunk + query)[:, None]",
+        tests=(KERNEL,),
+        why="tokens do not see themselves on a GPU",
+    ),
+    Mutant(
+        name="kernel-scales-of-the-first-group",
+        file="flexgen_helm/attention/paged/kernel.py",
+        old="numbers + 2 * (d // GROUP_SIZE), mask",
+        new="numbers + 0 * d, mask",
+        tests=(KERNEL,),
+        why="values beyond the first 64 of a token have the wrong scale",
+    ),
+    Mutant(
+        name="kernel-tiles-overlap",
+        file="flexgen_helm/attention/paged/plan.py",
+        old="low, high = max(begin, segment.start), min(begin + size, segment.end)",
+        new="low, high = begin, min(begin + size, segment.end)",
+        tests=(KERNEL,),
+        why="a tile writes the outputs of another sequence",
+    ),
+    Mutant(
+        name="kernel-trial-without-bits",
+        file="flexgen_helm/attention/paged/trial.py",
+        old="if not torch.equal(alone, output):",
+        new="if False:",
+        tests=("tests/attention/test_paged.py::test_the_trial_passes_and_a_wrong_kernel_is_refused",),
+        why="answers depend on neighbours on a GPU, and nothing says so",
     ),
 )
