@@ -34,10 +34,10 @@ def _tried(sizes: Sizes, shape: HeadShape, cache_format: CacheFormat) -> dict[st
     try:
         from flexgen_helm.attention.paged.attention import attend_row
 
-        require_equal(attend_row, device, shape, cache_format, torch.bfloat16)
+        require_equal(attend_row, device, shape, cache_format, sizes.kernel_dtype)
     except Exception as error:  # compilers raise anything
         return {"does not serve": f"{type(error).__name__}: {str(error)[:MESSAGE]}"}
-    trial = Trial(device, shape, cache_format, torch.bfloat16, sizes.kernel_lengths)
+    trial = Trial(device, shape, cache_format, sizes.kernel_dtype, sizes.kernel_lengths)
     which, found = list(range(len(sizes.kernel_lengths))), {}
     for name, kernel in (("kernel", attend_row), ("by hand", None)):
         for row, make in (("prompts", trial.prompts), ("decode", trial.last_tokens)):

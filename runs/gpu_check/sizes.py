@@ -35,6 +35,7 @@ class Sizes:
     """Query heads, K/V heads and head size of OPT-30B, Llama 3.1 8B and Gemma 2 9B."""
     kernel_lengths: tuple[int, ...] = (1024, 1024, 1024, 1024)
     """Tokens of the sequences with which the kernel is timed."""
+    kernel_dtype: torch.dtype = torch.bfloat16
     bench: tuple[str, ...] = ("--model", "facebook/opt-30b", "--dtype", "bfloat16", "--max-memory", "device=15GiB")
     generation: tuple[str, ...] = ("--prompt-len", "512", "--gen-len", "32", "--num-prompts", "80")
     scoring: tuple[str, ...] = ("--score", "--prompt-len", "700", "--num-prompts", "128")
@@ -65,6 +66,7 @@ TINY = Sizes(
     rounds=1,
     kernel_heads=((2, 1, 16),),
     kernel_lengths=(40, 20),
+    kernel_dtype=torch.float16,  # Triton's interpreter does not compute in bfloat16
     bench=("--model", "facebook/opt-125m", "--device", "cpu"),
     generation=("--prompt-len", "8", "--gen-len", "2", "--num-prompts", "2"),
     scoring=("--score", "--prompt-len", "8", "--num-prompts", "2"),

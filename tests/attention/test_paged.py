@@ -87,7 +87,7 @@ def test_alone_is_together(name: str, options: Options) -> None:
 
 def test_the_trial_passes_and_a_wrong_kernel_is_refused() -> None:
     shape = HeadShape(4, 2, 16)
-    require_equal(attend_row, CPU, shape, CacheFormat(4, 4), torch.float32)
+    require_equal(attend_row, CPU, shape, CacheFormat(4, 4), torch.float16)  # the interpreter does not compute in bfloat16
 
     def without_the_last_visit(plan: TilePlan, *arguments: Any, **options: Any) -> Tensor:
         tiles = plan.tiles.clone()

@@ -45,6 +45,9 @@ def test_each_result_fits_on_the_page_and_in_the_file(tmp_path: Path) -> None:
     quick = [part for part in PARTS if part.name not in ("tests", "generation", "scoring", "cache_tiers")]
     found = {part.name: {"seconds": 1.0, **measured(part, TINY)} for part in quick}
     assert not [of_part for of_part in found.values() if "error" in of_part]
+    times = found["kernel"]["result"]["2/1 heads of 16, kv4"]
+    assert list(times) == [f"{row}, {how}, ms" for how in ("kernel", "by hand") for row in ("prompts", "decode")]
+    assert positive(times)
     write_report(tmp_path, found)
     assert json.loads((tmp_path / "gpu_check.json").read_text()) == found
     text = (tmp_path / "gpu_check.md").read_text()
