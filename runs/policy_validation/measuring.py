@@ -13,6 +13,7 @@ from flexgen_helm import Engine
 from flexgen_helm.memory.allocator import return_freed_memory
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.simulate import simulate
+from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runs.policy_validation.cases import Case
 from flexgen_helm.runs.policy_validation.rates import Bench, difference, middle, sharing
 from flexgen_helm.runtime.planning.automatic import known_workload
@@ -39,7 +40,7 @@ class Outcome:
         predicted_busy: Seconds of each resource, by the clock on the wall.
         measured_busy: The same, measured.
         predicted_peaks: Most bytes of each tier while the jobs run.
-        measured_peaks: The same, measured.
+        measured_peaks: The same, measured; the most of all runs.
         discarded: Runs that do not count because the machine changed meanwhile.
         steady: Whether the last one counts. Otherwise its processor time does.
     """
@@ -86,12 +87,13 @@ def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, *, tr
     assert workload is not None
     expected = simulate(plan, workload, bench.base)
     used = [name for name, seconds in expected.busy_seconds.items() if seconds]
-    before, discarded = bench.profile(engine.policy, form, used), 0
+    before, discarded, peaks = bench.profile(engine.policy, form, used), 0, plan.held_bytes(RunStats())
     while True:
         _forget_peak()
         begun = time.process_time()
         engine.run(jobs, progress=False)
         processor = time.process_time() - begun
+        peaks = {tier: max(count, peaks[tier]) for tier, count in plan.held_bytes(engine.stats).items()}
         after = bench.profile(engine.policy, form, used)
         changed = difference(before, after, expected.binding)
         steady = max(changed, sharing(before), sharing(after)) <= STEADY
@@ -112,7 +114,7 @@ def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, *, tr
         predicted_busy=made.busy_seconds,
         measured_busy=stats.busy_seconds,
         predicted_peaks=made.running_bytes,
-        measured_peaks=plan.held_bytes(stats),
+        measured_peaks=peaks,
         discarded=discarded,
         steady=steady,
     )

@@ -97,8 +97,8 @@ def test_the_trial_passes_and_a_wrong_kernel_is_refused() -> None:
     with pytest.raises(RuntimeError, match="differs from attention by hand"):
         require_equal(without_the_last_visit, CPU, shape, PLAIN_CACHE, torch.float32)
 
-    def moved_by_neighbours(plan: TilePlan, qv: tuple[Tensor, Tensor], *arguments: Any, **options: Any) -> Tensor:
-        return attend_row(plan, qv, *arguments, **options) * (1 + 1e-6 * len(qv[0]) / 100)
+    def moved_by_neighbours(plan: TilePlan, q: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return attend_row(plan, q, *arguments, **options) * (1 + 1e-6 * len(q) / 100)
 
     with pytest.raises(RuntimeError, match="alone has other bits"):
         require_equal(moved_by_neighbours, CPU, shape, PLAIN_CACHE, torch.float32)
@@ -119,7 +119,7 @@ def test_no_kernel_where_no_gpu_is() -> None:
         ("prefill", 200, 2, 1),
     ],
 )
-def test_tiles_fit_into_registers(kind: str, sharing: int, itemsize: int, expected: int) -> None:
+def test_queries_of_a_tile(kind: str, sharing: int, itemsize: int, expected: int) -> None:
     assert tile_queries(kind, sharing, itemsize) == expected
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flexgen_helm import Job, Policy
 from flexgen_helm.attention.paged.plan import TilePlan
+from flexgen_helm.attention.writes import Stores
 from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.rows import packed
 from flexgen_helm.schedule.operations import Operation, OperationKind
@@ -67,8 +68,8 @@ TRANSIENT = 2
 """Room for K and V of prompts, in every layer anew."""
 PUT = 2
 """Outputs and log-sum-exps go to their places."""
-KERNEL = 3
-"""Room for outputs, a place for slots that there are not, and the kernel."""
+KERNEL = 2
+"""Room for outputs, and the kernel."""
 LOCATE = 2
 """Pages become slots, for writing and for reading."""
 
@@ -161,12 +162,10 @@ def test_rows_on_the_device_never_wait(costs_of: CostsOf) -> None:
     assert costs.highest("prefill", "compute", FIRST).waits <= PLAN_PREFILL
 
 
-def as_one_kernel(plan: TilePlan, qv: tuple[Tensor, Tensor], *places: Any, **options: Any) -> Tensor:
+def as_one_kernel(plan: TilePlan, q: Tensor, stores: Stores, *places: Any, **options: Any) -> Tensor:
     """What the kernel asks of the device, without its result."""
-    q, v = qv
-    outputs = torch.zeros(*q.shape[:2], v.shape[2], dtype=v.dtype, device=q.device)
-    torch.zeros(1, dtype=torch.long, device=q.device)
-    return outputs.add_(0)
+    dim = next(iter(stores["exact"].values())).format.v.dim
+    return torch.zeros(*q.shape[:2], dim, dtype=q.dtype, device=q.device).add_(0)
 
 
 def test_the_kernel_is_one_launch_for_any_number_of_chunks(costs_of: CostsOf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ LEAST_ROWS = 16
 
 def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
     plan: TilePlan,
-    qv: tuple[Tensor, Tensor],
+    q: Tensor,
     stores: Stores,
     locate: Locate,
     *,
@@ -37,7 +37,7 @@ def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
 
     Args:
         plan: The row's tiles.
-        qv: Queries ``[T, H, D]``, and values ``[T, H_kv, Dv]``, of which only shape and dtype count.
+        q: Queries ``[T, H, D]``.
         stores: The layer's pages by form and place.
         locate: Finds the slots of staged pages.
         scale: Factor of the scores.
@@ -47,18 +47,16 @@ def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
     Returns:
         ``[T, H, Dv]`` in the dtype of the values, zeros for queries that attend to nothing.
     """
-    q, v = qv
     exact = _format(stores, "exact")
     sealed = _format(stores, "sealed") if stores.get("sealed") else exact
     num_heads, num_kv = q.shape[1], exact.k.num_heads
-    outputs = torch.zeros(len(q), num_heads, exact.v.dim, dtype=v.dtype, device=q.device)
-    empty = torch.zeros(1, dtype=torch.long, device=q.device)
+    outputs = torch.zeros(len(q), num_heads, exact.v.dim, dtype=exact.v.dtype, device=q.device)
     attend_tiles[(plan.num_tiles, num_kv)](
         q.contiguous(),
         outputs,
-        empty if sinks is None else sinks,
+        plan.nothing if sinks is None else sinks,
         *(plan.tiles, plan.visits, plan.masks),
-        *(locate.slots.get(form, empty) for form in ("exact", "sealed")),
+        *(locate.slots.get(form, plan.nothing) for form in ("exact", "sealed")),
         *_addresses(stores, "exact"),
         *_addresses(stores, "sealed"),
         *(exact.k.num_bytes, exact.v.num_bytes, sealed.k.num_bytes, sealed.v.num_bytes),

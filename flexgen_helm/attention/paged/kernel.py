@@ -75,6 +75,34 @@ def _per_token(base, head, j, d, dim, mask, BITS: tl.constexpr, DTYPE: tl.conste
 
 
 @triton.jit
+def _keys(base, head, j, d, mask, DIM: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Keys ``[WIDE, 32]`` of one head of a page."""
+    if BITS == 16:
+        return _plain(base, head, j[None, :], d[:, None], DIM, mask, DTYPE)
+    else:
+        return _per_channel(base, head, j[None, :], d[:, None], DIM, mask, BITS, DTYPE)
+
+
+@triton.jit
+def _values(base, head, j, d, mask, DIM: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Values ``[32, WIDE_V]`` of one head of a page."""
+    if BITS == 16:
+        return _plain(base, head, j[:, None], d[None, :], DIM, mask, DTYPE)
+    else:
+        return _per_token(base, head, j[:, None], d[None, :], DIM, mask, BITS, DTYPE)
+
+
+@triton.jit
+def _add_page(top, den, total, scores, values, DTYPE: tl.constexpr):
+    """Add a page to the online softmax; -inf hides a key."""
+    higher = tl.maximum(top, tl.max(scores, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    rescale, weights = tl.exp(top - shift), tl.exp(scores - shift[:, None])
+    total = total * rescale[:, None] + tl.dot(weights.to(DTYPE), values, input_precision="ieee")
+    return higher, den * rescale + tl.sum(weights, 1), total
+
+
+@triton.jit
 def attend_tiles(
     queries,
     outputs,
@@ -145,20 +173,14 @@ def attend_tiles(
                 number = tl.load(sealed_slots + number, mask=place == STAGED, other=number)
                 k_base = _base(place, sealed_k0, sealed_k1, sealed_k2) + number * sealed_k_bytes
                 v_base = _base(place, sealed_v0, sealed_v1, sealed_v2) + number * sealed_v_bytes
-                if K_BITS == 16:
-                    k = _plain(k_base, head, j[None, :], d[:, None], DIM, k_mask, DTYPE)
-                else:
-                    k = _per_channel(k_base, head, j[None, :], d[:, None], DIM, k_mask, K_BITS, DTYPE)
-                if V_BITS == 16:
-                    values = _plain(v_base, head, j[:, None], dv[None, :], DIM_V, v_mask, DTYPE)
-                else:
-                    values = _per_token(v_base, head, j[:, None], dv[None, :], DIM_V, v_mask, V_BITS, DTYPE)
+                k = _keys(k_base, head, j, d, k_mask, DIM, K_BITS, DTYPE)
+                values = _values(v_base, head, j, dv, v_mask, DIM_V, V_BITS, DTYPE)
             else:
                 number = tl.load(exact_slots + number, mask=place == STAGED, other=number)
                 k_base = _base(place, exact_k0, exact_k1, exact_k2) + number * k_bytes
                 v_base = _base(place, exact_v0, exact_v1, exact_v2) + number * v_bytes
-                k = _plain(k_base, head, j[None, :], d[:, None], DIM, k_mask, DTYPE)
-                values = _plain(v_base, head, j[:, None], dv[None, :], DIM_V, v_mask, DTYPE)
+                k = _keys(k_base, head, j, d, k_mask, DIM, 16, DTYPE)
+                values = _values(v_base, head, j, dv, v_mask, DIM_V, 16, DTYPE)
             scores = tl.dot(q, k, input_precision="ieee") * scale
             if HAS_SOFTCAP:
                 scores = _tanh(scores / softcap) * softcap
@@ -168,13 +190,7 @@ def attend_tiles(
             elif kind >= MASKED:
                 shown = masks + ((kind - MASKED).to(tl.int64) * SIZE + query)[:, None] * CHUNK + key[None, :]
                 scores = tl.where(tl.load(shown, mask=real[:, None], other=0) != 0, scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            rescale = tl.exp(top - shift)
-            weights = tl.exp(scores - shift[:, None])
-            den = den * rescale + tl.sum(weights, 1)
-            total = total * rescale[:, None] + tl.dot(weights.to(DTYPE), values, input_precision="ieee")
-            top = higher
+            top, den, total = _add_page(top, den, total, scores, values, DTYPE)
     den = tl.where(den == 0, 1.0, den)
     total = total / den[:, None]
     if HAS_SINKS:

@@ -47,12 +47,14 @@ class TilePlan:
             one, position of the first place within its chunk, first visit. The last line closes the visits.
         visits: int32 ``[visits, 10]``: kind, whether the chunk is read in its sealed form, place and number of its 4 pages.
         masks: uint8 ``[masks, M, 128]``: which keys of a chunk each query sees.
+        nothing: int64 ``[1]``: stands for slots and sinks where there are none.
     """
 
     size: int
     tiles: Tensor
     visits: Tensor
     masks: Tensor
+    nothing: Tensor
 
     @property
     def num_tiles(self) -> int:
@@ -84,8 +86,8 @@ class TilePlan:
                 visits.append([kind, int(visit.form == "sealed"), *places, *numbers])
         tiles.append([0, 0, 0, 0, len(visits)])
         table = torch.stack(masks) if masks else torch.zeros(1, size, CHUNK_TOKENS, dtype=torch.uint8)
-        rows = torch.tensor(visits or [[0] * 10], dtype=torch.int32)
-        return cls(size, torch.tensor(tiles, dtype=torch.int32).to(device), rows.to(device), table.to(device))
+        lines = [torch.tensor(x, dtype=torch.int32).to(device) for x in (tiles, visits or [[0] * 10])]
+        return cls(size, lines[0], lines[1], table.to(device), torch.zeros(1, dtype=torch.long, device=device))
 
 
 @dataclass(frozen=True)
