@@ -394,7 +394,6 @@ def test_the_file_of_a_cache_fits_on_the_disk_with_its_padding(
 
 
 def test_weights_held_elsewhere_than_planned_are_no_growth(model: PreTrainedModel) -> None:
-    """On a CPU the slabs of compressed weights are on the host, where the plan counts them for the device."""
     plan = plan_of(model, policy(), space(10, own_memory=False))
     half = plan.weights.needed_bytes["device"] // 2
     stats = RunStats(tier_peak_bytes={"device": half, "host": half + 100}, idle_bytes=1000, peak_bytes=1250)
