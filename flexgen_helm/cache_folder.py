@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from flexgen_helm.errors import OutOfSpace
@@ -26,15 +27,40 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         OSError: If it cannot be written; then the old file stays.
     """
+    _write(file, text, os.replace)
+
+
+def write_first(file: Path, text: str) -> None:
+    """Write a text file as `write_whole` does, unless there is one: of several processes, the first one decides.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with suppress(FileExistsError):
+        _write(file, text, _move_to_free_name)
+
+
+def _write(file: Path, text: str, move: Callable[[str, Path], None]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
         with open(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)
-        os.replace(temporary, file)
+        move(temporary, file)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _move_to_free_name(source: str, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.replace(source, target)
+    else:
+        os.unlink(source)
 
 
 def build_once(target: Path, build: Callable[[Path], None], *, needed_bytes: int) -> Path:

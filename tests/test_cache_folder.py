@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_helm.cache_folder import build_once, cache_folder, write_whole
+from flexgen_helm.cache_folder import build_once, cache_folder, write_first, write_whole
 from flexgen_helm.errors import OutOfSpace
 
 
@@ -99,3 +99,11 @@ def test_a_failed_write_leaves_the_old_text(tmp_path: Path) -> None:
         write_whole(file, "\ud800")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_first_of_several_texts_stays(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "file"
+    for text in ("first", "second"):
+        write_first(file, text)
+    assert file.read_text() == "first"
+    assert list(file.parent.iterdir()) == [file]

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flexgen_helm.cache_folder import cache_folder, write_whole
+from flexgen_helm.cache_folder import cache_folder, write_first
 from flexgen_helm.machine.identity import machine_identity
 
 logger = logging.getLogger(__name__)
@@ -68,20 +69,33 @@ def packed(weight: Tensor, num_tokens: int) -> Tensor:
 
 
 def faster_matmul(device: torch.device, dtype: torch.dtype) -> Matmul:
-    """Return the library that is faster for a dtype on this machine. It is measured once, and kept in the cache folder."""
+    """Return the library that is faster for a dtype on this machine. It is measured once, and kept in the cache folder.
+
+    Where both are about equally fast, two measurements may disagree. So of several processes that measure at once, all use what
+    the first one wrote.
+    """
     if device.type != "cpu" or not _onednn_serves(dtype):
         return "torch"
     measured = {"torch": torch.__version__, "dtype": str(dtype), **machine_identity(device)}
     file = cache_folder() / "matmul" / f"{sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:32]}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return _faster(json.loads(file.read_text(encoding="utf-8"))["seconds"])
+    kept = _kept(file)
+    if kept is not None:
+        return kept
     seconds = measure_products(dtype)
     with suppress(OSError):
-        write_whole(file, json.dumps({**measured, "seconds": seconds}, indent=1))
-    chosen = _faster(seconds)
+        if _kept(file) is None:
+            file.unlink(missing_ok=True)  # one that cannot be read
+        write_first(file, json.dumps({**measured, "seconds": seconds}, indent=1))
+    chosen = _kept(file) or _faster(seconds)
     figures = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in seconds.items())
     logger.info("matrix products in %s by %s: the same ones took %s", dtype, chosen, figures)
     return chosen
+
+
+def _kept(file: Path) -> Matmul | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return _faster(json.loads(file.read_text(encoding="utf-8"))["seconds"])
+    return None
 
 
 def measure_products(dtype: torch.dtype) -> dict[str, float]:

@@ -54,6 +54,21 @@ def test_it_is_measured_again_on_another_machine_and_where_the_file_is_torn(
     assert seconds["calls"] == 3
 
 
+def test_of_two_processes_that_measure_at_once_the_first_decides(
+    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines of one process must agree by a bit, though another process finds the other library faster meanwhile."""
+    measure = matmul.measure_products
+
+    def overtaken(dtype: torch.dtype) -> dict[str, float]:
+        monkeypatch.setattr(matmul, "measure_products", measure)
+        assert faster_matmul(CPU, dtype) == "onednn"
+        return {"torch": 1.0, "onednn": 2.0}
+
+    monkeypatch.setattr(matmul, "measure_products", overtaken)
+    assert [faster_matmul(CPU, torch.float32) for _ in range(2)] == ["onednn"] * 2
+
+
 def test_a_gpu_and_dtypes_that_onednn_does_not_serve_are_left_to_torch(
     seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
