@@ -352,6 +352,7 @@ def _load_engine(args: argparse.Namespace) -> Engine:
         "dummy_weights",
         "recheck",
         "free_shapes",
+        "compile_layers",
         "compression",
         "profile",
     )

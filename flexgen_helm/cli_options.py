@@ -40,6 +40,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, read: Callable[[str], 
     rows = ["auto", "packed", "single"]
     group.add_argument("--rows", default="auto", choices=rows, help="several sequences per row, or one (%(default)s)")
     group.add_argument("--recheck", action="store_true", help="repeat the self-check, though the model passed it before here")
+    compiled = "compile layers: up to a minute once on a machine, then faster; answers differ in the last digits"
+    group.add_argument("--compile-layers", action="store_true", help=compiled)
 
 
 def parse_profile(text: str) -> str:
@@ -277,7 +279,7 @@ def asked_policy(args: argparse.Namespace) -> Policy | None:
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that the user gave for the engine, such as dtype and policy, as plain data for YAML."""
     names = ("dtype", "device", "rows", "policy", "profile", "max_memory", "offload_folder", "kv_dtype", "recheck")
-    given = {name: getattr(args, name) for name in names} | {"policy": asked_policy(args)}
+    given = {name: getattr(args, name) for name in (*names, "compile_layers")} | {"policy": asked_policy(args)}
     chosen = {name: value for name, value in given.items() if value not in (None, "auto", False)}
     if "policy" in chosen:
         plain = vars(Policy())

@@ -34,7 +34,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "client_spec": ("class_name", "args"),
     ARGUMENTS: (
         *("name_or_path", "dtype", "device", "policy", "profile", "max_memory", "offload_folder", "kv_dtype"),
-        *("compression", "revision", "order", "rows", "dummy_weights", "recheck"),
+        *("compression", "revision", "order", "rows", "dummy_weights", "recheck", "compile_layers"),
     ),
     POLICY: tuple(field.name for field in dataclasses.fields(Policy)),
     "window_service_spec": ("class_name", "args"),

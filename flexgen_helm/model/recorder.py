@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.machine.matmul import Matmul, faster_matmul
-from flexgen_helm.model.layers import FirstLayers, layers_path
+from flexgen_helm.model.compiled.layers import CompiledLayers
+from flexgen_helm.model.layers import FirstLayers, layer_kinds, layers_path
 from flexgen_helm.model.linear import pack_weights, use_matmul
 
 ArgumentKey = int | str
@@ -43,8 +44,21 @@ class LayerCall(NamedTuple):
 
     def with_value(self, places: Collection[ArgumentKey], value: Any) -> LayerCall:
         """Return a copy of the call that passes ``value`` at each of ``places``; places that the call lacks are ignored."""
-        args = tuple(value if place in places else own for place, own in enumerate(self.args))
-        return self._replace(args=args, kwargs={name: value if name in places else own for name, own in self.kwargs.items()})
+        return self._mapped(lambda place, own: value if place in places else own)
+
+    def with_outputs(self, extra: tuple[Any, ...]) -> LayerCall:
+        """Return a copy of the call that passes the extra outputs of the layer before it, where it passes any."""
+        return self._mapped(lambda _, own: extra[own.place - 1] if isinstance(own, _ExtraOutput) else own)
+
+    def with_hidden(self, hidden: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return all arguments, the hidden state among them."""
+        if self.named:
+            return self.args, {"hidden_states": hidden, **self.kwargs}
+        return (hidden, *self.args), self.kwargs
+
+    def _mapped(self, change: Callable[[ArgumentKey, Any], Any]) -> LayerCall:
+        args = tuple(change(place, own) for place, own in enumerate(self.args))
+        return self._replace(args=args, kwargs={name: change(name, own) for name, own in self.kwargs.items()})
 
 
 class Implementations(NamedTuple):
@@ -130,7 +144,12 @@ class RecordedModel:
     """A causal language model whose layers are called one at a time. It must not be used by two threads at once."""
 
     def __init__(
-        self, model: PreTrainedModel, *, own: Implementations | None = None, device: torch.device | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        own: Implementations | None = None,
+        device: torch.device | None = None,
+        compiled: CompiledLayers | None = None,
     ) -> None:
         """Find the layers and put stand-ins in their place.
 
@@ -139,6 +158,7 @@ class RecordedModel:
             own: The implementations that transformers chose for the model. None reads them from its config, which is right
                 unless they have been changed since it was made.
             device: The device that computes. None means the device of the model's first parameter.
+            compiled: Compiles layers, of other models with layers of the same kinds too. None: layers run as they are.
 
         Raises:
             UnsupportedModel: If the model has no list of decoder layers.
@@ -157,6 +177,9 @@ class RecordedModel:
         self._stack = model.get_submodule(self._path)
         self._modules = list(model.modules())
         self.layers: list[nn.Module] = list(self._stack.children())
+        self.compiled = compiled
+        """Compiles layers; None: they run as they are."""
+        self._kinds = [] if compiled is None else layer_kinds(model, self.layers)
         self._stand_ins = nn.ModuleList([_StandIn(self, j, layer) for j, layer in enumerate(self.layers)])
         self._parameters = frozenset(inspect.signature(model.forward).parameters)
         self._recording: Recording | None = None
@@ -203,11 +226,11 @@ class RecordedModel:
 
     def replay(self, j: int, recording: Recording) -> None:
         """Run layer j on a recorded row; `Recording.hidden` and `Recording.extra_outputs` become the outputs of the layer."""
-        named, args, kwargs = recording.calls[j]
-        hidden, extra = recording.hidden, recording.extra_outputs
-        args = tuple(extra[value.place - 1] if isinstance(value, _ExtraOutput) else value for value in args)
-        kwargs = {key: extra[value.place - 1] if isinstance(value, _ExtraOutput) else value for key, value in kwargs.items()}
-        output = self.layers[j](*args, hidden_states=hidden, **kwargs) if named else self.layers[j](hidden, *args, **kwargs)
+        args, kwargs = recording.calls[j].with_outputs(recording.extra_outputs).with_hidden(recording.hidden)
+        if self.compiled is None:
+            output = self.layers[j](*args, **kwargs)
+        else:
+            output = self.compiled.call(self.layers[j], self._kinds[j], self._in_use.attention, args, kwargs)
         self._returns_tuple = isinstance(output, tuple | list)
         recording.hidden, *others = output if self._returns_tuple else (output,)
         recording.extra_outputs = tuple(others)

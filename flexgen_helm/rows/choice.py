@@ -20,6 +20,7 @@ from flexgen_helm.kv_cache.state_store import StateStore
 from flexgen_helm.loading.source import LoadedModel
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
+from flexgen_helm.model.compiled.layers import CompiledLayers
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.capacity import Capacity, packed_scheduler
 from flexgen_helm.rows.packed import PackedRows
@@ -69,7 +70,11 @@ def validated_kind(rows: str) -> KindChoice:
 
 
 def check_model(
-    loaded: LoadedModel, policy: ResolvedPolicy, rows: KindChoice, first: FirstLayers | None = None
+    loaded: LoadedModel,
+    policy: ResolvedPolicy,
+    rows: KindChoice,
+    first: FirstLayers | None = None,
+    compiled: CompiledLayers | None = None,
 ) -> CheckedModel:
     """Check a model in one kind of rows; "auto" tries packed rows, then single rows.
 
@@ -78,16 +83,19 @@ def check_model(
         policy: Policy with the row sizes.
         rows: Kind of rows that the user asked for.
         first: Reads the model's first layers, for comparisons in fp32; None: they are copied.
+        compiled: Compiles layers, in packed rows only; None: layers run as they are.
 
     Raises:
-        UnsupportedModel: If the model would be computed wrongly.
+        UnsupportedModel: If the model would be computed wrongly, or its layers cannot be compiled.
     """
     name = f"{loaded.name} ({loaded.model.config.model_type})"
     refusals: dict[str, str] = {}
     try:
-        model = RecordedModel(loaded.model)
+        model = RecordedModel(loaded.model, compiled=compiled)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{name} cannot be run layer by layer: {error}. {ALTERNATIVE}") from error
+    if compiled is not None and rows == "single":
+        raise UnsupportedModel(f"{name}: layers are compiled in packed rows only. Leave compile_layers or rows out.")
     for kind, check in CHECKS.items():
         if rows in ("auto", kind):
             try:
@@ -96,6 +104,10 @@ def check_model(
                 raise UnsupportedModel(f"{name} {not_finite(loaded.model.dtype)} ({error}.)") from error
             except UnsupportedModel as error:
                 refusals[kind] = str(error)  # the error itself would keep the check's tensors
+                if compiled is not None:
+                    raise UnsupportedModel(
+                        f"{name} cannot run with compiled layers: {error}. Leave compile_layers out."
+                    ) from error
                 continue
             return CheckedModel(model, Passed(kind, verdict, refusals.get("packed")))
     reasons = "; ".join(f"in {kind} rows {error}" for kind, error in refusals.items())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
@@ -71,6 +72,16 @@ class _CacheProbe:
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise UnsupportedModel(f"a layer keeps state other than K and V: it writes '{name}' into the cache")
+
+    @classmethod
+    def of_past(cls, past: Iterable[Tensor], _: object) -> _CacheProbe:
+        """Return the probe that knows the past lengths, as compiled layers take it apart and put it together."""
+        probe = object.__new__(cls)
+        (probe.__dict__["_past"],) = past
+        return probe
+
+
+register_pytree_node(_CacheProbe, lambda probe: ([probe.__dict__["_past"]], None), _CacheProbe.of_past)
 
 
 class PackedRows:

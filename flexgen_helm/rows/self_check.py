@@ -180,14 +180,14 @@ def in_fp32(model: RecordedModel, first: FirstLayers | None = None) -> RecordedM
     if model.model.dtype == torch.float32:
         return model
     if first is not None:
-        return RecordedModel(first().model.float())
+        return RecordedModel(first().model.float(), compiled=model.compiled)
     with model.shortened(num_layers_of_every_kind(model.model, model.layers)) as short:
         duplicate = copy.deepcopy(short)
-    return RecordedModel(duplicate.float(), own=model.own)
+    return RecordedModel(duplicate.float(), own=model.own, compiled=model.compiled)
 
 
 @contextmanager
 def first_layers(model: RecordedModel) -> Iterator[RecordedModel]:
     """Yield the model cut to its first layers, so that one of every kind is left."""
     with model.shortened(num_layers_of_every_kind(model.model, model.layers)) as short:
-        yield RecordedModel(short, own=model.own)
+        yield RecordedModel(short, own=model.own, compiled=model.compiled)

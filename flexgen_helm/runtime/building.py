@@ -26,6 +26,7 @@ from flexgen_helm.memory.device_limit import DEVICE_LIMITS
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.workspaces import make_workspaces
+from flexgen_helm.model.compiled.layers import by_inductor
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.policy.capacity import Capacity
 from flexgen_helm.policy.memory_plan import MemoryPlan
@@ -189,11 +190,13 @@ def numerics_of(
 ) -> Numerics:
     """Return everything besides the job that decides the bits of an answer."""
     on_host = device.is_gpu and checked.passed.kind == "packed" and policy.cpu_attention > 0 and policy.cache[1] > 0
+    model = checked.model
+    place = "host" if on_host else "device"
     return Numerics(
         weights,
         cache,
         RowNumerics(checked.passed.kind, policy.gpu_batch_size, policy.gpu_batch_tokens),
-        MachineNumerics(device.torch_device.type, "host" if on_host else "device", checked.model.matmul, kernel=kernel),
+        MachineNumerics(device.torch_device.type, place, model.matmul, model.compiled is not None, kernel),
         NUMERICS_VERSION,
     )
 
@@ -238,6 +241,7 @@ def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Pat
         automatic=planned.automatic,
         folder=places.folder("lossless" if planned.policy.slab_coding == "lossless" else "plain"),
         meter=Meter(options.device.torch_device),
+        compiled=by_inductor() if options.compile_layers else None,
     )
 
 

@@ -115,6 +115,7 @@ class Engine:
         dummy_weights: bool = False,
         recheck: bool = False,
         free_shapes: bool = False,
+        compile_layers: bool = False,
     ) -> Engine:
         """Load a model.
 
@@ -143,6 +144,8 @@ class Engine:
                 if the model, the row sizes, the code, the libraries, the processor, the threads or the device changed.
             free_shapes: Whether rows have no padding, for measuring what fixed sizes cost. Answers then depend on their
                 neighbours by a bit, and must not be cached.
+            compile_layers: Whether layers are compiled, which takes up to a minute once on a machine and makes long runs
+                faster. Answers differ in the last digits from those without.
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.
@@ -165,6 +168,7 @@ class Engine:
             Path(offload_folder) if offload_folder else None,
             recheck,
             free_shapes,
+            compile_layers,
             profile=named_profile(profile) if isinstance(profile, str | Path) else profile,
         )
         warn_if_untested()

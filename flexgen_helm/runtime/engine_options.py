@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from flexgen_helm.compression.config import CompressionConfig
+from flexgen_helm.errors import FlexGenError
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.memory.device import Device
@@ -39,10 +40,16 @@ class EngineOptions:
     """Whether the self-check is repeated though an equal one passed before."""
     free_shapes: bool = False
     """Whether rows have no padding, which is for measuring what fixed sizes cost: bits depend on neighbours."""
+    compile_layers: bool = False
+    """Whether layers are compiled (`flexgen_helm.model.compiled`)."""
     workload: Workload | None = None
     """What the engine will be asked, for the search of a policy; None: unknown, so nothing is searched."""
     profile: MachineProfile | None = None
     """The machine with which the search predicts; None: this one, measured where that was not done before."""
+
+    def __post_init__(self) -> None:
+        if self.compile_layers and self.free_shapes:
+            raise FlexGenError("Layers are compiled for rows of fixed sizes. Leave free_shapes or compile_layers out.")
 
     @property
     def cache_format(self) -> CacheFormat:

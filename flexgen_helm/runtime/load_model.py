@@ -18,6 +18,7 @@ from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.slab import SlabFormat
 from flexgen_helm.memory.weight_store import WeightStore
+from flexgen_helm.model.compiled.layers import CompiledLayers
 from flexgen_helm.model.layers import layer_kinds, layers_of, refuse_shared_layers
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.memory_plan import MemoryPlan
@@ -65,6 +66,8 @@ class Blueprint:
     """The quantised model; None: weights are not compressed."""
     automatic: Automatic | None = None
     """What the search of a policy found; None: nothing was searched."""
+    compiled: CompiledLayers | None = None
+    """Compiles layers; None: they run as they are."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def load_and_check(blueprint: Blueprint) -> PlacedModel:
         logger.info("%s fits on the device (%s): nothing is offloaded", source.name, gib(size))
     loaded = _load_resident(blueprint)
     if passed is not None:
-        return PlacedModel(loaded, CheckedModel(RecordedModel(loaded.model), passed), None)
-    checked = check_model(loaded, blueprint.policy, blueprint.rows, source.first_layers)
+        return PlacedModel(loaded, CheckedModel(RecordedModel(loaded.model, compiled=blueprint.compiled), passed), None)
+    checked = check_model(loaded, blueprint.policy, blueprint.rows, source.first_layers, blueprint.compiled)
     remember(check, checked.passed)
     _free_what_is_left_of_checks()
     return PlacedModel(loaded, checked, None)
@@ -120,7 +123,15 @@ def _load_resident(blueprint: Blueprint) -> LoadedModel:
 def _check_of(blueprint: Blueprint, source: ModelSource, policy: ResolvedPolicy, *, whole: bool) -> Check:
     """Return the self-check of a model, or of its first layers, under a policy."""
     kv_dtype = dtype_name(blueprint.kv_dtype)
-    return Check(blueprint.weights, policy, blueprint.rows, kv_dtype=kv_dtype, device=source.device, whole=whole)
+    return Check(
+        blueprint.weights,
+        policy,
+        blueprint.rows,
+        kv_dtype=kv_dtype,
+        device=source.device,
+        whole=whole,
+        compiled=blueprint.compiled is not None,
+    )
 
 
 def _recall(blueprint: Blueprint, check: Check) -> Passed | None:
@@ -143,7 +154,7 @@ def _load_offloaded(blueprint: Blueprint, first: Passed) -> PlacedModel:
     )
     try:
         loaded = blueprint.source.load(offloader)
-        model = RecordedModel(loaded.model, device=blueprint.device.torch_device)
+        model = RecordedModel(loaded.model, device=blueprint.device.torch_device, compiled=blueprint.compiled)
         store = offloader.store(loaded.model, model.layers, blueprint.meter)
     except BaseException:
         offloader.close()
@@ -155,7 +166,7 @@ def _load_packed(blueprint: Blueprint, fitted: FittedModel, passed: Passed) -> P
     """Put the slabs of a quantised model on the tiers of the plan."""
     try:
         loaded = blueprint.source.load(PackedLayers())
-        model = RecordedModel(loaded.model, device=blueprint.device.torch_device)
+        model = RecordedModel(loaded.model, device=blueprint.device.torch_device, compiled=blueprint.compiled)
         store = packed_store(fitted, blueprint.plan.weights, model, blueprint.device, blueprint.meter)
     except BaseException:
         fitted.slabs.close()
@@ -175,7 +186,7 @@ def _check_first_layers(blueprint: Blueprint, policy: ResolvedPolicy) -> Passed:
     check = _check_of(blueprint, source, policy, whole=False)
     passed = _recall(blueprint, check)
     if passed is None:
-        passed = check_model(source.first_layers(), policy, blueprint.rows).passed
+        passed = check_model(source.first_layers(), policy, blueprint.rows, compiled=blueprint.compiled).passed
         remember(check, passed)
         _free_what_is_left_of_checks()
     if source.device.type != blueprint.source.device.type:

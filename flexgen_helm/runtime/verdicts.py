@@ -36,6 +36,8 @@ class Check:
     device: torch.device
     whole: bool
     """Whether the whole model is checked; otherwise its first layers."""
+    compiled: bool = False
+    """Whether layers are compiled."""
 
     @property
     def file(self) -> Path:
@@ -46,6 +48,7 @@ class Check:
             "rows": self.rows,
             "kv_dtype": self.kv_dtype,
             "whole": self.whole,
+            "compiled": self.compiled,
             **code_identity(),
             **machine_identity(self.device),
         }

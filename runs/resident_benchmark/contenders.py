@@ -15,7 +15,7 @@ from flexgen_helm.runs.agreement import Prompts
 from flexgen_helm.runs.cpu_benchmark.contenders import Peer
 from flexgen_helm.runs.memory_limit.cgroup import run_free
 
-NAMES = ("engine", "transformers", "generate_batch", "lm_eval", "vllm")
+NAMES = ("engine", "engine_compiled", "transformers", "generate_batch", "lm_eval", "vllm")
 """Contenders in the order of the table; the module of each is ``sides/<name>_side.py``."""
 MEASURE = Path(__file__).with_name("sides") / "measure.py"
 SHOWN_LINES = 3

@@ -10,8 +10,8 @@ from typing import Any
 from flexgen_helm.runs.agreement import Agreement
 from flexgen_helm.runs.resident_benchmark.contenders import Measured
 
-HEADER = ("contender", "processor s", "wall s", "to engine", "differ", "of them ties", "setting")
-WIDTHS = (16, 13, 9, 11, 8, 14)
+HEADER = ("contender", "processor s", "wall s", "to engine", "differ", "of them ties", "load s", "setting")
+WIDTHS = (16, 13, 9, 11, 8, 14, 8)
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ def _plain(entry: Entry) -> dict[str, Any]:
 
 def _row(name: str, entry: Entry | str, engine_s: float | None) -> tuple[str, ...]:
     if isinstance(entry, str):
-        return (name, "failed", "", "", "", "", entry)
+        return (name, "failed", "", "", "", "", "", entry)
     ratio = "" if engine_s is None else f"{entry.processor_s / engine_s:.2f}"
     found = entry.agreement
     differ, ties = f"{found.ties + found.other}/{found.compared}", str(found.ties)
-    return (name, f"{entry.processor_s:.1f}", f"{entry.wall_s:.1f}", ratio, differ, ties, entry.measured.setting)
+    seconds = [f"{value:.1f}" for value in (entry.processor_s, entry.wall_s, entry.measured.load_s)]
+    return (name, *seconds[:2], ratio, differ, ties, seconds[2], entry.measured.setting)
 
 
 def _columns(row: tuple[str, ...]) -> str:

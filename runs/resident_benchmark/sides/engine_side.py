@@ -9,9 +9,12 @@ from typing import Any
 from flexgen_helm import Engine, Job
 
 
-def ways(task: dict[str, Any], stack: ExitStack) -> dict[str, Callable[[list[list[int]]], list[list[int]]]]:
+def ways(
+    task: dict[str, Any], stack: ExitStack, *, compile_layers: bool = False
+) -> dict[str, Callable[[list[list[int]]], list[list[int]]]]:
     """Load the model; there is one way."""
-    engine = stack.enter_context(Engine.from_pretrained(task["folder"], dtype=task["dtype"], device="cpu"))
+    options = {"dtype": task["dtype"], "device": "cpu", "compile_layers": compile_layers}
+    engine = stack.enter_context(Engine.from_pretrained(task["folder"], **options))
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
         asked = {"max_new_tokens": task["new_tokens"], "top_logprobs": task["candidates"]}

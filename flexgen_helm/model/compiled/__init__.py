@@ -1,0 +1,1 @@
+"""Compiled layers: what lies between products, experts and attention becomes a few kernels."""
