@@ -83,7 +83,7 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"transformers {wanted} is to be tested, but {transformers.__version__} is imported")
 
 
-FETCHED = ("assets", "random_models")
+FETCHED = ("assets", "random_models", "compiled")
 """Folders of the cache folder that every run of the tests uses; everything else, such as verdicts, is a run's own."""
 MEASURED = ("matmul",)
 """Folder of the cache folder that all tests of a run share: the faster library of products, which takes a second to measure.

@@ -68,6 +68,7 @@ def _suffix(arguments: Mapping[str, Any]) -> str:
     policy = arguments.get("policy", {})
     named = [arguments[name] for name in ("dtype", "device", "rows") if name in arguments]
     named += [f"kv-{arguments['kv_dtype']}"] if "kv_dtype" in arguments else []
+    named += ["compiled"] if arguments.get("compile_layers") else []
     named += [f"{name}-{policy[name]}" for name in ("gpu_batch_size", "gpu_batch_tokens", "cpu_attention") if name in policy]
     return f"+{'+'.join(named)}" if named else ""
 

@@ -4,8 +4,8 @@ a: 5-shot MMLU anatomy, 100 questions, one new token with 5 candidates.
 b: 64 prompts of synthetic reasoning, 50 new tokens each (no end token).
 
 The contenders are the engine with and without compiled layers, transformers one prompt at a time, its ``generate_batch``, the
-Hugging Face backend of lm-eval, and vLLM. Each is a process of its own with the same threads; seconds are those of the work without loading. Answers are
-compared with those of transformers, one prompt at a time in float32.
+Hugging Face backend of lm-eval, and vLLM. Each is a process of its own with the same threads; seconds are those of the work
+without loading. Answers are compared with those of transformers, one prompt at a time in float32.
 Cost of one repetition of all four cells on one core of a server CPU: about 50 minutes; 3 GiB of memory.
 
 Command: ``python -m flexgen_helm.runs.resident_benchmark --vllm PYTHON --lm-eval PYTHON --json result.json``

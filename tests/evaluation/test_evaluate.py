@@ -351,12 +351,12 @@ def test_options_of_the_model_are_a_deployment_of_their_own(
     """What is written is what the docs show: HELM reads it, and the engine gets these keywords."""
     output = tmp_path / "output"
     placement = ["--policy", "weights=0:0.5:0.5,prefetch=2", "--max-memory", "host=2GiB", "--offload-folder", "~/slabs"]
-    number = ["--dtype", "bfloat16", "--kv-dtype", "float32", "--device", "cpu", "--rows", "packed"]
+    number = ["--dtype", "bfloat16", "--kv-dtype", "float32", "--device", "cpu", "--rows", "packed", "--compile-layers"]
     for options in (placement, number, [*number, *placement]):
         run("--model", tiny_model, "--suite", suite, "--out", output, *options)
     placed, half, again = [build_parser().parse_args(command[3:]).models_to_run[0] for command in commands]
     assert placed == f"flexgen/{tiny_model}"  # placement changes no answer
-    assert half == again == f"{placed}+bfloat16+cpu+packed+kv-float32"
+    assert half == again == f"{placed}+bfloat16+cpu+packed+kv-float32+compiled"
     file = output / "prod_env" / "model_deployments.yaml"
     assert f"Deployment {half} in {file}: dtype: bfloat16, device: cpu" in capsys.readouterr().out
     code = (
@@ -371,7 +371,7 @@ def test_options_of_the_model_are_a_deployment_of_their_own(
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     preparation.write_deployment(evaluate.make_evaluation(str(tiny_model), str(suite), output, 1))
     assert [entry["name"] for entry in yaml.safe_load(file.read_text())["model_deployments"]] == [half]
-    numbers = {"dtype": "bfloat16", "kv_dtype": "float32", "device": "cpu", "rows": "packed"}
+    numbers = {"dtype": "bfloat16", "kv_dtype": "float32", "device": "cpu", "rows": "packed", "compile_layers": True}
     rest = {
         "policy": {"weights": [0, 0.5, 0.5], "prefetch": 2},
         "max_memory": {"host": "2GiB"},

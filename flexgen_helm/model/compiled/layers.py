@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import AttentionInterface
 
 from flexgen_helm.model.compiled.program import CompilePiece, Program, compile_layer
 from flexgen_helm.model.compiled.trace import PLAIN, trace
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[int, TreeSpec, tuple[Any, ...]]
 
@@ -48,6 +51,8 @@ class CompiledLayers:
         key = (kind, spec, _form(leaves))
         program = self._programs.get(key)
         if program is None:
+            if not self._programs:
+                logger.info("layers are compiled, which takes up to a minute once on a machine, and seconds later")
             program = self._programs[key] = compile_layer(trace(layer, leaves, spec, attention), self._compile_piece)
         return program.run(layer, leaves, AttentionInterface()[attention])
 

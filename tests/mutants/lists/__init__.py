@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.lists import (
     attention,
+    compiled,
     durability,
     entropy_coding,
     fidelity,
@@ -26,6 +27,7 @@ from tests.mutants.lists import (
 
 MUTANTS = (
     *attention.MUTANTS,
+    *compiled.MUTANTS,
     *schedule.MUTANTS,
     *generation.MUTANTS,
     *loading.MUTANTS,
