@@ -58,6 +58,12 @@ class Columns:
         tensors = (self.classes, self.codes, self.super_scales, self.scales)
         return UNIT_BITS + sum(8 * x.numel() * x.element_size() for x in tensors)
 
+    def to(self, device: torch.device) -> Columns:
+        """Return a copy on a device, its unit too."""
+        tensors = (x.to(device) for x in (self.classes, self.codes, self.super_scales, self.scales))
+        unit = torch.as_tensor(self.unit, dtype=torch.float32, device=device).reshape(1)
+        return Columns(self.shape, self.ladder, self.counts, unit, *tensors)
+
     @property
     def column_classes(self) -> Tensor:
         """uint8 ``[in]``: index in the ladder of each column."""

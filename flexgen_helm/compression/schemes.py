@@ -12,6 +12,7 @@ from flexgen_helm.compression import columns, entropy, minmax, sensitivity
 from flexgen_helm.compression.allocation import LADDERS, allocate, column_errors
 from flexgen_helm.compression.coding import Decoder, Stored, decode_into, encode, layout_of
 from flexgen_helm.compression.entropy import StepRule, row_factors
+from flexgen_helm.compression.fused import unpack as fused
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
 from flexgen_helm.compression.sensitivity import Sensitivity
 from flexgen_helm.compression.unpack_kernel import unpack_columns, unpack_minmax
@@ -60,6 +61,8 @@ class MinMaxGroups:
         found = minmax.MinMaxCodes(len(target), self.bits, group, stored["codes"], stored["scale"], stored["minimum"])
         if target.device.type == "cpu":
             unpack_minmax(found, target)
+        elif fused.serves(target.device, target.dtype):
+            fused.unpack_minmax(found, target)
         else:
             target.copy_(minmax.dequantize(found))
 
@@ -99,10 +102,15 @@ class FixedColumns:
         """Compute a matrix."""
         parts = (stored[name] for name in ("classes", "codes", "super_scales", "scales"))
         shape, counts = (target.shape[0], target.shape[1]), tuple(stored["counts"].shape[1:])
-        if target.device.type == "cpu":
-            unpack_columns(columns.Columns(shape, LADDERS[self.bits], counts, float(stored["unit"]), *parts), target)
+        on_cpu = target.device.type == "cpu"
+        unit = float(stored["unit"]) if on_cpu else stored["unit"].float()
+        found = columns.Columns(shape, LADDERS[self.bits], counts, unit, *parts)
+        if on_cpu:
+            unpack_columns(found, target)
+        elif fused.serves(target.device, target.dtype):
+            fused.unpack_columns(found, target)
         else:
-            target.copy_(columns.dequantize(columns.Columns(shape, LADDERS[self.bits], counts, stored["unit"].float(), *parts)))
+            target.copy_(columns.dequantize(found))
 
 
 @dataclass(frozen=True)

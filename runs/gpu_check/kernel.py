@@ -1,4 +1,4 @@
-"""Whether the kernel of attention serves, and how long it takes beside attention by hand."""
+"""Whether the kernels of attention and unpacking serve, and how long they take beside torch's operators."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from flexgen_helm.attention.paged.trial import HeadShape, Trial, require_equal
+from flexgen_helm.compression import columns
+from flexgen_helm.compression.allocation import LADDERS
+from flexgen_helm.compression.fused import unpack
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.runs.gpu_check.copies import best_seconds
 from flexgen_helm.runs.gpu_check.forms import MESSAGE
@@ -21,11 +24,12 @@ def compare_kernel(sizes: Sizes) -> dict[str, Any]:
     """Try the kernel for each shape of heads and form of pages."""
     shapes = [HeadShape(*shape) for shape in sizes.kernel_heads]
     with torch.inference_mode(), PRECISE_PRODUCTS.hold():
-        return {
+        found = {
             f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.dim}, {name}": _tried(sizes, shape, cache_format)
             for shape in shapes
             for name, cache_format in FORMATS.items()
         }
+        return found | {"unpacking of w4": _unpacked(sizes)}
 
 
 def _tried(sizes: Sizes, shape: HeadShape, cache_format: CacheFormat) -> dict[str, Any]:
@@ -43,6 +47,25 @@ def _tried(sizes: Sizes, shape: HeadShape, cache_format: CacheFormat) -> dict[st
         for row, make in (("prompts", trial.prompts), ("decode", trial.last_tokens)):
             found[f"{row}, {name}, ms"] = 1e3 * best_seconds(partial(_waited, make(which, kernel), device), sizes.rounds)
     return found
+
+
+def _unpacked(sizes: Sizes) -> dict[str, Any]:
+    """Compare a matrix of columns of several widths that is unpacked by the kernel and by operators."""
+    device, dtype = sizes.torch_device, sizes.kernel_dtype
+    try:
+        unpack.require_equal(device, dtype)
+    except Exception as error:  # compilers raise anything
+        return {"does not serve": f"{type(error).__name__}: {str(error)[:MESSAGE]}"}
+    weight = torch.randn(sizes.width // 4, sizes.width, generator=torch.Generator().manual_seed(0))
+    widths = torch.full((sizes.width,), 4, dtype=torch.uint8)
+    widths[::10] = 6
+    stored = columns.quantize(weight, widths, LADDERS[4]).to(device)
+    target = torch.empty(weight.shape, dtype=dtype, device=device)
+    works = {
+        "kernel": partial(unpack.unpack_columns, stored, target),
+        "operators": lambda: target.copy_(columns.dequantize(stored)),
+    }
+    return {f"{name}, ms": 1e3 * best_seconds(partial(_waited, work, device), sizes.rounds) for name, work in works.items()}
 
 
 def _waited(work: Any, device: torch.device) -> None:

@@ -36,7 +36,12 @@ PARTS = (
     Part("machine", "Which machine, in which versions?", 20, describe_machine),
     Part("tests", "Do the tests marked gpu pass?", 85, run_tests),
     Part("forms", "Do the same rows have the same bits in products of other forms?", 30, compare_forms),
-    Part("kernel", "Does the kernel of attention serve, and how fast is it beside attention by hand?", 60, compare_kernel),
+    Part(
+        "kernel",
+        "Do the kernels of attention and unpacking serve, and how fast are they beside torch's operators?",
+        60,
+        compare_kernel,
+    ),
     Part("cpu_attention", "How fast does the CPU attend, alone and beside copies of weights?", 45, measure_cpu_attention),
     Part(
         "copies",

@@ -48,6 +48,7 @@ def test_each_result_fits_on_the_page_and_in_the_file(tmp_path: Path) -> None:
     times = found["kernel"]["result"]["2/1 heads of 16, kv4"]
     assert list(times) == [f"{row}, {how}, ms" for how in ("kernel", "by hand") for row in ("prompts", "decode")]
     assert positive(times)
+    assert list(found["kernel"]["result"]["unpacking of w4"]) == ["kernel, ms", "operators, ms"]
     write_report(tmp_path, found)
     assert json.loads((tmp_path / "gpu_check.json").read_text()) == found
     text = (tmp_path / "gpu_check.md").read_text()

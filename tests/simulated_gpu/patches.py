@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.attention.paged import trial
+from flexgen_helm.compression.fused import unpack
 from tests.simulated_gpu.allocator import GIB
 from tests.simulated_gpu.gpu import SimulatedGpu
 from tests.simulated_gpu.kernels import touch
@@ -43,6 +44,7 @@ def simulated_gpu(total: int = 80 * GIB, *, shapes_only: bool = False) -> Iterat
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(Tensor, "numpy", _numpy(gpu, Tensor.numpy)))
         stack.enter_context(patch.object(trial, "paged_kernel", lambda *_: None))  # Triton sees no GPU
+        stack.enter_context(patch.object(unpack, "serves", lambda *_: False))
         stack.enter_context(threads_patched(gpu))
         stack.enter_context(on_gpu(gpu))
         yield gpu
