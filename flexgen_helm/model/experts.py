@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
@@ -42,8 +40,8 @@ def sliced_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     size = -(-num_tokens * k // (num_experts * SLICE_STEP)) * SLICE_STEP
     places, counts = _places(top_k_index, num_experts, size)
     owners = [expert for expert, count in enumerate(counts.tolist()) for _ in range(0, count, size)]
-    slices = zip(owners, _slices(hidden_states, places, len(owners), size), strict=True)
-    outputs = torch.cat([_work(experts, expert, inputs) for expert, inputs in slices]).to(hidden_states.dtype)[places]
+    # Nothing holds on to inputs and outputs of slices, which take more memory than the outputs by token and rank.
+    outputs = torch.cat(_worked(experts, owners, hidden_states, places, size)).to(hidden_states.dtype)[places]
     return (outputs * top_k_weights[..., None].to(outputs.dtype)).sum(1)
 
 
@@ -63,11 +61,11 @@ def _places(top_k_index: Tensor, num_experts: int, size: int) -> tuple[Tensor, T
     return torch.empty_like(order).scatter_(0, order, rows).view_as(top_k_index), counts
 
 
-def _slices(hidden_states: Tensor, places: Tensor, count: int, size: int) -> Sequence[Tensor]:
-    inputs = hidden_states.new_zeros(count * size, hidden_states.shape[1])
+def _worked(experts: nn.Module, owners: list[int], hidden_states: Tensor, places: Tensor, size: int) -> list[Tensor]:
+    """Return the outputs of all slices, ``[size, hidden]`` each; ``owners`` are their experts."""
+    inputs = hidden_states.new_zeros(len(owners) * size, hidden_states.shape[1])
     inputs[places] = hidden_states[:, None]
-    slices: Sequence[Tensor] = inputs.split(size)
-    return slices
+    return [_work(experts, expert, part) for expert, part in zip(owners, inputs.split(size), strict=True)]
 
 
 def _work(experts: nn.Module, expert: int, inputs: Tensor) -> Tensor:
