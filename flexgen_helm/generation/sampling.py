@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.types import TokenLogprob
 
+NEG_INF = float("-inf")
 GREEDY_TEMPERATURE = 1e-3
 """Decoding is greedy at this temperature and below. HELM sends 1e-4 where it means 0."""
 
@@ -59,8 +60,8 @@ def most_likely(logits: Tensor) -> list[int | None]:
         One token id for each row. None marks a row without a finite maximum: it holds NaN or +inf, or nothing but -inf.
     """
     best, token_ids = logits.max(dim=-1)
-    pairs = zip(token_ids.tolist(), best.isfinite().tolist(), strict=True)
-    return [int(token_id) if finite else None for token_id, finite in pairs]
+    found = token_ids.where(best.isfinite(), -1).tolist()
+    return [None if token_id < 0 else token_id for token_id in found]
 
 
 def choose(logits: Tensor, *, temperature: float, top_p: float, u: float) -> int:
@@ -93,21 +94,46 @@ def choose(logits: Tensor, *, temperature: float, top_p: float, u: float) -> int
     return min(index, int(probs.nonzero()[-1]))
 
 
-def top_candidates(logprobs: Tensor, n: int) -> list[TokenLogprob]:
-    """Return the ``n`` most likely tokens, best first; ties go to the lower id.
+def top_candidates(logprobs: Tensor, counts: Sequence[int]) -> list[list[TokenLogprob]]:
+    """Return the most likely tokens of each row, best first; ties go to the lower id. Tokens of probability 0 are left out.
+
+    The device is waited for once, and three times more if tokens that are equally likely compete for a place in some row.
 
     Args:
-        logprobs: ``[V]`` log-probabilities (in nats) of one position.
-        n: Number of tokens, from 0 to V.
+        logprobs: ``[n, V]`` log-probabilities (in nats) of n positions.
+        counts: Number of tokens of each row, from 0 to V.
     """
-    if n == 0:
-        return []
-    # topk does not promise which of several equal values it returns.
-    threshold = logprobs.topk(n).values[-1]
-    candidates = (logprobs >= threshold).nonzero().flatten()
-    values, order = logprobs[candidates].sort(descending=True, stable=True)
-    pairs = zip(candidates[order[:n]].tolist(), values[:n].tolist(), strict=True)
-    return [TokenLogprob(token_id, logprob) for token_id, logprob in pairs]
+    vocab = logprobs.shape[-1]
+    found = logprobs.topk(min(max(counts) + 1, vocab))
+    values, token_ids = torch.stack([found.values.double(), found.indices.double()]).tolist()
+    rows = [list(map(TokenLogprob, map(int, ids), row)) for ids, row in zip(token_ids, values, strict=True)]
+    # topk does not promise which of several equal values it returns. It returned one more than was asked for, so only tokens
+    # that are as likely as its last one may be missing.
+    ends = {i: values[i][count - 1] for i, count in enumerate(counts) if count and len(values[i]) < vocab}
+    ends = {i: end for i, end in ends.items() if NEG_INF < end == values[i][-1]}
+    for i, tied in _tokens_at(logprobs, ends).items():
+        rows[i] = [token for token in rows[i] if token.logprob > ends[i]]
+        rows[i] += [TokenLogprob(token_id, ends[i]) for token_id in tied[: counts[i]].tolist()]
+    possible = [[token for token in row if token.logprob > NEG_INF] for row in rows]
+    return [sorted(row, key=_rank)[:count] for row, count in zip(possible, counts, strict=True)]
+
+
+def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return some rows of a tensor, in ascending order; the tensor itself if they are all. The device is not waited for."""
+    return x if len(rows) == len(x) else torch.stack([x[row] for row in rows])
+
+
+def _tokens_at(logprobs: Tensor, wanted: Mapping[int, float]) -> dict[int, Tensor]:
+    """Return, for some rows of ``[n, V]`` log-probabilities, all tokens with exactly the wanted one, in ascending order."""
+    if not wanted:
+        return {}
+    values = torch.tensor(list(wanted.values()), dtype=logprobs.dtype, device=logprobs.device)
+    rows, token_ids = (take_rows(logprobs, list(wanted)) == values[:, None]).nonzero().cpu().unbind(1)
+    return dict(zip(wanted, token_ids.split(rows.bincount(minlength=len(wanted)).tolist()), strict=True))
+
+
+def _rank(token: TokenLogprob) -> tuple[float, int]:
+    return -token.logprob, token.token_id
 
 
 def _keep_nucleus(probs: Tensor, top_p: float) -> Tensor:

@@ -38,16 +38,34 @@ def sliced_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     num_tokens, k = top_k_index.shape
     num_experts = int(experts.num_experts)  # type: ignore[arg-type]
     size = -(-num_tokens * k // (num_experts * SLICE_STEP)) * SLICE_STEP
-    outputs = hidden_states.new_zeros(num_tokens, k, hidden_states.shape[1])
-    for expert in range(num_experts):
-        tokens, ranks = torch.where(top_k_index == expert)
-        for start in range(0, len(tokens), size):
-            part = slice(start, start + size)
-            count = len(tokens[part])
-            inputs = hidden_states.new_zeros(size, hidden_states.shape[1])
-            inputs[:count] = hidden_states[tokens[part]]
-            outputs[tokens[part], ranks[part]] = _work(experts, expert, inputs)[:count].to(outputs.dtype)
+    places, counts = _places(top_k_index, num_experts, size)
+    owners = [expert for expert, count in enumerate(counts.tolist()) for _ in range(0, count, size)]
+    # Nothing holds on to inputs and outputs of slices, which take more memory than the outputs by token and rank.
+    outputs = torch.cat(_worked(experts, owners, hidden_states, places, size)).to(hidden_states.dtype)[places]
     return (outputs * top_k_weights[..., None].to(outputs.dtype)).sum(1)
+
+
+def _places(top_k_index: Tensor, num_experts: int, size: int) -> tuple[Tensor, Tensor]:
+    """Lay the tokens of each expert out side by side, in their order, so that every expert begins with a new slice.
+
+    The device is not waited for. Slices begin at multiples of `SLICE_STEP` rows, since products may depend on alignment.
+
+    Returns:
+        ``[T, k]`` the row of each token's input to each of its experts, and ``[num_experts]`` numbers of tokens.
+    """
+    chosen, order = top_k_index.flatten().sort(stable=True)
+    experts = torch.arange(num_experts + 1, dtype=chosen.dtype, device=chosen.device)
+    counts = torch.searchsorted(chosen, experts).diff()
+    padding = -counts % size
+    rows = torch.arange(len(chosen), device=chosen.device) + (padding.cumsum(0) - padding)[chosen]
+    return torch.empty_like(order).scatter_(0, order, rows).view_as(top_k_index), counts
+
+
+def _worked(experts: nn.Module, owners: list[int], hidden_states: Tensor, places: Tensor, size: int) -> list[Tensor]:
+    """Return the outputs of all slices, ``[size, hidden]`` each; ``owners`` are their experts."""
+    inputs = hidden_states.new_zeros(len(owners) * size, hidden_states.shape[1])
+    inputs[places] = hidden_states[:, None]
+    return [_work(experts, expert, part) for expert, part in zip(owners, inputs.split(size), strict=True)]
 
 
 def _work(experts: nn.Module, expert: int, inputs: Tensor) -> Tensor:

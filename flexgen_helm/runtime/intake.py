@@ -6,7 +6,7 @@ Equal prompts become one piece of work, and equal completions are generated once
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -19,13 +19,12 @@ from flexgen_helm.generation.completion import CompletionBuilder
 from flexgen_helm.generation.detokenizer import token_texts
 from flexgen_helm.generation.job_errors import impossible, of_one_job, overflow
 from flexgen_helm.generation.prepare import PreparedJob
-from flexgen_helm.generation.sampling import UniformStream, choose, most_likely, top_candidates
+from flexgen_helm.generation.sampling import NEG_INF, UniformStream, choose, most_likely, take_rows, top_candidates
 from flexgen_helm.generation.vocabulary import Vocabulary
 from flexgen_helm.schedule.rows import Continuation, LogitRequest
 from flexgen_helm.schedule.work import PromptWork
-from flexgen_helm.types import Job, Result
+from flexgen_helm.types import Job, Result, TokenLogprob
 
-NEG_INF = float("-inf")
 ALIGNED = 4
 """fp32 numbers in the 16 bytes at which a GPU's softmax begins to read."""
 
@@ -43,29 +42,45 @@ class Generation(Continuation):
     error: FlexGenError | None = None
     """Error that ended it; None: it has not failed."""
 
-    def step(self, best: int | None, logits: Tensor, logprobs: Tensor) -> None:
-        """Choose the next token. An error ends this completion and no other.
+    def choose(self, best: int | None, logits: Tensor | None) -> int | None:
+        """Return the next token; None if there is none. An error ends this completion and no other.
 
         Args:
             best: Most likely token; None if the logits are not finite.
-            logits: fp32 ``[vocab]``.
-            logprobs: Log-probabilities of the model, ``[vocab]``.
+            logits: fp32 ``[vocab]`` on the CPU; greedy completions need none.
         """
         self.finite = self.finite and self.work.finite and best is not None
         self.done = self.done or not self.finite
-        if best is None or self.done:
-            return
+        if self.done or self.stream is None:
+            return None if self.done else best
+        assert logits is not None
         try:
-            self.append(_next_token(self, best, logits), logprobs)
+            u = self.stream.at(len(self.tokens))
+            return choose(logits, temperature=self.job.temperature, top_p=self.job.top_p, u=u)
         except Exception as error:
-            self.error, self.done = of_one_job(error), True
+            self._fail(error)
+            return None
 
-    def append(self, token_id: int, logprobs: Tensor) -> None:
-        """Append the next token; ``logprobs`` ``[vocab]`` are the model's at this step, before temperature and top_p."""
-        top = top_candidates(logprobs, self.job.top_logprobs) if self.job.top_logprobs else []
-        top = [candidate for candidate in top if candidate.logprob > NEG_INF]  # the model suppresses the others
+    def append(self, token_id: int, logprob: float, top: list[TokenLogprob]) -> None:
+        """Append the next token. An error ends this completion and no other.
+
+        Args:
+            token_id: The token.
+            logprob: Its log-probability under the model, before temperature and top_p.
+            top: The most likely tokens, at least as many as its job asks for.
+        """
         self.tokens.append(token_id)
-        self.done = self.builder.append(token_id, float(logprobs[token_id]), top) is not None
+        try:
+            self.done = self.builder.append(token_id, logprob, top[: self.job.top_logprobs]) is not None
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.error, self.done = of_one_job(error), True
+
+
+Step = tuple[int, Generation, int]
+"""The row of a completion's logits, the completion, and its next token."""
 
 
 @dataclass(eq=False)
@@ -175,17 +190,55 @@ def answer(logit_requests: list[LogitRequest], logits: Tensor) -> None:
         logits: fp32 ``[requests, vocab]``.
     """
     logprobs = _log_softmax(logits)
+    steps = _chosen(logit_requests, logits)
     targets = [(row, scores, i) for row, request in enumerate(logit_requests) for scores, i in request.targets]
-    if targets:
-        tokens = torch.tensor([scores.tokens[i] for _, scores, i in targets], device=logits.device)
-        picked = logprobs[torch.tensor([row for row, _, _ in targets], device=logits.device), tokens].tolist()
-        for (_, scores, i), logprob in zip(targets, picked, strict=True):
-            scores.logprobs[i] = logprob
-    if any(request.continuations for request in logit_requests):
-        best = most_likely(logits)
-        for row, request in enumerate(logit_requests):
-            for continuation in request.continuations:
-                continuation.step(best[row], logits[row], logprobs[row])
+    places = [(row, scores.tokens[i]) for row, scores, i in targets] + [(row, token_id) for row, _, token_id in steps]
+    found = _at(logprobs, places)
+    for (_, scores, i), logprob in zip(targets, found[: len(targets)], strict=True):
+        scores.logprobs[i] = logprob
+    top = _top(logprobs, steps)
+    for (row, generation, token_id), logprob in zip(steps, found[len(targets) :], strict=True):
+        generation.append(token_id, logprob, top.get(row, []))
+
+
+def _chosen(logit_requests: list[LogitRequest], logits: Tensor) -> list[Step]:
+    """Choose the next token of each completion that goes on. Rows that are sampled are brought to the CPU in one copy."""
+    pairs = list(_generations(logit_requests))
+    if not pairs:
+        return []
+    best = most_likely(logits)
+    rows = sorted({row for row, each in pairs if each.stream is not None and not each.done})
+    on_host = dict(zip(rows, take_rows(logits, rows).cpu(), strict=True)) if rows else {}
+    chosen = [(row, each, each.choose(best[row], on_host.get(row))) for row, each in pairs]
+    return [(row, each, token_id) for row, each, token_id in chosen if token_id is not None]
+
+
+def _generations(logit_requests: list[LogitRequest]) -> Iterator[tuple[int, Generation]]:
+    for row, request in enumerate(logit_requests):
+        for continuation in request.continuations:
+            assert isinstance(continuation, Generation)
+            yield row, continuation
+
+
+def _at(logprobs: Tensor, places: list[tuple[int, int]]) -> list[float]:
+    """Return the log-probabilities at (row, token) pairs, in one copy."""
+    if not places:
+        return []
+    rows, token_ids = torch.tensor(places, device=logprobs.device).unbind(1)
+    found: list[float] = logprobs[rows, token_ids].tolist()
+    return found
+
+
+def _top(logprobs: Tensor, steps: list[Step]) -> dict[int, list[TokenLogprob]]:
+    """Return the most likely tokens of each row of which a completion asks for some, as many as any of them asks for."""
+    counts: dict[int, int] = {}
+    for row, generation, _ in steps:
+        if generation.job.top_logprobs:
+            counts[row] = max(generation.job.top_logprobs, counts.get(row, 0))
+    if not counts:
+        return {}
+    found = top_candidates(take_rows(logprobs, list(counts)), list(counts.values()))
+    return dict(zip(counts, found, strict=True))
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -198,14 +251,6 @@ def _log_softmax(logits: Tensor) -> Tensor:
     if logits.device.type == "cuda" and vocab % ALIGNED:
         logits = pad(logits, (0, -vocab % ALIGNED), value=NEG_INF)
     return torch.log_softmax(logits, -1)[:, :vocab]
-
-
-def _next_token(generation: Generation, best: int, logits: Tensor) -> int:
-    if generation.stream is None:
-        return best
-    job = generation.job
-    u = generation.stream.at(len(generation.tokens))
-    return choose(logits, temperature=job.temperature, top_p=job.top_p, u=u)
 
 
 def _completion_key(prepared: PreparedJob, index: int) -> Hashable:

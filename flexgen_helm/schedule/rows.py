@@ -6,14 +6,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, compress
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from flexgen_helm.kv_cache.pages import Form, PageStorage
 from flexgen_helm.schedule.tree import Node, Scores, SequencePages
 from flexgen_helm.types import ResolvedPolicy
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 AnyRow = TypeVar("AnyRow")
 
@@ -30,7 +27,10 @@ class State:
 
 @dataclass(eq=False)
 class Continuation:
-    """One completion of a prompt: the tokens generated so far, and the cache that it carries from one sweep to the next."""
+    """One completion of a prompt: the tokens generated so far, and the cache that it carries from one sweep to the next.
+
+    Whoever makes completions chooses their tokens.
+    """
 
     max_new_tokens: int
     tokens: list[int] = field(default_factory=list)
@@ -41,16 +41,6 @@ class Continuation:
     """In single rows: its cache."""
     finite: bool = True
     """Whether K, V and logits of its own tokens were finite numbers."""
-
-    def step(self, best: int | None, logits: Tensor, logprobs: Tensor) -> None:
-        """Take or refuse the next token; whoever makes completions says how.
-
-        Args:
-            best: The most likely token; None: ``logits`` are not finite.
-            logits: ``[vocab]``.
-            logprobs: ``[vocab]``, the unwarped model's.
-        """
-        raise NotImplementedError
 
 
 class LogitRequest(NamedTuple):

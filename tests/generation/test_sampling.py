@@ -1,5 +1,7 @@
 """Random numbers, nucleus and greedy choice against SciPy, NumPy and transformers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import TopPLogitsWarper
 
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.generation.sampling import UniformStream, choose, most_likely, top_candidates
+from flexgen_helm.types import TokenLogprob
 
 EXAMPLES = settings(derandomize=True, max_examples=50, deadline=None)
 
@@ -174,8 +177,27 @@ def test_broken_logits_are_refused(bad: float, temperature: float) -> None:
 
 
 @EXAMPLES
-@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(0, 40))
-def test_top_candidates_are_sorted_with_ties_to_the_lower_id(values: list[int], n: int) -> None:
-    n = min(n, len(values))
-    expected = sorted(enumerate(map(float, values)), key=lambda pair: (-pair[1], pair[0]))[:n]
-    assert top_candidates(torch.tensor(values, dtype=torch.float32), n) == expected
+@given(st.data(), st.integers(1, 40), st.integers(1, 5))
+def test_top_candidates_are_sorted_with_ties_to_the_lower_id(data: st.DataObject, vocab: int, num_rows: int) -> None:
+    """Tokens of probability 0 are none."""
+    possible = st.integers(-3, 0).map(float) | st.just(-math.inf)
+    rows = data.draw(st.lists(st.lists(possible, min_size=vocab, max_size=vocab), min_size=num_rows, max_size=num_rows))
+    counts = data.draw(st.lists(st.integers(0, vocab), min_size=num_rows, max_size=num_rows))
+    ranked = [sorted(enumerate(row), key=lambda pair: (-pair[1], pair[0])) for row in rows]
+    expected = [
+        [TokenLogprob(*pair) for pair in row[:count] if pair[1] > -math.inf] for row, count in zip(ranked, counts, strict=True)
+    ]
+    assert top_candidates(torch.tensor(rows), counts) == expected
+
+
+@pytest.mark.parametrize("num_tied", [2, 11, 500])
+def test_tokens_that_compete_for_the_last_place(num_tied: int) -> None:
+    """Of many tokens; the other row has no ties."""
+    logprobs = torch.stack([torch.full((3_000,), -9.0), -torch.arange(3_000.0)])
+    logprobs[0, 2_998] = -1.0
+    tied = torch.randperm(2_990, generator=torch.Generator().manual_seed(num_tied))[:num_tied]
+    logprobs[0, tied] = -2.0
+    expected = [(2_998, -1.0), *((token_id, -2.0) for token_id in sorted(tied.tolist()))]
+    expected += [(token_id, -9.0) for token_id in range(2_990) if token_id not in set(tied.tolist())]
+    for count in (1, 2, 10, 12):
+        assert top_candidates(logprobs, [count, 3]) == [expected[:count], [(0, 0.0), (1, -1.0), (2, -2.0)]]

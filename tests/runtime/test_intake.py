@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 
 from flexgen_helm import Job
 from flexgen_helm.generation.prepare import prepare
+from flexgen_helm.generation.sampling import choose
 from flexgen_helm.generation.vocabulary import Vocabulary
-from flexgen_helm.runtime.intake import Intake, Ticket, answer
+from flexgen_helm.runtime.intake import Generation, Intake, Ticket, answer
 from flexgen_helm.schedule.rows import LogitRequest
-from flexgen_helm.schedule.tree import Scores
+from flexgen_helm.schedule.tree import Scores, build_tree
 from tests.tiny_tokenizers import byte_level
 
 TOKENIZER = byte_level()
@@ -71,6 +73,38 @@ def test_sampled_completions_differ_by_their_index_and_greedy_ones_do_not() -> N
 def test_different_prompts_are_different_work() -> None:
     num_works, _ = merged(SAMPLED, replace(SAMPLED, prompt="The dog"), SAMPLED)
     assert num_works == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_completion_of_a_slice_is_answered_from_its_own_row(device: str) -> None:
+    prompts = ["The fox", "The dog", "A hen", "The cat", "An owl"]
+    kinds = [GREEDY, replace(GREEDY, top_logprobs=0), replace(SAMPLED, top_logprobs=4), replace(GREEDY, top_logprobs=7)]
+    jobs = [replace(kind, prompt=prompt) for prompt in prompts for kind in kinds]
+    # One row has jobs of all kinds, the others have one job each.
+    _, tickets = merged(*jobs[:4], jobs[5], jobs[10], jobs[15], jobs[16])
+    works = list(dict.fromkeys(ticket.work for ticket in tickets if ticket.work is not None))
+    for work, node in zip(works, build_tree([work.tokens for work in works]), strict=True):
+        work.node = node
+    logits = torch.randn(len(works), len(TOKENIZER), generator=torch.Generator().manual_seed(5)).bfloat16().float()
+    logits[:, :9] = -math.inf
+    scores = Scores((0, 11, 12, 13, 14, 15))
+    requests = [LogitRequest(i, ((scores, i + 1),), tuple(work.continuations)) for i, work in enumerate(works)]
+    answer(requests, logits.to(device))
+    for row, work in enumerate(works):
+        logprobs = torch.log_softmax(logits[row], -1).tolist()
+        assert scores.logprobs[row + 1] == pytest.approx(logprobs[scores.tokens[row + 1]], abs=1e-5)
+        ranked = logits[row].sort(descending=True, stable=True).indices.tolist()
+        for generation in work.continuations:
+            assert isinstance(generation, Generation)
+            job, found = generation.job, generation.builder.finish()
+            u = None if generation.stream is None else generation.stream.at(0)
+            token_id = ranked[0] if u is None else choose(logits[row], temperature=0.7, top_p=0.9, u=u)
+            assert found.token_ids == [token_id]
+            assert found.logprobs == pytest.approx([logprobs[token_id]], abs=1e-5)
+            top = {each.token_id: each.logprob for each in found.top_logprobs[0]}
+            assert list(top) == ranked[: job.top_logprobs]
+            assert top == pytest.approx({each: logprobs[each] for each in top}, abs=1e-5)
 
 
 @pytest.mark.gpu

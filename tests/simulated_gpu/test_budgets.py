@@ -22,8 +22,12 @@ from flexgen_helm import Job, Policy
 from flexgen_helm.attention.paged.plan import TilePlan
 from flexgen_helm.attention.writes import Stores
 from flexgen_helm.execution.sweep_run import SweepRun
+from flexgen_helm.generation.prepare import prepare
 from flexgen_helm.rows import packed
+from flexgen_helm.runtime.intake import Intake, Ticket, answer
 from flexgen_helm.schedule.operations import Operation, OperationKind
+from flexgen_helm.schedule.rows import LogitRequest
+from flexgen_helm.schedule.tree import Scores, build_tree
 from tests.jobs import random_tokens
 from tests.simulated_gpu.engines import POLICY, answers
 from tests.simulated_gpu.gpu import Event, SimulatedGpu
@@ -41,13 +45,17 @@ NORM, LINEAR, ROTATION, SUM = 6, 1, 5, 1
 AROUND_ATTENTION = 2 * NORM + 4 * LINEAR + 2 * ROTATION + 2 * SUM
 MLP = 3 * LINEAR + 2
 """With activation and gate."""
-ROUTER = LINEAR + 4 + 3
-"""Softmax, best, their sum, division; room for all outputs, which are weighted and added up."""
-EXPERTS, EXPERT, SLICE = 4, 2, 2 * LINEAR + 2 + 4
-"""Of the tiny model. An expert finds its tokens (comparison, places). A slice of them: products, activation and gate; room,
-queries, their places in it, and the places of the outputs."""
+ROUTER = LINEAR + 4
+"""Softmax, best, their sum, division."""
+EXPERTS, SLICE = 4, 2 * LINEAR + 2
+"""Of the tiny model. A slice of an expert's tokens: products, activation and gate."""
 SLICES = EXPERTS + 1
 """Of a decoding row at most: its 16 tokens choose two experts each, and slices have 16 tokens."""
+LAYOUT = 1 + 3 + 4 + 3 + 1
+"""Of tokens by expert: sorted; counted (range, search, differences); padding before each expert (negated, remainder, sums
+without its own); rows (range, lookup, sum), back in the order of tokens."""
+MIXTURE = ROUTER + LAYOUT + 2 + SLICES * SLICE + 2 + 2
+"""Room for inputs and their places in it; outputs side by side and picked; weighted and added up."""
 
 # Launches in a layer of attention.
 KEEP = 13
@@ -82,6 +90,14 @@ TABLES = 3
 """Of the kernel's plan: tiles, visits and masks are uploaded."""
 BESIDE = 2 + 1 + 1
 """Attention on the CPU: K, V and queries go down, outputs come up."""
+
+PICK = 1 + 1
+"""Of log-probabilities: places are uploaded, values brought."""
+CHOOSE = 1 + PICK
+"""The most likely token of each row, its log-probability."""
+CANDIDATES, TIED, ON_HOST = 1, 1 + 1 + 1, 1
+"""The most likely tokens of all rows. Where others are as likely as the last one, its value is uploaded, they are found and
+brought. Logits of the rows that are sampled."""
 
 
 class Cost(NamedTuple):
@@ -147,6 +163,24 @@ def costs_of(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) 
     return found
 
 
+def cost_of_answers(job: Job, logits: Tensor) -> Cost:
+    """What a job for each row of logits asks of the device when it is answered."""
+    jobs = [replace(job, token_ids=(1, row)) for row in range(len(logits))]
+    tickets = [Ticket(prepare(each, tokenizer=None, max_length=99, vocab_size=logits.shape[1])) for each in jobs]
+    works = Intake(None, frozenset()).merge(tickets)
+    for work, node in zip(works, build_tree([work.tokens for work in works]), strict=True):
+        work.node = node
+    targets = [((Scores((1, row)), 1),) if job.score_prompt else () for row in range(len(logits))]
+    requests = [LogitRequest(row, targets[row], tuple(work.continuations)) for row, work in enumerate(works)]
+    with simulated_gpu() as gpu:
+        on_gpu, first = logits.to("cuda"), len(gpu.log)
+        answer(requests, on_gpu)
+        count = Counter(event.kind for event in gpu.log[first:])
+        assert not gpu.faults
+        del on_gpu
+    return Cost(count["launch"], count["copy"], count["wait"])
+
+
 def assert_within(cost: Cost, budget: Cost) -> None:
     assert all(found <= most for found, most in zip(cost, budget, strict=True)), f"{cost} exceeds {budget}"
 
@@ -203,8 +237,26 @@ def test_attention_on_the_cpu(costs_of: CostsOf) -> None:
     assert_within(costs.highest("decode", "compute"), Cost(AROUND_ATTENTION + MLP + KEEP, BESIDE, BESIDE))
 
 
-def test_experts_wait_once_each(costs_of: CostsOf) -> None:
+def test_experts_wait_once_for_their_numbers_of_tokens(costs_of: CostsOf) -> None:
     costs = costs_of("mixtral", ROWS)
     attention = KEEP + WRITE + WINDOW + GATHER + DECODE + PUT
-    experts = ROUTER + EXPERTS * EXPERT + SLICES * SLICE
-    assert_within(costs.highest("decode", "compute"), Cost(AROUND_ATTENTION + attention + experts, 0, EXPERTS))
+    assert_within(costs.highest("decode", "compute"), Cost(AROUND_ATTENTION + attention + MIXTURE, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("job", "waits"),
+    [
+        (Job(max_new_tokens=3), CHOOSE),
+        (Job(max_new_tokens=3, top_logprobs=4), CHOOSE + CANDIDATES),
+        (Job(max_new_tokens=3, top_logprobs=5), CHOOSE + CANDIDATES + TIED),
+        (Job(max_new_tokens=3, temperature=1.0, top_p=0.9), CHOOSE + ON_HOST),
+        (Job(max_new_tokens=0, score_prompt=True), PICK),
+    ],
+    ids=["greedy", "candidates", "tied candidates", "sampled", "scored"],
+)
+def test_a_slice_of_any_size_is_answered_with_as_many_waits(job: Job, waits: int) -> None:
+    logits = torch.randn(16, 300, generator=torch.Generator().manual_seed(0))
+    logits[:, [7, 70, 170, 250, 280, 290]] = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0, 5.0])
+    costs = [cost_of_answers(job, logits[:count]) for count in (1, 2, 16)]
+    assert [cost.waits for cost in costs] == [waits] * 3
+    assert len({cost.launches for cost in costs}) == 1

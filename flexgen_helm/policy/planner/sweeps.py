@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.kv_cache.pages import Form, PageCounts, PageMap, PageStorage, grown
@@ -28,7 +27,7 @@ ALIKE = 4
 class _MadeUp(Continuation):
     """A completion of made-up tokens."""
 
-    def step(self, best: int | None, logits: Any, logprobs: Any) -> None:
+    def step(self) -> None:
         self.tokens.append(0)
         self.done = len(self.tokens) >= self.max_new_tokens
 
@@ -156,4 +155,4 @@ def _answer(sweep: Sweep) -> None:
             scores.logprobs[i] = 0.0
         for continuation in request.continuations:
             assert isinstance(continuation, _MadeUp)
-            continuation.step(0, None, None)
+            continuation.step()
