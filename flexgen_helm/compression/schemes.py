@@ -17,7 +17,7 @@ from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
 from flexgen_helm.compression.sensitivity import Sensitivity
 from flexgen_helm.compression.unpack_kernel import unpack_columns, unpack_minmax
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of all stored forms and of how they are fitted: raised whenever the bytes of a slab may change."""
 
 
