@@ -21,6 +21,7 @@ from flexgen_helm.generation.job_errors import impossible, of_one_job, overflow
 from flexgen_helm.generation.prepare import PreparedJob
 from flexgen_helm.generation.sampling import UniformStream, choose, most_likely, top_candidates
 from flexgen_helm.generation.vocabulary import Vocabulary
+from flexgen_helm.memory.copies import upload
 from flexgen_helm.schedule.rows import Continuation, LogitRequest
 from flexgen_helm.schedule.work import PromptWork
 from flexgen_helm.types import Job, Result
@@ -177,8 +178,8 @@ def answer(logit_requests: list[LogitRequest], logits: Tensor) -> None:
     logprobs = _log_softmax(logits)
     targets = [(row, scores, i) for row, request in enumerate(logit_requests) for scores, i in request.targets]
     if targets:
-        tokens = torch.tensor([scores.tokens[i] for _, scores, i in targets], device=logits.device)
-        picked = logprobs[torch.tensor([row for row, _, _ in targets], device=logits.device), tokens].tolist()
+        places = [[row, scores.tokens[i]] for row, scores, i in targets]
+        picked = logprobs[tuple(upload(places, logits.device).T)].tolist()
         for (_, scores, i), logprob in zip(targets, picked, strict=True):
             scores.logprobs[i] = logprob
     if any(request.continuations for request in logit_requests):
