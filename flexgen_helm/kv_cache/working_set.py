@@ -288,7 +288,7 @@ class WorkingSet:
         index = upload(slots, self._device)
         stored = self.tensors(cargo.key, cargo.page_format)
         for name, source in zip(cargo.names, self._stores[tier].view(cargo, buffer.twin, len(pages)), strict=True):
-            stored.part(name)[1].index_copy_(0, index, source)
+            cargo.as_words(stored.part(name)[1]).index_copy_(0, index, cargo.as_words(source))
         if "v" not in cargo.names:
             left = len(pages) * self._stores[tier].transfer_bytes(cargo._replace(names=("v",)))
             self._save(tier, left, left)
@@ -324,10 +324,10 @@ class WorkingSet:
                 self._put_down(flights.popleft(), activity)
             flight = self._flight(batch)
             index = upload(batch.slots, self._device)
-            leaving = self._stores[batch.tier].view(batch.cargo, flight.buffer.twin, len(batch.pages))
-            slots = self.tensors(batch.cargo.key, batch.cargo.page_format)
-            for source, target in zip(slots.tensors, leaving, strict=True):
-                target.copy_(source.index_select(0, index))
+            cargo = batch.cargo
+            leaving = self._stores[batch.tier].view(cargo, flight.buffer.twin, len(batch.pages))
+            for source, target in zip(self.tensors(cargo.key, cargo.page_format).tensors, leaving, strict=True):
+                cargo.as_words(target).copy_(cargo.as_words(source).index_select(0, index))
             with self._on_link("device_to_host", batch.tier, activity, flight.num_bytes):
                 flight.buffer.to_host(flight.num_bytes)
             flights.append(flight)
