@@ -40,6 +40,7 @@ from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import WINDOW_CHUNKS, Visit, VisitGroup, row_groups
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, Form, Place
+from flexgen_helm.memory.copies import to_device, upload
 
 Index = slice | Tensor
 """Indices ``[n]``; consecutive ones as a slice, which costs no copy."""
@@ -49,7 +50,7 @@ def as_index(values: list[int], device: torch.device) -> Index:
     """The shortest form of some indices."""
     if values == list(range(values[0], values[0] + len(values))):
         return slice(values[0], values[0] + len(values))
-    return torch.tensor(values, device=device)
+    return upload(values, device)
 
 
 class PlacedPages(NamedTuple):
@@ -97,7 +98,7 @@ class ChunkCall:
     @cached_property
     def chunk_numbers(self) -> Tensor:
         """``chunks`` on the device."""
-        return torch.tensor(self.chunks, device=self.pages[0].numbers.device)
+        return upload(self.chunks, self.pages[0].numbers.device)
 
     def places(self, row_size: int, *, real: bool) -> tuple[Tensor, Tensor]:
         """Row position and chunk of each padded query, or of the real ones: ``[B * M]`` or ``[N]`` each."""
@@ -166,21 +167,23 @@ class _Planned(NamedTuple):
 
 
 class _Planner:
-    """Makes tensors of groups of visits. No tensor is read back but whether the mask shows anything."""
+    """Makes tensors of groups of visits. No tensor is read back but whether a mask other than causality shows anything."""
 
     def __init__(self, pages: RowPages, rule: MaskRule, dtype: torch.dtype, device: torch.device, *, own_token: bool) -> None:
         self.pages, self.rule, self.dtype, self.device, self.own_token = pages, rule, dtype, device, own_token
         self.row_size = pages.row.size
+        self._all_see = rule.causal_only and own_token
+        """Whether every query sees a key of each chunk that it visits; else the mask must be looked at."""
 
     def window(self, groups: list[VisitGroup]) -> Window:
         """The calls of a window; groups to which the mask shows nothing are left out."""
         made = [self._single(group) if group.kind == "single" else self._stacked(group) for group in groups]
         planned = [x for x in made if x is not None]
         num_chunks = 1 + max((max(x.outputs) for x in planned), default=0) // self.row_size
-        absent = torch.ones(num_chunks * self.row_size, dtype=torch.bool, device=self.device)
-        for call, _ in planned:
-            absent[call.outputs] = False
-        return Window([call for call, _ in planned], num_chunks, absent.nonzero()[:, 0])
+        absent = torch.ones(num_chunks * self.row_size, dtype=torch.bool)  # on the host, which must know how many there are
+        for _, outputs in planned:
+            absent[outputs] = False
+        return Window([call for call, _ in planned], num_chunks, to_device(absent.nonzero()[:, 0], self.device))
 
     def _stacked(self, group: VisitGroup) -> _Planned | None:
         """Own or shared chunks: for each chunk the queries of its visits, padded to as many for every chunk."""
@@ -197,9 +200,10 @@ class _Planner:
         if group.kind == "own" or not self.rule.causal_only:
             allowed = self._allowed([visit for visits in group.chunks for visit in visits])
             seen = allowed.any(-1)
-            if not bool(seen.any()):
+            num_seen = len(seen) if self._all_see else int(seen.sum())
+            if num_seen == 0:
                 return None
-            dead = None if bool(seen.all()) else ~seen
+            dead = None if num_seen == len(seen) else ~seen
             full = torch.ones(len(queries), CHUNK_TOKENS, dtype=torch.bool, device=self.device)
             full[self._index(real)] = allowed | ~seen[:, None]
             mask = self._additive(full).view(len(group.chunks), 1, group.num_queries, CHUNK_TOKENS)
@@ -213,13 +217,15 @@ class _Planner:
         """One query for each chunk; those to which the mask shows nothing are left out."""
         visits = [visit for (visit,) in group.chunks]
         allowed = self._allowed(visits)
-        seen = allowed.any(-1)
-        visits = [visit for visit, alive in zip(visits, seen.tolist(), strict=True) if alive]
+        if not self._all_see:
+            seen = allowed.any(-1)
+            visits = [visit for visit, alive in zip(visits, seen.tolist(), strict=True) if alive]
+            allowed = allowed[seen]
         if not visits:
             return None
         rows = [visit.rows[0] for visit in visits]
         outputs = [self._output(visit.chunk, t) for visit, t in zip(visits, rows, strict=True)]
-        mask = self._additive(allowed[seen])[:, None, None]
+        mask = self._additive(allowed)[:, None, None]
         chunks = tuple(visit.chunk for visit in visits)
         indices = (self._index(rows), slice(len(rows)))
         call = ChunkCall(*self._placed(visits), len(visits), chunks, *indices, True, mask, None, self._index(outputs))
@@ -237,9 +243,9 @@ class _Planner:
             place, index = self.pages.find(page, form)
             by_place[place].append((index, i))
         return form, [
-            PlacedPages(place, *torch.tensor(found, device=self.device).T)
+            PlacedPages(place, *upload(found, self.device).T)
             if len(by_place) > 1
-            else PlacedPages(place, torch.tensor([index for index, _ in found], device=self.device), None)
+            else PlacedPages(place, upload([index for index, _ in found], self.device), None)
             for place, found in by_place.items()
         ]
 
@@ -247,8 +253,8 @@ class _Planner:
         """Which keys of its chunk each query of some visits sees: bool ``[queries, 128]``."""
         positions = [position for visit in visits for position in range(visit.first, visit.last)]
         begins = [CHUNK_TOKENS * visit.chunk for visit in visits for _ in range(visit.num_queries)]
-        q = torch.tensor(positions, device=self.device)[:, None]
-        k = torch.arange(CHUNK_TOKENS, device=self.device)[None] + torch.tensor(begins, device=self.device)[:, None]
+        places = upload([positions, begins], self.device)[..., None]
+        q, k = places[0], places[1] + torch.arange(CHUNK_TOKENS, device=self.device)
         return self.rule.allowed(q, k) & (k <= q if self.own_token else k < q)
 
     def _index(self, values: list[int]) -> Index:

@@ -13,6 +13,7 @@ from torch import Tensor
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.kv_cache.page_means import PageMeans
 from flexgen_helm.kv_cache.pages import Form, Place
+from flexgen_helm.memory.copies import upload
 
 Array = np.ndarray[Any, Any]
 
@@ -29,7 +30,9 @@ class MeanNumbers:
             device: Where they are.
         """
         self._means = means
-        self._staged = torch.tensor(means.numbers(pages.staged["sealed"].pages), dtype=torch.long, device=device)
+        staged = means.numbers(pages.staged["sealed"].pages)
+        self._staged_on_host = np.array(staged, dtype=np.int64)
+        self._staged = upload(staged, device)
 
     def __call__(self, place: Place, numbers: Tensor) -> Tensor:
         """Return the numbers of the means of pages ``[n]``."""
@@ -48,9 +51,9 @@ class MeanNumbers:
         """
         firsts = np.array([self._means.first(place) for place in names])
         numbers: Array = pages + firsts[places]
-        if len(self._staged):
+        if len(self._staged_on_host):
             staged = places == names.index("staged")
-            numbers = np.where(staged, self._staged.cpu().numpy()[np.where(staged, pages, 0)], numbers)
+            numbers = np.where(staged, self._staged_on_host[np.where(staged, pages, 0)], numbers)
         return numbers
 
 

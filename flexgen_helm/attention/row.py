@@ -21,11 +21,12 @@ from flexgen_helm.attention.paged.plan import TilePlan, tile_queries
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.sparse import LocatedCall, choose, own_token, read_call, staged_choices
 from flexgen_helm.attention.sparse_decode import SparseDecode, SparsePlan
-from flexgen_helm.attention.writes import Stores, Writes
+from flexgen_helm.attention.writes import HOST, Stores, Writes
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form
 from flexgen_helm.kv_cache.working_set import Loaded
+from flexgen_helm.memory.copies import to_device, to_host
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.memory.meter import Activity
 
@@ -94,8 +95,9 @@ class RowAttention:
         self._format = cache.format
         percent = cache.format.sparsity
         self._sparse = None if decode is None or percent is None else SparseDecode(decode, percent)
-        self._writes = Writes(pages, device)
-        self._means = None if cache.means is None else MeanNumbers(pages, cache.means, device)
+        reads_on = device if host is None else HOST
+        self._writes = Writes(pages, reads_on)
+        self._means = None if cache.means is None else MeanNumbers(pages, cache.means, reads_on)
         self._plans: dict[MaskRule, list[Window]] = {}
         self._decode_plans: dict[MaskRule, list[DecodePlan]] = {}
         self._sparse_plans: dict[MaskRule, list[SparsePlan]] = {}
@@ -147,19 +149,21 @@ class RowAttention:
         k, v = self._cleaned(k, v)
         stores = self._cache.tensors(key, k, v, self._pages.places)
         locate = self._locate(key)
+        if self._decode is not None:
+            (q, k, v), sinks = _on_host((q, k, v), sinks)
         self._writes.apply(stores, locate, (k, v))
         if self._attend_tiles is not None:
             plan = self._tile_plan(rule, q.shape[1] // k.shape[1], q.itemsize)
             output = self._attend_tiles(plan, q, stores, locate, scale=scale, softcap=softcap, sinks=sinks)
             return output.to(qkv[2].dtype)
         if self._decode is not None:
-            merged, sinks = self._decoded(key, q, rule, stores, scale=scale, softcap=softcap), _on_cpu(sinks)
+            merged = self._decoded(key, q, rule, stores, scale=scale, softcap=softcap)
         else:
             merged = self._in_calls(key, q, rule, _Places(stores, locate), scale=scale, softcap=softcap)
             if self._format.flexgen:
                 output, lse = own_token((q, k, v), scale=scale, softcap=softcap)
                 merged = merge_chunks(merged, output[None], lse[None])
-        return normalised(merged, sinks).to(qkv[2].dtype).to(qkv[2].device)
+        return to_device(normalised(merged, sinks).to(qkv[2].dtype), qkv[2].device)
 
     def _tile_plan(self, rule: MaskRule, sharing: int, itemsize: int) -> TilePlan:
         size = tile_queries(self._pages.row.kind, sharing, itemsize)
@@ -219,9 +223,9 @@ class RowAttention:
         }
         options: Scoring = {"scale": scale, "softcap": softcap}
         if self._sparse is None:
-            work, num_bytes = self._reading_all(q.cpu(), rule, forms, options)
+            work, num_bytes = self._reading_all(q, rule, forms, options)
         else:
-            work, num_bytes = self._reading_chosen(key, q.cpu(), rule, forms, options)
+            work, num_bytes = self._reading_chosen(key, q, rule, forms, options)
         return work() if self._host is None else self._host.attend(Activity("compute", str(key.layer)), num_bytes(), work)
 
     def _reading_all(self, q: Tensor, rule: MaskRule, forms: LayerForms, options: Scoring) -> Reading:
@@ -314,8 +318,10 @@ def _any_format(stores: Stores) -> PageFormat:
     return next(iter(stores["exact"].values())).format
 
 
-def _on_cpu(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.cpu()
+def _on_host(qkv: QKV, sinks: Tensor | None) -> tuple[QKV, Tensor | None]:
+    """Bring what attention on the CPU reads, with one wait."""
+    q, k, v, *others = to_host([*qkv, *([] if sinks is None else [sinks])])
+    return (q, k, v), others[0] if others else None
 
 
 def _largest(x: Tensor) -> float:

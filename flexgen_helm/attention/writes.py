@@ -13,6 +13,7 @@ from flexgen_helm.attention.locate import Locate
 from flexgen_helm.attention.row_pages import RowPages, exact_table, sealed_now
 from flexgen_helm.kv_cache.page_format import PageTensors, PartFormat, TokenPlaces
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, Place
+from flexgen_helm.memory.copies import to_device
 from flexgen_helm.schedule.rows import Segment
 
 HOST = torch.device("cpu")
@@ -99,7 +100,7 @@ class Writes:
         return *self._pages.find(page, "exact"), token
 
     def _columns(self, place: Place, rows: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(rows, device=HOST if place == "host" else self._device).T.contiguous()
+        return to_device(torch.tensor(rows).T.contiguous(), HOST if place == "host" else self._device)
 
 
 def _whole(part: PartFormat, stored: Tensor, pages: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.execution.interfaces import AnyRecording, LayerHandler, Rows
+from flexgen_helm.memory.copies import upload
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.schedule.operations import Operation
@@ -82,7 +83,7 @@ class SweepRun(Generic[AnyRecording]):
         if last:
             self._show(j + 1, k)
             offsets = [request.offset for request in self._logit_requests[k]]
-            self._final[k] = recording.tokens[torch.tensor(offsets, dtype=torch.long, device=recording.tokens.device)]
+            self._final[k] = recording.tokens[upload(offsets, recording.tokens.device)]
             bad = self._rows.bad_tokens(recording)
             if bad is not None:
                 self._bad[k] = bad

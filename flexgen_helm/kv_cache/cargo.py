@@ -10,6 +10,8 @@ from torch import Tensor
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PartFormat, PartName
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 
+WORDS = (torch.complex128, torch.int64, torch.uint8)
+"""Dtypes as which pages are moved: torch's kernels take as long for a number of one byte as for one of 16 (runs/LOG.md)."""
 INDEX_BYTES = 4
 """Bytes of the number that travels with each row: int32, its place in the slots."""
 
@@ -30,6 +32,12 @@ class Cargo(NamedTuple):
     def num_bytes(self) -> int:
         """Bytes of the parts of one page."""
         return sum(part.num_bytes for part in self.parts)
+
+    def as_words(self, pages: Tensor) -> Tensor:
+        """Stored pages ``[n, ...]`` of one part as the widest numbers of which every part has whole ones: ``[n, words]``."""
+        sizes = [part.num_bytes for part in self.page_format.parts]
+        word = next(dtype for dtype in WORDS if all(size % dtype.itemsize == 0 for size in sizes))
+        return pages.flatten(1).view(word)
 
     def records(self, buffer: Tensor) -> list[Tensor]:
         """Bytes ``[pages, num_bytes]``, one page a row, as the parts."""

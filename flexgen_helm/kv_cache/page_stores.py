@@ -115,14 +115,14 @@ class HostPages(GrowingPages):
         """Copy pages into a buffer; nothing is left to wait for."""
         index, stored = torch.tensor(pages), self._tensors[cargo.key, cargo.page_format]
         for name, target in zip(cargo.names, self.view(cargo, buffer, len(pages)), strict=True):
-            torch.index_select(stored.part(name)[1], 0, index, out=target)
+            torch.index_select(cargo.as_words(stored.part(name)[1]), 0, index, out=cargo.as_words(target))
         return []
 
     def write(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Copy pages out of a buffer; nothing is left to wait for."""
         index, stored = torch.tensor(pages), self._tensors[cargo.key, cargo.page_format]
         for name, source in zip(cargo.names, self.view(cargo, buffer, len(pages)), strict=True):
-            stored.part(name)[1].index_copy_(0, index, source)
+            cargo.as_words(stored.part(name)[1]).index_copy_(0, index, cargo.as_words(source))
         return []
 
     def read_rows(self, rows: ValueRows, out: Tensor) -> int:

@@ -20,6 +20,7 @@ from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors,
 from flexgen_helm.kv_cache.page_stores import OffloadedPages
 from flexgen_helm.kv_cache.pages import NUM_BUFFERS, PAGE_TOKENS, TRANSFER_BYTES, PageCounts, Residency, StagedPages
 from flexgen_helm.kv_cache.staging import StagingBuffer, StagingRing
+from flexgen_helm.memory.copies import upload
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Activity, Meter
@@ -155,7 +156,7 @@ class WorkingSet:
         # Also where nothing is read: what leaves the slots must be gone before the row fills them.
         self._submit(lambda: self._bring(batches, Activity("load_cache", str(j))))
         assert self._last is not None
-        return Loaded(torch.tensor(slots, dtype=torch.long, device=self._device), self._last, slots, is_partial)
+        return Loaded(upload(slots, self._device), self._last, slots, is_partial)
 
     def wait(self, loaded: Loaded) -> None:
         """Let the computation that follows see a row's pages.
@@ -284,10 +285,10 @@ class WorkingSet:
             self._meter.add("disk_read", activity, flight.begun, self._meter.now(), flight.num_bytes)
         with self._on_link("host_to_device", tier, activity, flight.num_bytes):
             buffer.to_device(flight.num_bytes)
-        index = torch.tensor(slots, device=self._device)
+        index = upload(slots, self._device)
         stored = self.tensors(cargo.key, cargo.page_format)
         for name, source in zip(cargo.names, self._stores[tier].view(cargo, buffer.twin, len(pages)), strict=True):
-            stored.part(name)[1].index_copy_(0, index, source)
+            cargo.as_words(stored.part(name)[1]).index_copy_(0, index, cargo.as_words(source))
         if "v" not in cargo.names:
             left = len(pages) * self._stores[tier].transfer_bytes(cargo._replace(names=("v",)))
             self._save(tier, left, left)
@@ -322,11 +323,11 @@ class WorkingSet:
             if len(flights) == NUM_BUFFERS - 1:
                 self._put_down(flights.popleft(), activity)
             flight = self._flight(batch)
-            index = torch.tensor(batch.slots, device=self._device)
-            leaving = self._stores[batch.tier].view(batch.cargo, flight.buffer.twin, len(batch.pages))
-            slots = self.tensors(batch.cargo.key, batch.cargo.page_format)
-            for source, target in zip(slots.tensors, leaving, strict=True):
-                target.copy_(source.index_select(0, index))
+            index = upload(batch.slots, self._device)
+            cargo = batch.cargo
+            leaving = self._stores[batch.tier].view(cargo, flight.buffer.twin, len(batch.pages))
+            for source, target in zip(self.tensors(cargo.key, cargo.page_format).tensors, leaving, strict=True):
+                cargo.as_words(target).copy_(cargo.as_words(source).index_select(0, index))
             with self._on_link("device_to_host", batch.tier, activity, flight.num_bytes):
                 flight.buffer.to_host(flight.num_bytes)
             flights.append(flight)

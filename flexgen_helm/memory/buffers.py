@@ -16,6 +16,9 @@ from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.memory.amounts import PAGE, gib, padded
 
 logger = logging.getLogger(__name__)
+HUGE_FROM = 64 << 20
+"""Bytes from which memory that is taken with its first use comes in huge pages, 2 MiB each: the last one in use is then at most
+3% of it. A first use is several times as fast so (runs/LOG.md)."""
 
 
 def allocate(num_bytes: int, *, pin: bool = False) -> Tensor:
@@ -33,9 +36,7 @@ def allocate(num_bytes: int, *, pin: bool = False) -> Tensor:
     Raises:
         OutOfSpace: If the memory cannot be allocated.
     """
-    pages = _mapped(num_bytes)
-    with contextlib.suppress(OSError):  # a kernel without huge pages; with them direct reads take half of the CPU's time
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    pages = _mapped(num_bytes, huge=True)  # with which direct reads take half of the CPU's time
     owner = (ctypes.c_ubyte * len(pages)).from_buffer(pages)  # dies before the pages do, which unpinning needs
     memory = torch.frombuffer(owner, dtype=torch.uint8)
     memory[::PAGE] = 0
@@ -53,7 +54,7 @@ def lazy_zeros(num_bytes: int) -> Tensor:
     Raises:
         OutOfSpace: If the memory cannot be allocated.
     """
-    return torch.frombuffer(_mapped(num_bytes), dtype=torch.uint8)[:num_bytes]
+    return torch.frombuffer(_mapped(num_bytes, huge=num_bytes >= HUGE_FROM), dtype=torch.uint8)[:num_bytes]
 
 
 def zero_bytes(num_bytes: int, device: torch.device) -> Tensor:
@@ -61,14 +62,18 @@ def zero_bytes(num_bytes: int, device: torch.device) -> Tensor:
     return lazy_zeros(num_bytes) if device.type == "cpu" else torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
 
-def _mapped(num_bytes: int) -> mmap.mmap:
+def _mapped(num_bytes: int, *, huge: bool) -> mmap.mmap:
     size = padded(max(num_bytes, 1))
     try:
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
         raise OutOfSpace(
             f"{gib(size)} of memory could not be taken ({error}). Put a smaller share on the host, or free memory."
         ) from error
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        if huge:
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def _pin(memory: Tensor, owner: ctypes.Array[ctypes.c_ubyte]) -> None:

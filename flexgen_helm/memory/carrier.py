@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.memory.buffers import allocate
+from flexgen_helm.memory.copies import copy_in_pieces
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Activity, Meter
 from flexgen_helm.memory.slab import SlabFormat
@@ -55,7 +56,7 @@ class Carrier:
         count, arrival = form.carried.num_bytes, self._arrival if form.is_packed else slot
         assert arrival is not None
         with self._meter.span("host_to_device", Activity("load_weights", str(j)), count):
-            arrival[:count].copy_(carried[:count], non_blocking=True)
+            copy_in_pieces(arrival[:count], carried[:count])
         if carried is self._decoded and slot.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(slot.device))

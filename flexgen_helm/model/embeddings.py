@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from flexgen_helm.memory.copies import to_device
 from flexgen_helm.model.layers import layers_path
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def keep_on_host(model: PreTrainedModel, device: torch.device) -> None:
         if isinstance(module, nn.Embedding) and not name.startswith(prefix):
             module.to(CPU)
             module.register_forward_pre_hook(_to_host, with_kwargs=True)
-            module.register_forward_hook(lambda _module, _inputs, rows: rows.to(device))
+            module.register_forward_hook(lambda _module, _inputs, rows: to_device(rows, device))
 
 
 def _to_host(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -25,6 +25,7 @@ from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import Form
+from flexgen_helm.memory.copies import upload
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.model.cache_argument import cache_places
 from flexgen_helm.model.experts import register_sliced_experts
@@ -148,7 +149,7 @@ class PackedRows:
         padding = row.size - row.num_tokens
         tokens = [token for segment in row.segments for token in segment.tokens] + [PADDING_TOKEN] * padding
         places = [position for segment in row.segments for position in range(segment.start, segment.end)] + [0] * padding
-        ids, positions = torch.tensor([tokens, places], device=self.model.device)
+        ids, positions = upload([tokens, places], self.model.device)
         pages = self._pages[id(row)]
         on_cpu = row.kind == "decode" and (pages.host_attends or self.model.device.type == "cpu")
         in_loops = on_cpu and not self._cache.format.flexgen

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.kv_cache.cache_format import CacheFormat
 from flexgen_helm.kv_cache.state_store import OwnedState, StateStore
+from flexgen_helm.memory.copies import upload
 from flexgen_helm.memory.link import Transfer
 from flexgen_helm.model.cache_argument import cache_parameter
 from flexgen_helm.model.recorder import RecordedModel, Recording
@@ -135,7 +136,7 @@ class SingleRows:
 
     def _record(self, segment: Segment) -> SingleRecording:
         assert segment.state is not None
-        ids = torch.tensor([segment.tokens], device=self.model.device)
+        ids = upload([segment.tokens], self.model.device)
         cache = self._cache(segment.state)
         return self.model.record(
             SingleRecording(state=segment.state),

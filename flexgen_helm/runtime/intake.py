@@ -21,6 +21,7 @@ from flexgen_helm.generation.job_errors import impossible, of_one_job, overflow
 from flexgen_helm.generation.prepare import PreparedJob
 from flexgen_helm.generation.sampling import NEG_INF, UniformStream, choose, most_likely, take_rows, top_candidates
 from flexgen_helm.generation.vocabulary import Vocabulary
+from flexgen_helm.memory.copies import upload
 from flexgen_helm.schedule.rows import Continuation, LogitRequest
 from flexgen_helm.schedule.work import PromptWork
 from flexgen_helm.types import Job, Result, TokenLogprob
@@ -224,7 +225,7 @@ def _at(logprobs: Tensor, places: list[tuple[int, int]]) -> list[float]:
     """Return the log-probabilities at (row, token) pairs, in one copy."""
     if not places:
         return []
-    rows, token_ids = torch.tensor(places, device=logprobs.device).unbind(1)
+    rows, token_ids = upload(places, logprobs.device).unbind(1)
     found: list[float] = logprobs[rows, token_ids].tolist()
     return found
 

@@ -7,10 +7,13 @@ import time
 import pytest
 import torch
 
+from flexgen_helm.kv_cache.cargo import Cargo
 from flexgen_helm.kv_cache.form_pages import FormPages
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat
+from flexgen_helm.kv_cache.page_stores import HostPages
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import PageCounts, PagePool, PageStorage, StagedPages
+from flexgen_helm.kv_cache.sealed_format import sealed_format
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.link import Link
 from flexgen_helm.memory.meter import Meter
@@ -46,3 +49,26 @@ def test_stores_are_emptied_when_their_transfers_have_ended() -> None:
     pages.reserve(PageStorage(PageCounts(0, 4)), 2)
     link.close()
     pages.close()
+
+
+SHAPES = [(8, 64, 16, 16), (2, 64, 4, 2), (3, 10, 2, 16), (1, 7, 2, 8)]
+"""Heads, their size, and bits of K and V."""
+
+
+@pytest.mark.parametrize(("num_heads", "dim", "k_bits", "v_bits"), SHAPES)
+def test_host_pages_travel_bit_by_bit(num_heads: int, dim: int, k_bits: int, v_bits: int) -> None:
+    """Whatever the numbers are as which they are moved: any bytes, NaN among them, in pages of any size."""
+    x, chance = torch.zeros(1, num_heads, dim, dtype=torch.bfloat16), torch.Generator().manual_seed(0)
+    page_format, key, count, pages = PageFormat.plain(x, x), CacheKey(0, 0), 9, [7, 2, 5]
+    page_format = sealed_format(page_format, k_bits=k_bits, v_bits=v_bits)
+    store, cargo = HostPages(count), Cargo(key, page_format)
+    store.reserve(count)
+    store.register(key, page_format)
+    sent, found = (torch.randint(0, 256, (len(pages) * cargo.num_bytes,), generator=chance).byte() for _ in range(2))
+    store.write(cargo, pages, sent)
+    store.read(cargo, pages, found)
+    assert torch.equal(found, sent)
+    for stored, part in zip(store.tensors(key, page_format, CPU.torch_device).tensors, cargo.stretches(sent, 3), strict=True):
+        raw = stored.view(torch.uint8)
+        assert torch.equal(raw[pages], part.view(torch.uint8))
+        assert not raw[[i for i in range(count) if i not in pages]].any()

@@ -17,7 +17,7 @@ from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, PageCounts, PagePool, PageStorage
 from flexgen_helm.memory import buffers
 from flexgen_helm.memory.amounts import PAGE, padded
-from flexgen_helm.memory.buffers import allocate, lazy_zeros
+from flexgen_helm.memory.buffers import HUGE_FROM, allocate, lazy_zeros
 from tests.memory.alone import alone
 
 SIZE = 64 * 2**20
@@ -62,6 +62,19 @@ def test_lazy_zeros_take_memory_where_they_are_used_and_give_it_back() -> None:
     assert int(memory[0].max()) == 0
     del memory
     assert resident_bytes() - before < 0.1 * SIZE
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no huge pages")
+@pytest.mark.parametrize(("num_bytes", "huge"), [(HUGE_FROM, True), (HUGE_FROM - PAGE, False)])
+def test_large_lazy_zeros_come_in_huge_pages(num_bytes: int, huge: bool) -> None:
+    memory = lazy_zeros(num_bytes)
+    mappings = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    for mapping in filter(None, mappings):
+        begin, end = (int(address, 16) for address in mapping.split(" ", 1)[0].split("-"))
+        if begin <= memory.data_ptr() < end:
+            assert ("hg" in mapping.split("VmFlags:")[1].split()) == huge
+            return
+    raise AssertionError("the memory is not mapped")
 
 
 @alone

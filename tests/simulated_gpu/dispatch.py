@@ -73,6 +73,7 @@ SPECIAL: dict[Any, Callable[..., Any]] = {
     aten._to_copy.default: copies.to_copy,
     aten.copy_.default: copies.copy_,
     aten.is_pinned.default: copies.is_pinned,
+    aten.pin_memory.default: copies.pin_memory,
     aten._pin_memory.default: copies.pin_memory,
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _equal,

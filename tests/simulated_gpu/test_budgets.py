@@ -36,7 +36,7 @@ from tests.simulated_gpu.patches import simulated_gpu
 pytestmark = pytest.mark.usefixtures("one_check")
 JOBS = [Job(token_ids=random_tokens(seed, 100), max_new_tokens=3, ignore_eos=True) for seed in range(3)]
 ROWS = replace(POLICY, gpu_batch_tokens=512, overlap=False)
-FIRST, STEADY = 0, 1
+FIRST, STEADY, OUTPUT = range(3)
 """The first layer plans, the last one picks what the output head needs; the one of three between them does neither."""
 
 # Launches in a layer of the model's own code.
@@ -81,14 +81,18 @@ KERNEL = 2
 LOCATE = 2
 """Pages become slots, for writing and for reading."""
 
-# Waits.
-PLAN = 2 + 1 + 1
-"""Of the first layer: positions of queries and chunks and numbers of pages are uploaded, places without outputs are found."""
-PLAN_DECODE, PLAN_PREFILL = PLAN + 2, PLAN + 2 + 3
-"""Whether the mask shows anything is read twice. Queries of prompts are not neighbours: three indices are uploaded."""
+# Copies, of which none is waited for unless a test says so.
+RECORD = 2
+"""Tokens with their positions, and the places to which K and V go."""
+PLAN_DECODE = 3
+"""Of the first layer: positions of queries and chunks, numbers of pages, places without outputs."""
+PLAN_PREFILL = PLAN_DECODE + 3
+"""Queries of prompts are not neighbours: three indices."""
+LAST = 1
+"""Which positions the output head needs."""
 TABLES = 3
-"""Of the kernel's plan: tiles, visits and masks are uploaded."""
-BESIDE = 2 + 1 + 1
+"""Of the kernel's plan: tiles, visits and masks."""
+DOWN, UP = 2 + 1, 1
 """Attention on the CPU: K, V and queries go down, outputs come up."""
 
 PICK = 1 + 1
@@ -145,7 +149,11 @@ def costs_of(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) 
     def found(family: str, policy: Policy, jobs: list[Job] = JOBS, compression: str | None = None) -> Costs:
         with simulated_gpu() as gpu:
             costs = Costs(gpu)
-            compute, move = SweepRun.compute, SweepRun.move
+            record, compute, move = SweepRun.record, SweepRun.compute, SweepRun.move
+
+            def recording(run: SweepRun[Any], k: int) -> None:
+                with costs.watch(run, Operation("record", FIRST, k)):
+                    record(run, k)
 
             def computing(run: SweepRun[Any], j: int, k: int, *, last: bool) -> None:
                 with costs.watch(run, Operation("compute", j, k)):
@@ -155,6 +163,7 @@ def costs_of(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) 
                 with costs.watch(run, operation):
                     return move(run, operation)
 
+            monkeypatch.setattr(SweepRun, "record", recording)
             monkeypatch.setattr(SweepRun, "compute", computing)
             monkeypatch.setattr(SweepRun, "move", moving)
             answers(folder_of(family), policy, jobs, compression=compression)
@@ -192,8 +201,10 @@ def test_rows_on_the_device_never_wait(costs_of: CostsOf) -> None:
     assert_within(costs.highest("prefill", "compute"), Cost(shared + TRANSIENT + PREFILL))
     for row in ("decode", "prefill"):
         assert costs.highest(row, "load_cache") == costs.highest(row, "store_cache") == Cost()
-    assert costs.highest("decode", "compute", FIRST).waits <= PLAN_DECODE
-    assert costs.highest("prefill", "compute", FIRST).waits <= PLAN_PREFILL
+    for row, copies in (("decode", PLAN_DECODE), ("prefill", PLAN_PREFILL)):
+        assert costs.highest(row, "compute", FIRST)[1:] == (copies, 0)
+        assert costs.highest(row, "compute", OUTPUT)[1:] == (LAST, 0)
+        assert costs.highest(row, "record", FIRST)[1:] == (RECORD, 0)
 
 
 def as_one_kernel(plan: TilePlan, q: Tensor, stores: Stores, *places: Any, **options: Any) -> Tensor:
@@ -210,16 +221,16 @@ def test_the_kernel_is_one_launch_for_any_number_of_chunks(costs_of: CostsOf, mo
     costs = costs_of("llama", rows, long)
     for row, room in (("decode", 0), ("prefill", TRANSIENT)):
         assert_within(costs.highest(row, "compute"), Cost(AROUND_ATTENTION + MLP + KEEP + WRITE + room + KERNEL))
-        assert costs.highest(row, "compute", FIRST).waits <= TABLES
+        assert costs.highest(row, "compute", FIRST)[1:] == (TABLES, 0)
         assert by_hand.highest(row, "compute").launches > 2 * costs.highest(row, "compute").launches
 
 
-def test_k_and_v_are_brought_with_one_wait(costs_of: CostsOf) -> None:
-    """The numbers of the slots are uploaded; the computation itself does not wait."""
+def test_k_and_v_are_brought_without_a_wait(costs_of: CostsOf) -> None:
+    """The numbers of the slots are uploaded."""
     costs = costs_of("llama", replace(ROWS, cache=(0, 1, 0), cpu_attention=0))
     shared = AROUND_ATTENTION + MLP + KEEP + WRITE + WINDOW + GATHER + PUT
     assert_within(costs.highest("decode", "compute"), Cost(shared + DECODE + LOCATE))
-    assert_within(costs.highest("decode", "load_cache"), Cost(1, 1, 1))
+    assert_within(costs.highest("decode", "load_cache"), Cost(0, 1, 0))
     assert costs.highest("decode", "store_cache") == Cost()
 
 
@@ -229,12 +240,12 @@ def test_sparse_rows_wait_once_for_what_they_chose(costs_of: CostsOf) -> None:
     beside = costs_of("llama", replace(ROWS, cache=(0, 1, 0), cpu_attention=0), jobs, "s10")
     assert beside.highest("decode", "compute").waits == 1
     assert beside.highest("prefill", "compute").waits == 0
-    assert_within(beside.highest("decode", "load_cache"), Cost(2, 2, 2))  # of each form
+    assert_within(beside.highest("decode", "load_cache"), Cost(0, 2, 0))  # of each form
 
 
 def test_attention_on_the_cpu(costs_of: CostsOf) -> None:
     costs = costs_of("llama", replace(ROWS, weights=(0, 1, 0), cache=(0, 1, 0), cpu_attention=1))
-    assert_within(costs.highest("decode", "compute"), Cost(AROUND_ATTENTION + MLP + KEEP, BESIDE, BESIDE))
+    assert_within(costs.highest("decode", "compute"), Cost(AROUND_ATTENTION + MLP + KEEP, DOWN + UP, 1))
 
 
 def test_experts_wait_once_for_their_numbers_of_tokens(costs_of: CostsOf) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from flexgen_helm.attention import row
 from flexgen_helm.attention.row import RowAttention
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.kv_cache.staging import StagingBuffer
@@ -110,8 +111,8 @@ def test_read_ahead_buffers_are_used_again_at_once(planter: Planter, gpu: Simula
 
 
 def test_slots_of_pages_are_filled_before_they_are_emptied(planter: Planter, gpu: SimulatedGpu, folder: Path) -> None:
-    old = "device=self._device), self._last, slots"
-    planter.plant(WorkingSet, "load", old, "device=self._device), self._last if batches else Arrived(), slots")
+    old = "upload(slots, self._device), self._last, slots"
+    planter.plant(WorkingSet, "load", old, "upload(slots, self._device), self._last if batches else Arrived(), slots")
     answers(folder, MIXED)
     assert gpu.races
 
@@ -125,10 +126,16 @@ def test_slots_of_weights_are_filled_before_their_last_reader_is_done(
 
 
 def test_outputs_of_the_cpus_attention_stay_there(planter: Planter, gpu: SimulatedGpu, folder: Path) -> None:
-    planter.plant(RowAttention, "attend", ".to(qkv[2].dtype).to(qkv[2].device)", ".to(qkv[2].dtype)")
+    planter.plant(RowAttention, "attend", ".to(qkv[2].dtype), qkv[2].device)", ".to(qkv[2].dtype), HOST)")
     with pytest.raises(FlexGenError, match="same device"):
         answers(folder, ON_HOST)
     assert gpu.mismatches
+
+
+def test_the_cpu_attends_before_its_queries_are_there(planter: Planter, gpu: SimulatedGpu, folder: Path) -> None:
+    planter.plant(row, "to_host", "torch.cuda.current_stream(device).synchronize()", "pass")
+    answers(folder, ON_HOST)
+    assert gpu.races
 
 
 def test_ids_for_a_table_on_the_host_stay_on_the_device(planter: Planter, gpu: SimulatedGpu, folder: Path) -> None:

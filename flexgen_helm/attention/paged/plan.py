@@ -13,6 +13,7 @@ from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.attention.visits import Visit, row_visits
 from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, Place
+from flexgen_helm.memory.copies import to_device, upload
 
 PLACES: tuple[Place, ...] = ("transient", "device", "staged")
 """Places of pages that a GPU reads, numbered as in the kernel."""
@@ -86,8 +87,8 @@ class TilePlan:
                 visits.append([kind, int(visit.form == "sealed"), *places, *numbers])
         tiles.append([0, 0, 0, 0, len(visits)])
         table = torch.stack(masks) if masks else torch.zeros(1, size, CHUNK_TOKENS, dtype=torch.uint8)
-        lines = [torch.tensor(x, dtype=torch.int32).to(device) for x in (tiles, visits or [[0] * 10])]
-        return cls(size, lines[0], lines[1], table.to(device), torch.zeros(1, dtype=torch.long, device=device))
+        lines = [upload(x, device, torch.int32) for x in (tiles, visits or [[0] * 10])]
+        return cls(size, lines[0], lines[1], to_device(table, device), torch.zeros(1, dtype=torch.long, device=device))
 
 
 @dataclass(frozen=True)

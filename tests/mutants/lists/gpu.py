@@ -49,6 +49,14 @@ MUTANTS = (
         why="a setting of the user changes bits, unseen by the cache key",
     ),
     Mutant(
+        name="gpu-read-before-it-is-there",
+        file="flexgen_helm/memory/copies.py",
+        old="torch.cuda.current_stream(device).synchronize()",
+        new="pass",
+        tests=("tests/memory/test_copies.py",),
+        why="the CPU attends to keys that are still on their way",
+    ),
+    Mutant(
         name="gpu-without-its-limit",
         file="flexgen_helm/memory/device_limit.py",
         old="if self._limits[where]:",

@@ -197,6 +197,14 @@ MUTANTS = (
         why="a page is read from a tensor that is being replaced",
     ),
     Mutant(
+        name="pages-in-words-that-do-not-divide-them",
+        file="flexgen_helm/kv_cache/cargo.py",
+        old="if all(size % dtype.itemsize == 0",
+        new="if any(size % dtype.itemsize == 0",
+        tests=("tests/kv_cache/test_page_stores.py::test_host_pages_travel_bit_by_bit",),
+        why="pages of some sizes cannot be moved",
+    ),
+    Mutant(
         name="file-without-padding",
         file="flexgen_helm/policy/cache_plan.py",
         old='taken["disk"] *= self.disk_padding',
