@@ -9,8 +9,9 @@ from torch import Tensor
 
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.device import Device
-from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.slab import SlabFormat
+from flexgen_helm.memory.spans import Activity
 
 
 class Carrier:
