@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 FITTING_SECONDS = 40.0
 """Seconds for the last run of ``measure_fitting``; with earlier runs and loading, a command takes about a minute."""
 
+WAITED_FOR = {
+    "weights": "weights",
+    "cache": "K and V",
+    "hidden": "hidden states",
+    "cpu_attention": "attention on the CPU",
+    "host": "the host",
+}
+"""What the device waited for, by the cause in words."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -146,6 +155,7 @@ class Measurement:
             f"  limit           {_share_text(self.stats.roofline_efficiency)} of what this machine could do at best",
             f"  products        {_share_text(self.share_of_products)} of the rate of its matrix products",
             *self._bound_lines(),
+            *self._wait_lines(),
             *self._link_lines(),
             *self._tier_lines(),
             f"  process         {gib(stats.peak_bytes)} at most, {gib(taken)} more than before the run",
@@ -156,6 +166,13 @@ class Measurement:
         if bound is not None:
             yield f"  most time into  {bound.what}"
             yield f"  what helps      {bound.advice}"
+
+    def _wait_lines(self) -> Iterator[str]:
+        waits = sorted(self.stats.device_wait_seconds.items(), key=lambda item: -item[1])
+        if waits:
+            causes = ", ".join(f"{WAITED_FOR[cause]} {seconds:.2f} s" for cause, seconds in waits)
+            share = sum(seconds for _, seconds in waits) / self.stats.seconds
+            yield f"  device waits    {share:.0%} of the time: {causes}"
 
     def _link_lines(self) -> Iterator[str]:
         for link, rate in self.gb_per_second.items():

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+MOST_SWEEPS = 200
+"""Sweeps of a run that are listed one by one in a record."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,12 @@ class SweepStats:
     """Part of ``bytes_moved`` that is weights."""
     busy_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds in which each resource did at least one thing."""
+    device_wait_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds in which the device computed nothing, by cause (``flexgen_helm.memory.device_waits.WaitCause``)."""
+    limit_seconds: float | None = None
+    """Least seconds in which this machine could have done the sweep; None: not known."""
+    limited_by: str | None = None
+    """Resource that needs them, a key of ``RunStats.least_seconds``; None: not known."""
 
     @property
     def bound_by(self) -> str | None:
@@ -85,6 +96,10 @@ class RunStats:
     """Bytes of V that links did not move because sparse attention does not read them; empty without sparse attention."""
     predicted: Forecast | None = None
     """What the planner expected before the run; None: no policy was searched, because everything fits or the user names it."""
+    device_wait_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds in which the device computed nothing during sweeps, by cause."""
+    limit_unknown: str = "the machine's rates were not asked for"
+    """Why ``limit_seconds`` is None; empty where it is known."""
 
     @property
     def roofline_efficiency(self) -> float | None:
@@ -104,9 +119,35 @@ class RunStats:
         return f"{self.predicted.seconds:.3g} s predicted, {abs(off):.1%} {'more' if off > 0 else 'less'} than measured"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields in plain types; `per_sweep` becomes the number of sweeps that each resource bound."""
+        """Return all fields in plain types; of `per_sweep` what bound the sweeps, and how far from their limits they were."""
         bound_by = Counter(sweep.bound_by for sweep in self.per_sweep if sweep.bound_by)
         return asdict(replace(self, per_sweep=[])) | {
             "predicted_seconds": self.predicted_seconds,
-            "per_sweep": {"bound_by": dict(bound_by)},
+            "per_sweep": {"bound_by": dict(bound_by), "limit": _limits(self.per_sweep)},
         }
+
+
+def _limits(sweeps: Sequence[SweepStats]) -> dict[str, Any] | None:
+    """Return limit over time of sweeps: median, quantiles, the worst, and at most ``MOST_SWEEPS`` sweeps; None: unknown."""
+    known = [
+        (number, sweep.seconds, sweep.limit_seconds, sweep.limited_by)
+        for number, sweep in enumerate(sweeps, start=1)
+        if sweep.limit_seconds is not None and sweep.seconds
+    ]
+    if not known:
+        return None
+    shares = sorted((limit / seconds, number) for number, seconds, limit, _ in known)
+    quantiles = {q: round(shares[round(q / 100 * (len(shares) - 1))][0], 4) for q in (10, 25, 50, 75, 90)}
+    every = math.ceil(len(known) / MOST_SWEEPS)
+    return {
+        "median": quantiles.pop(50),
+        "worst": round(shares[0][0], 4),
+        "worst_sweep": shares[0][1],
+        "quantiles": {f"{q}%": share for q, share in quantiles.items()},
+        "every": every,
+        "sweeps": [[_short(seconds), _short(limit), resource] for _, seconds, limit, resource in known[::every]],
+    }
+
+
+def _short(seconds: float) -> float:
+    return float(f"{seconds:.4g}")

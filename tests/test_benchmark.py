@@ -75,6 +75,10 @@ def test_tokens_are_rates_times_seconds(engine: Engine, score: bool, tmp_path: P
         event for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if event.get("cat") == "sweep"
     ]
     assert len(sweeps) == found.stats.sweeps == len(found.stats.per_sweep)
+    limits = found.as_dict()["stats"]["per_sweep"]["limit"]["sweeps"]
+    assert sum(limit for _, limit, _ in limits) == pytest.approx(found.stats.limit_seconds, rel=1e-3)
+    for sweep in found.stats.per_sweep:  # one device, which computes or waits
+        assert sweep.busy_seconds["device"] + sum(sweep.device_wait_seconds.values()) == pytest.approx(sweep.seconds)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,9 @@ def test_the_report_of_a_run_from_disk() -> None:
         "process         5.00 GiB at most, 4.00 GiB more",
     ):
         assert line in text
+    waiting = dataclasses.replace(stats, device_wait_seconds={"host": 0.5, "weights": 1.5})
+    lines = Measurement("m", Workload(512, 2, 2), info, waiting, 9.0).lines()
+    assert "  device waits    50% of the time: weights 1.50 s, the host 0.50 s" in lines
     sparse = dataclasses.replace(stats, bytes_saved={"disk_read": 2**29})
     lines = Measurement("m", Workload(512, 2, 2), info, sparse, 9.0).lines()
     assert "  disk read       0.72 GB/s, 1.00 GiB in all, 0.50 GiB saved by sparsity" in lines

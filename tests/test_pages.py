@@ -184,7 +184,7 @@ def test_the_table_of_defaults_is_true() -> None:
 def test_the_legend_of_the_timeline_names_every_row_and_operation(folder: Path) -> None:
     text = (ROOT / "docs" / "benchmarking.md").read_text(encoding="utf-8")
     legend = set(re.findall(r"`([^`]*)`", text[text.index("## Timelines") :]))
-    assert {"sweeps", *map(title, RESOURCES)} <= legend
+    assert {"sweeps", "device waits", *map(title, RESOURCES)} <= legend
     policy = "weights=0:0:1,cache=0:0:1,hidden=0:0:1"
     run(f'flexgen-helm generate --model path/to/model --prompt "The capital" --policy {policy} --trace out.json')
     events = json.loads((folder / "out.json").read_text())["traceEvents"]

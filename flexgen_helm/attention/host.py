@@ -8,7 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from flexgen_helm.attention.kernels import Merged
-from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.spans import Activity
 
 
 def _just_wait() -> None:
@@ -41,7 +42,8 @@ class HostAttention:
         future: Future[Merged] = self._pool.submit(timed)
         if not future.done():
             self.suspend()
-        return future.result()
+        with self._meter.waiting():
+            return future.result()
 
     def close(self) -> None:
         """Wait for what runs."""

@@ -22,8 +22,9 @@ from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.execution.interfaces import AnyRecording, HiddenHandler, LayerHandler, LogitsHandler, OperationHandler, Rows
 from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.memory.hidden_store import HiddenStore
-from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.out_of_memory import is_out_of_device_memory
+from flexgen_helm.memory.spans import Activity
 from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.schedule.operations import Operation, Order, head_unit, sweep_operations
 from flexgen_helm.schedule.rows import LogitRequest, Sweep, halved

@@ -106,7 +106,7 @@ def _with_limit(engine: Engine, stats: RunStats) -> RunStats:
         return engine.with_limit(stats)
     except Exception as error:  # a figure is not worth the answers
         hwarn(f"The roofline efficiency of the run could not be measured: {error}")
-        return stats
+        return replace(stats, limit_unknown=f"the machine's rates could not be measured: {error}")
 
 
 class _Workload:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.memory.link import Link, Transfer
-from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.spans import Activity
 from flexgen_helm.types import Resource
 
 
@@ -58,6 +59,11 @@ class StateStore:
         """Start to bring the states of layer j back to the host; return None if all stay on the device."""
         moved = [state.content for state in states if self._on_host(state.owner)]
         return self._submit("device_to_host", Activity("store_cache", str(j)), moved, torch.device("cpu"))
+
+    def wait(self, arriving: Transfer) -> None:
+        """Let the computation that follows see states that `load` brings."""
+        with self._meter.waiting():
+            arriving.wait()
 
     def settle(self) -> None:
         """Wait for all transfers that were started; raise the error of the last one if it failed."""

@@ -23,7 +23,8 @@ from flexgen_helm.kv_cache.staging import StagingBuffer, StagingRing
 from flexgen_helm.memory.copies import upload
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
-from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.spans import Activity
 from flexgen_helm.types import Resource, Tier
 
 
@@ -206,7 +207,8 @@ class WorkingSet:
 
     def _wait(self, transfer: Transfer) -> None:
         try:
-            transfer.wait()
+            with self._meter.waiting():
+                transfer.wait()
         except BaseException:
             self._failure_seen = True
             raise

@@ -10,8 +10,9 @@ from torch import Tensor
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.copies import copy_in_pieces
 from flexgen_helm.memory.device import Device
-from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.slab import SlabFormat
+from flexgen_helm.memory.spans import Activity
 
 
 class Carrier:

@@ -16,7 +16,8 @@ from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.direct_io import file_error
 from flexgen_helm.memory.link import Link, Transfer
-from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.spans import Activity
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.types import TIERS, Resource, Shares, Tier
 
@@ -203,8 +204,9 @@ class HiddenStore:
         if k in self._kept:
             return self._kept.pop(k)
         transfer, target = self._arriving.pop(k)
-        self._leaving.pop(k).wait()
-        transfer.wait()
+        with self._meter.waiting():
+            self._leaving.pop(k).wait()
+            transfer.wait()
         if target[0].is_cuda:
             target[0].record_stream(torch.cuda.current_stream(self._device))
         return target[0]

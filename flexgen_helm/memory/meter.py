@@ -7,52 +7,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
 
 import torch
 
+from flexgen_helm.memory.device_waits import device_waits, seconds_by_cause
+from flexgen_helm.memory.spans import Activity, Span, covered_seconds
 from flexgen_helm.memory.usage import PeakBytes
 from flexgen_helm.run_stats import RunStats, SweepStats
 from flexgen_helm.types import RESOURCES, Resource, Tier
 
-ActivityKind = Literal[
-    "plan",
-    "record",
-    "compute",
-    "finish",
-    "load_weights",
-    "unpack_weights",
-    "load_cache",
-    "store_cache",
-    "load_hidden",
-    "store_hidden",
-]
-"""Kinds of work that a resource does: the kinds of operations, unpacking weights, and planning a sweep."""
 ON_STREAM: frozenset[Resource] = frozenset({"device", "unpack", "host_to_device", "device_to_host"})
 """Resources whose work a GPU does on a stream, after the call that starts it has returned."""
 _Mark = float | torch.cuda.Event
 _Anchor = tuple[torch.cuda.Event | None, float]
-
-
-class Activity(NamedTuple):
-    """Work that a resource does: its kind, layer and row."""
-
-    kind: ActivityKind
-    where: str = ""
-    """Layer, row, or "layer,row"."""
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.where}".rstrip()
-
-
-class Span(NamedTuple):
-    """An interval in which a resource was busy with one activity; begin and end are seconds since the run began."""
-
-    resource: Resource
-    activity: Activity
-    begin: float
-    end: float
-    num_bytes: int = 0
 
 
 class _Running:
@@ -95,6 +62,7 @@ class Meter:
         self._arenas: dict[tuple[Tier, str], int] = {}
         self._peaks: dict[str, int] = {}
         self._running: list[_Running] = []
+        self._computing: _Running | None = None
         self._saved: dict[str, int] = defaultdict(int)
         self._sweeps: list[SweepStats] | None = None
         self._begun = self._window = clock()
@@ -113,13 +81,32 @@ class Meter:
             activity: Work that it does.
             num_bytes: Bytes that are moved, or that attention on the CPU reads.
         """
-        anchor = self._anchor  # first: no begin may be before it
-        span = _Running(resource, activity, num_bytes, self._mark(resource), anchor)
-        self._note(span)
+        span = self._start(resource, activity, num_bytes)
+        if resource == "device":
+            self._computing = span
         try:
             yield
         finally:
+            if resource == "device" and self._computing is not None:
+                span, self._computing = self._computing, None
             span.end = self._mark(resource)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Measure the body of a `with` statement, in which a computation waits, as no work of the device.
+
+        The device's span ends before it, and another one of the same activity begins behind it; where the device has none
+        open, nothing happens. For the thread that computes.
+        """
+        span, self._computing = self._computing, None
+        if span is None:
+            yield
+            return
+        span.end = self._mark("device")
+        try:
+            yield
+        finally:
+            self._computing = self._start("device", span.activity, 0)
 
     def add(self, resource: Resource, activity: Activity, begin: float, end: float, num_bytes: int = 0) -> None:
         """Record a span that was timed elsewhere. The part of it before the current sweep does not count.
@@ -182,15 +169,20 @@ class Meter:
             if self._sweeps is None or self._memory is None:
                 return
             self._memory.sample()
-            begin, end = self._window, self.now()
-            done, busy = self._sort(end)
-            seconds = {name: covered_seconds(intervals, begin, end) for name, intervals in busy.items()}
+            now = self.now()
+            begin, end = self._window - self._begun, now - self._begun
+            done, busy = self._sort(now)
+            intervals: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+            for span in busy:
+                intervals[span.resource].append((span.begin, span.end))
+            seconds = {name: covered_seconds(found, begin, end) for name, found in intervals.items()}
             moved = _sums(done), _sums(span for span in done if span.activity.kind == "load_weights")
             tokens = prompt_tokens, decode_tokens, generated_tokens
-            self._sweeps.append(SweepStats(begin - self._begun, end - begin, *tokens, *moved, seconds))
+            waits = seconds_by_cause(device_waits(busy, begin, end))
+            self._sweeps.append(SweepStats(begin, end - begin, *tokens, *moved, seconds, waits))
             if self.spans is not None:
                 self.spans += done
-            self._window = end
+            self._window = now
             self._set_anchor()
 
     def end_run(self, stats: RunStats) -> None:
@@ -206,26 +198,35 @@ class Meter:
             stats.bytes_moved |= {name: moved} if moved else {}
             stats.bytes_saved |= {name: self._saved[name]} if name in self._saved and (moved or self._saved[name]) else {}
             stats.busy_seconds |= {name: busy} if busy else {}
+        for sweep in stats.per_sweep:
+            for cause, seconds in sweep.device_wait_seconds.items():
+                stats.device_wait_seconds[cause] = stats.device_wait_seconds.get(cause, 0.0) + seconds
 
     def _note(self, span: _Running) -> None:
         with self._lock:
             if self._sweeps is not None:
                 self._running.append(span)
 
-    def _sort(self, now: float) -> tuple[list[Span], dict[str, list[tuple[float, float]]]]:
-        """Remove and return the spans that have ended, and the intervals in which each resource was busy until now."""
-        done: list[Span] = []
-        busy: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    def _sort(self, now: float) -> tuple[list[Span], list[Span]]:
+        """Remove and return the spans that have ended; and return them with those that still run, as if they ended now."""
+        done, busy = list[Span](), list[Span]()
         running, self._running = self._running, []
         for span in running:
             begin, end = span.times()
             if begin is not None:
-                busy[span.resource].append((begin, now if end is None else end))
+                last = (now if end is None else end) - self._begun
+                busy.append(Span(span.resource, span.activity, begin - self._begun, last, span.num_bytes))
             if begin is None or end is None:
                 self._running.append(span)
             else:
-                done.append(Span(span.resource, span.activity, begin - self._begun, end - self._begun, span.num_bytes))
+                done.append(busy[-1])
         return done, busy
+
+    def _start(self, resource: Resource, activity: Activity, num_bytes: int) -> _Running:
+        anchor = self._anchor  # first: no begin may be before it
+        span = _Running(resource, activity, num_bytes, self._mark(resource), anchor)
+        self._note(span)
+        return span
 
     def _mark(self, resource: Resource) -> _Mark:
         if self._device.type != "cuda" or resource not in ON_STREAM:
@@ -249,14 +250,3 @@ def _sums(spans: Iterable[Span]) -> dict[str, int]:
         if span.num_bytes:
             sums[span.resource] += span.num_bytes
     return dict(sums)
-
-
-def covered_seconds(intervals: Iterable[tuple[float, float]], begin: float, end: float) -> float:
-    """Return the length in seconds of the union of intervals, cut to [begin, end]."""
-    covered, last = 0.0, begin
-    for since, until in sorted(intervals):
-        since, until = max(since, last), min(until, end)
-        if until > since:
-            covered += until - since
-            last = until
-    return covered

@@ -10,7 +10,8 @@ from typing import Protocol
 from torch import Tensor
 
 from flexgen_helm.memory.buffers import allocate
-from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.spans import Activity
 
 
 class SlabSource(Protocol):

@@ -13,9 +13,10 @@ from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
 from flexgen_helm.memory.carrier import Carrier, device_memory
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
-from flexgen_helm.memory.meter import Activity, Meter
+from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.read_ahead import ReadAhead, SlabSource
 from flexgen_helm.memory.slab import Binding, SlabFormat, in_place
+from flexgen_helm.memory.spans import Activity
 from flexgen_helm.types import Tier
 
 

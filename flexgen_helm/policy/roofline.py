@@ -78,16 +78,23 @@ def layer_sizes(
 
 
 def with_limit(stats: RunStats, sizes: LayerSizes, rates: Rates) -> RunStats:
-    """Return a run's stats with its limit: the sum over its sweeps of the time that the slowest resource needs at least.
+    """Return a run's stats with the limit of each sweep, which is what the slowest resource needs at least, and their sum.
 
     Weights count once in each sweep, however often they were moved; other transfers count as measured. A token takes two
     operations for each weight by which it is multiplied. Attention scores, K and V that the device reads from its own
     memory, and padding are left out. The limit is an estimate: rates change with the machine's other load, and weights in a
     processor's cache are read faster than memory.
     """
-    sweeps = [sweep_seconds(sweep, sizes, rates) for sweep in stats.per_sweep]
-    least = {name: sum(sweep[name] for sweep in sweeps) for name in (sweeps[0] if sweeps else ())}
-    return replace(stats, limit_seconds=sum(max(sweep.values()) for sweep in sweeps), least_seconds=least)
+    seconds = [sweep_seconds(sweep, sizes, rates) for sweep in stats.per_sweep]
+    least = {name: sum(sweep[name] for sweep in seconds) for name in (seconds[0] if seconds else ())}
+    sweeps = [_limited(sweep, each) for sweep, each in zip(stats.per_sweep, seconds, strict=True)]
+    total = sum(max(each.values()) for each in seconds)
+    return replace(stats, limit_seconds=total, limit_unknown="", least_seconds=least, per_sweep=sweeps)
+
+
+def _limited(sweep: SweepStats, seconds: dict[str, float]) -> SweepStats:
+    slowest = max(seconds, key=seconds.__getitem__)
+    return replace(sweep, limit_seconds=seconds[slowest], limited_by=slowest)
 
 
 def sweep_seconds(sweep: SweepStats, sizes: LayerSizes, rates: Rates) -> dict[str, float]:

@@ -111,8 +111,8 @@ class SingleRows:
     def replay(self, j: int, recording: SingleRecording | JointRecording) -> None:
         """Run layer j on a row."""
         arriving = self.load_cache(j, recording)
-        if arriving is not None:
-            arriving.wait()
+        if arriving is not None and self._store is not None:
+            self._store.wait(arriving)
         if isinstance(recording, Recording):
             self.model.replay(j, recording)
             return

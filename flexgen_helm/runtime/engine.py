@@ -331,7 +331,8 @@ class Engine:
     def with_limit(self, stats: RunStats) -> RunStats:
         """Return a run's stats with the least time that this machine needs for them, from rates measured now.
 
-        The stats are returned unchanged if nothing was computed or the limit is unknown (`flexgen_helm.policy.roofline`).
+        The stats of a run that computed nothing are returned unchanged; `limit_unknown` says why there is no limit
+        (`flexgen_helm.policy.roofline`).
         """
         parts, model = self._parts, self._parts.loaded.model
         sizes = layer_sizes(
@@ -340,8 +341,10 @@ class Engine:
             model.get_output_embeddings(),
             **parts.plan.weights.bytes_per_sweep,
         )
-        if sizes is None or not stats.per_sweep:
+        if not stats.per_sweep:
             return stats
+        if sizes is None:
+            return replace(stats, limit_unknown="the config does not say how many experts a token uses")
         rates = measure_rates(
             parts.device.torch_device,
             model.dtype,

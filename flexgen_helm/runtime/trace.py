@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.memory.meter import Span
+from flexgen_helm.memory.device_waits import Wait, device_waits
+from flexgen_helm.memory.spans import Span
 from flexgen_helm.run_stats import SweepStats
 from flexgen_helm.types import RESOURCES
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 PROCESS = 1
 ROWS_EACH = 100
 """Row numbers reserved for each resource in the timeline; they also order the resources."""
+WAITS_ROW = ROWS_EACH - 1
+"""Row of the device's waits, above the device."""
 
 
 @contextmanager
@@ -56,7 +60,7 @@ def write_trace(path: Path, spans: Sequence[Span], sweeps: Sequence[SweepStats])
     Raises:
         FlexGenError: If the file cannot be written.
     """
-    events = _sweep_events(sweeps)
+    events = _sweep_events(sweeps) + _wait_events(spans, sweeps)
     for i, resource in enumerate(RESOURCES, start=1):
         events += _resource_events(resource, ROWS_EACH * i, [span for span in spans if span.resource == resource])
     try:
@@ -78,6 +82,25 @@ def _sweep_events(sweeps: Sequence[SweepStats]) -> list[dict[str, Any]]:
         arguments = {"bound by": sweep.bound_by and title(sweep.bound_by), **tokens, **busy}
         events.append(_event(f"sweep {number}", "sweep", 0, sweep.begin, sweep.begin + sweep.seconds, arguments))
     return events
+
+
+def _wait_events(spans: Sequence[Span], sweeps: Sequence[SweepStats]) -> list[dict[str, Any]]:
+    waits = list(_waits(spans, sweeps)) if spans else []
+    events = [*_row_names(WAITS_ROW, "device waits")] if waits else []
+    for wait in waits:
+        events.append(_event(wait.what, "device_waits", WAITS_ROW, wait.begin, wait.end, {"cause": title(wait.cause)}))
+    return events
+
+
+def _waits(spans: Sequence[Span], sweeps: Sequence[SweepStats]) -> Iterator[Wait]:
+    """Yield the device's waits, sweep by sweep."""
+    later, busy = deque(sorted(spans, key=lambda span: span.begin)), list[Span]()
+    for sweep in sweeps:
+        end = sweep.begin + sweep.seconds
+        while later and later[0].begin < end:
+            busy.append(later.popleft())
+        yield from device_waits(busy, sweep.begin, end)
+        busy = [span for span in busy if span.end > end]
 
 
 def _resource_events(resource: str, first_row: int, spans: list[Span]) -> list[dict[str, Any]]:

@@ -93,6 +93,7 @@ class FakeEngine:
             tier_peak_bytes={"host": 4, "disk": 8},
             bytes_moved=moved,
             busy_seconds=busy,
+            device_wait_seconds={"weights": 0.5},
             per_sweep=[SweepStats(0.0, 2.0, asked // 2, 0, len(jobs), moved, moved, busy)],
         )
         return results
@@ -113,7 +114,8 @@ class FakeEngine:
         return EngineInfo(POLICY, self.numerics, 32.0, 32.0, {"device": 4, "host": 0, "disk": 0})
 
     def with_limit(self, stats: RunStats) -> RunStats:
-        return replace(stats, limit_seconds=stats.seconds / 2) if stats.num_jobs else stats
+        sweeps = [replace(sweep, limit_seconds=sweep.seconds / 2, limited_by="disk_read") for sweep in stats.per_sweep]
+        return replace(stats, limit_seconds=stats.seconds / 2, per_sweep=sweeps) if stats.num_jobs else stats
 
     def close(self) -> None:
         self.closed = True

@@ -230,7 +230,18 @@ def test_report_of_a_run(run_suite: RunSuite, loader: FakeLoader) -> None:
     assert measured["tokens_per_second"] == (stats["prompt_tokens_computed"] + stats["generated_tokens"]) / stats["seconds"]
     assert (stats["bytes_moved"], stats["busy_seconds"]) == ({"disk_read": 8}, {"disk_read": 0.5})
     assert (stats["tier_peak_bytes"], stats["limit_seconds"]) == ({"host": 4, "disk": 8}, 1.0)
-    assert stats["per_sweep"] == {"bound_by": {"disk_read": 1}}
+    assert stats["per_sweep"] == {
+        "bound_by": {"disk_read": 1},
+        "limit": {
+            "median": 0.5,
+            "worst": 0.5,
+            "worst_sweep": 1,
+            "quantiles": dict.fromkeys(("10%", "25%", "75%", "90%"), 0.5),
+            "every": 1,
+            "sweeps": [[2.0, 1.0, "disk_read"]],
+        },
+    }
+    assert stats["device_wait_seconds"] == {"weights": 0.5}
 
 
 @pytest.mark.parametrize("flag", ["skip_instances", "cache_instances_only"])
@@ -289,7 +300,9 @@ def test_a_figure_that_cannot_be_measured_loses_no_answers(
 
     monkeypatch.setattr(FakeEngine, "with_limit", out_of_memory)
     suite = run_suite(SPECS[:1])
-    assert read(suite, "generation", RUN_FILE)["measured"]["roofline_efficiency"] is None
+    measured = read(suite, "generation", RUN_FILE)["measured"]
+    assert measured["roofline_efficiency"] is measured["stats"]["per_sweep"]["limit"] is None
+    assert measured["stats"]["limit_unknown"] == "the machine's rates could not be measured: CUDA out of memory"
 
 
 def test_a_cache_that_cannot_be_written_loses_no_answers(

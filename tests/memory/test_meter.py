@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_helm.memory.meter import Activity, Meter, covered_seconds
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.spans import Activity, covered_seconds
 from flexgen_helm.run_stats import RunStats
 
 CPU = torch.device("cpu")
@@ -67,6 +68,33 @@ def test_sweeps_share_out_what_spans_them() -> None:
     assert (stats.bytes_moved, stats.busy_seconds) == ({"disk_read": 85}, {"device": 3, "disk_read": 6})
     assert second.bound_by == "disk_read"
     assert stats.bytes_saved == {}
+
+
+def test_what_a_computation_waits_for_is_no_work_of_the_device() -> None:
+    """A layer of two seconds in two parts, between which it waits for three; before it the host needs one."""
+    clock = Clock()
+    meter, stats = Meter(CPU, clock), RunStats()
+    meter.spans = []
+    with meter.waiting():  # nothing is computed
+        pass
+    meter.begin_run()
+    clock.seconds += 1
+    with meter.span("device", Activity("compute", "2,0")):
+        clock.seconds += 1.5
+        with contextlib.suppress(ValueError), meter.waiting(), meter.span("host_to_device", Activity("load_cache", "2")):
+            clock.seconds += 3
+            raise ValueError
+        clock.seconds += 0.5
+    meter.end_sweep(0, 1, 1)
+    with meter.span("device", Activity("compute", "0,0")):
+        clock.seconds += 1
+    clock.seconds += 1
+    meter.end_sweep(0, 1, 1)
+    meter.end_run(stats)
+    assert [str(span.activity) for span in meter.spans if span.resource == "device"] == ["compute 2,0"] * 2 + ["compute 0,0"]
+    assert stats.busy_seconds == {"device": 3, "host_to_device": 3}
+    assert [sweep.device_wait_seconds for sweep in stats.per_sweep] == [{"host": 1, "cache": 3}, {"host": 1}]
+    assert stats.device_wait_seconds == {"host": 2, "cache": 3}
 
 
 def test_bytes_that_were_saved_are_told_where_a_link_is_used() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -85,9 +86,44 @@ def test_a_sweep_takes_as_long_as_its_slowest_resource() -> None:
     stats = RunStats(per_sweep=[prefill, decode, decode])
     stats = with_limit(stats, sizes, rates)
     assert stats.limit_seconds == pytest.approx(10.004 + 2 * 1800 / 200)
+    assert [(sweep.limit_seconds, sweep.limited_by) for sweep in stats.per_sweep] == [
+        (pytest.approx(10.004), "products"),
+        *[(9, "cpu_attention")] * 2,
+    ]
+    assert stats.limit_unknown == ""
     assert stats.least_seconds["cpu_attention"] == 2 * 1800 / 200
     assert stats.least_seconds["products"] == pytest.approx(10.004 + 2 * 0.044)
     assert RunStats().limit_seconds is None
+
+
+def of(seconds: float, share: float | None) -> SweepStats:
+    """A sweep at a share of its limit."""
+    limit = None if share is None else seconds * share
+    return SweepStats(0, seconds, 1, 0, 0, limit_seconds=limit, limited_by=None if share is None else "read")
+
+
+def test_a_record_says_of_each_sweep_how_far_from_its_limit_it_was() -> None:
+    sweeps = [of(2, 0.5), of(4, 0.25), of(1, 0.75)]
+    assert RunStats(per_sweep=sweeps).as_dict()["per_sweep"]["limit"] == {
+        "median": 0.5,
+        "worst": 0.25,
+        "worst_sweep": 2,
+        "quantiles": {"10%": 0.25, "25%": 0.25, "75%": 0.75, "90%": 0.75},
+        "every": 1,
+        "sweeps": [[2, 1, "read"], [4, 1, "read"], [1, 0.75, "read"]],
+    }
+    unknown = RunStats(per_sweep=[of(2, None)]).as_dict()
+    assert (unknown["per_sweep"]["limit"], unknown["limit_unknown"]) == (None, "the machine's rates were not asked for")
+
+
+def test_a_record_of_many_sweeps_stays_small() -> None:
+    """Of 5,000 sweeps at 0.0001, 0.0002, ... of their limits, every 25th is listed, and quantiles are those of all."""
+    stats = RunStats(per_sweep=[of(1 / 3, number / 10_000) for number in range(1, 5001)])
+    found = stats.as_dict()["per_sweep"]["limit"]
+    assert (found["every"], len(found["sweeps"]), found["sweeps"][1]) == (25, 200, [0.3333, 0.0008667, "read"])
+    assert (found["median"], found["worst"], found["worst_sweep"]) == (pytest.approx(0.25, abs=1e-3), 0.0001, 1)
+    assert found["quantiles"] == pytest.approx({"10%": 0.05, "25%": 0.125, "75%": 0.375, "90%": 0.45}, abs=1e-3)
+    assert len(json.dumps(found)) < 8000
 
 
 def test_without_a_memory_of_its_own_the_device_has_no_link() -> None:
@@ -169,6 +205,9 @@ def test_no_run_is_faster_than_its_limit(family: str, tmp_path: Path) -> None:
         share = engine.with_limit(engine.stats).roofline_efficiency
         assert share is not None
         assert 0 < share < 1
+        limits = engine.with_limit(engine.stats).as_dict()["per_sweep"]["limit"]
+        assert len(limits["sweeps"]) == engine.stats.sweeps
+        assert 0 < limits["worst"] <= limits["median"] < 1
         info = engine.describe()
         assert info.bits_per_weight == info.bits_per_cache_element == 32
         assert info.numerics == engine.numerics

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.simulated_gpu import kernels, shapes
-from tests.simulated_gpu.gpu import SimulatedGpu
+from tests.simulated_gpu.gpu import SimulatedGpu, Size
 from tests.simulated_gpu.tensors import GpuTensor, content_of, extent, new_on_gpu, start
 
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ def travel(gpu: SimulatedGpu, target: Tensor, source: Tensor, *, non_blocking: b
     on_host = [] if pinned is None else [(pinned, extent(host, host.data_ptr() - pinned.begin))]
     up = device is target
     what = f"{'h2d' if up else 'd2h'} {'pageable' if pinned is None else 'pinned'}"
-    stream = gpu.run("copy", what, on_host if up else [on_device], [on_device] if up else on_host)
+    stream = gpu.run("copy", what, on_host if up else [on_device], [on_device] if up else on_host, size=Size(host.nbytes))
     if host.numel() and (pinned is None or not non_blocking):
         gpu.finish(stream, what, [device.memory])
 

@@ -22,6 +22,23 @@ Parts = Sequence[tuple[Region, Spans]]
 """Bytes of regions that a piece of work touches."""
 
 
+class Size(NamedTuple):
+    """How much a kernel or a copy does.
+
+    Attributes:
+        num_bytes: Bytes that a kernel reads and writes, or that a copy carries.
+        shapes: Of a product's operands.
+        itemsize: Bytes of an element of a product's operands.
+    """
+
+    num_bytes: int = 0
+    shapes: Shapes = ()
+    itemsize: int = 0
+
+
+NO_SIZE = Size()
+
+
 class Event(NamedTuple):
     """Something that the device was asked to do, or that a thread waited for.
 
@@ -30,14 +47,14 @@ class Event(NamedTuple):
         what: The operator, or the kind of copy.
         thread: Name of the host thread that asked.
         site: The line of the package that asked.
-        shapes: Of a product's operands.
+        size: How much it is.
     """
 
     kind: Kind
     what: str
     thread: str
     site: str
-    shapes: Shapes = ()
+    size: Size = NO_SIZE
 
 
 class DeviceMemory(Region):
@@ -152,7 +169,7 @@ class SimulatedGpu:
             while self._freed:
                 self.allocator.free(self._freed.popleft())
 
-    def run(self, kind: Kind | None, what: str, reads: Parts, writes: Parts, *, shapes: Shapes = ()) -> Agent:
+    def run(self, kind: Kind | None, what: str, reads: Parts, writes: Parts, *, size: Size = NO_SIZE) -> Agent:
         """Append work to the current stream, behind all that this thread knows.
 
         Args:
@@ -160,7 +177,7 @@ class SimulatedGpu:
             what: The operator, or the kind of copy.
             reads: Memory that it reads.
             writes: Memory that it writes.
-            shapes: Of a product's operands.
+            size: How much it is.
 
         Returns:
             The stream.
@@ -170,7 +187,7 @@ class SimulatedGpu:
             stream.learn(self.thread.known)
             self._step(stream, f"{what} at {site}", reads, writes)
         if kind is not None:
-            self.log.append(Event(kind, what, threading.current_thread().name, site, shapes))
+            self.log.append(Event(kind, what, threading.current_thread().name, site, size))
         return stream
 
     def touch(self, what: str, region: Region, spans: Spans, *, writes: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tests.simulated_gpu import shapes
 from tests.simulated_gpu.clocks import Spans, joined
-from tests.simulated_gpu.gpu import SimulatedGpu
+from tests.simulated_gpu.gpu import SimulatedGpu, Size
 from tests.simulated_gpu.tensors import CUDA, GpuTensor, content_of, extent, mapped, new_on_gpu, start, tensors_in
 
 aten = torch.ops.aten
@@ -25,6 +26,8 @@ LAUNCH_NOTHING = frozenset(("empty", "empty_like", "new_empty", "empty_strided",
 PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "scaled_dot_product_attention"))
 WHOLE = frozenset(("scaled_dot_product_attention",))
 """Composite operators that a GPU computes in one kernel."""
+OVERWRITES = frozenset(("copy_", "fill_", "zero_"))
+"""Operators that do not read what they write."""
 INDEXED = frozenset(("index", "index_put", "index_put_", "_index_put_impl_"))
 ROWS_AT = {"index_select": 2, "index_copy_": 2, "embedding": 1}
 """Operators that touch rows of their first operand, and which argument names the rows."""
@@ -104,7 +107,8 @@ def launch(gpu: SimulatedGpu, func: Any, args: Any, reads: list[GpuTensor], writ
     name = traits(func).name
     parts = [[(x.memory, _spans(gpu, name, x, args)) for x in tensors] for tensors in (reads, writes)]
     forms = tuple(tuple(x.shape) for x in reads) if name in PRODUCTS else ()
-    stream = gpu.run(None if name in LAUNCH_NOTHING else "launch", name, *parts, shapes=forms)
+    size = Size(_num_bytes(name, args, reads, writes), forms, reads[-1].element_size() if forms else 0)
+    stream = gpu.run(None if name in LAUNCH_NOTHING else "launch", name, *parts, size=size)
     # Masks become indices, whose number the host must know; indices on the host are copied.
     if name in WAITING or (name in INDEXED and any(_is_mask(x) or not isinstance(x, GpuTensor) for x in tensors_in(args[1]))):
         gpu.finish(stream, name, [x.memory for x in (*reads, *writes)])
@@ -139,6 +143,23 @@ def check_devices(gpu: SimulatedGpu, func: Any, args: Any, operands: list[Tensor
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     values = [args[i] if i < len(args) else kwargs.get(name) for i, name in traits(func).writes]
     return tensors_in(values)
+
+
+def _num_bytes(name: str, args: Any, reads: list[GpuTensor], writes: list[GpuTensor]) -> int:
+    """Bytes that a kernel reads and writes. Of an operand of which it touches rows, these are as many as it takes or gives."""
+    rows = args[0] if (name in INDEXED or name in ROWS_AT) and args else None
+    others = sum(_distinct_bytes(x) for x in (*reads, *writes) if x is not rows)
+    if any(x is rows for x in reads):  # rows become the result
+        return others + sum(_distinct_bytes(x) for x in writes)
+    if any(x is rows for x in writes):  # the last operand becomes rows
+        return others + sum(_distinct_bytes(x) for x in reads[-1:])
+    changed = writes if name.endswith("_") and name not in OVERWRITES else []
+    return others + sum(_distinct_bytes(x) for x in changed)
+
+
+def _distinct_bytes(x: Tensor) -> int:
+    """Bytes of a tensor's elements, each once where it is expanded."""
+    return math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride or not n) * x.element_size()
 
 
 def _spans(gpu: SimulatedGpu, name: str, x: GpuTensor, args: Any) -> Spans:

@@ -36,9 +36,9 @@ def forms_of(folder_of: Callable[[str], Path]) -> Callable[[str], Forms]:
             num_loading = len(gpu.log)
             for jobs in runs:
                 engine.run(jobs, progress=False)
-            products = [event for event in gpu.log[num_loading:] if event.shapes]
-        attention = {event.shapes for event in products if event.site.startswith("attention/")}
-        return Forms({event.shapes for event in products if not event.site.startswith("attention/")}, attention)
+            products = [event for event in gpu.log[num_loading:] if event.size.shapes]
+        attention = {event.size.shapes for event in products if event.site.startswith("attention/")}
+        return Forms({event.size.shapes for event in products if not event.site.startswith("attention/")}, attention)
 
     forms = {
         "alone": found(POLICY, [[job] for job in JOBS]),

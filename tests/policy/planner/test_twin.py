@@ -14,8 +14,8 @@ from flexgen_helm.policy.planner.durations import Durations
 from flexgen_helm.policy.planner.fluid import Fluid
 from flexgen_helm.policy.planner.loads import Pages, RowLoad, SweepLoad
 from flexgen_helm.policy.planner.replay import Replay
-from flexgen_helm.schedule.operations import ORDERS, Order
-from flexgen_helm.types import TIERS, Shares, Tier
+from flexgen_helm.schedule.operations import ORDERS, Order, sweep_operations
+from flexgen_helm.types import ON_DEVICE, TIERS, Shares, Tier
 from tests.policy.planner.made import KIB, MIB, machine_with, plan_with, policy_with, shapes_with
 from tests.policy.planner.twin import measured
 
@@ -73,7 +73,11 @@ def test_a_sweep_takes_as_long_as_in_the_real_executor(
     clock = Fluid(duplex=durations.profile.duplex)
     replay = Replay(durations, clock, order=order)
     predicted = [replay.sweep(load) for load in loads]
-    assert predicted == pytest.approx(measured(durations, loads, order, folder), rel=0.02)
+    found = measured(durations, loads, order, folder)
+    assert predicted == pytest.approx([sweep.begin + sweep.seconds for sweep in found], rel=0.02)
+    for sweep in found:  # one device, which computes or waits
+        waited = sum(sweep.device_wait_seconds.values())
+        assert sweep.busy_seconds.get("device", 0.0) + waited == pytest.approx(sweep.seconds)
 
 
 def test_pages_travel_while_others_are_read() -> None:
@@ -87,3 +91,43 @@ def test_pages_travel_while_others_are_read() -> None:
     end = Replay(durations, clock).sweep(SweepLoad((load,), 0, 0, 0))
     assert len(pieces) > 1
     assert end >= seconds + pieces[-1][1].seconds
+
+
+@pytest.mark.parametrize(("rate", "binds"), [(4e6, True), (4e7, False)])
+def test_a_sweep_from_disk_waits_for_what_is_not_hidden_behind_computation(rate: float, binds: bool, tmp_path: Path) -> None:
+    """Four layers of 400 KiB, read ahead: either the disk never rests, or it is always done before."""
+    shapes = shapes_with(4, layer=400 * KIB)
+    plan = plan_with(shapes, policy_with(prefetch=1), dict.fromkeys(range(4), "disk"), own_memory=False)
+    durations = Durations(plan, machine_with(own_memory=False, disk_read=Rate(rate)))
+    row = RowLoad("decode", 16, 0, 0)
+    (layer,), (head,), (record,) = durations.layer(0, row), durations.finish(16), durations.record(row)
+    computing, reading = 4 * layer.seconds + head.seconds, 4 * 400 * KIB / rate
+    for sweep in measured(durations, [SweepLoad((row,), 16, 0, 0)] * 3, "zigzag", tmp_path)[1:]:
+        waits = {"weights": reading - computing} if binds else {"host": record.seconds}
+        assert sweep.device_wait_seconds == pytest.approx(waits)
+        assert sweep.seconds == pytest.approx(reading if binds else computing + record.seconds)
+
+
+@pytest.mark.parametrize(
+    ("row", "hidden", "cause"),
+    [
+        (RowLoad("decode", 16, 0, 0, (("host", "exact", 10),), (), True), ON_DEVICE, "cache"),
+        (RowLoad("decode", 16, 0, 2000, on_host=True), ON_DEVICE, "cpu_attention"),
+        (RowLoad("decode", 16, 0, 0), (0, 1, 0), "hidden"),
+    ],
+)
+def test_a_single_row_waits_for_its_parts(row: RowLoad, hidden: Shares, cause: str, tmp_path: Path) -> None:
+    """K and V come while the layer before is computed; attention and hidden states, of three layers, hide behind nothing."""
+    shapes = shapes_with(4, num_kv_heads=64, head_dim=256)
+    durations = Durations(plan_with(shapes, policy_with(hidden=hidden)), machine_with())
+    stages, (record,) = durations.layer(0, row), durations.record(row)
+    if cause == "cache":
+        expected = 4 * durations.load_cache(row)[0][0].seconds - 3 * stages[0].seconds
+    elif cause == "cpu_attention":
+        expected = 4 * stages[1].seconds
+    else:
+        ways = (durations.hidden(row, "host", stores=stores) for stores in (True, False))
+        moves = [operation for operation in sweep_operations("zigzag", 4, 1) if operation.kind == "load_hidden"]
+        expected = len(moves) * sum(stage.seconds for way in ways for stage in way)
+    for sweep in measured(durations, [SweepLoad((row,), 16, 0, 0)] * 2, "zigzag", tmp_path):
+        assert sweep.device_wait_seconds == pytest.approx({"host": record.seconds, cause: expected})

@@ -23,29 +23,32 @@ from flexgen_helm.kv_cache.pages import NUM_BUFFERS
 from flexgen_helm.memory import hidden_store, weight_store
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.hidden_store import HiddenStore
+from flexgen_helm.memory.meter import Meter
+from flexgen_helm.memory.spans import Activity, ActivityKind
 from flexgen_helm.memory.weight_store import Unit, WeightStore
 from flexgen_helm.policy.planner.durations import Durations, Stage
 from flexgen_helm.policy.planner.loads import RowLoad, SweepLoad
+from flexgen_helm.run_stats import RunStats, SweepStats
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.rows import LogitRequest, Row, Segment, Sweep
-from flexgen_helm.types import ON_DEVICE
+from flexgen_helm.types import ON_DEVICE, Resource
 from tests.policy.planner.virtual_clock import Clock, PacedQueue, Promise
 
 
-class PacedMeter:
+class PacedMeter(Meter):
     """A meter whose spans take the time of their bytes. What it is not told of is free, or paid for elsewhere."""
 
-    spans = None
-
     def __init__(self, clock: Clock, durations: Durations) -> None:
+        super().__init__(torch.device("cpu"), lambda: clock.now)
         self._clock, self._durations = clock, durations
-
-    def now(self) -> float:
-        return self._clock.now
 
     @contextmanager
     def span(self, resource: Any, activity: Any, num_bytes: int = 0) -> Iterator[None]:
-        yield
+        with super().span(resource, activity, num_bytes):
+            yield
+            self._pay(resource, num_bytes)
+
+    def _pay(self, resource: Any, num_bytes: int) -> None:
         if not num_bytes:
             return
         rates, own_memory = self._durations.profile, self._durations.plan.space.own_memory
@@ -56,12 +59,6 @@ class PacedMeter:
             ways = [resource, "host_to_device"]
         for way in ways:
             self._clock.spend(Stage(way, num_bytes / getattr(rates, way).value, 0, way))
-
-    def add(self, *args: Any) -> None:
-        pass
-
-    def hold(self, *args: Any) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -129,8 +126,8 @@ class PacedRows:
 
     can_be_halved = False
 
-    def __init__(self, clock: Clock, durations: Durations, head_slice: int) -> None:
-        self._clock, self._durations, self._head_slice = clock, durations, head_slice
+    def __init__(self, meter: PacedMeter, clock: Clock, durations: Durations, head_slice: int) -> None:
+        self._meter, self._clock, self._durations, self._head_slice = meter, clock, durations, head_slice
         self.num_layers = durations.plan.shapes.num_layers
         self._cache, self._cpu = PacedQueue(clock), PacedQueue(clock)
         self._suspend: Callable[[], None] = lambda: None
@@ -153,7 +150,7 @@ class PacedRows:
         if not recording.load.stages:
             return None
         pieces = self._durations.load_cache(recording.load)
-        recording.arriving[j] = self._cache.submit(lambda: self._bring(pieces))
+        recording.arriving[j] = self._cache.submit(self._timed("host_to_device", "load_cache", j, lambda: self._bring(pieces)))
         return recording.arriving[j]
 
     def store_cache(self, j: int, recording: PacedRecording) -> Promise | None:
@@ -192,15 +189,17 @@ class PacedRows:
 
     def replay(self, j: int, recording: PacedRecording) -> None:
         if recording.load.stages:
-            recording.arriving.pop(j).wait()
+            with self._meter.waiting():
+                recording.arriving.pop(j).wait()
         stages = self._durations.layer(j, recording.load, first=self._layer != j)
         self._layer = j
         self._spend(stages[:1])
         if recording.load.on_host:
-            attended = self._cpu.submit(lambda: self._spend(stages[1:2]))
+            attended = self._cpu.submit(self._timed("cpu_attention", "compute", j, lambda: self._spend(stages[1:2])))
             if not attended.done():
                 self._suspend()
-            attended.wait()
+            with self._meter.waiting():
+                attended.wait()
             self._spend(stages[2:])
 
     def use_suspender(self, suspend: Callable[[], None]) -> None:
@@ -220,14 +219,21 @@ class PacedRows:
         for stage in stages:
             self._clock.spend(stage)
 
+    def _timed(self, resource: Resource, kind: ActivityKind, j: int, work: Callable[[], None]) -> Callable[[], None]:
+        def timed() -> None:
+            with self._meter.span(resource, Activity(kind, str(j))):
+                work()
 
-def measured(durations: Durations, loads: list[SweepLoad], order: Order, folder: Path) -> list[float]:
-    """Return when each sweep has ended, on the virtual clock of the real executor."""
+        return timed
+
+
+def measured(durations: Durations, loads: list[SweepLoad], order: Order, folder: Path) -> list[SweepStats]:
+    """Return what is measured of each sweep, on the virtual clock of the real executor."""
     plan, clock = durations.plan, Clock(durations.profile.duplex)
     policy, meter = plan.policy, PacedMeter(clock, durations)
     device: Any = Device(torch.device("cpu"), own_memory=plan.space.own_memory)
-    rows = PacedRows(clock, durations, policy.gpu_batch_size)
-    ends: list[float] = []
+    rows = PacedRows(meter, clock, durations, policy.gpu_batch_size)
+    stats = RunStats()
 
     def queue(*args: Any) -> PacedQueue:
         return PacedQueue(clock)
@@ -235,16 +241,18 @@ def measured(durations: Durations, loads: list[SweepLoad], order: Order, folder:
     with patch.object(weight_store, "Link", queue), patch.object(hidden_store, "Link", queue):
         hidden: Any = None
         if policy.hidden != ON_DEVICE:
-            hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)  # type: ignore[arg-type]
+            hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)
         weights = _weights(clock, durations, device, meter)
         kind = OverlappedExecutor if policy.overlap else SerialExecutor
-        executor = kind(rows, head_slice=policy.gpu_batch_size, order=order, weights=weights, hidden=hidden)
+        executor = kind(rows, head_slice=policy.gpu_batch_size, order=order, weights=weights, hidden=hidden, meter=meter)
+        meter.begin_run()
         for load in loads:
             rows.load = load
             executor.run(_sweep(load), lambda requests, logits: None)
-            ends.append(clock.now)
+            meter.end_sweep(0, 0, 0)
         executor.close()
-    return ends
+    meter.end_run(stats)
+    return stats.per_sweep
 
 
 def _sweep(load: SweepLoad) -> Sweep:
