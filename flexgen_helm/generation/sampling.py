@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import UnsupportedModel
+from flexgen_helm.memory.copies import upload
 from flexgen_helm.types import TokenLogprob
 
 NEG_INF = float("-inf")
@@ -127,7 +128,7 @@ def _tokens_at(logprobs: Tensor, wanted: Mapping[int, float]) -> dict[int, Tenso
     """Return, for some rows of ``[n, V]`` log-probabilities, all tokens with exactly the wanted one, in ascending order."""
     if not wanted:
         return {}
-    values = torch.tensor(list(wanted.values()), dtype=logprobs.dtype, device=logprobs.device)
+    values = upload(list(wanted.values()), logprobs.device, logprobs.dtype)
     rows, token_ids = (take_rows(logprobs, list(wanted)) == values[:, None]).nonzero().cpu().unbind(1)
     return dict(zip(wanted, token_ids.split(rows.bincount(minlength=len(wanted)).tolist()), strict=True))
 

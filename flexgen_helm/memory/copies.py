@@ -23,7 +23,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def upload(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+def upload(values: Sequence[float] | Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Return numbers as a tensor on a device, without a wait: ``torch.tensor(values, device=...)`` waits for all earlier work.
 
     Args:

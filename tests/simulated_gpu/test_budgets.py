@@ -95,12 +95,12 @@ TABLES = 3
 DOWN, UP = 2 + 1, 1
 """Attention on the CPU: K, V and queries go down, outputs come up."""
 
-PICK = 1 + 1
-"""Of log-probabilities: places are uploaded, values brought."""
+PICK = 1
+"""Of log-probabilities: their values are brought."""
 CHOOSE = 1 + PICK
 """The most likely token of each row, its log-probability."""
-CANDIDATES, TIED, ON_HOST = 1, 1 + 1 + 1, 1
-"""The most likely tokens of all rows. Where others are as likely as the last one, its value is uploaded, they are found and
+CANDIDATES, TIED, ON_HOST = 1, 1 + 1, 1
+"""The most likely tokens of all rows. Where others are as likely as the last one, they are found and
 brought. Logits of the rows that are sampled."""
 
 
