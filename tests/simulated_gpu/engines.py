@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,15 +27,13 @@ NUM_LAYERS = 3
 
 
 @contextmanager
-def engine_for(folder: Path, policy: Policy, *, device: str = "cuda", compression: str | None = None) -> Iterator[Engine]:
-    """An engine that computes in one thread; nothing of it is left behind the context."""
+def engine_for(folder: Path, policy: Policy, *, device: str = "cuda", **options: Any) -> Iterator[Engine]:
+    """An engine with options that computes in one thread; nothing of it is left behind the context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         offload = folder.parent / "offload"
-        with Engine.from_pretrained(
-            str(folder), device=device, policy=policy, offload_folder=offload, compression=compression
-        ) as engine:
+        with Engine.from_pretrained(str(folder), device=device, policy=policy, offload_folder=offload, **options) as engine:
             yield engine
         del engine
         gc.collect()  # tensors of the device live in circles too
@@ -42,9 +41,7 @@ def engine_for(folder: Path, policy: Policy, *, device: str = "cuda", compressio
         torch.set_num_threads(threads)
 
 
-def answers(
-    folder: Path, policy: Policy, jobs: Sequence[Job] = JOBS, *, device: str = "cuda", compression: str | None = None
-) -> list[Result]:
+def answers(folder: Path, policy: Policy, jobs: Sequence[Job] = JOBS, *, device: str = "cuda", **options: Any) -> list[Result]:
     """What an engine answers that is made for it."""
-    with engine_for(folder, policy, device=device, compression=compression) as engine:
+    with engine_for(folder, policy, device=device, **options) as engine:
         return engine.run(list(jobs), progress=False)

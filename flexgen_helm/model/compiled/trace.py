@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
@@ -138,7 +139,13 @@ def trace(layer: nn.Module, leaves: Sequence[Any], spec: TreeSpec, attention: st
         return [x for x in found if isinstance(x, Tensor)]
 
     try:
-        with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(), tracer.installed(opaques, attention):
+        with (
+            _disable_current_modes(),  # which must not see what is traced
+            torch.inference_mode(False),
+            torch.no_grad(),
+            FakeTensorMode(),
+            tracer.installed(opaques, attention),
+        ):
             graph = make_fx(run)(_alike(parameters.values()), _alike(tensors))
     except UnsupportedModel:
         raise
