@@ -35,7 +35,16 @@ def bench(kind: str, sizes: Sizes) -> dict[str, Any]:
         kind: Name of the field of `Sizes` with the workload.
         sizes: Model, limits and workload.
     """
-    options = [*sizes.bench, *getattr(sizes, kind)]
+    return _bench([*sizes.bench, *getattr(sizes, kind)])
+
+
+def compare_compiled(sizes: Sizes) -> dict[str, Any]:
+    """Run the same benchmark of a resident model with layers as they are, and with compiled ones."""
+    ways = {"as they are": [], "compiled": ["--compile-layers"]}
+    return {"layers": [{"layers": name, **_bench([*sizes.resident, *options])} for name, options in ways.items()]}
+
+
+def _bench(options: list[str]) -> dict[str, Any]:
     status, output = _run("flexgen_helm.cli", "bench", "--dummy-weights", *options, "--json")
     if status:
         return {"status": status}

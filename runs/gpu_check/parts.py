@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flexgen_helm.runs.gpu_check.commands import compare_caches, generate, run_tests, score
+from flexgen_helm.runs.gpu_check.commands import compare_caches, compare_compiled, generate, run_tests, score
 from flexgen_helm.runs.gpu_check.copies import measure_copies
 from flexgen_helm.runs.gpu_check.cpu_attention import measure_cpu_attention
 from flexgen_helm.runs.gpu_check.forms import compare_forms
@@ -51,5 +51,6 @@ PARTS = (
     ),
     Part("generation", "How fast does OPT-30B generate 32 tokens behind 512 with 15 GiB?", 175, generate),
     Part("scoring", "How fast does it score prompts as long as five examples?", 100, score),
+    Part("compiled", "Do compiled layers make a resident model faster?", 300, compare_compiled, by_name=True),
     Part("cache_tiers", "What is a compressed cache on the host worth?", 150, compare_caches, by_name=True),
 )

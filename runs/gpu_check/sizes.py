@@ -39,6 +39,10 @@ class Sizes:
     bench: tuple[str, ...] = ("--model", "facebook/opt-30b", "--dtype", "bfloat16", "--max-memory", "device=15GiB")
     generation: tuple[str, ...] = ("--prompt-len", "512", "--gen-len", "32", "--num-prompts", "80")
     scoring: tuple[str, ...] = ("--score", "--prompt-len", "700", "--num-prompts", "128")
+    resident: tuple[str, ...] = (
+        *("--model", "meta-llama/Llama-3.1-8B", "--dtype", "bfloat16", "--warm-up"),
+        *("--prompt-len", "512", "--gen-len", "64", "--num-prompts", "64"),
+    )
     cache_tiers: tuple[str, ...] = (
         *("--device", "cuda", "--model", "facebook/opt-1.3b", "--limit", "4GiB", "--prompts", "48", "--rounds", "1"),
         *("--batch", "64", "--batch-tokens", "4096"),
@@ -70,6 +74,7 @@ TINY = Sizes(
     bench=("--model", "facebook/opt-125m", "--device", "cpu"),
     generation=("--prompt-len", "8", "--gen-len", "2", "--num-prompts", "2"),
     scoring=("--score", "--prompt-len", "8", "--num-prompts", "2"),
+    resident=("--model", "facebook/opt-125m", "--device", "cpu", "--prompt-len", "8", "--gen-len", "2", "--num-prompts", "2"),
     cache_tiers=(
         *("--tier", "disk", "--dtype", "float32", "--limit", "24MiB", "--prompts", "3", "--prompt-len", "300"),
         *("--new-tokens", "3", "--rounds", "1", "--variants", "16", "kv4"),

@@ -42,7 +42,7 @@ def test_nine_minutes_are_enough() -> None:
 
 
 def test_each_result_fits_on_the_page_and_in_the_file(tmp_path: Path) -> None:
-    quick = [part for part in PARTS if part.name not in ("tests", "generation", "scoring", "cache_tiers")]
+    quick = [part for part in PARTS if part.name not in ("tests", "generation", "scoring", "compiled", "cache_tiers")]
     found = {part.name: {"seconds": 1.0, **measured(part, TINY)} for part in quick}
     assert not [of_part for of_part in found.values() if "error" in of_part]
     times = found["kernel"]["result"]["2/1 heads of 16, kv4"]
@@ -112,6 +112,17 @@ def test_a_benchmark_gives_its_figures(tmp_path: Path) -> None:
     assert (found["attention"], found["bit_stable"]) == ("device", True)
     assert commands.score(tiny)["measurement"]["workload"]["score"]
     assert commands.generate(replace(tiny, generation=("--no-such-option",)))["status"] == 2
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_compared(tmp_path: Path) -> None:
+    from tests.models import save_tiny
+
+    tiny = replace(TINY, resident=("--model", str(save_tiny("opt", tmp_path)), *TINY.resident[2:]))
+    found = commands.compare_compiled(tiny)["layers"]
+    assert [row["layers"] for row in found] == ["as they are", "compiled"]
+    assert [row["measurement"]["engine"]["numerics"]["machine"]["compiled"] for row in found] == [False, True]
+    assert all(row["throughput"] > 0 for row in found)
 
 
 @pytest.mark.slow
