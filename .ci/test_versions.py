@@ -19,11 +19,15 @@ from packaging.utils import canonicalize_name
 EXACTNESS, EQUALITY = "tests/runtime/test_exactness.py", "tests/helm/test_equality.py"
 PACKED = ("llama", "gemma2", "qwen3_moe", "llama4_text")
 """Dense, windows with softcaps, mixture of experts, and positions that come from the cache."""
+CUT = ("llama", "llama4_text", "mixtral")
+"""Layers that are compiled: dense, with a cache among their arguments, and with experts."""
 SINGLE = ("falcon", "mpt", "falcon_h1")
 """Own attention code, no positions, and state beside attention."""
 TESTS = (
     "tests/loading/test_versions.py",
     "tests/model/test_cache_argument.py",
+    "tests/model/test_compiled.py",
+    *(f"tests/runtime/test_compiled_layers.py::test_cut_layers_have_the_bits_of_whole_ones[{family}]" for family in CUT),
     "tests/survey/test_survey.py::test_short_form_agrees_with_the_page",
     *(f"{EXACTNESS}::test_level_c[{family}]" for family in PACKED),
     *(f"{EXACTNESS}::test_level_c_in_single_rows[{family}]" for family in SINGLE),

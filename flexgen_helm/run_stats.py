@@ -32,7 +32,7 @@ class SweepStats:
     busy_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds in which each resource did at least one thing."""
     device_wait_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds in which the device computed nothing, by cause (``flexgen_helm.memory.device_waits.WaitCause``)."""
+    """Seconds in which the device computed nothing, by cause (``flexgen_helm.memory.spans.device_waits.WaitCause``)."""
     limit_seconds: float | None = None
     """Least seconds in which this machine could have done the sweep; None: not known."""
     limited_by: str | None = None

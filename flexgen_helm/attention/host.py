@@ -9,7 +9,7 @@ import torch
 
 from flexgen_helm.attention.kernels import Merged
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.spans import Activity
+from flexgen_helm.memory.spans.span import Activity
 
 
 def _just_wait() -> None:

@@ -28,7 +28,7 @@ from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form
 from flexgen_helm.kv_cache.working_set import Loaded
 from flexgen_helm.memory.copies import to_device, to_host
 from flexgen_helm.memory.link import Transfer
-from flexgen_helm.memory.spans import Activity
+from flexgen_helm.memory.spans.span import Activity
 
 LARGEST_KEY = 2.0**58
 """Keys up to this size leave masked scores finite: products with as large a query, summed over 4,096 elements, do in fp32."""

@@ -24,7 +24,7 @@ from flexgen_helm.execution.interfaces import AnyRecording, Rows
 from flexgen_helm.execution.serial import HandOut, SerialExecutor
 from flexgen_helm.execution.suspended_calls import SuspendedCalls
 from flexgen_helm.execution.sweep_run import SweepRun
-from flexgen_helm.memory.spans import Activity
+from flexgen_helm.memory.spans.span import Activity
 from flexgen_helm.schedule.operations import Operation
 
 

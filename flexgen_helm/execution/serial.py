@@ -24,7 +24,7 @@ from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.out_of_memory import is_out_of_device_memory
-from flexgen_helm.memory.spans import Activity
+from flexgen_helm.memory.spans.span import Activity
 from flexgen_helm.memory.weight_store import WeightStore
 from flexgen_helm.schedule.operations import Operation, Order, head_unit, sweep_operations
 from flexgen_helm.schedule.rows import LogitRequest, Sweep, halved

@@ -24,7 +24,7 @@ from flexgen_helm.memory.copies import upload
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.spans import Activity
+from flexgen_helm.memory.spans.span import Activity
 from flexgen_helm.types import Resource, Tier
 
 

@@ -12,7 +12,7 @@ from flexgen_helm.memory.copies import copy_in_pieces
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.slab import SlabFormat
-from flexgen_helm.memory.spans import Activity
+from flexgen_helm.memory.spans.span import Activity
 
 
 class Carrier:

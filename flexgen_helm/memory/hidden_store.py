@@ -17,7 +17,7 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.direct_io import file_error
 from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.spans import Activity
+from flexgen_helm.memory.spans.span import Activity
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.types import TIERS, Resource, Shares, Tier
 

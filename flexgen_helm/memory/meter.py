@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from flexgen_helm.memory.device_waits import device_waits, seconds_by_cause
-from flexgen_helm.memory.spans import Activity, Span, covered_seconds
+from flexgen_helm.memory.spans.device_waits import device_waits, seconds_by_cause
+from flexgen_helm.memory.spans.span import Activity, Span, covered_seconds
 from flexgen_helm.memory.usage import PeakBytes
 from flexgen_helm.run_stats import RunStats, SweepStats
 from flexgen_helm.types import RESOURCES, Resource, Tier

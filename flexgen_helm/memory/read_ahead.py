@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.spans import Activity
+from flexgen_helm.memory.spans.span import Activity
 
 
 class SlabSource(Protocol):

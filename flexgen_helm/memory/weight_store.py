@@ -16,7 +16,7 @@ from flexgen_helm.memory.link import Link, Transfer
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.read_ahead import ReadAhead, SlabSource
 from flexgen_helm.memory.slab import Binding, SlabFormat, in_place
-from flexgen_helm.memory.spans import Activity
+from flexgen_helm.memory.spans.span import Activity
 from flexgen_helm.types import Tier
 
 

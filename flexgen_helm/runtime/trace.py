@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.memory.device_waits import Wait, device_waits
-from flexgen_helm.memory.spans import Span
+from flexgen_helm.memory.spans.device_waits import Wait, device_waits
+from flexgen_helm.memory.spans.span import Span
 from flexgen_helm.run_stats import SweepStats
 from flexgen_helm.types import RESOURCES
 

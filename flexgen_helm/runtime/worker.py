@@ -17,7 +17,7 @@ from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.generation.job_errors import of_one_job
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.spans import Activity
+from flexgen_helm.memory.spans.span import Activity
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.schedule.operations import Operation

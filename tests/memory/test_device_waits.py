@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_helm.memory.device_waits import LATE, Wait, device_waits, seconds_by_cause
-from flexgen_helm.memory.spans import Activity, ActivityKind, Span, covered_seconds
+from flexgen_helm.memory.spans.device_waits import LATE, Wait, device_waits, seconds_by_cause
+from flexgen_helm.memory.spans.span import Activity, ActivityKind, Span, covered_seconds
 from flexgen_helm.types import RESOURCES, Resource
 
 

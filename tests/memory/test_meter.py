@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.spans import Activity, covered_seconds
+from flexgen_helm.memory.spans.span import Activity, covered_seconds
 from flexgen_helm.run_stats import RunStats
 
 CPU = torch.device("cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -167,3 +169,13 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         FlexGenError, match=r"\(RuntimeError: No working C\+\+ compiler found\).*g\+\+.*leave compile_layers out"
     ):
         CompiledLayers(inductor.compile_piece).call(Layer(), 0, NAME, arguments(), {})
+
+
+@pytest.mark.slow
+def test_pythons_own_distutils_is_no_hindrance() -> None:
+    """Seen once beside other libraries: setuptools found it in place of its own, and refused to be imported."""
+    if sys.version_info >= (3, 12):
+        pytest.skip("Python has no distutils of its own")
+    code = "import _distutils_hack\n_distutils_hack.DistutilsMetaFinder.spec_for_distutils = lambda self: None\n"
+    code += "import flexgen_helm.model.compiled.inductor"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -34,7 +34,7 @@ def test_the_place_is_named_on_a_gpu(
 ) -> None:
     policy = ResolvedPolicy(gpu_batch_size=16, gpu_batch_tokens=64, cpu_attention=cpu_attention, cache=cache)
     model = RecordedModel.__new__(RecordedModel)
-    model.matmul = "torch"
+    model.matmul, model.compiled = "torch", None
     checked = CheckedModel(model, Passed(kind, Verdict(0.0, True, ()), None))
     found = numerics_of(WeightNumerics("digest", "float32"), checked, policy, device, CacheNumerics("float32"))
     assert (found.machine.device, found.machine.attention) == expected

@@ -30,7 +30,14 @@ def test_bits_of_a_gpu_are_not_measured_on_a_cpu(device: str, expected: bool | N
     )
     weights = WeightNumerics(source.digest(), "float32")
     blueprint = SimpleNamespace(
-        source=source, plan=plan, device=where, rows="auto", kv_dtype=torch.float32, weights=weights, recheck=True
+        source=source,
+        plan=plan,
+        device=where,
+        rows="auto",
+        kv_dtype=torch.float32,
+        weights=weights,
+        recheck=True,
+        compiled=None,
     )
     passed = load_model._check_first_layers(blueprint, POLICY)  # type: ignore[arg-type]
     assert (passed.kind, passed.verdict.bit_stable) == ("packed", expected)

@@ -110,7 +110,7 @@ def test_what_is_not_installed_is_left_out_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    here = dict.fromkeys(["engine", "transformers", "generate_batch"], sys.executable)
+    here = dict.fromkeys(["engine", "engine_compiled", "transformers", "generate_batch"], sys.executable)
     assert command.chosen(command.parse([])) == here
     assert re.search(r"lm_eval is not installed.*--lm-eval.*left out\.\nvllm is not.*--vllm", capsys.readouterr().out)
     assert command.chosen(command.parse(["--vllm", str(tmp_path)])) == {**here, "vllm": str(tmp_path)}

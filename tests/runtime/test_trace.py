@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.memory.spans import Activity, Span, covered_seconds
+from flexgen_helm.memory.spans.span import Activity, Span, covered_seconds
 from flexgen_helm.run_stats import SweepStats
 from flexgen_helm.runtime.trace import write_trace
 from flexgen_helm.types import RESOURCES

@@ -37,9 +37,9 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the models that were checked."""
     names = list[str]()
 
-    def counted(loaded: Any, *arguments: Any) -> Any:
+    def counted(loaded: Any, *arguments: Any, **options: Any) -> Any:
         names.append(loaded.name)
-        return check_model(loaded, *arguments)
+        return check_model(loaded, *arguments, **options)
 
     monkeypatch.setattr(load_model, "check_model", counted)
     return names

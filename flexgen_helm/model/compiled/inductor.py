@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,18 @@ import torch
 from torch import Tensor
 from torch._inductor import compile as inductor_compile
 from torch._inductor import config
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx import GraphModule
 
 from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.model.compiled.program import Compiled
+
+try:
+    importlib.import_module("torch.utils.cpp_extension")  # Inductor imports it in the middle of compiling
+except AssertionError:  # setuptools asks for a distutils of its own, where another library may have led to Python's
+    os.environ["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
+    importlib.import_module("torch.utils.cpp_extension")
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 VIEWS = frozenset(
@@ -60,11 +68,12 @@ def _options() -> dict[str, object]:
 @contextmanager
 def _own_cache() -> Iterator[None]:
     """Keep kernels in the cache folder, unless the user names a folder; those for other numbers of threads are others."""
-    if CACHE_VARIABLE in os.environ:
+    before = os.environ.get(CACHE_VARIABLE)
+    if before not in (None, default_cache_dir()):  # Inductor sets the default itself
         yield
         return
     os.environ[CACHE_VARIABLE] = str(cache_folder() / "compiled" / f"{torch.__version__}-{torch.get_num_threads()}")
     try:
         yield
     finally:
-        del os.environ[CACHE_VARIABLE]
+        os.environ[CACHE_VARIABLE] = before or default_cache_dir()

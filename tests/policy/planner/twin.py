@@ -24,7 +24,7 @@ from flexgen_helm.memory import hidden_store, weight_store
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
-from flexgen_helm.memory.spans import Activity, ActivityKind
+from flexgen_helm.memory.spans.span import Activity, ActivityKind
 from flexgen_helm.memory.weight_store import Unit, WeightStore
 from flexgen_helm.policy.planner.durations import Durations, Stage
 from flexgen_helm.policy.planner.loads import RowLoad, SweepLoad

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from flexgen_helm.memory.spans import Activity, Span
+from flexgen_helm.memory.spans.span import Activity, Span
 
 WaitCause = Literal["weights", "cache", "hidden", "cpu_attention", "host"]
 """Weights, K/V or hidden states on their way, attention on the CPU; or nothing of these: the host was not ready."""
