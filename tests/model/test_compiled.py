@@ -154,9 +154,27 @@ class WithBranch(nn.Module):
         return x if bool(x.sum() > 0) else -x
 
 
-@pytest.mark.parametrize("layer", [WithConstant(), WithBranch()])
+class InPlace(nn.Module):
+    """What a product read before is changed, or the layer's argument."""
+
+    def __init__(self, *, is_argument: bool) -> None:
+        super().__init__()
+        self.product, self.is_argument = nn.Linear(8, 8), is_argument
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed = x if self.is_argument else x * 2
+        before: Tensor = self.product(changed)
+        return before + changed.add_(1)
+
+
+def test_changes_in_place_come_after_what_reads_them() -> None:
+    layer, given = InPlace(is_argument=False), (torch.randn(1, 3, 8),)
+    assert torch.equal(Counted().call(layer, 0, NAME, given, {}), layer(*given))
+
+
+@pytest.mark.parametrize("layer", [WithConstant(), WithBranch(), InPlace(is_argument=True)])
 def test_what_a_graph_cannot_hold_is_refused(layer: nn.Module) -> None:
-    with pytest.raises(UnsupportedModel, match=r"a layer (cannot be traced|holds tensors)"):
+    with pytest.raises(UnsupportedModel, match=r"a layer (cannot be traced|holds tensors|changes its arguments)"):
         Counted().call(layer, 0, NAME, (torch.randn(1, 3, 8),), {})
 
 

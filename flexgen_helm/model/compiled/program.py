@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from flexgen_helm.errors import UnsupportedModel
@@ -71,11 +72,13 @@ def compile_layer(traced: Traced, compile_piece: CompilePiece) -> Program:
     """Cut a traced layer into steps and compile its pieces.
 
     Raises:
-        UnsupportedModel: If the graph has constants, which may differ between layers.
+        UnsupportedModel: If the graph has constants, which may differ between layers, or changes inputs in place.
     """
     nodes = list(traced.graph.graph.nodes)
     if any(node.op == "get_attr" for node in nodes):
         raise UnsupportedModel("a layer holds tensors that are neither parameters nor buffers")
+    if any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in nodes):
+        raise UnsupportedModel("a layer changes its arguments in place")
     *inner, output = nodes
     numbers = {node: number for number, node in enumerate(inner)}
     done = {node for node in inner if node.op == "placeholder"}

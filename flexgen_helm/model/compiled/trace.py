@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
+from torch.func import functional_call, functionalize
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
@@ -146,7 +146,8 @@ def trace(layer: nn.Module, leaves: Sequence[Any], spec: TreeSpec, attention: st
             FakeTensorMode(),
             tracer.installed(opaques, attention),
         ):
-            graph = make_fx(run)(_alike(parameters.values()), _alike(tensors))
+            # Nothing changes in place, so that steps may come in another order.
+            graph = make_fx(functionalize(run))(_alike(parameters.values()), _alike(tensors))
     except UnsupportedModel:
         raise
     except Exception as error:
