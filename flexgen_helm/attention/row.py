@@ -154,7 +154,8 @@ class RowAttention:
         self._writes.apply(stores, locate, (k, v))
         if self._attend_tiles is not None:
             plan = self._tile_plan(rule, q.shape[1] // k.shape[1], q.itemsize)
-            output = self._attend_tiles(plan, q, stores, locate, scale=scale, softcap=softcap, sinks=sinks)
+            forms = self._format.forms(k, v)
+            output = self._attend_tiles(plan, q, stores, locate, forms, scale=scale, softcap=softcap, sinks=sinks)
             return output.to(qkv[2].dtype)
         if self._decode is not None:
             merged = self._decoded(key, q, rule, stores, scale=scale, softcap=softcap)

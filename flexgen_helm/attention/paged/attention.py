@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
     q: Tensor,
     stores: Stores,
     locate: Locate,
+    forms: Mapping[Form, PageFormat],
     *,
     scale: float,
     softcap: float | None,
@@ -40,6 +42,8 @@ def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
         q: Queries ``[T, H, D]``.
         stores: The layer's pages by form and place.
         locate: Finds the slots of staged pages.
+        forms: Forms of pages that the cache has. The kernel is compiled for them, whatever pages the row has, so that its bits
+            do not depend on neighbours.
         scale: Factor of the scores.
         softcap: See `flexgen_helm.attention.kernels.attend_chunk`.
         sinks: ``[H]`` logits of an attention sink, or None.
@@ -47,8 +51,8 @@ def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
     Returns:
         ``[T, H, Dv]`` in the dtype of the values, zeros for queries that attend to nothing.
     """
-    exact = _format(stores, "exact")
-    sealed = _format(stores, "sealed") if stores.get("sealed") else exact
+    exact = forms["exact"]
+    sealed = forms.get("sealed", exact)
     num_heads, num_kv = q.shape[1], exact.k.num_heads
     outputs = torch.zeros(len(q), num_heads, exact.v.dim, dtype=exact.v.dtype, device=q.device)
     attend_tiles[(plan.num_tiles, num_kv)](
@@ -62,7 +66,7 @@ def attend_row(  # noqa: PLR0913 - what the model gives, and what the cache has
         *(exact.k.num_bytes, exact.v.num_bytes, sealed.k.num_bytes, sealed.v.num_bytes),
         *(scale, softcap or 1.0),
         **constants(plan.size, num_heads, exact, sealed),
-        HAS_SEALED=bool(stores.get("sealed")),
+        HAS_SEALED="sealed" in forms,
         HAS_SOFTCAP=softcap is not None,
         HAS_SINKS=sinks is not None,
         num_warps=num_warps(plan.size, exact.k.dtype),
@@ -99,10 +103,6 @@ def constants(size: int, num_heads: int, exact: PageFormat, sealed: PageFormat) 
 def num_warps(size: int, dtype: torch.dtype) -> int:
     """Return the warps of a program: 8 for a tile of prompts in 16 bits, whose sums would not fit into the registers of 4."""
     return 8 if size > 1 and dtype.itemsize < 4 else 4
-
-
-def _format(stores: Stores, form: Form) -> PageFormat:
-    return next(iter(stores[form].values())).format
 
 
 def _bits(part: PartFormat) -> int:
