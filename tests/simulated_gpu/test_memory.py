@@ -13,6 +13,7 @@ from transformers import Gemma2Config, MixtralConfig, PreTrainedConfig
 
 from flexgen_helm import Engine, Job, Policy
 from flexgen_helm.loading.named_configs import CONFIGS
+from flexgen_helm.model import experts
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.cache_plan import CACHE_SHARE
 from flexgen_helm.rows.choice import CHECKS
@@ -22,6 +23,7 @@ from flexgen_helm.runtime.free_space import GPU_PROCESS_BYTES
 from flexgen_helm.types import ResolvedPolicy
 from tests.jobs import random_tokens
 from tests.simulated_gpu.allocator import GIB, LARGE_SEGMENT
+from tests.simulated_gpu.layer_costs.rows import evenly
 from tests.simulated_gpu.patches import simulated_gpu
 
 NUM_LAYERS = 2
@@ -95,6 +97,7 @@ def test_reserved_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(CHECKS, "packed", check_on_the_device)
+    monkeypatch.setattr(experts, "sliced_experts", evenly(experts.sliced_experts))
     config = MODELS[model]()
     config.num_hidden_layers = NUM_LAYERS
     config.save_pretrained(tmp_path)

@@ -155,7 +155,7 @@ def counts_of(case: Case, folder: Path) -> dict[int, Cost]:
         gpu = stack.enter_context(simulated_gpu(80 * GIB, shapes_only=True))
         stack.enter_context(patch.dict(CHECKS, packed=_unchecked))
         stack.enter_context(patch.object(verdicts, "cache_folder", lambda: folder))  # no other engine may read what is untrue
-        stack.enter_context(patch.object(experts, "sliced_experts", _evenly(experts.sliced_experts)))
+        stack.enter_context(patch.object(experts, "sliced_experts", evenly(experts.sliced_experts)))
         if case.kernel:
             stack.enter_context(patch.object(packed, "_kernel_for", lambda *_: as_one_kernel))
         ledger = stack.enter_context(counted(gpu))
@@ -186,7 +186,7 @@ def _unchecked(model: RecordedModel, policy: ResolvedPolicy, *, max_length: int,
     return Verdict(0.0, True, (layer,) * len(model.layers))
 
 
-def _evenly(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def evenly(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Experts of which each gets as many tokens as the others; a router without numbers would choose the first one."""
 
     def computed(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
