@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from flexgen_helm.attention.paged.plan import TilePlan, tile_queries
 from flexgen_helm.attention.paged.trial import HeadShape, paged_kernel, require_equal
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from tests.attention.test_row import OPTIONS, Heads, Machine, Options, random_rows
+from tests.gpu_code import assert_it_compiles
 
 CPU = torch.device("cpu")
 FEW_HEADS = st.sampled_from([Heads(2, 2, 16, 16), Heads(6, 2, 24, 16), Heads(3, 1, 32, 80)])
@@ -165,9 +163,4 @@ COMPILED = [(*heads, kind, *form) for heads in GPU_CODE for kind in ("decode", "
 )
 def test_the_kernel_compiles_for_an_h100(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """Without a GPU: by Triton's own compiler and assembler, in a process without the interpreter."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    (tmp_path / "compile.py").write_text(COMPILE)
-    command = [sys.executable, str(tmp_path / "compile.py"), *arguments]
-    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr[-2000:]
+    assert_it_compiles(COMPILE, arguments, tmp_path)

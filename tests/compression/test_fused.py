@@ -6,8 +6,6 @@ The interpreter does not round to bfloat16 as a GPU does. `flexgen_helm.compress
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 from flexgen_helm.compression import columns, minmax
 from flexgen_helm.compression.fused import unpack
 from flexgen_helm.compression.minmax import MinMax
+from tests.gpu_code import assert_it_compiles
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton compiles for the GPU of this machine")
 DTYPES = [torch.float32, torch.float16]
@@ -89,9 +88,4 @@ COMPILED += [("unpack_minmax", bits, "bf16") for bits in "2348"]
 )
 def test_the_kernels_compile_for_an_h100(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """Without a GPU, in a process without the interpreter; no product is fused with a sum."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    (tmp_path / "compile.py").write_text(COMPILE)
-    command = [sys.executable, str(tmp_path / "compile.py"), *arguments]
-    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert made.returncode == 0, made.stderr[-2000:]
+    assert_it_compiles(COMPILE, arguments, tmp_path)
