@@ -40,7 +40,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, read: Callable[[str], 
     rows = ["auto", "packed", "single"]
     group.add_argument("--rows", default="auto", choices=rows, help="several sequences per row, or one (%(default)s)")
     group.add_argument("--recheck", action="store_true", help="repeat the self-check, though the model passed it before here")
-    compiled = "compile layers: up to a minute once on a machine, then faster; answers differ in the last digits"
+    compiled = "compile what lies between products and attention, once on a machine; answers differ in the last digits"
     group.add_argument("--compile-layers", action="store_true", help=compiled)
 
 

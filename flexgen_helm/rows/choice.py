@@ -94,22 +94,18 @@ def check_model(
         model = RecordedModel(loaded.model, compiled=compiled)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{name} cannot be run layer by layer: {error}. {ALTERNATIVE}") from error
-    if compiled is not None and rows == "single":
-        raise UnsupportedModel(f"{name}: layers are compiled in packed rows only. Leave compile_layers or rows out.")
     for kind, check in CHECKS.items():
-        if rows in ("auto", kind):
+        if rows in ("auto", kind) and (compiled is None or kind == "packed"):
             try:
                 verdict = check(model, policy, max_length=loaded.max_length, first=first)
             except NotNumbers as error:
                 raise UnsupportedModel(f"{name} {not_finite(loaded.model.dtype)} ({error}.)") from error
             except UnsupportedModel as error:
                 refusals[kind] = str(error)  # the error itself would keep the check's tensors
-                if compiled is not None:
-                    raise UnsupportedModel(
-                        f"{name} cannot run with compiled layers: {error}. Leave compile_layers out."
-                    ) from error
                 continue
             return CheckedModel(model, Passed(kind, verdict, refusals.get("packed")))
+    if compiled is not None:
+        raise UnsupportedModel(f"{name} cannot run with compiled layers: {refusals['packed']}. Leave compile_layers out.")
     reasons = "; ".join(f"in {kind} rows {error}" for kind, error in refusals.items())
     alternative = "Leave rows at 'auto' to try single rows." if rows == "packed" else ALTERNATIVE
     raise UnsupportedModel(f"{name} would be computed wrongly: {reasons}. {alternative}")

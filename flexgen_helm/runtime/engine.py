@@ -144,8 +144,8 @@ class Engine:
                 if the model, the row sizes, the code, the libraries, the processor, the threads or the device changed.
             free_shapes: Whether rows have no padding, for measuring what fixed sizes cost. Answers then depend on their
                 neighbours by a bit, and must not be cached.
-            compile_layers: Whether layers are compiled, which takes up to a minute once on a machine and makes long runs
-                faster. Answers differ in the last digits from those without.
+            compile_layers: Whether what lies between products and attention is compiled, which takes up to a minute once on a
+                machine. Answers differ in the last digits from those without.
 
         Raises:
             UnsupportedModel: If the model would be computed wrongly.

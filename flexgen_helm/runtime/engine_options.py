@@ -50,6 +50,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.compile_layers and self.free_shapes:
             raise FlexGenError("Layers are compiled for rows of fixed sizes. Leave free_shapes or compile_layers out.")
+        if self.compile_layers and self.rows == "single":
+            raise FlexGenError("Layers are compiled in packed rows only. Leave rows or compile_layers out.")
 
     @property
     def cache_format(self) -> CacheFormat:

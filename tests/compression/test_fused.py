@@ -58,7 +58,19 @@ def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpack, "unpack_minmax", lambda stored, target: (own(stored, target), target[-1].add_(1e-6)))
     with pytest.raises(RuntimeError, match="differ"):
         unpack.require_equal(torch.device("cpu"), torch.float32)
-    assert not unpack.serves(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_where_it_does_not_serve_the_log_says_why(
+    broken: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def tried(device: torch.device, dtype: torch.dtype) -> None:
+        if broken:
+            raise ValueError("no compiler")
+
+    monkeypatch.setattr(unpack, "require_equal", tried)
+    assert unpack.serves.__wrapped__(torch.device("cuda"), torch.float32) is not broken
+    assert ("does not serve here: no compiler" in caplog.text) is broken
 
 
 COMPILE = """
