@@ -64,6 +64,9 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 """Types that HELM declares for the fields of a request. HELM does not check the values of run entries and scenarios."""
 
+MOST_BITS = 63
+"""Of an integer in a request; Python cannot even write one of some thousand digits."""
+
 _HELM_WORDS = {"max_new_tokens": "max_tokens", "top_logprobs": "top_k_per_token", "seed": "`random`", "jobs": "requests"}
 """HELM's words for the fields of a job that messages name."""
 
@@ -131,9 +134,15 @@ def to_job(request: Request) -> Job:
     """
     for name, declared in _TYPES.items():
         value = getattr(request, name)
-        if not isinstance(value, declared):
+        # True is an integer to Python, and no number of anything.
+        if not isinstance(value, declared) or (isinstance(value, bool) and declared is not bool):
             raise InvalidJob(
                 f"`{name}` of this request is of type {type(value).__name__}, which is not what HELM declares it to be. "
+                "Correct the run entry or the scenario that it comes from."
+            )
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:
+            raise InvalidJob(
+                f"`{name}` of this request is an integer of {value.bit_length()} bits, which no computation and no file holds. "
                 "Correct the run entry or the scenario that it comes from."
             )
     for applies, explanation in REFUSALS:

@@ -54,6 +54,7 @@ INVALID = {
     "temperature infinite": (Job(prompt="a", temperature=math.inf), "temperature must be .*not inf"),
     "temperature negative": (Job(prompt="a", temperature=-0.5), "temperature must be .*not -0.5"),
     "temperature None": (Job(prompt="a", temperature=None), "temperature must be .*not None"),  # type: ignore[arg-type]
+    "temperature beyond every float": (Job(prompt="a", temperature=10**400), "temperature must be .*not 1000"),
     "top_p zero": (Job(prompt="a", top_p=0.0), "top_p must be .*not 0.0"),
     "top_p above one": (Job(prompt="a", top_p=1.01), "top_p must be .*not 1.01"),
     "top_p NaN": (Job(prompt="a", top_p=math.nan), "top_p must be .*not nan"),

@@ -111,6 +111,9 @@ def test_seed_is_the_same_in_every_process_and_differs_between_strings() -> None
         ({"echo_prompt": "False"}, "`echo_prompt` of this request is of type str"),
         ({"embedding": "False"}, "`embedding` of this request is of type str"),
         ({"prompt": b"Hi"}, "`prompt` of this request is of type bytes"),
+        ({"top_k_per_token": True}, "`top_k_per_token` of this request is of type bool"),
+        ({"temperature": 10**400}, "`temperature` of this request is an integer of 1329 bits"),
+        ({"max_tokens": 10**5000}, "`max_tokens` of this request is an integer of 16610 bits"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
