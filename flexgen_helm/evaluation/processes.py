@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flexgen_helm.helm.console import VARIABLE
+from flexgen_helm.helm.console import SPEAKER, VARIABLE
 
 MODULES = {"helm-run": "helm.benchmark.run", "helm-summarize": "helm.benchmark.presentation.summarize"}
 FOLLOW_SECONDS = 0.2
@@ -69,11 +69,17 @@ def cause_of_failure(status: int, log: Path) -> str:
         hint = ", which the system sends where memory is exhausted" if -status == signal.SIGKILL else ""
         return f"It was ended by {name}{hint}."
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = next((line.removeprefix(SPEAKER) for line in reversed(lines) if line.startswith(SPEAKER)), None)
+    if said is not None:
+        return _shortened(said)
     begin = max((at + 1 for at, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")), default=None)
     if begin is None:
         return next((line.strip() for line in reversed(lines) if line.strip()), "It printed nothing.")
     # Frames are indented; what follows them is the error.
     error = next((at for at in range(begin, len(lines)) if lines[at][:1].strip()), len(lines) - 1)
     kind, colon, message = " ".join(" ".join(lines[error:]).split()).partition(":")
-    text = f"{kind.rpartition('.')[2]}{colon}{message}"
+    return _shortened(f"{kind.rpartition('.')[2]}{colon}{message}")
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= MOST_CAUSE else f"{text[:MOST_CAUSE]}..."

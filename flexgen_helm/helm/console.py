@@ -16,6 +16,8 @@ from tqdm import tqdm
 from flexgen_helm.runtime.progress import LINE_SECONDS
 
 T = TypeVar("T")
+SPEAKER = "flexgen-helm: "
+"""Begins the line with which a command says why it ends."""
 VARIABLE = "FLEXGEN_HELM_CONSOLE"
 """Environment variable with the number of the open file that `flexgen-helm eval` hands to `helm-run`."""
 

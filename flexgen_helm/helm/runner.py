@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from itertools import islice
@@ -19,11 +18,12 @@ from helm.common.cache_backend_config import BlackHoleCacheBackendConfig, CacheB
 from helm.common.hierarchical_logger import hlog, htrack_block, hwarn
 
 from flexgen_helm.errors import DiskFull, FlexGenError
-from flexgen_helm.helm.console import Console
+from flexgen_helm.helm.console import SPEAKER, Console
 from flexgen_helm.helm.deployment import is_flexgen
 from flexgen_helm.helm.disk_errors import RESUME, is_disk_full
 from flexgen_helm.helm.journal import FOLDER, Journal
 from flexgen_helm.helm.pausing import PausableRun
+from flexgen_helm.helm.plain_errors import PlainErrors, described
 from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.requests import to_job
 from flexgen_helm.helm.run_record import WORKLOAD_FILE, run_report, with_entry
@@ -55,11 +55,12 @@ class FlexGenRunner(Runner):
             FlexGenError: Two different runs have the same name, or another process works on the same runs.
             DiskFull: There is no space left; nothing further is tried.
         """
+        PlainErrors.install()
         run_specs = _distinct(run_specs)
         try:
             failed = self._run_all(run_specs)
         except KeyboardInterrupt:
-            print(f"flexgen-helm: interrupted. {RESUME}", file=sys.stderr)
+            print(f"{SPEAKER}interrupted. {RESUME}", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
         if failed:
             names = ", ".join(f'"{run_spec.name}"' for run_spec in run_specs if run_spec.name in failed)
@@ -127,7 +128,7 @@ class FlexGenRunner(Runner):
             if self.exit_on_error or isinstance(error, DiskFull):
                 raise
             names = [run.run_spec.name for run in runs]
-            hlog(f"Error when running {', '.join(names)}:\n{traceback.format_exc()}")
+            hlog(f"Error when running {', '.join(names)}:\n{described(error)}")
             failed |= dict.fromkeys(names, error)
             return None
 

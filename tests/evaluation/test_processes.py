@@ -33,6 +33,7 @@ def test_the_log_is_shown_with_verbose_and_is_in_the_file_too(
 @pytest.mark.parametrize(
     ("status", "log", "cause"),
     [
+        (1, "Traceback (most recent call last):\n  x\nE: 2\nflexgen-helm: DiskFull: it is full\n", "DiskFull: it is full"),
         (1, "a\nTraceback (most recent call last):\n  File x\n    y\nmodule.AnError: one\ntwo\n", "AnError: one two"),
         (
             1,

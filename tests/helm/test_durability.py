@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -208,6 +209,24 @@ def test_full_disk_while_helm_writes_its_files(run_suite: RunSuite, loader: Fake
     suite = run_suite(SPECS[2:], execution=NO_CACHE)
     assert computed(loader) == [9]
     assert completed(suite) == ["multiple_choice_separate_original"]
+
+
+def test_errors_on_purpose_end_the_command_in_one_line_and_others_with_a_traceback(
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    with file_size_limit(3000), pytest.raises(DiskFull) as full:
+        run_suite(SPECS, execution=NO_CACHE)
+    with pytest.raises(RunnerError) as failed:
+        run_suite([run_spec(name="broken", broken=True)])
+    for raised in (full, failed):
+        capsys.readouterr()
+        sys.excepthook(raised.type, raised.value, raised.tb)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"flexgen-helm: {raised.type.__name__}: ")
+        assert str(raised.value) in line
+    sys.excepthook(KeyError, KeyError("ours"), failed.tb)
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
 def test_report_of_a_run(run_suite: RunSuite, loader: FakeLoader) -> None:
