@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from flexgen_helm.cache_folder import cache_folder, write_whole
+from flexgen_helm.errors import CorruptFile
 from flexgen_helm.loading.model_names import SMALL_FILES
 
 FILES = ("*.safetensors", *SMALL_FILES, "additional_chat_templates/*.jinja")
@@ -22,12 +23,18 @@ def model_digest(folder: Path) -> str:
 
     Args:
         folder: The model folder with its weights.
+
+    Raises:
+        CorruptFile: If a file cannot be read.
     """
     memo = _Memo(cache_folder() / "digests.json")
     paths = sorted({path for pattern in FILES for path in folder.glob(pattern)})
     total = hashlib.sha256()
     for path in paths:
-        total.update(f"{path.relative_to(folder)}:{memo.digest(path)}\n".encode())
+        try:
+            total.update(f"{path.relative_to(folder)}:{memo.digest(path)}\n".encode())
+        except OSError as error:
+            raise CorruptFile(f"{path} cannot be read ({error.strerror}). Fetch that file again.") from error
     memo.save()
     return total.hexdigest()[:16]
 

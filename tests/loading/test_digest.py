@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from flexgen_helm.errors import CorruptFile
 from flexgen_helm.loading.digest import model_digest
 
 
@@ -73,3 +74,10 @@ def test_weights_of_equal_size_and_time_are_told_apart(folder: Path) -> None:
     weights.write_text("m" * times.st_size)
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert model_digest(folder) != before
+
+
+def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(CorruptFile, match=r"model\.safetensors cannot be read \(Is a directory\)"):
+        model_digest(folder)
