@@ -69,9 +69,10 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = _open_locked(self._path)
         shutil.rmtree(self.unfinished, ignore_errors=True)
-        for path in sorted(folder.glob("*.jsonl")):
-            for line in _read(path):
-                self._take(line)
+        with clear_disk_errors(str(folder)):
+            for path in sorted(folder.glob("*.jsonl")):
+                for line in _read(path):
+                    self._take(line)
         self._begin()
 
     def __enter__(self) -> Journal:
@@ -129,7 +130,7 @@ class Journal:
         for path in self._path.parent.glob("*.jsonl"):
             runs = next((json.loads(line.text)["runs"] for line in _read(path) if line.text.startswith(b'{"runs"')), None)
             with path.open("rb") as file:
-                if runs is not None and set(runs) <= set(self._runs) and _lock(file.fileno()):
+                if isinstance(runs, list) and set(runs) <= set(self._runs) and _lock(file.fileno()):
                     path.unlink()
                     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
 
@@ -155,8 +156,10 @@ class Journal:
             self._found[line.text[start : start + 64].decode()] = line.path, line.offset
         elif line.path == self._path:
             record = json.loads(line.text)
-            if "policy" in record:
-                self._policies[record["deployment"]] = record["policy"]
+            fields = record.get("policy")
+            # A record of another version, which has another form, is left alone.
+            if isinstance(fields, dict) and all(isinstance(value, int | float) for value in fields.values()):
+                self._policies[str(record.get("deployment"))] = fields
 
     def _write(self, record: Mapping[str, Any]) -> int:
         """Append a record and return where it begins."""

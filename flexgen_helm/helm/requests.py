@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict
 
@@ -189,9 +190,33 @@ def to_response(request: Request, result: Result, timing: Timing) -> Response:
     )
 
 
-def checked(response: Response | None) -> Response | None:
-    """Return a stored answer, None if a number in it is not finite, as earlier versions kept them."""
-    return response if response is None or all(map(_is_finite, response["completions"])) else None
+def checked(response: Any) -> Response | None:
+    """Return a stored answer; None if it has another form, or a number in it is not finite, as in those of other versions."""
+    with suppress(KeyError, TypeError, ValueError):
+        if _has(response, _RESPONSE) and all(map(_is_whole, response["completions"])):
+            whole: Response = response
+            return whole
+    return None
+
+
+_NUMBER = (int, float)
+_RESPONSE = {"completions": list, **dict.fromkeys(("request_time", "batch_request_time"), _NUMBER)} | dict.fromkeys(
+    ("request_datetime", "batch_size"), int
+)
+_COMPLETION = {"text": str, "tokens": list, "top_logprobs": list, "finish_reason": str}
+
+
+def _has(content: Any, fields: Mapping[str, Any]) -> bool:
+    return isinstance(content, dict) and all(isinstance(content[name], kind) for name, kind in fields.items())
+
+
+def _is_whole(completion: Any) -> bool:
+    return (
+        _has(completion, _COMPLETION)
+        and all(isinstance(text, str) for text, _ in completion["tokens"])
+        and all(isinstance(token_id, int) for step in completion["top_logprobs"] for token_id, _ in step)
+        and _is_finite(completion)
+    )
 
 
 def _is_finite(completion: StoredCompletion) -> bool:

@@ -6,6 +6,7 @@ import json
 import pickle
 import sqlite3
 import threading
+import zlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -23,6 +24,8 @@ from flexgen_helm.helm.disk_errors import clear_disk_errors
 from flexgen_helm.helm.requests import Response, checked
 
 Item = tuple[str, Response]
+CHECKSUM = b"crc32:"
+"""Stands between an answer and its checksum."""
 LOCK_SECONDS = 60.0
 """How long to wait for another process that writes to the same file."""
 
@@ -133,12 +136,12 @@ class _SqliteStore:
         with clear_disk_errors(self._path):
             select = 'SELECT value FROM "unnamed" WHERE key = ?'
             rows = [self._connection.execute(select, (key,)).fetchone() for key in keys]
-        return [None if row is None else _unpickled(row[0]) for row in rows]
+        return [None if row is None else _unpickled(key, row[0]) for key, row in zip(keys, rows, strict=True)]
 
     def put(self, items: Sequence[Item]) -> None:
         if not items:
             return
-        rows = [(key, pickle.dumps(response)) for key, response in items]
+        rows = [(key, _pickled(key, response)) for key, response in items]
         with clear_disk_errors(self._path), self._connection:
             self._connection.executemany('REPLACE INTO "unnamed" (key, value) VALUES (?, ?)', rows)
 
@@ -146,13 +149,32 @@ class _SqliteStore:
         self._connection.close()
 
 
-def _unpickled(value: bytes) -> Response | None:
-    """Return a stored answer, None for one that is damaged: it is computed and written again."""
+def _pickled(key: str, response: Response) -> bytes:
+    """Return an answer as HELM's store reads it, with a checksum behind it, which unpickling leaves alone.
+
+    SQLite has no checksums: a changed byte may change an answer, or the place at which that of a key is looked for.
+    """
+    value = pickle.dumps(response)
+    return value + CHECKSUM + b"%08x" % _checksum(key, value)
+
+
+def _unpickled(key: str, value: object) -> Response | None:
+    """Return a stored answer, None for one that is damaged: it is computed and written again.
+
+    One without a checksum was written by an earlier version, and is taken as it is.
+    """
     try:
-        response: Response = pickle.loads(value)
+        pickled, mark, checksum = value.rpartition(CHECKSUM)  # type: ignore[attr-defined]  # whatever the file holds
+        if mark and checksum != b"%08x" % _checksum(key, pickled):
+            return None
+        response: Response = pickle.loads(pickled if mark else value)  # type: ignore[arg-type]
     except Exception:  # whatever the damage makes of the bytes
         return None
     return response
+
+
+def _checksum(key: str, value: bytes) -> int:
+    return zlib.crc32(value, zlib.crc32(key.encode()))
 
 
 class _NoStore:

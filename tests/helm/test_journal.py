@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,25 @@ def test_answers_are_there_for_the_next_process(tmp_path: Path) -> None:
     with Journal(tmp_path, ["another"]) as journal:
         assert same(journal.lookup("key 0"), response(0))
         assert journal.policy("flexgen/a/b") == {}
+
+
+@pytest.mark.parametrize("field", ["completions", "batch_request_time", "request_datetime"])
+def test_an_answer_of_another_form_is_computed_again(field: str, tmp_path: Path) -> None:
+    other: Any = {name: value for name, value in response(0).items() if name != field}
+    with Journal(tmp_path, RUNS) as journal:
+        journal.append("key", other)
+        journal.note_policy("flexgen/a/b", {"gpu_batch_size": "64"})  # type: ignore[dict-item]
+    with Journal(tmp_path, RUNS) as journal:
+        assert journal.lookup("key") is None
+        assert journal.policy("flexgen/a/b") == {}
+        journal.append("key", response(0))
+        assert same(journal.lookup("key"), response(0))
+
+
+def test_another_commands_journal_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").mkdir()
+    with pytest.raises(FlexGenError, match=r"cannot be read or written: .*Is a directory: .*other\.jsonl"):
+        Journal(tmp_path, RUNS)
 
 
 def test_a_record_torn_anywhere_costs_only_itself(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,27 @@ def test_an_answer_is_in_the_file_when_write_returns(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(is_there, range(40)))
+
+
+def test_a_changed_byte_is_no_answer_and_neither_is_that_of_another_key(tmp_path: Path) -> None:
+    path = str(tmp_path / "helm.sqlite")
+    cache = ResponseCache(SqliteCacheConfig(path))
+    cache.write([(KEYS[0], response(0)), (KEYS[1], response(1))])
+    with sqlite3.connect(path) as connection:
+        ((whole,), (other,)) = connection.execute('SELECT value FROM "unnamed" ORDER BY rowid').fetchall()
+
+    def store(value: object) -> None:
+        with sqlite3.connect(path) as connection:
+            connection.execute('UPDATE "unnamed" SET value = ? WHERE key = ?', (value, KEYS[0]))
+
+    for at in range(0, len(whole), 7):
+        store(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert cache.lookup(KEYS[:1]) in ([None], [response(0)])
+    for value in (other, None, 5, "text", b"", pickle.dumps({"text": "of another version"}), pickle.dumps([1])):
+        store(value)
+        assert cache.lookup(KEYS[:1]) == [None]
+    store(pickle.dumps(response(0)))  # written before there were checksums
+    assert cache.lookup(KEYS[:1]) == [response(0)]
 
 
 def test_disabled_cache_stores_nothing() -> None:
