@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile
 from flexgen_helm.loading.source import LoadedModel
-from flexgen_helm.runtime.fitting.files import save_tensors
+from flexgen_helm.runtime.fitting.files import load_checked, save_checked
 from flexgen_helm.types import Job, Result
 
 NUM_ROWS, ROW_TOKENS = 16, 512
@@ -61,9 +59,9 @@ def kept_text(folder: Path, write: Callable[[Path], Tensor]) -> Tensor:
     file = folder / FILE
     if not file.exists():
         scratch = folder / "uncompressed"
-        save_tensors(file, {NAME: write(scratch)})
+        save_checked(file, {NAME: write(scratch)})
         shutil.rmtree(scratch, ignore_errors=True)
     try:
-        return load_file(file)[NAME]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise CorruptFile(f"{file} cannot be read ({error}). Delete it; it is made again.") from error
+        return load_checked(file)[NAME]
+    except CorruptFile as error:
+        raise CorruptFile(f"{error} Delete it; it is made again.") from error

@@ -11,17 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flexgen_helm.compression.matrices import matrix_tensors
 from flexgen_helm.compression.scheme import MatrixKey, Parts, Scheme
+from flexgen_helm.errors import CorruptFile
 from flexgen_helm.loading.source import LoadedModel, ModelSource
 from flexgen_helm.memory.slab import Binding, layout_of
 from flexgen_helm.model.experts import register_sliced_experts
 from flexgen_helm.model.recorder import Implementations, RecordedModel, Recording
-from flexgen_helm.runtime.fitting.files import save_tensors
+from flexgen_helm.runtime.fitting.files import load_checked, save_checked
 from flexgen_helm.runtime.fitting.gradients import known_sensitivities, replay_with_gradients, watched
 from flexgen_helm.runtime.fitting.packing import PackedLayers
 from flexgen_helm.runtime.fitting.progress import LayerProgress
@@ -146,14 +145,14 @@ class _Checkpoints:
         if any(row.extra_outputs for row in rows):
             return
         hidden = {str(k): row.hidden for k, row in enumerate(rows) if row.hidden is not None}
-        save_tensors(self._file(j), {f"{key}{SEPARATOR}{name}": x for key, each in parts.items() for name, x in each.items()})
-        save_tensors(self._hidden, {**hidden, NEXT: torch.tensor(j + 1)})
+        save_checked(self._file(j), {f"{key}{SEPARATOR}{name}": x for key, each in parts.items() for name, x in each.items()})
+        save_checked(self._hidden, {**hidden, NEXT: torch.tensor(j + 1)})
 
     def _file(self, j: int) -> Path:
         return self._folder / f"layer_{j:05d}.safetensors"
 
     def _read(self, file: Path) -> dict[str, Tensor] | None:
         try:
-            return load_file(file)
-        except (OSError, SafetensorError):
+            return load_checked(file)
+        except CorruptFile:
             return None

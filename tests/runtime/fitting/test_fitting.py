@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from flexgen_helm.compression.matrices import matrix_tensors
@@ -20,6 +21,7 @@ from flexgen_helm.memory.buffers import allocate
 from flexgen_helm.memory.slab_folder import SlabFolder
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.model.recorder import RecordedModel, Recording
+from flexgen_helm.runtime.fitting.files import load_checked, save_checked
 from flexgen_helm.runtime.fitting.fit import fit
 from flexgen_helm.runtime.fitting.packing import PackingKeeper
 from flexgen_helm.runtime.fitting.progress import LayerProgress
@@ -70,6 +72,18 @@ def test_slabs_hold_what_was_packed_and_other_tensors_as_they_are(bench: Workben
             expected = (value * 2).round() / 2 if place.names[0] in quantised else value
             assert torch.equal(place.view(bound), expected), place.names
     fitted.slabs.close()
+
+
+def test_what_was_found_so_far_is_not_believed_where_a_byte_has_changed(tmp_path: Path) -> None:
+    file, tensors = tmp_path / "layer.safetensors", {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
+    save_checked(file, tensors)
+    whole = file.read_bytes()
+    assert all(torch.equal(x, tensors[name]) for name, x in load_checked(file).items())
+    damaged = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
+    for content in (*damaged, *(whole[:at] for at in range(0, len(whole), 5)), save(tensors)):
+        file.write_bytes(content)
+        with pytest.raises(CorruptFile, match=r"layer\.safetensors cannot be read"):
+            load_checked(file)
 
 
 def test_a_killed_process_goes_on_where_it_was(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
