@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from flexgen_helm.reports.answers import KEY_COLUMNS, REQUEST_COLUMNS, ROW_COLUM
 from flexgen_helm.reports.engine_record import EngineRecord, Throughput
 
 FORMAT, VERSION = "flexgen-helm baseline", 1
+CHECKSUM = "checksum"
 DECIMALS = 6
 OF_ROW = (
     *("instance", "perturbation", "trial", "part", "split", "score", "logprob", "length"),
@@ -67,7 +69,17 @@ def to_text(answers: Answers, *, date: str) -> str:
     lines = [f'"{key}": {_dump(value)}' for key, value in head.items()]
     lines.append(f'"engines": {_list([_dump(asdict(engine)) for engine in engines])}')
     lines.append(f'"runs": {_list([_run(answers, facts, engines) for facts in answers.runs.values()])}')
-    return "{" + ",\n".join(lines) + "}\n"
+    return _sealed("{" + ",\n".join(lines) + "}\n")
+
+
+def _sealed(text: str) -> str:
+    """Return the text with a checksum of its content in the last line: a changed digit would change a verdict."""
+    return text.removesuffix("}\n") + f',\n"{CHECKSUM}": "{_checksum(json.loads(text))}"}}\n'
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Return the checksum of parsed JSON, however it was laid out."""
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def _run(answers: Answers, facts: RunFacts, engines: Sequence[EngineRecord]) -> str:
@@ -118,6 +130,9 @@ def read_baseline(file: Path) -> Answers:
         raise CorruptFile(
             f"{file} has version {content.get('version')!r} of the format; this package reads {VERSION}. {advice}"
         )
+    # One without a checksum was recorded by an earlier version.
+    if content.pop(CHECKSUM, None) not in (None, _checksum(content)):
+        raise CorruptFile(f"{file} was changed since it was recorded: its checksum differs. {advice}")
     try:
         return _answers(content)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

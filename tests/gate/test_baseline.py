@@ -77,6 +77,10 @@ def test_what_is_no_baseline_file_is_refused(tmp_path: Path) -> None:
     for foreign in ("[]", "{}", '"text"', '{"format": "other"}'):
         refused(foreign, "is no baseline file")
     refused(json.dumps(content | {"version": 99}), "version 99")
+    refused(whole.replace('"name": "', '"name": "x'), "was changed since it was recorded")
+    file.write_text(json.dumps(content, indent=4))
+    assert read_baseline(file).name == content["name"]
+    del content["checksum"]
     (line,) = content["runs"][0]["rows"]
     for changed in (
         content | {"engines": [{}]},
