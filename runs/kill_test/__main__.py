@@ -121,7 +121,7 @@ def _kill_once(
     if not finished:
         assert now[: len(durable)] == durable, "a finished answer is lost"
         assert len(computed - set(now)) <= 1, "answers were not durable when they were finished"
-        assert process.exitcode == -9, f"the command failed; see {command.output_path / 'log.txt'}"
+        assert process.exitcode == -9, f"the command failed; see {command.log}"
     stage = _stage(durable, now, finished)
     tally.during[stage] = tally.during.get(stage, 0) + 1
     tally.most_resumed = max(tally.most_resumed, len(durable))
@@ -162,7 +162,7 @@ def _run_to_the_end(command: Command) -> float:
     started = time.monotonic()
     process = command.start()
     process.join()
-    assert process.exitcode == 0, f"the command failed; see {command.output_path / 'log.txt'}"
+    assert process.exitcode == 0, f"the command failed; see {command.log}"
     return time.monotonic() - started
 
 

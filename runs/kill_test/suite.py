@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -32,6 +32,8 @@ class Command:
     disable_cache: bool
     engine: Mapping[str, Any] = field(default_factory=dict)
     """More keywords of ``Engine.from_pretrained``, as a deployment has them."""
+    log_folder: Path | None = None
+    """For what the command prints and computes; None: with the output."""
 
     @property
     def suite_folder(self) -> Path:
@@ -58,21 +60,30 @@ class Command:
             *(("--disable-cache",) if self.disable_cache else ()),
         ]
 
-    def start(self) -> BaseProcess:
-        """Start the command in a process of its own, in which the slow imports are done already."""
+    def start(self, target: Callable[[list[str], Path, Path], None] | None = None) -> BaseProcess:
+        """Start the command in a process of its own, in which the slow imports are done already.
+
+        Args:
+            target: Called there in the place of `helm_run`, with its arguments.
+        """
         self._write_data()
         self._write_deployment()
         self.computed.unlink(missing_ok=True)
         context = get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
-        process = context.Process(target=_helm_run, args=(self.arguments(), self.output_path / "log.txt", self.computed))
+        process = context.Process(target=target or helm_run, args=(self.arguments(), self.log, self.computed))
         process.start()
         return process
 
     @property
     def computed(self) -> Path:
         """File of the keys of all answers that the last process has computed, written before they can be durable."""
-        return self.output_path / "computed.txt"
+        return (self.log_folder or self.output_path) / "computed.txt"
+
+    @property
+    def log(self) -> Path:
+        """File to which everything is appended that the command prints."""
+        return (self.log_folder or self.output_path) / "log.txt"
 
     def _write_deployment(self) -> None:
         arguments = {"name_or_path": str(self.model_folder.absolute()), **self.engine}
@@ -106,7 +117,8 @@ def _questions() -> str:
     return str(to_jsonl(instances))
 
 
-def _helm_run(arguments: list[str], log: Path, computed: Path) -> None:
+def helm_run(arguments: list[str], log: Path, computed: Path) -> None:
+    """Be ``helm-run`` in this process, and write down what is computed before it can be durable."""
     from helm.benchmark.run import main
 
     from flexgen_helm.helm.journal import Journal
@@ -122,4 +134,8 @@ def _helm_run(arguments: list[str], log: Path, computed: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["helm-run", *arguments]
-    main()
+    try:
+        main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # as where this is no child of another process
+        sys.exit(1)

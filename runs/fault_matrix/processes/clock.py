@@ -1,0 +1,67 @@
+"""The clock set back or forward while a command runs, between two, and times of files that are not true."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+
+from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers, whole_suite
+from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
+from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
+from flexgen_helm.runs.kill_test.files import read_suite
+from flexgen_helm.runs.kill_test.suite import Command, helm_run
+
+DAY = 86_400.0
+KINDS = ("back_in_a_run", "back_between_runs", "forward_in_a_run", "files_of_the_future", "files_of_1970")
+
+
+def cases(count: int) -> list[Case]:
+    """Return so many cases."""
+    return [Case(f"{kind} {number}", COMMAND_S * 3) for number, kind in enumerate(islice(cycle(KINDS), count))]
+
+
+class ClockPart:
+    """See `flexgen_helm.runs.fault_matrix.worker.Part`."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ["FLEXGEN_HELM_CACHE"] = str(folder / "notes")
+        self._folder, self._model = folder, tiny_model(folder / "model")
+        whole = folder / "whole"
+        self._expected = read_suite(whole_suite(self._model, whole, tiers(whole / "offload")))
+
+    def run(self, case: str) -> list[Outcome]:
+        """Kill a command when it has a few answers, and run it again under another clock."""
+        kind, number = case.split()
+        fault, generator = kind.replace("_", " "), random.Random(f"clock {number}")
+        folder = fresh(self._folder / "case")
+        command = Command(self._model, folder / "output", INSTANCES, disable_cache=False, engine=tiers(folder / "offload"))
+        durable = Running(command).kill_after(generator.randint(1, 12))
+        calls = generator.randint(1, 400) if kind.endswith("in_a_run") else 0
+        days = generator.choice((1, 400, 9000)) * {"back": -1, "forw": 1}.get(kind[:4], 0)
+        if kind.startswith("files"):
+            _set_times(self._folder, time.time() + 9000 * DAY if kind.endswith("future") else 0)
+        ended = Running(command, partial(with_clock, days * DAY, calls)).end()
+        if failure := ended.failure(fault):
+            return [failure]
+        names = differing(command, self._expected)
+        if ended.status or names:
+            return [Outcome(fault, "wrong", note=f"{case}: {ended.message} {names}")]
+        again = set(command.computed.read_text().split() if command.computed.exists() else ()) & set(durable)
+        return [Outcome(fault, "wrong", note=f"{case}: computed again") if again else Outcome(fault, "answered")]
+
+
+def with_clock(jump: float, calls: int, arguments: list[str], log: Path, computed: Path) -> None:
+    """Be ``helm-run`` with a clock that jumps by so many seconds after so many calls."""
+    real, count = time.time, iter(range(10**9))
+    time.time = lambda: real() + (jump if next(count) >= calls else 0)
+    helm_run(arguments, log, computed)
+
+
+def _set_times(folder: Path, seconds: float) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            os.utime(path, (seconds, seconds))

@@ -1,0 +1,104 @@
+"""SIGKILLs at random moments: of a suite with tiers and compression, and of the fit of its compressed weights."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+
+from flexgen_helm import Engine
+from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, TRACEBACK, fresh, tiers
+from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
+from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
+from flexgen_helm.runs.kill_test.__main__ import kill
+from flexgen_helm.runs.kill_test.suite import PRELOADED, Command
+
+BATCH = 10
+KILL_S = 90.0
+OF_FITS = 5
+"""Every fifth kill meets a fit."""
+
+
+def cases(count: int) -> list[Case]:
+    """Return batches of kills that are so many together."""
+    fits = count // OF_FITS
+    return [*_batches("suite", count - fits), *_batches("fit", fits)]
+
+
+def _batches(name: str, count: int) -> Iterator[Case]:
+    for number, begin in enumerate(range(0, count, BATCH)):
+        size = min(BATCH, count - begin)
+        yield Case(f"{name} {number} {size}", COMMAND_S * 3 + KILL_S * size)
+
+
+class KillsPart:
+    """See `flexgen_helm.runs.fault_matrix.worker.Part`."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ["FLEXGEN_HELM_CACHE"] = str(folder / "notes")
+        self._folder, self._model = folder, tiny_model(folder / "model")
+
+    def run(self, case: str) -> list[Outcome]:
+        """Kill as often as the case says."""
+        name, number, count = case.split()
+        folder = fresh(self._folder / name)
+        if name == "fit":
+            return self._kill_fits(folder, int(count), random.Random(f"kills {number}"))
+        command = Command(self._model, folder, INSTANCES, disable_cache=False, engine=tiers(folder / "offload"))
+        try:
+            tally = kill(command, int(count), seed=int(number))
+        except AssertionError as error:
+            return [Outcome("suite", _verdict(str(error), folder), note=f"{case}: {error}")]
+        return [Outcome("suite", "answered", tally.kills)]
+
+    def _kill_fits(self, folder: Path, count: int, moments: random.Random) -> list[Outcome]:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        whole, killed = folder / "whole", folder / "killed"
+        begun = time.monotonic()
+        for _ in range(2):  # timed once the slow imports are done
+            fresh(whole)
+            begun = time.monotonic()
+            process = context.Process(target=_fit, args=(self._model, whole))
+            process.start()
+            process.join()
+        seconds, right, kills = time.monotonic() - begun, _files(whole), 0
+        while True:
+            before = {path: path.stat().st_mtime_ns for path in killed.rglob("unit_*.slab")}
+            process = context.Process(target=_fit, args=(self._model, killed))
+            process.start()
+            process.join(moments.uniform(0, seconds) if kills < count else COMMAND_S)
+            process.kill()
+            process.join()
+            if any(not path.exists() or path.stat().st_mtime_ns != written for path, written in before.items()):
+                return [Outcome("fit", "wrong", note="a whole slab was written again")]
+            kills += process.exitcode == -9
+            if process.exitcode == 0 and (found := _files(killed)) != right:
+                differing = sorted(name for name in found.keys() | right.keys() if found.get(name) != right.get(name))
+                return [Outcome("fit", "wrong", note=f"these files differ: {differing}")]
+            if process.exitcode not in (0, -9):
+                return [Outcome("fit", "traceback", note=f"status {process.exitcode}; see the log")]
+            if process.exitcode == 0:
+                if kills >= count:
+                    return [Outcome("fit", "answered", count)]
+                fresh(killed)
+
+
+def _fit(model: Path, folder: Path) -> None:
+    Engine.from_pretrained(str(model), **tiers(folder)).close()
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """Return slabs and decisions: what is kept of a fit."""
+    names = ("unit_*.slab", "unit_*.json", "fit/decisions.safetensors")
+    return {str(path.relative_to(folder)): path.read_bytes() for name in names for path in folder.glob(name)}
+
+
+def _verdict(message: str, folder: Path) -> str:
+    if "lost" in message or "not durable" in message:
+        return "lost"
+    logs = "".join(path.read_text(encoding="utf-8", errors="replace") for path in folder.rglob("log.txt"))
+    return "traceback" if TRACEBACK in logs else "wrong"

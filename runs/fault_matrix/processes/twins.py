@@ -1,0 +1,77 @@
+"""Two commands at once on one suite folder, with one folder for what is on disk."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+
+from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers, whole_suite
+from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
+from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
+from flexgen_helm.runs.kill_test.files import read_suite
+from flexgen_helm.runs.kill_test.suite import Command
+
+KINDS = ("same_runs", "some_of_the_runs")
+LATEST_S = 6.0
+"""The second command begins at most so many seconds behind the first."""
+REFUSAL = "Another helm-run is working on the same run entries of this suite"
+
+
+def cases(count: int) -> list[Case]:
+    """Return so many pairs of commands."""
+    return [Case(f"{kind} {number}", COMMAND_S * 4) for number, kind in enumerate(islice(cycle(KINDS), count))]
+
+
+class SomeRuns(Command):
+    """The command with half of its run entries."""
+
+    def arguments(self) -> list[str]:
+        """Return the arguments of ``helm-run``."""
+        whole = super().arguments()
+        begin, end = whole.index("--run-entries") + 1, whole.index("--suite")
+        return [*whole[: (begin + end) // 2], *whole[end:]]
+
+
+class TwinsPart:
+    """See `flexgen_helm.runs.fault_matrix.worker.Part`."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ["FLEXGEN_HELM_CACHE"] = str(folder / "notes")
+        self._folder, self._model = folder, tiny_model(folder / "model")
+        whole = folder / "whole"
+        self._expected = read_suite(whole_suite(self._model, whole, tiers(whole / "offload")))
+
+    def run(self, case: str) -> list[Outcome]:
+        """Start two commands; one that is refused runs again when both have ended."""
+        kind, number = case.split()
+        fault, moments = kind.replace("_", " "), random.Random(f"twins {number}")
+        folder = fresh(self._folder / "case")
+        first = Command(
+            self._model, folder / "output", INSTANCES, False, tiers(folder / "offload"), log_folder=fresh(folder / "first")
+        )
+        second = replace(first, log_folder=fresh(folder / "second"))
+        if kind == "some_of_the_runs":
+            second = SomeRuns(**vars(second))
+        commands = [first, second] if moments.random() < 0.5 else [second, first]
+        running = [Running(commands[0])]
+        time.sleep(moments.choice((0, 0, moments.uniform(0, LATEST_S))))
+        running.append(Running(commands[1]))
+        refused = 0
+        for each in running:
+            ended = each.end()
+            if failure := ended.failure(fault):
+                return [failure]
+            if ended.status and REFUSAL not in ended.message:
+                return [Outcome(fault, "wrong", note=f"{case}: {ended.message}")]
+            refused += bool(ended.status)
+        again = Running(first).end()
+        if failure := again.failure(fault):
+            return [failure]
+        names = differing(first, self._expected)
+        if again.status or names:
+            return [Outcome(fault, "wrong", note=f"{case}: {again.message} {names}")]
+        return [Outcome(fault, "refused" if refused else "answered")]
