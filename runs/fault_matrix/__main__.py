@@ -83,7 +83,8 @@ def _run(name: str, maker: Maker, cases: list[Case], ledger: Ledger, state: Path
             ledger.add(name, case, worker.run(case))
     finally:
         worker.close()
-    return ledger.of(name, cases)
+    outcomes: list[Outcome] = ledger.of(name, cases)
+    return outcomes
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,23 +14,7 @@ from flexgen_helm.runs.fault_matrix import __main__ as command
 from flexgen_helm.runs.fault_matrix import table
 from flexgen_helm.runs.fault_matrix.outcomes import Case, Ledger, Outcome, merged
 from flexgen_helm.runs.fault_matrix.worker import Worker
-
-
-class Stubborn:
-    """A part whose cases do what they are called."""
-
-    def __init__(self, folder: Path) -> None:
-        assert folder.is_dir()
-
-    def run(self, case: str) -> list[Outcome]:
-        match case:
-            case "hangs":
-                time.sleep(600)
-            case "dies":
-                os._exit(3)
-            case "fails":
-                raise KeyError("of ours")
-        return [Outcome(case, "answered")]
+from tests.runs.stubborn import Stubborn
 
 
 def test_a_case_that_hangs_dies_or_fails_is_counted_and_the_next_one_runs(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ class Records:
 
     def read(self, folder: Path) -> tuple[Verdict, str]:
         """Read them; see `Subject`."""
-        self._right = self._right or self._read(folder.with_name("whole"), make=True)
+        self._right = self._right or self._read_whole(folder)
         before = {path: path.read_bytes() for path in self.files(folder) if path.is_file()}
         info, answers = self._read(folder)
         if answers != self._right[1]:
@@ -204,11 +204,15 @@ class Records:
         after = {path: path.read_bytes() for path in self.files(folder) if path.is_file()}
         return ("recomputed" if after != before else "answered"), ""
 
-    def _read(self, folder: Path, *, make: bool = False) -> tuple[Any, list[Any]]:
+    def _read_whole(self, folder: Path) -> tuple[Any, list[Any]]:
+        """Read what is not damaged: the library of the products, which is part of the numerics, is noted in it."""
+        whole = folder.with_name("whole")
+        shutil.rmtree(whole, ignore_errors=True)
+        shutil.copytree(folder.with_name("pristine"), whole)
+        return self._read(whole)
+
+    def _read(self, folder: Path) -> tuple[Any, list[Any]]:
         """Let an engine be recalled or loaded, whatever the answers that are kept."""
-        if make:
-            shutil.rmtree(folder, ignore_errors=True)
-            self.make(folder)
         with _variable(self.VARIABLE, folder / "notes"):
             found = []
             for kept in (True, False):
