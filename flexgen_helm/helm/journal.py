@@ -69,11 +69,15 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = _open_locked(self._path)
         shutil.rmtree(self.unfinished, ignore_errors=True)
-        with clear_disk_errors(str(folder)):
-            for path in sorted(folder.glob("*.jsonl")):
-                for line in _read(path):
-                    self._take(line)
-        self._begin()
+        try:
+            with clear_disk_errors(str(folder)):
+                for path in sorted(folder.glob("*.jsonl")):
+                    for line in _read(path):
+                        self._take(line)
+            self._begin()
+        except BaseException:
+            self._file.close()  # which holds the lock
+            raise
 
     def __enter__(self) -> Journal:
         return self
@@ -130,7 +134,7 @@ class Journal:
         for path in self._path.parent.glob("*.jsonl"):
             runs = next((json.loads(line.text)["runs"] for line in _read(path) if line.text.startswith(b'{"runs"')), None)
             with path.open("rb") as file:
-                if isinstance(runs, list) and set(runs) <= set(self._runs) and _lock(file.fileno()):
+                if isinstance(runs, list) and all(run in self._runs for run in runs) and _lock(file.fileno()):
                     path.unlink()
                     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
 

@@ -74,6 +74,20 @@ def test_another_commands_journal_that_cannot_be_read_is_named(tmp_path: Path) -
     (tmp_path / "other.jsonl").mkdir()
     with pytest.raises(FlexGenError, match=r"cannot be read or written: .*Is a directory: .*other\.jsonl"):
         Journal(tmp_path, RUNS)
+    (tmp_path / "other.jsonl").rmdir()
+    with Journal(tmp_path, RUNS) as journal:  # which the one that was refused does not keep locked
+        journal.discard()
+
+
+@pytest.mark.parametrize("runs", [None, "one", 3, [{}], [["one"]], {"one": 1}])
+def test_a_journal_of_another_form_is_left_alone(runs: Any, tmp_path: Path) -> None:
+    with Journal(tmp_path, ["other"]) as other:
+        other._write({"runs": runs})
+        (path,) = tmp_path.glob("*.jsonl")
+    path.write_bytes(path.read_bytes().splitlines(True)[-1])
+    with Journal(tmp_path, RUNS) as journal:
+        journal.discard()
+    assert path.exists()
 
 
 def test_a_record_torn_anywhere_costs_only_itself(tmp_path: Path) -> None:
