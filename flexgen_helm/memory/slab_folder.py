@@ -23,6 +23,7 @@ from flexgen_helm.memory.slab import SlabLayout
 
 _TEMPORARY = ".slab-"
 _IDENTITY = "slabs.json"
+LAYOUT_CHECKSUM = "layout_xxh3_64"
 
 
 class SlabFolder:
@@ -65,9 +66,15 @@ class SlabFolder:
 
     @staticmethod
     def described(path: Path) -> dict[int, SlabLayout]:
-        """Return the layouts of the complete slabs in a folder, by number."""
-        found = {int(file.stem.removeprefix("unit_")): _load(file) for file in sorted(path.glob("unit_*.json"))}
-        return {j: SlabLayout.from_json(each["layout"]) for j, each in found.items() if each and "layout" in each}
+        """Return the layouts of the complete slabs in a folder, by number, but none of a torn description."""
+        layouts: dict[int, SlabLayout] = {}
+        for file in sorted(path.glob("unit_*.json")):
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+                found = _load(file) or {}
+                # The slab's own checksum does not cover where its tensors begin; earlier versions wrote no checksum of that.
+                if found.get(LAYOUT_CHECKSUM) in (None, _checksum_of_layout(found["layout"])):
+                    layouts[int(file.stem.removeprefix("unit_"))] = SlabLayout.from_json(found["layout"])
+        return layouts
 
     @staticmethod
     def claimed(path: Path) -> dict[str, Any] | None:
@@ -119,7 +126,9 @@ class SlabFolder:
                 os.fsync(file.descriptor)
             finally:
                 file.close()
-        self._save(self._description(j), {"layout": self._layouts[j].to_json(), "xxh3_64": checksum})
+        plain = self._layouts[j].to_json()
+        description = {"layout": plain, "xxh3_64": checksum, LAYOUT_CHECKSUM: _checksum_of_layout(plain)}
+        self._save(self._description(j), description)
         self._checksums[j] = checksum
         self._verified.discard(j)
 
@@ -244,6 +253,10 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return -1
+
+
+def _checksum_of_layout(plain: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode())
 
 
 def _checksum(memory: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -241,6 +242,22 @@ def test_torn_description(tmp_path: Path, content: str) -> None:
         assert folder.missing() == [4]
     convert(tmp_path)
     check(tmp_path)
+
+
+def test_a_description_in_which_anything_changed_is_none(tmp_path: Path) -> None:
+    convert(tmp_path)
+    whole = SlabFolder.described(tmp_path)
+    assert sorted(whole) == [0, 3, 4]
+    file = tmp_path / "unit_00004.json"
+    found = json.loads(file.read_text())
+    others = ["x", [], None, {"layout": None}, {"layout": {**found["layout"], "tensors": [None]}}]
+    others += [{**found, "layout": {**found["layout"], "num_bytes": 8192}}]
+    for other in others:
+        file.write_text(json.dumps(other))
+        assert sorted(SlabFolder.described(tmp_path)) == [0, 3]
+    del found["layout_xxh3_64"]  # as earlier versions wrote it
+    file.write_text(json.dumps(found))
+    assert SlabFolder.described(tmp_path) == whole
 
 
 def test_folder_of_other_weights(tmp_path: Path) -> None:
