@@ -60,12 +60,12 @@ class Worker:
             if self._connection.poll(case.seconds):
                 outcomes: list[Outcome] = self._connection.recv()
                 return outcomes
-            found = Outcome(case.name.partition(" ")[0], "hung", note=f"{case.name}: no end after {case.seconds:.0f} s")
+            found = Outcome(_fault_of(case.name), "hung", note=f"{case.name}: no end after {case.seconds:.0f} s")
         except (EOFError, OSError):
             self._process.join(10)
             status = self._process.exitcode
             note = f"{case.name}: the process ended with status {status}; see {self._log}"
-            found = Outcome(case.name.partition(" ")[0], "traceback", note=note)
+            found = Outcome(_fault_of(case.name), "traceback", note=note)
         self.close()
         return [found]
 
@@ -93,6 +93,11 @@ class Worker:
             raise RuntimeError(f"{self._folder.name} cannot be prepared; see {self._log}") from None
 
 
+def _fault_of(case: str) -> str:
+    """Return the row of the table for a case that has no outcome of its own."""
+    return case.partition(" ")[0].replace("_", " ")
+
+
 def _serve(connection: Connection, maker: Maker, folder: Path, log: Path) -> None:
     os.setsid()  # so that what hangs is ended with everything that it has started
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -111,5 +116,5 @@ def _serve(connection: Connection, maker: Maker, folder: Path, log: Path) -> Non
         except Exception as error:
             traceback.print_exc()
             trace = traceback.format_exc()[-MOST_NOTE:]
-            found = [Outcome(case.partition(" ")[0], "traceback", note=f"{case}: {type(error).__name__}: {error}\n{trace}")]
+            found = [Outcome(_fault_of(case), "traceback", note=f"{case}: {type(error).__name__}: {error}\n{trace}")]
         connection.send(found)
