@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import sys
@@ -32,6 +31,7 @@ from flexgen_helm.cli_options import (
     engine_arguments,
 )
 from flexgen_helm.errors import FlexGenError, InvalidJob
+from flexgen_helm.helm.installed import require_helm
 from flexgen_helm.types import Job, Policy, Result
 
 if TYPE_CHECKING:
@@ -171,20 +171,15 @@ def _add_comparisons(commands: argparse._SubParsersAction[argparse.ArgumentParse
     check.set_defaults(run=_check)
 
 
-def _require_helm() -> None:
-    if importlib.util.find_spec("helm") is None:
-        raise FlexGenError('HELM is not installed. Install it with `pip install "flexgen_helm[helm]"`.')
-
-
 def _report(args: argparse.Namespace) -> int:
-    _require_helm()
+    require_helm()
     from flexgen_helm.reports.presentation.command import report
 
     return report(args, _say)
 
 
 def _check(args: argparse.Namespace) -> int:
-    _require_helm()
+    require_helm()
     from flexgen_helm.gate.command import run_check
 
     return run_check(args, _say)
@@ -210,7 +205,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    _require_helm()
+    require_helm()
     from flexgen_helm.evaluation.evaluate import evaluate, make_evaluation
     from flexgen_helm.helm.disk_errors import RESUME
 

@@ -48,6 +48,14 @@ class FlexGenRunner(Runner):
     """
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
+        """Run all entries as ``helm-run`` does: like `run_here`, but Ctrl-C ends the process, with one line."""
+        try:
+            self.run_here(run_specs)
+        except KeyboardInterrupt:
+            print(f"flexgen-helm: interrupted. {RESUME}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+
+    def run_here(self, run_specs: list[RunSpec]) -> None:
         """Run all entries.
 
         Raises:
@@ -56,11 +64,7 @@ class FlexGenRunner(Runner):
             DiskFull: There is no space left; nothing further is tried.
         """
         run_specs = _distinct(run_specs)
-        try:
-            failed = self._run_all(run_specs)
-        except KeyboardInterrupt:
-            print(f"flexgen-helm: interrupted. {RESUME}", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
+        failed = self._run_all(run_specs)
         if failed:
             names = ", ".join(f'"{run_spec.name}"' for run_spec in run_specs if run_spec.name in failed)
             raise RunnerError(f"Failed runs: [{names}]. {_causes(failed)}")
@@ -71,7 +75,7 @@ class FlexGenRunner(Runner):
         paused: list[PausableRun] = []
         with Journal(Path(self.runs_path) / FOLDER, [run_spec.name for run_spec in run_specs]) as journal:
             try:
-                for run_spec in self._console.each(run_specs, f"Adapting {len(run_specs)} runs"):
+                for run_spec in self.console.each(run_specs, f"Adapting {len(run_specs)} runs"):
                     run = PausableRun(self, run_spec, self._collects, journal.unfinished)
                     if not self._skips(run_spec):
                         self._attempt(f"Adapting {run_spec.name}", [run], failed, partial(self._start, run))
@@ -139,7 +143,7 @@ class FlexGenRunner(Runner):
 
         def answer() -> Served:
             cache = ENGINES.caches.get(self._cache_backend.get_cache_config(deployment.host_organization))
-            served = serve(deployment, requests, cache, journal, ENGINES, self._console)
+            served = serve(deployment, requests, cache, journal, ENGINES, self.console)
             entry = served.report.as_dict([run.run_spec.name for run in runs])
             rewrite(Path(self.runs_path) / WORKLOAD_FILE, partial(with_entry, entry=entry))
             return served
@@ -149,13 +153,14 @@ class FlexGenRunner(Runner):
             return
         machine = environment(torch.device(served.report.engine.numerics.machine.device))
         remaining = zip(served.results, served.sources, strict=True)
-        for run in self._console.each(runs, f"Metrics of {len(runs)} runs"):
+        for run in self.console.each(runs, f"Metrics of {len(runs)} runs"):
             results, sources = zip(*islice(remaining, len(run.request_states)), strict=True)
             report = run_report(deployment, served.report, sources, machine)
             self._attempt(f"Running {run.run_spec.name}", [run], failed, partial(run.resume, list(results), report))
 
     @cached_property
-    def _console(self) -> Console:
+    def console(self) -> Console:
+        """Where progress is shown: what the process was given, unless another console is assigned before the first use."""
         return Console.of_process()
 
     @property
