@@ -27,6 +27,7 @@ from flexgen_helm.cli_options import (
     add_profile_options,
     add_report_options,
     add_suite_options,
+    add_suites_options,
     asked_policy,
     engine_arguments,
 )
@@ -121,6 +122,13 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     add_placement_options(evaluate)
     add_suite_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
+    suites = commands.add_parser(
+        "suites",
+        help="list suites and what they take",
+        description="List suites of HELM's scenarios; with --model how much they ask and how many hours that takes here.",
+    )
+    add_suites_options(suites)
+    suites.set_defaults(run=_suites)
     fidelity = commands.add_parser(
         "fidelity",
         help="compare what two models predict",
@@ -215,6 +223,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         return evaluate(evaluation, verbose=args.verbose)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(RESUME) from None
+
+
+def _suites(args: argparse.Namespace) -> int:
+    require_helm()
+    from flexgen_helm.evaluation.suites_command import run_suites
+
+    return run_suites(args, _say)
 
 
 def _fidelity(args: argparse.Namespace, load_engine: EngineLoader) -> int:

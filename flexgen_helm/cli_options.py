@@ -112,13 +112,37 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 def add_suite_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `eval`."""
     add = parser.add_argument_group("evaluation").add_argument
-    packaged = "quickstart, mmlu, accuracy_vs_compression, flexgen_paper"
+    packaged = "quickstart, mmlu, accuracy_vs_compression, ...; flexgen-helm suites lists them"
     suite = f"a suite that comes with this package ({packaged}), or the path of a run_entries.conf"
     add("--suite", required=True, metavar="S", help=suite)
     instances = "maximum number of instances per run entry (%(default)s)"
     add("-m", "--max-eval-instances", type=_positive, default=100, metavar="N", help=instances)
     add("--out", type=Path, default=Path("benchmark_output"), metavar="DIR", help="HELM's output folder (%(default)s)")
     add("-v", "--verbose", action="store_true", help="also show HELM's log, which is written to a file in the output folder")
+
+
+def add_suites_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `suites`."""
+    add = parser.add_argument_group("what is shown").add_argument
+    add("--suite", metavar="S", help="one suite in detail: its name, or the path of a run_entries.conf")
+    add("--json", action="store_true", help="print one JSON object, for all suites a list")
+    add = parser.add_argument_group("what it takes").add_argument
+    model = "count requests and tokens for this model folder or name, and predict hours; with @w4 and the like for a variant"
+    add("--model", metavar="M", help=model)
+    instances = "maximum number of instances per run entry (%(default)s)"
+    add("-m", "--max-eval-instances", type=_positive, default=100, metavar="N", help=instances)
+    output = "HELM's output folder, in which data are looked for and put (%(default)s)"
+    add("--out", type=Path, default=Path("benchmark_output"), metavar="DIR", help=output)
+    add("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's on a GPU, float32 on a CPU")
+    _add_machine_options(add)
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print the log")
+
+
+def _add_machine_options(add: Callable[..., Any]) -> None:
+    """Add what chooses the machine of a plan."""
+    add("--machine", metavar="NAME|FILE", help="t4, h100, h200, laptop-8gib, or a profile's file (default: this machine)")
+    add("--device", default="auto", metavar="D", help="device of this machine: auto, cpu, cuda or cuda:N")
+    add("--max-memory", type=parse_max_memory, metavar="M", help="memory limit of each tier: device=15GiB,host=100GiB")
 
 
 def add_fidelity_options(parser: argparse.ArgumentParser) -> None:
@@ -169,9 +193,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--allow", nargs="+", default=[], type=parse, metavar="V", help="variants that may be chosen where faster: w4 w4kv4")
     add = parser.add_argument_group("machine").add_argument
-    add("--machine", metavar="NAME|FILE", help="t4, h100, h200, laptop-8gib, or a profile's file (default: this machine)")
-    add("--device", default="auto", metavar="D", help="device of this machine: auto, cpu, cuda or cuda:N")
-    add("--max-memory", type=parse_max_memory, metavar="M", help="memory limit of each tier: device=15GiB,host=100GiB")
+    _add_machine_options(add)
     add("--without", action="append", default=[], choices=TIERS, help="tier that must not be used; may be given several times")
     add = parser.add_argument_group("workload").add_argument
     add("--num-jobs", type=_positive, default=512, metavar="N", help="number of prompts (%(default)s)")

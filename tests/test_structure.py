@@ -23,6 +23,8 @@ LAZY = {("__init__", "runtime"), ("__init__", "evaluation")}
 """`flexgen_helm.Engine` and `flexgen_helm.evaluate` are imported at their first use, so that the plugin needs no torch."""
 WITHOUT_TORCH = (
     "plugin",
+    "evaluation.suites_command",
+    "evaluation.python",
     "reports.runs",
     "statistics.flips",
     "statistics.margins",

@@ -17,6 +17,7 @@ from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner, RunnerError
 from helm.common.cache_backend_config import BlackHoleCacheBackendConfig, CacheBackendConfig
 from helm.common.hierarchical_logger import hlog, htrack_block, hwarn
+from helm.common.request import Request
 
 from flexgen_helm.errors import DiskFull, FlexGenError
 from flexgen_helm.helm.console import Console
@@ -90,6 +91,28 @@ class FlexGenRunner(Runner):
                     run.abandon()
                 journal.remove_empty_folders()
         return failed
+
+    def requests_of(self, run_spec: RunSpec, folder: Path) -> list[Request]:
+        """Return the requests of one entry, of which none is sent, and which leaves no file of results.
+
+        Args:
+            run_spec: The entry.
+            folder: For files while this lasts.
+
+        Raises:
+            FlexGenError: The entry is for a deployment that is not served by this package, or asks nothing.
+        """
+        run = PausableRun(self, run_spec, self._must_collect, folder)
+        try:
+            self._start(run)
+            return [state.request for state in run.request_states]
+        finally:
+            run.abandon()
+
+    def _must_collect(self, scenario_state: ScenarioState) -> bool:
+        if not self._collects(scenario_state):
+            raise FlexGenError("No request of this run entry would reach an engine of flexgen_helm.")
+        return True
 
     def _start(self, run: PausableRun) -> None:
         """Adapt a run, if its deployment is written as it should be."""

@@ -31,6 +31,6 @@ def make_bar(
         from tqdm import notebook
 
         disable = False
-        if notebook.IProgress is not None:  # without ipywidgets it would warn and fail
+        if getattr(notebook, "IProgress", None) is not None:  # without ipywidgets it would warn and fail
             kind = notebook.tqdm
     return kind(items, file=stream, disable=disable, leave=False, **options)

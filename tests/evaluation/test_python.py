@@ -57,7 +57,7 @@ def state() -> tuple[Any, ...]:
     )
 
 
-def test_calls_agree_with_the_command_share_an_engine_and_leave_nothing_behind(
+def test_calls_share_an_engine_and_leave_nothing_behind(
     tiny_model: Path, tmp_path: Path, loads: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     suite, out = write(tmp_path / "brackets", ENTRY % 2), tmp_path / "out"
@@ -83,6 +83,13 @@ def test_calls_agree_with_the_command_share_an_engine_and_leave_nothing_behind(
     assert list(other.frame.index) == ["dyck_language_np=3"]
     assert len(loads) == 1
 
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("loads")
+def test_the_command_finds_the_same(tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    suite, out = write(tmp_path / "brackets", ENTRY % 2), tmp_path / "out"
+    scores = evaluate(tiny_model, suite=suite, max_instances=3, out=out)
+    (name,) = scores.frame.index
     capfd.readouterr()
     command = ["eval", "--model", str(tiny_model), "--suite", str(suite), "-m", "3", "--out", str(tmp_path / "by_command")]
     assert main(command) == 0
@@ -91,7 +98,7 @@ def test_calls_agree_with_the_command_share_an_engine_and_leave_nothing_behind(
     for line in scores.commands:
         assert line.replace(str(out), str(tmp_path / "by_command")) in printed
     (theirs,) = [request.completions for request in Run(next((tmp_path / "by_command").glob("runs/*/dyck*"))).requests()[:1]]
-    (ours,) = [request.completions for request in Run(paths.runs[name]).requests()[:1]]
+    (ours,) = [request.completions for request in Run(scores.paths.runs[name]).requests()[:1]]
     assert [(each.text, each.logprob) for each in ours] == [(each.text, each.logprob) for each in theirs]
 
 
