@@ -13,6 +13,7 @@ pytest.importorskip("helm", reason="needs crfm-helm, which comes with the extra 
 from flexgen_helm.evaluation.suites import find_suite
 from flexgen_helm.runs.accuracy_vs_compression.steps import Study
 from flexgen_helm.runs.end_to_end.__main__ import SUITE, main, steps
+from tests.reports.synthetic import Answer, Suite
 from tests.runs.test_accuracy_vs_compression import study
 
 __all__ = ["study"]
@@ -30,6 +31,20 @@ def test_each_evaluation_is_followed_by_its_prediction_and_the_gate_comes_last(s
 
 def test_the_suite_asks_in_three_ways() -> None:
     assert [entry.partition(":")[0] for entry in find_suite(SUITE).entries] == ["mmlu", "lambada", "perplexity"]
+
+
+@pytest.mark.parametrize(("right", "status", "words"), [(1.0, 0, "it passes"), (0.0, 1, "a regression")])
+def test_what_the_gate_finds_is_said_and_is_no_failure(
+    study: Study, capfd: pytest.CaptureFixture[str], right: float, status: int, words: str
+) -> None:
+    study = replace(study, fidelity_tokens=0)
+    for variant, score in ((None, 1.0), (study.variants[0], right)):
+        evaluation = study.evaluation(variant)
+        Suite(evaluation.suite_folder, evaluation.deployment).run("mmlu_subject=x", [Answer(score=score)] * 40)
+    *_, gate = steps(study)
+    assert gate.do() == 0
+    assert f"The gate says: {words}" in capfd.readouterr().out
+    assert json.loads((study.out / "gate.json").read_text())["status"] == status
 
 
 @pytest.mark.slow
