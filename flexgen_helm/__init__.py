@@ -1,6 +1,6 @@
 """Evaluate language models that are larger than their GPU or their RAM, with HELM.
 
-`Engine` is loaded on first use: HELM imports its plugins at every start, and torch would cost seconds.
+`Engine` and `evaluate` are loaded on first use: HELM imports its plugins at every start, and torch would cost seconds.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from flexgen_helm.run_stats import RunStats
 from flexgen_helm.types import Completion, Job, Policy, Result, TokenLogprob
 
 if TYPE_CHECKING:
+    from flexgen_helm.evaluation.python import EvaluationFailed, Scores, evaluate
     from flexgen_helm.runtime.engine import Engine
 
 __all__ = [
     "Completion",
     "CorruptFile",
     "Engine",
+    "EvaluationFailed",
     "FlexGenError",
     "InvalidJob",
     "Job",
@@ -26,8 +28,10 @@ __all__ = [
     "PolicyError",
     "Result",
     "RunStats",
+    "Scores",
     "TokenLogprob",
     "UnsupportedModel",
+    "evaluate",
 ]
 
 
@@ -36,4 +40,8 @@ def __getattr__(name: str) -> Any:
         from flexgen_helm.runtime.engine import Engine
 
         return Engine
+    if name in ("EvaluationFailed", "Scores", "evaluate"):
+        from flexgen_helm.evaluation import python
+
+        return getattr(python, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import sys
@@ -28,10 +27,12 @@ from flexgen_helm.cli_options import (
     add_profile_options,
     add_report_options,
     add_suite_options,
+    add_suites_options,
     asked_policy,
     engine_arguments,
 )
 from flexgen_helm.errors import FlexGenError, InvalidJob
+from flexgen_helm.helm.installed import require_helm
 from flexgen_helm.types import Job, Policy, Result
 
 if TYPE_CHECKING:
@@ -121,6 +122,13 @@ def _parser(load_engine: EngineLoader) -> argparse.ArgumentParser:
     add_placement_options(evaluate)
     add_suite_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
+    suites = commands.add_parser(
+        "suites",
+        help="list suites and what they take",
+        description="List suites of HELM's scenarios; with --model how much they ask and how many hours that takes here.",
+    )
+    add_suites_options(suites)
+    suites.set_defaults(run=_suites)
     fidelity = commands.add_parser(
         "fidelity",
         help="compare what two models predict",
@@ -171,20 +179,15 @@ def _add_comparisons(commands: argparse._SubParsersAction[argparse.ArgumentParse
     check.set_defaults(run=_check)
 
 
-def _require_helm() -> None:
-    if importlib.util.find_spec("helm") is None:
-        raise FlexGenError('HELM is not installed. Install it with `pip install "flexgen_helm[helm]"`.')
-
-
 def _report(args: argparse.Namespace) -> int:
-    _require_helm()
+    require_helm()
     from flexgen_helm.reports.presentation.command import report
 
     return report(args, _say)
 
 
 def _check(args: argparse.Namespace) -> int:
-    _require_helm()
+    require_helm()
     from flexgen_helm.gate.command import run_check
 
     return run_check(args, _say)
@@ -210,7 +213,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    _require_helm()
+    require_helm()
     from flexgen_helm.evaluation.evaluate import evaluate, make_evaluation
     from flexgen_helm.helm.disk_errors import RESUME
 
@@ -220,6 +223,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         return evaluate(evaluation, verbose=args.verbose)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(RESUME) from None
+
+
+def _suites(args: argparse.Namespace) -> int:
+    require_helm()
+    from flexgen_helm.evaluation.suites_command import run_suites
+
+    return run_suites(args, _say)
 
 
 def _fidelity(args: argparse.Namespace, load_engine: EngineLoader) -> int:

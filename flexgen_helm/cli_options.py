@@ -10,7 +10,7 @@ from typing import Any
 
 from flexgen_helm.compression.config import parse, resolve, with_variant
 from flexgen_helm.errors import PolicyError
-from flexgen_helm.machine.profile_file import named_profile, profile_names
+from flexgen_helm.evaluation.choices import CHOICES, DTYPES, KV_DTYPES, ROWS, parse_profile, plain_choices
 from flexgen_helm.options import parse_max_memory, parse_policy
 from flexgen_helm.types import SLAB_CODINGS, TIERS, Policy
 
@@ -34,24 +34,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, read: Callable[[str], 
     group = parser.add_argument_group("model")
     model = "model folder, or name on the model hub; with @w4 and the like a compressed variant of it (docs/compression.md)"
     group.add_argument("--model", required=True, type=read, metavar="M", help=model)
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    group.add_argument("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's on a GPU, float32 on a CPU")
     group.add_argument("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
-    rows = ["auto", "packed", "single"]
-    group.add_argument("--rows", default="auto", choices=rows, help="several sequences per row, or one (%(default)s)")
+    group.add_argument("--rows", default="auto", choices=ROWS, help="several sequences per row, or one (%(default)s)")
     group.add_argument("--recheck", action="store_true", help="repeat the self-check, though the model passed it before here")
     compiled = "compile what lies between products and attention, once on a machine; answers differ in the last digits"
     group.add_argument("--compile-layers", action="store_true", help=compiled)
-
-
-def parse_profile(text: str) -> str:
-    """Return the name of a machine's profile, or the absolute path of its file, both of which are known to be good.
-
-    Raises:
-        FlexGenError: If there is no such profile, or it cannot be read.
-    """
-    named_profile(text)
-    return text if text in profile_names() else str(Path(text).absolute())
 
 
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +55,7 @@ def add_placement_options(parser: argparse.ArgumentParser) -> None:
         "--offload-folder", type=Path, metavar="DIR", help="folder for everything placed on disk (default: in the cache folder)"
     )
     add("--profile", type=parse_profile, metavar="NAME|FILE", help="machine for which a policy is searched (default: this one)")
-    dtypes = ["float32", "bfloat16", "float16"]
-    add("--kv-dtype", choices=dtypes, help="dtype of the K/V cache (default: the model's; changes results)")
+    add("--kv-dtype", choices=KV_DTYPES, help="dtype of the K/V cache (default: the model's; changes results)")
 
 
 def add_observation_options(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +112,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 def add_suite_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `eval`."""
     add = parser.add_argument_group("evaluation").add_argument
-    packaged = "quickstart, mmlu, accuracy_vs_compression, flexgen_paper"
+    packaged = "quickstart, mmlu, accuracy_vs_compression, ...; flexgen-helm suites lists them"
     suite = f"a suite that comes with this package ({packaged}), or the path of a run_entries.conf"
     add("--suite", required=True, metavar="S", help=suite)
     instances = "maximum number of instances per run entry (%(default)s)"
@@ -134,12 +121,35 @@ def add_suite_options(parser: argparse.ArgumentParser) -> None:
     add("-v", "--verbose", action="store_true", help="also show HELM's log, which is written to a file in the output folder")
 
 
+def add_suites_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `suites`."""
+    add = parser.add_argument_group("what is shown").add_argument
+    add("--suite", metavar="S", help="one suite in detail: its name, or the path of a run_entries.conf")
+    add("--json", action="store_true", help="print one JSON object, for all suites a list")
+    add = parser.add_argument_group("what it takes").add_argument
+    model = "count requests and tokens for this model folder or name, and predict hours; with @w4 and the like for a variant"
+    add("--model", metavar="M", help=model)
+    instances = "maximum number of instances per run entry (%(default)s)"
+    add("-m", "--max-eval-instances", type=_positive, default=100, metavar="N", help=instances)
+    output = "HELM's output folder, in which data are looked for and put (%(default)s)"
+    add("--out", type=Path, default=Path("benchmark_output"), metavar="DIR", help=output)
+    add("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's on a GPU, float32 on a CPU")
+    _add_machine_options(add)
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print the log")
+
+
+def _add_machine_options(add: Callable[..., Any]) -> None:
+    """Add what chooses the machine of a plan."""
+    add("--machine", metavar="NAME|FILE", help="t4, h100, h200, laptop-8gib, or a profile's file (default: this machine)")
+    add("--device", default="auto", metavar="D", help="device of this machine: auto, cpu, cuda or cuda:N")
+    add("--max-memory", type=parse_max_memory, metavar="M", help="memory limit of each tier: device=15GiB,host=100GiB")
+
+
 def add_fidelity_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `fidelity`."""
     add = parser.add_argument_group("candidate (at least one)").add_argument
     add("--candidate", metavar="M", help="another model folder or name (default: --model)")
-    dtypes = ["float32", "bfloat16", "float16"]
-    add("--candidate-dtype", choices=dtypes, help="dtype of the candidate (default: --dtype)")
+    add("--candidate-dtype", choices=KV_DTYPES, help="dtype of the candidate (default: --dtype)")
     add("--compression", metavar="C", help="compression of the candidate, such as w4")
     add = parser.add_argument_group("text").add_argument
     add("--text", type=Path, metavar="F", help="file of UTF-8 text (default: a speech that the package fetches)")
@@ -161,8 +171,7 @@ def add_profile_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `profile`."""
     add = parser.add_argument_group("what is measured").add_argument
     add("--model", type=parse_model, metavar="M", help="measure at this model's sizes, and its layers; a config is enough")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
+    add("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's on a GPU, float32 on a CPU")
     add("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     add("--offload-folder", type=Path, metavar="DIR", help="folder on the disk to measure (default: the cache folder)")
     add = parser.add_argument_group("result").add_argument
@@ -179,14 +188,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
+        choices=DTYPES,
         help="auto: the checkpoint's on a GPU, float32 on a CPU",
     )
     add("--allow", nargs="+", default=[], type=parse, metavar="V", help="variants that may be chosen where faster: w4 w4kv4")
     add = parser.add_argument_group("machine").add_argument
-    add("--machine", metavar="NAME|FILE", help="t4, h100, h200, laptop-8gib, or a profile's file (default: this machine)")
-    add("--device", default="auto", metavar="D", help="device of this machine: auto, cpu, cuda or cuda:N")
-    add("--max-memory", type=parse_max_memory, metavar="M", help="memory limit of each tier: device=15GiB,host=100GiB")
+    _add_machine_options(add)
     add("--without", action="append", default=[], choices=TIERS, help="tier that must not be used; may be given several times")
     add = parser.add_argument_group("workload").add_argument
     add("--num-jobs", type=_positive, default=512, metavar="N", help="number of prompts (%(default)s)")
@@ -278,13 +285,4 @@ def asked_policy(args: argparse.Namespace) -> Policy | None:
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that the user gave for the engine, such as dtype and policy, as plain data for YAML."""
-    names = ("dtype", "device", "rows", "policy", "profile", "max_memory", "offload_folder", "kv_dtype", "recheck")
-    given = {name: getattr(args, name) for name in (*names, "compile_layers")} | {"policy": asked_policy(args)}
-    chosen = {name: value for name, value in given.items() if value not in (None, "auto", False)}
-    if "policy" in chosen:
-        plain = vars(Policy())
-        named = {name: value for name, value in vars(chosen["policy"]).items() if value != plain[name]}
-        chosen["policy"] = {name: list(value) if isinstance(value, tuple) else value for name, value in named.items()}
-    if "offload_folder" in chosen:
-        chosen["offload_folder"] = str(chosen["offload_folder"].expanduser().absolute())
-    return chosen
+    return plain_choices({name: getattr(args, name) for name in CHOICES} | {"policy": asked_policy(args)})

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 FILES = dict(re.findall(r"`([\w/]+\.(?:conf|yaml))`:\n```\w*\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 README_BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -66,6 +67,7 @@ def as_process(command: str, folder: Path) -> list[str]:
 
 def test_the_text_has_commands_and_files() -> None:
     assert {command.split()[0] for command in COMMANDS} == {*MODULES, "python"}
+    assert len(SNIPPETS) == 1
     assert set(FILES) == {"my_suite/run_entries.conf", "local/model_deployments.yaml"}
 
 
@@ -80,6 +82,8 @@ def test_every_command_runs(folder: Path) -> None:
         else:
             finished = subprocess.run(process, cwd=folder, capture_output=True, text=True, check=False)
             assert finished.returncode == 0, (command, finished.stdout[-2000:], finished.stderr[-2000:])
+    for snippet in SNIPPETS:
+        subprocess.run([sys.executable, "-c", snippet], cwd=folder, check=True)
     runs = folder / "benchmark_output" / "runs"
     assert {path.name: len(list(path.glob("*/stats.json"))) for path in runs.iterdir() if path.is_dir()} == {
         "quickstart": 6,

@@ -19,10 +19,12 @@ LAYERS = (
     *("fidelity", "helm", "reports", "gate", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
 )
 """Folders and files of the package. Each may use those before it, and none behind it."""
-LAZY = {("__init__", "runtime")}
-"""`flexgen_helm.Engine` is imported at its first use, so that the plugin needs no torch."""
+LAZY = {("__init__", "runtime"), ("__init__", "evaluation")}
+"""`flexgen_helm.Engine` and `flexgen_helm.evaluate` are imported at their first use, so that the plugin needs no torch."""
 WITHOUT_TORCH = (
     "plugin",
+    "evaluation.suites_command",
+    "evaluation.python",
     "reports.runs",
     "statistics.flips",
     "statistics.margins",

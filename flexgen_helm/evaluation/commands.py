@@ -47,6 +47,11 @@ class Evaluation:
         """Folder of the logs of HELM's commands."""
         return self.output_path / "logs"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the engine that the deployment's name does not say."""
+        return {name: value for name, value in self.arguments.items() if name not in SAID_BY_NAME}
+
     def new_log(self) -> Path:
         """Name a file for what HELM's commands print now."""
         return self.log_folder / f"{self.suite.name}-{time.strftime('%Y%m%d-%H%M%S')}.log"
@@ -92,12 +97,19 @@ def environment(evaluation: Evaluation) -> dict[str, str]:
     """Return the environment for HELM.
 
     The data of a suite of this package is here before HELM runs, so nothing waits for a network: neither the model hub
-    nor the download of nltk's sentence splitter, which HELM leaves out if it finds a folder of that name and which no
-    metric of these suites uses.
+    nor nltk (`nltk_data`).
     """
     if not evaluation.suite.packaged:
         return dict(os.environ)
-    nltk_data = evaluation.local_path.absolute() / "nltk_data"
-    (nltk_data / "tokenizers" / "punkt_tab").mkdir(parents=True, exist_ok=True)
     offline = {"HF_HUB_OFFLINE": "1"} if evaluation.deployment.startswith("flexgen//") else {}
-    return {**os.environ, **offline, "NLTK_DATA": str(nltk_data)}
+    return {**os.environ, **offline, "NLTK_DATA": str(nltk_data(evaluation))}
+
+
+def nltk_data(evaluation: Evaluation) -> Path:
+    """Make a folder of nltk data with which HELM does not download nltk's sentence splitter.
+
+    HELM leaves that out if it finds a folder of its name, and no metric of this package's suites uses it.
+    """
+    folder = evaluation.local_path.absolute() / "nltk_data"
+    (folder / "tokenizers" / "punkt_tab").mkdir(parents=True, exist_ok=True)
+    return folder

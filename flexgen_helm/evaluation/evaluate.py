@@ -7,7 +7,9 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from flexgen_helm.evaluation.suites import find_suite
 from flexgen_helm.evaluation.table import render_scores, render_work
 from flexgen_helm.helm.deployment import PREFIX, ModelName
 from flexgen_helm.plugin import find
+
+Execute = Callable[[list[str], Evaluation, Path], int]
 
 
 def make_evaluation(
@@ -73,15 +77,66 @@ def _suffix(arguments: Mapping[str, Any]) -> str:
     return f"+{'+'.join(named)}" if named else ""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of an evaluation."""
+
+    evaluation: Evaluation
+    log: Path
+    """What HELM's commands printed."""
+    scores: list[Score]
+    """Of the runs that are complete."""
+    work: Work | None
+    """None where the runner served nothing."""
+    status: int
+    """Exit status of ``helm-run``, or of ``helm-summarize`` where only that failed; 1 if nothing was run."""
+    complaint: str
+    """What went wrong and what to do; empty if nothing did."""
+
+
+def carry_out(evaluation: Evaluation, log: Path, execute: Execute, *, again: str) -> Outcome:
+    """Run the suite, for which all is prepared, and summarise it.
+
+    Args:
+        evaluation: The model and the suite.
+        log: File for what HELM's commands print.
+        execute: Runs a command of HELM, appends what it prints to the log, and returns its exit status.
+        again: What the user does to continue, at the beginning of a sentence.
+    """
+    started = time.time()
+    status = execute(run_command(evaluation), evaluation, log)
+    cause = cause_of_failure(status, log) if status else ""
+    scores = read_scores(evaluation, started)
+    summary_status = execute(summarize_command(evaluation), evaluation, log) if scores else 0
+    complaint = ""
+    if status:
+        complaint = (
+            f"helm-run ended with status {status}, {len(scores)} runs are complete. {again} to continue: "
+            f"finished answers are not computed again. HELM's log is {log}.\n  {cause}"
+        )
+    elif not scores:
+        complaint = (
+            f"nothing was run: no run entry of {evaluation.suite.run_entries} is for {evaluation.deployment}. "
+            "Write `model=text` in the entries; it stands for every model."
+        )
+    elif summary_status:
+        complaint = (
+            f"helm-summarize ended with status {summary_status}: the scores are right, but a browser shows no tables. "
+            f"HELM's log is {log}.\n  {cause_of_failure(summary_status, log)}"
+        )
+    work = read_work(evaluation, started) if scores else None
+    return Outcome(evaluation, log, scores, work, status or summary_status or int(not scores), complaint)
+
+
 def evaluate(evaluation: Evaluation, *, verbose: bool = False) -> int:
-    """Run the suite, summarise it, print scores and where everything is.
+    """Run the suite in processes of HELM, summarise it, print scores and where everything is.
 
     Args:
         evaluation: The model and the suite.
         verbose: Whether HELM's log is shown.
 
     Returns:
-        Exit status of ``helm-run``, or of ``helm-summarize`` where only that failed; 1 if nothing was run.
+        See `Outcome.status`.
 
     Raises:
         FlexGenError: The output folder cannot be written, or data could not be fetched.
@@ -89,44 +144,23 @@ def evaluate(evaluation: Evaluation, *, verbose: bool = False) -> int:
     suite = evaluation.suite
     print(f"{suite.run_entries}: {suite.num_entries} run entries, at most {evaluation.max_eval_instances} instances of each")
     prepare(evaluation)
-    started, log = time.time(), evaluation.new_log()
-    status = _execute(run_command(evaluation), evaluation, log, verbose=verbose)
-    cause = cause_of_failure(status, log) if status else ""
-    scores = read_scores(evaluation, started)
-    summarizing = summarize_command(evaluation)
-    summary_status = _execute(summarizing, evaluation, log, verbose=verbose) if scores else 0
-    if scores:
-        _print_scores(evaluation, scores, read_work(evaluation, started))
-        print(f"HELM's log:                         {log}", flush=True)
-    if status:
-        _complain(
-            f"helm-run ended with status {status}, {len(scores)} runs are complete. Run the same command again to continue: "
-            f"finished answers are not computed again. HELM's log is {log}.\n  {cause}"
-        )
-    elif not scores:
-        _complain(
-            f"nothing was run: no run entry of {suite.run_entries} is for {evaluation.deployment}. "
-            "Write `model=text` in the entries; it stands for every model."
-        )
-        return 1
-    elif summary_status:
-        _complain(
-            f"helm-summarize ended with status {summary_status}: the scores are right, but a browser shows no tables. "
-            f"HELM's log is {log}.\n  {cause_of_failure(summary_status, log)}"
-        )
-    return status or summary_status
+    outcome = carry_out(
+        evaluation, evaluation.new_log(), partial(_execute, verbose=verbose), again="Run the same command again"
+    )
+    if outcome.scores:
+        _print_scores(outcome)
+    if outcome.complaint:
+        print(f"flexgen-helm: {outcome.complaint}", file=sys.stderr)
+    return outcome.status
 
 
-def _print_scores(evaluation: Evaluation, scores: Sequence[Score], work: Work | None) -> None:
-    print(f"\n{render_scores(scores)}\n")
-    if work is not None:
-        print(f"{render_work(work)}\n")
-    print(f"Every prompt, answer and statistic: {evaluation.suite_folder}")
-    print(f"In a browser:                       {shlex.join(server_command(evaluation))}", flush=True)
-
-
-def _complain(message: str) -> None:
-    print(f"flexgen-helm: {message}", file=sys.stderr)
+def _print_scores(outcome: Outcome) -> None:
+    print(f"\n{render_scores(outcome.scores)}\n")
+    if outcome.work is not None:
+        print(f"{render_work(outcome.work)}\n")
+    print(f"Every prompt, answer and statistic: {outcome.evaluation.suite_folder}")
+    print(f"In a browser:                       {shlex.join(server_command(outcome.evaluation))}")
+    print(f"HELM's log:                         {outcome.log}", flush=True)
 
 
 def _execute(command: list[str], evaluation: Evaluation, log: Path, *, verbose: bool) -> int:

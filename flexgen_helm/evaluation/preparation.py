@@ -10,7 +10,7 @@ import yaml
 from flexgen_helm.assets import install_helm_data
 from flexgen_helm.assets.helm_data import copy_whole
 from flexgen_helm.errors import FlexGenError, OutOfSpace
-from flexgen_helm.evaluation.commands import SAID_BY_NAME, Evaluation
+from flexgen_helm.evaluation.commands import Evaluation
 from flexgen_helm.helm.deployment import CLIENT, named_model
 from flexgen_helm.helm.disk_errors import is_disk_full
 from flexgen_helm.helm.shared_file import rewrite
@@ -54,7 +54,7 @@ def write_model_metadata(evaluation: Evaluation) -> None:
 def write_deployment(evaluation: Evaluation) -> None:
     """Describe to ``helm-run`` how the model is loaded, where its name does not say it; other deployments in the file stay."""
     file = evaluation.local_path / "model_deployments.yaml"
-    options = ", ".join(f"{name}: {value}" for name, value in evaluation.arguments.items() if name not in SAID_BY_NAME)
+    options = ", ".join(f"{name}: {value}" for name, value in evaluation.options.items())
     if not options:
         if file.exists():
             _put(file, "model_deployments", evaluation.deployment, None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from flexgen_helm.evaluation.commands import Evaluation
 from flexgen_helm.reports.main_metrics import MainMetric, MainMetrics
@@ -21,6 +22,8 @@ class Score:
     instances: int
     requests: int
     prompt_tokens: int
+    folder: Path = field(default=Path(), compare=False)
+    """Folder of the run."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def _read_score(run: Run, main: MainMetric) -> Score:
         instances=len({request.instance_id for request in requests if main.split in (None, request.split)}),
         requests=len(requests),
         prompt_tokens=round(_mean_prompt_tokens(run) * len(requests)),
+        folder=run.folder,
     )
 
 

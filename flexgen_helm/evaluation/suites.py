@@ -13,7 +13,6 @@ from helm.benchmark.presentation.run_entry import RunEntries, RunEntry
 from helm.common.general import parse_hocon
 
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.reports.schema import read_environments
 
 RUN_ENTRIES = "run_entries.conf"
 
@@ -36,9 +35,20 @@ class Suite:
         return path if path.is_file() else None
 
     @property
+    def description(self) -> str:
+        """First line of comment of its file; empty if that does not begin with one."""
+        first = self.run_entries.read_text(encoding="utf-8").lstrip().partition("\n")[0]
+        return first.lstrip("# ").rstrip() if first.startswith("#") else ""
+
+    @property
+    def entries(self) -> list[str]:
+        """Its run entries; HELM makes several runs of some."""
+        return [entry.description for entry in _read_entries(self.run_entries)]
+
+    @property
     def num_entries(self) -> int:
-        """How many run entries it has; HELM makes several runs of some."""
-        return len(_read_entries(self.run_entries))
+        """How many run entries it has."""
+        return len(self.entries)
 
     @property
     def data(self) -> Path:
@@ -72,6 +82,8 @@ def find_suite(name_or_path: str) -> Suite:
         )
     _check_entries(suite.run_entries)
     if suite.schema:
+        from flexgen_helm.reports.schema import read_environments  # with which pandas comes
+
         read_environments(suite.schema)
     return suite
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from flexgen_helm.evaluation.scores import Score, Work
+if TYPE_CHECKING:
+    from flexgen_helm.evaluation.scores import Score, Work
 
 HEADER = ("run entry", "metric", "score", "instances", "requests", "prompt tokens")
 
@@ -16,7 +18,7 @@ def render_scores(scores: Sequence[Score]) -> str:
     if len(values) > 1 and len({score.metric for score in scores}) == 1:
         counts = [sum(column) for column in zip(*((s.instances, s.requests, s.prompt_tokens) for s in scores), strict=True)]
         rows.append((f"mean of {len(values)}", str(scores[0].metric), f"{sum(values) / len(values):.3f}", *map(_count, counts)))
-    return _align([HEADER, *rows])
+    return align([HEADER, *rows], left=(0, 1))
 
 
 def _row(score: Score) -> tuple[str, ...]:
@@ -28,12 +30,12 @@ def _count(number: int) -> str:
     return f"{number:,}"
 
 
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Names to the left, numbers to the right."""
+def align(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
+    """Return cells as text, the columns of some numbers to the left, others to the right."""
     columns = []
     for at, cells in enumerate(zip(*rows, strict=True)):
         width = max(map(len, cells))
-        columns.append([cell.ljust(width) if at < 2 else cell.rjust(width) for cell in cells])
+        columns.append([cell.ljust(width) if at in left else cell.rjust(width) for cell in cells])
     return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
 
 

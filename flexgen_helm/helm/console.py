@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
 from helm.common.hierarchical_logger import hlog
-from tqdm import tqdm
 
+from flexgen_helm.runtime.bars import make_bar
 from flexgen_helm.runtime.progress import LINE_SECONDS
 
 T = TypeVar("T")
@@ -63,7 +62,7 @@ class Console:
     def each(self, items: Sequence[T], what: str) -> Iterator[T]:
         """Yield items behind a bar, or with a line every half minute where there is no terminal."""
         said = self._clock()
-        bar = tqdm(items, desc=what, file=self.stream or sys.stderr, disable=None, leave=False)
+        bar = make_bar(items, desc=what, stream=self.stream)
         for done, item in enumerate(bar):
             if bar.disable and self._clock() - said >= LINE_SECONDS:
                 said = self._clock()

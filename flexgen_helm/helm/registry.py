@@ -74,6 +74,8 @@ class EngineRegistry:
         self._borrowers = 0
         self.caches = ResponseCaches()
         """HELM's request caches, open for as long as the process needs them."""
+        self.evaluating = threading.RLock()
+        """Held while HELM runs a suite in this process, because HELM's registries and folders are those of the process."""
 
     @property
     def borrowers(self) -> int:

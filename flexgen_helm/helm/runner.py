@@ -16,6 +16,7 @@ from helm.benchmark.run_spec import RunSpec
 from helm.benchmark.runner import Runner, RunnerError
 from helm.common.cache_backend_config import BlackHoleCacheBackendConfig, CacheBackendConfig
 from helm.common.hierarchical_logger import hlog, htrack_block, hwarn
+from helm.common.request import Request
 
 from flexgen_helm.errors import DiskFull, FlexGenError
 from flexgen_helm.helm.console import SPEAKER, Console
@@ -48,6 +49,15 @@ class FlexGenRunner(Runner):
     """
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
+        """Run all entries as ``helm-run`` does: like `run_here`, but Ctrl-C ends the process, with one line."""
+        PlainErrors.install()
+        try:
+            self.run_here(run_specs)
+        except KeyboardInterrupt:
+            print(f"{SPEAKER}interrupted. {RESUME}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+
+    def run_here(self, run_specs: list[RunSpec]) -> None:
         """Run all entries.
 
         Raises:
@@ -55,13 +65,8 @@ class FlexGenRunner(Runner):
             FlexGenError: Two different runs have the same name, or another process works on the same runs.
             DiskFull: There is no space left; nothing further is tried.
         """
-        PlainErrors.install()
         run_specs = _distinct(run_specs)
-        try:
-            failed = self._run_all(run_specs)
-        except KeyboardInterrupt:
-            print(f"{SPEAKER}interrupted. {RESUME}", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
+        failed = self._run_all(run_specs)
         if failed:
             names = ", ".join(f'"{run_spec.name}"' for run_spec in run_specs if run_spec.name in failed)
             raise RunnerError(f"Failed runs: [{names}]. {_causes(failed)}")
@@ -72,7 +77,7 @@ class FlexGenRunner(Runner):
         paused: list[PausableRun] = []
         with Journal(Path(self.runs_path) / FOLDER, [run_spec.name for run_spec in run_specs]) as journal:
             try:
-                for run_spec in self._console.each(run_specs, f"Adapting {len(run_specs)} runs"):
+                for run_spec in self.console.each(run_specs, f"Adapting {len(run_specs)} runs"):
                     run = PausableRun(self, run_spec, self._collects, journal.unfinished)
                     if not self._skips(run_spec):
                         self._attempt(f"Adapting {run_spec.name}", [run], failed, partial(self._start, run))
@@ -87,6 +92,28 @@ class FlexGenRunner(Runner):
                     run.abandon()
                 journal.remove_empty_folders()
         return failed
+
+    def requests_of(self, run_spec: RunSpec, folder: Path) -> list[Request]:
+        """Return the requests of one entry, of which none is sent, and which leaves no file of results.
+
+        Args:
+            run_spec: The entry.
+            folder: For files while this lasts.
+
+        Raises:
+            FlexGenError: The entry is for a deployment that is not served by this package, or asks nothing.
+        """
+        run = PausableRun(self, run_spec, self._must_collect, folder)
+        try:
+            self._start(run)
+            return [state.request for state in run.request_states]
+        finally:
+            run.abandon()
+
+    def _must_collect(self, scenario_state: ScenarioState) -> bool:
+        if not self._collects(scenario_state):
+            raise FlexGenError("No request of this run entry would reach an engine of flexgen_helm.")
+        return True
 
     def _start(self, run: PausableRun) -> None:
         """Adapt a run, if its deployment is written as it should be."""
@@ -140,7 +167,7 @@ class FlexGenRunner(Runner):
 
         def answer() -> Served:
             cache = ENGINES.caches.get(self._cache_backend.get_cache_config(deployment.host_organization))
-            served = serve(deployment, requests, cache, journal, ENGINES, self._console)
+            served = serve(deployment, requests, cache, journal, ENGINES, self.console)
             entry = served.report.as_dict([run.run_spec.name for run in runs])
             rewrite(Path(self.runs_path) / WORKLOAD_FILE, partial(with_entry, entry=entry))
             return served
@@ -150,13 +177,14 @@ class FlexGenRunner(Runner):
             return
         machine = environment(torch.device(served.report.engine.numerics.machine.device))
         remaining = zip(served.results, served.sources, strict=True)
-        for run in self._console.each(runs, f"Metrics of {len(runs)} runs"):
+        for run in self.console.each(runs, f"Metrics of {len(runs)} runs"):
             results, sources = zip(*islice(remaining, len(run.request_states)), strict=True)
             report = run_report(deployment, served.report, sources, machine)
             self._attempt(f"Running {run.run_spec.name}", [run], failed, partial(run.resume, list(results), report))
 
     @cached_property
-    def _console(self) -> Console:
+    def console(self) -> Console:
+        """Where progress is shown: what the process was given, unless another console is assigned before the first use."""
         return Console.of_process()
 
     @property

@@ -36,6 +36,11 @@ HELM_FILES = (SPEC_FILE, "scenario.json", REQUESTS_FILE, STATS_FILE, LAST_FILE)
 """HELM's files of a run, in the order in which HELM writes them."""
 
 
+def without_model(run: str) -> str:
+    """Return the name of a run without its model."""
+    return re.sub("[,:]model(_deployment)?=[^,]*", "", run)
+
+
 @dataclass(frozen=True)
 class Run:
     """The folder of a run. Every method raises `CorruptFile` where a file is missing, torn, or not what HELM writes."""
@@ -50,7 +55,7 @@ class Run:
     @property
     def scenario(self) -> str:
         """The run entry without its model, which is the same for every model."""
-        return re.sub("[,:]model(_deployment)?=[^,]*", "", self.name)
+        return without_model(self.name)
 
     @property
     def is_complete(self) -> bool:

@@ -7,12 +7,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Never, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.run_stats import RunStats
+from flexgen_helm.runtime.bars import make_bar
 from flexgen_helm.types import LINKS, FinishReason, Result
 
 if TYPE_CHECKING:
@@ -147,8 +148,8 @@ class Progress:
         Args:
             num_requests: Requests of this run.
             since: The worker's progress before the run.
-            shown: True: a bar on stderr; False: nothing; None: a bar if stderr is a terminal, else lines in the log; a
-                stream: a bar on it if it is a terminal, else lines.
+            shown: True: a bar on stderr; False: nothing; None: a bar if stderr is a terminal or a notebook's, else lines in
+                the log; a stream: a bar on it if it is a terminal or a notebook's, else lines.
             clock: Function that returns the time in seconds, for tests.
         """
         self._num_requests = num_requests
@@ -159,12 +160,11 @@ class Progress:
         self._drawn, self._said = -REFRESH_SECONDS, self._began
         self._stream = None if shown is None or isinstance(shown, bool) else shown
         self._time_left = TimeLeft(num_requests, since=since, clock=clock)
-        self._bar: tqdm[Never] = tqdm(
+        self._bar = make_bar(
             total=_STEPS,
-            file=self._stream or sys.stderr,
+            stream=self._stream,
             disable=not shown if isinstance(shown, bool) else None,
             bar_format="{percentage:3.0f}%|{bar}| {desc}",
-            leave=False,
         )
         self._in_lines = self._bar.disable and not isinstance(shown, bool)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flexgen_helm.assets.helm_data import speech_file
 from flexgen_helm.cli import main as flexgen_helm
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.evaluation.commands import Evaluation, environment, server_command, summarize_command
-from flexgen_helm.evaluation.evaluate import make_evaluation
+from flexgen_helm.evaluation.evaluate import evaluate, make_evaluation
 from flexgen_helm.evaluation.processes import cause_of_failure, execute
+from flexgen_helm.helm.disk_errors import RESUME
+from flexgen_helm.helm.runner import INTERRUPTED
 from flexgen_helm.reports.engine_record import EngineRecord, engine_record
 from flexgen_helm.reports.fidelity_results import find_fidelity, read_fidelity
 from flexgen_helm.reports.runs import Run, list_runs
@@ -31,11 +34,13 @@ class Study:
     instances: int
     """Most instances of each run entry."""
     fidelity_tokens: int
-    """Tokens of the State of the Union Address of 2026 over which predictions are compared."""
+    """Tokens of the State of the Union Address of 2026 over which predictions are compared; 0: they are not."""
     out: Path
     """HELM's output folder; the report goes into ``report`` in it."""
     suite: str = SUITE
     """A suite as ``flexgen-helm eval`` takes it."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords of ``Engine.from_pretrained`` for all evaluations, as YAML can hold them."""
 
     def evaluation(self, variant: str | None) -> Evaluation:
         """Return the evaluation of a variant, None: of the 16-bit model.
@@ -44,7 +49,7 @@ class Study:
             FlexGenError: There is no such model, variant or suite.
         """
         model = self.model if variant is None else f"{self.model}@{variant}"
-        return make_evaluation(model, self.suite, self.out, self.instances)
+        return make_evaluation(model, self.suite, self.out, self.instances, self.options)
 
 
 @dataclass(frozen=True)
@@ -94,22 +99,29 @@ def steps_of(study: Study) -> Iterator[Step]:
     before = study.evaluation(None)
     candidates = {variant: study.evaluation(variant) for variant in study.variants}
     for name, evaluation in (("16 bits", before), *candidates.items()):
-        yield _evaluating(study, name, evaluation)
-    for variant, evaluation in candidates.items():
+        yield _evaluating(name, evaluation)
+    for variant, evaluation in candidates.items() if study.fidelity_tokens else ():
         yield _measuring(study, variant, before, evaluation)
-    yield Step("HELM's tables", _never, lambda: _summarize(before))
-    yield Step("report", _never, lambda: _report(study, before, candidates.values()))
+    if study.fidelity_tokens:
+        yield Step("HELM's tables", never, lambda: _summarize(before))
+    yield Step("report", never, lambda: _report(study, before, candidates.values()))
 
 
-def _never() -> bool:
+def never() -> bool:
     """Say that a step is done again each time, because that takes seconds."""
     return False
 
 
-def _evaluating(study: Study, name: str, evaluation: Evaluation) -> Step:
-    command = ["eval", "--model", evaluation.deployment, "--suite", study.suite]
-    command += ["-m", str(study.instances), "--out", str(study.out)]
-    return Step(f"evaluate {name}", lambda: is_evaluated(evaluation), lambda: flexgen_helm(command))
+def _evaluating(name: str, evaluation: Evaluation) -> Step:
+    return Step(f"evaluate {name}", lambda: is_evaluated(evaluation), lambda: _evaluate(evaluation))
+
+
+def _evaluate(evaluation: Evaluation) -> int:
+    try:
+        return evaluate(evaluation)
+    except KeyboardInterrupt:
+        print(f"Interrupted. {RESUME}", flush=True)
+        return INTERRUPTED
 
 
 def is_evaluated(evaluation: Evaluation) -> bool:
@@ -119,13 +131,14 @@ def is_evaluated(evaluation: Evaluation) -> bool:
     """
     complete = [
         run
-        for run in _runs(evaluation)
+        for run in runs_of(evaluation)
         if run.is_complete and run.spec["adapter_spec"].get("max_eval_instances") == evaluation.max_eval_instances
     ]
     return len(complete) >= evaluation.suite.num_entries
 
 
-def _runs(evaluation: Evaluation) -> list[Run]:
+def runs_of(evaluation: Evaluation) -> list[Run]:
+    """Return the runs of an evaluation that there are."""
     return [run for run in list_runs(evaluation.suite_folder) if run.deployment == evaluation.deployment]
 
 
@@ -143,7 +156,7 @@ def _measuring(study: Study, variant: str, before: Evaluation, candidate: Evalua
 
 
 def _engine(evaluation: Evaluation) -> EngineRecord | None:
-    record = next((record for run in _runs(evaluation) if (record := run.record()) is not None), None)
+    record = next((record for run in runs_of(evaluation) if (record := run.record()) is not None), None)
     return None if record is None else engine_record(record)
 
 

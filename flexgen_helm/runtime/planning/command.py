@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from flexgen_helm.attention.chunks import GATHERED_BYTES
 from flexgen_helm.compression.config import CompressionConfig, resolve, with_variant
@@ -30,6 +31,8 @@ from flexgen_helm.runtime.planning.sources import device_of, open_source
 from flexgen_helm.runtime.planning.text import Planned, as_json, lines
 from flexgen_helm.types import TIERS, Tier
 
+OpenSource = Callable[[Any, str, Device], ModelSource]
+
 
 def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
     """Choose a policy, print it with what it takes, and draw what was asked for.
@@ -41,14 +44,7 @@ def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
     Raises:
         FlexGenError: If the model or the profile cannot be read, options contradict each other, or no policy fits.
     """
-    name, compression = resolve(args.model)
-    named = None if args.machine is None else named_profile(args.machine)
-    if named is not None and args.device != "auto":
-        raise PolicyError(f"--device {args.device} is of this machine, but --machine names another one. Leave one of them out.")
-    device = resolve_device(args.device) if named is None else device_of(named)
-    source = open_source(args.config or name, args.dtype, device)
-    profile = named or _measured(args, source, device, say)
-    space = space_of(profile, parse_max_memory(args.max_memory))
+    name, compression, source, profile, space = stage_of(args, say)
     tiers: frozenset[Tier] = frozenset(tier for tier in TIERS if tier not in args.without)
     constraints = Constraints(args.max_latency, args.min_throughput, tiers, args.search_numerics)
     workload = Workload.uniform(args.num_jobs, args.prompt_len, args.gen_len, score=args.gen_len == 0)
@@ -67,6 +63,45 @@ def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
         for file in draw(args.plot, planned.problem, planned.choice):
             say(f"plot: {file}")
     return 0
+
+
+class Stage(NamedTuple):
+    """A model and a machine for which something is planned.
+
+    Attributes:
+        name: Name of the model, without a variant.
+        compression: The variant; None: the model as it is.
+        source: The model.
+        profile: The machine.
+        space: Bytes of each tier that may be used.
+    """
+
+    name: str
+    compression: CompressionConfig | None
+    source: ModelSource
+    profile: MachineProfile
+    space: Space
+
+
+def stage_of(args: Namespace, say: Callable[[str], None], *, opened: OpenSource = open_source) -> Stage:
+    """Return what the options of a command name.
+
+    Args:
+        args: Its options: ``model``, ``config``, ``dtype``, ``machine``, ``device``, ``max_memory``, and ``policy``.
+        say: Told what is measured, a line at a time.
+        opened: Opens the model.
+
+    Raises:
+        FlexGenError: If the model or the profile cannot be read, or options contradict each other.
+    """
+    name, compression = resolve(args.model)
+    named = None if args.machine is None else named_profile(args.machine)
+    if named is not None and args.device != "auto":
+        raise PolicyError(f"--device {args.device} is of this machine, but --machine names another one. Leave one of them out.")
+    device = resolve_device(args.device) if named is None else device_of(named)
+    source = opened(args.config or name, args.dtype, device)
+    profile = named or _measured(args, source, device, say)
+    return Stage(name, compression, source, profile, space_of(profile, parse_max_memory(args.max_memory)))
 
 
 def _fastest(problems: Mapping[str, Problem]) -> Planned:
