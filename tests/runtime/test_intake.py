@@ -94,6 +94,7 @@ def test_each_completion_of_a_slice_is_answered_from_its_own_row(device: str) ->
     for row, work in enumerate(works):
         logprobs = torch.log_softmax(logits[row], -1).tolist()
         assert scores.logprobs[row + 1] == pytest.approx(logprobs[scores.tokens[row + 1]], abs=1e-5)
+        assert scores.is_best[row + 1] == bool(logits[row, scores.tokens[row + 1]] == logits[row].max())
         ranked = logits[row].sort(descending=True, stable=True).indices.tolist()
         for generation in work.continuations:
             assert isinstance(generation, Generation)
