@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ import pytest
 
 pytest.importorskip("inspect_ai", reason="needs Inspect, which comes with the extra `inspect`; make test-harnesses has it")
 
-from inspect_ai import Task, eval
-from inspect_ai.dataset import Sample
+from inspect_ai.log import read_eval_log
 from inspect_ai.model import (
     ChatMessageAssistant,
     ChatMessageSystem,
@@ -28,12 +27,14 @@ from inspect_ai.model import (
     ResponseSchema,
     get_model,
 )
-from inspect_ai.scorer import includes
 from inspect_ai.tool import ToolInfo
 from inspect_ai.util import JSONSchema
 
 from flexgen_helm import Engine, FlexGenError, InvalidJob, Job
 from flexgen_helm.harnesses.inspect_provider import FlexGenAPI
+from flexgen_helm.runs.harness_benchmark.sides import inspect_side
+from tests.harnesses import page
+from tests.harnesses.questions import made_questions
 
 PROMPTS = ["The quick brown fox", "Question: What is the capital of France?\nAnswer:", "The quick brown", "naïve café 😀"]
 GREEDY = {"max_tokens": 6, "temperature": 0.0, "logprobs": True, "top_logprobs": 3}
@@ -219,18 +220,41 @@ def test_options_that_do_not_exist_are_refused_with_a_suggestion(chat_model: Pat
 
 def test_a_model_without_template_takes_one_user_message(bos_model: Path) -> None:
     with get_model(f"flexgen/{bos_model}", device="cpu") as model:
-        assert math.isfinite(len(ask(model, "The quick", max_tokens=2).completion))
+        assert ask(model, "The quick", max_tokens=2).stop_reason in ("max_tokens", "stop")
         with pytest.raises(InvalidJob, match="system, user"):
             ask(model, [ChatMessageSystem(content="a"), ChatMessageUser(content="b")], max_tokens=2)
 
 
-@pytest.mark.parametrize("variant", ["", "@w4"])
-def test_an_evaluation_runs(chat_model: Path, tmp_path: Path, variant: str) -> None:
+TASK = """
+from inspect_ai import Task, task
+from inspect_ai.dataset import Sample
+from inspect_ai.model import GenerateConfig
+from inspect_ai.scorer import includes
+
+@task
+def made():
     samples = [Sample(input=f"The {word}", target="a") for word in ("dog", "fox", "owner")]
-    task = Task(dataset=samples, scorer=includes(), config=GenerateConfig(max_tokens=4, temperature=0.0))
-    options = {"log_dir": str(tmp_path), "display": "none", "max_connections": 8, "model_args": {"device": "cpu"}}
-    (log,) = eval(task, model=f"flexgen/{chat_model}{variant}", **options)
+    return Task(dataset=samples, scorer=includes(), config=GenerateConfig(max_tokens=4, temperature=0.0))
+"""
+
+
+def test_the_command_of_the_page_evaluates_a_task(chat_model: Path, tmp_path: Path) -> None:
+    (command,) = page.commands("inspect")
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "model").symlink_to(chat_model)
+    (tmp_path / "my_task.py").write_text(TASK)
+    program = [sys.executable, "-m", "inspect_ai"]
+    finished = page.run(command, tmp_path, program, "--display", "plain", "-M", "max_memory=host=2GiB", "-M", "device=cpu")
+    assert finished.returncode == 0, (finished.stdout[-2000:], finished.stderr[-2000:])
+    (file,) = (tmp_path / "logs").glob("*.eval")
+    log = read_eval_log(str(file))
     assert log.status == "success", log.error
     assert log.samples is not None
-    assert len(log.samples) == 3
-    assert not [sample.error for sample in log.samples if sample.error]
+    assert [sample.error for sample in log.samples] == [None] * 3
+
+
+def test_both_sides_of_the_benchmark_answer_alike(chat_model: Path, tmp_path: Path) -> None:
+    task = {"folder": str(chat_model), "questions": str(made_questions(tmp_path)), "scratch": str(tmp_path)}
+    (ours,) = inspect_side.ways("flexgen", task).values()
+    found, expected = ours(6), inspect_side.ways("hf", task)["batches of 4"](6)
+    assert found == expected

@@ -20,6 +20,9 @@ from lm_eval.models.huggingface import HFLM
 
 from flexgen_helm import FlexGenError, InvalidJob, Job
 from flexgen_helm.harnesses.lm_eval_model import FlexGenLM
+from flexgen_helm.runs.harness_benchmark.sides import lm_eval_side
+from tests.harnesses import page
+from tests.harnesses.questions import made_questions
 
 PAIRS = [
     ("The quick brown fox", " jumps over"),
@@ -201,16 +204,19 @@ def test_answers_in_lm_evals_cache_are_not_computed_again(
     assert results[0] == results[1]
 
 
-def test_the_command_writes_results_and_samples(chat_model: Path, tmp_path: Path) -> None:
-    arguments = f"pretrained={chat_model},dtype=float32,max_memory=host=2GiB"
-    command = [sys.executable, "-m", "flexgen_helm.harnesses.lm_eval", "run", "--model", "flexgen", "--model_args", arguments]
-    command += ["--tasks", "made_choice", "--include_path", str(task_folder(tmp_path)), "--limit", "5", "--log_samples"]
-    command += ["--output_path", str(tmp_path / "results")]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+def test_the_command_of_the_page_writes_results_and_samples(chat_model: Path, tmp_path: Path) -> None:
+    (command,) = page.commands("python -m flexgen_helm.harnesses.lm_eval")
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "model").symlink_to(chat_model)
+    command = command.replace("my_task", "made_choice").replace("dtype=", "max_memory=host=2GiB,dtype=")
+    options = f"--include_path {task_folder(tmp_path)} --limit 5 --log_samples --output_path results"
+    finished = page.run(command, tmp_path, [sys.executable], *options.split())
     assert finished.returncode == 0, finished.stderr[-2000:]
     (results,) = (tmp_path / "results").rglob("results_*.json")
     (samples,) = (tmp_path / "results").rglob("samples_*.jsonl")
-    assert json.loads(results.read_text())["n-samples"]["made_choice"]["effective"] == 5
+    found = json.loads(results.read_text())
+    assert found["n-samples"]["made_choice"]["effective"] == 5
+    assert found["config"]["flexgen_helm_numerics"]["weights"]["scheme"] != "plain"
     assert len(samples.read_text().splitlines()) == 5
 
 
@@ -221,3 +227,14 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> N
     assert finished.returncode == 1
     assert "Traceback" not in finished.stderr
     assert "missing" in finished.stderr
+
+
+def test_both_sides_of_the_benchmark_answer_alike(chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    task = {"folder": str(chat_model), "questions": str(made_questions(tmp_path)), "scratch": str(tmp_path)}
+    (ours,) = lm_eval_side.ways("flexgen", task).values()
+    theirs = lm_eval_side.ways("hf", task)
+    found, expected = ours(6), theirs["batches of 4"](6)
+    assert found.score == expected.score
+    for one, other in zip(found.answers, expected.answers, strict=True):
+        assert one == pytest.approx(other, abs=3e-4)
