@@ -6,6 +6,8 @@ Importing this file registers it. Texts become tokens exactly as in lm-eval's Hu
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -131,16 +133,20 @@ class FlexGenLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
             found: list[Pair] = [(None, *make_disjoint_window(window)) for window in windows]
             pairs += found
             owners += [i] * len(found)
-        totals, left = [0.0] * len(requests), [owners.count(i) for i in range(len(requests))]
+        left = Counter(owners)
 
-        def add(index: int, answer: Answer) -> None:
+        def count(index: int, answers: Sequence[Answer]) -> None:
             i = owners[index]
-            totals[i], left[i] = totals[i] + answer[0], left[i] - 1
+            left[i] -= 1
             if not left[i]:
-                self.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, totals[i])
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[i].args, total(i, answers))
 
-        self._score(pairs, add, quiet=disable_tqdm)
-        return totals
+        def total(i: int, answers: Sequence[Answer]) -> float:
+            first = bisect_left(owners, i)
+            return sum((logprob for logprob, _ in answers[first : bisect_right(owners, i)]), 0.0)
+
+        answers = self._score(pairs, count, quiet=disable_tqdm)
+        return [total(i, answers) for i in range(len(requests))]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return a text for each request, cut before the first of its stop strings."""
@@ -186,13 +192,13 @@ class FlexGenLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
         return list(self.tokenizer.encode(text, **chosen, verbose=False))
 
     def _score(
-        self, pairs: Sequence[Pair], on_answer: Callable[[int, Answer], None] | None = None, *, quiet: bool
+        self, pairs: Sequence[Pair], on_answer: Callable[[int, Sequence[Answer]], None] | None = None, *, quiet: bool
     ) -> list[Answer]:
         """Return the answer of each pair; what is too long loses the first tokens of its context.
 
         Args:
             pairs: The pairs.
-            on_answer: Called with (index, answer) as soon as an answer is there.
+            on_answer: Called with (index, answers) as soon as the answer with this index is there.
             quiet: Whether to show no progress.
 
         Raises:
@@ -218,7 +224,7 @@ class FlexGenLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answers[index])
             if on_answer is not None:
-                on_answer(index, answers[index])
+                on_answer(index, answers)
 
         tokens = [(context + continuation)[-self._most_scored :] for _, context, continuation in pairs]
         self._run([Job(token_ids=ids, score_prompt=True) for ids in tokens], keep, quiet=quiet)
