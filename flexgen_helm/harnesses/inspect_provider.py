@@ -7,7 +7,6 @@ import logging
 import time
 from typing import Any
 
-import sniffio
 from inspect_ai.model import ChatMessage, GenerateConfig, ModelAPI, ModelOutput
 from inspect_ai.tool import ToolChoice, ToolInfo
 
@@ -26,7 +25,7 @@ FEW_CONNECTIONS = (
 )
 
 
-class FlexGenAPI(ModelAPI):  # type: ignore[misc] # Inspect is not installed where types are checked
+class FlexGenAPI(ModelAPI):
     """Models named ``flexgen/<folder or hub name>[@<variant>]``; model arguments are options of `Engine.from_pretrained`."""
 
     def __init__(
@@ -70,14 +69,15 @@ class FlexGenAPI(ModelAPI):  # type: ignore[misc] # Inspect is not installed whe
         Raises:
             FlexGenError: If the request cannot be served, or the engine cannot be made.
         """
-        if sniffio.current_async_library() != "asyncio":
-            raise FlexGenError("flexgen needs Inspect's asyncio backend. Unset INSPECT_ASYNC_BACKEND.")
+        _refuse_trio()
         self._recommend_connections(config)
         begin = time.perf_counter()
         try:
             refuse(config, tools)
             job = self._requests.job(input, config)
-            engine = self.late.loaded or await asyncio.to_thread(self.late.get)
+            engine = self.late.loaded
+            if engine is None:
+                engine = await asyncio.to_thread(self.late.get)
             result = await asyncio.wrap_future(engine.submit(job))
         except InvalidJob as error:
             raise in_inspects_words(error) from None
@@ -95,7 +95,7 @@ class FlexGenAPI(ModelAPI):  # type: ignore[misc] # Inspect is not installed whe
 
     def connection_key(self) -> str:
         """Each model of this provider has connections of its own."""
-        return self.model_name
+        return str(self.model_name)
 
     def collapse_user_messages(self) -> bool:
         """Most chat templates want turns of user and assistant that alternate."""
@@ -116,3 +116,11 @@ class FlexGenAPI(ModelAPI):  # type: ignore[misc] # Inspect is not installed whe
     def close(self) -> None:
         """Close the engine and free its memory. The next request loads the model again."""
         self.late.close()
+
+
+def _refuse_trio() -> None:
+    """Refuse Inspect's other backend, in which nobody would hear that an answer is there."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise FlexGenError("flexgen needs Inspect's asyncio backend. Unset INSPECT_ASYNC_BACKEND.") from None

@@ -39,7 +39,7 @@ NEW_TOKENS = 256
 
 
 @register_model("flexgen")
-class FlexGenLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
+class FlexGenLM(TemplateLM):
     """A model of lm-eval that the engine computes."""
 
     def __init__(  # noqa: PLR0913 - options of users, by keyword
@@ -150,7 +150,7 @@ class FlexGenLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return a text for each request, cut before the first of its stop strings."""
-        eos = None if self.tokenizer.eos_token_id is None else self.tokenizer.decode(self.tokenizer.eos_token_id)
+        eos = None if self.tokenizer.eos_token_id is None else str(self.tokenizer.decode(self.tokenizer.eos_token_id))
         generations = Generations(eos, self.max_length, self.max_gen_toks)
         jobs = [
             generations.job(context, self._prompt(context) or [self.prefix_token_id], settings)
@@ -171,8 +171,9 @@ class FlexGenLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
             raise FlexGenError("This model's tokenizer has no chat template. Leave out --apply_chat_template.")
 
         def written(turns: list[dict[str, str]]) -> str:
-            options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **options, **self._template_values))
+            ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+            options: dict[str, Any] = {**ending, **self._template_values}
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **options))
 
         try:
             return written(chat_history)

@@ -33,7 +33,7 @@ SHOWN_LINES = 3
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("harness_benchmark", __doc__)
+    parser: argparse.ArgumentParser = make_parser("harness_benchmark", __doc__)
     add_model(parser)
     parser.add_argument("--subject", default="anatomy", help="subject of MMLU (%(default)s)")
     parser.add_argument("--questions", type=int, default=64, metavar="N", help="most questions (%(default)s)")
