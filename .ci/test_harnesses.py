@@ -38,7 +38,11 @@ def build(extra: str) -> Path:
     key = hashlib.sha256("\n".join(needed).encode()).hexdigest()[:12]
     path = main.parents[1] / "overlays" / main.name / f"{extra}-{key}"
     if not (path / "complete").exists():
-        print(f"Building the environment of {extra} in {path} (only once) ...", flush=True)
+        print(
+            f"Building the environment of {extra} in {path} (only once; pip may name conflicts with packages that only the "
+            "main environment needs) ...",
+            flush=True,
+        )
         shutil.rmtree(path, ignore_errors=True)
         venv.create(path)
         # A path in such a file comes behind the environment's own packages.
