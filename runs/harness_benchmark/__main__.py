@@ -1,6 +1,6 @@
 """The engine as a model of lm-eval and of Inspect, against their own Hugging Face backends: SmolLM2-135M, 5-shot MMLU.
 
-lm-eval scores the four choices of each question; Inspect asks for one token behind the model's chat template. A backend is a
+lm-eval scores the four choices of each question; Inspect asks for the next token of the same prompts. A backend is a
 process of its own with the same threads; seconds are those of the evaluation, the harness's own work included, without loading.
 The Hugging Face backends run at the best of several batch sizes, found on the first questions.
 Cost on one core of a server CPU: about 15 minutes a harness with 64 questions and 3 repetitions; 4 GiB of memory.

@@ -1,4 +1,4 @@
-"""Inspect: each question is answered with the most likely token, behind the model's chat template."""
+"""Inspect: each question is answered with the most likely token, the question alone being the prompt."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from flexgen_helm.runs.harness_benchmark.sides.way import Outcome, Way
 CONNECTIONS = (1, 4, 8, 16, 32)
 """Requests in flight, which is the batch size of Inspect's Hugging Face provider; 32 is its default."""
 OURS = 512
+PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""A chat template that writes texts alone. Without a template, the Hugging Face provider would write the role before a text."""
 
 
 def ways(backend: str, task: dict[str, Any]) -> dict[str, Way]:
@@ -26,10 +28,11 @@ def ways(backend: str, task: dict[str, Any]) -> dict[str, Way]:
         Sample(id=i, input=row["prompt"], target="ABCD"[row["label"]]) for i, row in enumerate(map(json.loads, lines), 1)
     ]
     if backend == "flexgen":
-        ours = get_model(f"flexgen/{task['folder']}", dtype="float32", device="cpu")
+        ours = get_model(f"flexgen/{task['folder']}", dtype="float32", device="cpu", use_chat_template=False)
         settings = GenerateConfig(max_tokens=1, temperature=0.0)
         return {f"{OURS} in flight": partial(evaluate, ours, settings, samples, task["scratch"], OURS)}
-    theirs = get_model("hf/local", model_path=task["folder"], device="cpu", do_sample=False, dtype="float32")
+    options = {"model_path": task["folder"], "device": "cpu", "do_sample": False, "dtype": "float32", "chat_template": PLAIN}
+    theirs = get_model("hf/local", **options)
     settings = GenerateConfig(max_tokens=1)
     return {f"batches of {size}": partial(evaluate, theirs, settings, samples, task["scratch"], size) for size in CONNECTIONS}
 
