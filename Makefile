@@ -13,7 +13,7 @@ PYTEST := pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 MATRIX := tests/simulated_gpu tests/runtime tests/loading/test_first_layers.py tests/runs/test_gpu_check.py \
 	"tests/runs/test_kill.py::test_killed_suite_equals_an_undisturbed_one[1-True]"
 
-.PHONY: help env lint test test-all test-versions test-matrix gate demo clean
+.PHONY: help env lint test test-all test-versions test-harnesses test-matrix gate demo clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,9 @@ test-all: lint  ## Run all tests.
 
 test-versions: env  ## Run what depends on transformers with its lowest version allowed, or with VERSIONS="5.20.0 5.22.2".
 	@$(TEST_ENV) $(BIN)/python .ci/test_versions.py $(VERSIONS)
+
+test-harnesses: env  ## Run the tests of the adapters of Inspect and lm-eval, or of HARNESSES="inspect", in environments of their own.
+	@$(TEST_ENV) $(BIN)/python .ci/test_harnesses.py $(HARNESSES)
 
 test-matrix: env  ## Run every family, placement and limit, on the simulated GPU and off it, of which `test` runs a part.
 	@$(TEST_ENV) $(BIN)/$(PYTEST) --dist load -m slow -k "not broadly" $(MATRIX)

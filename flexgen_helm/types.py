@@ -117,6 +117,8 @@ class Result:
         prompt_token_texts: Text of each prompt token, as in ``Completion.token_texts``. Empty without ``Job.score_prompt``.
         prompt_logprobs: Natural logarithm of the probability of each prompt token; 0.0 for a first token without a BOS token
             before it. None without ``Job.score_prompt``.
+        prompt_is_best: Whether no token was more likely than each prompt token; False for a first token without a BOS token
+            before it. None without ``Job.score_prompt``.
         error: Error for which this job was not served, with ``on_error="return"``. Then all other fields are empty.
     """
 
@@ -124,6 +126,7 @@ class Result:
     prompt_token_ids: list[int] = field(default_factory=list)
     prompt_token_texts: list[str] = field(default_factory=list)
     prompt_logprobs: list[float] | None = None
+    prompt_is_best: list[bool] | None = None
     error: FlexGenError | None = None
 
 

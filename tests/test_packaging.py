@@ -53,4 +53,5 @@ def test_wheel_names_the_entry_points(wheel: Path) -> None:
         entry_points = configparser.ConfigParser()
         entry_points.read_string(archive.read(name).decode())
     assert dict(entry_points["helm"]) == {"flexgen_helm": "flexgen_helm.plugin"}
+    assert dict(entry_points["inspect_ai"]) == {"flexgen_helm": "flexgen_helm.harnesses.inspect_registry"}
     assert dict(entry_points["console_scripts"]) == {"flexgen-helm": "flexgen_helm.cli:main"}

@@ -1,7 +1,8 @@
 """Every page of the documentation: its commands, YAML and snippets run, or are listed here with the reason why they do not.
 
 Those of README.md and docs/evaluating.md, which need real data, are run by tests/test_docs.py; those of docs/reports.md by
-tests/reports/test_documented.py, and those of docs/gate.md by tests/gate/test_page.py, on runs that cost nothing.
+tests/reports/test_documented.py, and those of docs/gate.md by tests/gate/test_page.py, on runs that cost nothing; those of
+docs/harnesses.md by tests/harnesses, in environments of their own.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from tests.tokenizers import save_character_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN_ELSEWHERE = {"README.md", "evaluating.md", "reports.md", "gate.md"}
-"""Pages whose blocks tests/test_docs.py, tests/reports/test_documented.py and tests/gate/test_page.py run."""
+RUN_ELSEWHERE = {"README.md", "evaluating.md", "reports.md", "gate.md", "harnesses.md"}
+"""Pages whose blocks tests/test_docs.py, tests/reports, tests/gate/test_page.py and tests/harnesses run."""
 NOT_RUN = {
     "flexgen-helm profile": "measures for half a minute; tests/runtime/planning/test_machine_profile.py runs it",
     "flexgen-helm plan --replay": "needs the record of a run; tests/runtime/planning/test_explain.py has one",

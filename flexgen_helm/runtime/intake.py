@@ -164,6 +164,7 @@ class Intake:
             prompt_token_ids=list(prepared.prompt_ids),
             prompt_token_texts=texts,
             prompt_logprobs=self._scores(prepared, work) if scored else None,
+            prompt_is_best=_prompt_is_best(work)[prepared.num_added :] if scored else None,
         )
 
     def _scores(self, prepared: PreparedJob, work: PromptWork) -> list[float]:
@@ -194,9 +195,9 @@ def answer(logit_requests: list[LogitRequest], logits: Tensor) -> None:
     steps = _chosen(logit_requests, logits)
     targets = [(row, scores, i) for row, request in enumerate(logit_requests) for scores, i in request.targets]
     places = [(row, scores.tokens[i]) for row, scores, i in targets] + [(row, token_id) for row, _, token_id in steps]
-    found = _at(logprobs, places)
-    for (_, scores, i), logprob in zip(targets, found[: len(targets)], strict=True):
-        scores.logprobs[i] = logprob
+    found, best = _at(logprobs, logits, places, num_targets=len(targets))
+    for (_, scores, i), logprob, is_best in zip(targets, found, best, strict=False):
+        scores.logprobs[i], scores.is_best[i] = logprob, bool(is_best)
     top = _top(logprobs, steps)
     for (row, generation, token_id), logprob in zip(steps, found[len(targets) :], strict=True):
         generation.append(token_id, logprob, top.get(row, []))
@@ -221,13 +222,26 @@ def _generations(logit_requests: list[LogitRequest]) -> Iterator[tuple[int, Gene
             yield row, continuation
 
 
-def _at(logprobs: Tensor, places: list[tuple[int, int]]) -> list[float]:
-    """Return the log-probabilities at (row, token) pairs, in one copy."""
+def _at(
+    logprobs: Tensor, logits: Tensor, places: list[tuple[int, int]], *, num_targets: int
+) -> tuple[list[float], list[float]]:
+    """Return the log-probabilities at (row, token) pairs, and 1 where no logit is above that of a target; in one copy.
+
+    Args:
+        logprobs: ``[requests, vocab]``.
+        logits: ``[requests, vocab]``.
+        places: The pairs, targets first.
+        num_targets: Number of targets.
+    """
     if not places:
-        return []
+        return [], []
     rows, token_ids = upload(places, logprobs.device).unbind(1)
-    found: list[float] = logprobs[rows, token_ids].tolist()
-    return found
+    found = logprobs[rows, token_ids]
+    if num_targets:
+        rows, token_ids = rows[:num_targets], token_ids[:num_targets]
+        found = torch.cat([found, (logits[rows, token_ids] == logits.amax(-1)[rows]).to(found.dtype)])
+    numbers: list[float] = found.tolist()
+    return numbers[: len(places)], numbers[len(places) :]
 
 
 def _top(logprobs: Tensor, steps: list[Step]) -> dict[int, list[TokenLogprob]]:
@@ -259,6 +273,10 @@ def _completion_key(prepared: PreparedJob, index: int) -> Hashable:
     job = prepared.job
     draw = None if prepared.is_greedy else (job.temperature, job.top_p, job.seed or 0, index)
     return draw, job.max_new_tokens, frozenset(job.stop), job.top_logprobs, job.ignore_eos
+
+
+def _prompt_is_best(work: PromptWork) -> list[bool]:
+    return [value for node in work.node.path() if node.scores is not None for value in node.scores.is_best]
 
 
 def _prompt_logprobs(work: PromptWork) -> list[float]:

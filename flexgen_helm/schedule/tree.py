@@ -59,9 +59,11 @@ class Scores:
     tokens: tuple[int, ...]
     logprobs: list[float | None] = field(init=False)
     """None: not yet known."""
+    is_best: list[bool] = field(init=False)
+    """Whether each token is the most likely one; known where the log-probability is."""
 
     def __post_init__(self) -> None:
-        self.logprobs = [None] * len(self.tokens)
+        self.logprobs, self.is_best = [None] * len(self.tokens), [False] * len(self.tokens)
 
 
 @dataclass(eq=False)

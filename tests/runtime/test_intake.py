@@ -88,12 +88,14 @@ def test_each_completion_of_a_slice_is_answered_from_its_own_row(device: str) ->
         work.node = node
     logits = torch.randn(len(works), len(TOKENIZER), generator=torch.Generator().manual_seed(5)).bfloat16().float()
     logits[:, :9] = -math.inf
+    logits[2, 13] = logits[2].max()  # a tie with the best
     scores = Scores((0, 11, 12, 13, 14, 15))
     requests = [LogitRequest(i, ((scores, i + 1),), tuple(work.continuations)) for i, work in enumerate(works)]
     answer(requests, logits.to(device))
     for row, work in enumerate(works):
         logprobs = torch.log_softmax(logits[row], -1).tolist()
         assert scores.logprobs[row + 1] == pytest.approx(logprobs[scores.tokens[row + 1]], abs=1e-5)
+        assert scores.is_best[row + 1] == bool(logits[row, scores.tokens[row + 1]] == logits[row].max()) == (row == 2)
         ranked = logits[row].sort(descending=True, stable=True).indices.tolist()
         for generation in work.continuations:
             assert isinstance(generation, Generation)

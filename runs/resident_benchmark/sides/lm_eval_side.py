@@ -6,8 +6,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from lm_eval.api.instance import Instance  # type: ignore[import-not-found]
-from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 BATCH_SIZES = (1, 4, 16, 32)
 
