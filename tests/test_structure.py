@@ -16,7 +16,7 @@ LAYERS = (
     *("errors", "types", "run_stats", "options", "cache_folder"),
     *("statistics", "memory", "machine", "kv_cache", "model", "loading", "generation"),
     *("schedule", "compression", "attention", "execution", "policy", "rows", "runtime"),
-    *("fidelity", "helm", "reports", "gate", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
+    *("fidelity", "helm", "workers", "reports", "gate", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
 )
 """Folders and files of the package. Each may use those before it, and none behind it."""
 LAZY = {("__init__", "runtime")}

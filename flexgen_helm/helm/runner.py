@@ -28,7 +28,7 @@ from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.requests import to_job
 from flexgen_helm.helm.run_record import WORKLOAD_FILE, run_report, with_entry
 from flexgen_helm.helm.shared_file import rewrite
-from flexgen_helm.helm.workload import Served, serve
+from flexgen_helm.helm.workload import EngineServer, Served, Server, serve
 from flexgen_helm.helm.written import check_deployment
 from flexgen_helm.machine.identity import environment
 
@@ -71,7 +71,7 @@ class FlexGenRunner(Runner):
         paused: list[PausableRun] = []
         with Journal(Path(self.runs_path) / FOLDER, [run_spec.name for run_spec in run_specs]) as journal:
             try:
-                for run_spec in self._console.each(run_specs, f"Adapting {len(run_specs)} runs"):
+                for run_spec in self.console.each(run_specs, f"Adapting {len(run_specs)} runs"):
                     run = PausableRun(self, run_spec, self._collects, journal.unfinished)
                     if not self._skips(run_spec):
                         self._attempt(f"Adapting {run_spec.name}", [run], failed, partial(self._start, run))
@@ -86,6 +86,10 @@ class FlexGenRunner(Runner):
                     run.abandon()
                 journal.remove_empty_folders()
         return failed
+
+    def server(self, journal: Journal) -> Server:
+        """Return what answers requests that are not known yet; subclasses may do it elsewhere than in this process."""
+        return EngineServer(ENGINES, journal, self.console)
 
     def _start(self, run: PausableRun) -> None:
         """Adapt a run, if its deployment is written as it should be."""
@@ -138,8 +142,8 @@ class FlexGenRunner(Runner):
         requests = [state.request for run in runs for state in run.request_states]
 
         def answer() -> Served:
-            cache = ENGINES.caches.get(self._cache_backend.get_cache_config(deployment.host_organization))
-            served = serve(deployment, requests, cache, journal, ENGINES, self._console)
+            cache = ENGINES.caches.get(self.cache_backend.get_cache_config(deployment.host_organization))
+            served = serve(deployment, requests, cache, journal, self.server(journal), self.console)
             entry = served.report.as_dict([run.run_spec.name for run in runs])
             rewrite(Path(self.runs_path) / WORKLOAD_FILE, partial(with_entry, entry=entry))
             return served
@@ -149,17 +153,19 @@ class FlexGenRunner(Runner):
             return
         machine = environment(torch.device(served.report.engine.numerics.machine.device))
         remaining = zip(served.results, served.sources, strict=True)
-        for run in self._console.each(runs, f"Metrics of {len(runs)} runs"):
+        for run in self.console.each(runs, f"Metrics of {len(runs)} runs"):
             results, sources = zip(*islice(remaining, len(run.request_states)), strict=True)
             report = run_report(deployment, served.report, sources, machine)
             self._attempt(f"Running {run.run_spec.name}", [run], failed, partial(run.resume, list(results), report))
 
     @cached_property
-    def _console(self) -> Console:
+    def console(self) -> Console:
+        """Where people read what is done."""
         return Console.of_process()
 
     @property
-    def _cache_backend(self) -> CacheBackendConfig:
+    def cache_backend(self) -> CacheBackendConfig:
+        """HELM's caches of answers."""
         spec = self.executor.execution_spec
         return spec.sqlite_cache_backend_config or spec.mongo_cache_backend_config or BlackHoleCacheBackendConfig()
 

@@ -60,8 +60,7 @@ class Command:
 
     def start(self) -> BaseProcess:
         """Start the command in a process of its own, in which the slow imports are done already."""
-        self._write_data()
-        self._write_deployment()
+        self.write_files()
         self.computed.unlink(missing_ok=True)
         context = get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
@@ -73,6 +72,11 @@ class Command:
     def computed(self) -> Path:
         """File of the keys of all answers that the last process has computed, written before they can be durable."""
         return self.output_path / "computed.txt"
+
+    def write_files(self) -> None:
+        """Write what the command reads."""
+        self._write_data()
+        self._write_deployment()
 
     def _write_deployment(self) -> None:
         arguments = {"name_or_path": str(self.model_folder.absolute()), **self.engine}
