@@ -219,7 +219,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if workers is not None:
         workers.check()
     elif args.gpus_per_worker is not None or args.ray_address is not None:
-        raise FlexGenError("--gpus-per-worker and --ray-address are of several workers. Give --workers N too, or leave them out.")
+        raise FlexGenError("--gpus-per-worker and --ray-address need several workers. Give --workers N too, or leave them out.")
     arguments = engine_arguments(args)
     evaluation = make_evaluation(args.model, args.suite, args.out, args.max_eval_instances, arguments)
     evaluation = replace(evaluation, workers=workers)

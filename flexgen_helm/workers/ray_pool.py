@@ -100,8 +100,12 @@ class RayPool:
         if self._ray is None:
             import ray
 
+            try:
+                _connect(ray, self._workers)
+            except BaseException:
+                ray.shutdown()  # of what has started
+                raise
             self._ray = ray
-            _connect(ray, self._workers)
         return self._ray
 
 
@@ -109,14 +113,21 @@ def _connect(ray: Any, workers: Workers) -> None:
     """Reach the user's cluster, or make one of this machine.
 
     Raises:
-        FlexGenError: There is no cluster at the address.
+        FlexGenError: There is no cluster at the address, or none can be made.
     """
     if workers.address is None:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
-        ray.init(address="local", num_cpus=workers.count, object_store_memory=STORE_BYTES, include_dashboard=False)
-        return
     try:
-        ray.init(address=workers.address)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        raise no_cluster(workers.address, " ".join(str(error).split())) from error
+        if workers.address is None:
+            ray.init(address="local", num_cpus=workers.count, object_store_memory=STORE_BYTES, include_dashboard=False)
+        else:
+            ray.init(address=workers.address)
+    except Exception as error:  # Ray raises plain ones
+        reason = " ".join(str(error).split())
+        if workers.address is not None:
+            raise no_cluster(workers.address, reason) from error
+        raise FlexGenError(
+            f"Ray did not start on this machine ({reason}). Where it is busy, run the same command again; see Ray's log in "
+            "/tmp/ray/session_latest/logs."
+        ) from error

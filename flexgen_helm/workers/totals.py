@@ -23,12 +23,15 @@ def together(parts: Sequence[RunStats]) -> RunStats:
         return parts[0]
     limits, forecasts = [part.limit_seconds for part in parts], [part.predicted for part in parts]
     known = [limit for limit in limits if limit is not None]
-    return replace(
-        parts[0],
+    totals: dict[str, Any] = {
         **{name: sum(getattr(part, name) for part in parts) for name in _SUMS},
         **{name: max(getattr(part, name) for part in parts) for name in _MOST},
         **{name: _sums(getattr(part, name) for part in parts) for name in _SUMS_BY_NAME},
         **{name: _most(getattr(part, name) for part in parts) for name in _MOST_BY_NAME},
+    }
+    return replace(
+        parts[0],
+        **totals,
         limit_seconds=max(known) if len(known) == len(parts) else None,
         limit_unknown=next((part.limit_unknown for part in parts if part.limit_seconds is None), ""),
         per_sweep=[sweep for part in parts for sweep in part.per_sweep],

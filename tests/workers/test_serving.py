@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 from helm.benchmark.model_deployment_registry import ModelDeployment
@@ -18,7 +18,7 @@ from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import EngineRegistry
 from flexgen_helm.helm.run_record import RUN_FILE, WORKLOAD_FILE
 from flexgen_helm.run_stats import RunStats
-from flexgen_helm.types import Result
+from flexgen_helm.types import Job, Result
 from flexgen_helm.workers.meeting import Meeting, meeting
 from flexgen_helm.workers.options import Workers
 from flexgen_helm.workers.runner import RayRunner
@@ -120,9 +120,11 @@ def test_a_lost_worker_is_replaced_and_its_answers_are_kept(
 ) -> None:
     specs = [run_spec(method) for method in METHODS]
     one = run_suite(specs, suite="one", cache="one")
-    run, answers, lost = FakeEngine.answer, [], []
+    run = FakeEngine.answer
+    answers: list[Job] = []
+    lost: list[Job] = []
 
-    def dies_once(job: Any) -> Result:
+    def dies_once(job: Job) -> Result:
         if len(answers) == 4 and not lost:
             lost.append(job)
             raise Lost

@@ -48,7 +48,7 @@ def watched(share: Share, when: str) -> Outcome | Refusal:
         if done == ANSWERS:
             _end(when, share.number, folder)
 
-    Journal.append = written  # type: ignore[method-assign]
+    Journal.append = written  # type: ignore[method-assign, assignment]
     return answer_in_process(share)
 
 
