@@ -13,7 +13,7 @@ PYTEST := pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 MATRIX := tests/simulated_gpu tests/runtime tests/loading/test_first_layers.py tests/runs/test_gpu_check.py \
 	"tests/runs/test_kill.py::test_killed_suite_equals_an_undisturbed_one[1-True]"
 
-.PHONY: help env lint test test-all test-versions test-harnesses test-matrix gate demo clean
+.PHONY: help env lint test test-all test-versions test-harnesses test-matrix test-ray gate demo clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,9 @@ test-harnesses: env  ## Run the tests of the adapters of Inspect and lm-eval, or
 
 test-matrix: env  ## Run every family, placement and limit, on the simulated GPU and off it, of which `test` runs a part.
 	@$(TEST_ENV) $(BIN)/$(PYTEST) --dist load -m slow -k "not broadly" $(MATRIX)
+
+test-ray: env  ## Run a suite over two Ray workers, one of which is killed.
+	@$(TEST_ENV) $(BIN)/python .ci/test_ray.py
 
 gate: env  ## Check on a real model that placement and block sizes change no bit, with INSTANCES="5" of each run entry.
 	@$(TEST_ENV) $(BIN)/python .ci/gate.py $(addprefix -m ,$(INSTANCES))

@@ -1,20 +1,15 @@
 """Run the tests that depend on `transformers` with other versions of it: ``make test-versions``.
 
-Each version is installed once into ``$FLEXGEN_HELM_CACHE/overlays/<environment>/transformers-<version>``, without what the
-environment has already (torch above all), and comes first on ``PYTHONPATH``, so that the processes of tests see it too.
+Each version lies over the environment (`overlay.py`).
 """
 
-import os
-import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import distributions
-from pathlib import Path
 
-from environment import ROOT, environment_path, pip_install, read_requirements
+from environment import ROOT, read_requirements
+from overlay import variables
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 EXACTNESS, EQUALITY = "tests/runtime/test_exactness.py", "tests/helm/test_equality.py"
 PACKED = ("llama", "gemma2", "qwen3_moe", "llama4_text")
@@ -44,47 +39,12 @@ def lowest_version() -> str:
     return next(bound.version for bound in requirement.specifier if bound.operator == ">=")
 
 
-def missing(folder: Path) -> list[str]:
-    """Return what the packages in a folder require and neither it nor the environment has."""
-    versions: dict[str, str] = {}
-    for package in distributions(path=[str(folder), *sys.path]):
-        versions.setdefault(canonicalize_name(package.name), package.version)
-    required = [Requirement(line) for package in distributions(path=[str(folder)]) for line in package.requires or ()]
-    return [
-        f"{requirement.name}{requirement.specifier}"
-        for requirement in required
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if not requirement.specifier.contains(versions.get(canonicalize_name(requirement.name), "0"), prereleases=True)
-    ]
-
-
-def overlay(version: str) -> Path:
-    """Return the folder with this version, which is installed there if it is not yet."""
-    environment = environment_path(read_requirements())
-    folder = environment.parents[1] / "overlays" / environment.name / f"transformers-{version}"
-    stamp = folder / "complete"
-    if stamp.exists():
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    print(f"Installing transformers {version} into {folder} (only once) ...", flush=True)
-    needed = [f"transformers=={version}"]
-    for _ in range(2):  # itself, then what its range asks for in other versions than the environment's
-        if needed:
-            pip_install(ROOT / ".venv", "--no-deps", "--target", str(folder), *needed)
-        needed = missing(folder)
-    if needed:
-        raise SystemExit(f"transformers {version} requires {', '.join(needed)}, which could not be laid over the environment.")
-    stamp.touch()
-    return folder
-
-
 def passes(version: str) -> bool:
     """Run the tests with this version."""
     begin = time.monotonic()
-    path = [str(overlay(version)), *filter(None, [os.environ.get("PYTHONPATH")])]
     # The tests stop if the version that they import is another one; see tests/conftest.py.
-    variables = {"PYTHONPATH": os.pathsep.join(path), "FLEXGEN_HELM_TRANSFORMERS": version}
-    process = subprocess.run([sys.executable, *PYTEST, *TESTS], cwd=ROOT, env={**os.environ, **variables}, check=False)
+    environment = {**variables(f"transformers=={version}"), "FLEXGEN_HELM_TRANSFORMERS": version}
+    process = subprocess.run([sys.executable, *PYTEST, *TESTS], cwd=ROOT, env=environment, check=False)
     passed = process.returncode == 0
     print(f"transformers {version}: {'passed' if passed else 'failed'} in {time.monotonic() - begin:.0f} s", flush=True)
     return passed

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -216,9 +216,16 @@ def _evaluate(args: argparse.Namespace) -> int:
     require_helm()
     from flexgen_helm.evaluation.evaluate import evaluate, make_evaluation
     from flexgen_helm.helm.disk_errors import RESUME
+    from flexgen_helm.workers.options import Workers
 
+    workers = None if args.workers is None else Workers(args.workers, args.gpus_per_worker, args.ray_address)
+    if workers is not None:
+        workers.check()
+    elif args.gpus_per_worker is not None or args.ray_address is not None:
+        raise FlexGenError("--gpus-per-worker and --ray-address need several workers. Give --workers N too, or leave them out.")
     arguments = engine_arguments(args)
     evaluation = make_evaluation(args.model, args.suite, args.out, args.max_eval_instances, arguments)
+    evaluation = replace(evaluation, workers=workers)
     try:
         return evaluate(evaluation, verbose=args.verbose)
     except KeyboardInterrupt:

@@ -119,6 +119,10 @@ def add_suite_options(parser: argparse.ArgumentParser) -> None:
     add("-m", "--max-eval-instances", type=_positive, default=100, metavar="N", help=instances)
     add("--out", type=Path, default=Path("benchmark_output"), metavar="DIR", help="HELM's output folder (%(default)s)")
     add("-v", "--verbose", action="store_true", help="also show HELM's log, which is written to a file in the output folder")
+    add = parser.add_argument_group("several workers").add_argument
+    add("--workers", type=_positive, metavar="N", help="divide the requests among N processes, GPUs or hosts, by Ray")
+    add("--gpus-per-worker", type=_share, metavar="G", help="GPUs of each worker (default: one, where there are any)")
+    add("--ray-address", metavar="ADDR", help="host:port of a Ray cluster, or auto (default: one is started for the command)")
 
 
 def add_suites_options(parser: argparse.ArgumentParser) -> None:
@@ -259,6 +263,16 @@ def _add_comparison_options(parser: argparse.ArgumentParser) -> None:
 
 def _positive(text: str) -> int:
     return _count(text, least=1)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of GPUs; give 0 or more")
+    return value
 
 
 def _count(text: str, least: int = 0) -> int:

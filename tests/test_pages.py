@@ -35,6 +35,10 @@ RUN_ELSEWHERE = {"README.md", "evaluating.md", "reports.md", "gate.md", "harness
 NOT_RUN = {
     "flexgen-helm profile": "measures for half a minute; tests/runtime/planning/test_machine_profile.py runs it",
     "flexgen-helm plan --replay": "needs the record of a run; tests/runtime/planning/test_explain.py has one",
+    "flexgen-helm eval --model path/to/model --suite mmlu --workers": "needs Ray; tests/workers/test_ray.py runs two workers",
+    "FLEXGEN_HELM_WORKERS=2 helm-run": "the same",
+    "ray start": "the same",
+    "pip install": "it builds an environment",
     "flexgen-helm bench --model facebook/opt-30b": "a model of the hub, on a GPU of 15 GiB",
 }
 """Beginnings of the commands that no test runs, with the reason."""

@@ -16,7 +16,8 @@ LAYERS = (
     *("errors", "types", "run_stats", "options", "cache_folder"),
     *("statistics", "memory", "machine", "kv_cache", "model", "loading", "generation"),
     *("schedule", "compression", "attention", "execution", "policy", "rows", "runtime"),
-    *("fidelity", "harnesses", "helm", "reports", "gate", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
+    *("fidelity", "harnesses", "helm", "workers", "reports", "gate", "assets", "plugin", "evaluation", "benchmark"),
+    *("cli_options", "cli"),
 )
 """Folders and files of the package. Each may use those before it, and none behind it."""
 LAZY = {("__init__", "runtime"), ("__init__", "evaluation")}

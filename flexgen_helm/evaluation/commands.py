@@ -11,6 +11,8 @@ from typing import Any
 
 from flexgen_helm.evaluation.suites import Suite
 from flexgen_helm.helm.deployment import RUNNER
+from flexgen_helm.workers.options import RUNNER as WORKERS_RUNNER
+from flexgen_helm.workers.options import Workers
 
 SUMMARIZER = "flexgen_helm.evaluation.summarizer.FlexGenSummarizer"
 """Shows what HELM's own shows, and figures of engines where a schema has a place for them."""
@@ -31,6 +33,8 @@ class Evaluation:
     """Most instances of each run entry."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """``client_spec.args`` of the deployment; what its name says (`SAID_BY_NAME`) is not written where it is all."""
+    workers: Workers | None = None
+    """Several workers; None: the process of ``helm-run`` alone."""
 
     @property
     def suite_folder(self) -> Path:
@@ -67,7 +71,7 @@ def run_command(evaluation: Evaluation) -> list[str]:
         *("--max-eval-instances", str(evaluation.max_eval_instances)),
         *("--output-path", str(evaluation.output_path)),
         *("--local-path", str(evaluation.local_path)),
-        *("--runner-class-name", RUNNER),
+        *("--runner-class-name", RUNNER if evaluation.workers is None else WORKERS_RUNNER),
     ]
 
 
@@ -93,16 +97,22 @@ def server_command(evaluation: Evaluation) -> list[str]:
     return ["helm-server", "--suite", evaluation.suite.name, "--output-path", str(evaluation.output_path)]
 
 
+def settings(evaluation: Evaluation) -> dict[str, str]:
+    """Return the environment variables without which a printed ``helm-run`` command would do something else."""
+    return {} if evaluation.workers is None else evaluation.workers.variables
+
+
 def environment(evaluation: Evaluation) -> dict[str, str]:
     """Return the environment for HELM.
 
     The data of a suite of this package is here before HELM runs, so nothing waits for a network: neither the model hub
     nor nltk (`nltk_data`).
     """
+    variables = {**os.environ, **settings(evaluation)}
     if not evaluation.suite.packaged:
-        return dict(os.environ)
+        return variables
     offline = {"HF_HUB_OFFLINE": "1"} if evaluation.deployment.startswith("flexgen//") else {}
-    return {**os.environ, **offline, "NLTK_DATA": str(nltk_data(evaluation))}
+    return {**variables, **offline, "NLTK_DATA": str(nltk_data(evaluation))}
 
 
 def nltk_data(evaluation: Evaluation) -> Path:

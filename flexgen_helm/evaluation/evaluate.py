@@ -15,7 +15,7 @@ from typing import Any
 
 from flexgen_helm.compression.config import resolve
 from flexgen_helm.errors import FlexGenError
-from flexgen_helm.evaluation.commands import Evaluation, environment, run_command, server_command, summarize_command
+from flexgen_helm.evaluation.commands import Evaluation, environment, run_command, server_command, settings, summarize_command
 from flexgen_helm.evaluation.preparation import prepare
 from flexgen_helm.evaluation.processes import cause_of_failure, execute
 from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
@@ -164,5 +164,7 @@ def _print_scores(outcome: Outcome) -> None:
 
 
 def _execute(command: list[str], evaluation: Evaluation, log: Path, *, verbose: bool) -> int:
-    print(f"\n$ {shlex.join(command)}\n", flush=True)
+    variables = settings(evaluation) if command[0] == "helm-run" else {}
+    shown = [*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)]
+    print(f"\n$ {' '.join(shown)}\n", flush=True)
     return execute(command, environment(evaluation), log, verbose=verbose)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ class _Line(NamedTuple):
     offset: int
     text: bytes
     """JSON."""
+    end: int
+    """Offset behind it."""
 
 
 class Journal:
@@ -44,36 +47,47 @@ class Journal:
 
     Its name follows from the run entries, so the same command finds it again; answers are found by what they depend
     on, in the files of other commands on the same suite too. A record that is torn is as if it had not been written.
+    Processes that share a command's work have a file each, of which the command's own journal is told by `refresh`.
     """
 
-    def __init__(self, folder: Path, runs: Iterable[str]) -> None:
+    def __init__(self, folder: Path, runs: Iterable[str], *, helps: bool = False) -> None:
         """Open the journal of these runs and read what is there.
 
         Args:
             folder: Holds all journals of a suite; made if missing.
             runs: Names of the command's runs.
+            helps: Whether this process answers a part of another's command. Its file is the first that no living helper
+                of these runs has, so that one that takes over for a dead one goes on in that one's file.
 
         Raises:
             FlexGenError: Another process works on the same runs of the same suite.
             DiskFull: There is no space left.
         """
-        self._runs = sorted(runs)
-        self._path = folder / f"{hashlib.sha256(json.dumps(self._runs).encode()).hexdigest()[:16]}.jsonl"
-        self.unfinished = self._path.with_suffix("")
-        """Folder for files of runs that are not complete."""
+        self.runs = sorted(runs)
+        """Names of the command's runs."""
+        self._name = hashlib.sha256(json.dumps(self.runs).encode()).hexdigest()[:16]
+        self._path = folder / f"{self._name}.jsonl"
         self._found: dict[str, tuple[Path, int]] = {}
         """File and offset at which the record of an answer begins, by the digest of its key."""
         self._policies: dict[str, dict[str, float]] = {}
         self._synced, self._unsynced = time.monotonic(), False
         with clear_disk_errors(str(self._path)):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = _open_locked(self._path)
+            if helps:
+                self._path, self._file = _open_free(folder / f"{self._name}-{number}.jsonl" for number in count(1))
+            else:
+                self._file = _open_locked(self._path)
+        self.unfinished = self._path.with_suffix("")
+        """Folder for files of runs that are not complete."""
         shutil.rmtree(self.unfinished, ignore_errors=True)
+        self._ends: dict[Path, int] = {}
+        """Up to where the file of each helper was read."""
         try:
             with clear_disk_errors(str(folder)):
                 for path in sorted(folder.glob("*.jsonl")):
                     for line in _read(path):
                         self._take(line)
+                        self._ends[path] = line.end
             self._begin()
         except BaseException:
             self._file.close()  # which holds the lock
@@ -117,6 +131,25 @@ class Journal:
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
 
+    def refresh(self) -> list[dict[str, Any]]:
+        """Read what helpers of these runs have written since the last time.
+
+        Returns:
+            Each new record: of an answer its ``key``, of a helper's beginning what `note_helper` was given.
+        """
+        records = []
+        for path in sorted(self._path.parent.glob(f"{self._name}-*.jsonl")):
+            for line in _read(path, quiet=True, start=self._ends.get(path, 0)):
+                self._take(line)
+                self._ends[path] = line.end
+                key = _key(line)
+                records.append(json.loads(line.text) if key is None else {"key": key})
+        return records
+
+    def note_helper(self, **who: Any) -> None:
+        """Say in the journal which process goes on with it."""
+        self._write({"helper": who})
+
     def policy(self, deployment: str) -> Mapping[str, float]:
         """Return the `Numerics.policy_fields` with which this command served a deployment before; none if it did not."""
         return self._policies.get(deployment, {})
@@ -134,7 +167,7 @@ class Journal:
         for path in self._path.parent.glob("*.jsonl"):
             runs = next((json.loads(line.text)["runs"] for line in _read(path) if line.text.startswith(b'{"runs"')), None)
             with path.open("rb") as file:
-                if isinstance(runs, list) and all(run in self._runs for run in runs) and _lock(file.fileno()):
+                if isinstance(runs, list) and all(run in self.runs for run in runs) and _lock(file.fileno()):
                     path.unlink()
                     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
 
@@ -151,13 +184,11 @@ class Journal:
             if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
                 self._file.write(b"\n")
         if not any(line.text.startswith(b'{"runs"') for line in _read(self._path, quiet=True)):
-            self._write({"runs": self._runs})
+            self._write({"runs": self.runs})
 
     def _take(self, line: _Line) -> None:
-        if line.text.startswith(KEY_START):
-            # Not parsed: a long suite has gigabytes of answers, and each is wanted once.
-            start = len(KEY_START)
-            self._found[line.text[start : start + 64].decode()] = line.path, line.offset
+        if (key := _key(line)) is not None:
+            self._found[key] = line.path, line.offset
         elif line.path == self._path:
             record = json.loads(line.text)
             fields = record.get("policy")
@@ -199,6 +230,14 @@ def _open_locked(path: Path) -> FileIO:
         file.close()
 
 
+def _open_free(paths: Iterable[Path]) -> tuple[Path, FileIO]:
+    """Open the first of some files that no other living process has open in this way."""
+    for path in paths:
+        with suppress(FlexGenError):
+            return path, _open_locked(path)
+    raise AssertionError("there is always another name")
+
+
 def _lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -207,14 +246,15 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _read(path: Path, *, quiet: bool = False) -> Iterator[_Line]:
+def _read(path: Path, *, quiet: bool = False, start: int = 0) -> Iterator[_Line]:
     """Yield the undamaged records of a file; the last one may be half of one, after a kill or on a full disk."""
-    damaged = offset = 0
+    damaged, offset = 0, start
     with path.open("rb") as file:
+        file.seek(start)
         for line in file:
             text = _checked(line)
             if text is not None:
-                yield _Line(path, offset, text)
+                yield _Line(path, offset, text, offset + len(line))
             else:
                 damaged += bool(line.strip())
             offset += len(line)
@@ -226,6 +266,14 @@ def _checked(line: bytes) -> bytes | None:
     """Return the text of a line whose checksum is right."""
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
     return text if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text) else None
+
+
+def _key(line: _Line) -> str | None:
+    """Return the digest of the key of an answer, None of another record."""
+    if not line.text.startswith(KEY_START):
+        return None
+    # Not parsed: a long suite has gigabytes of answers, and each is wanted once.
+    return line.text[len(KEY_START) : len(KEY_START) + 64].decode()
 
 
 def _digest(key: str) -> str:

@@ -29,7 +29,7 @@ from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.requests import to_job
 from flexgen_helm.helm.run_record import WORKLOAD_FILE, run_report, with_entry
 from flexgen_helm.helm.shared_file import rewrite
-from flexgen_helm.helm.workload import Served, serve
+from flexgen_helm.helm.workload import EngineServer, Served, Server, serve
 from flexgen_helm.helm.written import check_deployment
 from flexgen_helm.machine.identity import environment
 
@@ -115,6 +115,10 @@ class FlexGenRunner(Runner):
             raise FlexGenError("No request of this run entry would reach an engine of flexgen_helm.")
         return True
 
+    def server(self, journal: Journal) -> Server:
+        """Return what answers requests that are not known yet; subclasses may do it elsewhere than in this process."""
+        return EngineServer(ENGINES, journal, self.console)
+
     def _start(self, run: PausableRun) -> None:
         """Adapt a run, if its deployment is written as it should be."""
         check_deployment(run.run_spec.adapter_spec.model_deployment, self.executor.execution_spec.local_path)
@@ -166,8 +170,8 @@ class FlexGenRunner(Runner):
         requests = [state.request for run in runs for state in run.request_states]
 
         def answer() -> Served:
-            cache = ENGINES.caches.get(self._cache_backend.get_cache_config(deployment.host_organization))
-            served = serve(deployment, requests, cache, journal, ENGINES, self.console)
+            cache = ENGINES.caches.get(self.cache_backend.get_cache_config(deployment.host_organization))
+            served = serve(deployment, requests, cache, journal, self.server(journal), self.console)
             entry = served.report.as_dict([run.run_spec.name for run in runs])
             rewrite(Path(self.runs_path) / WORKLOAD_FILE, partial(with_entry, entry=entry))
             return served
@@ -188,7 +192,8 @@ class FlexGenRunner(Runner):
         return Console.of_process()
 
     @property
-    def _cache_backend(self) -> CacheBackendConfig:
+    def cache_backend(self) -> CacheBackendConfig:
+        """HELM's caches of answers."""
         spec = self.executor.execution_spec
         return spec.sqlite_cache_backend_config or spec.mongo_cache_backend_config or BlackHoleCacheBackendConfig()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from helm.benchmark.model_deployment_registry import ModelDeployment
 from helm.common.hierarchical_logger import hlog, hwarn
@@ -30,7 +30,7 @@ from flexgen_helm.helm.requests import (
 from flexgen_helm.helm.response_cache import ResponseCache
 from flexgen_helm.helm.run_record import Source, WorkloadReport
 from flexgen_helm.run_stats import RunStats
-from flexgen_helm.types import Job, Numerics, Policy, Result
+from flexgen_helm.types import EngineInfo, Job, Numerics, Policy, Result
 
 if TYPE_CHECKING:
     from flexgen_helm.runtime.engine import Engine
@@ -49,12 +49,31 @@ class Served:
     report: WorkloadReport
 
 
+class Server(Protocol):
+    """Answers requests that neither cache nor journal knows."""
+
+    def known(self, deployment: ModelDeployment, arguments: EngineArguments) -> EngineInfo | None:
+        """Return what an engine that serves the deployment says of itself, if that is known before one is loaded."""
+
+    def answer(self, deployment: ModelDeployment, workload: Workload, known: EngineInfo | None) -> EngineInfo:
+        """Answer what is missing of a workload.
+
+        Args:
+            deployment: Whose requests they are.
+            workload: What is asked; gets the answers.
+            known: What an engine of the deployment said of itself; None: unknown, and answers were not looked up.
+
+        Returns:
+            What the engine that served says of itself.
+        """
+
+
 def serve(
     deployment: ModelDeployment,
     requests: Sequence[Request],
     cache: ResponseCache,
     journal: Journal,
-    registry: EngineRegistry,
+    server: Server,
     console: Console,
 ) -> Served:
     """Serve requests of one deployment.
@@ -67,22 +86,13 @@ def serve(
         FlexGenError: No engine can be made of the deployment.
         DiskFull: Journal or cache cannot be written.
     """
-    arguments = _arguments(deployment, journal)
-    workload = _Workload(cache, journal, requests)
+    workload = Workload(cache, journal, requests)
     console.say(f"{deployment.name}: {workload.describe()}")
-    info = recall(arguments)
+    info = server.known(deployment, arguments_of(deployment, journal))
     if info is not None:
         workload.look_up(info.numerics)
     if info is None or workload.missing:
-        console.say(f"Loading {'@'.join(filter(None, (arguments['name_or_path'], arguments.get('compression'))))}")
-        with console.showing(PLANNING), registry.lease(arguments, workload=workload.open_jobs) as engine:
-            if info is None or info.numerics != engine.numerics:
-                workload.look_up(engine.numerics)
-            info = engine.describe()
-            journal.note_policy(deployment.name, info.numerics.policy_fields)
-            console.say(f"{len(workload.missing):,} of {len(requests):,} requests are computed")
-            workload.compute(engine, console)
-            workload.stats = _with_limit(engine, workload.stats)
+        info = server.answer(deployment, workload, info)
     sources = workload.sources
     counts = (len(requests), sources.count("cached"), sources.count("resumed"))
     report = WorkloadReport(deployment.name, *counts, workload.stats, info)
@@ -90,13 +100,44 @@ def serve(
     return Served(workload.results, sources, report)
 
 
-def _arguments(deployment: ModelDeployment, journal: Journal) -> EngineArguments:
+@dataclass(frozen=True)
+class EngineServer:
+    """The engine of this process."""
+
+    registry: EngineRegistry
+    journal: Journal
+    console: Console
+    accept: Callable[[Numerics], None] = lambda numerics: None
+    """Raises an error for an engine that must not answer."""
+
+    def known(self, deployment: ModelDeployment, arguments: EngineArguments) -> EngineInfo | None:
+        """Return what an engine of these arguments said of itself on this machine."""
+        return recall(arguments)
+
+    def answer(self, deployment: ModelDeployment, workload: Workload, known: EngineInfo | None) -> EngineInfo:
+        """Answer by the engine of the deployment, which is loaded if it is not there."""
+        arguments, say = arguments_of(deployment, self.journal), self.console.say
+        if begun := self.journal.policy(deployment.name):
+            hlog(f"{deployment.name} continues with the numerics of the journal: {begun}")
+        say(f"Loading {'@'.join(filter(None, (arguments['name_or_path'], arguments.get('compression'))))}")
+        with self.console.showing(PLANNING), self.registry.lease(arguments, workload=workload.open_jobs) as engine:
+            self.accept(engine.numerics)
+            if known is None or known.numerics != engine.numerics:
+                workload.look_up(engine.numerics)
+            info = engine.describe()
+            self.journal.note_policy(deployment.name, info.numerics.policy_fields)
+            say(f"{len(workload.missing):,} of {len(workload.requests):,} requests are computed")
+            workload.compute(engine, self.console)
+            workload.stats = _with_limit(engine, workload.stats)
+        return info
+
+
+def arguments_of(deployment: ModelDeployment, journal: Journal) -> EngineArguments:
     """Return the deployment's arguments; what is resumed has the row sizes and the place of attention with which it began."""
     arguments, begun = parse_arguments(deployment.client_spec.args), journal.policy(deployment.name)
     policy = arguments.get("policy") or Policy(auto=True)
     left_open = {name: value for name, value in begun.items() if getattr(policy, name) is None}
     if left_open:
-        hlog(f"{deployment.name} continues with the numerics of the journal: {left_open}")
         arguments["policy"] = replace(policy, **left_open)
     return arguments
 
@@ -109,24 +150,28 @@ def _with_limit(engine: Engine, stats: RunStats) -> RunStats:
         return replace(stats, limit_unknown=f"the machine's rates could not be measured: {error}")
 
 
-class _Workload:
-    """State of ``serve``."""
+class Workload:
+    """State of ``serve``: which requests are answered, and how."""
 
     def __init__(self, cache: ResponseCache, journal: Journal, requests: Sequence[Request]) -> None:
-        self._cache, self._journal, self._requests = cache, journal, requests
+        """Args: cache, journal: Where answers are found and kept. requests: In the order of the results."""
+        self._cache, self._journal, self.requests = cache, journal, requests
         self._results: dict[int, RequestResult] = {}
         self._sources: dict[int, Source] = {}
         self._keys: dict[int, str] = {}
         self._jobs = self._convert()
         self.stats = RunStats()
+        """Of what was computed."""
 
     @property
     def results(self) -> list[RequestResult]:
-        return [self._results[index] for index in range(len(self._requests))]
+        """Answers and failures in the order of the requests."""
+        return [self._results[index] for index in range(len(self.requests))]
 
     @property
     def sources(self) -> list[Source]:
-        return [self._sources[index] for index in range(len(self._requests))]
+        """Origin of each."""
+        return [self._sources[index] for index in range(len(self.requests))]
 
     @property
     def missing(self) -> list[int]:
@@ -143,12 +188,17 @@ class _Workload:
         lengths = [job.max_new_tokens for job in self._jobs.values() if job.max_new_tokens]
         asked = [f"{len(self._jobs) - len(lengths):,} of scores"] if len(lengths) < len(self._jobs) else []
         asked += [f"{len(lengths):,} of at most {max(lengths):,} new tokens"] if lengths else []
-        return f"{len(self._requests):,} requests ({', '.join(asked)})"
+        return f"{len(self.requests):,} requests ({', '.join(asked)})"
 
-    def look_up(self, numerics: Numerics) -> None:
-        """Take answers of these numerics from the cache and from the journal."""
+    def look_up(self, numerics: Numerics, *, computed: Container[int] = ()) -> None:
+        """Take answers of these numerics from the cache and from the journal.
+
+        Args:
+            numerics: Of the engine.
+            computed: Requests whose answers in the journal are of this command, not of an earlier one.
+        """
         self._results = {index: result for index, result in self._results.items() if index not in self._jobs}
-        requests = self._requests
+        requests = self.requests
         self._keys = {index: request_to_key(cache_key(requests[index], job, numerics)) for index, job in self._jobs.items()}
         for index, stored in zip(self._jobs, self._cache.lookup([self._keys[index] for index in self._jobs]), strict=True):
             if stored is not None:
@@ -158,16 +208,16 @@ class _Workload:
             found = self._journal.lookup(self._keys[index])
             if found is not None:
                 resumed[index] = found
-                self._settle(index, "resumed", found)
+                self._settle(index, "computed" if index in computed else "resumed", found)
         self._store(resumed)
 
     def _convert(self) -> dict[int, Job]:
         jobs = {}
-        for index, request in enumerate(self._requests):
+        for index, request in enumerate(self.requests):
             try:
                 jobs[index] = to_job(request)
             except InvalidJob as error:
-                self._fail(index, error)
+                self.fail(index, failure(error))
         return jobs
 
     def compute(self, engine: Engine, console: Console) -> None:
@@ -187,7 +237,7 @@ class _Workload:
             if result.error is not None:
                 return
             try:
-                computed[index] = to_response(self._requests[index], result, timing())
+                computed[index] = to_response(self.requests[index], result, timing())
             except Exception as error:  # of this request alone
                 failed[index] = error if isinstance(error, FlexGenError) else JobFailed(f"{type(error).__name__}: {error}")
                 return
@@ -205,7 +255,7 @@ class _Workload:
         for index, result in zip(missing, results, strict=True):
             error = failed.get(index, result.error)
             if error is not None:
-                self._fail(index, error)
+                self.fail(index, failure(error))
             else:
                 self._settle(index, "computed", computed[index])
 
@@ -221,9 +271,10 @@ class _Workload:
         self._sources[index] = source
         self._results[index] = to_request_result(response, cached=source != "computed")
 
-    def _fail(self, index: int, error: FlexGenError) -> None:
+    def fail(self, index: int, result: RequestResult) -> None:
+        """Settle a request by a failure."""
         self._sources[index] = "failed"
-        self._results[index] = failure(error)
+        self._results[index] = result
 
 
 def _stamped(response: Response, timing: Timing) -> Response:

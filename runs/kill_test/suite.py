@@ -66,8 +66,7 @@ class Command:
         Args:
             target: Called there in the place of `helm_run`, with its arguments.
         """
-        self._write_data()
-        self._write_deployment()
+        self.write_files()
         self.computed.unlink(missing_ok=True)
         context = get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
@@ -84,6 +83,11 @@ class Command:
     def log(self) -> Path:
         """File to which everything is appended that the command prints."""
         return (self.log_folder or self.output_path) / "log.txt"
+
+    def write_files(self) -> None:
+        """Write what the command reads."""
+        self._write_data()
+        self._write_deployment()
 
     def _write_deployment(self) -> None:
         arguments = {"name_or_path": str(self.model_folder.absolute()), **self.engine}

@@ -24,7 +24,7 @@ from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.deployment import CLIENT
 from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import ENGINES
-from flexgen_helm.helm.workload import serve
+from flexgen_helm.helm.workload import EngineServer, serve
 from tests.text_models import CHATML, save_llama
 from tests.tiny_tokenizers import byte_level
 
@@ -174,7 +174,9 @@ def by_runner(requests: list[Request], folder: Path, deployment: ModelDeployment
     folder.mkdir(exist_ok=True)
     cache = ENGINES.caches.get(SqliteCacheBackendConfig(str(folder)).get_cache_config("flexgen"))
     with Journal(folder / "journal", ["hostile"]) as journal:
-        return serve(deployment, requests, cache, journal, ENGINES, Console(None)).results
+        console = Console(None)
+        server = EngineServer(ENGINES, journal, console)
+        return serve(deployment, requests, cache, journal, server, console).results
 
 
 def assert_as_documented(name: str, asked: Request, result: RequestResult) -> None:

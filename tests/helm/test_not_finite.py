@@ -21,7 +21,7 @@ from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.requests import Response, Timing, to_response
 from flexgen_helm.helm.response_cache import ResponseCache
-from flexgen_helm.helm.workload import serve
+from flexgen_helm.helm.workload import EngineServer, serve
 from flexgen_helm.types import Completion, Result, TokenLogprob
 from tests.text_models import save_llama
 from tests.tiny_tokenizers import byte_level
@@ -59,7 +59,9 @@ def cache_in(folder: Path) -> ResponseCache:
 def by_runner(requests: list[Request], folder: Path, deployment: ModelDeployment) -> list[RequestResult]:
     folder.mkdir(exist_ok=True)
     with Journal(folder / "journal", ["half"]) as journal:
-        return serve(deployment, requests, cache_in(folder), journal, ENGINES, Console(None)).results
+        console = Console(None)
+        server = EngineServer(ENGINES, journal, console)
+        return serve(deployment, requests, cache_in(folder), journal, server, console).results
 
 
 @pytest.mark.parametrize("fields", [{}, {"max_tokens": 4, "echo_prompt": False}], ids=["scored", "generated"])

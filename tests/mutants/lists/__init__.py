@@ -24,6 +24,7 @@ from tests.mutants.lists import (
     sealed_pages,
     slab_forms,
     statistics,
+    workers,
 )
 
 MUTANTS = (
@@ -48,4 +49,5 @@ MUTANTS = (
     *sealed_decode.MUTANTS,
     *sealed_pages.MUTANTS,
     *page_formats.MUTANTS,
+    *workers.MUTANTS,
 )

@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         name="journal-discards-others",
         file="flexgen_helm/helm/journal.py",
-        old="set(runs) <= set(self._runs)",
-        new="set(runs) & set(self._runs)",
+        old="set(runs) <= set(self.runs)",
+        new="set(runs) & set(self.runs)",
         tests=(JOURNAL,),
         why="answers of another unfinished command are deleted",
     ),
