@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helm.benchmark.presentation.run_entry import read_run_entries
+from helm.benchmark.run import run_entries_to_run_specs
+
 from flexgen_helm.assets.helm_data import speech_file
 from flexgen_helm.cli import main as flexgen_helm
 from flexgen_helm.errors import FlexGenError
@@ -36,6 +39,10 @@ class Study:
     """HELM's output folder; the report goes into ``report`` in it."""
     suite: str = SUITE
     """A suite as ``flexgen-helm eval`` takes it."""
+    partial: bool = False
+    """Whether run entries may fail, as those do whose data cannot be downloaded. The report leaves them out by name."""
+    notes: Callable[[Evaluation], Sequence[str]] = lambda _: ()
+    """Returns lines that readers of the report must know, given the evaluation of the 16-bit model."""
 
     def evaluation(self, variant: str | None) -> Evaluation:
         """Return the evaluation of a variant, None: of the 16-bit model.
@@ -109,7 +116,12 @@ def _never() -> bool:
 def _evaluating(study: Study, name: str, evaluation: Evaluation) -> Step:
     command = ["eval", "--model", evaluation.deployment, "--suite", study.suite]
     command += ["-m", str(study.instances), "--out", str(study.out)]
-    return Step(f"evaluate {name}", lambda: is_evaluated(evaluation), lambda: flexgen_helm(command))
+
+    def do() -> int:
+        status = flexgen_helm(command)
+        return 0 if study.partial and any(run.is_complete for run in _runs(evaluation)) else status
+
+    return Step(f"evaluate {name}", lambda: is_evaluated(evaluation), do)
 
 
 def is_evaluated(evaluation: Evaluation) -> bool:
@@ -123,6 +135,14 @@ def is_evaluated(evaluation: Evaluation) -> bool:
         if run.is_complete and run.spec["adapter_spec"].get("max_eval_instances") == evaluation.max_eval_instances
     ]
     return len(complete) >= evaluation.suite.num_entries
+
+
+def missing_entries(evaluation: Evaluation) -> list[str]:
+    """Return the run entries of which there is no complete run, as HELM names them, without the model."""
+    entries = read_run_entries([str(evaluation.suite.run_entries)]).entries
+    names = [spec.name for spec in run_entries_to_run_specs(entries, models_to_run=[evaluation.deployment])]
+    complete = {run.scenario for run in _runs(evaluation) if run.is_complete}
+    return [entry for name in names if (entry := Run(Path(name)).scenario) not in complete]
 
 
 def _runs(evaluation: Evaluation) -> list[Run]:
@@ -161,4 +181,9 @@ def _report(study: Study, before: Evaluation, candidates: Iterable[Evaluation]) 
     folder = before.suite_folder
     named = [f"{folder}:{evaluation.deployment}" for evaluation in candidates]
     command = ["report", "--baseline", f"{folder}:{before.deployment}", "--candidates", *named]
+    if study.partial:
+        command.append("--common-runs")
+        missing = missing_entries(before)
+        command += ["--note", f"Left out, because their data are not here: {', '.join(missing)}."] if missing else []
+    command += [part for note in study.notes(before) for part in ("--note", note)]
     return flexgen_helm([*command, "--out", str(study.out / "report")])
