@@ -20,7 +20,7 @@ WIDTH, HEAD_DIM, VOCAB_SIZE = 1024, 64, 8192
 def sized_config(num_bytes: int, dtype: str, *, width: int = WIDTH) -> OPTConfig:
     """Return the config with the fewest layers that reach a size, without an end token."""
     layer = 12 * width**2
-    parameters = num_bytes / getattr(torch, dtype).itemsize - VOCAB_SIZE * width
+    parameters = num_bytes / getattr(torch, dtype).itemsize - (VOCAB_SIZE + OPTConfig().max_position_embeddings) * width
     return OPTConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=width,
