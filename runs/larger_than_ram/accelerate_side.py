@@ -65,7 +65,8 @@ def answer(task: Task) -> Batch:
     begun = time.perf_counter()
     model = load(task)
     loaded, processor = time.perf_counter(), time.process_time()
-    tokens = generate(model, task.prompts, task.new_tokens)
+    device = "cpu" if task.device_bytes is None else "cuda:0"
+    tokens = generate(model, task.prompts, task.new_tokens, device)
     seconds, processor_s = time.perf_counter() - loaded, time.process_time() - processor
     places = [str(place) for place in getattr(model, "hf_device_map", {"": "cpu"}).values()]  # nothing where all of it fits
     placed = {place: places.count(place) for place in sorted(set(places))}
@@ -86,14 +87,17 @@ def load(task: Task) -> Any:
 
 
 @torch.inference_mode()
-def generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """Continue prompts greedily as one batch, padded on the left, with the model's own ``generate``."""
+def generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, device: str = "cpu") -> list[list[int]]:
+    """Continue prompts greedily as one batch, padded on the left, with the model's own ``generate``.
+
+    Where weights are on disk, a model does not say itself which device computes.
+    """
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     output = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        ids.to(device),
+        attention_mask=mask.to(device),
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,
