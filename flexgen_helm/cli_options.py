@@ -229,6 +229,8 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
     add("--candidates", required=True, nargs="+", metavar="SUITE[:MODEL]", help=more)
     add = parser.add_argument_group("report").add_argument
     add("--out", type=Path, default=Path("report"), metavar="DIR", help="folder of the report (%(default)s)")
+    note = "a line that readers must know, shown below the title of every page; can be repeated"
+    add("--note", action="append", default=[], metavar="TEXT", help=note)
     _add_comparison_options(parser)
 
 

@@ -97,3 +97,13 @@ def place_data(evaluation: Evaluation) -> None:
             print(f"Data of the suite: {target}", flush=True)
     if evaluation.suite.packaged:
         install_helm_data(evaluation.output_path)
+
+
+def data_of_the_suite(evaluation: Evaluation) -> list[str]:
+    """Return the scenarios that read a file which came with the suite, and not one that a user or HELM put in its place."""
+    source, placed = evaluation.suite.data, evaluation.output_path / "scenarios"
+    files = [file.relative_to(source) for file in source.rglob("*") if file.is_file()]
+    same = [
+        file for file in files if (placed / file).is_file() and (placed / file).read_bytes() == (source / file).read_bytes()
+    ]
+    return sorted({file.parts[0] for file in same})

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helm.benchmark.presentation.run_entry import read_run_entries
+from helm.benchmark.run import run_entries_to_run_specs
+
 from flexgen_helm.assets.helm_data import speech_file
 from flexgen_helm.cli import main as flexgen_helm
 from flexgen_helm.errors import FlexGenError
@@ -41,6 +44,10 @@ class Study:
     """A suite as ``flexgen-helm eval`` takes it."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keywords of ``Engine.from_pretrained`` for all evaluations, as YAML can hold them."""
+    partial: bool = False
+    """Whether run entries may fail, as those do whose data cannot be downloaded. The report leaves them out by name."""
+    notes: Callable[[Evaluation], Sequence[str]] = lambda _: ()
+    """Returns lines that readers of the report must know, given the evaluation of the 16-bit model."""
 
     def evaluation(self, variant: str | None) -> Evaluation:
         """Return the evaluation of a variant, None: of the 16-bit model.
@@ -112,8 +119,13 @@ def never() -> bool:
     return False
 
 
-def _evaluating(name: str, evaluation: Evaluation) -> Step:
-    return Step(f"evaluate {name}", lambda: is_evaluated(evaluation), lambda: _evaluate(evaluation))
+def _evaluating(study: Study, name: str, evaluation: Evaluation) -> Step:
+    def do() -> int:
+        status = _evaluate(evaluation)
+        is_enough = study.partial and any(run.is_complete for run in runs_of(evaluation))
+        return 0 if is_enough and status != INTERRUPTED else status
+
+    return Step(f"evaluate {name}", lambda: is_evaluated(evaluation), do)
 
 
 def _evaluate(evaluation: Evaluation) -> int:
@@ -135,6 +147,14 @@ def is_evaluated(evaluation: Evaluation) -> bool:
         if run.is_complete and run.spec["adapter_spec"].get("max_eval_instances") == evaluation.max_eval_instances
     ]
     return len(complete) >= evaluation.suite.num_entries
+
+
+def missing_entries(evaluation: Evaluation) -> list[str]:
+    """Return the run entries of which there is no complete run, as HELM names them, without the model."""
+    entries = read_run_entries([str(evaluation.suite.run_entries)]).entries
+    names = [spec.name for spec in run_entries_to_run_specs(entries, models_to_run=[evaluation.deployment])]
+    complete = {run.scenario for run in runs_of(evaluation) if run.is_complete}
+    return [entry for name in names if (entry := Run(Path(name)).scenario) not in complete]
 
 
 def runs_of(evaluation: Evaluation) -> list[Run]:
@@ -174,4 +194,9 @@ def _report(study: Study, before: Evaluation, candidates: Iterable[Evaluation]) 
     folder = before.suite_folder
     named = [f"{folder}:{evaluation.deployment}" for evaluation in candidates]
     command = ["report", "--baseline", f"{folder}:{before.deployment}", "--candidates", *named]
+    if study.partial:
+        command.append("--common-runs")
+        missing = missing_entries(before)
+        command += ["--note", f"Left out, because their data are not here: {', '.join(missing)}."] if missing else []
+    command += [part for note in study.notes(before) for part in ("--note", note)]
     return flexgen_helm([*command, "--out", str(study.out / "report")])

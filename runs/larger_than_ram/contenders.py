@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ def run_accelerate(  # noqa: PLR0913 - a setting of the contender each
     Raises:
         OutOfSpace: If not even the first one fits into the memory.
     """
-    batches: list[tuple[Measured, Batch]] = []
-    for size in [size for size in batch_sizes if size <= len(work.prompts)]:
+
+    def attempt(size: int) -> tuple[Measured, Path]:
         task = accelerate_side.Task(
             folder=str(model),
             dtype=dtype,
@@ -73,14 +73,33 @@ def run_accelerate(  # noqa: PLR0913 - a setting of the contender each
             new_tokens=work.new_tokens,
             threads=limits.threads,
         )
+        measured, path = run_task(accelerate_side.__name__, task, limits, scratch, "accelerate")
+        return measured, path
+
+    return growing_batches("Accelerate", attempt, [size for size in batch_sizes if size <= len(work.prompts)])
+
+
+def growing_batches(name: str, attempt: Callable[[int], tuple[Measured, Path]], sizes: Sequence[int]) -> Theirs:
+    """Let a peer answer batches of growing size until its throughput falls or memory ends.
+
+    Args:
+        name: Of the peer.
+        attempt: Answers a batch of a size; returns what was measured, and a file with a `Batch`.
+        sizes: Growing.
+
+    Raises:
+        OutOfSpace: If not even the first one fits into the memory.
+    """
+    batches: list[tuple[Measured, Batch]] = []
+    for size in sizes:
         for _ in range(ATTEMPTS):
-            measured, path = run_task(accelerate_side.__name__, task, limits, scratch, "accelerate")
+            measured, path = attempt(size)
             if not measured.ended.out_of_memory:
                 break
         else:
             if batches:
                 return Theirs(batches, size)
-            raise OutOfSpace(f"Accelerate ran out of memory at its first batch. Raise --memory. Its log:\n{measured.log_end}")
+            raise OutOfSpace(f"{name} ran out of memory at its first batch. Raise --memory. Its log:\n{measured.log_end}")
         batches.append((measured, Batch(**json.loads(path.read_text(encoding="utf-8")))))
         if len(batches) > 1 and batches[-1][1].rate < batches[-2][1].rate:
             break

@@ -96,12 +96,12 @@ def answer(task: Task) -> Answers:
     """Load the model, and answer all prompts as one workload."""
     torch.set_num_threads(task.threads)
     arguments = {**task.arguments, "policy": Policy(**task.arguments["policy"])}
+    jobs = [Job(token_ids=prompt, max_new_tokens=task.new_tokens, top_logprobs=2, ignore_eos=True) for prompt in task.prompts]
+    if arguments["policy"].auto:
+        arguments["workload"] = jobs
     begun = time.perf_counter()
     with Engine.from_pretrained(task.model, **arguments) as engine:
         load_s = time.perf_counter() - begun
-        jobs = [
-            Job(token_ids=prompt, max_new_tokens=task.new_tokens, top_logprobs=2, ignore_eos=True) for prompt in task.prompts
-        ]
         processor_begun = time.process_time()
         completions = [result.completions[0] for result in engine.run(jobs, progress=False)]
         processor_s, info = time.process_time() - processor_begun, engine.describe()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from flexgen_helm.assets.helm_data import helm_data_folders
 from flexgen_helm.cache_folder import build_once, cache_folder
@@ -95,7 +95,7 @@ def write_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer, eos_token=END).save_pretrained(folder)
 
 
-def write_random_weights(config: LlamaConfig, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def write_random_weights(config: PreTrainedConfig, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a checkpoint in shards, of which memory holds one at a time.
 
     Args:
@@ -115,13 +115,14 @@ def write_random_weights(config: LlamaConfig, folder: Path, *, shard_bytes: int 
         shards.append(dict.fromkeys(pending, name))
         pending.clear()
 
-    for name, meta in model.state_dict().items():
+    for name, meta in model.named_parameters():  # a matrix that two modules share has one name here
         tensor = torch.empty(meta.shape, dtype=meta.dtype)
-        pending[name] = tensor.normal_(0, WEIGHT_STD, generator=generator) if meta.dim() > 1 else tensor.fill_(1)
+        vector = float(not name.endswith("bias"))
+        pending[name] = tensor.normal_(0, WEIGHT_STD, generator=generator) if meta.dim() > 1 else tensor.fill_(vector)
         if sum(tensor.nbytes for tensor in pending.values()) >= shard_bytes:
             write()
     write()
     weight_map = {name: file for shard in shards for name, file in shard.items()}
-    index = {"metadata": {"total_size": sum(t.nbytes for t in model.state_dict().values())}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in model.parameters())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     config.save_pretrained(folder)

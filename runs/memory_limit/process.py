@@ -75,13 +75,25 @@ def run_limited(command: Sequence[str], limits: Limits, log: Path) -> Measured:
 
 
 def run_task(module: str, task: Any, limits: Limits, scratch: Path, name: str) -> tuple[Measured, Path]:
-    """Give a module its task, a dataclass, as a file; returns what was measured and where the result is, if there is one.
+    """Give a module its task, a dataclass, as a file; returns what was measured and where the result is, if there is one."""
+    importing = [sys.executable, "-c", f"import {module}"]
+    return run_side([sys.executable, "-m", module], importing, task, limits, scratch / name)
 
-    A process without a limit imports it first: who reads a page of a library for the first time is charged for it.
+
+def run_side(command: Sequence[str], importing: Sequence[str], task: Any, limits: Limits, stem: Path) -> tuple[Measured, Path]:
+    """Give a command its task as a file; returns what was measured and where the result is, if there is one.
+
+    A process without a limit imports what it needs first: who reads a page of a library for the first time is charged for it.
+
+    Args:
+        command: Files of the task and of the result are added to it.
+        importing: A command that imports what the other one does; whether it fails does not matter.
+        task: A dataclass.
+        limits: Limits of the command.
+        stem: Beginning of the paths of task, result and log.
     """
-    given, result = scratch / f"{name}.task.json", scratch / f"{name}.result.json"
+    given, result, log = (stem.with_name(f"{stem.name}.{kind}") for kind in ("task.json", "result.json", "log"))
     given.write_text(json.dumps(asdict(task)), encoding="utf-8")
     result.unlink(missing_ok=True)
-    run_free([sys.executable, "-c", f"import {module}"], scratch / f"{name}.log", {})
-    command = [sys.executable, "-m", module, str(given), str(result)]
-    return run_limited(command, limits, scratch / f"{name}.log"), result
+    run_free(importing, log, {})
+    return run_limited([*command, str(given), str(result)], limits, log), result

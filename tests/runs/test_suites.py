@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from helm.benchmark.presentation.run_entry import RunEntry, read_run_entries
 from helm.benchmark.presentation.schema import get_default_schema_path, read_schema
 from helm.benchmark.run import run_entries_to_run_specs
 from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.scenarios.entity_data_imputation_scenario import EntityDataImputationScenario
+from helm.benchmark.scenarios.entity_matching_scenario import EntityMatchingScenario
 from rouge_score.rouge_scorer import RougeScorer
 
 import flexgen_helm.plugin  # noqa: F401  registers run specs and the generators of deployments
@@ -32,6 +36,7 @@ from tests.models import save_tiny
 from tests.tokenizers import save_character_tokenizer
 
 FACTS = packaged_suites()["flexgen_paper"].data / "wikifact" / "data"
+AREA = re.compile(r"phone: (\d+)/")
 
 
 def parse(suite: str, model: str = "some/model", instances: int = 100) -> list[RunSpec]:
@@ -87,8 +92,33 @@ def test_the_papers_settings() -> None:
         ("generation", 5, 1, 0.3, 64, ["###"]),
     ]
     augmented = [bool(run_spec.data_augmenter_spec.perturbation_specs) for run_spec in run_specs]
-    assert augmented == [False, False, True, True] + [False] * 12
-    assert [run_spec.groups for run_spec in run_specs[7:]] == [["entity_matching"]] * 7 + [["entity_data_imputation"]] * 2
+    assert augmented == [False, False, True, True] + [False] * 14
+    for plain, with_augmentation in zip(run_specs[7:9], run_specs[2:4], strict=True):
+        assert (plain.adapter_spec, plain.scenario_spec) == (with_augmentation.adapter_spec, with_augmentation.scenario_spec)
+    assert [run_spec.groups for run_spec in run_specs[9:]] == [["entity_matching"]] * 7 + [["entity_data_imputation"]] * 2
+
+
+def test_the_papers_schema_has_a_table_for_every_entry() -> None:
+    schema = read_schema(str(find_suite("flexgen_paper").schema))
+    groups = {group for run_spec in parse("flexgen_paper") for group in run_spec.groups}
+    assert groups <= {group.name for group in schema.run_groups if group.environment}
+    assert set(schema.run_groups[0].subgroups) == groups - {"synthetic_reasoning"} | {"compression"}
+
+
+def test_hand_made_restaurants_are_what_helms_scenarios_read(tmp_path: Path) -> None:
+    """A match has the same telephone number in both tables, and an area code belongs to one city."""
+    place_data(Evaluation("flexgen/a/b", replace(find_suite("flexgen_paper"), packaged=False), tmp_path, 2))
+    matching = EntityMatchingScenario("Fodors_Zagats").get_instances(str(tmp_path / "scenarios" / "entity_matching"))
+    assert Counter(instance.split for instance in matching) == {"train": 20, "valid": 12, "test": 12}
+    for instance in matching:
+        first, second = (number.replace("/", "-") for number in re.findall(r"phone: (\S+?)\. ", instance.input.text))
+        assert instance.references[0].output.text == ("Yes" if first == second else "No")
+    imputation = EntityDataImputationScenario("Restaurant").get_instances(
+        str(tmp_path / "scenarios" / "entity_data_imputation")
+    )
+    cities = {(str(found[1]), one.references[0].output.text) for one in imputation if (found := AREA.search(one.input.text))}
+    assert len(imputation) == 44
+    assert len(cities) == len(dict(cities)) == 6
 
 
 def test_xsum_is_helms_but_for_the_metrics() -> None:
@@ -137,20 +167,19 @@ def tiny_model(folder: Path) -> str:
 
 
 def test_the_papers_suite_runs(output: Path, tmp_path: Path) -> None:
-    """Without data wrangling, whose tables are downloaded, and without augmentation, whose word lists are."""
-    entries = [
-        RunEntry(entry.description.replace(",data_augmentation=canonical", ""))
-        for entry in read_run_entries([str(find_suite("flexgen_paper").run_entries)]).entries[:7]
-    ]
+    """Without what is downloaded: word lists for augmentation, and most tables of data wrangling."""
+    all_entries = read_run_entries([str(find_suite("flexgen_paper").run_entries)]).entries
+    here = re.compile(r"(?!entity_|.*augmentation)|.*(Fodors_Zagats|Restaurant)")
+    entries = [RunEntry(entry.description) for entry in all_entries if here.match(entry.description)]
     run_specs = run_entries_to_run_specs(entries, max_eval_instances=2, models_to_run=[tiny_model(tmp_path / "models")])
     runs = run(run_specs, output)
     states = [files["scenario_state"]["request_states"] for files in runs]
-    assert [len(run_states) for run_states in states] == [2] * 7
-    assert [len(run_states[0]["result"]["completions"]) for run_states in states] == [5, 5, 1, 1, 1, 1, 1]
+    assert [len(run_states) for run_states in states] == [2] * 9
+    assert [len(run_states[0]["result"]["completions"]) for run_states in states] == [5, 5, *[1] * 7]
     facts = {json.loads(line)["template"] for line in (FACTS / "test.jsonl").read_text().splitlines()}
     dev = {json.loads(line)["template"] for line in (FACTS / "dev.jsonl").read_text().splitlines()}
     assert {state["instance"]["input"]["text"] for state in (*states[0], *states[1])} <= facts | dev
-    assert_rouge(runs[6])
+    assert_rouge(runs[4])
 
 
 def assert_rouge(xsum: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ def report(args: Namespace, say: Callable[[str], None]) -> int:
     """
     choices = Choices.from_options(args)
     comparison = compare(args.baseline, args.candidates, choices, say=say)
-    written = write(comparison, args.out)
-    print("\n".join([*facts_of(comparison), "", *summary(written.grids[0]), ""]))
+    written = write(comparison, args.out, notes=args.note)
+    print("\n".join([*facts_of(comparison), *args.note, "", *summary(written.grids[0]), ""]))
     print(f"report: {written.page}\n{written.num_flips:,} answers that flipped: {written.page.with_name('flips.html')}")
     return 0
 

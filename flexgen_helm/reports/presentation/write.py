@@ -32,8 +32,13 @@ class Written:
     """The tables that the pages show."""
 
 
-def write(comparison: Comparison, folder: Path) -> Written:
+def write(comparison: Comparison, folder: Path, *, notes: Sequence[str] = ()) -> Written:
     """Write pages, plots, tables and Markdown. Files of the same names are replaced.
+
+    Args:
+        comparison: What is shown.
+        folder: Made where it is missing.
+        notes: Lines below what `facts_of` says.
 
     Raises:
         FlexGenError: If the folder cannot be written.
@@ -41,7 +46,7 @@ def write(comparison: Comparison, folder: Path) -> Written:
     """
     before = comparison.baseline
     flips = pd.concat([flipped(each, before, name) for name, each in comparison.joined.items()], ignore_index=True)
-    plots, tables, facts = draw_all(comparison), grids(comparison), facts_of(comparison)
+    plots, tables, facts = draw_all(comparison), grids(comparison), [*facts_of(comparison), *notes]
     title = f"{', '.join(each.name for each in comparison.candidates)} against {before.name}"
     drawn = [plot for plot in plots if plot.images]
     texts = {
