@@ -106,7 +106,7 @@ def steps_of(study: Study) -> Iterator[Step]:
     before = study.evaluation(None)
     candidates = {variant: study.evaluation(variant) for variant in study.variants}
     for name, evaluation in (("16 bits", before), *candidates.items()):
-        yield _evaluating(name, evaluation)
+        yield _evaluating(study, name, evaluation)
     for variant, evaluation in candidates.items() if study.fidelity_tokens else ():
         yield _measuring(study, variant, before, evaluation)
     if study.fidelity_tokens:

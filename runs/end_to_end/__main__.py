@@ -57,7 +57,8 @@ def main() -> int:
         suite=args.suite,
         options=plain_choices({name: getattr(args, name) for name in names}),
     )
-    return run_steps(list(steps(study)))
+    status: int = run_steps(list(steps(study)))
+    return status
 
 
 def steps(study: Study) -> Iterator[Step]:

@@ -76,7 +76,8 @@ class Running:
             time.sleep(0.002)
         self.process.kill()
         self.process.join()
-        return journal_keys(self.command.suite_folder)
+        keys: list[str] = journal_keys(self.command.suite_folder)
+        return keys
 
 
 def fresh(folder: Path) -> Path:
@@ -96,7 +97,8 @@ def whole_suite(model: Path, folder: Path, engine: dict[str, Any] | None = None)
         if ended.status != 0:
             raise RuntimeError(f"the undisturbed suite ended with status {ended.status}: {ended.text[-2000:]}")
         done.touch()
-    return command.suite_folder
+    made: Path = command.suite_folder
+    return made
 
 
 def differing(command: Command, expected: dict[str, Any]) -> list[str]:

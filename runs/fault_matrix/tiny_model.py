@@ -45,7 +45,9 @@ def tiny_model(folder: Path) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         initializer_range=SPREAD,
-        **dict(zip(("pad_token_id", "bos_token_id", "eos_token_id"), range(len(SPECIAL)), strict=True)),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.generation_config = GenerationConfig(eos_token_id=2, bos_token_id=1, pad_token_id=0)

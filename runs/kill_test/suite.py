@@ -141,5 +141,5 @@ def helm_run(arguments: list[str], log: Path, computed: Path) -> None:
     try:
         main()
     except Exception:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # as where this is no child of another process
+        sys.excepthook(*sys.exc_info())  # as where this is no child of another process
         sys.exit(1)

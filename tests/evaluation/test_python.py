@@ -18,7 +18,7 @@ from flexgen_helm import EvaluationFailed, FlexGenError, Policy, evaluate
 from flexgen_helm.cli import main
 from flexgen_helm.evaluation.choices import plain_choices
 from flexgen_helm.helm import registry
-from flexgen_helm.helm.workload import _Workload
+from flexgen_helm.helm.workload import Workload
 from flexgen_helm.reports.runs import Run
 
 ENTRY = '{description: "dyck_language:num_parenthesis_pairs=%d,model=text", priority: 1}'
@@ -53,7 +53,7 @@ def state() -> tuple[Any, ...]:
         [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers],
         (sys.stdout, sys.stderr),
         random.getstate(),
-        np.random.get_state()[1].tolist(),
+        np.random.get_state(legacy=False)["state"]["key"].tolist(),
     )
 
 
@@ -116,15 +116,15 @@ def test_a_failure_says_what_the_command_says_and_the_same_call_continues(
     assert list(failed.value.scores.frame.index) == ["dyck_language_np=2"]
 
     write(suite, ENTRY % 3)
-    store = _Workload._store
+    store = Workload._store
 
-    def interrupt(self: _Workload, responses: Any) -> None:
+    def interrupt(self: Workload, responses: Any) -> None:
         if responses:
             raise KeyboardInterrupt
         store(self, responses)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Workload, "_store", interrupt)
+        patch.setattr(Workload, "_store", interrupt)
         with pytest.raises(KeyboardInterrupt):
             evaluate(tiny_model, suite=suite, max_instances=2, out=out)
     evaluate(tiny_model, suite=suite, max_instances=2, out=out)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_helm import evaluate
+from flexgen_helm import FlexGenError, evaluate
 from flexgen_helm.cli import main
 from flexgen_helm.evaluation import suites_command
 from flexgen_helm.evaluation.size import EntrySize, Size, SuiteSize
@@ -101,7 +101,7 @@ def test_a_suite_that_cannot_be_sized_does_not_keep_others_from_it(
     monkeypatch.setattr(suites_command, "packaged_suites", lambda: {"one": one, "quickstart": other})
     monkeypatch.setattr(
         "flexgen_helm.assets.helm_data.helm_data_folders",
-        lambda: (_ for _ in ()).throw(suites_command.FlexGenError("no network")),
+        lambda: (_ for _ in ()).throw(FlexGenError("no network")),
     )
     asked = ["suites", "--model", str(tiny_model), "--out", str(tmp_path / "out"), "--machine", "laptop-8gib"]
     assert main(asked) == 0

@@ -250,7 +250,7 @@ def test_a_description_in_which_anything_changed_is_none(tmp_path: Path) -> None
     assert sorted(whole) == [0, 3, 4]
     file = tmp_path / "unit_00004.json"
     found = json.loads(file.read_text())
-    others = ["x", [], None, {"layout": None}, {"layout": {**found["layout"], "tensors": [None]}}]
+    others: list[Any] = ["x", [], None, {"layout": None}, {"layout": {**found["layout"], "tensors": [None]}}]
     others += [{**found, "layout": {**found["layout"], "num_bytes": 8192}}]
     for other in others:
         file.write_text(json.dumps(other))

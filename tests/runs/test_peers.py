@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,8 @@ def interpreter(folder: Path, says: str) -> str:
 def reason(name: str, python: str, setting: Setting) -> str:
     found = probe(name, python, setting)
     assert isinstance(found, Skipped)
-    return found.reason
+    reason: str = found.reason
+    return reason
 
 
 def test_a_peer_that_is_not_installed_is_skipped_with_its_reason(setting: Setting) -> None:
@@ -109,7 +111,8 @@ def test_the_last_line_of_a_log_is_the_reason() -> None:
 
 
 def test_a_random_opt_is_one_of_transformers(model: Path) -> None:
-    loaded, report = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+    found: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
+    loaded, report = found
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     size = sum(weight.nbytes for weight in loaded.parameters())

@@ -7,6 +7,7 @@ import random
 import shutil
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.helm.registry import ENGINES
@@ -20,7 +21,7 @@ from flexgen_helm.types import Policy
 
 CASE_S = 120.0
 ON_DISK = (0.0, 0.0, 1.0)
-ROWS = {"gpu_batch_size": 16, "gpu_batch_tokens": 64}
+ROWS: dict[str, Any] = {"gpu_batch_size": 16, "gpu_batch_tokens": 64}
 SUBJECTS = (
     *("journal", "cache", "slabs", "suite", "config", "baseline", "compressed slabs", "shards", "statistics", "tokenizer"),
     *("journal", "records", "suite", "cache", "slabs", "decisions", "journal", "shards", "baseline", "tokenizer"),

@@ -18,7 +18,7 @@ from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.deployment import CLIENT
 from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import ENGINES
-from flexgen_helm.helm.workload import Served, serve
+from flexgen_helm.helm.workload import EngineServer, Served, serve
 from flexgen_helm.runs.fault_matrix.outcomes import Verdict
 
 ROWS: dict[str, Any] = {"gpu_batch_size": 16, "gpu_batch_tokens": 64}
@@ -108,9 +108,17 @@ class Answers:
     def serve(self, folder: Path, journal: Journal, requests: Sequence[Request]) -> Served:
         """Serve requests, with a cache in a folder."""
         (folder / "cache").mkdir(parents=True, exist_ok=True)
+        console = Console(None)
         config = SqliteCacheBackendConfig(str(folder / "cache")).get_cache_config("flexgen")
         try:
-            return serve(self._deployment, requests, ENGINES.caches.get(config), journal, ENGINES, Console(None))
+            return serve(
+                self._deployment,
+                requests,
+                ENGINES.caches.get(config),
+                journal,
+                EngineServer(ENGINES, journal, console),
+                console,
+            )
         finally:
             ENGINES.caches.close()
 

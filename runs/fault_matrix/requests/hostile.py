@@ -51,7 +51,7 @@ CHATS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": ""}],
 )
 IMAGE = MultimediaObject([MediaObject(text="Hi", content_type="text/plain")])
-OTHER_TYPES = (None, "5", b"5", 2.5, [], {}, (), object, 1j, True, math.nan, 3)
+OTHER_TYPES: tuple[Any, ...] = (None, "5", b"5", 2.5, [], {}, (), object, 1j, True, math.nan, 3)
 """Values of which each is of another type than some field."""
 MOST_NEW = 8
 """Tokens that most requests ask for, so that ten thousand take minutes."""

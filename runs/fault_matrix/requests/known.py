@@ -106,7 +106,7 @@ class Known:
         return texts[-1], len(ids)
 
     def _texts(self, ids: list[int]) -> Iterator[str]:
-        return (self.tokenizer.decode(ids[: count + 1], skip_special_tokens=True) for count in range(len(ids)))
+        return (str(self.tokenizer.decode(ids[: count + 1], skip_special_tokens=True)) for count in range(len(ids)))
 
 
 def _difference(given: list[float], expected: list[float], tolerance: float) -> str:

@@ -18,7 +18,7 @@ from flexgen_helm.helm.console import Console
 from flexgen_helm.helm.deployment import CLIENT
 from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import ENGINES
-from flexgen_helm.helm.workload import serve
+from flexgen_helm.helm.workload import EngineServer, serve
 from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome, merged
 from flexgen_helm.runs.fault_matrix.requests.hostile import Hostile, hostile_requests
 from flexgen_helm.runs.fault_matrix.requests.known import Known
@@ -59,8 +59,8 @@ class RequestsPart:
         client, runner = self._by_client(asked), self._by_runner(asked)
         ENGINES.caches.close()
         shutil.rmtree(self._folder / "batch")
-        found = zip(asked, client, runner, strict=True)
-        return merged(self._judge(one, *results, position) for position, (one, *results) in enumerate(found))
+        found = enumerate(zip(asked, client, runner, strict=True))
+        return merged(self._judge(one, by_client, by_runner, position) for position, (one, by_client, by_runner) in found)
 
     def _by_client(self, asked: list[Hostile]) -> list[RequestResult | Exception]:
         cache = self._folder / "batch" / "client"
@@ -82,7 +82,10 @@ class RequestsPart:
         cache = ENGINES.caches.get(SqliteCacheBackendConfig(str(folder)).get_cache_config("flexgen"))
         with Journal(folder / "journal", ["hostile"]) as journal:
             requests = [one.request for one in asked]
-            return serve(self._deployment, requests, cache, journal, ENGINES, Console(None)).results
+            console = Console(None)
+            served = serve(self._deployment, requests, cache, journal, EngineServer(ENGINES, journal, console), console)
+            results: list[RequestResult] = served.results
+            return results
 
     def _judge(self, one: Hostile, client: RequestResult | Exception, runner: RequestResult, position: int) -> Outcome:
         if isinstance(client, Exception):
