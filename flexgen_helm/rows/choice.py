@@ -182,4 +182,5 @@ def make_rows(
         offload_folder=storage.folder,
         meter=storage.meter,
     )
-    return PackedRows(checked.model, cache, cpu_attention=policy.cpu_attention if policy.cache[1] else 0.0), packed
+    cpu_attention = policy.cpu_attention if policy.cache[1] else 0.0
+    return PackedRows(checked.model, cache, cpu_attention=cpu_attention, heads=verdict.heads), packed
