@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from flexgen_helm.attention.calls import ChunkCall, Window, plan_attention
 from flexgen_helm.attention.chunks import LocatedPages, attend_call
 from flexgen_helm.attention.decode import DecodeAttention, DecodePlan, LayerForms, LayerPages, Scoring
-from flexgen_helm.attention.host import HostAttention
+from flexgen_helm.attention.host import HostAttention, row_bytes
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.locate import Locate, MeanNumbers
 from flexgen_helm.attention.masks import MaskRule
@@ -159,7 +160,8 @@ class RowAttention:
             output = self.attend_tiles(plan, q, stores, locate, forms, scale=scale, softcap=softcap, sinks=sinks)
             return output.to(qkv[2].dtype)
         if self._decode is not None:
-            merged = self._decoded(key, q, rule, stores, scale=scale, softcap=softcap)
+            with nullcontext() if self._host is None else self._host.holding(row_bytes(q, k, v)):
+                merged = self._decoded(key, q, rule, stores, scale=scale, softcap=softcap)
         else:
             merged = self._in_calls(key, q, rule, _Places(stores, locate), scale=scale, softcap=softcap)
             if self._format.flexgen:
