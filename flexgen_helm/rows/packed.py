@@ -131,7 +131,7 @@ class PackedRows:
     @property
     def kernel(self) -> Kernel:
         """Library of attention on the device."""
-        return "torch" if None in (self._kernels or {None: None}).values() else "triton"
+        return "torch" if not self._kernels or None in self._kernels.values() else "triton"
 
     @property
     def heads(self) -> tuple[HeadShape, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from flexgen_helm.rows import packed
 from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.rows.packed_check import check_packed
 from flexgen_helm.types import ResolvedPolicy
-from tests.models import MAX_LENGTH, SMALL, save_tiny
+from tests.dimensions import MAX_LENGTH
+from tests.models import SMALL, save_tiny
 
 POLICY = ResolvedPolicy(gpu_batch_size=16, gpu_batch_tokens=32)
 SLIDING, FULL = HeadShape(4, 2, 16, 16), HeadShape(4, 2, 32, 32)
@@ -26,10 +28,11 @@ SLIDING, FULL = HeadShape(4, 2, 16, 16), HeadShape(4, 2, 32, 32)
 def two_sizes() -> RecordedModel:
     """Gemma 4, whose layers of full attention have larger heads than its config's."""
     torch.manual_seed(0)
+    larger: dict[str, Any] = {"global_head_dim": FULL.dim}
     config = Gemma4TextConfig(
         **SMALL,
+        **larger,
         head_dim=SLIDING.dim,
-        global_head_dim=FULL.dim,
         layer_types=["sliding_attention", "full_attention"],
         sliding_window=24,
         vocab_size_per_layer_input=SMALL["vocab_size"],
@@ -52,6 +55,7 @@ def test_the_kernel_serves_for_all_sizes_or_for_none(
     monkeypatch.setattr(packed, "_kernel_for", lambda _, __, shape: None if shape == refused else attend_row)
     rows = PackedRows(two_sizes, PagedCache(), heads=(SLIDING, FULL))
     assert (rows.kernel, rows.heads) == (kernel, (SLIDING, FULL))
+    assert set(rows._kernels.values()) == {attend_row if refused is None else None}
 
 
 def test_values_have_a_size_of_their_own(tmp_path: Path) -> None:
