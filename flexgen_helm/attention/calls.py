@@ -32,12 +32,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexgen_helm.attention.kernels import NEG_INF
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.attention.row_pages import Array, RowPages
 from flexgen_helm.attention.visits import WINDOW_CHUNKS, Visit, VisitGroup, row_groups
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, Form, Place
 from flexgen_helm.memory.copies import to_device, upload
@@ -46,11 +47,12 @@ Index = slice | Tensor
 """Indices ``[n]``; consecutive ones as a slice, which costs no copy."""
 
 
-def as_index(values: list[int], device: torch.device) -> Index:
+def as_index(values: list[int] | Array, device: torch.device) -> Index:
     """The shortest form of some indices."""
-    if values == list(range(values[0], values[0] + len(values))):
-        return slice(values[0], values[0] + len(values))
-    return upload(values, device)
+    found = np.array(values, np.int64)
+    if (np.diff(found) == 1).all():
+        return slice(int(found[0]), int(found[0]) + len(found))
+    return to_device(torch.from_numpy(found), device)
 
 
 class PlacedPages(NamedTuple):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from flexgen_helm.attention.kernels import NEG_INF, Merged
 from flexgen_helm.attention.locate import MeanNumbers
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.attention.row_pages import Array, RowPages, located
 from flexgen_helm.attention.visits import Visit, row_visits
 from flexgen_helm.kv_cache.page_format import MeanPart, PageFormat, PageTensors, PartFormat, PartName
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, Form, Place
@@ -29,7 +30,6 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the dtypes in `flexgen_helm.attention.decode_kernel`."""
 CODES = 8
 """Codes of b bits have the number 8 + b there."""
-Array = np.ndarray[Any, Any]
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -139,17 +139,18 @@ class DecodePlan:
             rule: Mask of the layers that will use this plan.
             visits: All visits of some queries.
         """
-        visits = sorted(visits, key=_chunk_key)
+        chunks = _by_chunk(visits)
         masks = np.empty((0, CHUNK_TOKENS), np.bool_)
         if visits and not rule.causal_only:
+            visits = list(itertools.chain.from_iterable(chunks))
             masks = _shown(visits, rule)
             seen = np.any(masks, axis=1)
-            visits, masks = [visit for visit, any_key in zip(visits, seen, strict=True) if any_key], masks[seen]
-        chunks = [list(group) for _, group in itertools.groupby(visits, key=_chunk_key)]
-        found = [[pages.find(page, chunk[0].form) for page in chunk[0].pages] for chunk in chunks]
+            chunks, masks = _by_chunk(list(itertools.compress(visits, seen))), masks[seen]
+        spots = [spot for (visit, *_) in chunks for spot in pages.spots(visit.pages, visit.form)]
+        places, numbers = (x.reshape(-1, CHUNK_PAGES) for x in located(spots, PLACES))
         return cls(
-            np.array([[PLACES.index(place) for place, _ in chunk] for chunk in found], np.int64).reshape(-1, 4),
-            np.array([[number for _, number in chunk] for chunk in found], np.int64).reshape(-1, 4),
+            places,
+            numbers,
             np.array([chunk[0].form == "sealed" for chunk in chunks], np.bool_),
             np.array([0, *itertools.accumulate(map(len, chunks))], np.int64),
             np.array([visit.offset for chunk in chunks for visit in chunk], np.int64),
@@ -274,9 +275,12 @@ class DecodeAttention:
         self._pool.shutdown()
 
 
-def _chunk_key(visit: Visit) -> tuple[int, Form, tuple[int, ...]]:
-    """What visits to the same chunk have in common."""
-    return visit.chunk, visit.form, visit.pages
+def _by_chunk(visits: list[Visit]) -> list[list[Visit]]:
+    """Visits to the same chunk, in order of position."""
+    found: dict[tuple[int, Form, tuple[int, ...]], list[Visit]] = defaultdict(list)
+    for visit in visits:
+        found[visit.chunk, visit.form, visit.pages].append(visit)
+    return [found[key] for key in sorted(found)]
 
 
 def _kind(part: PartFormat | MeanPart, stored: Tensor) -> int:

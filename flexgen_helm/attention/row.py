@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from flexgen_helm.attention.calls import ChunkCall, Window, plan_attention
 from flexgen_helm.attention.chunks import LocatedPages, attend_call
 from flexgen_helm.attention.decode import DecodeAttention, DecodePlan, LayerForms, LayerPages, Scoring
-from flexgen_helm.attention.host import HostAttention
+from flexgen_helm.attention.host import HostAttention, row_bytes
 from flexgen_helm.attention.kernels import NEG_INF, ChunkOutput, Merged, merge_chunks, normalised
 from flexgen_helm.attention.locate import Locate, MeanNumbers
 from flexgen_helm.attention.masks import MaskRule
@@ -86,11 +87,12 @@ class RowAttention:
             device: The device that computes the row.
             decode: Attends on the CPU, for decode rows. None: the device attends call by call.
             host: Lets it run beside the device. None: the device waits.
-            attend_tiles: The kernel that reads pages in place (`flexgen_helm.attention.paged`). None: the device attends call
-                by call.
+            attend_tiles: See the attribute.
         """
         self._pages, self._cache, self._device, self._decode, self._host = pages, cache, device, decode, host
-        self._attend_tiles = attend_tiles
+        self.attend_tiles = attend_tiles
+        """The kernel that reads pages in place (`flexgen_helm.attention.paged`), for the calls that follow. None: the device
+        attends call by call. Rows to which the CPU attends do without it."""
         self._tile_plans: dict[tuple[MaskRule, int], TilePlan] = {}
         self._format = cache.format
         percent = cache.format.sparsity
@@ -152,13 +154,14 @@ class RowAttention:
         if self._decode is not None:
             (q, k, v), sinks = _on_host((q, k, v), sinks)
         self._writes.apply(stores, locate, (k, v))
-        if self._attend_tiles is not None:
+        if self._decode is None and self.attend_tiles is not None:
             plan = self._tile_plan(rule, q.shape[1] // k.shape[1], q.itemsize)
             forms = self._format.forms(k, v)
-            output = self._attend_tiles(plan, q, stores, locate, forms, scale=scale, softcap=softcap, sinks=sinks)
+            output = self.attend_tiles(plan, q, stores, locate, forms, scale=scale, softcap=softcap, sinks=sinks)
             return output.to(qkv[2].dtype)
         if self._decode is not None:
-            merged = self._decoded(key, q, rule, stores, scale=scale, softcap=softcap)
+            with nullcontext() if self._host is None else self._host.holding(row_bytes(q, k, v)):
+                merged = self._decoded(key, q, rule, stores, scale=scale, softcap=softcap)
         else:
             merged = self._in_calls(key, q, rule, _Places(stores, locate), scale=scale, softcap=softcap)
             if self._format.flexgen:

@@ -1,12 +1,19 @@
-"""The pages of a row: where attention reads each, and which must be brought before it attends. Plain Python without torch."""
+"""The pages of a row: where attention reads each, and which must be brought before it attends. Without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, compress
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
 
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PAGE_TOKENS, Form, PageMap, Place, StagedPages
 from flexgen_helm.schedule.rows import Row, Segment
+from flexgen_helm.types import TIERS, Tier
+
+PLACES: tuple[Place, ...] = get_args(Place)
+Array = np.ndarray[Any, Any]
 
 
 class RowPages:
@@ -26,7 +33,7 @@ class RowPages:
         """All places of the row's pages of each form."""
         self.staged: dict[Form, StagedPages] = {}
         """The pages of each form that must be brought."""
-        self._found: dict[Form, dict[int, tuple[Place, int]]] = {}
+        self._spots: dict[Form, dict[int, int]] = {}
         for form in forms:
             self._sort(form, page_maps[form], [touched_pages(segment, form) for segment in row.segments])
 
@@ -35,24 +42,60 @@ class RowPages:
 
         Staged pages are numbered by their order in `staged`.
         """
-        return self._found[form][page]
+        number, place = divmod(self._spots[form][page], len(PLACES))
+        return PLACES[place], number
+
+    def spots(self, pages: Iterable[int], form: Form) -> Iterable[int]:
+        """Where pages are, as numbers that `located` understands; for many pages at once, of which a plan has thousands."""
+        return map(self._spots[form].__getitem__, pages)
 
     def _sort(self, form: Form, page_map: PageMap, touched: list[TouchedPages]) -> None:
-        pages = dict.fromkeys(page for each in touched for page in each.pages)
-        places = {page: self._place(page, page_map) for page in pages}
-        self.places[form] = set(places.values())
-        staged = [page for page, place in places.items() if place == "staged"]
+        pages = list(dict.fromkeys(chain.from_iterable(each.pages for each in touched)))
+        places, indices = self._places(np.array(pages, np.int64), page_map)
+        self.places[form] = {PLACES[i] for i in set(places.tolist())}
+        is_staged = places == PLACES.index("staged")
+        staged = list(compress(pages, is_staged))
         begun, written = (frozenset().union(*sets) for sets in zip(*((x.begun, x.written) for x in touched), strict=True))
         self.staged[form] = StagedPages(staged, frozenset(staged) - begun, frozenset(staged) & written)
-        order = {page: i for i, page in enumerate(staged)}
-        self._found[form] = {
-            page: (place, order[page] if place == "staged" else page_map.index(page)) for page, place in places.items()
-        }
+        indices[is_staged] = np.arange(len(staged))
+        self._spots[form] = dict(zip(pages, (len(PLACES) * indices + places).tolist(), strict=True))
 
-    def _place(self, page: int, page_map: PageMap) -> Place:
-        if self.host_attends and page >= 0 and page_map.tier_of(page) == "host":
-            return "host"
-        return page_map.place(page)
+    def _places(self, pages: Array, page_map: PageMap) -> tuple[Array, Array]:
+        """The places of pages as numbers in `PLACES`, and the pages' numbers there, before staged ones are numbered."""
+        capacities = page_map.capacities
+        tiers = np.zeros_like(pages)
+        indices = pages.copy()
+        if capacities is not None:
+            firsts = np.array([capacities.first(tier) for tier in TIERS])
+            tiers = np.searchsorted(firsts[1:], pages, side="right")
+            indices -= firsts[tiers]
+        transient = pages < 0
+        indices[transient] = ~pages[transient]  # as `transient_page` does
+        places = np.array([PLACES.index(self._place(tier, page_map)) for tier in TIERS])[tiers]
+        places[transient] = PLACES.index("transient")
+        return places, indices
+
+    def _place(self, tier: Tier, page_map: PageMap) -> Place:
+        return "host" if self.host_attends and tier == "host" else page_map.place_of_tier(tier)
+
+
+def located(spots: Sequence[int], names: Sequence[Place]) -> tuple[Array, Array]:
+    """Take `RowPages.spots` apart.
+
+    Returns:
+        The place of each page as a number in ``names``, and its number among the pages of the place.
+    """
+    numbers, places = np.divmod(np.array(spots, np.int64), len(PLACES))
+    named = np.array([names.index(place) if place in names else -1 for place in PLACES])[places]
+    assert (named >= 0).all(), f"pages at other places than {', '.join(names)}"
+    return named, numbers
+
+
+def counted(counts: Array) -> Array:
+    """0 to n - 1 for each n of some counts, one after the other."""
+    ends = np.cumsum(counts)
+    found: Array = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return found
 
 
 class TouchedPages(NamedTuple):
@@ -89,15 +132,18 @@ def sealed_now(segment: Segment) -> list[tuple[int, int]]:
     return list(zip(segment.exact[full], segment.table[full], strict=True))
 
 
-def exact_table(segment: Segment) -> list[int]:
-    """Exact pages of a segment's sequence up to its end; later pages hold nothing yet."""
-    return _until(segment.table if segment.exact is None else segment.exact, segment)
+def exact_table(segment: Segment, first: int = 0) -> list[int]:
+    """Exact pages of a segment's sequence, from the first one of interest up to its end; later pages hold nothing yet."""
+    table = segment.table if segment.exact is None else segment.exact
+    return table[first : (segment.end - 1) // PAGE_TOKENS + 1]
+
+
+def chunk_pages(table: list[int], chunk: int) -> tuple[int, ...]:
+    """The four pages of a chunk; where a sequence has fewer, its last page is repeated."""
+    found = table[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES]
+    return tuple(found + found[-1:] * (CHUNK_PAGES - len(found)))
 
 
 def earlier_form(segment: Segment) -> Form:
     """The form in which a segment's tokens read chunks before their own: pages of ``table``."""
     return "exact" if segment.exact is None else "sealed"
-
-
-def _until(table: list[int], segment: Segment) -> list[int]:
-    return table[: (segment.end - 1) // PAGE_TOKENS + 1]

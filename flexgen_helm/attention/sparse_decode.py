@@ -22,10 +22,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from flexgen_helm.attention.decode import PLACES, Array, DecodeAttention, DecodePlan, LayerForms, Scoring, Sums, add_chunks
+from flexgen_helm.attention.decode import PLACES, DecodeAttention, DecodePlan, LayerForms, Scoring, Sums, add_chunks
 from flexgen_helm.attention.kernels import Merged
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row_pages import RowPages
+from flexgen_helm.attention.row_pages import Array, RowPages
 from flexgen_helm.attention.visits import Visit
 from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, PAGE_TOKENS, Place
 

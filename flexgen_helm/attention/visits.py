@@ -17,8 +17,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from flexgen_helm.attention.row_pages import RowPages, earlier_form, exact_table
-from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, Form, Place
+from flexgen_helm.attention.row_pages import RowPages, chunk_pages, earlier_form, exact_table
+from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, Form, Place
 from flexgen_helm.schedule.rows import Row, Segment
 
 WINDOW_CHUNKS = 4
@@ -89,17 +89,12 @@ def row_visits(row: Row) -> Iterator[Visit]:
         for chunk in range((segment.end - 1) // CHUNK_TOKENS + 1):
             low, high = chunk * CHUNK_TOKENS, (chunk + 1) * CHUNK_TOKENS
             if segment.end > high:
-                pages = _chunk_pages(tables[earlier], chunk)
+                pages = chunk_pages(tables[earlier], chunk)
                 yield Visit(segment, offset, chunk, max(segment.start, high), segment.end, earlier, pages)
             first, last = max(segment.start, low), min(segment.end, high)
             if first < last:
-                yield Visit(segment, offset, chunk, first, last, "exact", _chunk_pages(tables["exact"], chunk))
+                yield Visit(segment, offset, chunk, first, last, "exact", chunk_pages(tables["exact"], chunk))
         offset += len(segment.tokens)
-
-
-def _chunk_pages(table: list[int], chunk: int) -> tuple[int, ...]:
-    found = table[chunk * CHUNK_PAGES : (chunk + 1) * CHUNK_PAGES]
-    return tuple(found + found[-1:] * (CHUNK_PAGES - len(found)))
 
 
 def row_groups(pages: RowPages) -> list[list[VisitGroup]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flexgen_helm.attention.calls import as_index
+from flexgen_helm.attention.calls import Index, as_index
 from flexgen_helm.attention.locate import Locate
-from flexgen_helm.attention.row_pages import RowPages, exact_table, sealed_now
+from flexgen_helm.attention.row_pages import PLACES, RowPages, counted, exact_table, located, sealed_now
 from flexgen_helm.kv_cache.page_format import PageTensors, PartFormat, TokenPlaces
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, Form, Place
 from flexgen_helm.memory.copies import to_device
@@ -34,22 +35,13 @@ class Writes:
             device: The device that computes the row.
         """
         self._pages, self._device = pages, device
-        new: dict[Place, list[tuple[int, int, int]]] = defaultdict(list)
+        self._new = list(self._written())
         self._copies: dict[_Spot, _Spot] = {}
-        offset = 0
         for segment in pages.row.segments:
             self._copy(segment)
-            table = exact_table(segment)
-            for i, position in enumerate(range(segment.start, segment.end)):
-                place, page, token = self._spot(table[position // PAGE_TOKENS], position % PAGE_TOKENS)
-                new[place].append((offset + i, page, token))
-            offset += len(segment.tokens)
         copies: dict[tuple[Place, Place], list[tuple[int, int, int, int]]] = defaultdict(list)
         for target, source in self._copies.items():
             copies[source[0], target[0]].append((*source[1:], *target[1:]))
-        self._new = [
-            (place, as_index([t for t, *_ in x], device), self._columns(place, [y[1:] for y in x])) for place, x in new.items()
-        ]
         self._moves = [
             (pair, self._columns(pair[0], [y[:2] for y in x]), self._columns(pair[1], [y[2:] for y in x]))
             for pair, x in copies.items()
@@ -87,6 +79,23 @@ class Writes:
                 # Of the values as attention reads them.
                 values = _whole(targets.format.v, targets.v, pages)
                 targets.format.mean.store(targets.mean, locate.means(target_place, numbers), values)
+
+    def _written(self) -> Iterator[tuple[Place, Index, Tensor]]:
+        """For each place the row positions of the tokens that go there, and their pages and places in these, ``[2, n]``."""
+        segments = self._pages.row.segments
+        starts, ends = (np.array([getattr(x, name) for x in segments], np.int64) for name in ("start", "end"))
+        first = starts // PAGE_TOKENS
+        num_pages = (ends - 1) // PAGE_TOKENS - first + 1
+        touched = [page for segment, i in zip(segments, first.tolist(), strict=True) for page in exact_table(segment, i)]
+        places, pages = located(list(self._pages.spots(touched, "exact")), PLACES)
+        owner = np.repeat(np.arange(len(segments)), ends - starts)
+        positions = starts[owner] + counted(ends - starts)
+        which = (np.cumsum(num_pages) - num_pages - first)[owner] + positions // PAGE_TOKENS
+        for place in dict.fromkeys(places.tolist()):
+            rows = np.flatnonzero(places[which] == place)
+            spots = np.stack([pages[which[rows]], positions[rows] % PAGE_TOKENS])
+            device = HOST if PLACES[place] == "host" else self._device
+            yield PLACES[place], as_index(rows, self._device), to_device(torch.from_numpy(spots), device)
 
     def _copy(self, segment: Segment) -> None:
         if segment.copy is not None:

@@ -191,9 +191,10 @@ class PageMap:
 
     def place(self, page: int) -> Place:
         """The place where attention reads a page."""
-        if page < 0:
-            return "transient"
-        tier = self.tier_of(page)
+        return "transient" if page < 0 else self.place_of_tier(self.tier_of(page))
+
+    def place_of_tier(self, tier: Tier) -> Place:
+        """The place where attention reads kept pages of a tier."""
         return "staged" if tier == "disk" or (tier == "host" and self.own_memory) else tier
 
     def index(self, page: int) -> int:

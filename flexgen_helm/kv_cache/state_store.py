@@ -66,10 +66,15 @@ class StateStore:
             arriving.wait()
 
     def settle(self) -> None:
-        """Wait for all transfers that were started; raise the error of the last one if it failed."""
+        """Wait until states that are on their way have arrived, so that the host may read them.
+
+        Raises the error of the last transfer if it failed.
+        """
         last, self._last = self._last, None
         if last is not None:
             last.wait()
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
 
     def close(self) -> None:
         """Stop moving states."""
@@ -96,12 +101,21 @@ class StateStore:
             spots = [spot for content in moved for spot in _spots(content)]
             with self._meter.span(resource, activity, sum(spot.holder[spot.key].nbytes for spot in spots)):
                 for holder, key in spots:
-                    holder[key] = holder[key].to(target, copy=True)
-                    if computing is not None and holder[key].is_cuda:
-                        holder[key].record_stream(computing)  # it is freed there
+                    holder[key] = _copied(holder[key], target, computing)
 
         self._last = self._link.submit(move)
         return self._last
+
+
+def _copied(x: Tensor, target: torch.device, computing: torch.cuda.Stream | None) -> Tensor:
+    """Start to copy a tensor; from a GPU it comes into pinned memory of torch's own, whose copies nobody waits for."""
+    copied = x.to(target, copy=True, non_blocking=True)
+    if computing is not None:
+        if x.is_cuda:
+            x.record_stream(torch.cuda.current_stream(x.device))  # this copy reads it after it is freed
+        if copied.is_cuda:
+            copied.record_stream(computing)  # it is freed there
+    return copied
 
 
 def _spots(content: object) -> Iterator[_Spot]:

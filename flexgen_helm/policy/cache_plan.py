@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flexgen_helm.kv_cache.pages import NUM_BUFFERS, PAGE_TOKENS, TRANSFER_BYTES
 from flexgen_helm.policy.model_shapes import ModelShapes
+from flexgen_helm.policy.working_memory import host_attention_bytes
 from flexgen_helm.schedule.dependencies import rows_at_once
 from flexgen_helm.schedule.exact_tables import NUM_SPARE, SEQUENCE_PAGES
 from flexgen_helm.types import TIERS, ResolvedPolicy, Shares, Tier
@@ -39,6 +40,8 @@ class CachePlan:
     """Where they are: on the host if the CPU attends beside a device with a memory of its own."""
     disk_padding: float = 1.0
     """Bytes in the file for each byte of K and V on disk."""
+    attention_bytes: int = 0
+    """Bytes on the host of rows to which the CPU attends beside a device; 0: it attends to none."""
 
     @classmethod
     def of(cls, shapes: ModelShapes, policy: ResolvedPolicy, *, own_memory: bool) -> CachePlan:
@@ -54,9 +57,11 @@ class CachePlan:
         sizes = {form: math.ceil(share * shapes.cache_bytes_per_token) for form, share in shapes.page_shares.items()}
         kept, beside = (sizes["sealed"], sizes["exact"]) if "sealed" in sizes else (sizes["exact"], 0)
         means = shapes.mean_share / shapes.page_shares["sealed"] if shapes.mean_share else 0.0
-        tier: Tier = "host" if suspends and policy.cache[1] else "device"
+        on_host = suspends and policy.cache[1] > 0
+        tier: Tier = "host" if on_host else "device"
+        attention = host_attention_bytes(shapes, policy) if on_host else 0
         padding = max(shapes.disk_padding.values(), default=1.0)
-        return cls(policy.cache, kept, shapes.num_layers, rows, own_memory, beside, means, tier, padding)
+        return cls(policy.cache, kept, shapes.num_layers, rows, own_memory, beside, means, tier, padding, attention)
 
     def share_with_means(self, tier: Tier) -> float:
         """Bytes of pages and means on a tier for one byte of cache."""
@@ -82,10 +87,10 @@ class CachePlan:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the buffers on the host through which pages pass."""
+        """Bytes of the buffers on the host: those through which pages pass, and those of the CPU's attention."""
         brought = self.shares[1] * self.own_memory + self.shares[2]
         rows_from_disk = self.mean_share and self.shares[2]
-        return (NUM_BUFFERS + bool(rows_from_disk)) * TRANSFER_BYTES if brought else 0
+        return self.attention_bytes + ((NUM_BUFFERS + bool(rows_from_disk)) * TRANSFER_BYTES if brought else 0)
 
     @property
     def least_bytes(self) -> dict[Tier, int]:

@@ -101,7 +101,9 @@ class _Row:
         row = Row(kind, tokens * len(starts), segments)
         pages = RowPages(row, self._cache.page_maps)
         self._decode = DecodeAttention() if kind == "decode" and where.type == "cpu" else None
-        kernel = trial.paged_kernel(where, trial.HeadShape(heads.queries, heads.keys, heads.dim), cache_format, dtype)
+        kernel = trial.paged_kernel(
+            where, trial.HeadShape(heads.queries, heads.keys, heads.dim, heads.dim), cache_format, dtype
+        )
         self._attention = RowAttention(pages, self._cache, where, self._decode, attend_tiles=kernel)
         shapes = [(row.size, number, heads.dim) for number in (heads.queries, heads.keys, heads.keys)]
         self._qkv = _three([random_numbers(shape, where, dtype) for shape in shapes])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flexgen_helm.attention.visits import WINDOW_CHUNKS
 from flexgen_helm.policy.model_shapes import ModelShapes
+from flexgen_helm.schedule.dependencies import MOST_SUSPENDED
 from flexgen_helm.types import ResolvedPolicy
 
 HIDDEN_COPIES = 4
@@ -12,6 +13,9 @@ LOGITS_COPIES = 3
 """Tensors of the size of the logits in fp32: logits, log-probabilities, and a sorted or summed copy."""
 CHECKED_POSITIONS = 256
 """Positions of which the self-check holds log-probabilities over the vocabulary, packed and alone: 128 each."""
+HOST_COPIES = 3
+"""Tensors of the size of a row's queries in fp32 while the CPU attends beside a device: queries, weighted sums, and the sums'
+sizes, which are less."""
 SCORE_COPIES = 4
 """Copies of the scores of sparse attention: by chunk, by head, choices, and both together in turn."""
 HIDDEN_SHARE = 0.1
@@ -46,6 +50,18 @@ def checking_bytes(shapes: ModelShapes, policy: ResolvedPolicy, *, whole: bool) 
     vocab = shapes.vocab_size if whole else shapes.first_layers_vocab
     logprobs = CHECKED_POSITIONS * vocab * FP32
     return copies * shapes.first_layers_bytes + logprobs + working_bytes(shapes, policy)
+
+
+def host_attention_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
+    """Return the bytes on the host of rows to which the CPU attends beside a device, pages left out.
+
+    These are queries, K, V and outputs, for which torch's pinned memory has room for the next power of two, and queries, sums
+    and outputs in fp32. One row attends while others are suspended.
+    """
+    itemsize = max(shapes.itemsize, shapes.kv_itemsize)
+    q, kv = (policy.gpu_batch_size * heads * shapes.head_dim for heads in (shapes.num_heads, shapes.num_kv_heads))
+    pinned = sum(1 << (count * itemsize - 1).bit_length() for count in (q, q, kv, kv))
+    return (1 + MOST_SUSPENDED) * (pinned + HOST_COPIES * q * FP32)
 
 
 def block_bytes(shapes: ModelShapes, num_tokens: int) -> int:

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 Kind = Literal["packed", "single"]
 KindChoice = Literal["auto", "packed", "single"]
 ALTERNATIVE = "Evaluate it with HELM's own HuggingFaceClient."
+PINNED_ROOM = 2
+"""Bytes that torch's pinned memory takes for a byte of a state at most: it is rounded up to a power of two."""
 CHECKS: dict[Kind, Callable[..., Verdict]] = {"packed": check_packed, "single": check_single}
 
 
@@ -170,6 +172,8 @@ def make_rows(
             store = StateStore(device.torch_device, share=policy.cache[1], meter=storage.meter)
         size = StateSize(verdict.cache_bytes_per_sequence, verdict.cache_bytes_per_token)
         capacity = sum(storage.capacity.cache_bytes.values())
+        if store is not None and device.is_gpu:
+            capacity //= PINNED_ROOM
         tokens = storage.capacity.block_tokens
         single = SingleScheduler(policy, block_tokens=tokens, capacity_bytes=capacity, size=size)
         return SingleRows(checked.model, store), single
@@ -182,4 +186,5 @@ def make_rows(
         offload_folder=storage.folder,
         meter=storage.meter,
     )
-    return PackedRows(checked.model, cache, cpu_attention=policy.cpu_attention if policy.cache[1] else 0.0), packed
+    cpu_attention = policy.cpu_attention if policy.cache[1] else 0.0
+    return PackedRows(checked.model, cache, cpu_attention=cpu_attention, heads=verdict.heads), packed

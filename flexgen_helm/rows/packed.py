@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from flexgen_helm.attention.decode import DecodeAttention
 from flexgen_helm.attention.host import HostAttention
 from flexgen_helm.attention.masks import MaskRule
 from flexgen_helm.attention.paged import trial
+from flexgen_helm.attention.paged.trial import HeadShape
 from flexgen_helm.attention.row import AttendTiles, RowAttention
 from flexgen_helm.attention.row_pages import RowPages
 from flexgen_helm.errors import UnsupportedModel
@@ -88,7 +89,14 @@ register_pytree_node(_CacheProbe, lambda probe: ([probe.__dict__["_past"]], None
 class PackedRows:
     """Computes packed rows: rows of a fixed size that hold tokens of many sequences."""
 
-    def __init__(self, model: RecordedModel, cache: PagedCache, *, cpu_attention: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: RecordedModel,
+        cache: PagedCache,
+        *,
+        cpu_attention: float = 0.0,
+        heads: Collection[HeadShape] = (),
+    ) -> None:
         """Make the model call our attention.
 
         Args:
@@ -96,6 +104,8 @@ class PackedRows:
             cache: Cache that stores K and V in pages.
             cpu_attention: Share of the decode rows for which the CPU attends while the device computes other rows. Ignored if
                 the device has no memory of its own.
+            heads: Heads of all attention calls, as `heads` has them once a row was computed: one kernel serves for all of them
+                or for none. Empty: they are not known yet, and the kernel is tried for the heads of each call.
 
         Raises:
             UnsupportedModel: If the model's forward takes no ``position_ids``.
@@ -107,7 +117,10 @@ class PackedRows:
         if self._cpu_share:
             cache.keep_means_on_host()
         self._decode, self._host = DecodeAttention(), HostAttention(cache.meter)
-        self._attend_tiles = _kernel_for(model, cache)
+        self._kernels: dict[HeadShape, AttendTiles | None] = {shape: _kernel_for(model, cache, shape) for shape in heads}
+        """The kernel for each shape of heads; None: attention by hand."""
+        if None in self._kernels.values():
+            self._kernels = dict.fromkeys(heads)
         self._pages: dict[int, RowPages] = {}
         """Pages of each row of the sweep, by the row's `id`; they keep their rows alive, so that no `id` is used twice."""
         self._running: PackedRecording | None = None
@@ -118,7 +131,12 @@ class PackedRows:
     @property
     def kernel(self) -> Kernel:
         """Library of attention on the device."""
-        return "torch" if self._attend_tiles is None else "triton"
+        return "torch" if not self._kernels or None in self._kernels.values() else "triton"
+
+    @property
+    def heads(self) -> tuple[HeadShape, ...]:
+        """Heads of the attention calls, of which every kind was there once a row went through all layers."""
+        return tuple(self._kernels)
 
     @property
     def num_layers(self) -> int:
@@ -154,8 +172,7 @@ class PackedRows:
         on_cpu = row.kind == "decode" and (pages.host_attends or self.model.device.type == "cpu")
         in_loops = on_cpu and not self._cache.format.flexgen
         decode, host = self._decode if in_loops else None, self._host if pages.host_attends else None
-        tiles = None if in_loops else self._attend_tiles
-        attention = RowAttention(pages, self._cache, self.model.device, decode, host, tiles)
+        attention = RowAttention(pages, self._cache, self.model.device, decode, host)
         recording = PackedRecording(positions=positions, attention=attention)
         self.model.record(
             recording,
@@ -246,7 +263,10 @@ class PackedRows:
         sizes = {x.shape[2] for x in (query, key, value)} | {len(recording.positions)}
         if len(sizes) != 1:
             raise UnsupportedModel(f"it calls attention with {key.shape[2]} keys for the {query.shape[2]} queries of a row")
-        current = self._key
+        current, shape = self._key, HeadShape(query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+        if shape not in self._kernels:
+            self._kernels[shape] = _kernel_for(self.model, self._cache, shape)
+        recording.attention.attend_tiles = self._kernels[shape]
         qkv = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = recording.attention.attend(current, qkv, attention_mask, scale=scale, softcap=softcap, sinks=s_aux)[None]
@@ -255,16 +275,12 @@ class PackedRows:
         return output
 
 
-def _kernel_for(model: RecordedModel, cache: PagedCache) -> AttendTiles | None:
-    """Return the kernel that reads pages in place, where it serves the model's heads."""
-    config = model.model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None)
-    if model.device.type != "cuda" or not isinstance(heads, int):
+def _kernel_for(model: RecordedModel, cache: PagedCache, shape: HeadShape) -> AttendTiles | None:
+    """Return the kernel that reads pages in place, where it serves the heads of an attention call."""
+    if model.device.type != "cuda":
         return None
-    num_kv = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     dtype = cache.cast(torch.empty(0, dtype=model.model.dtype)).dtype
-    return trial.paged_kernel(model.device, trial.HeadShape(heads, num_kv, dim), cache.format, dtype)
+    return trial.paged_kernel(model.device, shape, cache.format, dtype)
 
 
 def _mask_rule(*args: Any, mask_function: Callable[..., Any] = causal_mask_function, **kwargs: Any) -> MaskRule:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexgen_helm.attention.paged.trial import HeadShape
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.kv_cache.paged_cache import PagedCache
@@ -38,58 +39,64 @@ def check_packed(model: RecordedModel, policy: ResolvedPolicy, *, max_length: in
     with self_check.as_refusal():
         exact = self_check.in_fp32(model, first)
         cache = PagedCache()
-        worst = _difference(exact, policy, max_length, cache)
+        worst, heads = _difference(exact, policy, max_length, cache)
         if exact is not model:
             cache = PagedCache()
+            rows = PackedRows(model, cache, heads=heads)
             for tokens in self_check.random_sequences(model, CUTS, max_length):
-                self_check.require_numbers(_run(model, policy, _whole(tokens), cache=cache))
-        stable = _bit_stable(model, policy, max_length)
+                self_check.require_numbers(_run(rows, policy, _whole(tokens)))
+        stable = _bit_stable(model, policy, max_length, heads)
         sizes = sorted(cache.bytes_per_token.items())
         calls = [tuple(size for key, size in sizes if key.layer == j) for j in range(len(model.layers))]
-        return Verdict(worst, stable, tuple(map(LayerCache, calls)))
+        return Verdict(worst, stable, tuple(map(LayerCache, calls)), heads)
 
 
-def _difference(model: RecordedModel, policy: ResolvedPolicy, max_length: int, cache: PagedCache) -> float:
+def _difference(
+    model: RecordedModel, policy: ResolvedPolicy, max_length: int, cache: PagedCache
+) -> tuple[float, tuple[HeadShape, ...]]:
+    """Compare with transformers' own forward; returns the largest difference, and the heads of the model's attention calls."""
     sequences = self_check.random_sequences(model, CUTS, max_length)
     expected = self_check.plain_logprobs(model, sequences)
-    worst = self_check.worst_difference(expected, _packed(model, policy, sequences, CUTS))
+    worst = self_check.worst_difference(expected, _packed(PackedRows(model, PagedCache()), policy, sequences, CUTS))
     if worst > TOLERANCE:
         raise UnsupportedModel(
             f"packed and continued sequences differ from transformers' own forward by {worst:.3g} in log-probability "
             f"(tolerance {TOLERANCE:g}): the model keeps state other than K and V, or takes positions from elsewhere than "
             "position_ids"
         )
-    moved = self_check.worst_difference([expected[1]], [_beside_far_neighbour(model, policy, sequences[1], max_length, cache)])
+    rows = PackedRows(model, cache)
+    moved = self_check.worst_difference([expected[1]], [_beside_far_neighbour(rows, policy, sequences[1], max_length)])
     if moved > TOLERANCE:
         raise UnsupportedModel(
             f"a far position of another sequence in the row changes a sequence's log-probabilities by {moved:.3g}"
         )
-    return max(worst, moved)
+    return max(worst, moved), rows.heads
 
 
-def _bit_stable(model: RecordedModel, policy: ResolvedPolicy, max_length: int) -> bool:
+def _bit_stable(model: RecordedModel, policy: ResolvedPolicy, max_length: int, heads: tuple[HeadShape, ...]) -> bool:
     """Return whether neither neighbours nor cuts change a bit (level B), over several chunks of keys, on the first layers."""
     with self_check.first_layers(model) as few:
         sequences = self_check.random_sequences(few, LONG_CUTS, max_length)
-        packed = _packed(few, policy, sequences, LONG_CUTS)
+        rows = PackedRows(few, PagedCache(), heads=heads)
+        packed = _packed(rows, policy, sequences, LONG_CUTS)
         cuts = zip(sequences, self_check.cut_points(sequences, LONG_CUTS), strict=True)
         # A last token is computed by other kernels if it is decoded, so it is decoded in both cases.
         alone = [
-            _packed(few, policy, [tokens], [(len(tokens), cut)])
+            _packed(rows, policy, [tokens], [(len(tokens), cut)])
             if cut == len(tokens) - 1
-            else _run(few, policy, _whole(tokens))
+            else _run(rows, policy, _whole(tokens))
             for tokens, cut in cuts
         ]
     self_check.require_numbers(packed)
     return all(torch.equal(a, b) for a, (b,) in zip(packed, alone, strict=True))
 
 
-def _packed(model: RecordedModel, policy: ResolvedPolicy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
+def _packed(rows: PackedRows, policy: ResolvedPolicy, sequences: list[Tokens], cuts: Cuts) -> list[Tensor]:
     """Return log-probabilities ``[compared, vocab]`` of sequences that are packed, cut, and continued in later rows."""
     points = list(enumerate(self_check.cut_points(sequences, cuts)))
     first = _segments(sequences, [(i, 0, point) for i, point in points])
     second = _segments(sequences, [(i, point, len(sequences[i])) for i, point in reversed(points)])
-    parts = _run(model, policy, first, second)
+    parts = _run(rows, policy, first, second)
     return [torch.cat(pair) for pair in zip(parts[: len(first)], reversed(parts[len(first) :]), strict=True)]
 
 
@@ -108,13 +115,7 @@ def _whole(tokens: Tokens) -> list[Segment]:
     return _segments([tokens], [(0, 0, len(tokens))])
 
 
-def _run(
-    model: RecordedModel,
-    policy: ResolvedPolicy,
-    first: list[Segment],
-    second: Sequence[Segment] = (),
-    cache: PagedCache | None = None,
-) -> list[Tensor]:
+def _run(rows: PackedRows, policy: ResolvedPolicy, first: list[Segment], second: Sequence[Segment] = ()) -> list[Tensor]:
     """Run segments in one sweep, the second ones in rows of their own: decode rows if they are single tokens.
 
     Returns:
@@ -125,11 +126,10 @@ def _run(
         segment.owner = owner
     several = [segment for segment in second if len(segment.tokens) > 1]
     single = [segment for segment in second if len(segment.tokens) == 1]
-    rows = pack_prefill(first, policy) + pack_prefill(several, policy) + pack_decode(single, policy)
-    num_kept = 1 + max(page for row in rows for segment in row.segments for page in segment.table)
+    packed = pack_prefill(first, policy) + pack_prefill(several, policy) + pack_decode(single, policy)
+    num_kept = 1 + max(page for row in packed for segment in row.segments for page in segment.table)
     pages: dict[Form, PageStorage] = {"exact": PageStorage(PageCounts(num_kept))}
-    packed = PackedRows(model, PagedCache() if cache is None else cache)
-    found = self_check.sweep_logprobs(SerialExecutor(packed, head_slice=policy.gpu_batch_size), Sweep(rows, pages))
+    found = self_check.sweep_logprobs(SerialExecutor(rows, head_slice=policy.gpu_batch_size), Sweep(packed, pages))
     if not all(owner.finite for owner in owners):
         found = [torch.full_like(logprobs, torch.nan) for logprobs in found]
     asked = [id(segment) for segment in (*first, *several, *single) if segment.logit_requests]
@@ -137,11 +137,9 @@ def _run(
     return [by_segment[id(segment)] for segment in (*first, *second) if segment.logit_requests]
 
 
-def _beside_far_neighbour(
-    model: RecordedModel, policy: ResolvedPolicy, tokens: Tokens, max_length: int, cache: PagedCache
-) -> Tensor:
+def _beside_far_neighbour(rows: PackedRows, policy: ResolvedPolicy, tokens: Tokens, max_length: int) -> Tensor:
     """Run a short sequence next to one near the end of the context, whose page table repeats one page."""
     near = _whole(tokens)[0]
     start = min(max_length, FAR_POSITION) - 3
     far = Segment(tokens[:3], start, [len(near.table)] * (start // PAGE_TOKENS + 2))
-    return _run(model, policy, [far, near], cache=cache)[0]
+    return _run(rows, policy, [far, near])[0]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flexgen_helm.attention.paged.trial import HeadShape
 from flexgen_helm.errors import FlexGenError, OutOfSpace, UnsupportedModel
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.loading.source import LoadedModel
@@ -57,6 +58,8 @@ class Verdict:
     """Whether sequences gave the same bits among others and alone (level B); None: not measured on the device that computes."""
     layers: tuple[LayerCache, ...]
     """Cache sizes of each layer of the model that was checked, in its dtype."""
+    heads: tuple[HeadShape, ...] = ()
+    """Heads of its attention calls, one of every kind; none in single rows."""
 
     @property
     def cache_bytes_per_token(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from flexgen_helm.attention.paged.trial import HeadShape
 from flexgen_helm.cache_folder import cache_folder, write_whole
 from flexgen_helm.machine.identity import code_identity, machine_identity
 from flexgen_helm.rows.choice import Kind, KindChoice, Passed
@@ -84,10 +85,11 @@ def _from_plain(plain: dict[str, Any]) -> Passed:
     """Return the outcome for a dictionary that `dataclasses.asdict` made and JSON kept."""
     verdict, not_packed = plain["verdict"], plain["not_packed"]
     layers = tuple(LayerCache(tuple(map(int, one["per_token"])), int(one["per_sequence"])) for one in verdict["layers"])
+    heads = tuple(HeadShape(*map(int, shape)) for shape in verdict["heads"])
     if plain["kind"] not in ("packed", "single") or not isinstance(verdict["bit_stable"], bool):
         raise ValueError("another form")
     return Passed(
         cast(Kind, plain["kind"]),
-        Verdict(float(verdict["worst_difference"]), verdict["bit_stable"], layers),
+        Verdict(float(verdict["worst_difference"]), verdict["bit_stable"], layers, heads),
         None if not_packed is None else str(not_packed),
     )

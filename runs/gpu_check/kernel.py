@@ -22,7 +22,7 @@ FORMATS = {"16 bits": PLAIN_CACHE, "kv4": CacheFormat(4, 4)}
 
 def compare_kernel(sizes: Sizes) -> dict[str, Any]:
     """Try the kernel for each shape of heads and form of pages."""
-    shapes = [HeadShape(*shape) for shape in sizes.kernel_heads]
+    shapes = [HeadShape(num_heads, num_kv, dim, dim) for num_heads, num_kv, dim in sizes.kernel_heads]
     with torch.inference_mode(), PRECISE_PRODUCTS.hold():
         found = {
             f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.dim}, {name}": _tried(sizes, shape, cache_format)

@@ -84,7 +84,7 @@ def test_alone_is_together(name: str, options: Options) -> None:
 
 
 def test_the_trial_passes_and_a_wrong_kernel_is_refused() -> None:
-    shape = HeadShape(4, 2, 16)
+    shape = HeadShape(4, 2, 16, 24)
     require_equal(attend_row, CPU, shape, CacheFormat(4, 4), torch.float16)  # the interpreter does not compute in bfloat16
 
     def without_the_last_visit(plan: TilePlan, *arguments: Any, **options: Any) -> Tensor:
@@ -103,7 +103,7 @@ def test_the_trial_passes_and_a_wrong_kernel_is_refused() -> None:
 
 
 def test_no_kernel_where_no_gpu_is() -> None:
-    assert paged_kernel(CPU, HeadShape(4, 2, 16), PLAIN_CACHE, torch.float32) is None
+    assert paged_kernel(CPU, HeadShape(4, 2, 16, 16), PLAIN_CACHE, torch.float32) is None
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.execution.overlapped import OverlappedExecutor
-from flexgen_helm.kv_cache.state_store import StateStore
+from flexgen_helm.kv_cache.state_store import OwnedState, StateStore
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.single import SingleRows, cache_bytes, check_cache_shares
@@ -20,6 +22,7 @@ from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.rows import Continuation, LogitRequest, Row, Segment, State, Sweep, pack_decode
 from flexgen_helm.types import ResolvedPolicy
 from tests.models import save_tiny
+from tests.simulated_gpu.patches import simulated_gpu
 
 CPU = torch.device("cpu")
 POLICY = ResolvedPolicy(gpu_batch_size=16, gpu_batch_tokens=256)
@@ -70,6 +73,30 @@ def test_caches_on_the_host_change_no_bit(family: str, tmp_path: Path) -> None:
             assert sum(held) < stats.bytes_moved["host_to_device"] < stats.bytes_moved["device_to_host"] <= 4 * sum(held)
         else:
             assert 0 < stats.bytes_moved["device_to_host"] < 4 * sum(held) * 0.75
+
+
+def test_states_travel_through_pinned_memory_without_a_wait() -> None:
+    """A state that grows in three layers in turn, as the device computes it, and as the host reads it after all."""
+    with simulated_gpu() as gpu:
+        device = torch.device("cuda:0")
+        store, owner = StateStore(device, share=1.0), State()
+        states = [SimpleNamespace(keys=torch.zeros(1, 4), lists=[torch.ones(2)]) for _ in range(3)]
+        for step in range(1, 4):
+            for j, state in enumerate(states):
+                arriving = store.load(j, [OwnedState(owner, state)])
+                assert arriving is not None
+                store.wait(arriving)
+                state.keys = torch.cat([state.keys, torch.full((1, 4), float(10 * step + j), device=device)])
+                state.lists[0] = state.lists[0] * 2
+                store.store(j, [OwnedState(owner, state)])
+        waits = [event for event in gpu.log if event.kind == "wait" and event.what.startswith("d2h")]
+        store.settle()
+        for j, state in enumerate(copy.deepcopy(states)):  # as a completion begins
+            assert state.keys[:, 0].tolist() == [0.0, *(10.0 * step + j for step in range(1, 4))]
+            assert state.lists[0].tolist() == [8.0, 8.0]
+        store.close()
+        assert not waits
+        assert not gpu.faults
 
 
 def test_a_share_on_disk_is_refused() -> None:

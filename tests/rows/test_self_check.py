@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flexgen_helm import Engine, UnsupportedModel
 from flexgen_helm.attention import row
 from flexgen_helm.attention.kernels import Merged, merge_chunks
+from flexgen_helm.attention.paged.trial import HeadShape
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.loading import assembly
 from flexgen_helm.loading.assembly import cut_to_first_layers, empty_model
@@ -103,7 +104,7 @@ def test_16_bits_are_compared_in_fp32_without_a_copy_of_the_vocabulary(tmp_path:
     compared: list[tuple[torch.dtype, int]] = []
     difference = packed_check._difference
 
-    def noted(model: RecordedModel, *arguments: Any) -> float:
+    def noted(model: RecordedModel, *arguments: Any) -> tuple[float, tuple[HeadShape, ...]]:
         compared.append((model.model.dtype, model.model.config.vocab_size))
         return difference(model, *arguments)
 

@@ -14,6 +14,7 @@ import torch
 
 import flexgen_helm
 from flexgen_helm import Engine, Job
+from flexgen_helm.attention.paged.trial import HeadShape
 from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.machine import identity
@@ -29,7 +30,8 @@ from tests.workbench import OWN_MEMORY, POLICY, Workbench
 
 JOBS = [Job(token_ids=random_tokens(3, 20), max_new_tokens=4, top_logprobs=3)]
 CHECK = Check(WeightNumerics("0123", "float32"), POLICY, "auto", kv_dtype="float32", device=torch.device("cpu"), whole=True)
-PASSED = Passed("single", Verdict(1.5e-7, False, (LayerCache((8, 16), 0), LayerCache((), 640))), "it keeps other state")
+LAYERS = (LayerCache((8, 16), 0), LayerCache((), 640))
+PASSED = Passed("single", Verdict(1.5e-7, False, LAYERS, (HeadShape(4, 2, 16, 24),)), "it keeps other state")
 
 
 @pytest.fixture

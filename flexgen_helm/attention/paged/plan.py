@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexgen_helm.attention.masks import MaskRule
-from flexgen_helm.attention.row_pages import RowPages
-from flexgen_helm.attention.visits import Visit, row_visits
-from flexgen_helm.kv_cache.pages import CHUNK_TOKENS, Place
-from flexgen_helm.memory.copies import to_device, upload
+from flexgen_helm.attention.row_pages import Array, RowPages, chunk_pages, counted, earlier_form, exact_table, located
+from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, Place
+from flexgen_helm.memory.copies import to_device
+from flexgen_helm.schedule.rows import Row
 
 PLACES: tuple[Place, ...] = ("transient", "device", "staged")
 """Places of pages that a GPU reads, numbered as in the kernel."""
@@ -22,6 +22,8 @@ TILE_BYTES, MOST_QUERIES = 128, 64
 registers with heads of 128 and 256 (ptxas for sm_90a)."""
 SEEN, CAUSAL, MASKED = range(3)
 """Kinds of visits: all keys are seen; those up to the query; number 2 + i: those of mask i."""
+MASKED_AT_ONCE = 1 << 20
+"""Pairs of a query and a key for which a model's mask is asked at a time: 8 MiB of positions."""
 
 
 def tile_queries(kind: str, sharing: int, itemsize: int) -> int:
@@ -72,66 +74,125 @@ class TilePlan:
             size: Queries of a tile.
             device: Where the tables are.
         """
-        tiles: list[list[int]] = []
-        visits: list[list[int]] = []
-        masks: list[Tensor] = []
-        for tile in _tiles(pages, size):
-            tiles.append([*tile.place, len(visits)])
-            for visit, shown in tile.shown(rule):
-                found = [pages.find(page, visit.form) for page in visit.pages]
-                kind = CAUSAL if visit.is_own else SEEN
-                if shown is not None:
-                    kind = MASKED + len(masks)
-                    masks.append(shown)
-                places, numbers = [PLACES.index(place) for place, _ in found], [number for _, number in found]
-                visits.append([kind, int(visit.form == "sealed"), *places, *numbers])
-        tiles.append([0, 0, 0, 0, len(visits)])
-        table = torch.stack(masks) if masks else torch.zeros(1, size, CHUNK_TOKENS, dtype=torch.uint8)
-        lines = [upload(x, device, torch.int32) for x in (tiles, visits or [[0] * 10])]
-        return cls(size, lines[0], lines[1], to_device(table, device), torch.zeros(1, dtype=torch.long, device=device))
+        tiles, chunks = _Tiles.of(pages.row, size), _Chunks.of(pages)
+        # A tile lies in one chunk and visits the chunks up to it.
+        counts = tiles.begins // CHUNK_TOKENS + 1
+        owner, chunk = np.repeat(np.arange(len(counts)), counts), counted(counts)
+        own = chunk == counts[owner] - 1
+        read = chunks.lines[np.where(own, chunks.own[tiles.segments[owner]], chunks.earlier[tiles.segments[owner]]) + chunk]
+        kinds = np.where(own, CAUSAL, SEEN)
+        masks = torch.zeros(1, size, CHUNK_TOKENS, dtype=torch.uint8)
+        if not rule.causal_only:
+            seen, partly, found = _shown(tiles, owner, chunk, rule)
+            masks = found if len(found) else masks
+            kinds[partly] = MASKED + np.arange(len(found))
+            kinds, read, owner = kinds[seen], read[seen], owner[seen]
+        first = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(counts)))])
+        closed = np.zeros((len(counts) + 1, 5), np.int32)
+        closed[:-1, :4], closed[:, 4] = tiles.places, first
+        visits = np.column_stack([kinds, read]) if len(kinds) else np.zeros((1, 10))
+        lines, tables = (to_device(torch.from_numpy(x.astype(np.int32)), device) for x in (closed, visits))
+        return cls(size, lines, tables, to_device(masks, device), torch.zeros(1, dtype=torch.long, device=device))
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """Queries of one sequence at positions ``[begin, begin + size)``, of which those in ``[low, high)`` are real."""
+class _Tiles(NamedTuple):
+    """T tiles of a row, sequence by sequence: each has the queries of one segment at positions ``[begin, begin + size)``.
 
-    begin: int
-    low: int
-    high: int
-    first: int
-    """Row position of the place at ``begin``, whether a query is there or not."""
+    Attributes:
+        size: Queries of a tile, padding included.
+        segments: ``[T]``: the segment of the row.
+        begins: ``[T]``: position of the first place, whether a query is there or not.
+        lows: ``[T]``: position of the first real query.
+        highs: ``[T]``: position behind the last one.
+        rows: ``[T]``: row position of the first place.
+    """
+
     size: int
-    visits: list[Visit]
+    segments: Array
+    begins: Array
+    lows: Array
+    highs: Array
+    rows: Array
+
+    @classmethod
+    def of(cls, row: Row, size: int) -> _Tiles:
+        """Cut the segments of a row."""
+        starts, ends = (np.array([getattr(x, name) for x in row.segments], np.int64) for name in ("start", "end"))
+        offsets = np.cumsum(ends - starts) - (ends - starts)
+        counts = (ends - 1) // size - starts // size + 1
+        segments = np.repeat(np.arange(len(counts)), counts)
+        begins = (starts // size)[segments] * size + counted(counts) * size
+        lows, highs = np.maximum(begins, starts[segments]), np.minimum(begins + size, ends[segments])
+        return cls(size, segments, begins, lows, highs, (offsets - starts)[segments] + begins)
 
     @property
-    def place(self) -> tuple[int, int, int, int]:
-        """The tile's line of `TilePlan.tiles`, without its visits."""
-        return self.first, self.low - self.begin, self.high - self.begin, self.begin % CHUNK_TOKENS
-
-    def shown(self, rule: MaskRule) -> Iterator[tuple[Visit, Tensor | None]]:
-        """Yield the visits in which a query sees a key, each with its mask; None: what causality shows."""
-        if rule.causal_only:
-            yield from ((visit, None) for visit in self.visits)
-            return
-        # A model's predicate may know no positions that are not there.
-        q = torch.arange(self.begin, self.begin + self.size).clamp(self.low, self.high - 1)[:, None]
-        for visit in self.visits:
-            k = visit.chunk * CHUNK_TOKENS + torch.arange(CHUNK_TOKENS)[None]
-            causal = k <= q
-            shown = rule.allowed(q, k) & causal
-            real = slice(self.low - self.begin, self.high - self.begin)
-            if torch.equal(shown[real], causal[real]):
-                yield visit, None
-            elif shown[real].any():
-                yield visit, shown.to(torch.uint8)
+    def places(self) -> Array:
+        """The tiles' lines of `TilePlan.tiles`, without their visits: ``[T, 4]``."""
+        return np.column_stack([self.rows, self.lows - self.begins, self.highs - self.begins, self.begins % CHUNK_TOKENS])
 
 
-def _tiles(pages: RowPages, size: int) -> Iterator[_Tile]:
-    """Tiles of a row, sequence by sequence, each with its visits in order of position."""
-    for _, found in groupby(row_visits(pages.row), key=lambda visit: visit.offset):
-        visits = list(found)
-        segment, offset = visits[0].segment, visits[0].offset
-        for begin in range(segment.start // size * size, segment.end, size):
-            low, high = max(begin, segment.start), min(begin + size, segment.end)
-            mine = [visit for visit in visits if visit.first < high and visit.last > low]
-            yield _Tile(begin, low, high, offset + begin - segment.start, size, mine)
+class _Chunks(NamedTuple):
+    """The chunks of a row's S segments.
+
+    Attributes:
+        lines: ``[chunks, 9]``: the lines of `TilePlan.visits` without the kind.
+        earlier: ``[S]``: the line of a segment's chunk 0, as queries behind the chunk read it.
+        own: ``[S]``: what added to the number of a chunk gives its line, as the queries in it read it.
+    """
+
+    lines: Array
+    earlier: Array
+    own: Array
+
+    @classmethod
+    def of(cls, pages: RowPages) -> _Chunks:
+        """Find the pages of all chunks."""
+        spots: list[int] = []
+        sealed: list[bool] = []
+        earlier: list[int] = []
+        own: list[int] = []
+        for segment in pages.row.segments:
+            form, table = earlier_form(segment), exact_table(segment)
+            first, last = segment.start // CHUNK_TOKENS, (segment.end - 1) // CHUNK_TOKENS
+            earlier.append(len(sealed))
+            spots += pages.spots((segment.table if form == "sealed" else table)[: last * CHUNK_PAGES], form)
+            sealed += [form == "sealed"] * last
+            own.append(len(sealed) - first)
+            spots += pages.spots([page for chunk in range(first, last + 1) for page in chunk_pages(table, chunk)], "exact")
+            sealed += [False] * (last - first + 1)
+        found = (x.reshape(-1, CHUNK_PAGES) for x in located(spots, PLACES))
+        return cls(np.column_stack([np.array(sealed, np.int64), *found]), np.array(earlier, np.int64), np.array(own, np.int64))
+
+
+def _shown(tiles: _Tiles, owner: Array, chunk: Array, rule: MaskRule) -> tuple[Array, Array, Tensor]:
+    """Ask a model's mask what V visits show.
+
+    Args:
+        tiles: The tiles.
+        owner: ``[V]``: the tile of each visit.
+        chunk: ``[V]``: its chunk.
+        rule: The mask.
+
+    Returns:
+        Which visits show a query a key, bool ``[V]``; which of them show less than causality does, bool ``[V]``; and what
+        those show, uint8 ``[masks, M, 128]``.
+    """
+    step = max(1, MASKED_AT_ONCE // CHUNK_TOKENS // tiles.size)
+    parts = [_shown_at_once(tiles, owner[i : i + step], chunk[i : i + step], rule) for i in range(0, len(owner), step)]
+    seen, partly = (np.concatenate([part[i] for part in parts] or [np.zeros(0, np.bool_)]) for i in range(2))
+    return seen, partly, torch.cat([part[2] for part in parts] or [torch.empty(0, tiles.size, CHUNK_TOKENS)])
+
+
+def _shown_at_once(tiles: _Tiles, owner: Array, chunk: Array, rule: MaskRule) -> tuple[Array, Array, Tensor]:
+    places = tiles.begins[owner, None] + np.arange(tiles.size)
+    low, high = tiles.lows[owner, None], tiles.highs[owner, None]
+    # A model's predicate may know no positions that are not there.
+    q = torch.from_numpy(np.clip(places, low, high - 1)).view(-1, 1)
+    k = torch.from_numpy(chunk * CHUNK_TOKENS)[:, None].repeat_interleave(tiles.size, 0) + torch.arange(CHUNK_TOKENS)
+    causal = k <= q
+    shown = rule.allowed(q, k) & causal
+    real = torch.from_numpy((low <= places) & (places < high)).view(-1, 1)
+    by_visit = (len(owner), tiles.size * CHUNK_TOKENS)
+    seen, differs = ((x & real).view(by_visit).any(1).numpy() for x in (shown, shown ^ causal))
+    partly = seen & differs
+    return seen, partly, shown.view(len(owner), tiles.size, CHUNK_TOKENS)[torch.from_numpy(partly)].to(torch.uint8)

@@ -32,11 +32,22 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 class HeadShape(NamedTuple):
-    """Query heads, K/V heads, and the size of a head."""
+    """The heads of an attention call.
+
+    Attributes:
+        num_heads: Query heads.
+        num_kv_heads: K/V heads.
+        dim: Elements of a head of queries and keys.
+        value_dim: Elements of a head of values.
+    """
 
     num_heads: int
     num_kv_heads: int
     dim: int
+    value_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.num_heads} and {self.num_kv_heads} heads of {self.dim}, values of {self.value_dim}"
 
 
 @functools.cache
@@ -45,7 +56,7 @@ def paged_kernel(device: torch.device, shape: HeadShape, cache_format: CacheForm
 
     Args:
         device: The device that computes.
-        shape: Heads of the model's layers.
+        shape: Heads of an attention call.
         cache_format: Form of K and V.
         dtype: Dtype in which attention reads them.
     """
@@ -56,7 +67,7 @@ def paged_kernel(device: torch.device, shape: HeadShape, cache_format: CacheForm
 
         require_equal(attend_row, device, shape, cache_format, dtype)
     except Exception as error:  # compilers raise anything
-        logger.warning("attention is computed by hand, since the Triton kernel does not serve here: %s", error)
+        logger.warning("attention is computed by hand, since the Triton kernel does not serve here for %s: %s", shape, error)
         return None
     return attend_row
 
@@ -101,10 +112,9 @@ class Trial:
             lengths: Tokens of the sequences.
         """
         chance = torch.Generator().manual_seed(0)
-        heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-        self._inputs = [
-            [(2 * torch.rand(n, count, shape.dim, generator=chance) - 1).to(device, dtype) for count in heads] for n in lengths
-        ]
+        kv = shape.num_kv_heads
+        heads = ((shape.num_heads, shape.dim), (kv, shape.dim), (kv, shape.value_dim))
+        self._inputs = [[(2 * torch.rand(n, *each, generator=chance) - 1).to(device, dtype) for each in heads] for n in lengths]
         self._cache, self._device, self._lengths = PagedCache(cache_format=cache_format), device, lengths
         self._seals, self._scale = cache_format.seals, shape.dim**-0.5
         self._tables: list[list[int]] = []

@@ -21,8 +21,8 @@ MUTANTS = (
     Mutant(
         name="sealed-decode-forms-mixed",
         file="flexgen_helm/attention/decode.py",
-        old="return visit.chunk, visit.form, visit.pages",
-        new='return visit.chunk, "exact", visit.pages',
+        old="found[visit.chunk, visit.form, visit.pages]",
+        new='found[visit.chunk, "exact", visit.pages]',
         tests=(FORMS,),
         why="what a query reads depends on who shares its chunk",
     ),
