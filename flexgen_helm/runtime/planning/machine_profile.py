@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
-from flexgen_helm.cache_folder import cache_folder
+from flexgen_helm.cache_folder import cache_folder, locked
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.loading.dummy_weights import make_first_layers
 from flexgen_helm.loading.source import ModelSource, dtype_name
@@ -74,6 +74,8 @@ def machine_profile(
 ) -> MachineProfile:
     """Return the profile of this machine, measured at the first use with equal processor, device, threads, versions and disk.
 
+    One process measures at a time, for two would measure each other; another one waits, and takes what was measured meanwhile.
+
     Args:
         device: The device that computes.
         subject: A model: products and attention are measured at its sizes, and its layers for its rows. None: standard sizes.
@@ -115,14 +117,36 @@ class _Kept:
     def get(self, key: dict[str, Any], what: str, measure: Callable[[], MachineProfile]) -> MachineProfile:
         """Return a kept profile, or measure and keep it."""
         file = self._file(key)
+        found = self._read(file)
+        if found is not None:
+            return found
+        with self._alone():
+            found = self._read(file)  # measured while this process waited
+            if found is not None:
+                return found
+            self.say(f"measuring {what}, once: it takes up to a minute")
+            profile = measure()
+            with suppress(FlexGenError):
+                write_profile(profile, file)
+            return profile
+
+    def _read(self, file: Path) -> MachineProfile | None:
         if not self.again:
             with suppress(FlexGenError):
                 return read_profile(file)
-        self.say(f"measuring {what}, once: it takes up to a minute")
-        profile = measure()
-        with suppress(FlexGenError):
-            write_profile(profile, file)
-        return profile
+        return None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other process measure this machine meanwhile."""
+        file = self._file({}).with_suffix(".lock")
+        with ExitStack() as stack:
+            # A cache folder that cannot be written, or has no locks, costs measurements and no more.
+            with suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                waits = partial(self.say, f"waiting for another process, which measures this machine ({file})")
+                stack.enter_context(locked(file, say_waits=waits))
+            yield
 
     def _file(self, key: dict[str, Any]) -> Path:
         decisive = {

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,11 +68,43 @@ def test_a_machine_is_measured_once_and_says_so(measured: list[str]) -> None:
     assert measured == ["machine"] * 2
 
 
+def test_one_measures_while_the_other_waits(measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    waits, measures = threading.Event(), threading.Event()
+
+    def measure_slowly(*others: object) -> MachineProfile:
+        measured.append("machine")
+        measures.set()
+        assert waits.wait(60)
+        return LAPTOP
+
+    def say(text: str) -> None:
+        said.append(text)
+        waits.set()
+
+    monkeypatch.setattr(module, "_measure_machine", measure_slowly)
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(machine_profile, CPU)
+        assert measures.wait(60)
+        assert machine_profile(CPU, say=say) == first.result() == LAPTOP
+    (lock,) = (tmp_path / "cache" / "profiles").glob("*.lock")
+    assert said == [f"waiting for another process, which measures this machine ({lock})"]
+    assert measured == ["machine"]
+
+
+def test_a_folder_without_locks_costs_a_measurement_and_no_more(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*others: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert machine_profile(CPU) == LAPTOP
+
+
 def test_another_machine_threads_or_a_torn_file_are_measured_again(
     measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     machine_profile(CPU)
-    (kept,) = (tmp_path / "cache" / "profiles").iterdir()
+    (kept,) = (tmp_path / "cache" / "profiles").glob("*.json")
     kept.write_text(kept.read_text()[:-9])
     machine_profile(CPU)
     assert len(measured) == 2
