@@ -18,7 +18,7 @@ from flexgen_helm.policy.planner.search.refusal import PRECISION, missing_bytes
 from flexgen_helm.policy.planner.simulate import simulate
 from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.types import ON_DEVICE, ON_HOST, TIERS, Policy, Shares, Tier
-from tests.policy.planner.machines import cpu, model, space_of
+from tests.policy.planner.made import cpu, model, space_of
 from tests.policy.planner.triples import Triple, random_triple
 
 TIMES_SLOWER = 1.03

@@ -32,7 +32,7 @@ from flexgen_helm.runtime.slab_places import SlabPlaces
 from flexgen_helm.types import ON_DEVICE, WeightNumerics
 from tests.dimensions import VOCAB_SIZE
 from tests.jobs import fixed_mix, random_tokens
-from tests.policy.planner.machines import cpu, t4
+from tests.policy.planner.made import cpu, t4
 from tests.policy.planner.triples import random_triple
 from tests.workbench import OWN_MEMORY, Workbench
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from flexgen_helm.cli import main
 from flexgen_helm.machine.profile_file import write_profile
 from flexgen_helm.types import TIERS
-from tests.policy.planner.machines import cpu
+from tests.policy.planner.made import cpu
 
 JOBS, PROMPT_LEN, GEN_LEN = 24, 40, 6
 
