@@ -1,8 +1,8 @@
 """Compilation of loops by Numba, and the machine code that is kept of them.
 
 Numba would keep it beside the source, where every new installation or checkout compiles anew, and until the loop's own file
-changes, whatever happens to the functions that it calls. So it is kept in the cache folder, by the sources of all loops and of
-what they import.
+changes, whatever happens to the functions that it calls. So it is kept in the cache folder, by the sources of what a loop is
+made of.
 """
 
 from __future__ import annotations
@@ -34,17 +34,26 @@ def compiled(function: Any) -> Any:
     return loop
 
 
+IMPORT = re.compile(rb"^from (flexgen_helm[\w.]*) import", re.MULTILINE)
+
+
 @cache
-def _sources() -> str:
-    """A digest of all files with loops that Numba compiles, and of those whose functions and constants they import."""
-    root = Path(flexgen_helm.__file__).parent
-    found = {path: path.read_bytes() for path in root.rglob("*.py")}
-    loops = {path: content for path, content in found.items() if b"numba" in content.lower()}
-    names = {name for content in loops.values() for name in re.findall(rb"^from flexgen_helm\.([\w.]+) import", content, re.M)}
-    used = {root.joinpath(*name.decode().split(".")).with_suffix(".py") for name in names}
+def _made_of(file: Path) -> frozenset[Path]:
+    """A file with loops, or parts of them, and the files of this package whose functions and constants it imports."""
+    content = file.read_bytes()
+    if b"numba" not in content.lower():
+        return frozenset([file])
+    names = (name.decode().split(".")[1:] for name in IMPORT.findall(content))
+    used = (Path(flexgen_helm.__file__).parent.joinpath(*name).with_suffix(".py") for name in names)
+    return frozenset([file]).union(*(_made_of(each) for each in used if each.is_file()))
+
+
+@cache
+def _digest(file: Path) -> str:
+    """A digest of everything that a file's loops are made of."""
     digest = hashlib.sha256()
-    for path in sorted(loops.keys() | (used & found.keys())):
-        digest.update(f"{path.relative_to(root)}:".encode() + found[path])
+    for path in sorted(_made_of(file)):
+        digest.update(f"{path.name}:".encode() + path.read_bytes())
     return digest.hexdigest()[:32]
 
 
@@ -52,8 +61,7 @@ class _InCacheFolder(_CacheLocator):
     """Finds the machine code of a loop in the cache folder."""
 
     def __init__(self, function: Any, file: Path) -> None:
-        self._line, self._folder = function.__code__.co_firstlineno, cache_folder() / "compiled" / "loops" / _sources()
-        self._folder /= file.parent.name
+        self._line, self._folder = function.__code__.co_firstlineno, cache_folder() / "compiled" / "loops" / _digest(file)
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> _InCacheFolder | None:
