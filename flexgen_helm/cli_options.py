@@ -164,6 +164,7 @@ def add_profile_options(parser: argparse.ArgumentParser) -> None:
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on a GPU, float32 on a CPU")
     add("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add("--compile-layers", action="store_true", help="measure the model's layers compiled")
     add("--offload-folder", type=Path, metavar="DIR", help="folder on the disk to measure (default: the cache folder)")
     add = parser.add_argument_group("result").add_argument
     add("--out", type=Path, metavar="FILE", help="write the profile as JSON")
@@ -182,6 +183,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="auto: the checkpoint's on a GPU, float32 on a CPU",
     )
+    add("--compile-layers", action="store_true", help="plan for compiled layers, of which the profile must have times")
     add("--allow", nargs="+", default=[], type=parse, metavar="V", help="variants that may be chosen where faster: w4 w4kv4")
     add = parser.add_argument_group("machine").add_argument
     add("--machine", metavar="NAME|FILE", help="t4, h100, h200, laptop-8gib, or a profile's file (default: this machine)")

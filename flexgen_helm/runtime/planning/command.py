@@ -47,7 +47,12 @@ def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
         raise PolicyError(f"--device {args.device} is of this machine, but --machine names another one. Leave one of them out.")
     device = resolve_device(args.device) if named is None else device_of(named)
     source = open_source(args.config or name, args.dtype, device)
-    profile = named or _measured(args, source, device, say)
+    profile = (named or _measured(args, source, device, say)).with_layers(compiled=args.compile_layers)
+    if args.compile_layers and not profile.layers:
+        raise PolicyError(
+            f"The profile {profile.name} has no times of compiled layers. Leave --compile-layers out, or measure them with "
+            "`flexgen-helm profile --model M --compile-layers --out FILE` and name that file."
+        )
     space = space_of(profile, parse_max_memory(args.max_memory))
     tiers: frozenset[Tier] = frozenset(tier for tier in TIERS if tier not in args.without)
     constraints = Constraints(args.max_latency, args.min_throughput, tiers, args.search_numerics)
@@ -111,5 +116,5 @@ def space_of(profile: MachineProfile, limits: dict[Tier, int]) -> Space:
 
 def _measured(args: Namespace, source: ModelSource, device: Device, say: Callable[[str], None]) -> MachineProfile:
     """Return the profile of this machine, which is measured if it is not known yet."""
-    subject = Subject(source, resolved(args.policy, device))
+    subject = Subject(source, resolved(args.policy, device), args.compile_layers)
     return machine_profile(device, subject=subject, say=say, say_part=lambda part: say(f"  {part}"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig
 
 from flexgen_helm.cache_folder import cache_folder, locked
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
@@ -23,6 +23,7 @@ from flexgen_helm.machine.identity import machine_identity
 from flexgen_helm.machine.profile import LayerTime, MachineProfile
 from flexgen_helm.machine.profile_file import read_profile, write_profile
 from flexgen_helm.memory.device import Device
+from flexgen_helm.model.compiled.layers import by_inductor
 from flexgen_helm.model.layers import layer_kinds, layers_of
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.measure import LayerShapes, Say, measure_machine, measure_model
@@ -51,10 +52,12 @@ class Subject:
     Attributes:
         source: The model; its weights are not read.
         policy: Row sizes.
+        compiled: Whether its layers are compiled.
     """
 
     source: ModelSource
     policy: ResolvedPolicy
+    compiled: bool = False
 
     @property
     def signature(self) -> str:
@@ -100,6 +103,7 @@ def machine_profile(
             "model": subject.signature,
             "dtype": dtype_name(subject.source.dtype),
             "rows": [policy.gpu_batch_size, policy.gpu_batch_tokens],
+            **({"compiled": True} if subject.compiled else {}),
         }
         measure = partial(_measure_subject, machine, device, subject, say_part)
         return kept.get(key, f"{subject.source.name} on this machine", measure)
@@ -173,7 +177,8 @@ def _measure_machine(device: Device, folder: Path, say: Say) -> MachineProfile:
         num_key_value_heads=2,
         num_hidden_layers=2,
     )
-    calls = dummy_layer_times(config, torch.float32, device, policy, "tiny", cold=False)
+    source = ModelSource("tiny", None, config, None, torch.float32, device.torch_device)
+    calls = dummy_layer_times(source, device, policy, "tiny", cold=False)
     by_processor = {found.kind: found.processor.seconds for found in reversed(calls) if found.processor is not None}
     return replace(
         profile,
@@ -194,7 +199,7 @@ def _measure_subject(machine: MachineProfile, device: Device, subject: Subject, 
     profile = measure_model(machine, device, subject.source.dtype, sizes, say)
     say(f"layers of {subject.source.name}")
     try:
-        layers = dummy_layer_times(subject.source.config, subject.source.dtype, device, policy, signature(shapes))
+        layers = dummy_layer_times(subject.source, device, policy, signature(shapes), compiled=subject.compiled)
     except UnsupportedModel as error:
         say(f"its layers are not measured, because in packed rows {error}")
         layers = []
@@ -202,25 +207,28 @@ def _measure_subject(machine: MachineProfile, device: Device, subject: Subject, 
 
 
 def dummy_layer_times(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
+    source: ModelSource,
     device: Device,
     policy: ResolvedPolicy,
     name: str,
     *,
     cold: bool = True,
+    compiled: bool = False,
 ) -> list[LayerTime]:
     """Measure the first layers of a model, with random weights.
 
     Args:
-        config: Config of the model.
-        dtype: Dtype of the weights.
+        source: The model; its weights are not read.
         device: The device.
         policy: Row sizes.
         name: Signature of the model's sizes.
         cold: Whether weights come from memory; otherwise they stay in caches if they fit.
+        compiled: Whether layers are compiled.
+
+    Raises:
+        UnsupportedModel: If the model does not run in packed rows, or its layers cannot be compiled.
     """
-    first = make_first_layers(config, dtype=dtype, device=device.torch_device)
-    source = ModelSource(name, None, config, None, dtype, device.torch_device)
+    first = make_first_layers(source.config, dtype=source.dtype, device=device.torch_device)
+    model = RecordedModel(first, compiled=by_inductor() if compiled else None)
     kinds = layer_kinds(source.empty, layers_of(source.empty))
-    return list(layer_times(MeasuredModel(RecordedModel(first), name, kinds), policy, device, cold=cold))
+    return list(layer_times(MeasuredModel(model, name, kinds), policy, device, cold=cold))

@@ -24,6 +24,7 @@ from flexgen_helm.memory.device import CPU
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.runtime.planning import machine_profile as module
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
+from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.types import Policy
 
 LAPTOP = named_profile("laptop-8gib")
@@ -44,7 +45,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         machine: MachineProfile, device: object, subject: Subject, say: Callable[[str], None]
     ) -> MachineProfile:
         calls.append(subject.signature)
-        return replace(machine, layers=(LAYER,))
+        return replace(machine, layers=(replace(LAYER, compiled=subject.compiled),))
 
     monkeypatch.setattr(module, "_measure_machine", measure_machine)
     monkeypatch.setattr(module, "_measure_subject", measure_subject)
@@ -117,16 +118,18 @@ def test_another_machine_threads_or_a_torn_file_are_measured_again(
 
 
 def test_a_model_is_measured_once_for_its_sizes_dtype_and_rows(measured: list[str], config: Path) -> None:
-    def profile(dtype: str = "float32", size: int = 16) -> MachineProfile:
+    def profile(dtype: str = "float32", size: int = 16, *, compiled: bool = False) -> MachineProfile:
         source = open_dummy(str(config), dtype=dtype, device=torch.device("cpu"))
         policy = resolved(Policy(gpu_batch_size=size, gpu_batch_tokens=64), CPU)
-        return machine_profile(CPU, subject=Subject(source, policy))
+        return machine_profile(CPU, subject=Subject(source, policy, compiled))
 
     assert [profile().layers for _ in range(2)] == [(LAYER,)] * 2
     assert len(measured) == 2  # the machine, and the model on it
     profile("bfloat16")
     profile(size=32)
     assert len(measured) == 4
+    assert profile(compiled=True).layers == (replace(LAYER, compiled=True),)
+    assert len(measured) == 5
     assert machine_profile(CPU).layers == ()
 
 
@@ -144,7 +147,13 @@ def test_a_real_layer_is_measured_and_what_cannot_be_packed_is_left_out(
         (subject.signature, "decode", 16),
     }
 
-    def refuse(*others: object) -> list[LayerTime]:
+    with PRECISE_PRODUCTS.hold():
+        compiled = module._measure_subject(LAPTOP, CPU, replace(subject, compiled=True), said.append)
+    assert all(layer.compiled for layer in compiled.layers)
+    assert compiled.with_layers(compiled=False).layers == ()
+    assert compiled.with_layers(compiled=True) == compiled
+
+    def refuse(*others: object, **options: object) -> list[LayerTime]:
         raise UnsupportedModel("it keeps state")
 
     monkeypatch.setattr(module, "dummy_layer_times", refuse)
@@ -179,5 +188,7 @@ def test_the_command_says_what_it_cannot_use(measured: list[str], tmp_path: Path
     assert "cannot be created" in capsys.readouterr().err
     assert main(["profile", "--device", "cpu", "--out", str(tmp_path / "file" / "out.json")]) == 2
     assert "The profile cannot be written" in capsys.readouterr().err
+    assert main(["profile", "--device", "cpu", "--compile-layers"]) == 2
+    assert "Give --model M too" in capsys.readouterr().err
     assert main(["profile", "--device", "cpu", "--model", str(tmp_path / "gone")]) == 2
     assert "gone" in capsys.readouterr().err
