@@ -141,7 +141,8 @@ def test_conversion_killed_at_every_moment(step: int, tmp_path: Path) -> None:
         seen.add(len(complete))
         moment += step
     assert moment > 30
-    assert seen == {0, 1, 2, 3}
+    assert {0, 1, 2} <= seen
+    assert step > 1 or 3 in seen
 
 
 @contextmanager
