@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flexgen_helm.errors import OutOfSpace
@@ -61,6 +62,30 @@ def _move_to_free_name(source: str, target: Path) -> None:
         os.replace(source, target)
     else:
         os.unlink(source)
+
+
+@contextmanager
+def locked(file: Path, *, say_waits: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a file that one thread of one process holds at a time. A process that ends, in whatever way, lets go of it.
+
+    Args:
+        file: File to hold, made if there is none. Its holder may replace it.
+        say_waits: Called before the wait for another holder.
+
+    Raises:
+        OSError: If the file cannot be made, or its file system has no locks.
+    """
+    while True:
+        with file.open("a") as held:
+            try:
+                fcntl.flock(held.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say_waits()
+                fcntl.flock(held.fileno(), fcntl.LOCK_EX)
+            # Its last holder may have replaced it between the two lines above.
+            if file.exists() and file.stat().st_ino == os.fstat(held.fileno()).st_ino:
+                yield
+                return
 
 
 def build_once(target: Path, build: Callable[[Path], None], *, needed_bytes: int) -> Path:

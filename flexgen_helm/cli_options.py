@@ -177,6 +177,7 @@ def add_profile_options(parser: argparse.ArgumentParser) -> None:
     add("--model", type=parse_model, metavar="M", help="measure at this model's sizes, and its layers; a config is enough")
     add("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's on a GPU, float32 on a CPU")
     add("--device", default="auto", metavar="D", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add("--compile-layers", action="store_true", help="measure the model's layers compiled")
     add("--offload-folder", type=Path, metavar="DIR", help="folder on the disk to measure (default: the cache folder)")
     add = parser.add_argument_group("result").add_argument
     add("--out", type=Path, metavar="FILE", help="write the profile as JSON")
@@ -195,6 +196,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="auto: the checkpoint's on a GPU, float32 on a CPU",
     )
+    add("--compile-layers", action="store_true", help="plan for compiled layers, of which the profile must have times")
     add("--allow", nargs="+", default=[], type=parse, metavar="V", help="variants that may be chosen where faster: w4 w4kv4")
     add = parser.add_argument_group("machine").add_argument
     _add_machine_options(add)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 from packaging.version import Version
 
 from flexgen_helm.assets import smollm2_folder
@@ -44,8 +44,22 @@ LONGEST_FILES = (
 """Files that take longest. They come first, so that no process is left with one of them at the end."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+FEW, SHARE = 8, 3
+"""Where slow tests are left out, property tests try a third of their examples, but no fewer than so many."""
+
+
+def _try_fewer_examples(items: list[pytest.Item]) -> None:
+    for test in {item.obj for item in items if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj)}:
+        test = getattr(test, "__func__", test)  # of a class
+        given = test._hypothesis_internal_use_settings
+        if given.max_examples > FEW:
+            test._hypothesis_internal_use_settings = settings(given, max_examples=max(FEW, given.max_examples // SHARE))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Puts the longest files first, and skips what an older transformers, which is allowed, cannot do."""
+    if config.getoption("markexpr") == "not slow":
+        _try_fewer_examples(items)
     order = {name: place for place, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: order.get(str(item.path.relative_to(TESTS)), len(order)))
     for version, names in LATER.items():

@@ -7,8 +7,6 @@ The value of a code is ``code * scale + zero`` in fp32: the product is rounded, 
   ``ceil(Dv * bits / 8)`` bytes of codes; a row has an even number of bytes.
 
 Codes of 2, 4 or 8 bits are packed little-endian: the lowest bits of a byte come first.
-Numba keeps compiled loops until their own file changes: who changes this file touches decode_kernel.py and
-sparse_decode_kernel.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Blocks of numbers in vector registers: LLVM instructions for `flexgen_helm.attention.decode_kernel` that Numba does not emit.
 
 Vectors of 16 numbers are LLVM's: on processors with narrower registers it takes several for each.
-Numba keeps compiled loops until their own file changes: who changes this file touches decode_kernel.py,
-sparse_decode_kernel.py and sparse_kernel.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Which numbers of many are the largest: loops of sparse attention, compiled by Numba into those that call them.
-
-Numba keeps a compiled loop until its own file changes: who changes this file touches those that import it.
-"""
+"""Which numbers of many are the largest: loops of sparse attention, compiled by Numba into those that call them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The loops of sparse attention of decode rows on the CPU, compiled by Numba: which keys a query reads, and their values.
 
 They read pages as `flexgen_helm.attention.decode_kernel` does. What a query gets follows from its own keys in order alone.
-Numba keeps the compiled loops until this file changes: who changes a file whose functions are used here touches this one.
 """
 
 from __future__ import annotations

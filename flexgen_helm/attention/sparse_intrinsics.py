@@ -1,7 +1,4 @@
-"""More blocks of numbers in vector registers, for `flexgen_helm.attention.sparse_decode_kernel`: see `decode_intrinsics`.
-
-Numba keeps compiled loops until their own file changes: who changes this file touches those that import it.
-"""
+"""More blocks of numbers in vector registers, for `flexgen_helm.attention.sparse_decode_kernel`: see `decode_intrinsics`."""
 
 from __future__ import annotations
 

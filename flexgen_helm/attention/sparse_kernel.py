@@ -1,7 +1,4 @@
-"""The loop that chooses which keys the queries of a row read, compiled by Numba.
-
-Numba keeps the compiled loop until this file changes: who changes `flexgen_helm.attention.selection` touches this one.
-"""
+"""The loop that chooses which keys the queries of a row read, compiled by Numba."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+
+from flexgen_helm.cache_folder import locked
 
 
 def rewrite(path: Path, change: Callable[[str], str]) -> None:
@@ -19,21 +19,10 @@ def rewrite(path: Path, change: Callable[[str], str]) -> None:
         change: Gets the text, empty where there was no file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with locked(path):
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             temporary.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    while True:
-        with path.open("a") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-            # Its last owner may have replaced it between the two lines above.
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                yield
-                return

@@ -280,22 +280,9 @@ class PageFormat:
         """Bytes of one stored token, K and V together."""
         return self.num_bytes // PAGE_TOKENS
 
-    def allocate(self, pages: int, device: torch.device, old: list[Tensor] | None = None) -> PageTensors:
-        """Pages that read as zeros.
-
-        Args:
-            pages: Their number.
-            device: Where they are.
-            old: Stored parts that the first pages take over. They leave the list as they are copied, so that never all are
-                there twice.
-        """
-        new = []
-        for part in self.parts:
-            new.append(part.allocate(pages, device))
-            if old:
-                new[-1][: len(old[0])] = old[0]
-                del old[0]
-        return PageTensors(self, *new)
+    def allocate(self, pages: int, device: torch.device) -> PageTensors:
+        """So many pages on a device that read as zeros."""
+        return PageTensors(self, *(part.allocate(pages, device) for part in self.parts))
 
 
 @dataclass(frozen=True, eq=False)

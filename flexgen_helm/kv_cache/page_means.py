@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.kv_cache.page_format import CacheKey, MeanPart
-from flexgen_helm.kv_cache.pages import PageCounts, PageMap, PagePool, PageStorage, Place, grown
+from flexgen_helm.kv_cache.page_stores import GrowingPages
+from flexgen_helm.kv_cache.pages import PageCounts, PageMap, PagePool, PageStorage, Place
 from flexgen_helm.types import TIERS
 
 
@@ -21,14 +22,16 @@ class PageMeans:
             page_map: Which tier each page has.
             grows: See `flexgen_helm.kv_cache.page_stores.GrowingPages`.
         """
-        self._pool, self._page_map, self._grows = pool, page_map, grows or pool is None
-        self._kept = self._transient = 0
-        self._tensors: dict[tuple[CacheKey, MeanPart], Tensor] = {}
+        self._pool, self._page_map = pool, page_map
+        self._kept, self._transient = (
+            GrowingPages(None if pool is None else sum(pool.capacities), grows=grows),
+            GrowingPages(None),
+        )
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors when all their pages are in use."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        return self._kept.num_bytes + self._transient.num_bytes
 
     def first(self, place: Place) -> int:
         """The number of the mean of a tier's first page; numbers change only while no page is in use."""
@@ -46,21 +49,12 @@ class PageMeans:
             limits = self._pool.limits
             limit = sum(limits)
             ends = [limits.first(tier) + count for tier, count in zip(TIERS, storage.kept, strict=True) if count]
-            kept = max(ends, default=0) if self._grows else limit
-        if limit is not None and self._kept > limit:
-            self._tensors.clear()
-            self._kept = 0
-        self._kept = grown(self._kept, kept, limit) if self._grows else kept
-        self._transient = grown(self._transient, storage.transient, None)
+            kept = max(ends, default=0)
+        self._kept.reserve(kept, limit)
+        self._transient.reserve(storage.transient)
 
     def tensor(self, key: CacheKey, part: MeanPart, place: Place, device: torch.device) -> Tensor:
         """The means ``[n, num_heads, dim]`` for the pages of one attention call at a place, on a device."""
-        is_transient = place == "transient"
-        key, count = (CacheKey(-1, key.call), self._transient) if is_transient else (key, self._kept)
-        found = self._tensors.get((key, part))
-        if found is None or len(found) < count:
-            larger = part.allocate(count, device)
-            if found is not None:
-                larger[: len(found)] = found
-            found = self._tensors[key, part] = larger
-        return found
+        if place == "transient":
+            return self._transient.tensor(CacheKey(-1, key.call), "mean", part, device)
+        return self._kept.tensor(key, "mean", part, device)

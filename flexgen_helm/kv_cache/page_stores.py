@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexgen_helm.errors import DiskFull
 from flexgen_helm.kv_cache.cargo import Cargo, ValueRows, as_rows
-from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat, PageTensors, PartName
+from flexgen_helm.kv_cache.page_format import CacheKey, MeanPart, PageFormat, PageTensors, PartFormat, PartName
 from flexgen_helm.kv_cache.pages import TRANSFER_BYTES, grown
 from flexgen_helm.memory.amounts import gib, padded
 from flexgen_helm.memory.block_reader import BlockReader
@@ -39,7 +39,7 @@ class GrowingPages:
         """Bytes of all tensors when all their pages are in use."""
         self._grows = grows or capacity is None
         self._pages = 0
-        self._tensors: dict[tuple[CacheKey, PageFormat], PageTensors] = {}
+        self._tensors: dict[tuple[CacheKey, PartName, PartFormat | MeanPart], Tensor] = {}
 
     def reserve(self, pages: int, limit: int | None = None) -> None:
         """Make room for pages numbered below this; tensors follow at their next use.
@@ -56,15 +56,19 @@ class GrowingPages:
         self._pages = limit if limit is not None and not self._grows else grown(self._pages, pages, limit)
 
     def tensors(self, key: CacheKey, page_format: PageFormat, device: torch.device) -> PageTensors:
-        """The pages of one attention call, made or made larger on a device where they are missing or too few."""
-        found = self._tensors.get((key, page_format))
-        if found is not None and len(found.k) >= self._pages:
-            return found
-        old = [] if found is None else list(found.tensors)
-        del found
-        self._tensors.pop((key, page_format), None)
-        new = self._tensors[key, page_format] = page_format.allocate(self._pages, device, old)
-        self.num_bytes = sum(tensors.num_bytes for tensors in self._tensors.values())
+        """K and V of the pages of one attention call, see `tensor`."""
+        k, v = self.tensor(key, "k", page_format.k, device), self.tensor(key, "v", page_format.v, device)
+        return PageTensors(page_format, k, v)
+
+    def tensor(self, key: CacheKey, name: PartName, part: PartFormat | MeanPart, device: torch.device) -> Tensor:
+        """A part of the pages of one attention call, made or made larger on a device where it is missing or too small."""
+        old = self._tensors.get((key, name, part))
+        if old is not None and len(old) >= self._pages:
+            return old
+        new = self._tensors[key, name, part] = part.allocate(self._pages, device)
+        if old is not None:
+            new[: len(old)] = old
+        self.num_bytes = sum(tensor.nbytes for tensor in self._tensors.values())
         return new
 
 
@@ -113,26 +117,29 @@ class HostPages(GrowingPages):
 
     def read(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Copy pages into a buffer; nothing is left to wait for."""
-        index, stored = torch.tensor(pages), self._tensors[cargo.key, cargo.page_format]
-        for name, target in zip(cargo.names, self.view(cargo, buffer, len(pages)), strict=True):
-            torch.index_select(cargo.as_words(stored.part(name)[1]), 0, index, out=cargo.as_words(target))
+        index = torch.tensor(pages)
+        for stored, target in zip(self._stored(cargo), self.view(cargo, buffer, len(pages)), strict=True):
+            torch.index_select(cargo.as_words(stored), 0, index, out=cargo.as_words(target))
         return []
 
     def write(self, cargo: Cargo, pages: list[int], buffer: Tensor) -> list[Future[None]]:
         """Copy pages out of a buffer; nothing is left to wait for."""
-        index, stored = torch.tensor(pages), self._tensors[cargo.key, cargo.page_format]
-        for name, source in zip(cargo.names, self.view(cargo, buffer, len(pages)), strict=True):
-            cargo.as_words(stored.part(name)[1]).index_copy_(0, index, cargo.as_words(source))
+        index = torch.tensor(pages)
+        for stored, source in zip(self._stored(cargo), self.view(cargo, buffer, len(pages)), strict=True):
+            cargo.as_words(stored).index_copy_(0, index, cargo.as_words(source))
         return []
 
     def read_rows(self, rows: ValueRows, out: Tensor) -> int:
         """Copy rows of V into memory."""
-        stored = as_rows(self._tensors[rows.key, rows.page_format].v, rows.row_bytes)
-        torch.index_select(stored, 0, rows.rows, out=out)
+        (stored,) = self._stored(Cargo(rows.key, rows.page_format, ("v",)))
+        torch.index_select(as_rows(stored, rows.row_bytes), 0, rows.rows, out=out)
         return 0
 
     def close(self) -> None:
         """Do nothing: memory goes with its last use."""
+
+    def _stored(self, cargo: Cargo) -> list[Tensor]:
+        return [self._tensors[cargo.key, name, part] for name, part in zip(cargo.names, cargo.parts, strict=True)]
 
 
 class DiskPages:

@@ -1,7 +1,4 @@
-"""Numbers of 32 and 16 bits in loops compiled by Numba, which has no bfloat16 and computes with no float16.
-
-Numba keeps a compiled loop until its own file changes: who changes this file touches those that import it.
-"""
+"""Numbers of 32 and 16 bits in loops compiled by Numba, which has no bfloat16 and computes with no float16."""
 
 from __future__ import annotations
 

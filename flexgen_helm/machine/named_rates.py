@@ -38,7 +38,8 @@ def named_rates(profile: MachineProfile) -> Iterator[NamedRate]:
         yield NamedRate(f"products, {product.dtype}, {product.tokens} tokens{packed}", "FLOP/s", product.rate)
     for attention in profile.attention:
         unit = "FLOP/s" if attention.kind == "prefill" else "B/s"
-        yield NamedRate(f"{attention.kind} attention, {attention.format}, {attention.place}", unit, attention.rate)
+        kernel = f", by {attention.kernel}" if attention.kernel else ""
+        yield NamedRate(f"{attention.kind} attention, {attention.format}, {attention.place}{kernel}", unit, attention.rate)
     for unpack in profile.unpack:
         target = f" to {unpack.dtype}" if unpack.dtype else ""
         yield NamedRate(f"unpacking {unpack.format}{target}, {unpack.place}", "B/s", unpack.rate)
@@ -48,7 +49,7 @@ def named_rates(profile: MachineProfile) -> Iterator[NamedRate]:
     operation = Rate(profile.operation_seconds, processor=profile.processor_operation_seconds)
     yield NamedRate("fixed time of another operation", "s", operation)
     for layer in profile.layers:
-        packed = ", packed" if layer.packed else ""
+        packed = ", packed" * layer.packed + ", compiled" * layer.compiled
         name = f"layer {layer.model}, {layer.dtype}, {layer.kind} row of {layer.tokens}{packed}"
         processor = layer.processor.seconds if layer.processor is not None else 0.0
         yield NamedRate(name, "s", Rate(layer.seconds, layer.spread, processor))

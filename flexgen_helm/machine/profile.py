@@ -60,12 +60,14 @@ class AttentionRate:
         format: Dtype or format of the pages that are read: "float32", "bfloat16", "kv4" and so on.
         rate: Prefill: floating-point operations per second, four for each query, head, element of a head, and key of the chunks
             of 128 that the query meets. Decode: bytes of K and V as they are stored per second, in whole chunks too.
+        kernel: What computed it on a device, as `flexgen_helm.types.MachineNumerics` names it; empty: not said.
     """
 
     place: Place
     kind: RowKind
     format: str
     rate: Rate
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class LayerTime:
         next_seconds: The same right behind such a row, with what is left of the weights in caches; 0: not measured.
         record_seconds: Time of recording such a row, once a sweep; 0: not measured.
         processor: The same by processor time; None: not measured.
+        compiled: Whether layers were compiled (`flexgen_helm.model.compiled`).
     """
 
     model: str
@@ -123,6 +126,7 @@ class LayerTime:
     next_seconds: float = 0.0
     record_seconds: float = 0.0
     processor: ProcessorSeconds | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,10 @@ class MachineProfile:
     processor_call_seconds: Mapping[RowKind, float] = field(default_factory=dict)
     processor_operation_seconds: float = 0.0
     layers: tuple[LayerTime, ...] = ()
+
+    def with_layers(self, *, compiled: bool) -> MachineProfile:
+        """Return the profile with the times of layers of one kind only: those that were compiled, or those that were not."""
+        return replace(self, layers=tuple(layer for layer in self.layers if layer.compiled == compiled))
 
     def by_processor_time(self) -> MachineProfile:
         """Return the profile with what was measured by processor time in place of the clock on the wall; else it stays.

@@ -86,11 +86,19 @@ class CachePlan:
         return {tier: math.ceil(num_bytes * factor) for tier, factor in self.taken.items()}
 
     @property
-    def buffer_bytes(self) -> int:
-        """Bytes of the buffers on the host: those through which pages pass, and those of the CPU's attention."""
-        brought = self.shares[1] * self.own_memory + self.shares[2]
-        rows_from_disk = self.mean_share and self.shares[2]
-        return self.attention_bytes + ((NUM_BUFFERS + bool(rows_from_disk)) * TRANSFER_BYTES if brought else 0)
+    def buffer_bytes(self) -> dict[Tier, int]:
+        """Bytes of buffers: those of the CPU's attention, and a ring for each form through which pages pass.
+
+        Rings are on the host, with a twin on the device.
+        """
+        found: dict[Tier, int] = dict.fromkeys(TIERS, 0)
+        if self.shares[1] * self.own_memory + self.shares[2]:
+            found["host"] = NUM_BUFFERS * TRANSFER_BYTES * (1 + (self.exact_bytes_per_token > 0))
+            found["device"] = found["host"] * self.own_memory
+            rows_from_disk = self.mean_share and self.shares[2]
+            found["host"] += TRANSFER_BYTES * bool(rows_from_disk)
+        found["host"] += self.attention_bytes
+        return found
 
     @property
     def least_bytes(self) -> dict[Tier, int]:
@@ -98,10 +106,8 @@ class CachePlan:
         rounding = PAGE_TOKENS * sum(share > 0 for share in self.shares)
         sequence = (SEQUENCE_TOKENS + rounding) * self.bytes_per_token
         sequence += (PAGE_TOKENS * (NUM_SPARE + SEQUENCE_PAGES) + 2 * rounding) * self.exact_bytes_per_token
-        return {
-            tier: math.ceil(share * sequence / CACHE_SHARE) + (tier == "host" and self.buffer_bytes)
-            for tier, share in self.taken.items()
-        }
+        buffers = self.buffer_bytes
+        return {tier: math.ceil(share * sequence / CACHE_SHARE) + buffers[tier] for tier, share in self.taken.items()}
 
     def full_bytes(self, block_size: int) -> int:
         """Return the bytes of K and V of a block.
@@ -122,7 +128,7 @@ class CachePlan:
             left: Bytes of each tier that may still be used.
             most: Most bytes that are useful, on all tiers together.
         """
-        taken = self.taken
-        room = {tier: CACHE_SHARE * (left[tier] - (tier == "host" and self.buffer_bytes)) for tier in taken}
+        taken, buffers = self.taken, self.buffer_bytes
+        room = {tier: CACHE_SHARE * (left[tier] - buffers[tier]) for tier in taken}
         total = max(0.0, min(most, *(room[tier] / share for tier, share in taken.items() if share)))
         return {tier: int(total * share) for tier, share in zip(TIERS, self.shares, strict=True)}

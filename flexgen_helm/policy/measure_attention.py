@@ -57,7 +57,7 @@ def decode_rate(place: Place, device: Device, name: str, form: tuple[torch.dtype
     row = _Row("decode", [DECODE_TOKENS] * size, 1, heads, where, form)
     rate = rate_of(row.stored_bytes, seconds_of(row.attend, where))
     row.close()
-    return AttentionRate(place, "decode", name, rate)
+    return AttentionRate(place, "decode", name, rate, row.kernel)
 
 
 def prefill_rate(device: Device, dtype: torch.dtype, tokens: int, heads: Heads) -> AttentionRate:
@@ -73,7 +73,7 @@ def prefill_rate(device: Device, dtype: torch.dtype, tokens: int, heads: Heads) 
     keys = sum((PREFILL_START + i) // CHUNK_TOKENS + 1 for i in range(tokens)) * CHUNK_TOKENS
     rate = rate_of(4 * keys * heads.queries * heads.dim, seconds_of(row.attend, device.torch_device))
     row.close()
-    return AttentionRate("device", "prefill", str(dtype).removeprefix("torch."), rate)
+    return AttentionRate("device", "prefill", str(dtype).removeprefix("torch."), rate, row.kernel)
 
 
 class _Row:
@@ -101,9 +101,10 @@ class _Row:
         row = Row(kind, tokens * len(starts), segments)
         pages = RowPages(row, self._cache.page_maps)
         self._decode = DecodeAttention() if kind == "decode" and where.type == "cpu" else None
-        kernel = trial.paged_kernel(
-            where, trial.HeadShape(heads.queries, heads.keys, heads.dim, heads.dim), cache_format, dtype
-        )
+        shape = trial.HeadShape(heads.queries, heads.keys, heads.dim, heads.dim)
+        kernel = trial.paged_kernel(where, shape, cache_format, dtype)
+        self.kernel = "" if where.type == "cpu" else "torch" if kernel is None else "triton"
+        """What attends, if it is no CPU."""
         self._attention = RowAttention(pages, self._cache, where, self._decode, attend_tiles=kernel)
         shapes = [(row.size, number, heads.dim) for number in (heads.queries, heads.keys, heads.keys)]
         self._qkv = _three([random_numbers(shape, where, dtype) for shape in shapes])

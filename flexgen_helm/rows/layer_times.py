@@ -86,6 +86,7 @@ def layer_times(measured: MeasuredModel, policy: ResolvedPolicy, device: Device,
                     seconds[1][0],
                     seconds[2][0],
                     None if device.is_gpu else ProcessorSeconds(*(by_processor for _, by_processor in seconds)),
+                    model.compiled is not None,
                 )
         finally:
             rows.close()

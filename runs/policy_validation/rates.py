@@ -59,7 +59,7 @@ class Bench:
     def _layers(self, policy: ResolvedPolicy) -> list[LayerTime]:
         source, device = self.source, self.device
         name = Subject(source, policy).signature
-        return dummy_layer_times(source.config, source.dtype, device, policy, name)
+        return dummy_layer_times(source, device, policy, name)
 
 
 def measured_form(form: str) -> str:

@@ -15,18 +15,25 @@ SHORT = (
 )
 """Scores of every token of an answer, of the first behind examples, and answers of 50 tokens."""
 
-ALL = (
+COMPLETIONS = ("lambada:task=accuracy", "wikifact:k=5,subject=capital")
+"""A last word, and several answers to a prompt with examples."""
+
+_OWN_QUESTIONS = "custom_mcqa:path=capitals.jsonl,num_train_instances=3,method=multiple_choice_"
+KINDS = (
     *SHORT,
-    "lambada:task=accuracy",
     "lambada:task=perplexity",
     "perplexity:path=capitals.txt",
-    "commonsense:dataset=hellaswag,method=multiple_choice_separate_original",
-    "wikifact:k=5,subject=capital",
     "dyck_language:num_parenthesis_pairs=3",
-    *(
-        f"custom_mcqa:path=capitals.jsonl,num_train_instances=3,method=multiple_choice_{method}"
-        for method in ("joint", "separate_original", "separate_calibrated")
-    ),
+    f"{_OWN_QUESTIONS}separate_calibrated",
+)
+"""With `COMPLETIONS`, one entry of each kind of request."""
+
+ALL = (
+    *KINDS,
+    *COMPLETIONS,
+    "commonsense:dataset=hellaswag,method=multiple_choice_separate_original",
+    f"{_OWN_QUESTIONS}joint",
+    f"{_OWN_QUESTIONS}separate_original",
 )
 
 CAPITALS = """France Paris|Japan Tokyo|Italy Rome|Peru Lima|Egypt Cairo|Kenya Nairobi|Norway Oslo|Chile Santiago|Cuba Havana

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from tests.helm.entries import ALL, install_capitals
+from tests.helm.entries import ALL, COMPLETIONS, KINDS, install_capitals
 from tests.helm.suites import assert_equal_transformers
 from tests.text_models import save_llama
 from tests.tiny_tokenizers import byte_level, metaspace_bpe, metaspace_unigram
@@ -22,12 +22,18 @@ def output(helm_output: Path) -> Path:
     return helm_output
 
 
+def test_every_kind_of_entry(tmp_path: Path, output: Path) -> None:
+    model = save_llama(metaspace_bpe(adds_bos=True), tmp_path / "kinds")
+    assert_equal_transformers(KINDS, model, output, 2, policy=SMALL_ROWS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tokenizer",
     [
         pytest.param(metaspace_bpe(adds_bos=True), id="llama-2"),
-        pytest.param(byte_level(adds_bos=True), id="llama-3", marks=pytest.mark.slow),
-        pytest.param(metaspace_unigram(), id="unigram", marks=pytest.mark.slow),
+        pytest.param(byte_level(adds_bos=True), id="llama-3"),
+        pytest.param(metaspace_unigram(), id="unigram"),
     ],
 )
 def test_every_entry_with_tokenizers_of_all_kinds(
@@ -38,8 +44,7 @@ def test_every_entry_with_tokenizers_of_all_kinds(
 
 
 def test_a_real_model_on_few_instances(real_model: Path, output: Path) -> None:
-    entries = [entry for entry in ALL if entry.startswith(("mmlu", "lambada:task=accuracy", "wikifact"))]
-    assert_equal_transformers(entries, real_model, output, 1, policy=SMALL_ROWS)
+    assert_equal_transformers(COMPLETIONS, real_model, output, 1, policy=SMALL_ROWS)
 
 
 @pytest.mark.slow

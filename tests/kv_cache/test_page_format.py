@@ -46,17 +46,6 @@ def test_bytes_are_those_of_the_tensors() -> None:
     assert page_format.num_bytes_per_token == NUM_HEADS * (K_DIM + V_DIM) * 4
 
 
-def test_pages_made_larger_take_over_the_old_ones_and_are_zeros_behind() -> None:
-    page_format = PageFormat.plain(torch.zeros(1, NUM_HEADS, K_DIM), torch.zeros(1, NUM_HEADS, V_DIM))
-    old = [torch.randn_like(x) for x in page_format.allocate(2, CPU).tensors]
-    kept = list(old)
-    larger = page_format.allocate(NUM_PAGES, CPU, old)
-    assert not old, "both are there at once"
-    for x, before in zip(larger.tensors, kept, strict=True):
-        assert torch.equal(x[:2], before)
-        assert not x[2:].any()
-
-
 def test_bytes_of_a_transfer_are_pages() -> None:
     page_format = PageFormat.plain(torch.zeros(1, NUM_HEADS, K_DIM), torch.zeros(1, NUM_HEADS, V_DIM))
     stored = page_format.allocate(NUM_PAGES, CPU)

@@ -10,7 +10,7 @@ import torch
 from flexgen_helm.kv_cache.cargo import Cargo
 from flexgen_helm.kv_cache.form_pages import FormPages
 from flexgen_helm.kv_cache.page_format import CacheKey, PageFormat
-from flexgen_helm.kv_cache.page_stores import HostPages
+from flexgen_helm.kv_cache.page_stores import GrowingPages, HostPages
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import PageCounts, PagePool, PageStorage, StagedPages
 from flexgen_helm.kv_cache.sealed_format import sealed_format
@@ -31,6 +31,20 @@ def test_a_gpus_pages_are_made_at_their_capacity(device: Device, sizes: list[int
         cache.reserve({"exact": PageStorage(PageCounts(pages))})
         found.append(len(cache.tensors(CacheKey(0, 0), k, k, {"exact": {"device"}})["exact"]["device"].k))
     assert found == sizes
+
+
+def test_pages_made_larger_take_over_the_old_ones_and_are_zeros_behind() -> None:
+    page_format, pages = PageFormat.plain(torch.zeros(1, 2, 8), torch.zeros(1, 2, 16)), GrowingPages(None)
+    pages.reserve(2)
+    old = pages.tensors(CacheKey(0, 0), page_format, CPU.torch_device)
+    for x in old.tensors:
+        x.normal_()
+    pages.reserve(5)
+    larger = pages.tensors(CacheKey(0, 0), page_format, CPU.torch_device)
+    assert pages.num_bytes == larger.num_bytes == 5 * page_format.num_bytes
+    for x, before in zip(larger.tensors, old.tensors, strict=True):
+        assert torch.equal(x[:2], before)
+        assert not x[2:].any()
 
 
 def test_stores_are_emptied_when_their_transfers_have_ended() -> None:

@@ -130,7 +130,7 @@ def test_stores_grow_before_their_pages_travel() -> None:
     made = Bench()
     made.store.reserve(2 * NUM_PAGES, 2 * NUM_PAGES)
     made.load(0, 1, j=1)
-    assert len(made.store._tensors[CacheKey(1, 0), FORMAT].k) == 2 * NUM_PAGES
+    assert len(made.store._tensors[CacheKey(1, 0), "k", FORMAT.k]) == 2 * NUM_PAGES
     made.link.close()
     made.working.close()
 

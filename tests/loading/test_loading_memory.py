@@ -144,7 +144,8 @@ def test_a_model_for_another_device_is_never_held_here(bench: Workbench, tmp_pat
     assert found.peak <= way + found.fixed + GLOBAL_WORKERS * PIECE_BYTES
 
 
-@pytest.mark.parametrize("kind", ["few large experts", pytest.param("large vocabulary", marks=slow)])
+@slow
+@pytest.mark.parametrize("kind", ["few large experts", "large vocabulary"])
 def test_layers_that_are_handed_over_are_never_held_together(bench: Workbench, tmp_path: Path, kind: str) -> None:
     """A layer is made of another one's worth of tensors, whose pieces are read by the threads of the library."""
     save(kind, torch.bfloat16, tmp_path)

@@ -126,7 +126,8 @@ def kill_at(moment: int, path: Path) -> bool:
     return status != 0
 
 
-def test_conversion_killed_at_every_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_conversion_killed_at_every_moment(step: int, tmp_path: Path) -> None:
     """What was complete is not written again, and everything is right in the end."""
     moment, seen = 0, set()
     while kill_at(moment, path := tmp_path / str(moment)):
@@ -139,9 +140,10 @@ def test_conversion_killed_at_every_moment(tmp_path: Path) -> None:
             now = (path / f"unit_{j:05d}.slab").stat()
             assert (now.st_ino, now.st_mtime_ns) == (status.st_ino, status.st_mtime_ns)
         seen.add(len(complete))
-        moment += 1
+        moment += step
     assert moment > 30
-    assert seen == {0, 1, 2, 3}
+    assert {0, 1, 2} <= seen
+    assert step > 1 or 3 in seen
 
 
 @contextmanager

@@ -328,7 +328,7 @@ def test_capacities_keep_shares_and_fit(
         held["host"] += held.pop("device")
     brought = total - held[ram]
     held[ram] += (held[ram] / 2 + rows_at_once * brought) / num_layers  # one layer's K grows, rows have all pages of a layer
-    held["host"] += NUM_BUFFERS * TRANSFER_BYTES if brought else 0
+    held = {tier: count + NUM_BUFFERS * TRANSFER_BYTES * (brought > 0 and tier != "disk") for tier, count in held.items()}
     for tier, count in held.items():
         assert not total or count <= mib[tier] + len(TIERS)
     assert not total or any(held[tier] >= CACHE_SHARE * mib[tier] - 100 for tier in held)

@@ -31,6 +31,7 @@ def _profile(seconds: float, rate: float) -> MachineProfile:
     return replace(LAPTOP, layers=(layer,), unpack=unpack, disk_read=Rate(rate))
 
 
+@pytest.mark.slow
 def test_a_tiny_model_is_predicted_and_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured with its own clock: sums of busy seconds cannot exceed the run's time, and every job is computed."""
     monkeypatch.setattr(command, "machine_profile", lambda device, **options: LAPTOP)

@@ -56,7 +56,9 @@ def full(file: int) -> Iterator[None]:
         os.close(kept)
 
 
-@pytest.mark.parametrize("variant", [None, "kv4", "s10", "kv4s10", "kv4-flexgen"])
+@pytest.mark.parametrize(
+    "variant", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("kv4", "s10")), "kv4s10", "kv4-flexgen"]
+)
 def test_full_disks_and_torn_files(
     bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str | None
 ) -> None:

@@ -136,12 +136,12 @@ def test_keys_and_values_have_bits_of_their_own(bench: Workbench) -> None:
 
 
 def test_memory_for_few_sequences_gives_the_same_bits(bench: Workbench, tmp_path: Path) -> None:
-    """Three tiers of which each holds a part of two sequences."""
+    """Three tiers of which each holds a part of two sequences; buffers take 48 MiB of the device."""
     jobs = [Job(token_ids=random_tokens(i, 200), max_new_tokens=30, ignore_eos=True) for i in range(6)]
     plenty = run(bench.folder("llama"), jobs, "kv4")
     policy = Policy(gpu_batch_size=16, num_gpu_batches=1, gpu_batch_tokens=32, block_tokens=64, cache=(0.4, 0.3, 0.3))
     tight = run(
-        bench.folder("llama"), jobs, "kv4", policy, device=OWN_MEMORY, offload_folder=tmp_path, max_memory={"device": "9MiB"}
+        bench.folder("llama"), jobs, "kv4", policy, device=OWN_MEMORY, offload_folder=tmp_path, max_memory={"device": "57MiB"}
     )
     assert tight == plenty
 

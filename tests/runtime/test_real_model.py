@@ -126,6 +126,7 @@ def test_level_c(results: list[Result], jobs: list[Job], reference: Reference) -
     assert agreement.tokens > 50
 
 
+@pytest.mark.slow
 def test_level_b(results: list[Result], jobs: list[Job], engine: Engine) -> None:
     assert [engine.run([job])[0] for job in jobs[::4]] == results[::4]  # one of each kind
     assert engine.run(jobs[::-1]) == results[::-1]

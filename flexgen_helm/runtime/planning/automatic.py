@@ -87,7 +87,7 @@ def automatic_policy(
         logger.warning(FALLBACK, f"predictions are for packed rows in zigzag order, not for {options.rows} and {options.order}")
         return None
     try:
-        profile = options.profile or machine_profile(options.device, subject=Subject(source, policy), folder=options.folder)
+        profile = _profile_of(options, Subject(source, policy, options.compile_layers))
         problem = Problem.of(shapes, workload, profile, space, asked=_asked(options, policy))
         choice = choose_policy(problem)
         found = gains(problem) if choice.prediction.seconds >= LEAST_EXPLAINED else {}
@@ -99,6 +99,15 @@ def automatic_policy(
     for line in text:
         logger.info("%s", line)
     return Automatic(choice, profile)
+
+
+def _profile_of(options: EngineOptions, subject: Subject) -> MachineProfile:
+    """Return the user's profile, or that of this machine, with the times of layers of the kind that the engine has."""
+    profile = options.profile or machine_profile(options.device, subject=subject, folder=options.folder)
+    profile = profile.with_layers(compiled=options.compile_layers)
+    if options.compile_layers and not profile.layers:
+        logger.warning("predictions are for layers that are not compiled: the profile %s has no others", profile.name)
+    return profile
 
 
 def _check_profile(profile: MachineProfile | None, space: Space) -> None:

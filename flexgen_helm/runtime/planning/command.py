@@ -100,7 +100,12 @@ def stage_of(args: Namespace, say: Callable[[str], None], *, opened: OpenSource 
         raise PolicyError(f"--device {args.device} is of this machine, but --machine names another one. Leave one of them out.")
     device = resolve_device(args.device) if named is None else device_of(named)
     source = opened(args.config or name, args.dtype, device)
-    profile = named or _measured(args, source, device, say)
+    profile = (named or _measured(args, source, device, say)).with_layers(compiled=args.compile_layers)
+    if args.compile_layers and not profile.layers:
+        raise PolicyError(
+            f"The profile {profile.name} has no times of compiled layers. Leave --compile-layers out, or measure them with "
+            "`flexgen-helm profile --model M --compile-layers --out FILE` and name that file."
+        )
     return Stage(name, compression, source, profile, space_of(profile, parse_max_memory(args.max_memory)))
 
 
@@ -146,5 +151,5 @@ def space_of(profile: MachineProfile, limits: dict[Tier, int]) -> Space:
 
 def _measured(args: Namespace, source: ModelSource, device: Device, say: Callable[[str], None]) -> MachineProfile:
     """Return the profile of this machine, which is measured if it is not known yet."""
-    subject = Subject(source, resolved(args.policy, device))
+    subject = Subject(source, resolved(args.policy, device), args.compile_layers)
     return machine_profile(device, subject=subject, say=say, say_part=lambda part: say(f"  {part}"))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig
 
-from flexgen_helm.cache_folder import cache_folder
+from flexgen_helm.cache_folder import cache_folder, locked
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.loading.dummy_weights import make_first_layers
 from flexgen_helm.loading.source import ModelSource, dtype_name
@@ -23,6 +23,7 @@ from flexgen_helm.machine.identity import machine_identity
 from flexgen_helm.machine.profile import LayerTime, MachineProfile
 from flexgen_helm.machine.profile_file import read_profile, write_profile
 from flexgen_helm.memory.device import Device
+from flexgen_helm.model.compiled.layers import by_inductor
 from flexgen_helm.model.layers import layer_kinds, layers_of
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.measure import LayerShapes, Say, measure_machine, measure_model
@@ -51,10 +52,12 @@ class Subject:
     Attributes:
         source: The model; its weights are not read.
         policy: Row sizes.
+        compiled: Whether its layers are compiled.
     """
 
     source: ModelSource
     policy: ResolvedPolicy
+    compiled: bool = False
 
     @property
     def signature(self) -> str:
@@ -73,6 +76,8 @@ def machine_profile(
     again: bool = False,
 ) -> MachineProfile:
     """Return the profile of this machine, measured at the first use with equal processor, device, threads, versions and disk.
+
+    One process measures at a time, for two would measure each other; another one waits, and takes what was measured meanwhile.
 
     Args:
         device: The device that computes.
@@ -98,6 +103,7 @@ def machine_profile(
             "model": subject.signature,
             "dtype": dtype_name(subject.source.dtype),
             "rows": [policy.gpu_batch_size, policy.gpu_batch_tokens],
+            **({"compiled": True} if subject.compiled else {}),
         }
         measure = partial(_measure_subject, machine, device, subject, say_part)
         return kept.get(key, f"{subject.source.name} on this machine", measure)
@@ -115,14 +121,36 @@ class _Kept:
     def get(self, key: dict[str, Any], what: str, measure: Callable[[], MachineProfile]) -> MachineProfile:
         """Return a kept profile, or measure and keep it."""
         file = self._file(key)
+        found = self._read(file)
+        if found is not None:
+            return found
+        with self._alone():
+            found = self._read(file)  # measured while this process waited
+            if found is not None:
+                return found
+            self.say(f"measuring {what}, once: it takes up to a minute")
+            profile = measure()
+            with suppress(FlexGenError):
+                write_profile(profile, file)
+            return profile
+
+    def _read(self, file: Path) -> MachineProfile | None:
         if not self.again:
             with suppress(FlexGenError):
                 return read_profile(file)
-        self.say(f"measuring {what}, once: it takes up to a minute")
-        profile = measure()
-        with suppress(FlexGenError):
-            write_profile(profile, file)
-        return profile
+        return None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other process measure this machine meanwhile."""
+        file = self._file({}).with_suffix(".lock")
+        with ExitStack() as stack:
+            # A cache folder that cannot be written, or has no locks, costs measurements and no more.
+            with suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                waits = partial(self.say, f"waiting for another process, which measures this machine ({file})")
+                stack.enter_context(locked(file, say_waits=waits))
+            yield
 
     def _file(self, key: dict[str, Any]) -> Path:
         decisive = {
@@ -149,7 +177,8 @@ def _measure_machine(device: Device, folder: Path, say: Say) -> MachineProfile:
         num_key_value_heads=2,
         num_hidden_layers=2,
     )
-    calls = dummy_layer_times(config, torch.float32, device, policy, "tiny", cold=False)
+    source = ModelSource("tiny", None, config, None, torch.float32, device.torch_device)
+    calls = dummy_layer_times(source, device, policy, "tiny", cold=False)
     by_processor = {found.kind: found.processor.seconds for found in reversed(calls) if found.processor is not None}
     return replace(
         profile,
@@ -170,7 +199,7 @@ def _measure_subject(machine: MachineProfile, device: Device, subject: Subject, 
     profile = measure_model(machine, device, subject.source.dtype, sizes, say)
     say(f"layers of {subject.source.name}")
     try:
-        layers = dummy_layer_times(subject.source.config, subject.source.dtype, device, policy, signature(shapes))
+        layers = dummy_layer_times(subject.source, device, policy, signature(shapes), compiled=subject.compiled)
     except UnsupportedModel as error:
         say(f"its layers are not measured, because in packed rows {error}")
         layers = []
@@ -178,25 +207,28 @@ def _measure_subject(machine: MachineProfile, device: Device, subject: Subject, 
 
 
 def dummy_layer_times(
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
+    source: ModelSource,
     device: Device,
     policy: ResolvedPolicy,
     name: str,
     *,
     cold: bool = True,
+    compiled: bool = False,
 ) -> list[LayerTime]:
     """Measure the first layers of a model, with random weights.
 
     Args:
-        config: Config of the model.
-        dtype: Dtype of the weights.
+        source: The model; its weights are not read.
         device: The device.
         policy: Row sizes.
         name: Signature of the model's sizes.
         cold: Whether weights come from memory; otherwise they stay in caches if they fit.
+        compiled: Whether layers are compiled.
+
+    Raises:
+        UnsupportedModel: If the model does not run in packed rows, or its layers cannot be compiled.
     """
-    first = make_first_layers(config, dtype=dtype, device=device.torch_device)
-    source = ModelSource(name, None, config, None, dtype, device.torch_device)
+    first = make_first_layers(source.config, dtype=source.dtype, device=device.torch_device)
+    model = RecordedModel(first, compiled=by_inductor() if compiled else None)
     kinds = layer_kinds(source.empty, layers_of(source.empty))
-    return list(layer_times(MeasuredModel(RecordedModel(first), name, kinds), policy, device, cold=cold))
+    return list(layer_times(MeasuredModel(model, name, kinds), policy, device, cold=cold))

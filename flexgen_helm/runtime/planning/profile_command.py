@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from flexgen_helm.compression.config import resolve
+from flexgen_helm.errors import FlexGenError
 from flexgen_helm.machine.named_rates import named_rates
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.machine.profile_file import to_json, write_profile
@@ -28,9 +29,12 @@ def run_profile(args: Namespace, say: Callable[[str], None]) -> int:
         FlexGenError: If the model or the disk cannot be used, or the file cannot be written.
     """
     device = resolve_device(args.device)
-    subject = (
-        None if args.model is None else Subject(open_source(resolve(args.model)[0], args.dtype, device), resolved(None, device))
-    )
+    if args.compile_layers and args.model is None:
+        raise FlexGenError("--compile-layers measures layers of a model. Give --model M too, or leave it out.")
+    subject = None
+    if args.model is not None:
+        source = open_source(resolve(args.model)[0], args.dtype, device)
+        subject = Subject(source, resolved(None, device), args.compile_layers)
     profile = machine_profile(
         device,
         subject=subject,

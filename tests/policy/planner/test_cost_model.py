@@ -19,7 +19,7 @@ from flexgen_helm.policy.planner.search.programme import Formulation, solve
 from flexgen_helm.policy.planner.simulate import simulate
 from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
 from flexgen_helm.types import ON_DEVICE, ON_HOST, TIERS, ResolvedPolicy, Shares
-from tests.policy.planner.machines import GIB, cpu, model, space_of, t4
+from tests.policy.planner.made import GIB, cpu, model, space_of, t4
 from tests.policy.planner.triples import random_triple
 
 S, N, HIDDEN, LAYERS = 512, 32, 7168, 48
@@ -142,7 +142,7 @@ def test_memory_rows_are_exact_to_within_a_unit(own_memory: bool, weights: Share
         used: float = plan.weights.needed_bytes[tier] + (plan.working_bytes if tier == "device" else 0)
         if not own_memory and tier == "host":
             used += plan.weights.needed_bytes["device"] + plan.working_bytes
-        used += held * plan.cache.taken[tier] / 0.95 + (plan.cache.buffer_bytes if tier == "host" else 0)
+        used += held * plan.cache.taken[tier] / 0.95 + plan.cache.buffer_bytes[tier]
         assert taken[f"memory of the {tier}"] == pytest.approx(used, abs=1.01 * unit)
 
 

@@ -14,7 +14,7 @@ from flexgen_helm.policy.planner.search.sampling import sampled
 from flexgen_helm.policy.planner.simulate import simulate
 from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.types import Policy
-from tests.policy.planner.machines import cpu, model, space_of, t4
+from tests.policy.planner.made import cpu, model, space_of, t4
 
 SHAPES = model(24, 2048, 16)
 WORKLOADS = {"new": Workload.uniform(96, 192, 32), "score": Workload.uniform(64, 256, 0, score=True)}

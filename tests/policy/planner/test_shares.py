@@ -14,7 +14,7 @@ from flexgen_helm.policy.planner.search.programme import Solution
 from flexgen_helm.policy.planner.search.rounding import realised_plans
 from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.types import TIERS, Policy, Tier
-from tests.policy.planner.machines import cpu, model, space_of, t4
+from tests.policy.planner.made import cpu, model, space_of, t4
 
 LAYERS = 24
 SHAPES = model(LAYERS, 2048, 16)

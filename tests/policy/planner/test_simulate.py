@@ -150,9 +150,9 @@ def ragged(count: int) -> Workload:
     ("own_memory", "weights", "cache", "cpu"),
     [
         (True, (0.5, 0.5, 0.0), (0.0, 1.0, 0.0), 1.0),
-        (True, (0.0, 0.3, 0.7), (0.2, 0.4, 0.4), 0.0),
+        pytest.param(True, (0.0, 0.3, 0.7), (0.2, 0.4, 0.4), 0.0, marks=pytest.mark.slow),
         (False, (0.0, 0.7, 0.3), (0.5, 0.0, 0.5), 0.0),
-        (False, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0), 0.0),
+        pytest.param(False, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0), 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_samples_are_close_to_the_replay_of_everything(

@@ -136,8 +136,8 @@ def test_hidden_states_are_stored_and_loaded_between_all_layers_in_zigzag_only(i
         (1024, 32, 1.015, 1.048),
         (512, 128, 1.110, 1.120),
         (128, 128, 1.332, 1.344),
-        (32, 512, 1.889, 1.893),
-        (1, 512, 1.996, 2.000),
+        pytest.param(32, 512, 1.889, 1.893, marks=pytest.mark.slow),
+        pytest.param(1, 512, 1.996, 2.000, marks=pytest.mark.slow),
     ],
 )
 def test_memory_of_zigzag_and_diagonal_blocks(s: int, n: int, to_bound: float, to_diagonal: float) -> None:

@@ -12,7 +12,7 @@ from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
 from flexgen_helm.policy.space import Space
 from flexgen_helm.types import ON_DEVICE, TIERS, Policy, ResolvedPolicy, Tier
-from tests.policy.planner.machines import FORMATS, cpu, model, space_of, t4
+from tests.policy.planner.made import FORMATS, cpu, model, space_of, t4
 
 
 class Triple(NamedTuple):

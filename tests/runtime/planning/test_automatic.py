@@ -32,7 +32,7 @@ from flexgen_helm.runtime.slab_places import SlabPlaces
 from flexgen_helm.types import ON_DEVICE, WeightNumerics
 from tests.dimensions import VOCAB_SIZE
 from tests.jobs import fixed_mix, random_tokens
-from tests.policy.planner.machines import cpu, t4
+from tests.policy.planner.made import cpu, t4
 from tests.policy.planner.triples import random_triple
 from tests.workbench import OWN_MEMORY, Workbench
 
@@ -113,8 +113,7 @@ def test_blocks_for_scoring_are_larger_than_for_generation(source: ModelSource) 
     assert blocks[0] > blocks[1]
 
 
-@pytest.mark.parametrize("variant", ["", "@kv4s10"])
-@pytest.mark.parametrize("own_memory", [False, True])
+@pytest.mark.parametrize(("own_memory", "variant"), [(False, ""), (True, "@kv4s10")])
 def test_row_sizes_and_the_place_of_attention_do_not_depend_on_workload_or_variant(
     source: ModelSource, own_memory: bool, variant: str
 ) -> None:
@@ -288,7 +287,7 @@ def test_a_run_is_predicted_and_measured(deep: Workbench, tmp_path: Path) -> Non
     assert plain.stats.forecast_text() is None
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 10**6), room=st.integers(0, 12))
 def test_answers_are_those_of_the_default_policy_by_a_bit(
     deep: Workbench, tmp_path_factory: pytest.TempPathFactory, seed: int, room: int

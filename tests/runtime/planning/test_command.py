@@ -13,9 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flexgen_helm.cli import main
+from flexgen_helm.loading.source import dtype_name
+from flexgen_helm.machine.profile import LayerTime, RowKind
 from flexgen_helm.machine.profile_file import write_profile
+from flexgen_helm.memory.device import CPU
+from flexgen_helm.policy.planner.signature import signature
+from flexgen_helm.runtime.planning.command import planned_shapes
+from flexgen_helm.runtime.planning.sources import open_source
 from flexgen_helm.types import TIERS
-from tests.policy.planner.machines import cpu
+from tests.policy.planner.made import cpu
 
 JOBS, PROMPT_LEN, GEN_LEN = 24, 40, 6
 
@@ -160,6 +166,23 @@ def test_a_variant_that_cannot_be_predicted_does_not_hide_the_others(
     found = planned(capsys, config, machine, "--allow", "w4")
     assert found["model"] == "tiny"
     assert "unpacking w4" in found["refused"]["tiny@w4"]
+
+
+def test_compiled_layers_are_planned_by_their_own_times_or_refused(
+    config: Path, machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(config, machine, "--compile-layers") == 2
+    assert "has no times of compiled layers. Leave --compile-layers out, or measure" in capsys.readouterr().err
+    rows, source = planned(capsys, config, machine)["policy"], open_source(str(config), "auto", CPU)
+    sizes, dtype = signature(planned_shapes(source, None)), dtype_name(source.dtype)
+    kinds: tuple[tuple[RowKind, int], ...] = (("prefill", rows["gpu_batch_tokens"]), ("decode", rows["gpu_batch_size"]))
+    times = (
+        LayerTime(sizes, dtype, kind, tokens, seconds, compiled=seconds < 1) for kind, tokens in kinds for seconds in (0.5, 2.0)
+    )
+    both = tmp_path / "both.json"
+    write_profile(replace(cpu(ram=2, disk=10), layers=tuple(times)), both)
+    compiled, plain = (planned(capsys, config, both, *options)["seconds"] for options in (["--compile-layers"], []))
+    assert 3 * compiled < plain < 5 * compiled
 
 
 def test_a_device_of_this_machine_is_refused_beside_another_machine(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from flexgen_helm.memory.device import CPU
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.runtime.planning import machine_profile as module
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
+from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.types import Policy
 
 LAPTOP = named_profile("laptop-8gib")
@@ -40,7 +45,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         machine: MachineProfile, device: object, subject: Subject, say: Callable[[str], None]
     ) -> MachineProfile:
         calls.append(subject.signature)
-        return replace(machine, layers=(LAYER,))
+        return replace(machine, layers=(replace(LAYER, compiled=subject.compiled),))
 
     monkeypatch.setattr(module, "_measure_machine", measure_machine)
     monkeypatch.setattr(module, "_measure_subject", measure_subject)
@@ -64,11 +69,43 @@ def test_a_machine_is_measured_once_and_says_so(measured: list[str]) -> None:
     assert measured == ["machine"] * 2
 
 
+def test_one_measures_while_the_other_waits(measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    waits, measures = threading.Event(), threading.Event()
+
+    def measure_slowly(*others: object) -> MachineProfile:
+        measured.append("machine")
+        measures.set()
+        assert waits.wait(60)
+        return LAPTOP
+
+    def say(text: str) -> None:
+        said.append(text)
+        waits.set()
+
+    monkeypatch.setattr(module, "_measure_machine", measure_slowly)
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(machine_profile, CPU)
+        assert measures.wait(60)
+        assert machine_profile(CPU, say=say) == first.result() == LAPTOP
+    (lock,) = (tmp_path / "cache" / "profiles").glob("*.lock")
+    assert said == [f"waiting for another process, which measures this machine ({lock})"]
+    assert measured == ["machine"]
+
+
+def test_a_folder_without_locks_costs_a_measurement_and_no_more(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*others: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert machine_profile(CPU) == LAPTOP
+
+
 def test_another_machine_threads_or_a_torn_file_are_measured_again(
     measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     machine_profile(CPU)
-    (kept,) = (tmp_path / "cache" / "profiles").iterdir()
+    (kept,) = (tmp_path / "cache" / "profiles").glob("*.json")
     kept.write_text(kept.read_text()[:-9])
     machine_profile(CPU)
     assert len(measured) == 2
@@ -81,16 +118,18 @@ def test_another_machine_threads_or_a_torn_file_are_measured_again(
 
 
 def test_a_model_is_measured_once_for_its_sizes_dtype_and_rows(measured: list[str], config: Path) -> None:
-    def profile(dtype: str = "float32", size: int = 16) -> MachineProfile:
+    def profile(dtype: str = "float32", size: int = 16, *, compiled: bool = False) -> MachineProfile:
         source = open_dummy(str(config), dtype=dtype, device=torch.device("cpu"))
         policy = resolved(Policy(gpu_batch_size=size, gpu_batch_tokens=64), CPU)
-        return machine_profile(CPU, subject=Subject(source, policy))
+        return machine_profile(CPU, subject=Subject(source, policy, compiled))
 
     assert [profile().layers for _ in range(2)] == [(LAYER,)] * 2
     assert len(measured) == 2  # the machine, and the model on it
     profile("bfloat16")
     profile(size=32)
     assert len(measured) == 4
+    assert profile(compiled=True).layers == (replace(LAYER, compiled=True),)
+    assert len(measured) == 5
     assert machine_profile(CPU).layers == ()
 
 
@@ -108,7 +147,13 @@ def test_a_real_layer_is_measured_and_what_cannot_be_packed_is_left_out(
         (subject.signature, "decode", 16),
     }
 
-    def refuse(*others: object) -> list[LayerTime]:
+    with PRECISE_PRODUCTS.hold():
+        compiled = module._measure_subject(LAPTOP, CPU, replace(subject, compiled=True), said.append)
+    assert all(layer.compiled for layer in compiled.layers)
+    assert compiled.with_layers(compiled=False).layers == ()
+    assert compiled.with_layers(compiled=True) == compiled
+
+    def refuse(*others: object, **options: object) -> list[LayerTime]:
         raise UnsupportedModel("it keeps state")
 
     monkeypatch.setattr(module, "dummy_layer_times", refuse)
@@ -143,5 +188,7 @@ def test_the_command_says_what_it_cannot_use(measured: list[str], tmp_path: Path
     assert "cannot be created" in capsys.readouterr().err
     assert main(["profile", "--device", "cpu", "--out", str(tmp_path / "file" / "out.json")]) == 2
     assert "The profile cannot be written" in capsys.readouterr().err
+    assert main(["profile", "--device", "cpu", "--compile-layers"]) == 2
+    assert "Give --model M too" in capsys.readouterr().err
     assert main(["profile", "--device", "cpu", "--model", str(tmp_path / "gone")]) == 2
     assert "gone" in capsys.readouterr().err

@@ -93,8 +93,8 @@ def memory_rows(placements: Placements, candidate: Candidate, cache_bytes: float
         loading += weights["device"] + stored["device"]
     cache = _cache(placements, candidate, max(cache_bytes, _least(middle)))
     for tier, taken in rows.items():
-        buffers = middle.cache.buffer_bytes if tier == "host" else 0
-        yield MemoryRow(f"memory of the {tier}", tier, taken + cache[tier] + buffers, space.of(tier))
+        whole = taken + cache[tier] + middle.cache.buffer_bytes[tier]
+        yield MemoryRow(f"memory of the {tier}", tier, whole, space.of(tier))
     yield MemoryRow("memory of the host while weights are loaded", "host", loading, space.of("host"))
 
 
@@ -110,8 +110,7 @@ def _cache(placements: Placements, candidate: Candidate, cache_bytes: float) -> 
 def _least(plan: MemoryPlan) -> float:
     """Return the bytes of K and V for which every plan has room."""
     tier = max(plan.cache.taken, key=lambda tier: plan.cache.taken[tier])
-    buffers = plan.cache.buffer_bytes if tier == "host" else 0
-    return (plan.cache.least_bytes[tier] - buffers) * CACHE_SHARE / plan.cache.taken[tier]
+    return (plan.cache.least_bytes[tier] - plan.cache.buffer_bytes[tier]) * CACHE_SHARE / plan.cache.taken[tier]
 
 
 def only(tier: Tier) -> Shares:
