@@ -45,6 +45,7 @@ WITHOUT_TORCH = (
     "policy.stages",
     "policy.planner.simulate",
     "policy.planner.signature",
+    "policy.planner.pipeline.scaling",
 )
 """What HELM lists, and what a cost model or a simulator of schedules imports."""
 MOST_LINES = 400

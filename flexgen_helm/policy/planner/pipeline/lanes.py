@@ -1,0 +1,66 @@
+"""Sweeps of a pipeline in the order in which its first stage plans them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flexgen_helm.policy.planner.loads import SweepLoad
+from flexgen_helm.policy.planner.pipeline.stages import Stages
+from flexgen_helm.policy.planner.sweeps import ALIKE, sweep_loads
+from flexgen_helm.policy.planner.workload import Workload
+
+
+@dataclass(frozen=True)
+class LaneSweeps:
+    """What all lanes do.
+
+    Attributes:
+        loads: Loads of sweeps, in the order in which they first occur.
+        order: Lane and number of the load of each sweep, in the order in which every stage handles them.
+    """
+
+    loads: tuple[SweepLoad, ...]
+    order: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, stages: Stages, workload: Workload, *, alike: int = ALIKE) -> LaneSweeps:
+        """Let the scheduler of each lane plan its part of the prompts; lanes take turns, as long as they have work.
+
+        Args:
+            stages: The pipeline.
+            workload: What is asked.
+            alike: Most sweeps of a lane for which one load stands.
+
+        Raises:
+            OutOfSpace: If a prompt does not fit into the cache of a lane.
+        """
+        capacity = stages.capacity
+        lanes = [sweep_loads(stages.plans[0], part, alike=alike, capacity=capacity) for part in parts(workload, stages.lanes)]
+        turns = {lane: _numbered(loads) for lane, loads in enumerate(lanes)}
+        found: list[SweepLoad] = []
+        known: dict[int, int] = {}
+        order: list[tuple[int, int]] = []
+        while turns:
+            for lane in list(turns):
+                load = next(turns[lane], None)
+                if load is None:
+                    del turns[lane]
+                    continue
+                if id(load) not in known:
+                    known[id(load)] = len(found)
+                    found.append(load)
+                order.append((lane, known[id(load)]))
+        return cls(tuple(found), tuple(order))
+
+
+def parts(workload: Workload, lanes: int) -> list[Workload]:
+    """Divide prompts over lanes, neighbours together, since they may share a prefix. A lane may get none."""
+    prompts, count = workload.prompts, len(workload.prompts)
+    found = [Workload(prompts[count * i // lanes : count * (i + 1) // lanes]) for i in range(lanes)]
+    return [part for part in found if part.prompts]
+
+
+def _numbered(loads: Iterator[SweepLoad]) -> Iterator[SweepLoad]:
+    """Yield each load as many times as it stands for."""
+    return (load for load in loads for _ in range(load.count))

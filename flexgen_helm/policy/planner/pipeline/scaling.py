@@ -1,0 +1,142 @@
+"""Scaling: what more stages bring, and which policy each number of them takes. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from flexgen_helm.errors import FlexGenError, OutOfSpace, PolicyError
+from flexgen_helm.policy.planner.pipeline.lanes import LaneSweeps
+from flexgen_helm.policy.planner.pipeline.network import Network
+from flexgen_helm.policy.planner.pipeline.predict import PipelinePrediction, simulate_pipeline
+from flexgen_helm.policy.planner.pipeline.stages import Stages, even_ranges, measured_ranges
+from flexgen_helm.policy.planner.search.choose import Problem, choose_policy
+from flexgen_helm.types import Policy, ResolvedPolicy
+
+PAYS = 0.05
+"""Part of the speed that more stages must add to pay."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What numbers of stages are predicted to bring.
+
+    Attributes:
+        predictions: By number of stages, in rising order.
+        refused: Why there is no prediction for the others.
+    """
+
+    predictions: Mapping[int, PipelinePrediction]
+    refused: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def pays(self) -> int:
+        """The largest number of stages that is faster than every smaller one by more than `PAYS`."""
+        found, best = 0, 0.0
+        for count, each in self.predictions.items():
+            if each.tokens_per_second > (1 + PAYS) * best:
+                found = count
+            best = max(best, each.tokens_per_second)
+        return found
+
+    def speedup(self, count: int) -> float:
+        """Return how many times faster a number of stages is than the fewest that can run."""
+        fewest = next(iter(self.predictions.values()))
+        return self.predictions[count].tokens_per_second / fewest.tokens_per_second
+
+    def efficiency(self, count: int) -> float:
+        """Return the speed of one of so many stages, as a share of that of one of the fewest."""
+        return self.speedup(count) * next(iter(self.predictions)) / count
+
+
+def scaling(problem: Problem, counts: Sequence[int], network: Network, *, lanes: int | None = None) -> Scaling:
+    """Predict a run on several numbers of stages.
+
+    Args:
+        problem: What is asked, and the machine of each stage.
+        counts: Numbers of stages, in rising order.
+        network: What lies between two stages.
+        lanes: Sweeps that are in flight; None: as many as stages.
+
+    Raises:
+        PolicyError: If none of them can run; it is the last one's.
+    """
+    found: dict[int, PipelinePrediction] = {}
+    refused: dict[int, FlexGenError] = {}
+    for count in counts:
+        try:
+            found[count] = best_pipeline(problem, count, network, lanes=lanes)
+        except (OutOfSpace, PolicyError) as error:
+            refused[count] = error
+    if not found:
+        raise list(refused.values())[-1]
+    return Scaling(found, {count: str(error) for count, error in refused.items()})
+
+
+def best_pipeline(problem: Problem, count: int, network: Network, *, lanes: int | None = None) -> PipelinePrediction:
+    """Predict a run on so many stages, under the fastest of a few policies.
+
+    These are the default one and what the search finds for the largest stage alone, whose block is also divided over the lanes.
+
+    Args:
+        problem: See `scaling`.
+        count: Number of stages.
+        network: See `scaling`.
+        lanes: See `scaling`.
+
+    Raises:
+        PolicyError: If no policy fits, or the profile lacks a rate.
+        OutOfSpace: If a prompt fits into no lane.
+    """
+    lanes = min(lanes or count, max(1, len(problem.workload.prompts)))
+    ranges = even_ranges(problem.shapes, count)
+    found: list[PipelinePrediction] = []
+    refused: FlexGenError | None = None
+    for policy in _policies(problem, ranges, lanes):
+        try:
+            found.append(_predicted(problem, policy, ranges, network, lanes))
+        except (OutOfSpace, PolicyError) as error:
+            refused = refused or error
+    if not found:
+        raise refused or PolicyError(f"No policy was found for {count} stages.")
+    return min(found, key=lambda each: each.seconds)
+
+
+def _predicted(
+    problem: Problem, policy: ResolvedPolicy, ranges: tuple[range, ...], network: Network, lanes: int
+) -> PipelinePrediction:
+    """Predict a run under a policy, with ranges that are balanced by the time that layers take."""
+    machine = problem.profile, problem.space
+    stages = Stages.of(problem.shapes, policy, machine, ranges, lanes=lanes)
+    if len(ranges) > 1:
+        loads = LaneSweeps.of(stages, problem.workload).loads
+        with suppress(PolicyError):  # a stage that is longer may not fit
+            stages = Stages.of(problem.shapes, policy, machine, measured_ranges(stages, loads), lanes=lanes)
+    return simulate_pipeline(stages, problem.workload, network)
+
+
+def _policies(problem: Problem, ranges: tuple[range, ...], lanes: int) -> Iterator[ResolvedPolicy]:
+    """Yield policies that are tried, each once."""
+    seen: list[ResolvedPolicy] = []
+    for policy in _all_policies(problem, ranges, lanes):
+        if policy not in seen:
+            seen.append(policy)
+            yield policy
+
+
+def _all_policies(problem: Problem, ranges: tuple[range, ...], lanes: int) -> Iterator[ResolvedPolicy]:
+    sizes = [problem.shapes.of_layers(layers) for layers in ranges]
+    largest = max(sizes, key=lambda shapes: shapes.total_bytes)
+    constraints = replace(problem.constraints, max_latency=None, min_throughput=None)
+    alone = Problem.of(largest, problem.workload, problem.profile, problem.space, asked=problem.asked, constraints=constraints)
+    yield alone.base
+    try:
+        choice = choose_policy(alone)
+    except PolicyError:
+        return
+    yield choice.policy
+    if lanes > 1 and problem.asked.num_gpu_batches == Policy.num_gpu_batches:
+        for parts in {lanes, -(-lanes // 2)}:
+            yield dataclasses.replace(choice.policy, num_gpu_batches=max(1, choice.policy.num_gpu_batches // parts))
