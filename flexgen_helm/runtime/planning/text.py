@@ -71,7 +71,7 @@ def lines(planned: Planned) -> list[str]:
 def _lines(planned: Planned, plan: MemoryPlan) -> Iterator[str]:
     made, profile = planned.choice.prediction, planned.problem.profile
     yield f"{planned.model} on {profile.name} ({profile.device}, profile of {profile.date})"
-    yield f"policy: {_policy(_shown(planned.choice))}"
+    yield f"policy: {policy_text(_shown(planned.choice))}"
     yield f"        {planned.choice.reason}"
     yield f"weights: {plan.weights.describe()}"
     cache = plan.cache.capacities(plan.left(plan.space.available))
@@ -99,7 +99,8 @@ def _shown(choice: Choice) -> ResolvedPolicy:
     return choice.policy if choice.policy.weights is not None else choice.prediction.policy
 
 
-def _policy(policy: ResolvedPolicy) -> str:
+def policy_text(policy: ResolvedPolicy) -> str:
+    """Return a policy as `--policy` reads it."""
     parts = [f"{name}={getattr(policy, name)}" for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens")]
     if policy.block_tokens is not None:
         parts.append(f"block_tokens={policy.block_tokens}")
