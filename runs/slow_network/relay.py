@@ -1,8 +1,8 @@
 """A network between namespaces of this machine with a rate and a delay: a process that passes packets on when they are due.
 
 Each node is a network namespace with one TUN device, from which this process reads packets. A packet leaves its node at the
-rate of that node's connection, behind those before it, and arrives a fixed time later. Nothing is lost. The kernel's own means for
-that, ``tc netem``, is missing from many kernels; TUN devices are not.
+rate of that node's connection, behind those before it, and arrives a fixed time later. Nothing is lost. The kernel's own means
+for that, ``tc netem``, is missing from many kernels; TUN devices are not.
 
 The namespaces belong to this process. It ends, and they with it, when its standard input is closed.
 

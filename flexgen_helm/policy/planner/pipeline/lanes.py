@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from flexgen_helm.policy.planner.loads import SweepLoad
 from flexgen_helm.policy.planner.pipeline.stages import Stages
@@ -36,8 +36,13 @@ class LaneSweeps:
             OutOfSpace: If a prompt does not fit into the cache of a lane.
         """
         capacity = stages.capacity
-        lanes = [sweep_loads(stages.plans[0], part, alike=alike, capacity=capacity) for part in parts(workload, stages.lanes)]
-        turns = {lane: _numbered(loads) for lane, loads in enumerate(lanes)}
+        made: dict[Workload, list[SweepLoad]] = {}
+        turns: dict[int, Iterator[SweepLoad]] = {}
+        for lane, part in enumerate(parts(workload, stages.lanes)):
+            renamed = _renamed(part)
+            if renamed not in made:
+                made[renamed] = list(sweep_loads(stages.plans[0], part, alike=alike, capacity=capacity))
+            turns[lane] = _numbered(made[renamed])
         found: list[SweepLoad] = []
         known: dict[int, int] = {}
         order: list[tuple[int, int]] = []
@@ -61,6 +66,17 @@ def parts(workload: Workload, lanes: int) -> list[Workload]:
     return [part for part in found if part.prompts]
 
 
-def _numbered(loads: Iterator[SweepLoad]) -> Iterator[SweepLoad]:
+def _renamed(workload: Workload) -> Workload:
+    """Return a workload with tokens that are numbered in the order in which they occur: equal ones lead to equal sweeps."""
+    numbers: dict[int, int] = {}
+    return Workload(
+        tuple(
+            replace(prompt, tokens=tuple(numbers.setdefault(token, len(numbers)) for token in prompt.tokens))
+            for prompt in workload.prompts
+        )
+    )
+
+
+def _numbered(loads: Iterable[SweepLoad]) -> Iterator[SweepLoad]:
     """Yield each load as many times as it stands for."""
     return (load for load in loads for _ in range(load.count))

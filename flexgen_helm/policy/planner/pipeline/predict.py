@@ -122,7 +122,11 @@ def simulate_pipeline(stages: Stages, workload: Workload, network: Network, *, e
         PolicyError: If the profile lacks a rate that the policy needs.
         OutOfSpace: If a prompt of the workload does not fit into the cache of a lane.
     """
-    sweeps = LaneSweeps.of(stages, workload, alike=1 if exactly else ALIKE)
+    return simulate_sweeps(stages, LaneSweeps.of(stages, workload, alike=1 if exactly else ALIKE), network, exactly=exactly)
+
+
+def simulate_sweeps(stages: Stages, sweeps: LaneSweeps, network: Network, *, exactly: bool = False) -> PipelinePrediction:
+    """Predict given sweeps; see `simulate_pipeline`."""
     make = _maker(stages, sweeps, exactly=exactly)
     row_bytes = stages.shapes.hidden_size * stages.shapes.itemsize
 
@@ -157,7 +161,10 @@ def _maker(stages: Stages, sweeps: LaneSweeps, *, exactly: bool) -> Callable[[],
     if exactly:
         parts = [partial(ReplayedStage, durations, sweeps.loads) for durations in stages.durations]
         return lambda: [part() for part in parts]
-    costs = [Costs.of(durations, sweeps.loads) for durations in stages.durations]
+    costs: list[Costs] = []
+    for s, plan in enumerate(stages.plans):  # stages between the first and the last one are often alike
+        alike = next((costs[i] for i in range(s) if stages.plans[i] == plan), None)
+        costs.append(alike or Costs.of(stages.durations[s], sweeps.loads))
     return lambda: [SampledStage(each) for each in costs]
 
 

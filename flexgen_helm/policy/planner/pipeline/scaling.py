@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from flexgen_helm.errors import FlexGenError, OutOfSpace, PolicyError
 from flexgen_helm.policy.planner.pipeline.lanes import LaneSweeps
 from flexgen_helm.policy.planner.pipeline.network import Network
-from flexgen_helm.policy.planner.pipeline.predict import PipelinePrediction, simulate_pipeline
+from flexgen_helm.policy.planner.pipeline.predict import PipelinePrediction, simulate_sweeps
 from flexgen_helm.policy.planner.pipeline.stages import Stages, even_ranges, measured_ranges
 from flexgen_helm.policy.planner.search.choose import Problem, choose_policy
 from flexgen_helm.types import Policy, ResolvedPolicy
@@ -110,11 +110,13 @@ def _predicted(
     """Predict a run under a policy, with ranges that are balanced by the time that layers take."""
     machine = problem.profile, problem.space
     stages = Stages.of(problem.shapes, policy, machine, ranges, lanes=lanes)
-    if len(ranges) > 1:
-        loads = LaneSweeps.of(stages, problem.workload).loads
+    sweeps = LaneSweeps.of(stages, problem.workload)
+    measured = measured_ranges(stages, sweeps.loads) if len(ranges) > 1 else ranges
+    if measured != ranges:
         with suppress(PolicyError):  # a stage that is longer may not fit
-            stages = Stages.of(problem.shapes, policy, machine, measured_ranges(stages, loads), lanes=lanes)
-    return simulate_pipeline(stages, problem.workload, network)
+            other = Stages.of(problem.shapes, policy, machine, measured, lanes=lanes)
+            stages, sweeps = other, LaneSweeps.of(other, problem.workload)
+    return simulate_sweeps(stages, sweeps, network)
 
 
 def _policies(problem: Problem, ranges: tuple[range, ...], lanes: int) -> Iterator[ResolvedPolicy]:
