@@ -42,6 +42,7 @@ WITHOUT_TORCH = (
     "policy.planner.search.frontier",
     "policy.bound",
     "policy.capacity",
+    "policy.stages",
     "policy.planner.simulate",
     "policy.planner.signature",
 )

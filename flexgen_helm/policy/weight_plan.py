@@ -33,7 +33,7 @@ class WeightPlan:
         tiers = dict(zip(order, interleave([shapes.stored_bytes[j] for j in order], shares), strict=True))
         if not own_memory:
             tiers[EMBEDDINGS] = "device" if shares[0] > 0 else "host"
-        elif not shapes.has_own_head:  # the table is the head's matrix as well
+        elif shapes.has_head and not shapes.has_own_head:  # the table is the head's matrix as well
             tiers[EMBEDDINGS] = "device"
         elif tiers[EMBEDDINGS] == "disk":
             tiers[EMBEDDINGS] = "host"

@@ -115,7 +115,9 @@ class Durations:
         ]
 
     def finish(self, logits: int) -> list[Stage]:
-        """Return the output head on slices of ``gpu_batch_size`` positions, and the choice of tokens."""
+        """Return the output head on slices of ``gpu_batch_size`` positions, and the choice of tokens; without a head none."""
+        if not self._shapes.has_head:
+            return [self._on_device(0.0)]
         size, shapes = self._policy.gpu_batch_size, self._shapes
         head = head_unit(shapes.num_layers)
         weights = shapes.bound_bytes.get(head, shapes.vocab_size * shapes.hidden_size * shapes.itemsize)
