@@ -22,7 +22,7 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.model.compiled.layers import CompiledLayers
 from flexgen_helm.model.recorder import RecordedModel
-from flexgen_helm.policy.capacity import Capacity, packed_scheduler
+from flexgen_helm.policy.capacity import Capacity, packed_scheduler, page_pools
 from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.rows.packed_check import check_packed
 from flexgen_helm.rows.self_check import FirstLayers, NotNumbers, Verdict
@@ -173,7 +173,8 @@ def make_rows(
         tokens = storage.capacity.block_tokens
         single = SingleScheduler(policy, block_tokens=tokens, capacity_bytes=capacity, size=size)
         return SingleRows(checked.model, store), single
-    packed, pools = packed_scheduler(policy, storage.capacity, storage.page_bytes, is_gpu=device.is_gpu, keep_all=keep_all)
+    pools = page_pools(policy, storage.capacity, storage.page_bytes)
+    packed = packed_scheduler(policy, storage.capacity.block_tokens, pools, is_gpu=device.is_gpu, keep_all=keep_all)
     cache = PagedCache(
         pools,
         cache_format=storage.cache_format,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from flexgen_helm.policy.planner.loads import SweepLoad
 from flexgen_helm.policy.planner.pipeline.stages import Stages
 from flexgen_helm.policy.planner.sweeps import ALIKE, sweep_loads
-from flexgen_helm.policy.planner.workload import Workload
+from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,18 @@ class LaneSweeps:
 
 
 def parts(workload: Workload, lanes: int) -> list[Workload]:
-    """Divide prompts over lanes, neighbours together, since they may share a prefix. A lane may get none."""
-    prompts, count = workload.prompts, len(workload.prompts)
-    found = [Workload(prompts[count * i // lanes : count * (i + 1) // lanes]) for i in range(lanes)]
-    return [part for part in found if part.prompts]
+    """Divide prompts over lanes: those that begin alike stay together, and each lane gets about as many tokens.
+
+    A lane that gets none is left out.
+    """
+    prompts = sorted(workload.prompts, key=lambda prompt: prompt.tokens)
+    sizes = [len(prompt.tokens) + sum(prompt.new_tokens) for prompt in prompts]
+    found: list[list[PlannedPrompt]] = [[] for _ in range(lanes)]
+    total, done = sum(sizes), 0
+    for prompt, size in zip(prompts, sizes, strict=True):
+        found[min(lanes - 1, done * lanes // total)].append(prompt)
+        done += size
+    return [Workload(tuple(part)) for part in found if part]
 
 
 def _renamed(workload: Workload) -> Workload:

@@ -122,11 +122,7 @@ def simulate_pipeline(stages: Stages, workload: Workload, network: Network, *, e
         PolicyError: If the profile lacks a rate that the policy needs.
         OutOfSpace: If a prompt of the workload does not fit into the cache of a lane.
     """
-    return simulate_sweeps(stages, LaneSweeps.of(stages, workload, alike=1 if exactly else ALIKE), network, exactly=exactly)
-
-
-def simulate_sweeps(stages: Stages, sweeps: LaneSweeps, network: Network, *, exactly: bool = False) -> PipelinePrediction:
-    """Predict given sweeps; see `simulate_pipeline`."""
+    sweeps = LaneSweeps.of(stages, workload, alike=1 if exactly else ALIKE)
     make = _maker(stages, sweeps, exactly=exactly)
     row_bytes = stages.shapes.hidden_size * stages.shapes.itemsize
 

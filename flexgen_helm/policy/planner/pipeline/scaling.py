@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from flexgen_helm.errors import FlexGenError, OutOfSpace, PolicyError
-from flexgen_helm.policy.planner.pipeline.lanes import LaneSweeps
 from flexgen_helm.policy.planner.pipeline.network import Network
-from flexgen_helm.policy.planner.pipeline.predict import PipelinePrediction, simulate_sweeps
-from flexgen_helm.policy.planner.pipeline.stages import Stages, even_ranges, measured_ranges
+from flexgen_helm.policy.planner.pipeline.predict import PipelinePrediction, simulate_pipeline
+from flexgen_helm.policy.planner.pipeline.stages import Stages, even_ranges
 from flexgen_helm.policy.planner.search.choose import Problem, choose_policy
 from flexgen_helm.types import Policy, ResolvedPolicy
 
@@ -96,27 +94,13 @@ def best_pipeline(problem: Problem, count: int, network: Network, *, lanes: int 
     refused: FlexGenError | None = None
     for policy in _policies(problem, ranges, lanes):
         try:
-            found.append(_predicted(problem, policy, ranges, network, lanes))
+            stages = Stages.of(problem.shapes, policy, (problem.profile, problem.space), ranges, lanes=lanes)
+            found.append(simulate_pipeline(stages, problem.workload, network))
         except (OutOfSpace, PolicyError) as error:
             refused = refused or error
     if not found:
         raise refused or PolicyError(f"No policy was found for {count} stages.")
     return min(found, key=lambda each: each.seconds)
-
-
-def _predicted(
-    problem: Problem, policy: ResolvedPolicy, ranges: tuple[range, ...], network: Network, lanes: int
-) -> PipelinePrediction:
-    """Predict a run under a policy, with ranges that are balanced by the time that layers take."""
-    machine = problem.profile, problem.space
-    stages = Stages.of(problem.shapes, policy, machine, ranges, lanes=lanes)
-    sweeps = LaneSweeps.of(stages, problem.workload)
-    measured = measured_ranges(stages, sweeps.loads) if len(ranges) > 1 else ranges
-    if measured != ranges:
-        with suppress(PolicyError):  # a stage that is longer may not fit
-            other = Stages.of(problem.shapes, policy, machine, measured, lanes=lanes)
-            stages, sweeps = other, LaneSweeps.of(other, problem.workload)
-    return simulate_sweeps(stages, sweeps, network)
 
 
 def _policies(problem: Problem, ranges: tuple[range, ...], lanes: int) -> Iterator[ResolvedPolicy]:

@@ -12,7 +12,6 @@ from flexgen_helm.policy.capacity import Capacity
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.planner.durations import Durations
-from flexgen_helm.policy.planner.loads import SweepLoad
 from flexgen_helm.policy.planner.sweeps import plan_capacity
 from flexgen_helm.policy.space import Space
 from flexgen_helm.policy.stages import balanced, head_cost, layer_costs
@@ -86,7 +85,7 @@ class Stages:
 
 
 def even_ranges(shapes: ModelShapes, count: int) -> tuple[range, ...]:
-    """Divide a model without a profile, by products and bytes; all tokens of a sweep are taken to need logits.
+    """Divide a model as the stages of a running pipeline do: by products and bytes, with logits for every token of a sweep.
 
     Args:
         shapes: Sizes of the model.
@@ -96,29 +95,3 @@ def even_ranges(shapes: ModelShapes, count: int) -> tuple[range, ...]:
         PolicyError: If there are fewer layers than stages.
     """
     return balanced(layer_costs(shapes), count, last=head_cost(shapes))
-
-
-def measured_ranges(stages: Stages, loads: Iterable[SweepLoad]) -> tuple[range, ...]:
-    """Divide a model again by the time that each layer is predicted to take in some sweeps.
-
-    A layer takes as long as its rows on the device or, if its weights are streamed, as their transfer, whichever is longer.
-
-    Args:
-        stages: A first division, whose placement of each layer is taken.
-        loads: The sweeps.
-    """
-    listed = list(loads)
-    total = sum(load.count for load in listed)
-    costs: list[float] = []
-    for durations in stages.durations:
-        streamed = durations.plan.weights.streamed
-        for j in range(durations.plan.shapes.num_layers):
-            link = [*durations.slab(j), *durations.weights(j)] if j in streamed else []
-            rows = sum(
-                load.count * max(stage.seconds for stage in durations.layer(j, row, first=k == 0))
-                for load in listed
-                for k, row in enumerate(load.rows)
-            )
-            costs.append(max(rows, total * max((stage.seconds for stage in link), default=0.0)))
-    head = sum(load.count * stages.durations[-1].finish(load.logits)[0].seconds for load in listed)
-    return balanced(costs, len(stages.ranges), last=head)  # every stage records the rows
