@@ -59,7 +59,7 @@ class Outcome:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser("slow_network", __doc__)
+    parser: argparse.ArgumentParser = make_parser("slow_network", __doc__)
     add_model(parser)
     parser.add_argument("--networks", nargs="+", type=parse_network, default=[parse_network(each) for each in NETWORKS])
     parser.add_argument("--stages", type=int, default=2, metavar="N", help="processes (%(default)s)")
@@ -72,7 +72,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", type=Path, metavar="FILE", help="profile of a stage (default: measured)")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="of each measurement (%(default)s)")
     add_json(parser)
-    return parser.parse_args(arguments)
+    found: argparse.Namespace = parser.parse_args(arguments)
+    return found
 
 
 @reports_errors

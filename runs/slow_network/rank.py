@@ -1,4 +1,4 @@
-"""A process of a pipeline with a given number of sweeps in flight, which is otherwise that of its stages.
+"""A process of a pipeline with a given number of sweeps in flight, of which there are otherwise as many as stages.
 
 Command: ``python -m flexgen_helm.runs.slow_network.rank LANES bench --model M ...``, started on every node
 """
@@ -6,15 +6,16 @@ Command: ``python -m flexgen_helm.runs.slow_network.rank LANES bench --model M .
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 from flexgen_helm.cli import main
-from flexgen_helm.runtime.pipeline.stage import Stage
 
 
 def run() -> int:
     """Run `flexgen-helm` with what stands behind the number."""
     lanes = int(sys.argv[1])
-    Stage.num_lanes = property(lambda _: lanes)  # type: ignore[method-assign, assignment]
+    stage = import_module("flexgen_helm.runtime.pipeline.stage").Stage
+    stage.num_lanes = property(lambda _: lanes)
     return main(sys.argv[2:])
 
 

@@ -15,6 +15,7 @@ import pytest
 from flexgen_helm.policy.planner.pipeline.network import Network
 from flexgen_helm.runs.memory_limit.cgroup import NotPermitted
 from flexgen_helm.runs.slow_network import namespaces
+from flexgen_helm.runs.slow_network.__main__ import Outcome, table
 from flexgen_helm.runs.slow_network.namespaces import Nodes, slow_network
 
 NETWORK = Network(rate=4e6, latency=0.05)
@@ -118,3 +119,11 @@ def test_what_is_not_permitted_has_its_reason(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(namespaces.shutil, "which", lambda name: None if name == "ip" else name)
     with pytest.raises(NotPermitted, match="ip cannot be found"), slow_network(2, NETWORK):
         pass
+
+
+def test_a_table_has_what_was_measured_beside_the_plan() -> None:
+    outcomes = [Outcome("1Gbit/s,10ms", 2, 30.0, 33.0, "stage 0 device"), Outcome("1Gbit/s,10ms", 1, 20.0, 18.0, "lanes")]
+    assert [row.split(" | ")[1:6] for row in table(outcomes)[2:]] == [
+        ["2", "30.00", "33.00", "1.10", "1.50"],
+        ["1", "20.00", "18.00", "0.90", "1.00"],
+    ]

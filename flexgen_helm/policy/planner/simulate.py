@@ -27,7 +27,7 @@ from flexgen_helm.policy.planner.fluid import Fluid, Mark, Span
 from flexgen_helm.policy.planner.loads import SweepLoad
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.replay import Replay
-from flexgen_helm.policy.planner.sweeps import sweep_loads
+from flexgen_helm.policy.planner.sweeps import ALIKE, sweep_loads
 from flexgen_helm.policy.planner.totals import Totals
 from flexgen_helm.policy.planner.workload import Workload
 
@@ -58,7 +58,7 @@ def simulate(plan: MemoryPlan, workload: Workload, profile: MachineProfile, *, e
         OutOfSpace: If a prompt of the workload does not fit into the cache.
     """
     durations = Durations(plan, profile)
-    loads = list(sweep_loads(plan, workload, **({"alike": 1} if exactly else {})))
+    loads = list(sweep_loads(plan, workload, alike=1 if exactly else ALIKE))
     latency = 0.0
     total = NOTHING
     costs = _replayed(durations, loads) if exactly else sampled_costs(durations, loads)

@@ -216,7 +216,7 @@ def test_ranges_without_a_profile_count_the_head() -> None:
 )
 def test_networks_are_read(text: str, rate: float, latency: float) -> None:
     network = parse_network(text)
-    assert (network.rate, network.latency) == (pytest.approx(rate), pytest.approx(latency))
+    assert [network.rate, network.latency] == pytest.approx([rate, latency])
     assert parse_network(str(network)) == network
 
 

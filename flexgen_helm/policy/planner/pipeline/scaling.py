@@ -13,6 +13,8 @@ from flexgen_helm.policy.planner.pipeline.stages import Stages, even_ranges
 from flexgen_helm.policy.planner.search.choose import Problem, choose_policy
 from flexgen_helm.types import Policy, ResolvedPolicy
 
+ROW_STEP = 8
+"""Sizes of decode rows that are tried are multiples of it."""
 PAYS = 0.05
 """Part of the speed that more stages must add to pay."""
 
@@ -124,5 +126,20 @@ def _all_policies(problem: Problem, ranges: tuple[range, ...], lanes: int) -> It
         return
     yield choice.policy
     if lanes > 1 and problem.asked.num_gpu_batches == Policy.num_gpu_batches:
-        for parts in {lanes, -(-lanes // 2)}:
-            yield dataclasses.replace(choice.policy, num_gpu_batches=max(1, choice.policy.num_gpu_batches // parts))
+        for parts in (lanes, -(-lanes // 2)):
+            yield _divided(choice.policy, parts, rows_too=constraints.search_numerics)
+
+
+def _divided(policy: ResolvedPolicy, parts: int, *, rows_too: bool) -> ResolvedPolicy:
+    """Return a policy whose block is a part of another one's.
+
+    Args:
+        policy: The other one.
+        parts: How many parts there are.
+        rows_too: Whether rows may be made smaller, which changes bits of answers.
+    """
+    count = policy.num_gpu_batches // parts
+    size = policy.block_size // parts // ROW_STEP * ROW_STEP
+    if count == 0 and rows_too and size:
+        return dataclasses.replace(policy, gpu_batch_size=min(size, policy.gpu_batch_size), num_gpu_batches=1)
+    return dataclasses.replace(policy, num_gpu_batches=max(1, count))
