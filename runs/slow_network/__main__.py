@@ -24,9 +24,9 @@ from flexgen_helm.errors import FlexGenError
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.machine.profile_file import read_profile
 from flexgen_helm.options import parse_policy
+from flexgen_helm.policy.planner.pipeline.divided import Stages, even_ranges
 from flexgen_helm.policy.planner.pipeline.network import Network, parse_network
 from flexgen_helm.policy.planner.pipeline.predict import PipelinePrediction, simulate_pipeline
-from flexgen_helm.policy.planner.pipeline.stages import Stages, even_ranges
 from flexgen_helm.policy.planner.search.choose import default_policy
 from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.runs.command_line import add_json, add_model, exit_on_sigterm, make_parser, reports_errors, write_json

@@ -11,9 +11,9 @@ from flexgen_helm.errors import OutOfSpace, PolicyError
 from flexgen_helm.machine.profile import MachineProfile, Rate
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import ModelShapes
+from flexgen_helm.policy.planner.pipeline.divided import Stages, even_ranges
 from flexgen_helm.policy.planner.pipeline.network import NO_NETWORK, Network, parse_network
 from flexgen_helm.policy.planner.pipeline.predict import PipelinePrediction, simulate_pipeline
-from flexgen_helm.policy.planner.pipeline.stages import Stages, even_ranges
 from flexgen_helm.policy.planner.pipeline.walk import ANSWER_BYTES
 from flexgen_helm.policy.planner.simulate import simulate
 from flexgen_helm.policy.planner.workload import Workload

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from flexgen_helm.policy.planner.loads import SweepLoad
-from flexgen_helm.policy.planner.pipeline.stages import Stages
+from flexgen_helm.policy.planner.pipeline.divided import Stages
 from flexgen_helm.policy.planner.sweeps import ALIKE, sweep_loads
 from flexgen_helm.policy.planner.workload import PlannedPrompt, Workload
 

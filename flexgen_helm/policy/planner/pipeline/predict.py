@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from flexgen_helm.policy.planner.fluid import Mark
+from flexgen_helm.policy.planner.pipeline.divided import Stages
 from flexgen_helm.policy.planner.pipeline.lanes import LaneSweeps
 from flexgen_helm.policy.planner.pipeline.network import NO_NETWORK, Network
-from flexgen_helm.policy.planner.pipeline.stages import Stages
 from flexgen_helm.policy.planner.pipeline.walk import Costs, Course, ReplayedStage, SampledStage, Stage, walk
 from flexgen_helm.policy.planner.sweeps import ALIKE
 from flexgen_helm.policy.planner.workload import Workload

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flexgen_helm.errors import FlexGenError, OutOfSpace, PolicyError
+from flexgen_helm.policy.planner.pipeline.divided import Stages, even_ranges
 from flexgen_helm.policy.planner.pipeline.network import Network
 from flexgen_helm.policy.planner.pipeline.predict import PipelinePrediction, simulate_pipeline
-from flexgen_helm.policy.planner.pipeline.stages import Stages, even_ranges
 from flexgen_helm.policy.planner.search.choose import Problem, choose_policy
 from flexgen_helm.types import Policy, ResolvedPolicy
 
