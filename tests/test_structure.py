@@ -13,10 +13,10 @@ import flexgen_helm
 
 PACKAGE = Path(flexgen_helm.__file__).parent
 LAYERS = (
-    *("errors", "types", "run_stats", "options", "cache_folder"),
+    *("errors", "types", "run_stats", "options", "processes", "cache_folder"),
     *("statistics", "memory", "machine", "kv_cache", "model", "loading", "generation"),
-    *("schedule", "compression", "attention", "execution", "policy", "rows", "runtime"),
-    *("fidelity", "helm", "reports", "gate", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli"),
+    *("schedule", "compression", "attention", "execution", "policy", "rows", "distributed", "runtime"),
+    *("fidelity", "helm", "reports", "gate", "assets", "plugin", "evaluation", "benchmark", "cli_options", "cli", "__main__"),
 )
 """Folders and files of the package. Each may use those before it, and none behind it."""
 LAZY = {("__init__", "runtime")}

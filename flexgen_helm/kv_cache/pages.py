@@ -140,11 +140,15 @@ class PagePool:
 
     def of_lane(self, lane: Lane) -> PagePool:
         """Return a pool that hands out the pages of one lane, as long as this one hands out none."""
-        on_device, host, disk = self.capacities
-        shares = (self._shares["device"], self._shares["host"], self._shares["disk"])
-        pool = PagePool(on_device, host=host, disk=disk, shares=shares, page_bytes=self.page_bytes, lane=lane)
+        pool = self.resized(self.capacities, lane)
         pool.resize(self._share)
         return pool
+
+    def resized(self, capacities: PageCounts, lane: Lane = ONE_LANE) -> PagePool:
+        """Return a pool with other numbers of pages on the tiers, of which none are taken."""
+        shares = (self._shares["device"], self._shares["host"], self._shares["disk"])
+        on_device, host, disk = capacities
+        return PagePool(on_device, host=host, disk=disk, shares=shares, page_bytes=self.page_bytes, lane=lane)
 
     @property
     def most(self) -> PageCounts:
