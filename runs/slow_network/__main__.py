@@ -69,6 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-len", type=int, default=64, metavar="TOKENS")
     parser.add_argument("--gen-len", type=int, default=32, metavar="TOKENS")
     parser.add_argument("--policy", default=POLICY, help="of every stage (%(default)s)")
+    parser.add_argument("--dummy-weights", action="store_true", help="random weights; a folder with a config.json is enough")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="profile of a stage (default: measured)")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="of each measurement (%(default)s)")
     add_json(parser)
@@ -83,7 +84,7 @@ def main() -> int:
     options = parse()
     sizes = (options.num_jobs, options.prompt_len, options.gen_len)
     model = options.model or smollm2_folder()
-    setting = Setting(model, options.stages, options.threads, *sizes, options.policy, options.timeout)
+    setting = Setting(model, options.stages, options.threads, *sizes, options.policy, options.timeout, options.dummy_weights)
     profile = read_profile(options.profile) if options.profile else measured_profile(setting)
     outcomes = []
     for network in options.networks:

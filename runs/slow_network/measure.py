@@ -33,6 +33,7 @@ class Setting:
         gen_len: New tokens of each.
         policy: Policy as `--policy` reads it.
         timeout: Most seconds of a measurement.
+        dummy_weights: Whether weights are random, so that a config is enough.
     """
 
     model: Path
@@ -43,12 +44,14 @@ class Setting:
     gen_len: int
     policy: str
     timeout: float
+    dummy_weights: bool = False
 
     @property
     def bench(self) -> list[str]:
         """Arguments of `bench`."""
         sizes = {"--num-prompts": self.num_jobs, "--prompt-len": self.prompt_len, "--gen-len": self.gen_len}
         named = [text for name, value in sizes.items() for text in (name, str(value))]
+        named += ["--dummy-weights"] if self.dummy_weights else []
         return ["bench", "--model", str(self.model), "--dtype", "float32", "--device", "cpu", "--policy", self.policy, *named]
 
 

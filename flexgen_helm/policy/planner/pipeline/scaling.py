@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from flexgen_helm.errors import FlexGenError, OutOfSpace, PolicyError
+from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.pipeline.divided import Stages, even_ranges
 from flexgen_helm.policy.planner.pipeline.network import Network
 from flexgen_helm.policy.planner.pipeline.predict import PipelinePrediction, simulate_pipeline
 from flexgen_helm.policy.planner.search.choose import Problem, choose_policy
-from flexgen_helm.types import Policy, ResolvedPolicy
+from flexgen_helm.policy.planner.sweeps import plan_capacity
+from flexgen_helm.types import ON_DEVICE, Policy, ResolvedPolicy
 
 ROW_STEP = 8
 """Sizes of decode rows that are tried are multiples of it."""
+ROW_TOKENS = 2048
+"""Tokens of prefill rows that are tried where everything is on the device."""
 PAYS = 0.05
 """Part of the speed that more stages must add to pay."""
 
@@ -78,7 +83,8 @@ def scaling(problem: Problem, counts: Sequence[int], network: Network, *, lanes:
 def best_pipeline(problem: Problem, count: int, network: Network, *, lanes: int | None = None) -> PipelinePrediction:
     """Predict a run on so many stages, under the fastest of a few policies.
 
-    These are the default one and what the search finds for the largest stage alone, whose block is also divided over the lanes.
+    These are the default one, what the search finds for the largest stage alone, whose block is also divided over the lanes,
+    and where row sizes may change one with everything on the device.
 
     Args:
         problem: See `scaling`.
@@ -125,9 +131,29 @@ def _all_policies(problem: Problem, ranges: tuple[range, ...], lanes: int) -> It
     except PolicyError:
         return
     yield choice.policy
+    if constraints.search_numerics and problem.asked == Policy():
+        with suppress(PolicyError):  # does not fit
+            yield _resident(alone, lanes)
     if lanes > 1 and problem.asked.num_gpu_batches == Policy.num_gpu_batches:
         for parts in (lanes, -(-lanes // 2)):
             yield _divided(choice.policy, parts, rows_too=constraints.search_numerics)
+
+
+def _resident(alone: Problem, lanes: int) -> ResolvedPolicy:
+    """Return a policy with all weights, K and V on the device, and decode rows of as many sequences as fit in a lane.
+
+    Raises:
+        PolicyError: If the weights, or `ROW_STEP` sequences of each lane, do not fit.
+    """
+    placed = replace(alone.base, weights=ON_DEVICE, cache=ON_DEVICE, cpu_attention=0.0, num_gpu_batches=1)
+    placed = replace(placed, gpu_batch_tokens=ROW_TOKENS, block_tokens=ROW_TOKENS)
+    plan = MemoryPlan.of(alone.shapes, replace(placed, gpu_batch_size=ROW_STEP), alone.space)
+    room = plan_capacity(plan).cache_bytes["device"] / lanes
+    longest = max(len(prompt.tokens) + max(prompt.new_tokens, default=0) for prompt in alone.workload.prompts)
+    fitting = int(room // plan.cache.sequence_bytes(longest)) // ROW_STEP * ROW_STEP
+    if not fitting:
+        raise PolicyError("K and V of the sequences of a lane do not fit on the device.")
+    return replace(placed, gpu_batch_size=min(fitting, alone.base.gpu_batch_size))
 
 
 def _divided(policy: ResolvedPolicy, parts: int, *, rows_too: bool) -> ResolvedPolicy:
