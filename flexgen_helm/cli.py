@@ -33,6 +33,7 @@ from flexgen_helm.cli_options import (
 )
 from flexgen_helm.errors import FlexGenError, InvalidJob
 from flexgen_helm.helm.installed import require_helm
+from flexgen_helm.processes import is_follower, num_processes
 from flexgen_helm.types import Job, Policy, Result
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
     """
     try:
         args = _parser(load_engine or _load_engine).parse_args(argv)
-        with _log_on_screen(*(["flexgen_helm"] if args.verbose else SHOWN)):
+        if is_follower():
+            return _follow(args)
+        with _driving(), _log_on_screen(*(["flexgen_helm"] if args.verbose else SHOWN)):
             status: int = args.run(args)
     except FlexGenError as error:
         message = " ".join(str(error).split())
@@ -83,6 +86,29 @@ def _log_on_screen(*names: str) -> Iterator[None]:
         for logger in loggers:
             logger.removeHandler(handler)
             logger.setLevel(logging.NOTSET)
+
+
+def _follow(args: argparse.Namespace) -> int:
+    """Compute a stage of the pipeline that the first process drives."""
+    from flexgen_helm.runtime.pipeline.launch import follow_first
+
+    with _log_on_screen(*(["flexgen_helm"] if args.verbose else [])):
+        return follow_first()
+
+
+@contextmanager
+def _driving() -> Iterator[None]:
+    """Let engines be pipelines over all processes that a launcher such as `torchrun` started, and end the others afterwards."""
+    if num_processes() == 1:
+        yield
+        return
+    from flexgen_helm.runtime.pipeline.launch import begin_to_drive, end_driving
+
+    begin_to_drive()
+    try:
+        yield
+    finally:
+        end_driving()
 
 
 def _say(text: str) -> None:

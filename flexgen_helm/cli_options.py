@@ -12,6 +12,7 @@ from flexgen_helm.compression.config import parse, resolve, with_variant
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.evaluation.choices import CHOICES, DTYPES, KV_DTYPES, ROWS, parse_profile, plain_choices
 from flexgen_helm.options import parse_max_memory, parse_policy
+from flexgen_helm.policy.planner.pipeline.network import parse_network
 from flexgen_helm.types import SLAB_CODINGS, TIERS, Policy
 
 
@@ -212,6 +213,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     add("--max-latency", type=float, metavar="S", help="most seconds until the first job is answered")
     add("--min-throughput", type=float, metavar="T", help="least new tokens per second")
     add("--search-numerics", action="store_true", help="also choose row sizes and the place of attention, which change bits")
+    _add_pipeline_options(parser)
     add = parser.add_argument_group("result").add_argument
     add("--json", action="store_true", help="print one JSON object")
     replay = (
@@ -220,6 +222,17 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     add("--replay", type=Path, metavar="FILE", help=replay)
     add("--plot", type=Path, metavar="DIR", help="draw the latency-throughput frontier and the timeline of one sweep")
     parser.add_argument("-v", "--verbose", action="store_true", help="also print the log")
+
+
+def _add_pipeline_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("pipeline").add_argument
+    stages = "divide the layers over so many equal machines in a row; auto: 1, 2, 4, ... of them, to see how many pay"
+    add("--stages", type=_stages, metavar="N|auto", help=stages)
+    most = "most stages that --stages auto tries (16, or the model's layers)"
+    add("--most-stages", type=_positive, metavar="N", help=most)
+    add("--lanes", type=_positive, metavar="N", help="sweeps in flight (default: as many as stages)")
+    network = "rate and latency between two stages, such as 1Gbit/s,10ms (default: it takes no time)"
+    add("--network", type=parse_network, metavar="RATE,LATENCY", help=network)
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
@@ -277,6 +290,10 @@ def _share(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of GPUs; give 0 or more")
     return value
+
+
+def _stages(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
 
 
 def _count(text: str, least: int = 0) -> int:

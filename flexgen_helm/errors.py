@@ -68,3 +68,7 @@ class CorruptFile(FlexGenError):
 
 class ScenarioError(FlexGenError):
     """A scenario whose arguments or data cannot be used."""
+
+
+class StageLost(FlexGenError):
+    """A stage of a pipeline that ended or cannot be reached; answers that were given so far are kept."""

@@ -13,11 +13,11 @@ import flexgen_helm
 
 PACKAGE = Path(flexgen_helm.__file__).parent
 LAYERS = (
-    *("errors", "types", "run_stats", "options", "cache_folder"),
+    *("errors", "types", "run_stats", "options", "processes", "cache_folder"),
     *("statistics", "memory", "machine", "kv_cache", "model", "loading", "generation"),
-    *("schedule", "compression", "attention", "execution", "policy", "rows", "runtime"),
+    *("schedule", "compression", "attention", "execution", "policy", "rows", "distributed", "runtime"),
     *("fidelity", "harnesses", "helm", "workers", "reports", "gate", "assets", "plugin", "evaluation", "benchmark"),
-    *("cli_options", "cli"),
+    *("cli_options", "cli", "__main__"),
 )
 """Folders and files of the package. Each may use those before it, and none behind it."""
 LAZY = {("__init__", "runtime"), ("__init__", "evaluation")}
@@ -45,8 +45,10 @@ WITHOUT_TORCH = (
     "policy.planner.search.frontier",
     "policy.bound",
     "policy.capacity",
+    "policy.stages",
     "policy.planner.simulate",
     "policy.planner.signature",
+    "policy.planner.pipeline.scaling",
 )
 """What HELM lists, and what a cost model or a simulator of schedules imports."""
 MOST_LINES = 400

@@ -28,6 +28,24 @@ class Recording(Protocol):
         """The hidden state with tokens in front: ``[T, ...]``."""
 
 
+class Neighbours(Protocol):
+    """The stages before and behind a stage of a pipeline, which give and take rows between two layers, in their order."""
+
+    @property
+    def layers(self) -> range:
+        """Layers that this stage computes."""
+
+    def receive(self, k: int) -> tuple[Tensor, Tensor]:
+        """Wait for row k from the stage before, and return its hidden state ``[1, T, hidden]`` and its bad tokens ``[T]``.
+
+        Raises:
+            FlexGenError: If a stage before could not compute it.
+        """
+
+    def send(self, k: int, hidden: Tensor, bad: Tensor) -> None:
+        """Start to send row k to the stage behind."""
+
+
 LogitsHandler = Callable[[list[LogitRequest], Tensor], None]
 """Takes the logit requests of a slice of the output head and their logits ``[len(requests), vocab]`` in fp32."""
 HiddenHandler = Callable[[list[tuple[LogitRequest, Tensor]]], None]
@@ -89,6 +107,10 @@ class Executor(Protocol):
     @property
     def num_layers(self) -> int:
         """Layers that every row goes through in a sweep."""
+
+    @property
+    def layers(self) -> range:
+        """Those that this executor computes: all, or the ones of a stage of a pipeline."""
 
     def run(self, sweep: Sweep, on_logits: LogitsHandler, on_operation: OperationHandler | None = None) -> None:
         """Compute all rows of a sweep, then the logits that they request."""

@@ -48,7 +48,7 @@ class OverlappedExecutor(SerialExecutor[AnyRecording]):
         super()._perform(run, operation)
 
     def _compute(self, run: SweepRun[AnyRecording], j: int, k: int) -> None:
-        call = partial(run.compute, j, k, last=j == self.num_layers - 1)
+        call = partial(run.compute, j, k)
         self._suspended.run(k, call, partial(self._busy, Activity("compute", f"{j},{k}")))
 
     def _finish(self, run: SweepRun[AnyRecording], hand_out: HandOut[AnyRecording]) -> None:

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from flexgen_helm.errors import OutOfSpace
-from flexgen_helm.execution.interfaces import AnyRecording, HiddenHandler, LayerHandler, LogitsHandler, OperationHandler, Rows
+from flexgen_helm.execution.interfaces import (
+    AnyRecording,
+    HiddenHandler,
+    LayerHandler,
+    LogitsHandler,
+    Neighbours,
+    OperationHandler,
+    Rows,
+)
 from flexgen_helm.execution.sweep_run import SweepRun
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.meter import Meter
@@ -65,6 +73,7 @@ class SerialExecutor(Generic[AnyRecording]):
         self._whole_slice = head_slice
         self._weights, self._hidden = weights, hidden
         self._streamed = weights.streamed if weights is not None else frozenset()
+        self._neighbours: Neighbours | None = None
         self.num_halvings = 0
         """How often rows were halved because memory did not suffice."""
         self.free_shapes = False
@@ -74,6 +83,15 @@ class SerialExecutor(Generic[AnyRecording]):
     def num_layers(self) -> int:
         """Layers that every row goes through in a sweep."""
         return self._rows.num_layers
+
+    @property
+    def layers(self) -> range:
+        """Those that are computed here."""
+        return range(self.num_layers) if self._neighbours is None else self._neighbours.layers
+
+    def join(self, neighbours: Neighbours) -> None:
+        """Compute a part of the layers from now on, as one stage of a pipeline."""
+        self._neighbours = neighbours
 
     def run(self, sweep: Sweep, on_logits: LogitsHandler, on_operation: OperationHandler | None = None) -> None:
         """Compute all rows of a sweep, then the logits that they request.
@@ -138,7 +156,7 @@ class SerialExecutor(Generic[AnyRecording]):
         with torch.inference_mode():
             while True:
                 try:
-                    run = SweepRun(self._cut(sweep), self._rows, self._hidden, on_layer)
+                    run = SweepRun(self._cut(sweep), self._rows, self._hidden, on_layer, self._neighbours)
                     self._run_sweep(run, hand_out, on_operation)
                     return
                 except BaseException as error:
@@ -170,6 +188,10 @@ class SerialExecutor(Generic[AnyRecording]):
     def _halve_rows(self, sweep: Sweep, message: str) -> None:
         """Go on with smaller rows. Nothing of the sweep was answered yet, and what it stored is stored again."""
         largest = max(row.size for row in sweep.rows) >> self.num_halvings
+        if self._neighbours is not None:
+            raise OutOfSpace(
+                f"A row of {largest} tokens does not fit into the memory of a stage's device ({message}). {REMEDY}"
+            )
         if not self._rows.can_be_halved:
             raise OutOfSpace(f"A sequence in a row of its own does not fit into the device's memory ({message}). {REMEDY}")
         self._halved("A row of", largest, message)
@@ -198,7 +220,12 @@ class SerialExecutor(Generic[AnyRecording]):
     ) -> None:
         num_slots = self._weights.num_slots if self._weights is not None else 0
         for operation in sweep_operations(
-            self._order, self.num_layers, run.num_rows, streamed=self._streamed, num_slots=num_slots
+            self._order,
+            self.num_layers,
+            run.num_rows,
+            layers=self.layers,
+            streamed=self._streamed,
+            num_slots=num_slots,
         ):
             if operation.kind == "finish":
                 self._finish(run, hand_out)
@@ -226,7 +253,7 @@ class SerialExecutor(Generic[AnyRecording]):
 
     def _compute(self, run: SweepRun[AnyRecording], j: int, k: int) -> None:
         with self._busy(Activity("compute", f"{j},{k}")):
-            run.compute(j, k, last=j == self.num_layers - 1)
+            run.compute(j, k)
 
     def _move(self, run: SweepRun[AnyRecording], operation: Operation) -> None:
         transfer = run.move(operation)

@@ -11,7 +11,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from flexgen_helm.execution.interfaces import AnyRecording, LayerHandler, Rows
+from flexgen_helm.execution.interfaces import AnyRecording, LayerHandler, Neighbours, Rows
 from flexgen_helm.memory.copies import upload
 from flexgen_helm.memory.hidden_store import HiddenStore
 from flexgen_helm.memory.link import Transfer
@@ -28,6 +28,7 @@ class SweepRun(Generic[AnyRecording]):
         rows: Rows[AnyRecording],
         hidden: HiddenStore | None,
         on_layer: LayerHandler | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
         """Make room for a sweep.
 
@@ -36,8 +37,10 @@ class SweepRun(Generic[AnyRecording]):
             rows: The model.
             hidden: Where hidden states are stored between two layers; None: on the device.
             on_layer: Called before each layer is applied to a row, and once behind the last one.
+            neighbours: The other stages of a pipeline; None: all layers are computed here.
         """
-        self._rows, self._hidden, self._on_layer = rows, hidden, on_layer
+        self._rows, self._hidden, self._on_layer, self._neighbours = rows, hidden, on_layer, neighbours
+        self._layers = range(rows.num_layers) if neighbours is None else neighbours.layers
         if hidden is not None:
             hidden.begin_sweep(len(sweep.rows))
         rows.reserve(sweep)
@@ -46,6 +49,8 @@ class SweepRun(Generic[AnyRecording]):
         self._recordings: dict[int, AnyRecording] = {}
         self._bad: dict[int, Tensor] = {}
         self._final: dict[int, Tensor] = {}
+        self._through: set[int] = set()
+        """Rows that went through all layers."""
         self.layer = -1
         """The layer whose weights are in use; -1: none."""
 
@@ -65,28 +70,54 @@ class SweepRun(Generic[AnyRecording]):
             return self._rows.load_cache(j, self._recordings[k])
         if kind == "store_cache":
             transfer = self._rows.store_cache(j, self._recordings[k])
-            if k in self._final:
+            if k in self._through:
                 del self._recordings[k]
             return transfer
         if kind == "store_hidden":
-            return self._store_hidden(k)
+            return None if self._comes(j + 1) else self._store_hidden(k)
         assert kind == "load_hidden"
-        return self._hidden.load(k) if self._hidden is not None else None
+        return None if self._hidden is None or self._comes(j) else self._hidden.load(k)
 
-    def compute(self, j: int, k: int, *, last: bool) -> None:
-        """Run layer j on row k; after the last layer only what the output head needs is kept."""
+    def compute(self, j: int, k: int) -> None:
+        """Run layer j on row k; after the last layer the row goes to the next stage, or what the output head needs is kept."""
         recording = self._recordings[k]
-        if self._hidden is not None and recording.hidden_moves and recording.hidden is None:
+        if self._comes(j):
+            self._receive(k)
+        elif self._hidden is not None and recording.hidden_moves and recording.hidden is None:
             recording.hidden = self._hidden.take(k)
         self._show(j, k)
         self._rows.replay(j, recording)
-        if last:
+        if j == self._layers[-1]:
             self._show(j + 1, k)
-            offsets = [request.offset for request in self._logit_requests[k]]
-            self._final[k] = recording.tokens[upload(offsets, recording.tokens.device)]
-            bad = self._rows.bad_tokens(recording)
-            if bad is not None:
-                self._bad[k] = bad
+            self._end(k)
+
+    def _comes(self, j: int) -> bool:
+        """Whether the hidden states for layer j come from another stage."""
+        return j == self._layers.start > 0
+
+    def _receive(self, k: int) -> None:
+        assert self._neighbours is not None
+        recording = self._recordings[k]
+        recording.hidden, bad = self._neighbours.receive(k)
+        own = self._rows.bad_tokens(recording)
+        assert own is not None
+        own |= bad
+
+    def _end(self, k: int) -> None:
+        """Take a row that went through all layers of this executor."""
+        self._through.add(k)
+        recording = self._recordings[k]
+        bad = self._rows.bad_tokens(recording)
+        if self._neighbours is not None and self._layers.stop < self._rows.num_layers:
+            assert bad is not None
+            assert recording.hidden is not None
+            self._neighbours.send(k, recording.hidden, bad)
+            recording.hidden = None
+            return
+        offsets = [request.offset for request in self._logit_requests[k]]
+        self._final[k] = recording.tokens[upload(offsets, recording.tokens.device)]
+        if bad is not None:
+            self._bad[k] = bad
 
     def mark(self) -> None:
         """Note whose tokens were not finite, before anything is answered."""

@@ -64,15 +64,28 @@ class PageCounts(NamedTuple):
         return sum(self[: TIERS.index(tier)])
 
 
-class _TierPages:
-    """Page numbers of one tier, lowest first as far as they have been handed out."""
+@dataclass(frozen=True)
+class Lane:
+    """One of several schedulers that divide pages evenly; their sweeps follow each other through the stages of a pipeline."""
 
-    def __init__(self, first: int, capacity: int) -> None:
-        self.first, self.capacity = first, capacity
-        self.resize(capacity)
+    index: int = 0
+    count: int = 1
+
+
+ONE_LANE = Lane()
+"""The lane of a scheduler that has all pages."""
+
+
+class _TierPages:
+    """Page numbers of one tier, lowest first as far as they have been handed out. Lanes take turns, so that few are skipped."""
+
+    def __init__(self, first: int, capacity: int, lane: Lane) -> None:
+        self._first, self._lane = first + lane.index, lane
+        self.capacity = capacity // lane.count
+        self.resize(self.capacity)
 
     def resize(self, limit: int) -> None:
-        self.limit, self.high_water = limit, 0
+        self.limit, self._handed_out = limit, 0
         self.free: list[int] = []
 
     @property
@@ -81,35 +94,66 @@ class _TierPages:
 
     @property
     def num_used(self) -> int:
-        return self.high_water - len(self.free)
+        return self._handed_out - len(self.free)
+
+    @property
+    def high_water(self) -> int:
+        return (self._handed_out - 1) * self._lane.count + self._lane.index + 1 if self._handed_out else 0
 
     def allocate(self, count: int) -> list[int]:
         reused = [self.free.pop() for _ in range(min(count, len(self.free)))]
-        begin = self.first + self.high_water
-        self.high_water += count - len(reused)
-        return reused + list(range(begin, self.first + self.high_water))
+        fresh = range(self._handed_out, self._handed_out + count - len(reused))
+        self._handed_out = fresh.stop
+        return reused + [self._first + self._lane.count * index for index in fresh]
 
 
 class PagePool:
     """Hands out page numbers. Pages that are asked for together lie on one tier as long as there is room."""
 
     def __init__(
-        self, capacity: int, *, host: int = 0, disk: int = 0, shares: Shares = (1.0, 0.0, 0.0), page_bytes: int = 1
+        self,
+        capacity: int,
+        *,
+        host: int = 0,
+        disk: int = 0,
+        shares: Shares = (1.0, 0.0, 0.0),
+        page_bytes: int = 1,
+        lane: Lane = ONE_LANE,
     ) -> None:
         """Nothing is allocated.
 
         Args:
-            capacity: Pages on the device.
+            capacity: Pages on the device, of all lanes; the same for the others.
             host: Pages in host memory.
             disk: Pages on disk.
             shares: Of the pages in use on each tier, as far as there is room; a full tier's share goes to the others.
             page_bytes: Bytes of K and V of a page in all layers.
+            lane: The lane whose pages are handed out.
         """
         self.capacities, self.page_bytes = PageCounts(capacity, host, disk), page_bytes
         self._shares = dict(zip(TIERS, shares, strict=True))
+        self._share = 1.0
         self._tiers = {
-            tier: _TierPages(self.capacities.first(tier), count) for tier, count in zip(TIERS, self.capacities, strict=True)
+            tier: _TierPages(self.capacities.first(tier), count, lane)
+            for tier, count in zip(TIERS, self.capacities, strict=True)
         }
+
+    def of_lane(self, lane: Lane) -> PagePool:
+        """Return a pool that hands out the pages of one lane, as long as this one hands out none."""
+        pool = self.resized(self.capacities, lane)
+        pool.resize(self._share)
+        return pool
+
+    def resized(self, capacities: PageCounts, lane: Lane = ONE_LANE) -> PagePool:
+        """Return a pool with other numbers of pages on the tiers, of which none are taken."""
+        shares = (self._shares["device"], self._shares["host"], self._shares["disk"])
+        on_device, host, disk = capacities
+        return PagePool(on_device, host=host, disk=disk, shares=shares, page_bytes=self.page_bytes, lane=lane)
+
+    @property
+    def most(self) -> PageCounts:
+        """Pages of each tier that may be taken if other forms take none."""
+        return PageCounts(*(pages.capacity for pages in self._tiers.values()))
 
     @property
     def limits(self) -> PageCounts:
@@ -123,6 +167,7 @@ class PagePool:
             share: From 0 to 1. Pages of another form take the rest of the bytes.
         """
         assert not self.num_used, "pages that are taken cannot lose their storage"
+        self._share = share
         for pages in self._tiers.values():
             pages.resize(int(share * pages.capacity))
 

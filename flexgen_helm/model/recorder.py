@@ -42,6 +42,11 @@ class LayerCall(NamedTuple):
         """Return every argument with its place."""
         return [*enumerate(self.args), *self.kwargs.items()]
 
+    @property
+    def takes_outputs(self) -> bool:
+        """Whether it passes extra outputs of the layer before it."""
+        return any(isinstance(value, _ExtraOutput) for _, value in self.items())
+
     def with_value(self, places: Collection[ArgumentKey], value: Any) -> LayerCall:
         """Return a copy of the call that passes ``value`` at each of ``places``; places that the call lacks are ignored."""
         return self._mapped(lambda place, own: value if place in places else own)

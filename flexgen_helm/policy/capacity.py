@@ -9,8 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flexgen_helm.kv_cache.pages import Form, PagePool
+from flexgen_helm.kv_cache.pages import Form, Lane, PagePool, num_pages
+from flexgen_helm.policy.cache_plan import SEQUENCE_TOKENS
 from flexgen_helm.policy.memory_plan import MemoryPlan
+from flexgen_helm.schedule.exact_tables import NUM_SPARE, SEQUENCE_PAGES
 from flexgen_helm.schedule.packed import PackedScheduler
 from flexgen_helm.types import TIERS, ResolvedPolicy, Tier
 
@@ -44,27 +46,66 @@ class Capacity:
         return cls(plan.cache.capacities(left, most), plan.block_tokens(left))
 
 
-def packed_scheduler(
-    policy: ResolvedPolicy, capacity: Capacity, page_bytes: Mapping[Form, int], *, is_gpu: bool, keep_all: bool = False
-) -> tuple[PackedScheduler, dict[Form, PagePool]]:
-    """Make the scheduler of packed rows.
+def page_pools(policy: ResolvedPolicy, capacity: Capacity, page_bytes: Mapping[Form, int]) -> dict[Form, PagePool]:
+    """Return the kept pages by form. Each form may take all bytes; a scheduler divides them.
 
     Args:
         policy: Row sizes and shares.
         capacity: What sweeps may hold.
         page_bytes: Bytes of a page in all layers, by form.
+    """
+    return {form: _pool(capacity.cache_bytes, policy, size) for form, size in page_bytes.items()}
+
+
+def packed_scheduler(
+    policy: ResolvedPolicy, block_tokens: int, pools: Mapping[Form, PagePool], *, is_gpu: bool, keep_all: bool = False
+) -> PackedScheduler:
+    """Make the scheduler of packed rows.
+
+    Args:
+        policy: Row sizes and shares.
+        block_tokens: Prompt tokens of a sweep.
+        pools: Kept pages by form.
         is_gpu: Whether the device is a GPU.
         keep_all: Whether the operations have another order than the column order, which needs K and V of all layers.
-
-    Returns:
-        The scheduler, and its pages by form. Each form may take all bytes; the scheduler divides them.
     """
-    pools = {form: _pool(capacity.cache_bytes, policy, size) for form, size in page_bytes.items()}
     cost = 0.0 if is_gpu else PROMPT_ROW_COST
-    scheduler = PackedScheduler(
-        policy, block_tokens=capacity.block_tokens, pools=pools, keep_all=keep_all, prompt_row_cost=cost
-    )
-    return scheduler, pools
+    return PackedScheduler(policy, block_tokens=block_tokens, pools=pools, keep_all=keep_all, prompt_row_cost=cost)
+
+
+def lane_schedulers(
+    policy: ResolvedPolicy, block_tokens: int, pools: Mapping[Form, PagePool], *, lanes: int, is_gpu: bool
+) -> list[PackedScheduler]:
+    """Make the schedulers of lanes that divide the pages evenly.
+
+    Args:
+        policy: Row sizes and shares.
+        block_tokens: Prompt tokens of a sweep.
+        pools: Kept pages by form, of which none are taken. Where two forms share bytes, these are divided between them for
+            good, for sequences of the usual length.
+        lanes: Number of lanes.
+        is_gpu: Whether the device is a GPU.
+    """
+    divide(pools, lanes=lanes)
+    cost = 0.0 if is_gpu else PROMPT_ROW_COST
+    of_lanes = [{form: pool.of_lane(Lane(index, lanes)) for form, pool in pools.items()} for index in range(lanes)]
+    return [
+        PackedScheduler(policy, block_tokens=block_tokens, pools=own, divided=True, prompt_row_cost=cost) for own in of_lanes
+    ]
+
+
+def divide(pools: Mapping[Form, PagePool], *, lanes: int) -> None:
+    """Divide the bytes of two forms of pages between them for good, for sequences of `SEQUENCE_TOKENS` tokens."""
+    if "sealed" not in pools:
+        return
+    exact, sealed = pools["exact"], pools["sealed"]
+    spare = lanes * NUM_SPARE * exact.page_bytes
+    of_sequence = SEQUENCE_PAGES * exact.page_bytes
+    total = max(1, sum(sealed.most) * sealed.page_bytes)
+    wanted = of_sequence / (of_sequence + num_pages(0, SEQUENCE_TOKENS) * sealed.page_bytes)
+    share = min(1.0, (spare + max(0, total - spare) * wanted) / total)
+    exact.resize(share)
+    sealed.resize(1 - share)
 
 
 def _pool(cache_bytes: Mapping[Tier, int], policy: ResolvedPolicy, page_bytes: int) -> PagePool:

@@ -54,6 +54,7 @@ class ModelShapes:
             they are bound.
         kv_format: Format of the kept pages of K and V, as `flexgen_helm.machine.profile.AttentionRate` names it; "": the
             dtype's.
+        has_head: Whether the output head is computed here; not on the stages of a pipeline before the last one.
     """
 
     num_layers: int
@@ -83,6 +84,7 @@ class ModelShapes:
     dtype: str = ""
     weight_format: str = "plain"
     kv_format: str = ""
+    has_head: bool = True
 
     @property
     def total_bytes(self) -> int:
@@ -132,6 +134,39 @@ class ModelShapes:
         if j == head_unit(self.num_layers):
             return self.vocab_size * self.hidden_size
         return self.layer_products.get(j, self.bound_bytes[j] / self.itemsize)
+
+    def of_layers(self, layers: range, *, has_head: bool | None = None) -> ModelShapes:
+        """Return the sizes of a stage of a pipeline: a small model of some of the layers, numbered from 0.
+
+        Every stage has the embeddings, since recording a row needs them, and checks the same first layers of the whole model.
+
+        Args:
+            layers: Its layers, which follow each other.
+            has_head: Whether it computes the output head; None: if it has the last layer.
+
+        Raises:
+            ValueError: If the model has no such layers.
+        """
+        if not layers or layers.step != 1 or layers.start < 0 or layers.stop > self.num_layers:
+            raise ValueError(f"{layers} are not layers of a model that has {self.num_layers}")
+        has_head = layers.stop == self.num_layers if has_head is None else has_head
+        numbers = {j: i for i, j in enumerate(layers)} | {EMBEDDINGS: EMBEDDINGS}
+        if has_head:
+            numbers[head_unit(self.num_layers)] = head_unit(len(layers))
+        stored, carried, bound, disk = (
+            {numbers[j]: size for j, size in sizes.items() if j in numbers}
+            for sizes in (self.stored_bytes, self.carried_bytes, self.bound_bytes, self.disk_bytes)
+        )
+        return replace(
+            self,
+            num_layers=len(layers),
+            stored_bytes=stored,
+            carried_bytes=carried,
+            bound_bytes=bound,
+            disk_bytes=disk,
+            layer_products={numbers[j]: count for j, count in self.layer_products.items() if j in numbers},
+            has_head=has_head,
+        )
 
     def at_16_bits(self) -> ModelShapes:
         """Return the sizes with two bytes for every element of weights, K and V, whatever their dtype and compression."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
+from flexgen_helm.schedule.operations import head_unit
 from flexgen_helm.types import TIERS, Shares, Tier
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,33 @@ class WeightPlan:
         tiers = dict(zip(order, interleave([shapes.stored_bytes[j] for j in order], shares), strict=True))
         if not own_memory:
             tiers[EMBEDDINGS] = "device" if shares[0] > 0 else "host"
-        elif not shapes.has_own_head:  # the table is the head's matrix as well
+        elif shapes.has_head and not shapes.has_own_head:  # the table is the head's matrix as well
             tiers[EMBEDDINGS] = "device"
         elif tiers[EMBEDDINGS] == "disk":
             tiers[EMBEDDINGS] = "host"
         return cls(shapes, tiers, own_memory, prefetch)
+
+    def numbered_from(self, first: int, num_layers: int) -> WeightPlan:
+        """Return the plan of a stage with the numbers that its units have in the whole model.
+
+        Args:
+            first: Number of its first layer.
+            num_layers: Layers of the whole model.
+        """
+        head = head_unit(self.shapes.num_layers)
+        numbers = {j: j if j == EMBEDDINGS else head_unit(num_layers) if j == head else j + first for j in self.tiers}
+
+        def of(values: Mapping[int, Value]) -> dict[int, Value]:
+            return {numbers[j]: value for j, value in values.items()}
+
+        shapes = replace(
+            self.shapes,
+            stored_bytes=of(self.shapes.stored_bytes),
+            carried_bytes=of(self.shapes.carried_bytes),
+            bound_bytes=of(self.shapes.bound_bytes),
+            disk_bytes=of(self.shapes.disk_bytes),
+        )
+        return replace(self, shapes=shapes, tiers=of(self.tiers))
 
     @property
     def streamed(self) -> list[int]:

@@ -33,7 +33,7 @@ def working_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
     """
     row = shapes.outputs_per_token + 2 * shapes.hidden_size + (WINDOW_CHUNKS + 1) * shapes.num_heads * shapes.head_dim
     row += SCORE_COPIES * shapes.num_heads * shapes.scored_keys
-    head = policy.gpu_batch_size * shapes.vocab_size * LOGITS_COPIES
+    head = policy.gpu_batch_size * shapes.vocab_size * LOGITS_COPIES * shapes.has_head
     return (policy.gpu_batch_tokens * row + head) * FP32 + block_bytes(shapes, least_block_tokens(policy))
 
 

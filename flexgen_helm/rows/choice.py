@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +15,14 @@ from flexgen_helm.execution.interfaces import Rows
 from flexgen_helm.generation.job_errors import not_finite
 from flexgen_helm.kv_cache.cache_format import CacheFormat
 from flexgen_helm.kv_cache.paged_cache import PagedCache
-from flexgen_helm.kv_cache.pages import Form
+from flexgen_helm.kv_cache.pages import Form, PagePool
 from flexgen_helm.kv_cache.state_store import StateStore
 from flexgen_helm.loading.source import LoadedModel
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.model.compiled.layers import CompiledLayers
 from flexgen_helm.model.recorder import RecordedModel
-from flexgen_helm.policy.capacity import Capacity, packed_scheduler
+from flexgen_helm.policy.capacity import Capacity, packed_scheduler, page_pools
 from flexgen_helm.rows.packed import PackedRows
 from flexgen_helm.rows.packed_check import check_packed
 from flexgen_helm.rows.self_check import FirstLayers, NotNumbers, Verdict
@@ -148,7 +148,7 @@ class CacheStorage:
 
 def make_rows(
     checked: CheckedModel, policy: ResolvedPolicy, storage: CacheStorage, *, keep_all: bool
-) -> tuple[Rows[Any], Scheduler]:
+) -> tuple[Rows[Any], Sequence[Scheduler]]:
     """Make the rows object that computes a model, and the scheduler that plans its sweeps.
 
     Args:
@@ -176,15 +176,23 @@ def make_rows(
             capacity //= PINNED_ROOM
         tokens = storage.capacity.block_tokens
         single = SingleScheduler(policy, block_tokens=tokens, capacity_bytes=capacity, size=size)
-        return SingleRows(checked.model, store), single
-    packed, pools = packed_scheduler(policy, storage.capacity, storage.page_bytes, is_gpu=device.is_gpu, keep_all=keep_all)
+        return SingleRows(checked.model, store), [single]
+    pools = page_pools(policy, storage.capacity, storage.page_bytes)
+    packed = packed_scheduler(policy, storage.capacity.block_tokens, pools, is_gpu=device.is_gpu, keep_all=keep_all)
+    return packed_rows(checked, policy, storage, pools), [packed]
+
+
+def packed_rows(
+    checked: CheckedModel, policy: ResolvedPolicy, storage: CacheStorage, pools: Mapping[Form, PagePool]
+) -> PackedRows:
+    """Make the rows object that computes a model in packed rows, with pages that are accounted for in ``pools``."""
     cache = PagedCache(
         pools,
         cache_format=storage.cache_format,
-        device=device,
+        device=storage.device,
         dtype=storage.kv_dtype,
         offload_folder=storage.folder,
         meter=storage.meter,
     )
     cpu_attention = policy.cpu_attention if policy.cache[1] else 0.0
-    return PackedRows(checked.model, cache, cpu_attention=cpu_attention, heads=verdict.heads), packed
+    return PackedRows(checked.model, cache, cpu_attention=cpu_attention, heads=checked.passed.verdict.heads)

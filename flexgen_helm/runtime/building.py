@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 
 from flexgen_helm.compression.config import CompressionConfig
 from flexgen_helm.compression.schemes import FORMAT_VERSION, scheme_of
+from flexgen_helm.distributed.neighbours import StageNeighbours
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.execution.interfaces import Executor
+from flexgen_helm.execution.interfaces import Executor, Rows
 from flexgen_helm.execution.overlapped import OverlappedExecutor
 from flexgen_helm.execution.serial import SerialExecutor
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS, num_pages
@@ -37,6 +39,8 @@ from flexgen_helm.runtime.engine_plan import plan_engine
 from flexgen_helm.runtime.fitting.fit import FittedModel, fit
 from flexgen_helm.runtime.free_space import free_space, make_folder
 from flexgen_helm.runtime.load_model import Blueprint, PlacedModel, load_and_check
+from flexgen_helm.runtime.pipeline.rows import make_stage_rows
+from flexgen_helm.runtime.pipeline.stage import Stage, refuse_extra_outputs
 from flexgen_helm.runtime.planning.automatic import Automatic
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.runtime.slab_coding import require_codable
@@ -74,7 +78,8 @@ class Parts:
     plan: MemoryPlan
     cache_bytes: Mapping[Tier, int]
     """Bytes for K and V on each tier."""
-    scheduler: Scheduler
+    schedulers: Sequence[Scheduler]
+    """One for each sweep that may be in flight: several in a pipeline."""
     executor: Executor
     folder: Path
     """Folder for everything on disk; it may not exist."""
@@ -85,8 +90,15 @@ class Parts:
     """The quantised model; None: weights are not compressed."""
     automatic: Automatic | None = None
     """What the search of a policy found; None: nothing was searched."""
+    neighbours: StageNeighbours | None = None
+    """The other stages of a pipeline; None: there are none."""
     held: ExitStack = field(default_factory=ExitStack)
     """What is released when the engine is closed, after the executor."""
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The scheduler of the first lane."""
+        return self.schedulers[0]
 
 
 def build(source: ModelSource, options: EngineOptions, write_text: Callable[[Path], Tensor]) -> Parts:
@@ -139,14 +151,18 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     page_bytes = plan.page_bytes(placed.checked.passed.verdict.cache_bytes_per_token)
     most = math.inf
     if device.is_gpu and placed.checked.passed.kind == "packed":  # whose pages are made at once
-        most = policy.block_size * plan.cache.sequence_bytes(PAGE_TOKENS * num_pages(0, placed.loaded.max_length))
-    capacity = Capacity.of(plan, free_space(device, folder), most)
-    cache_format = options.cache_format
+        lanes = 1 if options.stage is None else options.stage.num_lanes
+        most = lanes * policy.block_size * plan.cache.sequence_bytes(PAGE_TOKENS * num_pages(0, placed.loaded.max_length))
     storage = CacheStorage(
-        capacity, page_bytes, device=device, kv_dtype=kv_dtype, cache_format=cache_format, folder=folder, meter=meter
+        Capacity.of(plan, free_space(device, folder), most),
+        page_bytes,
+        device=device,
+        kv_dtype=kv_dtype,
+        cache_format=options.cache_format,
+        folder=folder,
+        meter=meter,
     )
-    keep_all = options.order != "zigzag"
-    rows, scheduler = make_rows(placed.checked, policy, storage, keep_all=keep_all)
+    rows, schedulers = _rows(placed.checked, policy, storage, options)
     hidden = None
     if policy.hidden != ON_DEVICE:
         hidden = HiddenStore(policy.hidden, device=device, folder=folder, meter=meter)
@@ -154,7 +170,8 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         rows, head_slice=policy.gpu_batch_size, order=options.order, weights=placed.weights, hidden=hidden, meter=meter
     )
     executor.free_shapes = options.free_shapes
-    return Parts(
+    neighbours = _join(executor, blueprint, placed, options.stage)
+    parts = Parts(
         loaded=placed.loaded,
         checked=placed.checked,
         device=device,
@@ -169,15 +186,39 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         ),
         kv_dtype=kv_dtype,
         plan=plan,
-        cache_bytes=capacity.cache_bytes,
-        scheduler=scheduler,
+        cache_bytes=storage.capacity.cache_bytes,
+        schedulers=schedulers,
         executor=executor,
         folder=folder,
         meter=meter,
         released_dtype=blueprint.source.released_dtype,
         fitted=blueprint.fitted,
         automatic=blueprint.automatic,
+        neighbours=neighbours,
     )
+    if options.stage is not None:
+        options.stage.require_equal(parts.numerics)
+    return parts
+
+
+def _rows(
+    checked: CheckedModel, policy: ResolvedPolicy, storage: CacheStorage, options: EngineOptions
+) -> tuple[Rows[Any], Sequence[Scheduler]]:
+    if options.stage is not None:
+        return make_stage_rows(checked, policy, storage, options.stage)
+    return make_rows(checked, policy, storage, keep_all=options.order != "zigzag")
+
+
+def _join(
+    executor: SerialExecutor[Any], blueprint: Blueprint, placed: PlacedModel, stage: Stage | None
+) -> StageNeighbours | None:
+    """Connect the executor with the other stages of a pipeline, if there are any."""
+    if stage is None or blueprint.layers is None:
+        return None
+    refuse_extra_outputs(placed.checked.model, blueprint.layers)
+    neighbours = stage.neighbours(placed.loaded.model, blueprint.layers, blueprint.device)
+    executor.join(neighbours)
+    return neighbours
 
 
 def numerics_of(
@@ -218,7 +259,8 @@ def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Pat
     compressed = options.compression is not None and options.compression.bits is not None
     require_codable(options.asked.slab_coding, source.dtype, compressed=compressed)
     if options.compression is not None and compressed:
-        weights, folder, fitted = _fit(source, options, options.compression, write_text)
+        with options.stage.group.first_stage_first("fit") if options.stage is not None else nullcontext():
+            weights, folder, fitted = _fit(source, options, options.compression, write_text)
         places = SlabPlaces(weights, folder)
     try:
         planned = plan_engine(source, options, kv_dtype, places, fitted)
@@ -242,6 +284,7 @@ def _draw(source: ModelSource, options: EngineOptions, write_text: Callable[[Pat
         folder=places.folder("lossless" if planned.policy.slab_coding == "lossless" else "plain"),
         meter=Meter(options.device.torch_device),
         compiled=by_inductor() if options.compile_layers else None,
+        layers=planned.layers,
     )
 
 

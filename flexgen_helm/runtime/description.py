@@ -1,9 +1,15 @@
-"""Description of an engine: its policy, its numerics, and its bytes on each tier."""
+"""Description of an engine: its policy, its numerics, its bytes on each tier, and the least time that a run needs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
+from flexgen_helm.machine.rates import measure_rates
+from flexgen_helm.policy.roofline import layer_sizes, with_limit
+from flexgen_helm.policy.shapes_of_model import setting
+from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runtime.building import Parts
 from flexgen_helm.types import EngineInfo
 
@@ -34,3 +40,29 @@ def describe(parts: Parts) -> EngineInfo:
         bit_stable=parts.checked.passed.verdict.bit_stable,
         released_dtype=parts.released_dtype,
     )
+
+
+def limited(parts: Parts, stats: RunStats) -> RunStats:
+    """Return a run's stats with the least time that this machine needs for them; see `Engine.with_limit`."""
+    model = parts.loaded.model
+    sizes = layer_sizes(
+        parts.checked.model.layers,
+        setting(model, "num_experts_per_tok"),
+        model.get_output_embeddings(),
+        **parts.plan.weights.bytes_per_sweep,
+    )
+    if not stats.per_sweep:
+        return stats
+    if parts.neighbours is not None:
+        return replace(stats, limit_unknown="layers are divided into stages")
+    if sizes is None:
+        return replace(stats, limit_unknown="the config does not say how many experts a token uses")
+    rates = measure_rates(
+        parts.device.torch_device,
+        model.dtype,
+        matrix=sizes.widest,
+        row_tokens=(parts.policy.gpu_batch_tokens, parts.policy.gpu_batch_size),
+        used=[name for name, count in stats.bytes_moved.items() if count],
+        folder=parts.folder if parts.folder.exists() else None,
+    )
+    return with_limit(stats, sizes, rates)

@@ -17,37 +17,37 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flexgen_helm.compression.config import CompressionConfig, resolve
-from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace, PolicyError
+from flexgen_helm.compression.config import CompressionConfig
+from flexgen_helm.distributed.group import StageGroup
+from flexgen_helm.errors import FlexGenError, InvalidJob, OutOfSpace
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.generation.job_errors import overflow
 from flexgen_helm.generation.prepare import PreparedJob, prepare
 from flexgen_helm.generation.vocabulary import Vocabulary
-from flexgen_helm.loading.source import ModelSource, named_dtype, open_dummy, open_model
-from flexgen_helm.loading.versions import warn_if_untested
+from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.machine.profile import MachineProfile
-from flexgen_helm.machine.profile_file import named_profile
-from flexgen_helm.machine.rates import measure_rates
-from flexgen_helm.memory.amounts import MaxMemory, gib, parse_max_memory
-from flexgen_helm.memory.device import Device, resolve_device
+from flexgen_helm.memory.amounts import MaxMemory, gib
+from flexgen_helm.memory.device import Device
 from flexgen_helm.model.linear import plain_weights
 from flexgen_helm.policy.planner.workload import Workload
-from flexgen_helm.policy.roofline import layer_sizes, with_limit
-from flexgen_helm.policy.shapes_of_model import setting
-from flexgen_helm.rows.choice import Kind, KindChoice, validated_kind
+from flexgen_helm.rows.choice import Kind, KindChoice
 from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runtime.building import Parts, build
-from flexgen_helm.runtime.description import describe
+from flexgen_helm.runtime.description import describe, limited
 from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.final_hidden import LayerProbe, final_hidden, probing
 from flexgen_helm.runtime.fitting.own_text import writing_job, written
 from flexgen_helm.runtime.intake import Intake, Ticket
+from flexgen_helm.runtime.opening import EngineArguments
+from flexgen_helm.runtime.pipeline.launch import driven_group
+from flexgen_helm.runtime.pipeline.make import make_first
+from flexgen_helm.runtime.pipeline.pipe import StagePipe
 from flexgen_helm.runtime.planning.automatic import known_workload
 from flexgen_helm.runtime.planning.forecast import forecast
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.runtime.run import Run
 from flexgen_helm.runtime.worker import Worker
-from flexgen_helm.schedule.operations import ORDERS, Order
+from flexgen_helm.schedule.operations import Order
 from flexgen_helm.schedule.work import Scheduler
 from flexgen_helm.types import EngineInfo, Job, Policy, Result
 
@@ -61,11 +61,12 @@ class Engine:
     them. All methods may be called from any thread.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, group: StageGroup | None = None) -> None:
         """Start to wait for jobs. Users call `from_pretrained` instead.
 
         Args:
             parts: Parts of the engine, which it owns from now on.
+            group: Stages of the pipeline of which these parts are the first; None: they are all.
         """
         loaded = parts.loaded
         self.policy = parts.policy
@@ -92,7 +93,8 @@ class Engine:
             parts.held.close()
             raise
         intake = Intake(vocabulary, loaded.end_token_ids, dtype=loaded.model.dtype, kv_dtype=parts.kv_dtype)
-        self._worker = Worker(parts.scheduler, parts.executor, intake, parts.meter, parts.device)
+        self._pipe = None if group is None or parts.neighbours is None else StagePipe(group, parts.neighbours)
+        self._worker = Worker(parts.schedulers, parts.executor, intake, parts.meter, parts.device, self._pipe)
         self._run_lock = threading.RLock()
 
     @classmethod
@@ -154,32 +156,38 @@ class Engine:
             CorruptFile: If files of the model or of the offload folder cannot be read.
             DiskFull: If the offload folder has no space for everything that the policy puts there.
         """
-        if order not in ORDERS:
-            raise PolicyError(f"order is {order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
-        name, config = resolve(str(name_or_path), compression)
-        options = EngineOptions(
-            resolve_device(device),
-            None if policy == "auto" else policy,
-            validated_kind(rows),
-            order,
-            None if kv_dtype is None else named_dtype("kv_dtype", kv_dtype),
-            config,
-            parse_max_memory(max_memory),
-            Path(offload_folder) if offload_folder else None,
-            recheck,
-            free_shapes,
-            compile_layers,
-            profile=named_profile(profile) if isinstance(profile, str | Path) else profile,
+        arguments = EngineArguments(
+            name_or_path=str(name_or_path),
+            dtype=dtype,
+            device=device,
+            policy=policy,
+            profile=profile,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            kv_dtype=kv_dtype,
+            compression=compression,
+            revision=revision,
+            order=order,
+            rows=rows,
+            dummy_weights=dummy_weights,
+            recheck=recheck,
+            free_shapes=free_shapes,
+            compile_layers=compile_layers,
         )
-        warn_if_untested()
-        where = options.device.torch_device
-        if dummy_weights:
-            source = open_dummy(name, dtype=dtype, device=where)
-        else:
-            source = open_model(name, dtype=dtype, device=where, revision=revision)
+        group = driven_group()
+        if group is not None:
+            return cls(make_first(group, arguments, partial(cls._write_alone, arguments)), group)
+        options = arguments.options()
+        source = arguments.source(options)
         if options.asked.auto:
             options = replace(options, workload=known_workload(source, workload))
         return cls(build(source, options, partial(cls._write_text, source, options)))
+
+    @classmethod
+    def _write_alone(cls, arguments: EngineArguments, folder: Path) -> Tensor:
+        """Let the uncompressed model write the text in this process alone."""
+        options = arguments.options()
+        return cls._write_text(arguments.source(options), options, folder)
 
     @classmethod
     def _write_text(cls, source: ModelSource, options: EngineOptions, folder: Path) -> Tensor:
@@ -320,7 +328,13 @@ class Engine:
 
     @contextmanager
     def _alone(self) -> Iterator[tuple[Scheduler, Executor]]:
-        """Give scheduler and executor to the calling thread, in which everything is set for computing."""
+        """Give scheduler and executor to the calling thread, in which everything is set for computing.
+
+        Raises:
+            FlexGenError: If other processes have some of the layers.
+        """
+        if self._pipe is not None:
+            raise FlexGenError("Layers are divided into stages, and this needs all of them. Use one process, without torchrun.")
         with self._run_lock, self._worker.borrowed() as parts, self._parts.device.current(), PRECISE_PRODUCTS.hold():
             yield parts
 
@@ -334,30 +348,13 @@ class Engine:
         The stats of a run that computed nothing are returned unchanged; `limit_unknown` says why there is no limit
         (`flexgen_helm.policy.roofline`).
         """
-        parts, model = self._parts, self._parts.loaded.model
-        sizes = layer_sizes(
-            parts.checked.model.layers,
-            setting(model, "num_experts_per_tok"),
-            model.get_output_embeddings(),
-            **parts.plan.weights.bytes_per_sweep,
-        )
-        if not stats.per_sweep:
-            return stats
-        if sizes is None:
-            return replace(stats, limit_unknown="the config does not say how many experts a token uses")
-        rates = measure_rates(
-            parts.device.torch_device,
-            model.dtype,
-            matrix=sizes.widest,
-            row_tokens=(self.policy.gpu_batch_tokens, self.policy.gpu_batch_size),
-            used=[name for name, count in stats.bytes_moved.items() if count],
-            folder=parts.folder if parts.folder.exists() else None,
-        )
-        return with_limit(stats, sizes, rates)
+        return limited(self._parts, stats)
 
     def close(self) -> None:
         """Stop computing. Jobs that are not answered are cancelled; memory is freed with the engine itself."""
         self._worker.close()
+        if self._pipe is not None:
+            self._pipe.close()
         self._parts.held.close()
 
     def __enter__(self) -> Engine:

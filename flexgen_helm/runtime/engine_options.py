@@ -15,6 +15,7 @@ from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.memory.device import Device
 from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.rows.choice import KindChoice
+from flexgen_helm.runtime.pipeline.stage import Stage, require_divisible
 from flexgen_helm.schedule.operations import Order
 from flexgen_helm.types import Policy, Tier
 
@@ -47,7 +48,12 @@ class EngineOptions:
     profile: MachineProfile | None = None
     """The machine with which the search predicts; None: this one, measured where that was not done before."""
 
+    stage: Stage | None = None
+    """The stage of a pipeline that this process computes; None: all layers."""
+
     def __post_init__(self) -> None:
+        if self.stage is not None:
+            require_divisible(order=self.order, free_shapes=self.free_shapes, slab_coding=self.asked.slab_coding)
         if self.compile_layers and self.free_shapes:
             raise FlexGenError("Layers are compiled for rows of fixed sizes. Leave free_shapes or compile_layers out.")
         if self.compile_layers and self.rows == "single":

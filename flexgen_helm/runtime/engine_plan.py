@@ -38,12 +38,14 @@ class EnginePlan:
         policy: Policy with the place of attention and the coding of slabs.
         memory: Plan of memory.
         automatic: What the search for the workload found; None: nothing was searched.
+        layers: Layers of this stage of a pipeline, whose units `memory` numbers from 0; None: all.
     """
 
     formats: Mapping[int, SlabFormat]
     policy: ResolvedPolicy
     memory: MemoryPlan
     automatic: Automatic | None = None
+    layers: range | None = None
 
 
 def plan_engine(
@@ -66,15 +68,19 @@ def plan_engine(
     shapes = shapes_of(whole, formats, kv_dtype, options.cache_format)
     policy = _with_place(resolved(options.asked, options.device), shapes, options)
     space = measure_space(options.device, options.limits, places.folder("plain"))
+    layers = None if options.stage is None else options.stage.layers_of(shapes)
     if fitted is None and policy.keep_packed:
         raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
     if fitted is not None:
-        if not policy.keep_packed and _fits_unpacked(shapes, policy, space):
+        if not policy.keep_packed and _fits_unpacked(_part(shapes, layers), policy, space):
             logger.info("weights are unpacked once, since the unpacked model fits on the device")
         else:
             assert options.compression is not None
             formats, scheme = fitted.formats, options.compression.weight_scheme
             shapes = shapes_of(whole, formats, kv_dtype, options.cache_format, weight_format=scheme)
+    if layers is not None:
+        policy = replace(policy, slab_coding="plain")
+        return EnginePlan(formats, policy, MemoryPlan.of(_part(shapes, layers), policy, space, options.asked), layers=layers)
     stored = _coded(shapes, places) if policy.slab_coding == "lossless" else shapes
     automatic = automatic_policy(source, stored, policy, space, options)
     if automatic is not None:
@@ -111,6 +117,11 @@ def _coded_plan(
 def _coded(shapes: ModelShapes, places: SlabPlaces) -> ModelShapes:
     """Return the sizes of a model whose slabs on disk are coded without loss."""
     return replace(shapes, is_coded=True, disk_bytes={**shapes.disk_bytes, **places.coded_bytes()}, weight_format="lossless")
+
+
+def _part(shapes: ModelShapes, layers: range | None) -> ModelShapes:
+    """Return the sizes of some layers; None: of the whole model."""
+    return shapes if layers is None else shapes.of_layers(layers)
 
 
 def _fits_unpacked(shapes: ModelShapes, policy: ResolvedPolicy, space: Space) -> bool:

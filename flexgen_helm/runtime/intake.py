@@ -6,28 +6,24 @@ Equal prompts become one piece of work, and equal completions are generated once
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.generation.completion import CompletionBuilder
 from flexgen_helm.generation.detokenizer import token_texts
 from flexgen_helm.generation.job_errors import impossible, of_one_job, overflow
 from flexgen_helm.generation.prepare import PreparedJob
-from flexgen_helm.generation.sampling import NEG_INF, UniformStream, choose, most_likely, take_rows, top_candidates
+from flexgen_helm.generation.replies import Draw, Question, Reply, replies
+from flexgen_helm.generation.sampling import NEG_INF, UniformStream
 from flexgen_helm.generation.vocabulary import Vocabulary
-from flexgen_helm.memory.copies import upload
 from flexgen_helm.schedule.rows import Continuation, LogitRequest
 from flexgen_helm.schedule.work import PromptWork
 from flexgen_helm.types import Job, Result, TokenLogprob
-
-ALIGNED = 4
-"""fp32 numbers in the 16 bytes at which a GPU's softmax begins to read."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -43,45 +39,36 @@ class Generation(Continuation):
     error: FlexGenError | None = None
     """Error that ended it; None: it has not failed."""
 
-    def choose(self, best: int | None, logits: Tensor | None) -> int | None:
-        """Return the next token; None if there is none. An error ends this completion and no other.
-
-        Args:
-            best: Most likely token; None if the logits are not finite.
-            logits: fp32 ``[vocab]`` on the CPU; greedy completions need none.
-        """
-        self.finite = self.finite and self.work.finite and best is not None
-        self.done = self.done or not self.finite
-        if self.done or self.stream is None:
-            return None if self.done else best
-        assert logits is not None
-        try:
-            u = self.stream.at(len(self.tokens))
-            return choose(logits, temperature=self.job.temperature, top_p=self.job.top_p, u=u)
-        except Exception as error:
-            self._fail(error)
+    @property
+    def draw(self) -> Draw | None:
+        """How its next token is chosen; None: it is the most likely one."""
+        if self.stream is None:
             return None
+        return Draw(self.job.temperature, self.job.top_p, self.stream.at(len(self.tokens)))
 
-    def append(self, token_id: int, logprob: float, top: list[TokenLogprob]) -> None:
-        """Append the next token. An error ends this completion and no other.
+    def take(self, token: int | FlexGenError | None, logprob: float, top: list[TokenLogprob]) -> None:
+        """Append the next token, as `Reply` has it. An error ends this completion and no other.
 
         Args:
-            token_id: The token.
+            token: The token; None if the logits are not finite, or the error for which there is none.
             logprob: Its log-probability under the model, before temperature and top_p.
             top: The most likely tokens, at least as many as its job asks for.
         """
-        self.tokens.append(token_id)
+        self.finite = self.finite and self.work.finite and token is not None
+        self.done = self.done or not self.finite
+        if self.done or token is None:
+            return
+        if isinstance(token, FlexGenError):
+            self._fail(token)
+            return
+        self.tokens.append(token)
         try:
-            self.done = self.builder.append(token_id, logprob, top[: self.job.top_logprobs]) is not None
+            self.done = self.builder.append(token, logprob, top[: self.job.top_logprobs]) is not None
         except Exception as error:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self.error, self.done = of_one_job(error), True
-
-
-Step = tuple[int, Generation, int]
-"""The row of a completion's logits, the completion, and its next token."""
 
 
 @dataclass(eq=False)
@@ -191,81 +178,30 @@ def answer(logit_requests: list[LogitRequest], logits: Tensor) -> None:
         logit_requests: Requests, one for each row of the logits.
         logits: fp32 ``[requests, vocab]``.
     """
-    logprobs = _log_softmax(logits)
-    steps = _chosen(logit_requests, logits)
-    targets = [(row, scores, i) for row, request in enumerate(logit_requests) for scores, i in request.targets]
-    places = [(row, scores.tokens[i]) for row, scores, i in targets] + [(row, token_id) for row, _, token_id in steps]
-    found, best = _at(logprobs, logits, places, num_targets=len(targets))
-    for (_, scores, i), logprob, is_best in zip(targets, found, best, strict=False):
-        scores.logprobs[i], scores.is_best[i] = logprob, bool(is_best)
-    top = _top(logprobs, steps)
-    for (row, generation, token_id), logprob in zip(steps, found[len(targets) :], strict=True):
-        generation.append(token_id, logprob, top.get(row, []))
+    apply(logit_requests, replies([question(request) for request in logit_requests], logits))
 
 
-def _chosen(logit_requests: list[LogitRequest], logits: Tensor) -> list[Step]:
-    """Choose the next token of each completion that goes on. Rows that are sampled are brought to the CPU in one copy."""
-    pairs = list(_generations(logit_requests))
-    if not pairs:
-        return []
-    best = most_likely(logits)
-    rows = sorted({row for row, each in pairs if each.stream is not None and not each.done})
-    on_host = dict(zip(rows, take_rows(logits, rows).cpu(), strict=True)) if rows else {}
-    chosen = [(row, each, each.choose(best[row], on_host.get(row))) for row, each in pairs]
-    return [(row, each, token_id) for row, each, token_id in chosen if token_id is not None]
+def question(request: LogitRequest) -> Question:
+    """Return what a request asks of its logits."""
+    generations = _generations(request)
+    targets = tuple(scores.tokens[i] for scores, i in request.targets)
+    top = max((each.job.top_logprobs for each in generations), default=0)
+    return Question(targets, tuple(each.draw for each in generations), top)
 
 
-def _generations(logit_requests: list[LogitRequest]) -> Iterator[tuple[int, Generation]]:
-    for row, request in enumerate(logit_requests):
-        for continuation in request.continuations:
-            assert isinstance(continuation, Generation)
-            yield row, continuation
+def apply(logit_requests: Sequence[LogitRequest], found: Sequence[Reply]) -> None:
+    """Give requests what was answered to their questions."""
+    for request, reply in zip(logit_requests, found, strict=True):
+        for (scores, i), logprob, is_best in zip(request.targets, reply.logprobs, reply.is_best, strict=True):
+            scores.logprobs[i], scores.is_best[i] = logprob, is_best
+        for generation, token, logprob in zip(_generations(request), reply.tokens, reply.token_logprobs, strict=True):
+            generation.take(token, logprob, reply.top)
 
 
-def _at(
-    logprobs: Tensor, logits: Tensor, places: list[tuple[int, int]], *, num_targets: int
-) -> tuple[list[float], list[float]]:
-    """Return the log-probabilities at (row, token) pairs, and 1 where no logit is above that of a target; in one copy.
-
-    Args:
-        logprobs: ``[requests, vocab]``.
-        logits: ``[requests, vocab]``.
-        places: The pairs, targets first.
-        num_targets: Number of targets.
-    """
-    if not places:
-        return [], []
-    rows, token_ids = upload(places, logprobs.device).unbind(1)
-    found = logprobs[rows, token_ids]
-    if num_targets:
-        rows, token_ids = rows[:num_targets], token_ids[:num_targets]
-        found = torch.cat([found, (logits[rows, token_ids] == logits.amax(-1)[rows]).to(found.dtype)])
-    numbers: list[float] = found.tolist()
-    return numbers[: len(places)], numbers[len(places) :]
-
-
-def _top(logprobs: Tensor, steps: list[Step]) -> dict[int, list[TokenLogprob]]:
-    """Return the most likely tokens of each row of which a completion asks for some, as many as any of them asks for."""
-    counts: dict[int, int] = {}
-    for row, generation, _ in steps:
-        if generation.job.top_logprobs:
-            counts[row] = max(generation.job.top_logprobs, counts.get(row, 0))
-    if not counts:
-        return {}
-    found = top_candidates(take_rows(logprobs, list(counts)), list(counts.values()))
-    return dict(zip(counts, found, strict=True))
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    """Return the log-probabilities ``[requests, vocab]``.
-
-    A GPU adds up a row from its next multiple of 16 bytes on. So a row that began elsewhere had other bits in another place of
-    the slice; tokens of probability 0 make all rows begin there.
-    """
-    vocab = logits.shape[-1]
-    if logits.device.type == "cuda" and vocab % ALIGNED:
-        logits = pad(logits, (0, -vocab % ALIGNED), value=NEG_INF)
-    return torch.log_softmax(logits, -1)[:, :vocab]
+def _generations(request: LogitRequest) -> list[Generation]:
+    found = [continuation for continuation in request.continuations if isinstance(continuation, Generation)]
+    assert len(found) == len(request.continuations)
+    return found
 
 
 def _completion_key(prepared: PreparedJob, index: int) -> Hashable:

@@ -23,11 +23,14 @@ from flexgen_helm.model.layers import layer_kinds, layers_of, refuse_shared_laye
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.row_sizes import resolved
+from flexgen_helm.policy.shapes_of_model import own_head
+from flexgen_helm.policy.weight_plan import WeightPlan
 from flexgen_helm.rows.choice import CheckedModel, KindChoice, Passed, check_model
 from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.runtime.fitting.packing import PackedLayers
 from flexgen_helm.runtime.offload import Offloader
 from flexgen_helm.runtime.packed_model import packed_store, unpack_all
+from flexgen_helm.runtime.pipeline.stage import refuse_shared_kv
 from flexgen_helm.runtime.planning.automatic import Automatic
 from flexgen_helm.runtime.slab_places import slab_identity
 from flexgen_helm.runtime.verdicts import Check, recall, remember
@@ -68,6 +71,15 @@ class Blueprint:
     """What the search of a policy found; None: nothing was searched."""
     compiled: CompiledLayers | None = None
     """Compiles layers; None: they run as they are."""
+    layers: range | None = None
+    """Layers of this stage of a pipeline, whose units ``plan`` numbers from 0; None: all."""
+
+    @property
+    def placement(self) -> WeightPlan:
+        """Tiers of the units by their numbers in the whole model."""
+        if self.layers is None:
+            return self.plan.weights
+        return self.plan.weights.numbered_from(self.layers.start, len(layers_of(self.whole)))
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,11 @@ def load_and_check(blueprint: Blueprint) -> PlacedModel:
         DiskFull: If there is no space for everything that the plan puts on disk.
     """
     source, weights = blueprint.source, blueprint.plan.weights
+    if blueprint.layers is not None:
+        refuse_shared_layers(blueprint.whole)
+        refuse_shared_kv(blueprint.whole)
+        logger.info("%s: layers %s", source.name, _described(blueprint))
+        return _load_offloaded(blueprint, _check_first_layers(blueprint, blueprint.policy))
     if not weights.is_resident:
         refuse_shared_layers(blueprint.whole)
         logger.info("%s does not fit on the device: weights %s", source.name, weights.describe())
@@ -140,12 +157,15 @@ def _recall(blueprint: Blueprint, check: Check) -> Passed | None:
 
 def _load_offloaded(blueprint: Blueprint, first: Passed) -> PlacedModel:
     """Load a model layer by layer to the tiers of the plan, after its first layers were checked."""
-    verdict = first.verdict.of_all_layers(layer_kinds(blueprint.whole, layers_of(blueprint.whole)))
+    kinds = layer_kinds(blueprint.whole, layers_of(blueprint.whole))
+    if blueprint.layers is not None:
+        kinds = kinds[blueprint.layers.start : blueprint.layers.stop]
+    verdict = first.verdict.of_all_layers(kinds)
     if blueprint.fitted is not None:
         return _load_packed(blueprint, blueprint.fitted, replace(first, verdict=verdict))
     coding: SlabCoding = "lossless" if blueprint.policy.slab_coding == "lossless" else "plain"
     offloader = Offloader(
-        blueprint.plan.weights,
+        blueprint.placement,
         blueprint.formats,
         device=blueprint.device,
         folder=blueprint.folder,
@@ -154,24 +174,44 @@ def _load_offloaded(blueprint: Blueprint, first: Passed) -> PlacedModel:
     )
     try:
         loaded = blueprint.source.load(offloader)
+        _drop_head(blueprint, loaded.model)
         model = RecordedModel(loaded.model, device=blueprint.device.torch_device, compiled=blueprint.compiled)
         store = offloader.store(loaded.model, model.layers, blueprint.meter)
     except BaseException:
         offloader.close()
         raise
-    return PlacedModel(loaded, CheckedModel(model, replace(first, verdict=verdict)), store, offloader.disk_bytes)
+    disk_bytes = offloader.disk_bytes if blueprint.layers is None else {}
+    return PlacedModel(loaded, CheckedModel(model, replace(first, verdict=verdict)), store, disk_bytes)
 
 
 def _load_packed(blueprint: Blueprint, fitted: FittedModel, passed: Passed) -> PlacedModel:
     """Put the slabs of a quantised model on the tiers of the plan."""
     try:
         loaded = blueprint.source.load(PackedLayers())
+        _drop_head(blueprint, loaded.model)
+        if blueprint.plan.weights.is_resident:
+            unpack_all(fitted, loaded.model, blueprint.device, blueprint.layers)
         model = RecordedModel(loaded.model, device=blueprint.device.torch_device, compiled=blueprint.compiled)
-        store = packed_store(fitted, blueprint.plan.weights, model, blueprint.device, blueprint.meter)
+        if blueprint.plan.weights.is_resident:
+            return PlacedModel(loaded, CheckedModel(model, passed), None)
+        store = packed_store(fitted, blueprint.placement, model, blueprint.device, blueprint.meter)
     except BaseException:
         fitted.slabs.close()
         raise
     return PlacedModel(loaded, CheckedModel(model, passed), store)
+
+
+def _drop_head(blueprint: Blueprint, model: PreTrainedModel) -> None:
+    """Free an output head with weights of its own on a stage that does not compute it."""
+    head = None if blueprint.plan.shapes.has_head else own_head(model)
+    if head is not None:
+        head.to(device="meta")
+
+
+def _described(blueprint: Blueprint) -> str:
+    layers = blueprint.layers
+    assert layers is not None
+    return f"{layers.start} to {layers.stop - 1} on this stage, {blueprint.plan.weights.describe()}"
 
 
 def _check_first_layers(blueprint: Blueprint, policy: ResolvedPolicy) -> Passed:

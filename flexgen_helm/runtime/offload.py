@@ -89,8 +89,8 @@ class Offloader:
         return {j: self._formats[j].stored.num_bytes for j in self._plan.on_disk}
 
     def has(self, j: int) -> bool:
-        """Return whether the slab of layer j is already on disk."""
-        return j in self._written
+        """Return whether the slab of layer j is already on disk, or the plan has no such layer."""
+        return j in self._written or j not in self._plan.tiers
 
     def keep(self, j: int, layer: nn.Module) -> None:
         """Store a layer's weights on its tier.

@@ -20,23 +20,25 @@ from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.schedule.operations import head_unit
 
 
-def unpack_all(fitted: FittedModel, model: PreTrainedModel, device: Device) -> None:
+def unpack_all(fitted: FittedModel, model: PreTrainedModel, device: Device, only: range | None = None) -> None:
     """Unpack every layer into memory of its own, and close the folder of slabs.
 
     Args:
         fitted: The quantised model.
         model: The model without its layers' weights, which it gets.
         device: The device that computes.
+        only: Layers that are unpacked; None: all.
     """
+    layers = layers_of(model)
     try:
-        for j, layer in enumerate(layers_of(model)):
+        for j in only or range(len(layers)):
             form = fitted.formats[j]
             bound = torch.empty(form.bound.num_bytes, dtype=torch.uint8, device=device.torch_device)
             if device.own_memory:
                 form.unpack(_carried(form, _read(fitted, j)).to(device.torch_device), bound)
             else:
                 form.load(_read(fitted, j), bound)
-            Binding(layer, form.bound).bind(bound)
+            Binding(layers[j], form.bound).bind(bound)
     finally:
         fitted.slabs.close()
 

@@ -49,6 +49,10 @@ class ExactTables:
         self.pool.release(self._spare)
         self._spare = []
         self.pool.resize(share)
+        self.take_spare()
+
+    def take_spare(self) -> None:
+        """Take the spare pages."""
         self._spare = self.pool.allocate(min(NUM_SPARE, self.pool.num_free))
 
     def num_needed(self, nodes: Iterable[Node], ends: Iterable[tuple[int, Sequence[int]]]) -> int:

@@ -103,7 +103,7 @@ def sweep_operations(
     yield from _loads(squares[0] if squares else None, hidden=True)
     for j, rows in turns:
         for k in rows:
-            yield from _step(_Square(j, k), next(following), last=j == head - 1)
+            yield from _step(_Square(j, k), next(following), last=j == layers.stop - 1)
         if j == head:
             yield Operation("finish", head)
         if j in streamed:
@@ -133,7 +133,7 @@ def _step(square: _Square, following: _Square | None, *, last: bool) -> Iterator
     """Compute a square; the row of the following one is loaded before it, which hides the transfer.
 
     A row that goes on to the next layer at once keeps its hidden state on the device. The last layer's is not stored: only what
-    the output head needs of it is kept.
+    the output head needs of it is kept, or it goes to another stage.
     """
     moves_on = following is None or following.k != square.k
     yield from _loads(following, hidden=moves_on)

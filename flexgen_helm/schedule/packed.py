@@ -26,6 +26,7 @@ class PackedScheduler:
         block_tokens: int,
         pools: Mapping[Form, PagePool],
         keep_all: bool = False,
+        divided: bool = False,
         prompt_row_cost: float = 0.0,
     ) -> None:
         """Plan nothing yet.
@@ -35,11 +36,12 @@ class PackedScheduler:
             block_tokens: Prompt tokens of a sweep.
             pools: Pages that may be kept, by form; see `PageTables`.
             keep_all: Whether K and V of scoring work are kept for every layer, as orders other than the column order need.
+            divided: See `PageTables`.
             prompt_row_cost: Time of a row of prompts in units of a sweep that only decodes, see `PromptGate`.
         """
         self._policy = policy
         self._block_tokens = block_tokens
-        self._tables = PageTables(pools, keep_all=keep_all)
+        self._tables = PageTables(pools, keep_all=keep_all, divided=divided)
         self._keep_all = keep_all
         self._gate = PromptGate(row_tokens=policy.gpu_batch_tokens, block_tokens=block_tokens, row_cost=prompt_row_cost)
         self._waiting: deque[PromptWork] = deque()

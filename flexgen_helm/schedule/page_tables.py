@@ -18,23 +18,29 @@ class PageTables:
     copy its beginning into a page of their own; so a prompt alone never needs more pages than its length.
     """
 
-    def __init__(self, pools: Mapping[Form, PagePool], *, keep_all: bool = False) -> None:
+    def __init__(self, pools: Mapping[Form, PagePool], *, keep_all: bool = False, divided: bool = False) -> None:
         """Give nothing yet.
 
         Args:
             pools: Kept pages by form. If there are sealed ones, sequences have a table of both forms; either form may take all
                 bytes of the other.
             keep_all: See `flexgen_helm.schedule.exact_tables.ExactTables`.
+            divided: Whether the bytes of the forms are divided for good, since others have pages of the same storage.
         """
         self._exact = ExactTables(pools["exact"], keep_all=keep_all) if "sealed" in pools else None
         self._form: Form = "exact" if self._exact is None else "sealed"
         self._pool = pools[self._form]
         self._num_transient = 0
+        self._divided = divided
+        if divided and self._exact is not None:
+            self._exact.take_spare()
 
     @property
     def capacity_bytes(self) -> int:
         """Bytes of all kept pages."""
-        return sum(self._pool.capacities) * self._pool.page_bytes
+        if self._divided and self._exact is not None:
+            return self._pool.capacity * self._pool.page_bytes + self._exact.pool.capacity * self._exact.pool.page_bytes
+        return sum(self._pool.most) * self._pool.page_bytes
 
     def bytes_needed(self, length: int, limits: Sequence[int]) -> int:
         """Return the bytes of the kept pages of a prompt that shares nothing, with completions of at most ``limits`` tokens."""
@@ -46,7 +52,7 @@ class PageTables:
 
     def balance(self, works: Iterable[PromptWork]) -> None:
         """Divide the bytes between sealed and exact pages as some work needs them; nothing is done while pages are taken."""
-        if self._exact is None or not self.capacity_bytes or self._pool.num_used or self._exact.num_used:
+        if self._exact is None or self._divided or not self.capacity_bytes or self._pool.num_used or self._exact.num_used:
             return
         works = list(works)
         nodes = list({node: None for work in works for node in work.node.path()})
@@ -194,4 +200,4 @@ def _own_pages(node: Node) -> int:
 
 
 def _num_tiers(pool: PagePool) -> int:
-    return sum(count > 0 for count in pool.capacities)
+    return sum(count > 0 for count in pool.most)

@@ -23,7 +23,7 @@ from flexgen_helm.kv_cache.pages import NUM_BUFFERS, TRANSFER_BYTES
 from flexgen_helm.memory.amounts import parse_max_memory, parse_size
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.cache_plan import CACHE_SHARE, CachePlan
-from flexgen_helm.policy.capacity import Capacity, packed_scheduler
+from flexgen_helm.policy.capacity import Capacity, page_pools
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
 from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
@@ -383,7 +383,7 @@ def test_the_file_of_a_cache_fits_on_the_disk_with_its_padding(
     room = Space({**space(10).available, "disk": 200 * 2**20}, own_memory=True)
     plan = MemoryPlan.of(shapes_of(model, plain_formats(model), torch.float32, variant), on_disk, room)
     per_token = 2 * CONFIG.num_hidden_layers * CONFIG.hidden_size * 4
-    _, pools = packed_scheduler(on_disk, Capacity.of(plan, room.available), plan.page_bytes(per_token), is_gpu=False)
+    pools = page_pools(on_disk, Capacity.of(plan, room.available), plan.page_bytes(per_token))
     kv = torch.empty(0, 8, 64)
     for form, page_format in variant.forms(kv, kv).items():
         store = DiskPages(tmp_path, 1, page_bytes=1)

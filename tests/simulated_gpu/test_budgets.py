@@ -155,9 +155,9 @@ def costs_of(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) 
                 with costs.watch(run, Operation("record", FIRST, k)):
                     record(run, k)
 
-            def computing(run: SweepRun[Any], j: int, k: int, *, last: bool) -> None:
+            def computing(run: SweepRun[Any], j: int, k: int) -> None:
                 with costs.watch(run, Operation("compute", j, k)):
-                    compute(run, j, k, last=last)
+                    compute(run, j, k)
 
             def moving(run: SweepRun[Any], operation: Operation) -> Any:
                 with costs.watch(run, operation):

@@ -17,6 +17,7 @@ from flexgen_helm.kv_cache.pages import PAGE_TOKENS, TRANSFER_BYTES, Form
 from flexgen_helm.machine.profile import LayerTime, MachineProfile, Place, Rate, RowKind
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.memory_plan import MemoryPlan
+from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.planner.loads import Pages, RowLoad
 from flexgen_helm.policy.planner.signature import signature
 from flexgen_helm.policy.planner.sweeps import page_bytes_of
@@ -49,12 +50,13 @@ class Stage(NamedTuple):
 class Durations:
     """Stages of every operation under one plan on one machine."""
 
-    def __init__(self, plan: MemoryPlan, profile: MachineProfile) -> None:
+    def __init__(self, plan: MemoryPlan, profile: MachineProfile, *, whole: ModelShapes | None = None) -> None:
         """Look up what is needed often.
 
         Args:
             plan: The memory plan.
             profile: The machine.
+            whole: Sizes of the model of which the plan is a stage, since measured layers are those of whole models.
         """
         self.plan, self.profile = plan, profile
         self._shapes, self._policy, self._own_memory = plan.shapes, plan.policy, plan.space.own_memory
@@ -64,8 +66,9 @@ class Durations:
         """K and V of a token of a layer, in an earlier chunk and in a query's own."""
         self._streamed = frozenset(plan.weights.streamed)
         num_layers = plan.shapes.num_layers
-        self._mean_products = sum(map(plan.shapes.products_of, range(num_layers))) / num_layers
-        name, dtype = signature(plan.shapes), plan.shapes.dtype_name
+        whole = whole or plan.shapes
+        self._mean_products = sum(map(whole.products_of, range(whole.num_layers))) / whole.num_layers
+        name, dtype = signature(whole), whole.dtype_name
         self._layers = {
             (layer.kind, layer.tokens, layer.packed): layer
             for layer in profile.layers
@@ -115,7 +118,9 @@ class Durations:
         ]
 
     def finish(self, logits: int) -> list[Stage]:
-        """Return the output head on slices of ``gpu_batch_size`` positions, and the choice of tokens."""
+        """Return the output head on slices of ``gpu_batch_size`` positions, and the choice of tokens; without a head none."""
+        if not self._shapes.has_head:
+            return [self._on_device(0.0)]
         size, shapes = self._policy.gpu_batch_size, self._shapes
         head = head_unit(shapes.num_layers)
         weights = shapes.bound_bytes.get(head, shapes.vocab_size * shapes.hidden_size * shapes.itemsize)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from flexgen_helm.policy.planner.durations import Stage
@@ -86,6 +88,8 @@ class Fluid:
         """Seconds in which each resource did at least one thing."""
         self._duplex, self._spans = duplex, spans
         self._active: list[Task] = []
+        self._alarms: list[tuple[float, int, Task]] = []
+        """What ends at a moment, the next one first."""
 
     def add(self, name: str, stages: Sequence[Stage], after: Iterable[Task | None]) -> Task:
         """Add a task.
@@ -104,10 +108,24 @@ class Fluid:
             self._go_on(task)
         return task
 
+    def at(self, seconds: float) -> Task | None:
+        """Return a task that ends at a moment, for others to wait for; None: it has passed."""
+        if seconds <= self.now + LEAST:
+            return None
+        task = Task("", [])
+        heappush(self._alarms, (seconds, id(task), task))
+        return task
+
+    def run_out(self) -> float:
+        """Let time go on until nothing runs; returns when that is."""
+        while self._active or self._alarms:
+            self._step()
+        return self.now
+
     def run_to(self, task: Task) -> float:
         """Let time go on until a task has ended; returns when that is."""
         while task.end is None:
-            assert self._active, f"{task.name} waits for something that never ends"
+            assert self._active or self._alarms, f"{task.name} waits for something that never ends"
             self._step()
         return task.end
 
@@ -118,22 +136,17 @@ class Fluid:
         return Mark(self.now, dict(self.moved), dict(self.busy))
 
     def _step(self) -> None:
-        """Go on to the next end of a stage."""
+        """Go on to the next end of a stage, or to the next moment for which something waits."""
         active = self._active
-        if len(active) == 1:
-            task = active[0]
-            stage = task.stages[-1]
-            self.now += task.left
-            self.busy[stage.resource] += task.left
-            task.left = 0.0
-        else:
-            rates = self._rates()
-            passed = min(task.left / rate for task, rate in zip(active, rates, strict=True))
-            self.now += passed
-            for task, rate in zip(active, rates, strict=True):
-                task.left -= passed * rate
-            for resource in {task.stages[-1].resource for task in active}:
-                self.busy[resource] += passed
+        rates = [1.0] if len(active) == 1 else self._rates()
+        passed = min((task.left / rate for task, rate in zip(active, rates, strict=True)), default=math.inf)
+        if self._alarms:
+            passed = min(passed, self._alarms[0][0] - self.now)
+        self.now += passed
+        for task, rate in zip(active, rates, strict=True):
+            task.left -= passed * rate
+        for resource in {task.stages[-1].resource for task in active}:
+            self.busy[resource] += passed
         ended = [task for task in active if task.left <= LEAST]
         self._active = [task for task in active if task.left > LEAST]
         for task in ended:
@@ -142,6 +155,8 @@ class Fluid:
             if self._spans is not None:
                 self._spans.append(Span(task.name, stage.resource, task.begin, self.now))
             self._go_on(task)
+        while self._alarms and self._alarms[0][0] <= self.now + LEAST:
+            self._go_on(heappop(self._alarms)[2])
 
     def _rates(self) -> list[float]:
         """Return how fast each active task runs, as a share of its speed alone."""

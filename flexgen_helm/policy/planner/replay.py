@@ -16,7 +16,7 @@ from flexgen_helm.policy.planner.loads import SweepLoad
 from flexgen_helm.policy.planner.order import Performed, Resumed, performed
 from flexgen_helm.policy.planner.weight_loads import WeightLoads
 from flexgen_helm.schedule.dependencies import QUEUES
-from flexgen_helm.schedule.operations import Order, sweep_operations
+from flexgen_helm.schedule.operations import Operation, Order, sweep_operations
 from flexgen_helm.types import Tier
 
 
@@ -36,12 +36,16 @@ class Replay:
         plan = durations.plan
         self._policy = plan.policy
         self._num_layers = num_layers or plan.shapes.num_layers
+        self._has_head = plan.shapes.has_head
+        self._last_layer = plan.shapes.num_layers - 1
         self._skipped = plan.shapes.num_layers - self._num_layers
         streamed = [j for j in plan.weights.streamed if j < self._num_layers or j == plan.shapes.num_layers]
         self._streamed = frozenset(min(j, self._num_layers) for j in streamed)
         self._weights = WeightLoads(durations, clock, streamed)
         self.layer_ends: list[Mark] = []
         """The clock at the end of each layer of the last sweep."""
+        self.row_ends: list[float] = []
+        """When each row of the last sweep has gone through all layers."""
         self._device: Task | None = None
         self._cpu: Task | None = None
         self._last: Task | None = None
@@ -49,18 +53,22 @@ class Replay:
         self._overhead = 0.0
         """Time of operations that were performed since the device was last given something."""
 
-    def sweep(self, load: SweepLoad) -> float:
-        """Do a sweep; returns the time at which the device has done all of it; without overlap, when stores have ended too."""
+    def sweep(self, load: SweepLoad, *, begin: float = 0.0, arrivals: Sequence[float] = ()) -> float:
+        """Do a sweep.
+
+        Args:
+            load: The sweep.
+            begin: When its rows are known.
+            arrivals: When the hidden state of each row comes from the stage of a pipeline before this one; none: this is the
+                first stage.
+
+        Returns:
+            The time at which the device has done all of it; without overlap, when stores have ended too.
+        """
         overlap = self._policy.overlap
         suspending = frozenset(k for k, row in enumerate(load.rows) if row.on_host and overlap)
-        operations = sweep_operations(
-            self._order,
-            self._num_layers,
-            len(load.rows),
-            streamed=self._streamed,
-            num_slots=self._weights.num_slots,
-        )
-        walk = _Sweep(load, self._durations.hidden_tiers(len(load.rows)))
+        operations = self._operations(len(load.rows))
+        walk = _Sweep(load, self._durations.hidden_tiers(len(load.rows)), self._clock, begin=begin, arrivals=arrivals)
         last_tasks: list[Task] = []
         for step in performed(operations, suspending):
             if not isinstance(step, Resumed) and step.kind in ("compute", "finish") and step.j > len(last_tasks):
@@ -69,16 +77,31 @@ class Replay:
             if isinstance(step, Resumed):
                 attended, rest = walk.suspended.pop(step.number)
                 walk.ends[step.number] = self._on_device(f"compute {step.number}", [rest], [attended])
+                walk.keep(step.number)
             else:
-                after = [walk.ends[number] for number in step.needs]
+                after = [*(walk.ends[number] for number in step.needs), walk.waits_for(step)]
                 task = self._do(step, walk, after if overlap else [*after, self._last])
                 walk.ends[step.number] = task
+                if step.kind == "compute" and step.j == self._num_layers - 1:
+                    walk.last[step.number] = step.k
+                    walk.keep(step.number)
                 if not overlap:  # what was loaded before is no later than what came last
                     self._last = self._clock.add("", [], [task, self._last])
-        self.layer_ends = [self._clock.mark(task) for task in last_tasks]
         last = self._device if overlap else self._last
         assert last is not None
-        return self._clock.run_to(last)
+        if not self._has_head:
+            last_tasks.append(last)
+        self.layer_ends = [self._clock.mark(task) for task in last_tasks]
+        end = self._clock.run_to(last)
+        self.row_ends = [self._clock.run_to(task) for task in walk.through]
+        return end
+
+    def _operations(self, num_rows: int) -> list[Operation]:
+        """Return the operations of a sweep: those of a model without a head where this is no last stage."""
+        num_layers, slots = self._num_layers, self._weights.num_slots
+        of_stage = {} if self._has_head else {"layers": range(num_layers)}
+        in_model = num_layers + (not self._has_head)
+        return list(sweep_operations(self._order, in_model, num_rows, streamed=self._streamed, num_slots=slots, **of_stage))
 
     def _do(self, step: Performed, walk: _Sweep, after: list[Task | None]) -> Task | None:
         """Add the tasks of an operation; returns the one that ends it."""
@@ -114,7 +137,8 @@ class Replay:
                 return None
             return self._move(QUEUES[kind], name, durations.store_cache(row) if stores else durations.load_cache(row), after)
         tier = walk.tiers[k]
-        if tier == "device":
+        travels = (walk.arrivals and j + (kind == "store_hidden") == 0) or (kind == "store_hidden" and j == self._last_layer)
+        if tier == "device" or travels:  # between stages it goes over the network
             return None
         return self._move("hidden", name, [durations.hidden(row, tier, stores=kind == "store_hidden")], after)
 
@@ -144,11 +168,32 @@ class Replay:
 class _Sweep:
     """What is known of the sweep that is being added."""
 
-    def __init__(self, load: SweepLoad, tiers: list[Tier]) -> None:
-        self.load, self.tiers = load, tiers
+    def __init__(self, load: SweepLoad, tiers: list[Tier], clock: Fluid, *, begin: float, arrivals: Sequence[float]) -> None:
+        self.load, self.tiers, self.arrivals = load, tiers, arrivals
+        self._begin, self._arrived = clock.at(begin), [clock.at(seconds) for seconds in arrivals]
         self.layer = -1
         """Layer that was computed last."""
         self.ends: dict[int, Task | None] = {}
         """What ends each operation; None: it needs no time."""
         self.suspended: dict[int, tuple[Task, Stage]] = {}
         """Attention of suspended calls, and what the device does behind it."""
+        self.last: dict[int, int] = {}
+        """Rows of the calls of the last layer, by the number of the operation."""
+        self._through: dict[int, Task] = {}
+
+    @property
+    def through(self) -> list[Task]:
+        """What ends the last layer on each row."""
+        return [self._through[k] for k in range(len(self.load.rows))]
+
+    def waits_for(self, step: Performed) -> Task | None:
+        """Return what comes from outside before an operation: the plan of the sweep, or a row from the stage before."""
+        if step.kind == "record":
+            return self._begin
+        return self._arrived[step.k] if step.kind == "compute" and step.j == 0 and self._arrived else None
+
+    def keep(self, number: int) -> None:
+        """Note what ends a call of the last layer."""
+        task = self.ends[number]
+        if number in self.last and task is not None:
+            self._through[self.last[number]] = task

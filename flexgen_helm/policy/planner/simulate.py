@@ -16,7 +16,9 @@ Sweeps are not all replayed.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.policy.memory_plan import MemoryPlan
@@ -25,7 +27,7 @@ from flexgen_helm.policy.planner.fluid import Fluid, Mark, Span
 from flexgen_helm.policy.planner.loads import SweepLoad
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.replay import Replay
-from flexgen_helm.policy.planner.sweeps import sweep_loads
+from flexgen_helm.policy.planner.sweeps import ALIKE, sweep_loads
 from flexgen_helm.policy.planner.totals import Totals
 from flexgen_helm.policy.planner.workload import Workload
 
@@ -56,10 +58,10 @@ def simulate(plan: MemoryPlan, workload: Workload, profile: MachineProfile, *, e
         OutOfSpace: If a prompt of the workload does not fit into the cache.
     """
     durations = Durations(plan, profile)
-    loads = list(sweep_loads(plan, workload, **({"alike": 1} if exactly else {})))
+    loads = list(sweep_loads(plan, workload, alike=1 if exactly else ALIKE))
     latency = 0.0
     total = NOTHING
-    costs = _replayed(durations, loads) if exactly else _sampled(durations, loads)
+    costs = _replayed(durations, loads) if exactly else sampled_costs(durations, loads)
     for load, cost in zip(loads, costs, strict=True):
         total = total.plus(cost, load.count)
         if not latency and load.answers:
@@ -125,8 +127,14 @@ def _cost_of(replay: Replay, clock: Fluid, load: SweepLoad) -> Mark:
     return clock.mark().since(begin)
 
 
-def _sampled(durations: Durations, loads: list[SweepLoad]) -> list[Mark]:
-    """Return what each sweep takes, from replays of some."""
+def sampled_costs(durations: Durations, loads: list[SweepLoad], *, rested: bool = False) -> list[Mark]:
+    """Return what each sweep takes, from replays of some.
+
+    Args:
+        durations: Stages of operations.
+        loads: The sweeps, one behind the other.
+        rested: Whether the machine pauses between two sweeps, so that all is there that can be loaded ahead.
+    """
     totals = Totals(durations)
     found = [totals.of(load) for load in loads]
     alike: dict[object, list[int]] = defaultdict(list)
@@ -138,19 +146,20 @@ def _sampled(durations: Durations, loads: list[SweepLoad]) -> list[Mark]:
             found[i] = found[i]._replace(seconds=found[i].busy["device"])
     few = _few_layers(durations)
     for numbers in alike.values():
-        _stretch(durations, loads, found, sorted(numbers, key=lambda i: found[i].seconds), few)
+        in_order = sorted(numbers, key=lambda i: found[i].seconds)
+        _stretch(partial(_one, durations, rested=rested), loads, found, in_order, few)
     if durations.plan.weights.streamed:
         found[:1] = [_one(durations, load, None, before=None) for load in loads[:1]]
     return found
 
 
 def _stretch(
-    durations: Durations, loads: list[SweepLoad], found: list[Mark], numbers: list[int], few: tuple[int, int] | None
+    one: Callable[..., Mark], loads: list[SweepLoad], found: list[Mark], numbers: list[int], few: tuple[int, int] | None
 ) -> None:
     """Replay some of the sweeps that are alike, and make the others as much longer than their busiest resource needs.
 
     Args:
-        durations: Stages of operations.
+        one: `_one` of the plan.
         loads: All sweeps.
         found: Their totals, which get their time.
         numbers: Sweeps that are alike, by the time of their busiest resource.
@@ -162,7 +171,7 @@ def _stretch(
     for place in chosen:
         i = numbers[place]
         before = loads[i - 1] if i and loads[i].count == 1 else loads[i]
-        ratios[place] = _one(durations, loads[i], few, before=before).seconds / found[i].seconds
+        ratios[place] = one(loads[i], few, before=before).seconds / found[i].seconds
     below = 0
     for place, i in enumerate(numbers):
         above = next(each for each in chosen if each >= place)
@@ -172,7 +181,9 @@ def _stretch(
         found[i] = found[i]._replace(seconds=ratio * found[i].seconds)
 
 
-def _one(durations: Durations, load: SweepLoad, few: tuple[int, int] | None, *, before: SweepLoad | None) -> Mark:
+def _one(
+    durations: Durations, load: SweepLoad, few: tuple[int, int] | None, *, before: SweepLoad | None, rested: bool = False
+) -> Mark:
     """Return what a sweep takes.
 
     Args:
@@ -180,12 +191,15 @@ def _one(durations: Durations, load: SweepLoad, few: tuple[int, int] | None, *, 
         load: The sweep.
         few: Layers that are replayed, and their period; None: all, as also if the last of these do not take equally long.
         before: The sweep before it, which loads ahead; None: there is none.
+        rested: Whether the machine pauses behind that until nothing more is loaded ahead.
     """
     num_layers, period = few or (durations.plan.shapes.num_layers, 0)
     clock = Fluid(duplex=durations.profile.duplex)
     replay = Replay(durations, clock, num_layers=num_layers)
     if before is not None:
         replay.sweep(before)
+    if rested:
+        clock.run_out()
     cost = _cost_of(replay, clock, load)
     skipped = durations.plan.shapes.num_layers - num_layers
     if not skipped:
@@ -193,7 +207,7 @@ def _one(durations: Durations, load: SweepLoad, few: tuple[int, int] | None, *, 
     ends = replay.layer_ends
     last, other = ends[-1].since(ends[-1 - period]), ends[-1 - period].since(ends[-1 - 2 * period])
     if abs(last.seconds - other.seconds) > EQUAL * last.seconds:
-        return _one(durations, load, None, before=before)
+        return _one(durations, load, None, before=before, rested=rested)
     return cost.plus(last, skipped / period)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from flexgen_helm.errors import OutOfSpace
 from flexgen_helm.kv_cache.pages import Form, PageCounts, PageMap, PageStorage, grown
-from flexgen_helm.policy.capacity import Capacity, packed_scheduler
+from flexgen_helm.policy.capacity import Capacity, packed_scheduler, page_pools
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.loads import SweepLoad, row_loads
 from flexgen_helm.policy.planner.workload import Workload
@@ -43,23 +43,25 @@ def page_bytes_of(plan: MemoryPlan) -> dict[Form, int]:
     return plan.page_bytes(shapes.cache_bytes_per_token * shapes.itemsize // shapes.kv_itemsize)
 
 
-def sweep_loads(plan: MemoryPlan, workload: Workload, *, alike: int = ALIKE) -> Iterator[SweepLoad]:
+def sweep_loads(
+    plan: MemoryPlan, workload: Workload, *, alike: int = ALIKE, capacity: Capacity | None = None
+) -> Iterator[SweepLoad]:
     """Yield the sweeps of a workload in order.
 
     Args:
         plan: The memory plan; rows are packed and in column order.
         workload: What is asked.
         alike: Most sweeps for which one stands; 1: every sweep is yielded.
+        capacity: What sweeps may hold; None: all that the plan leaves.
     """
-    return _Sweeps(plan, alike).run(workload)
+    return _Sweeps(plan, alike, capacity or plan_capacity(plan)).run(workload)
 
 
 class _Sweeps:
-    def __init__(self, plan: MemoryPlan, alike: int) -> None:
+    def __init__(self, plan: MemoryPlan, alike: int, capacity: Capacity) -> None:
         policy, own_memory = plan.policy, plan.space.own_memory
-        self._scheduler, self._pools = packed_scheduler(
-            policy, plan_capacity(plan), page_bytes_of(plan), is_gpu=plan.space.is_gpu
-        )
+        self._pools = page_pools(policy, capacity, page_bytes_of(plan))
+        self._scheduler = packed_scheduler(policy, capacity.block_tokens, self._pools, is_gpu=plan.space.is_gpu)
         self._maps = {form: PageMap(pool.capacities, own_memory) for form, pool in self._pools.items()}
         self._staged = any(pool.capacities.is_staged(own_memory) for pool in self._pools.values())
         self._host_share = policy.cpu_attention if own_memory and policy.cache[1] else 0.0

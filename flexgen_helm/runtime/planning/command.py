@@ -27,6 +27,7 @@ from flexgen_helm.policy.space import Space
 from flexgen_helm.runtime.engine_options import cache_format_of
 from flexgen_helm.runtime.free_space import GATHER_COPIES, GPU_PROCESS_BYTES, PROCESS_BYTES
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
+from flexgen_helm.runtime.planning.pipeline_command import check_options, run_pipeline_plan
 from flexgen_helm.runtime.planning.sources import device_of, open_source
 from flexgen_helm.runtime.planning.text import Planned, as_json, lines
 from flexgen_helm.types import TIERS, Tier
@@ -44,18 +45,20 @@ def run_plan(args: Namespace, say: Callable[[str], None]) -> int:
     Raises:
         FlexGenError: If the model or the profile cannot be read, options contradict each other, or no policy fits.
     """
+    check_options(args)
     name, compression, source, profile, space = stage_of(args, say)
     tiers: frozenset[Tier] = frozenset(tier for tier in TIERS if tier not in args.without)
     constraints = Constraints(args.max_latency, args.min_throughput, tiers, args.search_numerics)
     workload = Workload.uniform(args.num_jobs, args.prompt_len, args.gen_len, score=args.gen_len == 0)
-    planned = _fastest(
-        {
-            with_variant(name, each): Problem.of(
-                planned_shapes(source, each), workload, profile, space, asked=args.policy, constraints=constraints
-            )
-            for each in (compression, *args.allow)
-        }
-    )
+    problems = {
+        with_variant(name, each): Problem.of(
+            planned_shapes(source, each), workload, profile, space, asked=args.policy, constraints=constraints
+        )
+        for each in (compression, *args.allow)
+    }
+    if args.stages is not None:
+        return run_pipeline_plan(args, *next(iter(problems.items())))
+    planned = _fastest(problems)
     print(json.dumps(as_json(planned)) if args.json else "\n".join(lines(planned)))
     if args.plot is not None:
         from flexgen_helm.runtime.planning.plot import draw

@@ -11,7 +11,7 @@ from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.search.choice import Choice
 from flexgen_helm.policy.planner.search.choose import Problem
-from flexgen_helm.types import ON_DEVICE, TIERS, ResolvedPolicy
+from flexgen_helm.types import TIERS, ResolvedPolicy
 
 LEAST_GAIN = 0.001
 """Smallest part of the speed that is worth a line."""
@@ -71,7 +71,7 @@ def lines(planned: Planned) -> list[str]:
 def _lines(planned: Planned, plan: MemoryPlan) -> Iterator[str]:
     made, profile = planned.choice.prediction, planned.problem.profile
     yield f"{planned.model} on {profile.name} ({profile.device}, profile of {profile.date})"
-    yield f"policy: {_policy(_shown(planned.choice))}"
+    yield f"policy: {policy_text(_shown(planned.choice))}"
     yield f"        {planned.choice.reason}"
     yield f"weights: {plan.weights.describe()}"
     cache = plan.cache.capacities(plan.left(plan.space.available))
@@ -99,12 +99,13 @@ def _shown(choice: Choice) -> ResolvedPolicy:
     return choice.policy if choice.policy.weights is not None else choice.prediction.policy
 
 
-def _policy(policy: ResolvedPolicy) -> str:
+def policy_text(policy: ResolvedPolicy) -> str:
+    """Return a policy as `--policy` reads it; shares of weights that are left open are left out."""
     parts = [f"{name}={getattr(policy, name)}" for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens")]
     if policy.block_tokens is not None:
         parts.append(f"block_tokens={policy.block_tokens}")
-    shares = {"weights": policy.weights or ON_DEVICE, "cache": policy.cache, "hidden": policy.hidden}
-    parts += [f"{name}={':'.join(f'{share:.4g}' for share in each)}" for name, each in shares.items()]
+    shares = {"weights": policy.weights, "cache": policy.cache, "hidden": policy.hidden}
+    parts += [f"{name}={':'.join(f'{share:.4g}' for share in each)}" for name, each in shares.items() if each is not None]
     return ",".join([*parts, f"cpu_attention={policy.cpu_attention:g}", f"prefetch={policy.prefetch}"])
 
 

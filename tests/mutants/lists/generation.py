@@ -124,7 +124,7 @@ MUTANTS = (
     ),
     Mutant(
         name="candidates-of-another-row",
-        file="flexgen_helm/runtime/intake.py",
+        file="flexgen_helm/generation/replies.py",
         old="take_rows(logprobs, list(counts))",
         new="logprobs[: len(counts)]",
         tests=(INTAKE,),
@@ -132,7 +132,7 @@ MUTANTS = (
     ),
     Mutant(
         name="sampled-from-another-row",
-        file="flexgen_helm/runtime/intake.py",
+        file="flexgen_helm/generation/replies.py",
         old="take_rows(logits, rows)",
         new="logits[: len(rows)]",
         tests=(INTAKE,),

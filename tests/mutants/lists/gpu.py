@@ -34,7 +34,7 @@ MUTANTS = (
     ),
     Mutant(
         name="gpu-softmax-from-any-place",
-        file="flexgen_helm/runtime/intake.py",
+        file="flexgen_helm/generation/replies.py",
         old='if logits.device.type == "cuda" and vocab % ALIGNED:',
         new="if False:",
         tests=("tests/runtime/test_intake.py",),

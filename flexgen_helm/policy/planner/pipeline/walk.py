@@ -1,0 +1,211 @@
+"""The way of sweeps through the stages of a pipeline, over the network between them. No torch.
+
+Every stage handles sweeps in one order, one at a time. A row leaves a stage when the stage's last layer has computed it, and
+travels while the next row is computed. The stage behind begins its first layer for a row when it has arrived. The last stage
+answers, and the first one plans the lane's next sweep when the answers have arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from flexgen_helm.policy.planner.durations import Durations
+from flexgen_helm.policy.planner.fluid import Fluid, Mark
+from flexgen_helm.policy.planner.loads import RowLoad, SweepLoad
+from flexgen_helm.policy.planner.pipeline.lanes import LaneSweeps
+from flexgen_helm.policy.planner.pipeline.network import Network
+from flexgen_helm.policy.planner.replay import Replay
+from flexgen_helm.policy.planner.simulate import sampled_costs
+
+ANSWER_BYTES = 16
+"""Bytes of a chosen token and its log-probability."""
+
+
+class Passed(NamedTuple):
+    """A sweep that a stage has done.
+
+    Attributes:
+        end: When it was done.
+        row_ends: When each row had gone through the stage's last layer.
+    """
+
+    end: float
+    row_ends: Sequence[float]
+
+
+class Stage(Protocol):
+    """A stage on a clock."""
+
+    def sweep(self, number: int, begin: float, arrivals: Sequence[float]) -> Passed:
+        """Do a sweep behind the one before it.
+
+        Args:
+            number: Number of its load.
+            begin: When the stage knows its rows.
+            arrivals: When each row arrives; none: it is the first stage.
+        """
+
+    @property
+    def total(self) -> Mark:
+        """What its resources have done."""
+
+
+@dataclass
+class Course:
+    """How a run went.
+
+    Attributes:
+        seconds: Until the last answer was there.
+        latency_seconds: Until the first job was answered.
+        hop_bytes: Bytes that each stage has sent.
+    """
+
+    seconds: float = 0.0
+    latency_seconds: float = 0.0
+    hop_bytes: list[float] = field(default_factory=list)
+
+
+def walk(stages: Sequence[Stage], sweeps: LaneSweeps, network: Network, row_bytes: int) -> Course:
+    """Let all sweeps go through all stages.
+
+    Args:
+        stages: The stages, of which none has done anything.
+        sweeps: What the lanes do.
+        network: What lies between two stages, and between the last and the first.
+        row_bytes: Bytes of the hidden state of one token.
+    """
+    course = Course(hop_bytes=[0.0] * len(stages))
+    free, answered, planned = [0.0] * len(stages), dict.fromkeys(range(len(sweeps.order)), 0.0), 0.0
+    for lane, number in sweeps.order:
+        load = sweeps.loads[number]
+        begin = max(answered[lane], planned)
+        arrivals: list[float] = []
+        for s, stage in enumerate(stages):
+            passed = stage.sweep(number, begin + (network.latency if s else 0.0), arrivals)
+            planned = passed.end if s == 0 else planned
+            if s < len(stages) - 1:
+                arrivals = []
+                for row, end in zip(load.rows, passed.row_ends, strict=True):
+                    free[s] = max(free[s], end) + network.seconds(row.size * row_bytes)
+                    arrivals.append(free[s] + network.latency)
+                    course.hop_bytes[s] += row.size * row_bytes
+        course.seconds = passed.end
+        if len(stages) > 1:
+            count = load.logits * ANSWER_BYTES
+            course.seconds += network.seconds(count) + network.latency
+            course.hop_bytes[-1] += count
+        answered[lane] = course.seconds
+        if load.answers and not course.latency_seconds:
+            course.latency_seconds = course.seconds
+    return course
+
+
+class ReplayedStage:
+    """A stage whose every operation is replayed."""
+
+    def __init__(self, durations: Durations, loads: Sequence[SweepLoad]) -> None:
+        """Begin with nothing loaded.
+
+        Args:
+            durations: Stages of operations.
+            loads: Loads by their number.
+        """
+        self._clock = Fluid(duplex=durations.profile.duplex)
+        self._replay, self._loads = Replay(durations, self._clock), loads
+
+    def sweep(self, number: int, begin: float, arrivals: Sequence[float]) -> Passed:
+        """See `Stage`."""
+        end = self._replay.sweep(self._loads[number], begin=begin, arrivals=arrivals)
+        return Passed(end, self._replay.row_ends)
+
+    @property
+    def total(self) -> Mark:
+        """See `Stage`."""
+        return self._clock.mark()
+
+
+class Costs(NamedTuple):
+    """What a stage needs for each load.
+
+    Attributes:
+        behind: A sweep right behind another one. For the first load, one before which nothing is loaded.
+        rested: A sweep before which all is loaded that can be.
+        first: Seconds of each row in the first layer, and in all rows' recording before it.
+        last: Seconds of each row in the last layer, and of the output head behind it.
+    """
+
+    behind: list[Mark]
+    rested: list[Mark]
+    first: list[tuple[list[float], float]]
+    last: list[tuple[list[float], float]]
+
+    @classmethod
+    def of(cls, durations: Durations, loads: Sequence[SweepLoad]) -> Costs:
+        """Replay some of the sweeps.
+
+        Args:
+            durations: Stages of operations.
+            loads: The sweeps, one behind the other.
+        """
+        listed = list(loads)
+        behind = sampled_costs(durations, listed)
+        rested = sampled_costs(durations, listed, rested=True) if durations.plan.weights.streamed else behind
+        last = durations.plan.shapes.num_layers - 1
+        firsts = [
+            (_in_layer(durations, 0, load.rows), sum(durations.record(row)[0].seconds for row in load.rows)) for load in listed
+        ]
+        lasts = [(_in_layer(durations, last, load.rows), durations.finish(load.logits)[0].seconds) for load in listed]
+        return cls(behind, rested, firsts, lasts)
+
+
+def _in_layer(durations: Durations, j: int, rows: Sequence[RowLoad]) -> list[float]:
+    """Return how long each row occupies a layer: the device and the CPU that attends beside it work on different rows."""
+    found = []
+    for k, row in enumerate(rows):
+        stages = durations.layer(j, row, first=k == 0)
+        on_device = sum(stage.seconds for stage in stages if stage.resource == "device")
+        found.append(max(on_device, sum(stage.seconds for stage in stages) - on_device))
+    return found
+
+
+class SampledStage:
+    """A stage whose sweeps take the time of sampled ones; rows that arrive late delay the first layer."""
+
+    def __init__(self, costs: Costs) -> None:
+        """Begin with nothing loaded.
+
+        Args:
+            costs: What it needs for each load.
+        """
+        self._costs = costs
+        self._end: float | None = None
+        self._counts = [0] * len(costs.behind)
+
+    def sweep(self, number: int, begin: float, arrivals: Sequence[float]) -> Passed:
+        """See `Stage`."""
+        costs, behind = self._costs, self._costs.behind[number].seconds
+        self._counts[number] += 1
+        before = begin if self._end is None else self._end
+        start = max(before, begin)
+        in_first, recording = costs.first[number]
+        now = start + recording
+        for arrival, seconds in zip(arrivals, in_first, strict=False):
+            now = max(now, arrival) + seconds
+        late = max(0.0, now - start - recording - sum(in_first)) if arrivals else 0.0
+        self._end = max(before + behind, start + min(behind, costs.rested[number].seconds) + late)
+        in_last, head = costs.last[number]
+        ends, end = [], self._end - head
+        for seconds in reversed(in_last):
+            ends.append(end)
+            end -= seconds
+        return Passed(self._end, ends[::-1])
+
+    @property
+    def total(self) -> Mark:
+        """See `Stage`."""
+        total = Mark(0.0, {}, {})
+        for count, cost in zip(self._counts, self._costs.behind, strict=True):
+            total = total.plus(cost, count)
+        return total

@@ -1,0 +1,80 @@
+"""Start of a pipeline: which processes drive and which follow, and how they end."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+from tempfile import mkstemp
+
+from flexgen_helm.distributed.group import StageGroup
+from flexgen_helm.errors import StageLost
+from flexgen_helm.processes import DRIVES
+
+MET = "met"
+LOST_EXIT = 3
+"""Exit code of a stage that lost another."""
+
+
+def begin_to_drive() -> None:
+    """Let engines of this process and of its children be divided into stages, one for each process."""
+    if DRIVES not in os.environ:
+        descriptor, path = mkstemp(prefix="flexgen-helm-pipeline-")
+        os.close(descriptor)
+        os.environ[DRIVES] = path
+
+
+@cache
+def driven_group() -> StageGroup | None:
+    """Return the stages that this process drives; None: engines are not divided. They meet at the first call."""
+    if DRIVES not in os.environ:
+        return None
+    Path(os.environ[DRIVES]).write_text(MET)
+    group = StageGroup.from_environment()
+    atexit.register(group.end)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: _end_by_signal(group))
+    return group
+
+
+def end_driving() -> None:
+    """End the other stages, if no engine did so: they wait to be met."""
+    if DRIVES not in os.environ:
+        return
+    mark = Path(os.environ[DRIVES])
+    if mark.read_text() != MET:
+        driven = driven_group()
+        assert driven is not None
+        driven.end()
+    mark.unlink(missing_ok=True)
+
+
+def follow_first() -> int:
+    """Follow the first process until it ends this one; returns the exit code."""
+    from flexgen_helm.runtime.pipeline.follower import follow
+
+    group = StageGroup.from_environment(on_lost=_end_follower)
+    try:
+        follow(group)
+    except StageLost as error:
+        _end_follower(error)
+    group.end()
+    return 0
+
+
+def _end_follower(error: StageLost) -> None:
+    """End this process at once: its threads may wait for what never comes, and it has nothing to lose."""
+    print(f"flexgen-helm: {error}", file=sys.stderr, flush=True)
+    os._exit(LOST_EXIT)
+
+
+def _end_by_signal(group: StageGroup) -> None:
+    """Say which stage is lost when a launcher ends all others because of it."""
+    group.look_for_lost()
+    if group.is_broken:
+        print(f"flexgen-helm: {group.loss()}", file=sys.stderr, flush=True)
+    raise SystemExit(128 + signal.SIGTERM)

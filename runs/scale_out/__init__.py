@@ -1,0 +1,1 @@
+"""Simulated scaling to several GPUs beside the figures of the FlexGen paper."""
