@@ -7,7 +7,7 @@ import pickle
 import queue
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -98,11 +98,9 @@ class StageGroup:
         Raises:
             StageLost: If the connection is broken.
         """
-        try:
+        self.raise_if_lost()
+        with self.noticing():
             return mailbox.send(message, stage, self._messages)
-        except RuntimeError as error:
-            self._break(error)
-            raise self.loss() from error
 
     def send_and_wait(self, message: Message, stage: int) -> None:
         """Send a message and wait until it is delivered.
@@ -110,9 +108,27 @@ class StageGroup:
         Raises:
             StageLost: If the connection is broken.
         """
-        deliveries = self.send(message, stage)
+        self.wait_for(self.send(message, stage))
+
+    def wait_for(self, deliveries: Sequence[mailbox.Delivery]) -> None:
+        """Wait until some tensors are delivered.
+
+        Raises:
+            StageLost: If the connection is broken.
+        """
+        with self.noticing():
+            for work, _ in deliveries:
+                work.wait()
+
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Tell which stage is lost if torch.distributed fails in the body of the `with` statement.
+
+        Raises:
+            StageLost: If it fails.
+        """
         try:
-            mailbox.wait_for(deliveries)
+            yield
         except RuntimeError as error:
             self._break(error)
             raise self.loss() from error

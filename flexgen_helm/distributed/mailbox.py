@@ -19,12 +19,6 @@ def send(message: Message, stage: int, group: dist.ProcessGroup) -> list[Deliver
     return [(_started(dist.isend(tensor, stage, group)), tensor) for tensor in tensors_of(message)]
 
 
-def wait_for(deliveries: list[Delivery]) -> None:
-    """Wait until some tensors are delivered."""
-    for work, _ in deliveries:
-        work.wait()
-
-
 def listen(
     stage: int, group: dist.ProcessGroup, on_message: Callable[[Message], bool], on_broken: Callable[[RuntimeError], None]
 ) -> None:

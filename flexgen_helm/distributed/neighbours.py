@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flexgen_helm.distributed.group import StageGroup
+from flexgen_helm.distributed.mailbox import Delivery
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.schedule.rows import Row
 
@@ -71,23 +73,21 @@ class RowForm:
 class StageNeighbours:
     """The stages before and behind this one. It is a `flexgen_helm.execution.interfaces.Neighbours`."""
 
-    def __init__(
-        self, layers: range, form: RowForm, *, stage: int, group: dist.ProcessGroup, where: torch.device, device: torch.device
-    ) -> None:
-        """Connect nothing yet.
+    def __init__(self, layers: range, form: RowForm, *, stages: StageGroup, backend: str, device: torch.device) -> None:
+        """Connect the stages once more; all stages must do it.
 
         Args:
             layers: Layers of this stage.
             form: Form of hidden states.
-            stage: Number of this stage.
-            group: Process group of the rows alone.
-            where: Device of what is exchanged: the CPU with Gloo, a GPU with NCCL.
+            stages: The stages.
+            backend: "gloo", by which rows travel between CPUs, or "nccl" between GPUs.
             device: Device that computes.
         """
-        self._layers, self._form, self._stage, self._group = layers, form, stage, group
-        self._where, self._device = where, device
-        self._coming: deque[tuple[dist.Work, Tensor]] = deque()
-        self._left: deque[tuple[int, dist.Work, Tensor]] = deque()
+        self._layers, self._form, self._stages, self._stage = layers, form, stages, stages.index
+        self._group = stages.new_group(backend)
+        self._where, self._device = device if backend == "nccl" else torch.device("cpu"), device
+        self._coming: deque[Delivery] = deque()
+        self._left: deque[tuple[int, Delivery]] = deque()
         self._sizes: list[int] = []
         self._ready: dict[int, Tensor] = {}
         """Rows that wait for earlier ones, for which the CPU still attends."""
@@ -104,7 +104,8 @@ class StageNeighbours:
             return
         for row in rows:
             buffer = torch.empty(self._form.num_bytes(row.size), dtype=torch.uint8, device=self._where)
-            work = dist.irecv(buffer, self._stage - 1, self._group)
+            with self._stages.noticing():
+                work = dist.irecv(buffer, self._stage - 1, self._group)
             assert work is not None
             self._coming.append((work, buffer))
 
@@ -119,16 +120,14 @@ class StageNeighbours:
         self._sizes, self._number, self._sent, self._taken = [row.size for row in rows], number, 0, 0
         self._ready.clear()
         while self._left and self._left[0][0] <= delivered:
-            _, work, _ = self._left.popleft()
-            work.wait()
+            self._stages.wait_for([self._left.popleft()[1]])
 
     def receive(self, k: int) -> tuple[Tensor, Tensor]:
         """See `Neighbours`. Rows come in their order."""
         assert k == self._taken, "rows are received in their order"
         self._taken += 1
-        work, buffer = self._coming.popleft()
-        work.wait()
-        return self._form.unpack(buffer, self._sizes[k], self._device)
+        self._stages.wait_for([self._coming[0]])
+        return self._form.unpack(self._coming.popleft()[1], self._sizes[k], self._device)
 
     def send(self, k: int, hidden: Tensor, bad: Tensor) -> None:
         """See `Neighbours`. Rows leave in their order."""
@@ -144,12 +143,13 @@ class StageNeighbours:
         """
         while self._stage and self._taken < len(self._sizes):
             self._taken += 1
-            self._coming.popleft()[0].wait()
+            self._stages.wait_for([self._coming.popleft()])
         while sends and self._sent < len(self._sizes):
             self._send(self._form.failed(self._sizes[self._sent], self._where))
 
     def _send(self, row: Tensor) -> None:
-        work = dist.isend(row, self._stage + 1, self._group)
+        with self._stages.noticing():
+            work = dist.isend(row, self._stage + 1, self._group)
         assert work is not None
-        self._left.append((self._number, work, row))
+        self._left.append((self._number, (work, row)))
         self._sent += 1

@@ -9,7 +9,7 @@ from itertools import islice
 from torch import Tensor
 
 from flexgen_helm.distributed.group import StageGroup
-from flexgen_helm.distributed.mailbox import Delivery, wait_for
+from flexgen_helm.distributed.mailbox import Delivery
 from flexgen_helm.distributed.messages import (
     Build,
     Close,
@@ -82,7 +82,7 @@ class _Follower:
     def _compute(self, order: SweepOrder) -> None:
         watched(order.rows)
         while self._leaving and self._leaving[0][0] <= order.answered:
-            wait_for(self._leaving.popleft()[1])
+            self._group.wait_for(self._leaving.popleft()[1])
         self._neighbours.begin_sweep(order.number, order.rows, delivered=order.answered)
         questions, found = iter(order.questions), list[Reply]()
 

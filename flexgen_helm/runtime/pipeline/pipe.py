@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from flexgen_helm.distributed.group import StageGroup
-from flexgen_helm.distributed.mailbox import Delivery, wait_for
+from flexgen_helm.distributed.mailbox import Delivery
 from flexgen_helm.distributed.messages import Close, SweepError, SweepOrder, SweepReply, mark, plain_rows
 from flexgen_helm.distributed.neighbours import StageNeighbours
 from flexgen_helm.errors import FlexGenError, StageLost
@@ -80,7 +80,7 @@ class StagePipe:
         while number not in self._replies:
             self._take()
         while self._leaving and self._leaving[0][0] <= self._answered:
-            wait_for(self._leaving.popleft()[1])
+            self._group.wait_for(self._leaving.popleft()[1])
         return self._replies.pop(number)
 
     def _error(self, number: int) -> FlexGenError:

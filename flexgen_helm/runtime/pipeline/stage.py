@@ -83,14 +83,7 @@ class Stage:
         gpus = self.group.exchange("gpus", device.is_gpu)
         backend = "nccl" if all(gpus) and torch.distributed.is_nccl_available() else "gloo"
         form = RowForm(setting(model, "hidden_size") or 0, model.dtype)
-        neighbours = StageNeighbours(
-            layers,
-            form,
-            stage=self.group.index,
-            group=self.group.new_group(backend),
-            where=device.torch_device if backend == "nccl" else CPU.torch_device,
-            device=device.torch_device,
-        )
+        neighbours = StageNeighbours(layers, form, stages=self.group, backend=backend, device=device.torch_device)
         self.group.on_message = partial(_expect_rows, neighbours)
         return neighbours
 
