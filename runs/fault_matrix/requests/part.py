@@ -60,7 +60,10 @@ class RequestsPart:
         ENGINES.caches.close()
         shutil.rmtree(self._folder / "batch")
         found = enumerate(zip(asked, client, runner, strict=True))
-        return merged(self._judge(one, by_client, by_runner, position) for position, (one, by_client, by_runner) in found)
+        outcomes: list[Outcome] = merged(
+            self._judge(one, by_client, by_runner, position) for position, (one, by_client, by_runner) in found
+        )
+        return outcomes
 
     def _by_client(self, asked: list[Hostile]) -> list[RequestResult | Exception]:
         cache = self._folder / "batch" / "client"
@@ -122,7 +125,8 @@ class RequestsPart:
             text = self._known.conversation(fields["messages"])
         if any(each != outputs[0] for each in outputs):
             return "greedy completions differ"
-        return self._known.fault_of_completion(outputs[0], text, fields)
+        fault: str = self._known.fault_of_completion(outputs[0], text, fields)
+        return fault
 
 
 def _judge_refusal(one: Hostile, error: str, words: list[str]) -> Outcome:
