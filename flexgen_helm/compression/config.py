@@ -118,7 +118,10 @@ class CompressionConfig:
     @property
     def cache_scheme(self) -> str:
         """Name of everything that decides the stored K and V; "plain" where they are not compressed."""
-        return f"{self._cache or 'plain'}{'-flexgen' if self.flexgen else ''}"
+        if self.flexgen:
+            return f"{self._cache or 'plain'}-flexgen"
+        # Ranges of 2 bits are cut since some version; before, they were whole.
+        return f"{self._cache or 'plain'}{'-cut' if 2 in (self.k_bits, self.v_bits) else ''}"
 
     @property
     def description(self) -> str:

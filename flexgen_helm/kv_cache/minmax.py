@@ -1,14 +1,15 @@
 """Min/max quantisation of K and V in plain torch, and how codes lie in bytes.
 
-In float32 are computed, with ``n = 2**bits - 1``::
+In float32 are computed, with ``n = 2**bits - 1`` and a cut of 0, or more for codes of 2 bits (`cut_of`)::
 
-    zero  = the minimum, rounded down to bfloat16
-    scale = (maximum - zero) / n, rounded up to bfloat16
+    low, high = minimum + cut * (maximum - minimum), maximum - cut * (maximum - minimum)
+    zero  = low, rounded down to bfloat16
+    scale = (high - zero) / n, rounded up to bfloat16
     code  = round((x - zero) / scale), halves to even, at least 0 and at most n
     value = code * scale + zero, rounded to the dtype in which attention reads
 
-The product is exact, because code and scale have 8 significant bits each. So the error is at most half the scale, besides the
-rounding of the value. A scale of 0 means that all numbers are equal to `zero`, and their code is 0.
+The product is exact, because code and scale have 8 significant bits each. So the error is at most half the scale where nothing
+is cut, besides the rounding of the value. A scale of 0 means that all numbers are equal to `zero`, and their code is 0.
 
 Larger numbers than `largest` count as that number, so that no value overflows. It leaves room for the rounding of the scale:
 values lie within ``1 + 2**-6`` times the largest number.
@@ -21,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SHORTEST, SHORTEST_CUT = 2, 0.05
+"""Bits of the shortest codes, and what is cut of their ranges."""
 LARGEST_HALF, LARGEST = 64256.0, 2.0**126
 STEP = 1 << 16
 """From one bfloat16 to the next in the bits of float32."""
@@ -43,6 +46,17 @@ def largest(dtype: torch.dtype) -> float:
     return LARGEST_HALF if dtype == torch.float16 else LARGEST
 
 
+def cut_of(bits: int) -> float:
+    """Return the share of a range at each end whose numbers count as the next number inside.
+
+    Four values lose less if they leave out the outermost numbers. More than this harms keys, of which those matter most.
+
+    Args:
+        bits: Bits of a code.
+    """
+    return SHORTEST_CUT if bits == SHORTEST else 0.0
+
+
 def quantize(x: Tensor, bits: int) -> Quantized:
     """Quantise along the last dimension.
 
@@ -52,9 +66,11 @@ def quantize(x: Tensor, bits: int) -> Quantized:
     """
     limit, most = largest(x.dtype), 2**bits - 1
     x = x.float().clamp(-limit, limit)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    margin = (high - low) * cut_of(bits)
     # Adding 0 makes 0 of -0, so that bytes do not depend on which of equal numbers is found.
-    zero = _round_down(x.amin(-1, keepdim=True) + 0.0)
-    scale = _round_up((x.amax(-1, keepdim=True) - zero) / most + 0.0)
+    zero = _round_down(low + margin + 0.0)
+    scale = _round_up((high - margin - zero) / most + 0.0)
     codes = ((x - zero) / torch.where(scale > 0, scale, 1)).round_().clamp_(0, most)
     return Quantized(codes.to(torch.uint8), torch.cat([scale, zero], -1).bfloat16())
 

@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
+from flexgen_helm.kv_cache.minmax import cut_of
 from flexgen_helm.kv_cache.pages import PAGE_TOKENS
 from flexgen_helm.kv_cache.token_rows import GROUP, NUMBER_BYTES
 from flexgen_helm.machine.compiled import compiled, size
@@ -31,7 +32,7 @@ def seal_channels(stored: Tensor, pages: Tensor, exact: Tensor, bits: int, limit
         limit: See `flexgen_helm.kv_cache.minmax.largest`.
     """
     found = bits_of_tensor(exact.contiguous().flatten(2)), KINDS[exact.dtype]
-    _seal_channels(stored.numpy(), stored.numpy().view(u16), pages.numpy(), *found, bits, f32(limit))
+    _seal_channels(stored.numpy(), stored.numpy().view(u16), pages.numpy(), *found, bits, f32(limit), f32(cut_of(bits)))
 
 
 def seal_tokens(stored: Tensor, pages: Tensor, exact: Tensor, bits: int, limit: float) -> None:
@@ -45,7 +46,7 @@ def seal_tokens(stored: Tensor, pages: Tensor, exact: Tensor, bits: int, limit: 
         limit: See `flexgen_helm.kv_cache.minmax.largest`.
     """
     found = bits_of_tensor(exact.contiguous()), KINDS[exact.dtype]
-    _seal_tokens(stored.numpy(), stored.numpy().view(u16), pages.numpy(), *found, bits, f32(limit))
+    _seal_tokens(stored.numpy(), stored.numpy().view(u16), pages.numpy(), *found, bits, f32(limit), f32(cut_of(bits)))
 
 
 @njit(nogil=True)
@@ -94,7 +95,15 @@ def _pack(codes, bits, packed, begin, count):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy")
-def _channel_ranges(numbers, most, zero, scale):  # type: ignore[no-untyped-def]
+def _scaled(low, high, most, cut):  # type: ignore[no-untyped-def]
+    """Find zero and scale of numbers from low to high."""
+    margin = (high - low) * cut
+    zero = _round_down(low + margin)
+    return zero, _round_up((high - margin - zero) / most)
+
+
+@njit(nogil=True, error_model="numpy")
+def _channel_ranges(numbers, most, cut, zero, scale):  # type: ignore[no-untyped-def]
     """Find scale and zero ``[dim]`` of channels ``[32 * dim]``."""
     dim = size(len(zero))
     for d in range(dim):
@@ -104,12 +113,11 @@ def _channel_ranges(numbers, most, zero, scale):  # type: ignore[no-untyped-def]
             zero[d] = min(zero[d], numbers[t * dim + d])
             scale[d] = max(scale[d], numbers[t * dim + d])
     for d in range(dim):
-        zero[d] = _round_down(zero[d])
-        scale[d] = _round_up((scale[d] - zero[d]) / most)
+        zero[d], scale[d] = _scaled(zero[d], scale[d], most, cut)
 
 
 @compiled
-def _seal_channels(stored, halves, pages, exact, kind, num_bits, limit):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+def _seal_channels(stored, halves, pages, exact, kind, num_bits, limit, cut):  # type: ignore[no-untyped-def]  # noqa: PLR0913
     """See `seal_channels`; stored is also given as uint16, exact as ``[n, num_heads, 32 * dim]``."""
     dim, bits = size(exact.shape[2]) // TOKENS, size(num_bits)
     most, count = f32((size(1) << bits) - size(1)), TOKENS * bits // size(8)
@@ -119,7 +127,7 @@ def _seal_channels(stored, halves, pages, exact, kind, num_bits, limit):  # type
         for h in range(exact.shape[1]):
             load_numbers(exact[n, h], numbers, kind)
             _clamped(numbers, limit)
-            _channel_ranges(numbers, most, zero, scale)
+            _channel_ranges(numbers, most, cut, zero, scale)
             for t in range(TOKENS):
                 for d in range(dim):
                     codes[t * dim + d] = _code(numbers[t * dim + d], zero[d], scale[d], most)
@@ -142,7 +150,7 @@ def _range(numbers, first, end):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _seal_tokens(stored, halves, pages, exact, kind, num_bits, limit):  # type: ignore[no-untyped-def]  # noqa: PLR0913
+def _seal_tokens(stored, halves, pages, exact, kind, num_bits, limit, cut):  # type: ignore[no-untyped-def]  # noqa: PLR0913
     """See `seal_tokens`; stored is also given as uint16."""
     dim, bits = size(exact.shape[3]), size(num_bits)
     most, groups = f32((size(1) << bits) - size(1)), (dim + size(GROUP - 1)) // size(GROUP)
@@ -157,15 +165,9 @@ def _seal_tokens(stored, halves, pages, exact, kind, num_bits, limit):  # type: 
                 for g in range(groups):
                     first, end = size(GROUP) * g, min(size(GROUP) * (g + size(1)), dim)
                     low, high = _range(numbers, first, end)
-                    zero, scale = _scaled(low, high, most)
+                    zero, scale = _scaled(low, high, most, cut)
                     row_halves[size(2) * g], row_halves[size(2) * g + size(1)] = _upper_half(scale), _upper_half(zero)
                     for i in range(first, end):
                         codes[i] = _code(numbers[i], zero, scale, most)
                 row[len(row) - 1] = 0  # nothing else fills an odd row up
                 _pack(codes, bits, row, size(NUMBER_BYTES) * groups, count)
-
-
-@njit(nogil=True, error_model="numpy")
-def _scaled(low, high, most):  # type: ignore[no-untyped-def]
-    zero = _round_down(low)
-    return zero, _round_up((high - zero) / most)

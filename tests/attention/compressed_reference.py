@@ -20,6 +20,8 @@ from transformers.masking_utils import eager_mask
 from flexgen_helm.compression.config import CompressionConfig
 
 CHUNK, PAGE, GROUP = 128, 32, 64
+CUT = 0.05
+"""Share of a range at each end that codes of 2 bits leave out."""
 _names = itertools.count()
 
 
@@ -109,6 +111,9 @@ def per_group(x: Tensor, bits: int, quantise: Any) -> Tensor:
 def sealed(x: Tensor, bits: int) -> Tensor:
     """Numbers that share a scale along the last dimension: bfloat16 zero at or below the least, scale rounded up."""
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    if bits == 2:
+        margin = (high - low) * CUT
+        low, high = low + margin, high - margin
     zero = rounded(low, up=False)
     scale = rounded((high - zero) / (2**bits - 1), up=True)
     codes = torch.where(scale > 0, (x - zero) / scale, 0.0).round().clamp(0, 2**bits - 1)

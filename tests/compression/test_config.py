@@ -214,7 +214,16 @@ def test_every_part_of_a_name_is_served(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "scheme"), [("w4", "plain"), ("kv4", "kv4"), ("k4s5", "k4"), ("s10", "plain"), ("s10-flexgen", "plain-flexgen")]
+    ("text", "scheme"),
+    [
+        ("w4", "plain"),
+        ("kv4", "kv4"),
+        ("k4s5", "k4"),
+        ("k4v2", "k4v2-cut"),
+        ("s10", "plain"),
+        ("s10-flexgen", "plain-flexgen"),
+        ("kv2-flexgen", "kv2-flexgen"),
+    ],
 )
 def test_the_caches_scheme_is_all_that_decides_stored_numbers(text: str, scheme: str) -> None:
     assert parse(text).cache_scheme == scheme

@@ -72,7 +72,7 @@ def test_a_resumed_run_in_another_order_and_smaller_blocks_gets_the_same_bits(
     ("variant", "told"),
     [
         ("kv4", ("kv4", 1.0, 4 + 32 / 32, 4 + 32 / 16)),
-        ("k8v2", ("k8v2", 1.0, 8 + 32 / 32, 2 + 32 / 16)),
+        ("k8v2", ("k8v2-cut", 1.0, 8 + 32 / 32, 2 + 32 / 16)),
         ("s10", ("plain", 0.1, 32, 32 + 32 / 32)),
         ("kv4-flexgen", ("kv4-flexgen", 1.0, 4 + 32 / 16, 4 + 32 / 16)),
     ],
