@@ -58,10 +58,7 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
     """
     try:
         args = _parser(load_engine or _load_engine).parse_args(argv)
-        if is_follower():
-            return _follow(args)
-        with _driving(), _log_on_screen(*(["flexgen_helm"] if args.verbose else SHOWN)):
-            status: int = args.run(args)
+        return _run(args) if num_processes() == 1 else _run_stage(args)
     except FlexGenError as error:
         message = " ".join(str(error).split())
         print(f"flexgen-helm: {message}", file=sys.stderr)
@@ -69,7 +66,6 @@ def main(argv: Sequence[str] | None = None, *, load_engine: EngineLoader | None 
     except KeyboardInterrupt as interrupt:
         print(f"flexgen-helm: interrupted. {str(interrupt) or AGAIN}", file=sys.stderr)
         return 130
-    return status
 
 
 @contextmanager
@@ -88,27 +84,21 @@ def _log_on_screen(*names: str) -> Iterator[None]:
             logger.setLevel(logging.NOTSET)
 
 
-def _follow(args: argparse.Namespace) -> int:
-    """Compute a stage of the pipeline that the first process drives."""
-    from flexgen_helm.runtime.pipeline.launch import follow_first
+def _run(args: argparse.Namespace) -> int:
+    with _log_on_screen(*(["flexgen_helm"] if args.verbose else SHOWN)):
+        status: int = args.run(args)
+    return status
 
+
+def _run_stage(args: argparse.Namespace) -> int:
+    """Run the command if this process is the first that a launcher such as `torchrun` started; the others follow it."""
+    from flexgen_helm.runtime.pipeline.launch import driving, follow_first
+
+    if not is_follower():
+        with driving():
+            return _run(args)
     with _log_on_screen(*(["flexgen_helm"] if args.verbose else [])):
         return follow_first()
-
-
-@contextmanager
-def _driving() -> Iterator[None]:
-    """Let engines be pipelines over all processes that a launcher such as `torchrun` started, and end the others afterwards."""
-    if num_processes() == 1:
-        yield
-        return
-    from flexgen_helm.runtime.pipeline.launch import begin_to_drive, end_driving
-
-    begin_to_drive()
-    try:
-        yield
-    finally:
-        end_driving()
 
 
 def _say(text: str) -> None:

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import mkstemp
@@ -41,16 +43,19 @@ def driven_group() -> StageGroup | None:
     return group
 
 
-def end_driving() -> None:
-    """End the other stages, if no engine did so: they wait to be met."""
-    if DRIVES not in os.environ:
-        return
+@contextmanager
+def driving() -> Iterator[None]:
+    """Divide the engines of a command into stages; behind it the other stages end, also if no engine met them."""
+    begin_to_drive()
     mark = Path(os.environ[DRIVES])
-    if mark.read_text() != MET:
-        driven = driven_group()
-        assert driven is not None
-        driven.end()
-    mark.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        if mark.read_text() != MET:
+            group = driven_group()
+            assert group is not None
+            group.end()
+        mark.unlink(missing_ok=True)
 
 
 def follow_first() -> int:
