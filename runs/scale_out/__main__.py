@@ -136,9 +136,7 @@ def main() -> int:
                 numerics = not options.keep_numerics
                 line = predict(model, machine, stages, options.network, jobs=options.jobs, numerics=numerics)
                 lines.append(line)
-                print(
-                    f"{model} on {stages} of {machine}: {line.refused or line.tokens_per_second}", file=sys.stderr, flush=True
-                )
+                print(line, file=sys.stderr, flush=True)
     print(f"Simulated new tokens per second; network {options.network}, {options.jobs} jobs for each machine.")
     print("\n".join(table(lines)))
     write_json(options.json, [asdict(line) for line in lines])
