@@ -86,8 +86,7 @@ def _log_on_screen(*names: str) -> Iterator[None]:
 
 def _run(args: argparse.Namespace) -> int:
     with _log_on_screen(*(["flexgen_helm"] if args.verbose else SHOWN)):
-        status: int = args.run(args)
-    return status
+        return int(args.run(args))
 
 
 def _run_stage(args: argparse.Namespace) -> int:
