@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 FOREVER = timedelta(days=30)
 """Between two sweeps HELM may compute metrics for hours; a stage that is lost is noticed by its beats."""
 POLL_SECONDS = 0.02
+END_SECONDS = 10.0
+"""Seconds that a stage waits for the others at its end."""
 AGAIN = "Answers that were given so far are kept: start the same command again, and it goes on behind them."
 Value = TypeVar("Value")
 
@@ -53,8 +55,8 @@ class StageGroup:
         self.on_message: Callable[[Message], None] = lambda message: None
         """Called with each message as soon as it comes, in a thread, before it can be taken."""
         self._liveness = Liveness(self._store, index, count, self._lose)
-        for stage in [0] if index else range(1, count):
-            mailbox.listen(stage, self._messages, self._receive, self._break)
+        senders = [0] if index else range(1, count)
+        self._listeners = [mailbox.listen(stage, self._messages, self._receive, self._break) for stage in senders]
 
     @classmethod
     def from_environment(cls, on_lost: Callable[[StageLost], None] = lambda error: None) -> StageGroup:
@@ -206,6 +208,10 @@ class StageGroup:
         self._ended = True
         self._liveness.note("ended")
         self._liveness.end()
+        for listener in self._listeners:  # until the others have ended too: a process must not end in the middle of a call
+            listener.join(END_SECONDS)
+        if not any(listener.is_alive() for listener in self._listeners):
+            dist.destroy_process_group()
 
     def note(self, text: str) -> None:
         """Say why this stage ends, so that nobody takes it for the one that ended first."""

@@ -21,8 +21,8 @@ def send(message: Message, stage: int, group: dist.ProcessGroup) -> list[Deliver
 
 def listen(
     stage: int, group: dist.ProcessGroup, on_message: Callable[[Message], bool], on_broken: Callable[[RuntimeError], None]
-) -> None:
-    """Take messages from a stage in a thread of its own.
+) -> threading.Thread:
+    """Take messages from a stage in a thread of its own, which is returned.
 
     Args:
         stage: Who sends.
@@ -38,7 +38,9 @@ def listen(
         except RuntimeError as error:
             on_broken(error)
 
-    threading.Thread(target=take, name=f"flexgen-helm-stage-{stage}", daemon=True).start()
+    thread = threading.Thread(target=take, name=f"flexgen-helm-stage-{stage}", daemon=True)
+    thread.start()
+    return thread
 
 
 def _next(stage: int, group: dist.ProcessGroup) -> Message:

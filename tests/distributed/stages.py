@@ -60,5 +60,5 @@ def pipeline(count: int) -> Iterator[list[subprocess.Popen[str]]]:
             for process in others:
                 process.kill()
                 process.communicate()
-            if dist.is_initialized():
+            if dist.is_initialized():  # a stage was lost
                 dist.destroy_process_group()
