@@ -14,7 +14,7 @@ MATRIX := tests/simulated_gpu tests/runtime tests/loading/test_first_layers.py t
 	tests/runs/test_gpu_check.py \
 	"tests/runs/test_kill.py::test_killed_suite_equals_an_undisturbed_one[1-True]"
 
-.PHONY: help env lint test test-all test-versions test-harnesses test-matrix test-ray gate demo clean
+.PHONY: help env lint test test-all test-versions test-harnesses test-matrix test-ray gate demo end-to-end clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ gate: env  ## Check on a real model that placement and block sizes change no bit
 
 demo: env  ## Evaluate a real model on real questions with HELM and print the scores.
 	@$(BIN)/python -m flexgen_helm.runs.quickstart
+
+end-to-end: env  ## Evaluate a real model under a memory limit, in 16 bits and compressed: plan, prediction, report and gate.
+	@$(BIN)/python -m flexgen_helm.runs.end_to_end
 
 clean:  ## Remove build outputs and tool caches of this checkout.
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
