@@ -14,6 +14,7 @@ from flexgen_helm.distributed.messages import (
     Build,
     Close,
     End,
+    Message,
     SweepError,
     SweepOrder,
     SweepReply,
@@ -38,13 +39,19 @@ def follow(group: StageGroup) -> None:
     Raises:
         StageLost: If another stage is lost.
     """
-    while not isinstance(message := group.next_message(), End):
+    message = group.next_message()
+    while not isinstance(message, End):
         if isinstance(message, Build):
-            _follow_engine(group, message)
+            message = _follow_engine(group, message)
+        if not isinstance(message, End):
+            message = group.next_message()
 
 
-def _follow_engine(group: StageGroup, build: Build) -> None:
-    """Make a part of an engine and compute with it until it is closed. The first stage hears of it if it cannot be made."""
+def _follow_engine(group: StageGroup, build: Build) -> Message:
+    """Make a part of an engine and compute with it until it is closed; returns what ended it.
+
+    The first stage hears of it if it cannot be made.
+    """
     group.begin_epoch()
     try:
         parts = make_parts(group, build.arguments)
@@ -53,10 +60,10 @@ def _follow_engine(group: StageGroup, build: Build) -> None:
     except Exception as error:
         logger.info("this stage's part of the engine was not made: %s: %s", type(error).__name__, error)
         group.fail(error)
-        return
+        return Close()
     try:
         with parts.device.current(), PRECISE_PRODUCTS.hold():
-            _Follower(group, parts).serve()
+            return _Follower(group, parts).serve()
     finally:
         group.on_message = lambda message: None
         parts.executor.close()
@@ -73,11 +80,12 @@ class _Follower:
         self._neighbours: StageNeighbours = parts.neighbours
         self._leaving: deque[tuple[int, list[Delivery]]] = deque()
 
-    def serve(self) -> None:
-        """Compute what is ordered until the engine is closed."""
-        while not isinstance(message := self._group.next_message(), Close):
+    def serve(self) -> Message:
+        """Compute what is ordered until the engine is closed or this stage is to end; returns that message."""
+        while not isinstance(message := self._group.next_message(), Close | End):
             if isinstance(message, SweepOrder):
                 self._compute(message)
+        return message
 
     def _compute(self, order: SweepOrder) -> None:
         watched(order.rows)
