@@ -141,6 +141,7 @@ def add_suites_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=DTYPES, help="auto: the checkpoint's on a GPU, float32 on a CPU")
     _add_machine_options(add)
     parser.add_argument("-v", "--verbose", action="store_true", help="also print the log")
+    parser.set_defaults(compile_layers=False)
 
 
 def _add_machine_options(add: Callable[..., Any]) -> None:

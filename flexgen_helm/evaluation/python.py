@@ -29,7 +29,7 @@ class Paths:
     """Where an evaluation is."""
 
     suite: Path
-    """Folder of the suite's results, with ``flexgen_workload.json``: what the engine did for all runs together."""
+    """Folder of the suite's results."""
     runs: Mapping[str, Path]
     """Folder of each run, with every prompt, answer and statistic, by its name in the data frame."""
     log: Path

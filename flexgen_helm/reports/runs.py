@@ -89,10 +89,14 @@ class Run:
         """Read the metrics of each instance."""
         return _parsed(self.folder / LAST_FILE, lambda content: parse_list(content, parse_instance_stats))
 
+    @property
+    def record_path(self) -> Path:
+        """File in which this package recorded model, engine and speed; runs of other clients have none."""
+        return self.folder / RUN_FILE
+
     def record(self) -> dict[str, Any] | None:
         """Read what this package recorded of model, engine and speed; None for a run of another client."""
-        path = self.folder / RUN_FILE
-        return _parsed(path, parse_record) if path.exists() else None
+        return _parsed(self.record_path, parse_record) if self.record_path.exists() else None
 
     def documents(self) -> dict[str, Any]:
         """Read HELM's files as plain JSON, by file name; files that do not exist are left out."""

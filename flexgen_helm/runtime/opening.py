@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +43,11 @@ class EngineArguments:
     free_shapes: bool = False
     compile_layers: bool = False
 
+    @cached_property
+    def _resolved(self) -> tuple[str, CompressionConfig | None]:
+        """Name without variant, and the variant."""
+        return resolve(self.name_or_path, self.compression)
+
     def options(self, stage: Stage | None = None) -> EngineOptions:
         """Return the options of an engine, or of a stage of it.
 
@@ -50,14 +56,13 @@ class EngineArguments:
         """
         if self.order not in ORDERS:
             raise PolicyError(f"order is {self.order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
-        _, config = resolve(self.name_or_path, self.compression)
         return EngineOptions(
             resolve_device(self.device),
             None if self.policy == "auto" else self.policy,
             validated_kind(self.rows),
             self.order,
             None if self.kv_dtype is None else named_dtype("kv_dtype", self.kv_dtype),
-            config,
+            self._resolved[1],
             parse_max_memory(self.max_memory),
             Path(self.offload_folder) if self.offload_folder else None,
             self.recheck,
@@ -76,8 +81,7 @@ class EngineArguments:
             FlexGenError: If there is no such model or dtype.
         """
         warn_if_untested()
-        name, _ = resolve(self.name_or_path, self.compression)
-        where = options.device.torch_device
+        name, where = self._resolved[0], options.device.torch_device
         if self.dummy_weights:
             return open_dummy(name, dtype=self.dtype, device=where)
         return open_model(name, dtype=self.dtype, device=where, revision=self.revision)

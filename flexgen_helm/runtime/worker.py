@@ -20,7 +20,7 @@ from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.spans.span import Activity
 from flexgen_helm.runtime.intake import Intake, Ticket, answer
-from flexgen_helm.runtime.lanes import Lane, distribute
+from flexgen_helm.runtime.pipeline.lanes import Lane, distribute
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.schedule.operations import Operation
 from flexgen_helm.schedule.rows import LogitRequest, Sweep

@@ -79,7 +79,7 @@ def steps(study: Study) -> Iterator[Step]:
 def _replay(evaluation: Evaluation) -> int:
     """Show what was predicted for an evaluation beside what was measured; where nothing was predicted, say so."""
     run = next(run for run in runs_of(evaluation) if run.record() is not None)
-    flexgen_helm(["plan", "--replay", str(run.folder / "flexgen.json")])
+    flexgen_helm(["plan", "--replay", str(run.record_path)])
     return 0
 
 

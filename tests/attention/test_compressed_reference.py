@@ -73,7 +73,7 @@ def test_keys_outside_of_a_mask_are_neither_read_nor_counted() -> None:
     torch.testing.assert_close(found[0, t], total / 100)
 
 
-@pytest.mark.parametrize("name", ["k4", "v4", "k2v8"])
+@pytest.mark.parametrize("name", ["k4", "v4", "k4v8"])
 def test_numbers_on_the_grid_of_their_range_lose_nothing(name: str) -> None:
     q, _, _ = random_qkv()
     config = parse(name)

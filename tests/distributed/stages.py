@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from flexgen_helm.processes import DRIVES
-from flexgen_helm.runtime.pipeline.launch import begin_to_drive, driven_group
+from flexgen_helm.runtime.pipeline.launch import begin_to_drive, met_group
 
 FOLLOW = "import sys; from flexgen_helm.runtime.pipeline.launch import follow_first; sys.exit(follow_first())"
 """What a stage behind the first runs."""
@@ -50,13 +50,12 @@ def pipeline(count: int) -> Iterator[list[subprocess.Popen[str]]]:
             patch.setenv(name, value)
         begin_to_drive()
         try:
-            group = driven_group()
-            assert group is not None
+            group = met_group()
             yield others
             group.end()
         finally:
             os.environ.pop(DRIVES, None)
-            driven_group.cache_clear()
+            met_group.cache_clear()
             for process in others:
                 process.kill()
                 process.communicate()

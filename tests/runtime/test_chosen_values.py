@@ -44,7 +44,7 @@ def in_kernel_calls() -> Iterator[None]:
     made = RowAttention.__init__
 
     def init(self: RowAttention, *arguments: Any) -> None:
-        pages, cache, device, _, host, _ = arguments
+        pages, cache, device, _, host = arguments
         made(self, pages, cache, device, None, host)
 
     with patch.object(RowAttention, "__init__", init):

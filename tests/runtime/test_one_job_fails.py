@@ -123,7 +123,7 @@ def test_a_token_that_cannot_be_chosen_or_taken(
         return append(self, *arguments)
 
     if where == "choose":
-        monkeypatch.setattr("flexgen_helm.runtime.intake.choose", choosing)
+        monkeypatch.setattr("flexgen_helm.generation.replies.choose", choosing)
     else:
         monkeypatch.setattr(CompletionBuilder, "append", appending)
     failed = failing_sweeps(monkeypatch, lambda sweep: False, error)

@@ -33,6 +33,7 @@ class Executor:
     """Answers every request with the token that is as large as its row is long."""
 
     num_layers = 2
+    layers = range(num_layers)
 
     def __init__(self) -> None:
         self.error: Exception = RuntimeError("of the model's code")
@@ -73,7 +74,7 @@ def executor() -> Executor:
 def worker(executor: Executor) -> Worker:
     policy = ResolvedPolicy(gpu_batch_size=16, gpu_batch_tokens=64)
     scheduler = SingleScheduler(policy, block_tokens=1000, capacity_bytes=1000, size=StateSize(1, 0))
-    return Worker(scheduler, executor, Intake(None, frozenset()), Meter(CPU.torch_device), CPU)  # type: ignore[arg-type]
+    return Worker([scheduler], executor, Intake(None, frozenset()), Meter(CPU.torch_device), CPU)  # type: ignore[arg-type]
 
 
 def ticket(*tokens: int, new: int = 1) -> Ticket:

@@ -58,7 +58,7 @@ def test_parts_of_the_layers_together_compute_what_all_of_them_do(
         assert sorted(found) == sorted(o for o in whole if o.kind == kind)
     assert [[o.kind for o in stage].count("finish") for stage in stages] == [0, 1]
     if cut:
-        assert {o.k for o in stages[0] if o.kind == "store_hidden" and o.j == cut - 1} == set(range(num_rows))
+        assert not any(o.kind == "store_hidden" and o.j == cut - 1 for o in stages[0])  # it goes to the other stage
         assert [o for o in stages[1] if o.kind == "record"] == [Operation("record", cut - 1, k) for k in range(num_rows)]
 
 

@@ -30,11 +30,14 @@ def begin_to_drive() -> None:
         os.environ[DRIVES] = path
 
 
-@cache
 def driven_group() -> StageGroup | None:
     """Return the stages that this process drives; None: engines are not divided. They meet at the first call."""
-    if DRIVES not in os.environ:
-        return None
+    return met_group() if DRIVES in os.environ else None
+
+
+@cache
+def met_group() -> StageGroup:
+    """Meet the stages that this process drives, once."""
     Path(os.environ[DRIVES]).write_text(MET)
     group = StageGroup.from_environment()
     atexit.register(group.end)
@@ -55,9 +58,7 @@ def driving() -> Iterator[None]:
         yield
     finally:
         if mark.read_text() != MET:
-            group = driven_group()
-            assert group is not None
-            group.end()
+            met_group().end()
         mark.unlink(missing_ok=True)
 
 

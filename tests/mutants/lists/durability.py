@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         name="journal-discards-others",
         file="flexgen_helm/helm/journal.py",
-        old="set(runs) <= set(self.runs)",
-        new="set(runs) & set(self.runs)",
+        old="all(run in self.runs for run in runs)",
+        new="any(run in self.runs for run in runs)",
         tests=(JOURNAL,),
         why="answers of another unfinished command are deleted",
     ),

@@ -43,8 +43,8 @@ MUTANTS = (
     Mutant(
         name="products-as-the-process-has-them",
         file="flexgen_helm/runtime/worker.py",
-        old="with PRECISE_PRODUCTS.hold():",
-        new="if True:",
+        old="with PRECISE_PRODUCTS.hold(), self._pipe",
+        new="with self._pipe",
         tests=("tests/runtime/test_precise_products.py",),
         why="a setting of the user changes bits, unseen by the cache key",
     ),

@@ -83,8 +83,8 @@ MUTANTS = (
     Mutant(
         name="pool-hands-a-page-out-twice",
         file="flexgen_helm/kv_cache/pages.py",
-        old="self.high_water += count - len(reused)",
-        new="self.high_water = max(self.high_water, count - len(reused))",
+        old="self._handed_out = fresh.stop",
+        new="self._handed_out = max(self._handed_out, count - len(reused))",
         tests=("tests/kv_cache/test_pages.py::test_no_page_is_handed_out_twice",),
         why="two sequences write into one page",
     ),
@@ -155,8 +155,8 @@ MUTANTS = (
     Mutant(
         name="operations-hidden-state-stays-out",
         file="flexgen_helm/schedule/operations.py",
-        old="last=j == head - 1",
-        new="last=j >= head - 2",
+        old="last=j == layers.stop - 1",
+        new="last=j >= layers.stop - 2",
         tests=("tests/schedule/test_operations.py",),
         why="the last layer gets no hidden state",
     ),
