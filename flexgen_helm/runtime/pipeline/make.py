@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from flexgen_helm.runtime.building import Parts, build
 from flexgen_helm.runtime.opening import EngineArguments
 from flexgen_helm.runtime.pipeline.stage import Stage, stage_device
 from flexgen_helm.types import Policy
+
+logger = logging.getLogger(__name__)
 
 
 def make_first(group: StageGroup, arguments: EngineArguments, write_text: Callable[[Path], Tensor]) -> Parts:
@@ -62,6 +65,8 @@ def make_parts(group: StageGroup, arguments: EngineArguments, write_text: Callab
 def _with_rows(arguments: EngineArguments) -> Policy:
     """Return the policy with the row sizes that the first stage would have alone."""
     asked = arguments.policy if isinstance(arguments.policy, Policy) else Policy()
+    if arguments.policy == "auto" or asked.auto:
+        logger.info("no policy is searched for stages: device, host and disk are filled in this order")
     sizes = resolved(asked, resolve_device(stage_device(arguments.device)))
     return replace(asked, gpu_batch_size=sizes.gpu_batch_size, gpu_batch_tokens=sizes.gpu_batch_tokens, auto=False)
 

@@ -9,10 +9,9 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
-from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers, whole_suite
+from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers
 from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
-from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
-from flexgen_helm.runs.kill_test.files import read_suite
+from flexgen_helm.runs.fault_matrix.processes.undisturbed import undisturbed
 from flexgen_helm.runs.kill_test.suite import Command, helm_run
 
 DAY = 86_400.0
@@ -28,10 +27,8 @@ class ClockPart:
     """See `flexgen_helm.runs.fault_matrix.worker.Part`."""
 
     def __init__(self, folder: Path) -> None:
-        os.environ["FLEXGEN_HELM_CACHE"] = str(folder / "notes")
-        self._folder, self._model = folder, tiny_model(folder / "model")
-        whole = folder / "whole"
-        self._expected = read_suite(whole_suite(self._model, whole, tiers(whole / "offload")))
+        self._folder = folder
+        self._model, self._expected = undisturbed(folder)
 
     def run(self, case: str) -> list[Outcome]:
         """Kill a command when it has a few answers, and run it again under another clock."""

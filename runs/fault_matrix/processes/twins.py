@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 
-from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers, whole_suite
+from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers
 from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
-from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
-from flexgen_helm.runs.kill_test.files import read_suite
+from flexgen_helm.runs.fault_matrix.processes.undisturbed import undisturbed
 from flexgen_helm.runs.kill_test.suite import Command
 
 KINDS = ("same_runs", "some_of_the_runs")
@@ -40,10 +38,8 @@ class TwinsPart:
     """See `flexgen_helm.runs.fault_matrix.worker.Part`."""
 
     def __init__(self, folder: Path) -> None:
-        os.environ["FLEXGEN_HELM_CACHE"] = str(folder / "notes")
-        self._folder, self._model = folder, tiny_model(folder / "model")
-        whole = folder / "whole"
-        self._expected = read_suite(whole_suite(self._model, whole, tiers(whole / "offload")))
+        self._folder = folder
+        self._model, self._expected = undisturbed(folder)
 
     def run(self, case: str) -> list[Outcome]:
         """Start two commands; one that is refused runs again when both have ended."""
