@@ -10,8 +10,9 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Of these, the slow tests.
-MATRIX := tests/simulated_gpu tests/runtime tests/loading/test_first_layers.py tests/loading/test_loading_memory.py \
-	tests/runs/test_gpu_check.py \
+MATRIX := tests/simulated_gpu tests/runtime tests/attention tests/distributed tests/evaluation tests/policy \
+	tests/loading/test_first_layers.py tests/loading/test_loading_memory.py tests/helm/test_hybrids.py \
+	tests/helm/test_equality.py::test_a_real_model_on_few_instances tests/runs/test_gpu_check.py \
 	"tests/runs/test_kill.py::test_killed_suite_equals_an_undisturbed_one[1-True]"
 
 .PHONY: help env lint test test-all test-versions test-harnesses test-matrix test-ray gate demo end-to-end clean

@@ -34,10 +34,13 @@ RUN_ELSEWHERE = {"README.md", "evaluating.md", "reports.md", "gate.md", "harness
 """Pages whose blocks tests/test_docs.py, tests/reports, tests/gate/test_page.py and tests/harnesses run."""
 NOT_RUN = {
     "flexgen-helm profile": "measures for half a minute; tests/runtime/planning/test_machine_profile.py runs it",
+    "flexgen-helm plan --model facebook/opt-175b": "half a minute; tests/runtime/planning/test_pipeline_command.py plans less",
     "flexgen-helm plan --replay": "needs the record of a run; tests/runtime/planning/test_explain.py has one",
     "flexgen-helm eval --model path/to/model --suite mmlu --workers": "needs Ray; tests/workers/test_ray.py runs two workers",
     "FLEXGEN_HELM_WORKERS=2 helm-run": "the same",
     "ray start": "the same",
+    "torchrun --nproc-per-node 2 -m": "real questions; tests/distributed/test_helm.py runs a suite over two stages",
+    "torchrun --nnodes": "needs four machines",
     "pip install": "it builds an environment",
     "flexgen-helm bench --model facebook/opt-30b": "a model of the hub, on a GPU of 15 GiB",
 }
@@ -142,14 +145,21 @@ def run(command: str) -> None:
         arguments += ["--num-prompts", "4", "--prompt-len", "8", "--gen-len", "2"] if arguments[0] == "bench" else []
         assert main(arguments) == 0, command
         return
+    if program == "torchrun":
+        start("torch.distributed.run", *arguments)
+        return
     assert program == "helm-run", command
     pytest.importorskip("helm", reason="needs crfm-helm, which comes with the extra `helm`")
     arguments[arguments.index("-m") + 1] = "2"
-    process = [sys.executable, "-m", "helm.benchmark.run", *arguments]
-    finished = subprocess.run(process, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, (command, finished.stdout[-2000:], finished.stderr[-2000:])
+    start("helm.benchmark.run", *arguments)
     assert list(Path("benchmark_output/runs").glob("*/*/stats.json")), command
     assert list(Path("path/to/slabs").glob("*.slab")), "the deployment's policy was not applied"
+
+
+def start(module: str, *arguments: str) -> None:
+    """Runs a module in a process of its own."""
+    finished = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, (module, arguments, finished.stdout[-2000:], finished.stderr[-2000:])
 
 
 MESSAGES = re.findall(r"^\| `(.*?)`", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -56,7 +56,7 @@ BY_HAND = [Options(), Options("sliding", sinks=True), Options("chunked", softcap
 TOGETHER = [Options(), Options("sliding"), Options(softcap=20.0), Options(sinks=True)]
 
 
-@pytest.mark.parametrize(("name", "options"), cases({("plain", 1), ("kv4", 0), ("k8v2", 2)}, BY_HAND))
+@pytest.mark.parametrize(("name", "options"), cases({("plain", 1), ("kv4", 0)}, BY_HAND))
 def test_the_kernel_equals_attention_by_hand(name: str, options: Options) -> None:
     heads, lengths = Heads(6, 2, 32, 80), [200, 140]
     paged, by_hand = (machine(heads, options, lengths, 40, FORMATS[name]) for _ in range(2))
@@ -68,7 +68,7 @@ def test_the_kernel_equals_attention_by_hand(name: str, options: Options) -> Non
         assert ((mine - other).abs() <= 1e-6 * other.abs().clamp(min=1)).all()
 
 
-@pytest.mark.parametrize(("name", "options"), cases({("plain", 1), ("kv4", 0)}, TOGETHER))
+@pytest.mark.parametrize(("name", "options"), cases({("kv4", 0)}, TOGETHER))
 def test_alone_is_together(name: str, options: Options) -> None:
     heads, lengths = Heads(3, 1, 32, 32), [170, 150]
     alone, together = (machine(heads, options, lengths, 0, FORMATS[name]) for _ in range(2))
@@ -83,6 +83,7 @@ def test_alone_is_together(name: str, options: Options) -> None:
         assert torch.equal(mine, other)
 
 
+@pytest.mark.slow
 def test_the_trial_passes_and_a_wrong_kernel_is_refused() -> None:
     shape = HeadShape(4, 2, 16, 24)
     require_equal(attend_row, CPU, shape, CacheFormat(4, 4), torch.float16)  # the interpreter does not compute in bfloat16

@@ -95,6 +95,7 @@ def test_what_a_stage_cannot_do_is_told_and_the_stages_live_on(drives: str, tmp_
     assert divided(drives, folder, JOBS[:3]) == answers(folder, JOBS[:3])
 
 
+@pytest.mark.slow
 def test_stages_end_with_the_first_process_though_its_engine_was_not_closed(tmp_path: Path) -> None:
     """As HELM's commands leave it."""
     folder = tiny(tmp_path, "llama")

@@ -102,6 +102,7 @@ def test_the_command_finds_the_same(tiny_model: Path, tmp_path: Path, capfd: pyt
     assert [(each.text, each.logprob) for each in ours] == [(each.text, each.logprob) for each in theirs]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loads")
 def test_a_failure_says_what_the_command_says_and_the_same_call_continues(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

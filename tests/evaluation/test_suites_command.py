@@ -43,6 +43,7 @@ def test_an_unknown_suite_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "There is no suite `quick`" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_a_run_and_what_is_missing_has_a_reason(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

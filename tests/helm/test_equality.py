@@ -43,6 +43,7 @@ def test_every_entry_with_tokenizers_of_all_kinds(
     assert_equal_transformers(ALL, model, output, 2, policy=SMALL_ROWS)
 
 
+@pytest.mark.slow
 def test_a_real_model_on_few_instances(real_model: Path, output: Path) -> None:
     assert_equal_transformers(COMPLETIONS, real_model, output, 1, policy=SMALL_ROWS)
 

@@ -28,7 +28,7 @@ delta rules."""
 KINDS = ("llama", "opt", "gemma2", "gpt_oss", "llama4_text", "mixtral", "deepseek_v3", *MECHANISMS)
 """One family of each mechanism: in packed rows grouped heads, learned positions, softcaps, sinks, chunks, experts and latent
 attention."""
-SCHEDULES = ("llama", "opt", "gpt_oss", "mixtral", "falcon_h1", "qwen3_5_text")
+SCHEDULES = ("llama", "opt", "gpt_oss", "mixtral", "qwen3_5_text")
 """Of these, the ones that the schedule treats differently."""
 
 
@@ -42,7 +42,7 @@ SERVED = slow_but(KINDS, (*FAMILIES, *SINGLE))
 ONE_OF_A_KIND = slow_but(SCHEDULES, (*FAMILIES, *SINGLE))
 """What decides here is the schedule and the mechanism; numbers of every family are compared elsewhere in this file."""
 LONG_FAMILIES = slow_but(
-    ("llama", "gpt_oss", "deepseek_v3", "falcon_h1", "qwen3_5_text"),
+    ("llama", "gpt_oss", "deepseek_v3", "qwen3_5_text"),
     ("llama", "opt", "gemma2", "gpt_oss", "deepseek_v3", "mpt", "falcon_h1", "qwen3_5_text"),
 )
 """Grouped heads, learned positions, softcap, sinks and latent attention, over several key splits; states over several chunks of

@@ -75,7 +75,7 @@ def test_attention_by_hand(how: str, forms_of: Callable[[str], Forms]) -> None:
     assert forms_of("alone").attention == forms_of(how).attention != set()
 
 
-@pytest.mark.parametrize("compression", [None, "kv4"])
+@pytest.mark.parametrize("compression", [pytest.param(None, marks=pytest.mark.slow), "kv4"])
 def test_the_kernel_of_attention(
     compression: str | None, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
