@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +36,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def heed_interrupts() -> None:
+    """Shells let commands in the background ignore SIGINT, and so do their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def started(model: Path, output: Path, runner: str) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     """Starts the suite of the kill test with a runner, yields the suite's folder, and leaves no process behind."""
@@ -53,6 +58,7 @@ def started(model: Path, output: Path, runner: str) -> Iterator[tuple[Path, subp
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a signal to its group does not reach the test
+            preexec_fn=heed_interrupts,
         )
     try:
         yield command.suite_folder, process
@@ -81,6 +87,14 @@ def lives(process: int) -> bool:
     return state != "Z"
 
 
+def assert_they_end(processes: Iterable[int]) -> None:
+    """Ray ends them when the command ends, within seconds."""
+    begun = time.monotonic()
+    while any(map(lives, processes)):
+        assert time.monotonic() - begun < LONG
+        time.sleep(0.2)
+
+
 def test_a_killed_worker_is_replaced_and_nothing_is_computed_twice(model: Path, tmp_path: Path) -> None:
     expected = read_suite(run(model, tmp_path / "one", RUNNER))
     folder = run(model, tmp_path / "two", "tests.workers.watched.KilledOnce")
@@ -95,7 +109,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_computed_twice(model: Path, 
     assert not by_process[others[0]] & (by_process[killed] | by_process[heir])
     assert "Worker 1 of 2 was lost" in (tmp_path / "two" / "log.txt").read_text()
     assert not (folder / "flexgen_journal").exists()
-    assert not any(map(lives, by_process))
+    assert_they_end(by_process)
 
 
 def test_a_worker_that_is_lost_again_and_again_ends_the_command_and_the_next_goes_on(model: Path, tmp_path: Path) -> None:
@@ -119,8 +133,5 @@ def test_an_interrupt_ends_all_workers_and_leaves_the_journals(model: Path, tmp_
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(LONG) == 130
     answers = computed(folder)
-    begun = time.monotonic()
-    while any(lives(worker) for _, worker, _ in answers):
-        assert time.monotonic() - begun < LONG
-        time.sleep(0.2)
+    assert_they_end({worker for _, worker, _ in answers})
     assert set(journal_keys(folder)) == {key for _, _, key in answers}
