@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from flexgen_helm.errors import FlexGenError
 from flexgen_helm.evaluation.commands import Evaluation, environment, run_command, server_command, settings, summarize_command
 from flexgen_helm.evaluation.preparation import prepare
 from flexgen_helm.evaluation.processes import cause_of_failure, execute
-from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
+from flexgen_helm.evaluation.scores import Before, Score, Work, read_scores, read_work
 from flexgen_helm.evaluation.suites import find_suite
 from flexgen_helm.evaluation.table import render_scores, render_work
 from flexgen_helm.helm.deployment import PREFIX, ModelName
@@ -103,10 +102,10 @@ def carry_out(evaluation: Evaluation, log: Path, execute: Execute, *, again: str
         execute: Runs a command of HELM, appends what it prints to the log, and returns its exit status.
         again: What the user does to continue, at the beginning of a sentence.
     """
-    started = time.time()
+    before = Before.of(evaluation.suite_folder)
     status = execute(run_command(evaluation), evaluation, log)
     cause = cause_of_failure(status, log) if status else ""
-    scores = read_scores(evaluation, started)
+    scores = read_scores(evaluation, before)
     summary_status = execute(summarize_command(evaluation), evaluation, log) if scores else 0
     complaint = ""
     if status:
@@ -124,7 +123,7 @@ def carry_out(evaluation: Evaluation, log: Path, execute: Execute, *, again: str
             f"helm-summarize ended with status {summary_status}: the scores are right, but a browser shows no tables. "
             f"HELM's log is {log}.\n  {cause_of_failure(summary_status, log)}"
         )
-    work = read_work(evaluation, started) if scores else None
+    work = read_work(evaluation, before) if scores else None
     return Outcome(evaluation, log, scores, work, status or summary_status or int(not scores), complaint)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flexgen_helm.errors import CorruptFile
 from flexgen_helm.evaluation.commands import Evaluation
+from flexgen_helm.reports.contents import Workload
 from flexgen_helm.reports.main_metrics import MainMetric, MainMetrics
-from flexgen_helm.reports.runs import Run, list_runs, read_workloads
+from flexgen_helm.reports.runs import Run, Version, list_runs, read_workloads
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,29 @@ class Work:
         return (self.requests - self.answered_before) / self.seconds if self.seconds else None
 
 
-def read_scores(evaluation: Evaluation, since: float) -> list[Score]:
+@dataclass(frozen=True)
+class Before:
+    """What was in a suite's folder before a command: the rest is this command's, whatever the clock says, which may be set."""
+
+    runs: Mapping[Path, Version] = field(default_factory=dict)
+    """Complete runs by their folder."""
+    workloads: Sequence[Workload] = ()
+
+    @classmethod
+    def of(cls, suite_folder: Path) -> Before:
+        """Read it; a record that is damaged is written anew, so that nothing of it is kept."""
+        workloads: Sequence[Workload] = ()
+        with suppress(CorruptFile):
+            workloads = read_workloads(suite_folder)
+        return cls({run.folder: run.version for run in list_runs(suite_folder) if run.is_complete}, workloads)
+
+
+def read_scores(evaluation: Evaluation, before: Before) -> list[Score]:
     """Read the main metric of every run of the evaluation's model that HELM has written.
 
     Args:
         evaluation: Names the folder, and the schema that names metrics first.
-        since: Seconds since the epoch; runs that are older belong to another command.
+        before: Runs that belong to other commands.
 
     Raises:
         CorruptFile: A file of a complete run cannot be read.
@@ -60,7 +81,7 @@ def read_scores(evaluation: Evaluation, since: float) -> list[Score]:
     return [
         _read_score(run, metrics.find(run))
         for run in list_runs(evaluation.suite_folder)
-        if run.is_complete and run.written_at >= since and run.deployment == evaluation.deployment
+        if run.is_complete and run.version != before.runs.get(run.folder) and run.deployment == evaluation.deployment
     ]
 
 
@@ -84,18 +105,18 @@ def _mean_prompt_tokens(run: Run) -> float:
     return sum(stat.sum for stat in stats) / max(sum(stat.count for stat in stats), 1)
 
 
-def read_work(evaluation: Evaluation, since: float) -> Work | None:
+def read_work(evaluation: Evaluation, before: Before) -> Work | None:
     """Read what the runner recorded in the suite's folder; None if it served nothing.
 
     Args:
         evaluation: Names the folder and the deployment.
-        since: Seconds since the epoch; an older record belongs to another command.
+        before: Records of other commands.
 
     Raises:
         CorruptFile: The record cannot be read.
     """
     workloads = read_workloads(evaluation.suite_folder)
-    served = [one for one in workloads if one.deployment == evaluation.deployment and one.date.timestamp() >= since]
+    served = [one for one in workloads if one.deployment == evaluation.deployment and one not in before.workloads]
     if not served:
         return None
     measured = [one.measured for one in served if one.measured is not None]

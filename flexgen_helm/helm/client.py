@@ -69,9 +69,9 @@ class FlexGenClient(CachingClient):
             (stored,) = cache.lookup([key])
             if stored is not None:
                 return stored, True
-            batch_size, started = ENGINES.borrowers, time.time()
+            batch_size, started, begun = ENGINES.borrowers, time.time(), time.monotonic()
             result = engine.submit(job).result()
-            response = to_response(request, result, Timing(started, time.time() - started, batch_size))
+            response = to_response(request, result, Timing(started, time.monotonic() - begun, batch_size))
         cache.write([(key, response)])
         return response, False
 

@@ -227,10 +227,10 @@ class Workload:
             return
         computed: dict[int, Response] = {}
         failed: dict[int, FlexGenError] = {}
-        started = time.time()
+        started, begun = time.time(), time.monotonic()  # the clock may be set meanwhile
 
         def timing() -> Timing:
-            return Timing(started, time.time() - started, len(missing))
+            return Timing(started, time.monotonic() - begun, len(missing))
 
         def on_result(position: int, result: Result) -> None:
             index = missing[position]

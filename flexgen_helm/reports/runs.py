@@ -41,6 +41,10 @@ def without_model(run: str) -> str:
     return re.sub("[,:]model(_deployment)?=[^,]*", "", run)
 
 
+Version = tuple[int, int, int, int]
+"""Inode, size and times of a file."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The folder of a run. Every method raises `CorruptFile` where a file is missing, torn, or not what HELM writes."""
@@ -63,9 +67,10 @@ class Run:
         return (self.folder / LAST_FILE).is_file()
 
     @property
-    def written_at(self) -> float:
-        """When the last of HELM's files was written, in seconds since the epoch. The run must be complete."""
-        return (self.folder / LAST_FILE).stat().st_mtime
+    def version(self) -> Version:
+        """Tells the last of HELM's files from one that is written in its place. The run must be complete."""
+        status = (self.folder / LAST_FILE).stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     @cached_property
     def spec(self) -> dict[str, Any]:

@@ -13,13 +13,13 @@ import pytest
 
 from flexgen_helm.errors import CorruptFile
 from flexgen_helm.evaluation.commands import Evaluation
-from flexgen_helm.evaluation.scores import Score, Work, read_scores, read_work
+from flexgen_helm.evaluation.scores import Before, Score, Work, read_scores, read_work
 from flexgen_helm.evaluation.suites import Suite, find_suite
 from flexgen_helm.evaluation.table import render_scores, render_work
 from flexgen_helm.helm.run_record import WORKLOAD_FILE
 
 TYPOS = {"name": "typos"}
-LATER, EARLIER = 2_000_000_000, 1_000_000_000
+NOTHING = Before()
 
 
 def stat(name: str, mean: float, split: str = "test", count: int = 1, **more: Any) -> dict[str, Any]:
@@ -62,7 +62,6 @@ def write_run(
     }
     for file, content in contents.items():
         (folder / f"{file}.json").write_text(json.dumps(content))
-    os.utime(folder / "per_instance_stats.json", (LATER, LATER))
     return folder
 
 
@@ -83,7 +82,7 @@ def test_scores_are_the_main_metric_of_the_main_split(quickstart: Evaluation) ->
     groups = ["synthetic_reasoning", "synthetic_reasoning_pattern_match"]
     name = "synthetic:mode=x,model=a_b,model_deployment=c_a_b,groups=x"
     write_run(quickstart, name, groups, [stat("quasi_exact_match", 0.5)], instances=["test"])
-    assert read_scores(quickstart, EARLIER) == [
+    assert read_scores(quickstart, NOTHING) == [
         Score("mmlu:subject=anatomy", "exact_match", 0.25, instances=2, requests=6, prompt_tokens=60),
         Score("synthetic:mode=x,groups=x", "quasi_exact_match", 0.5, instances=1, requests=1, prompt_tokens=10),
     ]
@@ -101,7 +100,7 @@ def test_without_a_schema_the_scenario_names_the_metric_and_else_helms_schema(tm
     write_run(evaluation, "c:model=b", ["no such group"], [stat("exact_match", 1)], instances=["test"])
     # Both groups have a main metric; the last is the narrower one.
     write_run(evaluation, "d:model=b", ["mmlu", "synthetic_reasoning"], [stat("quasi_exact_match", 0.2)], instances=["test"])
-    scores = [(score.run, score.metric, score.value, score.instances) for score in read_scores(evaluation, EARLIER)]
+    scores = [(score.run, score.metric, score.value, score.instances) for score in read_scores(evaluation, NOTHING)]
     assert scores == [
         ("a", "f1_set_match", 0.5, 1),
         ("b", "quasi_exact_match", 0.7, 1),
@@ -116,27 +115,34 @@ def test_only_runs_of_this_command_and_model_count(quickstart: Evaluation) -> No
     (quickstart.suite_folder / "empty").mkdir()
     unfinished = write_run(quickstart, "unfinished:model=a_b", ["mmlu"], [], instances=["test"])
     (unfinished / "per_instance_stats.json").unlink()
-    assert [score.run for score in read_scores(quickstart, EARLIER)] == ["mmlu"]
-    assert read_scores(quickstart, LATER + 1) == []
+    assert [score.run for score in read_scores(quickstart, NOTHING)] == ["mmlu"]
+    before = Before.of(quickstart.suite_folder)
+    assert read_scores(quickstart, before) == []
+    last = quickstart.suite_folder / "mmlu:model=a_b" / "per_instance_stats.json"
+    new = last.with_name("new")
+    new.write_text(last.read_text())
+    os.utime(new, (0, 0))  # as where the clock was set back
+    new.replace(last)
+    assert [score.run for score in read_scores(quickstart, before)] == ["mmlu"]
 
 
 def test_a_torn_file_is_named(quickstart: Evaluation) -> None:
     torn = write_run(quickstart, "mmlu:model=a_b", ["mmlu"], [], instances=["test"]) / "stats.json"
     torn.write_text("[{")
     with pytest.raises(CorruptFile, match=re.escape(f"{torn} is not whole")):
-        read_scores(quickstart, EARLIER)
+        read_scores(quickstart, NOTHING)
 
 
 def test_a_split_that_was_not_drawn_has_no_score(quickstart: Evaluation) -> None:
     stats = [stat("exact_match", 1, "valid")]
     write_run(quickstart, "mmlu:model=a_b", ["mmlu"], stats, instances=["valid"])
-    (score,) = read_scores(quickstart, EARLIER)
+    (score,) = read_scores(quickstart, NOTHING)
     assert (score.metric, score.value, score.instances, score.requests) == ("exact_match", None, 0, 1)
     assert render_scores([score]).splitlines()[1].split() == ["mmlu", "exact_match", "-", "0", "1", "10"]
 
 
 def test_work_is_that_of_this_command_and_model(quickstart: Evaluation) -> None:
-    assert read_work(quickstart, EARLIER) is None
+    assert read_work(quickstart, NOTHING) is None
     stats = {"prompt_tokens_asked": 4000, "prompt_tokens_computed": 1000, "seconds": 2.0, "new": 1}
     date = "2020-01-01T00:00:00.000+00:00"
     measured = {"date": date, "stats": stats, "bound_by": None, "what_would_help": None}
@@ -145,13 +151,20 @@ def test_work_is_that_of_this_command_and_model(quickstart: Evaluation) -> None:
     file = quickstart.suite_folder / WORKLOAD_FILE
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps([own, {**own, "deployment": "flexgen/x/c"}]))
-    work = read_work(quickstart, EARLIER)
+    work = read_work(quickstart, NOTHING)
     assert work == Work(14, 4, 2.0, 4000, 1000)
     # What an earlier command has measured is not this one's.
     for other in ({"date": "2019-12-31T00:00:00.000+00:00"}, None):
         file.write_text(json.dumps([{**own, "measured": other and {**measured, **other}, "num_cached": 14, "num_resumed": 0}]))
-        assert read_work(quickstart, EARLIER) == Work(14, 14, 0, 0, 0)
-    assert read_work(quickstart, LATER) is None
+        assert read_work(quickstart, NOTHING) == Work(14, 14, 0, 0, 0)
+    file.write_text(json.dumps([own]))
+    before = Before.of(quickstart.suite_folder)
+    assert read_work(quickstart, before) is None
+    early = "1970-01-01T00:00:00.000+00:00"  # as where the clock was set back
+    file.write_text(json.dumps([own, {**own, "date": early, "measured": {**measured, "date": early}}]))
+    assert read_work(quickstart, before) == Work(14, 4, 2.0, 4000, 1000)
+    file.write_text("torn")
+    assert Before.of(quickstart.suite_folder).workloads == ()
     assert render_work(work) == (
         "10 requests in 2 s, 5.00 requests/s (4 more were answered before). Prompt tokens: 4,000 asked, 1,000 computed "
         "(4.0 times fewer, because shared prefixes are computed once)."
