@@ -46,7 +46,8 @@ def disk_rates(folder: Path) -> tuple[float, float]:
 def disk_rounds(folder: Path, num_rounds: int) -> list[tuple[float, float]]:
     """Measure how fast a disk reads and writes, some times in turn.
 
-    It writes a file of 128 MiB into the folder, reads the largest file there, and removes the written one.
+    It writes a file of 128 MiB into the folder, reads the largest file there, and removes the written one. A process that is
+    killed leaves nothing there.
 
     Args:
         folder: A folder on the disk.
@@ -60,11 +61,11 @@ def disk_rounds(folder: Path, num_rounds: int) -> list[tuple[float, float]]:
     """
     try:
         pieces = _random_pieces()
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="rate_") as scratch:
-            found = []
+        with tempfile.TemporaryFile(dir=folder) as scratch:  # without a name: nothing is left of a process that is killed
+            own, found = Path(f"/proc/self/fd/{scratch.fileno()}"), []
             for _ in range(num_rounds):
-                write = _write_rate(Path(scratch.name), pieces)
-                files = [path for path in folder.iterdir() if path.is_file()]
+                write = _write_rate(own, pieces)
+                files = [own, *(path for path in folder.iterdir() if path.is_file())]
                 found.append((_read_rate(max(files, key=lambda path: path.stat().st_size), pieces), write))
             return found
     except OSError as error:

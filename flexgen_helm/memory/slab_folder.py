@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from flexgen_helm.memory.amounts import gib
 from flexgen_helm.memory.direct_io import DirectFile, DiskIO, file_error
 from flexgen_helm.memory.slab import SlabLayout
 
-_TEMPORARY = ".slab-"
+TEMPORARY = ".slab-"
+"""Begins the names of files that are being written."""
 _IDENTITY = "slabs.json"
 LAYOUT_CHECKSUM = "layout_xxh3_64"
 
@@ -34,13 +35,16 @@ class SlabFolder:
     the same time.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, str], layouts: Mapping[int, SlabLayout]) -> None:
+    def __init__(
+        self, path: Path, identity: Mapping[str, str], layouts: Mapping[int, SlabLayout], parts: Sequence[str] = ()
+    ) -> None:
         """Open the folder, or make it.
 
         Args:
             path: Path of the folder.
             identity: Everything that decides the bytes of the weights, such as their digest and dtype.
             layouts: Layouts of the slabs that will be used, by number. Other slabs in the folder are kept.
+            parts: Names of folders in it for files that only its users write.
 
         Raises:
             CorruptFile: If the folder holds slabs of another identity or of other layouts.
@@ -54,7 +58,7 @@ class SlabFolder:
         with _clear_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path, os.O_RDONLY)
-        self._tidy()
+        self._tidy(parts)
         try:
             self._claim()
             for j in self._layouts:
@@ -169,12 +173,13 @@ class SlabFolder:
             )
         self._verified.add(j)
 
-    def _tidy(self) -> None:
+    def _tidy(self, parts: Sequence[str]) -> None:
         """Remove incomplete files of killed processes, unless another process uses the folder; a lock ends with its process."""
         with contextlib.suppress(OSError):  # file systems without locks
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for path in self.path.glob(f"{_TEMPORARY}*"):
-                path.unlink()
+            for folder in (self.path, *(self.path / part for part in parts)):
+                for path in folder.glob(f"{TEMPORARY}*"):
+                    path.unlink()
         with contextlib.suppress(OSError):
             fcntl.flock(self._lock, fcntl.LOCK_SH)
 
@@ -217,7 +222,7 @@ class SlabFolder:
     def _new_file(self, path: Path, *, once: bool = False) -> Iterator[Path]:
         """Yield a temporary file to fill; it then replaces the file at the path, or, if ``once``, is dropped if that exists."""
         with _clear_errors(path):
-            descriptor, name = tempfile.mkstemp(dir=self.path, prefix=_TEMPORARY)
+            descriptor, name = tempfile.mkstemp(dir=self.path, prefix=TEMPORARY)
             os.close(descriptor)
             try:
                 yield Path(name)

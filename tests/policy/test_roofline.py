@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from flexgen_helm import Engine, Job
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.machine import disk_rate
 from flexgen_helm.machine import rates as module
 from flexgen_helm.machine.disk_rate import disk_rates
 from flexgen_helm.machine.rates import Rates, measure_rates
@@ -195,6 +197,28 @@ def test_less_memory_is_measured_where_an_engine_leaves_less(monkeypatch: pytest
 def test_a_disk_without_space_is_said(tmp_path: Path) -> None:
     with pytest.raises(FlexGenError, match="could not be measured"):
         disk_rates(tmp_path / "gone")
+
+
+def test_a_disk_is_measured_without_a_file_that_a_killed_process_would_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_rate, "SECONDS", 0.005)
+    monkeypatch.setattr(disk_rate, "PIECE", 2**14)
+    (tmp_path / "unit_00000.slab").write_bytes(b"small")
+    rate, seen, read = disk_rate._rate, [], []
+
+    def watched(descriptor: int, *rest: Any) -> float:
+        seen.append([path.name for path in tmp_path.iterdir()])
+        read.append(os.fstat(descriptor).st_size)
+        return rate(descriptor, *rest)
+
+    monkeypatch.setattr(disk_rate, "_rate", watched)
+    assert all(found > 0 for found in disk_rates(tmp_path))
+    assert seen == [["unit_00000.slab"]] * 2
+    assert read == [0, disk_rate.SCRATCH_PIECES * 2**14]  # what was written is larger than the slab
+    (tmp_path / "unit_00000.slab").write_bytes(bytes(2**20))
+    disk_rates(tmp_path)
+    assert read[2:] == [0, 2**20]
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

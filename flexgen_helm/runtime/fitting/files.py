@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexgen_helm.errors import CorruptFile
 from flexgen_helm.memory.direct_io import file_error
+from flexgen_helm.memory.slab_folder import TEMPORARY
 
 CHECKSUM_BYTES = 8
 
@@ -64,7 +65,7 @@ def _content(tensors: Mapping[str, Tensor]) -> bytes:
 def _write(file: Path, content: bytes) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=TEMPORARY)  # which the next user removes after a kill
         try:
             with open(descriptor, "wb") as stream:
                 stream.write(content)

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 DECISIONS = "decisions.safetensors"
 FIT_FOLDER = "fit"
 """Within the folder of slabs: statistics and decisions, which have an identity before there are slabs."""
+STATISTICS = "statistics"
+"""Within `FIT_FOLDER`."""
 SEPARATOR = ":"
 
 
@@ -95,7 +97,7 @@ def _fit(
     whole = source.empty
     refuse_shared_layers(whole)
     units = dict(enumerate([*layers_of(whole), *filter(None, [own_head(whole)])]))
-    with closing(SlabFolder(folder / FIT_FOLDER, identity, {})) as own:
+    with closing(SlabFolder(folder / FIT_FOLDER, identity, {}, parts=[STATISTICS])) as own:
         decided, digest = _decide(source, scheme, own.path, write_text) if scheme.needs_statistics else ({}, "")
     found = SlabFolder.described(folder)
     slabs = SlabFolder(folder, {**identity, "decisions": digest}, {j: found[j] for j in units if j in found})
@@ -124,8 +126,8 @@ def _decide(
     file = folder / DECISIONS
     if not file.exists():
         logger.info("%s: statistics for compression, once; they are kept in %s", source.name, folder)
-        tokens = own_text.kept_text(folder / "statistics", write_text) if scheme.own_text else None
-        observed = observe_model(source, scheme, folder / "statistics", tokens)
+        tokens = own_text.kept_text(folder / STATISTICS, write_text) if scheme.own_text else None
+        observed = observe_model(source, scheme, folder / STATISTICS, tokens)
         decided = scheme.solve(observed, ModelMatrices(source, list(observed)))
         save_tensors(file, {f"{key}{SEPARATOR}{name}": x for key, parts in decided.items() for name, x in parts.items()})
     found: dict[MatrixKey, Parts] = {}

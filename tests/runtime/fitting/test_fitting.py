@@ -18,7 +18,7 @@ from flexgen_helm.compression.sensitivity import Sensitivity
 from flexgen_helm.errors import CorruptFile, UnsupportedModel
 from flexgen_helm.loading.source import ModelSource, open_model
 from flexgen_helm.memory.buffers import allocate
-from flexgen_helm.memory.slab_folder import SlabFolder
+from flexgen_helm.memory.slab_folder import TEMPORARY, SlabFolder
 from flexgen_helm.model.layers import layers_of
 from flexgen_helm.model.recorder import RecordedModel, Recording
 from flexgen_helm.runtime.fitting.files import load_checked, save_checked
@@ -124,8 +124,12 @@ def test_a_killed_process_goes_on_where_it_was(bench: Workbench, tmp_path: Path,
         keep(self, j, layer)
 
     monkeypatch.setattr(PackingKeeper, "keep", noted)
+    half_written = [tmp_path / "killed" / folder / f"{TEMPORARY}x" for folder in (".", "fit", "fit/statistics")]
+    for path in half_written:
+        path.write_bytes(b"half")
     again = fit(source, Halves(), tmp_path / "killed", IDENTITY, no_text)
     assert packed == [1]
+    assert not any(path.exists() for path in half_written)
     assert again.decisions == whole.decisions
     for file in (tmp_path / "whole").glob("*.slab"):
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
