@@ -56,6 +56,8 @@ class EngineArguments:
         """
         if self.order not in ORDERS:
             raise PolicyError(f"order is {self.order!r}. Give one of {', '.join(map(repr, ORDERS))}.")
+        if self.policy != "auto" and not isinstance(self.policy, Policy | None):
+            raise PolicyError(f"policy is {self.policy!r}. Give a Policy, such as Policy(gpu_batch_size=16), or 'auto'.")
         return EngineOptions(
             resolve_device(self.device),
             None if self.policy == "auto" else self.policy,

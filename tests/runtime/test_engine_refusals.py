@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexgen_helm import Engine, Job
-from flexgen_helm.errors import FlexGenError, InvalidJob, UnsupportedModel
+from flexgen_helm.errors import FlexGenError, InvalidJob, PolicyError, UnsupportedModel
 from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.rows.packed import PackedRows
@@ -51,6 +51,11 @@ def test_single_rows_can_be_forced(bench: Workbench, caplog: pytest.LogCaptureFi
 def test_an_unknown_kind_of_rows_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(FlexGenError, match=r"rows is 'both'.*'auto', 'packed' or 'single'"):
         Engine.from_pretrained(str(tmp_path / "nothing"), rows="both")  # type: ignore[arg-type]
+
+
+def test_a_policy_of_another_type_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"policy is \{'gpu_batch_size': 16\}. Give a Policy"):
+        Engine.from_pretrained(str(tmp_path / "nothing"), policy={"gpu_batch_size": 16})  # type: ignore[arg-type]
 
 
 def test_longrope_is_served_up_to_its_original_length(bench: Workbench) -> None:
