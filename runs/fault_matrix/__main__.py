@@ -20,6 +20,7 @@ from flexgen_helm.runs.fault_matrix import table
 from flexgen_helm.runs.fault_matrix.files import part as files
 from flexgen_helm.runs.fault_matrix.outcomes import FAILURES, Case, Ledger, Outcome
 from flexgen_helm.runs.fault_matrix.processes import clock, disks, kills, twins
+from flexgen_helm.runs.fault_matrix.processes.part import ProcessesPart
 from flexgen_helm.runs.fault_matrix.requests import part as requests
 from flexgen_helm.runs.fault_matrix.worker import Maker, Worker
 
@@ -29,6 +30,8 @@ class Kind:
     """A part of the matrix."""
 
     maker: Maker
+    folder: str
+    """Of the process, which parts of one maker share."""
     cases: Callable[[int], list[Case]]
     short: int
     """Faults of the short form."""
@@ -36,12 +39,12 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "requests": Kind(requests.RequestsPart, requests.cases, 300, 10_000),
-    "kills": Kind(kills.KillsPart, kills.cases, 3, 100),
-    "files": Kind(files.FilesPart, files.cases, 40, 500),
-    "disks": Kind(disks.DisksPart, disks.cases, 2, 10),
-    "twins": Kind(twins.TwinsPart, twins.cases, 2, 10),
-    "clock": Kind(clock.ClockPart, clock.cases, 2, 10),
+    "requests": Kind(requests.RequestsPart, "requests", requests.cases, 300, 10_000),
+    "kills": Kind(ProcessesPart, "processes", kills.cases, 3, 100),
+    "files": Kind(files.FilesPart, "files", files.cases, 40, 500),
+    "disks": Kind(ProcessesPart, "processes", disks.cases, 2, 10),
+    "twins": Kind(ProcessesPart, "processes", twins.cases, 2, 10),
+    "clock": Kind(ProcessesPart, "processes", clock.cases, 2, 10),
 }
 
 
@@ -63,10 +66,16 @@ def main() -> int:
     if options.anew:
         shutil.rmtree(state, ignore_errors=True)
     ledger, found = Ledger(state / "outcomes.jsonl"), dict[str, list[Outcome]]()
-    for name in options.parts:
-        kind, given = KINDS[name], getattr(options, name)
-        count = given if given is not None else getattr(kind, options.scale)
-        found[name] = _run(name, kind.maker, kind.cases(count), ledger, state)
+    folders = {kind.folder: kind.maker for kind in KINDS.values()}
+    workers = {name: Worker(maker, state / name, state / f"{name}.log") for name, maker in folders.items()}
+    try:
+        for name in options.parts:
+            kind, given = KINDS[name], getattr(options, name)
+            count = given if given is not None else getattr(kind, options.scale)
+            found[name] = _run(name, kind.cases(count), ledger, workers[kind.folder])
+    finally:
+        for worker in workers.values():
+            worker.close()
     text = table.as_markdown(found)
     print(f"{text}\n\n" + "\n".join(table.failures(found)))
     write_json(options.json, table.as_json(found))
@@ -75,14 +84,10 @@ def main() -> int:
     return int(any(each.verdict in FAILURES for outcomes in found.values() for each in outcomes))
 
 
-def _run(name: str, maker: Maker, cases: list[Case], ledger: Ledger, state: Path) -> list[Outcome]:
+def _run(name: str, cases: list[Case], ledger: Ledger, worker: Worker) -> list[Outcome]:
     """Run the cases of a part that have not been tried, and return the outcomes of all."""
-    worker = Worker(maker, state / name, state / f"{name}.log")
-    try:
-        for case in tqdm([case for case in cases if not ledger.has(name, case)], desc=name, disable=None):
-            ledger.add(name, case, worker.run(case))
-    finally:
-        worker.close()
+    for case in tqdm([case for case in cases if not ledger.has(name, case)], desc=name, disable=None):
+        ledger.add(name, case, worker.run(case))
     outcomes: list[Outcome] = ledger.of(name, cases)
     return outcomes
 

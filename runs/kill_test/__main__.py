@@ -62,21 +62,23 @@ def main() -> int:
     return 0
 
 
-def kill(command: Command, kills: int, seed: int) -> Tally:
+def kill(command: Command, kills: int, seed: int, expected: dict[str, Any] | None = None) -> Tally:
     """Kill a suite until ``kills`` kills have met a living process.
 
     Args:
         command: The suite, with the folder for all outputs.
         kills: Number of kills.
         seed: Seed of the moments: half of them uniform over the time of an undisturbed command, half when answers arrive.
+        expected: Files of an undisturbed suite, see `read_suite`; None: one is run.
 
     Raises:
         AssertionError: An answer was lost or computed twice, or files differ from the undisturbed suite's.
     """
-    undisturbed = replace(command, output_path=command.output_path / "undisturbed")
     disturbed = replace(command, output_path=command.output_path / "disturbed")
-    _run_to_the_end(undisturbed)
-    expected = read_suite(undisturbed.suite_folder)
+    if expected is None:
+        undisturbed = replace(command, output_path=command.output_path / "undisturbed")
+        _run_to_the_end(undisturbed)
+        expected = read_suite(undisturbed.suite_folder)
     tally, moments = Tally(), random.Random(seed)
     # Timed once the slow imports are done.
     seconds = _run_to_the_end(disturbed)

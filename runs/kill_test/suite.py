@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ SUITE = "kill_test"
 DEPLOYMENT = "flexgen/kill/test"
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Kenya": "Nairobi", "Norway": "Oslo"}
 NUM_TRAIN = 3
-PRELOADED = ("helm.benchmark.run", "flexgen_helm.helm.runner", "flexgen_helm.runtime.engine")
+LETTERS, SENTENCES, MORE_TOKENS = "questions.jsonl", "sentences.jsonl", 7
+"""Files of equal questions, of which the first are answered by a letter and the others by more tokens."""
+PRELOADED = "flexgen_helm.runs.kill_test.preloaded"
+"""Module that the process has imported from which commands are forked."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,10 @@ class Command:
 
     def arguments(self) -> list[str]:
         """Return the arguments of ``helm-run``: scoring, greedy generation and samples, from data made by hand."""
-        mcqa = f"custom_mcqa:path=questions.jsonl,num_train_instances={NUM_TRAIN}"
         entries = [
-            "dyck_language:num_parenthesis_pairs=2",
-            f"{mcqa},method=multiple_choice_joint",
-            f"{mcqa},method=multiple_choice_separate_calibrated",
+            f"{_mcqa(LETTERS)},method=multiple_choice_joint",
+            f"{_mcqa(SENTENCES)},method=multiple_choice_joint,increase_max_tokens={MORE_TOKENS}",
+            f"{_mcqa(LETTERS)},method=multiple_choice_separate_calibrated",
             "wikifact:k=5,subject=capital",
         ]
         model = DEPLOYMENT if self.engine else f"flexgen/{self.model_folder.absolute()}"
@@ -68,9 +71,7 @@ class Command:
         """
         self.write_files()
         self.computed.unlink(missing_ok=True)
-        context = get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
-        process = context.Process(target=target or helm_run, args=(self.arguments(), self.log, self.computed))
+        process = forking().Process(target=target or helm_run, args=(self.arguments(), self.log, self.computed))
         process.start()
         return process
 
@@ -106,7 +107,19 @@ class Command:
         ]
         for split, chosen in (("train", facts[:NUM_TRAIN]), ("dev", facts[-1:]), ("test", facts[NUM_TRAIN:])):
             (wikifact / f"{split}.jsonl").write_text("\n".join(chosen) + "\n")
-        (mcqa / "questions.jsonl").write_text(_questions())
+        for name in (LETTERS, SENTENCES):
+            (mcqa / name).write_text(_questions())
+
+
+def forking() -> ForkServerContext:
+    """Return what starts processes in which `PRELOADED` is imported already."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([PRELOADED])
+    return context
+
+
+def _mcqa(path: str) -> str:
+    return f"custom_mcqa:path={path},num_train_instances={NUM_TRAIN}"
 
 
 def _questions() -> str:
@@ -123,9 +136,10 @@ def _questions() -> str:
 
 def helm_run(arguments: list[str], log: Path, computed: Path) -> None:
     """Be ``helm-run`` in this process, and write down what is computed before it can be durable."""
-    from helm.benchmark.run import main
+    from helm.benchmark import run
 
     from flexgen_helm.helm.journal import Journal
+    from flexgen_helm.runs.kill_test import preloaded
 
     keys, append = os.open(computed, os.O_WRONLY | os.O_CREAT | os.O_APPEND), Journal.append
 
@@ -133,13 +147,14 @@ def helm_run(arguments: list[str], log: Path, computed: Path) -> None:
         os.write(keys, hashlib.sha256(key.encode()).hexdigest().encode() + b"\n")
         append(journal, key, response)
 
+    run.register_builtin_configs_from_helm_package = preloaded.prepare  # type: ignore[attr-defined]  # which is done
     Journal.append = watched  # type: ignore[method-assign, assignment]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["helm-run", *arguments]
     try:
-        main()
+        run.main()
     except Exception:
         sys.excepthook(*sys.exc_info())  # as where this is no child of another process
         sys.exit(1)

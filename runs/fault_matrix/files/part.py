@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from itertools import cycle, islice
@@ -15,6 +14,7 @@ from flexgen_helm.runs.fault_matrix.commands import whole_suite
 from flexgen_helm.runs.fault_matrix.files.damage import DAMAGES, remove
 from flexgen_helm.runs.fault_matrix.files.subjects import Answers, Engines, Records, Subject
 from flexgen_helm.runs.fault_matrix.files.written import Baseline, Suite
+from flexgen_helm.runs.fault_matrix.notes import use_own_notes
 from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
 from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
 from flexgen_helm.types import Policy
@@ -62,7 +62,7 @@ class FilesPart:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        os.environ["FLEXGEN_HELM_CACHE"] = str(folder / "notes")
+        use_own_notes(folder)
         self._subjects = _subjects(folder)
         self._made: set[str] = set()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers
 from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
-from flexgen_helm.runs.fault_matrix.processes.undisturbed import undisturbed
+from flexgen_helm.runs.fault_matrix.processes.undisturbed import Undisturbed
 from flexgen_helm.runs.kill_test.suite import Command, helm_run
 
 DAY = 86_400.0
@@ -26,16 +26,17 @@ def cases(count: int) -> list[Case]:
 class ClockPart:
     """See `flexgen_helm.runs.fault_matrix.worker.Part`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._model, self._expected = undisturbed(folder)
+    def __init__(self, folder: Path, whole: Undisturbed) -> None:
+        self._folder, self._whole = folder, whole
 
     def run(self, case: str) -> list[Outcome]:
         """Kill a command when it has a few answers, and run it again under another clock."""
         kind, number = case.split()
         fault, generator = kind.replace("_", " "), random.Random(f"clock {number}")
-        folder = fresh(self._folder / "case")
-        command = Command(self._model, folder / "output", INSTANCES, disable_cache=False, engine=tiers(folder / "offload"))
+        folder = fresh(self._folder / "clock")
+        command = Command(
+            self._whole.model, folder / "output", INSTANCES, disable_cache=False, engine=tiers(folder / "offload")
+        )
         durable = Running(command).kill_after(generator.randint(1, 12))
         calls = generator.randint(1, 400) if kind.endswith("in_a_run") else 0
         days = generator.choice((1, 400, 9000)) * {"back": -1, "forw": 1}.get(kind[:4], 0)
@@ -44,7 +45,7 @@ class ClockPart:
         ended = Running(command, partial(with_clock, days * DAY, calls)).end()
         if failure := ended.failure(fault):
             return [failure]
-        names = differing(command, self._expected)
+        names = differing(command, self._whole.expected)
         if ended.status or names:
             return [Outcome(fault, "wrong", note=f"{case}: {ended.message} {names}")]
         again = set(command.computed.read_text().split() if command.computed.exists() else ()) & set(durable)

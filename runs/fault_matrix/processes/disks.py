@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
-from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers, whole_suite
+from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers
 from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
-from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
-from flexgen_helm.runs.kill_test.files import read_suite
+from flexgen_helm.runs.fault_matrix.processes.undisturbed import Undisturbed
 from flexgen_helm.runs.kill_test.suite import Command
 
 LEAST, BLOCK = 2**17, 4096
@@ -25,12 +23,10 @@ def cases(count: int) -> list[Case]:
 class DisksPart:
     """See `flexgen_helm.runs.fault_matrix.worker.Part`."""
 
-    def __init__(self, folder: Path) -> None:
-        os.environ["FLEXGEN_HELM_CACHE"] = str(folder / "notes")
-        self._folder, self._disk, self._model = folder, folder / "disk", tiny_model(folder / "model")
-        whole = folder / "whole"
-        self._expected = read_suite(whole_suite(self._model, whole, tiers(whole / "offload")))
-        self._whole_bytes = sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in whole.rglob("*") if path.is_file())
+    def __init__(self, folder: Path, whole: Undisturbed) -> None:
+        self._disk, self._logs, self._whole = folder / "disk", folder / "logs", whole
+        paths = [path for path in whole.folder.rglob("*") if path.is_file()]
+        self._whole_bytes = sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in paths)
 
     def run(self, case: str) -> list[Outcome]:
         """Run the suite on a disk of a size, and again when it is larger."""
@@ -48,12 +44,12 @@ class DisksPart:
 
     def _fill(self, size: int) -> Outcome:
         command = Command(
-            self._model,
+            self._whole.model,
             self._disk / "output",
             INSTANCES,
             disable_cache=False,
             engine=tiers(self._disk / "offload"),
-            log_folder=fresh(self._folder / "logs"),
+            log_folder=fresh(self._logs),
         )
         ended = Running(command).end()
         if failure := ended.failure(FAULT):
@@ -66,7 +62,7 @@ class DisksPart:
         again = Running(command).end()
         if failure := again.failure(FAULT):
             return failure
-        names = differing(command, self._expected)
+        names = differing(command, self._whole.expected)
         if again.status or names:
             return Outcome(FAULT, "wrong", note=f"{size} bytes: with more room: {again.message} {names}")
         return Outcome(FAULT, "refused" if ended.status else "answered")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Iterator
-from multiprocessing import get_context
 from pathlib import Path
 
-from flexgen_helm import Engine
+from flexgen_helm import Engine, Policy
+from flexgen_helm.memory.slab_folder import TEMPORARY
 from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, TRACEBACK, fresh, tiers
 from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
-from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
+from flexgen_helm.runs.fault_matrix.processes.undisturbed import Undisturbed
 from flexgen_helm.runs.kill_test.__main__ import kill
-from flexgen_helm.runs.kill_test.suite import PRELOADED, Command
+from flexgen_helm.runs.kill_test.suite import Command, forking
 
-BATCH = 10
+BATCH = 20
 KILL_S = 90.0
 OF_FITS = 5
 """Every fifth kill meets a fit."""
@@ -37,9 +36,8 @@ def _batches(name: str, count: int) -> Iterator[Case]:
 class KillsPart:
     """See `flexgen_helm.runs.fault_matrix.worker.Part`."""
 
-    def __init__(self, folder: Path) -> None:
-        os.environ["FLEXGEN_HELM_CACHE"] = str(folder / "notes")
-        self._folder, self._model = folder, tiny_model(folder / "model")
+    def __init__(self, folder: Path, whole: Undisturbed) -> None:
+        self._folder, self._whole = folder, whole
 
     def run(self, case: str) -> list[Outcome]:
         """Kill as often as the case says."""
@@ -47,28 +45,29 @@ class KillsPart:
         folder = fresh(self._folder / name)
         if name == "fit":
             return self._kill_fits(folder, int(count), random.Random(f"kills {number}"))
-        command = Command(self._model, folder, INSTANCES, disable_cache=False, engine=tiers(folder / "offload"))
+        command = Command(self._whole.model, folder, INSTANCES, disable_cache=False, engine=tiers(folder / "offload"))
         try:
-            tally = kill(command, int(count), seed=int(number))
+            tally = kill(command, int(count), seed=int(number), expected=self._whole.expected)
         except AssertionError as error:
             return [Outcome("suite", _verdict(str(error), folder), note=f"{case}: {error}")]
         return [Outcome("suite", "answered", tally.kills)]
 
     def _kill_fits(self, folder: Path, count: int, moments: random.Random) -> list[Outcome]:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
+        context = forking()
         whole, killed = folder / "whole", folder / "killed"
         begun = time.monotonic()
         for _ in range(2):  # timed once the slow imports are done
             fresh(whole)
             begun = time.monotonic()
-            process = context.Process(target=_fit, args=(self._model, whole))
+            process = context.Process(target=_fit, args=(self._whole.model, whole))
             process.start()
             process.join()
+            if process.exitcode != 0:
+                return [Outcome("fit", "traceback", note=f"undisturbed: status {process.exitcode}; see the log")]
         seconds, right, kills = time.monotonic() - begun, _files(whole), 0
         while True:
             before = {path: path.stat().st_mtime_ns for path in killed.rglob("unit_*.slab")}
-            process = context.Process(target=_fit, args=(self._model, killed))
+            process = context.Process(target=_fit, args=(self._whole.model, killed))
             process.start()
             process.join(moments.uniform(0, seconds) if kills < count else COMMAND_S)
             process.kill()
@@ -82,13 +81,16 @@ class KillsPart:
             if process.exitcode not in (0, -9):
                 return [Outcome("fit", "traceback", note=f"status {process.exitcode}; see the log")]
             if process.exitcode == 0:
+                if left := [path.name for path in killed.rglob(f"{TEMPORARY}*")]:
+                    return [Outcome("fit", "wrong", note=f"half-written files are left: {left}")]
                 if kills >= count:
                     return [Outcome("fit", "answered", count)]
                 fresh(killed)
 
 
 def _fit(model: Path, folder: Path) -> None:
-    Engine.from_pretrained(str(model), **tiers(folder)).close()
+    options = tiers(folder)
+    Engine.from_pretrained(str(model), **{**options, "policy": Policy(**options["policy"])}).close()
 
 
 def _files(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers
 from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
-from flexgen_helm.runs.fault_matrix.processes.undisturbed import undisturbed
+from flexgen_helm.runs.fault_matrix.processes.undisturbed import Undisturbed
 from flexgen_helm.runs.kill_test.suite import Command
 
 KINDS = ("same_runs", "some_of_the_runs")
@@ -37,17 +37,21 @@ class SomeRuns(Command):
 class TwinsPart:
     """See `flexgen_helm.runs.fault_matrix.worker.Part`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._model, self._expected = undisturbed(folder)
+    def __init__(self, folder: Path, whole: Undisturbed) -> None:
+        self._folder, self._whole = folder, whole
 
     def run(self, case: str) -> list[Outcome]:
         """Start two commands; one that is refused runs again when both have ended."""
         kind, number = case.split()
         fault, moments = kind.replace("_", " "), random.Random(f"twins {number}")
-        folder = fresh(self._folder / "case")
+        folder = fresh(self._folder / "twins")
         first = Command(
-            self._model, folder / "output", INSTANCES, False, tiers(folder / "offload"), log_folder=fresh(folder / "first")
+            self._whole.model,
+            folder / "output",
+            INSTANCES,
+            False,
+            tiers(folder / "offload"),
+            log_folder=fresh(folder / "first"),
         )
         second = replace(first, log_folder=fresh(folder / "second"))
         if kind == "some_of_the_runs":
@@ -67,7 +71,7 @@ class TwinsPart:
         again = Running(first).end()
         if failure := again.failure(fault):
             return [failure]
-        names = differing(first, self._expected)
+        names = differing(first, self._whole.expected)
         if again.status or names:
             return [Outcome(fault, "wrong", note=f"{case}: {again.message} {names}")]
         return [Outcome(fault, "refused" if refused else "answered")]

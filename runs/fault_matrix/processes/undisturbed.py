@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,18 @@ from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
 from flexgen_helm.runs.kill_test.files import read_suite
 
 
-def undisturbed(folder: Path) -> tuple[Path, Any]:
-    """Return the folder of the model and what a suite of it holds that nothing disturbed; both are made if they are missing."""
-    os.environ["FLEXGEN_HELM_CACHE"] = str(folder / "notes")
-    model, whole = tiny_model(folder / "model"), folder / "whole"
-    return model, read_suite(whole_suite(model, whole, tiers(whole / "offload")))
+@dataclass(frozen=True)
+class Undisturbed:
+    """A model, and a suite of it that nothing disturbed."""
+
+    model: Path
+    folder: Path
+    """Everything that the suite's command wrote, with its slabs."""
+    expected: Any
+    """HELM's files, see `read_suite`."""
+
+    @classmethod
+    def made_in(cls, folder: Path) -> Undisturbed:
+        """Make model and suite, unless they are there."""
+        model, whole = tiny_model(folder / "model"), folder / "whole"
+        return cls(model, whole, read_suite(whole_suite(model, whole, tiers(whole / "offload"))))

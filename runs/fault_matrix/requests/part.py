@@ -19,6 +19,7 @@ from flexgen_helm.helm.deployment import CLIENT
 from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.workload import EngineServer, serve
+from flexgen_helm.runs.fault_matrix.notes import use_own_notes
 from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome, merged
 from flexgen_helm.runs.fault_matrix.requests.hostile import Hostile, hostile_requests
 from flexgen_helm.runs.fault_matrix.requests.known import Known
@@ -44,6 +45,7 @@ class RequestsPart:
     """See `flexgen_helm.runs.fault_matrix.worker.Part`."""
 
     def __init__(self, folder: Path) -> None:
+        use_own_notes(folder)
         self._folder = folder
         model = tiny_model(folder / "model")
         shutil.rmtree(folder / "batch", ignore_errors=True)
