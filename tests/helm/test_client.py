@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -57,6 +58,14 @@ def test_concurrent_requests_are_in_the_engine_together(client: AutoClient, load
     assert 8 in {result.batch_size for result in results}
     assert loader.attempts == 1
     assert ENGINES.borrowers == 0
+
+
+def test_a_clock_that_is_set_back_changes_no_duration(client: AutoClient, loader: FakeLoader) -> None:
+    now = itertools.count(2_000_000_000, -1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.time", lambda: float(next(now)))
+        result = client.make_request(request("word"))
+    assert 0 <= result.request_time < 1000
 
 
 def test_client_loads_small_rows_and_says_once_that_the_runner_is_faster(

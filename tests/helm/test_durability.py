@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import sqlite3
@@ -79,6 +80,19 @@ def test_the_same_command_computes_only_what_is_missing(
     assert sources == [{"total": 3, "resumed": 3}, {"total": 3, "resumed": 3}, {"total": 9, "resumed": 2, "computed": 7}]
     resumed = [state["result"]["cached"] for state in read(suite, SPECS[0].name, "scenario_state.json")["request_states"]]
     assert resumed == [True, True, True]
+
+
+def test_a_clock_that_is_set_back_changes_no_duration(
+    run_suite: RunSuite, loader: FakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = itertools.count(2_000_000_000, -1000)
+    monkeypatch.setattr("time.time", lambda: float(next(now)))
+    suite = run_suite(SPECS[:1])
+    results = [state["result"] for state in read(suite, "generation", "scenario_state.json")["request_states"]]
+    assert results
+    for result in results:
+        assert 0 <= result["request_time"] <= result["batch_request_time"] < 1000
+        assert result["request_datetime"] > 1_900_000_000
 
 
 def test_other_runs_of_the_suite_find_the_answers_too(
