@@ -72,5 +72,6 @@ def _allowed(counts: Mapping[Tier, int], space: Space) -> str:
     parts = []
     for tier in counts:
         amount = gib(space.of(tier)) + (f" of {pool_name(tier, own_memory=space.own_memory)}" if len(counts) > 1 else "")
-        parts.append(f"max_memory allows {amount}" if space.limited(tier) else f"{amount} are free")
+        where = f" in {space.folder}" if tier == "disk" and space.folder else ""
+        parts.append(f"max_memory allows {amount}" if space.limited(tier) else f"{amount} are free{where}")
     return " and ".join(parts)

@@ -21,6 +21,8 @@ class Space:
     """Whether the device is a GPU, on which attention rounds in another way than on the CPU."""
     scratch_bytes: int = 0
     """Bytes of the device that attention takes for a moment, whatever the row sizes."""
+    folder: str = ""
+    """Where the bytes of the disk are, for messages; empty if that is not known."""
 
     def limited(self, tier: Tier) -> bool:
         """Return whether the user limits a tier, and not the free memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from flexgen_helm.attention.chunks import GATHERED_BYTES
@@ -34,7 +35,7 @@ def measure_space(device: Device, limits: Mapping[Tier, int], folder: Path) -> S
     """
     free = free_space(device, folder)
     free["disk"] += sum(path.stat().st_blocks * 512 for path in folder.glob("*.slab"))
-    return _limited(free, device, limits)
+    return replace(_limited(free, device, limits), folder=str(folder))
 
 
 def whole_machine(device: Device, limits: Mapping[Tier, int]) -> Space:

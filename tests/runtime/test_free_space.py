@@ -35,6 +35,10 @@ def test_what_attention_gathers_is_counted_in_16_bits_and_in_fp32(tmp_path: Path
     assert measure_space(CPU, {}, tmp_path).scratch_bytes == 0
 
 
+def test_space_on_a_disk_names_the_folder(tmp_path: Path) -> None:
+    assert measure_space(CPU, {"disk": 1}, tmp_path / "offload").folder == str(tmp_path / "offload")
+
+
 def test_the_whole_machine_is_what_the_user_allows_of_it_whether_it_is_free_or_not() -> None:
     assert whole_machine(GPU, {}).available["device"] == 16 * GIB - 512 * MIB
     limited = whole_machine(GPU, {"host": 20 * GIB})
