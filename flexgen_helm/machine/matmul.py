@@ -2,6 +2,7 @@
 
 On a CPU torch multiplies fp32 matrices with MKL, whose kernels know no AVX-512 on processors of AMD: oneDNN is 1.7 to 2.6 times
 faster there. oneDNN can also keep a weight in the layout that its kernels read, *packed*, without another bit in any product.
+Either can multiply 16 bits *widened* to fp32 (`flexgen_helm.machine.widened`), which is faster on processors without AVX-512.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -22,18 +23,22 @@ from torch.nn.functional import linear
 
 from flexgen_helm.cache_folder import cache_folder, write_first
 from flexgen_helm.machine.identity import machine_identity
+from flexgen_helm.machine.widened import WIDENED_DTYPES, Product, WidenedProduct
 
 logger = logging.getLogger(__name__)
 
-Matmul = Literal["torch", "onednn"]
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A function like `torch.nn.functional.linear`: inputs ``[..., in]``, weight ``[out, in]`` and bias ``[out]`` to
-``[..., out]``."""
+Matmul = Literal["torch", "onednn", "widened_torch", "widened_onednn"]
 MEASURED_SHAPE = (1536, 576)
 MEASURED_TOKENS = (64, 512)
 ROUNDS = 40
 MARGIN = 1.1
 """oneDNN is chosen unless it is slower by this factor unpacked: packed weights make up for less."""
+WIDENED_MARGIN = 1.5
+"""Products are widened only if they are faster by this factor, so that equal machines choose alike. Where a processor has no
+instructions for 16 bits it is 4 to 5, and where it has them less than 1."""
+FIRST_ROUNDS = 5
+HOPELESS = 3.0
+"""A library that takes so many times the shortest time after the first rounds is measured no further."""
 
 
 def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,6 +60,19 @@ def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 PRODUCTS: dict[Matmul, Product] = {"torch": linear, "onednn": onednn_linear}
+"""Products of matrices as they are."""
+WIDENED: dict[Matmul, Matmul] = {"widened_torch": "torch", "widened_onednn": "onednn"}
+"""Products of 16-bit matrices by one in fp32."""
+
+
+def product_by(matmul: Matmul) -> Product:
+    """Return the product of a library. Two threads must not use it at the same time."""
+    return WidenedProduct(PRODUCTS[WIDENED[matmul]]) if matmul in WIDENED else PRODUCTS[matmul]
+
+
+def for_transposed(matmul: Matmul) -> Matmul:
+    """Return the library for weights whose columns lie side by side, which oneDNN's product does not read."""
+    return "widened_torch" if matmul in WIDENED else "torch"
 
 
 def packed(weight: Tensor, num_tokens: int) -> Tensor:
@@ -74,9 +92,12 @@ def faster_matmul(device: torch.device, dtype: torch.dtype) -> Matmul:
     Where both are about equally fast, two measurements may disagree. So of several processes that measure at once, all use what
     the first one wrote.
     """
-    if device.type != "cpu" or not _onednn_serves(dtype):
+    libraries = serving(dtype) if device.type == "cpu" else ("torch",)
+    if len(libraries) == 1:
         return "torch"
     measured = {"torch": torch.__version__, "dtype": str(dtype), **machine_identity(device)}
+    if dtype in WIDENED_DTYPES:
+        measured["libraries"] = libraries  # what an earlier version measured of 16 bits lacks some
     file = cache_folder() / "matmul" / f"{sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:32]}.json"
     kept = _kept(file)
     if kept is not None:
@@ -86,7 +107,7 @@ def faster_matmul(device: torch.device, dtype: torch.dtype) -> Matmul:
         if _kept(file) is None:
             file.unlink(missing_ok=True)  # one that cannot be read
         write_first(file, json.dumps({**measured, "seconds": seconds}, indent=1))
-    chosen = _kept(file) or _faster(seconds)
+    chosen = _kept(file) or chosen_of(seconds)
     figures = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in seconds.items())
     logger.info("matrix products in %s by %s: the same ones took %s", dtype, chosen, figures)
     return chosen
@@ -94,7 +115,7 @@ def faster_matmul(device: torch.device, dtype: torch.dtype) -> Matmul:
 
 def _kept(file: Path) -> Matmul | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return _faster(json.loads(file.read_text(encoding="utf-8"))["seconds"])
+        return chosen_of(json.loads(file.read_text(encoding="utf-8"))["seconds"])
     return None
 
 
@@ -102,10 +123,13 @@ def measure_products(dtype: torch.dtype) -> dict[str, float]:
     """Return the seconds that each library takes for the same products on the CPU, the shortest of many rounds."""
     weight = torch.rand(MEASURED_SHAPE).to(dtype)
     inputs = [torch.rand(count, MEASURED_SHAPE[1]).to(dtype) for count in MEASURED_TOKENS]
-    seconds: dict[str, float] = dict.fromkeys(PRODUCTS, math.inf)
+    products = {name: product_by(name) for name in serving(dtype)}
+    seconds: dict[str, float] = dict.fromkeys(products, math.inf)
     with torch.inference_mode():
-        for _ in range(ROUNDS):
-            for name, product in PRODUCTS.items():
+        for turn in range(ROUNDS):
+            for name, product in products.items():
+                if turn >= FIRST_ROUNDS and seconds[name] > HOPELESS * min(seconds.values()):
+                    continue
                 begun = time.perf_counter()
                 for x in inputs:
                     product(x, weight, None)
@@ -113,8 +137,24 @@ def measure_products(dtype: torch.dtype) -> dict[str, float]:
     return seconds
 
 
-def _faster(seconds: dict[str, float]) -> Matmul:
-    return "onednn" if seconds["onednn"] < MARGIN * seconds["torch"] else "torch"
+def chosen_of(seconds: Mapping[str, float]) -> Matmul:
+    """Return the library that is chosen for measured seconds of each.
+
+    Raises:
+        KeyError: If torch was not measured.
+    """
+    plain: Matmul = "onednn" if seconds.get("onednn", math.inf) < MARGIN * seconds["torch"] else "torch"
+    by_torch, by_onednn = (seconds.get(name, math.inf) for name in WIDENED)
+    widened: Matmul = "widened_onednn" if by_onednn < MARGIN * by_torch else "widened_torch"
+    return widened if WIDENED_MARGIN * min(by_torch, by_onednn) < seconds[plain] else plain
+
+
+def serving(dtype: torch.dtype) -> tuple[Matmul, ...]:
+    """Return the libraries that multiply a dtype on the CPU."""
+    plain: tuple[Matmul, ...] = tuple(name for name in PRODUCTS if name == "torch" or _onednn_serves(dtype))
+    if dtype not in WIDENED_DTYPES:
+        return plain
+    return *plain, *(name for name, by in WIDENED.items() if by == "torch" or _onednn_serves(torch.float32))
 
 
 def _onednn_serves(dtype: torch.dtype) -> bool:

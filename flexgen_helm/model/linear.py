@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
-from flexgen_helm.machine.matmul import PRODUCTS, Matmul, Product, onednn_linear, packed
+from flexgen_helm.machine.matmul import WIDENED, Matmul, for_transposed, onednn_linear, packed, product_by
+from flexgen_helm.machine.widened import Product
 
 PRODUCT_NAME = "flexgen_helm_product"
-"""Attribute of a module with experts: the function that multiplies with their weights."""
+"""Attribute of linear layers and modules with experts: the function that multiplies with their weights."""
 
 
 class OneDNNLinear(nn.Linear):
@@ -38,8 +40,32 @@ class PackedLinear(nn.Linear):
         return onednn_linear(input, self.packed, self.bias)
 
 
-LINEAR_CLASSES: dict[Matmul, type[nn.Linear]] = {"torch": nn.Linear, "onednn": OneDNNLinear}
-TOKENWISE = (nn.Linear.forward, OneDNNLinear.forward, PackedLinear.forward)
+class WidenedLinear(nn.Linear):
+    """A linear layer in 16 bits that multiplies in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply ``[..., in]`` to ``[..., out]``."""
+        return product_of(self)(input, self.weight, self.bias)
+
+
+class WidenedConv1D(Conv1D):
+    """GPT-2's linear layer, whose weight is ``[in, out]``, in 16 bits that are multiplied in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``[..., in]`` to ``[..., out]``."""
+        return product_of(self)(x, self.weight.T, self.bias)
+
+
+LINEAR_CLASSES: dict[Matmul, type[nn.Linear]] = {
+    "torch": nn.Linear,
+    "onednn": OneDNNLinear,
+    "widened_torch": WidenedLinear,
+    "widened_onednn": WidenedLinear,
+}
+TOKENWISE = (
+    *(nn.Linear.forward, OneDNNLinear.forward, PackedLinear.forward, WidenedLinear.forward),
+    *(Conv1D.forward, WidenedConv1D.forward),
+)
 """Forwards that work token by token. Grouped and quantised linear layers have a forward of their own."""
 
 
@@ -47,15 +73,19 @@ def use_matmul(modules: Iterable[nn.Module], matmul: Matmul) -> None:
     """Make linear layers and experts multiply by a library; with "torch" they are as transformers made them.
 
     Args:
-        modules: Modules with all their submodules. Subclasses of `nn.Linear` are left as they are.
+        modules: Modules with all their submodules. Subclasses of transformers' and others' are left as they are.
         matmul: The library.
     """
+    product, transposed = product_by(matmul), product_by(for_transposed(matmul))
     for module in modules:
         if type(module) in LINEAR_CLASSES.values():
             module.__class__ = LINEAR_CLASSES[matmul]
+            module.__dict__[PRODUCT_NAME] = product
+        elif type(module) in (Conv1D, WidenedConv1D):
+            module.__class__ = WidenedConv1D if matmul in WIDENED else Conv1D
+            module.__dict__[PRODUCT_NAME] = transposed
         elif has_experts(module):
-            transposed = bool(getattr(module, "is_transposed", False))
-            module.__dict__[PRODUCT_NAME] = PRODUCTS["torch" if transposed else matmul]
+            module.__dict__[PRODUCT_NAME] = transposed if getattr(module, "is_transposed", False) else product
 
 
 def has_experts(module: nn.Module) -> bool:
@@ -63,9 +93,9 @@ def has_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_concatenated")
 
 
-def product_of(experts: nn.Module) -> Product:
-    """Return the function that multiplies with the weights of experts."""
-    found: Product = experts.__dict__.get(PRODUCT_NAME, linear)
+def product_of(module: nn.Module) -> Product:
+    """Return the function that multiplies with the weights of a linear layer or of experts."""
+    found: Product = module.__dict__.get(PRODUCT_NAME, linear)
     return found
 
 

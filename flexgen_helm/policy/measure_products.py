@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from flexgen_helm.machine.matmul import PRODUCTS, faster_matmul, packed
+from flexgen_helm.machine.matmul import faster_matmul, packed, product_by
 from flexgen_helm.machine.profile import ProductRate
 from flexgen_helm.machine.rates import READ_BYTES, random_numbers
 from flexgen_helm.machine.rounds import rate_of, seconds_of
@@ -52,6 +52,7 @@ def product_rates(
         tokens: Numbers of tokens that meet a matrix at a time.
     """
     library = faster_matmul(device, dtype)
+    product = product_by(library)
     counts = list(tokens)
     layers = _layers(device, dtype, _bounded(shapes, max(counts), MOST_OPERATIONS[device.type]))
     for is_packed in (False, True) if library == "onednn" else (False,):
@@ -63,7 +64,7 @@ def product_rates(
 
             def multiply(turn: Iterator[list[Tensor]] = turn, inputs: dict[int, Tensor] = inputs) -> None:
                 for weight in next(turn):
-                    PRODUCTS[library](inputs[weight.shape[1]], weight, None)
+                    product(inputs[weight.shape[1]], weight, None)
 
             operations = 2 * count * sum(weight.shape[0] * weight.shape[1] for weight in layers[0])
             with torch.inference_mode():

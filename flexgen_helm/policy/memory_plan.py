@@ -80,13 +80,18 @@ class MemoryPlan:
     @property
     def working_bytes(self) -> int:
         """Bytes of working memory on the device: activations, hidden states and logits."""
-        return self.space.scratch_bytes + working_memory.working_bytes(self.shapes, self.policy)
+        return self._scratch_bytes + working_memory.working_bytes(self.shapes, self.policy)
 
     @property
     def checking_bytes(self) -> int:
         """Bytes that the self-check takes in addition to the layers that it checks."""
         whole = self.weights.is_resident
-        return self.space.scratch_bytes + working_memory.checking_bytes(self.shapes, self.policy, whole=whole)
+        return self._scratch_bytes + working_memory.checking_bytes(self.shapes, self.policy, whole=whole)
+
+    @property
+    def _scratch_bytes(self) -> int:
+        """Bytes that kernels take for a moment, whatever the row sizes."""
+        return self.space.scratch_bytes + (0 if self.space.is_gpu else working_memory.widening_bytes(self.shapes))
 
     @property
     def has_room(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flexgen_helm.attention.visits import WINDOW_CHUNKS
+from flexgen_helm.machine.slices import SCRATCH_BYTES
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.schedule.dependencies import MOST_SUSPENDED
 from flexgen_helm.types import ResolvedPolicy
@@ -35,6 +36,14 @@ def working_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
     row += SCORE_COPIES * shapes.num_heads * shapes.scored_keys
     head = policy.gpu_batch_size * shapes.vocab_size * LOGITS_COPIES * shapes.has_head
     return (policy.gpu_batch_tokens * row + head) * FP32 + block_bytes(shapes, least_block_tokens(policy))
+
+
+def widening_bytes(shapes: ModelShapes) -> int:
+    """Return the bytes in which a CPU widens a slice of 16-bit weights, of which it has one, whatever the matrices' sizes.
+
+    Inputs and outputs of a product in fp32 are among the outputs that `working_bytes` counts.
+    """
+    return SCRATCH_BYTES if shapes.itemsize < FP32 else 0
 
 
 def checking_bytes(shapes: ModelShapes, policy: ResolvedPolicy, *, whole: bool) -> int:

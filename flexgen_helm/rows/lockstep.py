@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from flexgen_helm.model.experts import sliced_experts
 from flexgen_helm.model.linear import TOKENWISE, has_experts
@@ -102,7 +101,7 @@ def _suspending_forwards(layer: nn.Module) -> Iterator[None]:
 
 def _joint_work(module: nn.Module) -> Work | None:
     """Return the function that a module applies to any number of tokens; None if its weights are small."""
-    if type(module).forward in (*TOKENWISE, Conv1D.forward):
+    if type(module).forward in TOKENWISE:
         own: Work = module.forward
         return own
     if has_experts(module):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.machine import matmul
-from flexgen_helm.machine.matmul import faster_matmul, onednn_linear, packed
+from flexgen_helm.machine.matmul import Matmul, faster_matmul, onednn_linear, packed
+from flexgen_helm.machine.widened import Product
 from flexgen_helm.model.linear import _same_bits
 
 CPU = torch.device("cpu")
@@ -39,6 +40,35 @@ def test_the_faster_library_is_measured_once(seconds: dict[str, float], onednn: 
     assert seconds["calls"] == 1
     faster_matmul(CPU, torch.bfloat16)
     assert seconds["calls"] == 2
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen"),
+    [
+        ({"torch": 9.0, "widened_torch": 5.9, "widened_onednn": 5.9}, "widened_onednn"),
+        ({"torch": 9.0, "widened_torch": 5.0, "widened_onednn": 5.6}, "widened_torch"),
+        ({"torch": 9.0, "widened_torch": 5.9}, "widened_torch"),
+        ({"torch": 9.0, "widened_torch": 6.1, "widened_onednn": 6.1}, "torch"),
+        ({"torch": 9.0, "onednn": 8.0, "widened_torch": 5.9, "widened_onednn": 5.9}, "onednn"),
+        ({"torch": 5.0, "onednn": 3.0, "widened_torch": 16.0, "widened_onednn": 16.0}, "onednn"),
+        ({"torch": 9.0}, "torch"),
+    ],
+)
+def test_products_are_widened_where_that_is_faster_by_far(times: dict[str, float], chosen: str) -> None:
+    assert matmul.chosen_of(times) == chosen
+
+
+def test_what_an_earlier_version_measured_of_16_bits_is_measured_again(
+    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(matmul, "WIDENED_DTYPES", ())
+        for dtype in DTYPES:
+            faster_matmul(CPU, dtype)
+    assert seconds["calls"] == 3
+    for dtype in DTYPES:
+        faster_matmul(CPU, dtype)
+    assert seconds["calls"] == 5
 
 
 def test_it_is_measured_again_on_another_machine_and_where_the_file_is_torn(
@@ -73,15 +103,38 @@ def test_a_gpu_and_dtypes_that_onednn_does_not_serve_are_left_to_torch(
     seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert faster_matmul(torch.device("cuda"), torch.float32) == "torch"
+    assert faster_matmul(torch.device("cuda"), torch.bfloat16) == "torch"
     monkeypatch.setattr(matmul, "_onednn_serves", lambda dtype: False)
     assert faster_matmul(CPU, torch.float64) == "torch"
     assert seconds["calls"] == 0
 
 
-def test_products_are_measured() -> None:
-    found = matmul.measure_products(torch.float32)
-    assert set(found) == {"torch", "onednn"}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_measured(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "MEASURED_TOKENS", (16,))
+    found = matmul.measure_products(dtype)
+    assert set(found) == set(matmul.serving(dtype)) >= {"torch", *(("widened_torch",) if dtype == torch.bfloat16 else ())}
     assert all(0 < value < 1 for value in found.values())
+
+
+def test_a_library_without_hope_is_not_measured_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only products move: by 3.1 s and by 1 s."""
+    clock, calls = 0.0, {"torch": 0, "onednn": 0}
+
+    def product(name: Matmul, seconds: float) -> Product:
+        def multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+            nonlocal clock
+            clock += seconds
+            calls[name] += 1
+            return inputs
+
+        return multiply
+
+    monkeypatch.setattr(matmul, "PRODUCTS", {"torch": product("torch", 3.1), "onednn": product("onednn", 1.0)})
+    monkeypatch.setattr(matmul, "MEASURED_TOKENS", (16,))
+    monkeypatch.setattr("flexgen_helm.machine.matmul.time.perf_counter", lambda: clock)
+    assert matmul.measure_products(torch.float32) == pytest.approx({"torch": 3.1, "onednn": 1.0})
+    assert calls == {"torch": matmul.FIRST_ROUNDS, "onednn": matmul.ROUNDS}
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)

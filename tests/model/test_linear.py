@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from flexgen_helm.machine import matmul
-from flexgen_helm.machine.matmul import onednn_linear
+from flexgen_helm.machine.matmul import Matmul, onednn_linear
 from flexgen_helm.model import linear, recorder
-from flexgen_helm.model.linear import OneDNNLinear, PackedLinear, pack_weights, use_matmul
+from flexgen_helm.model.linear import (
+    OneDNNLinear,
+    PackedLinear,
+    WidenedConv1D,
+    WidenedLinear,
+    pack_weights,
+    use_matmul,
+)
 from flexgen_helm.model.recorder import RecordedModel
 from tests.models import save_tiny
 
@@ -33,6 +41,25 @@ def test_only_plain_linear_layers_change_and_they_change_back() -> None:
     assert (model(x) - before).abs().max() < 1e-5
     use_matmul(model.modules(), "torch")
     assert type(model[0]) is nn.Linear
+    assert torch.equal(model(x), before)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("library", ["widened_torch", "widened_onednn"])
+def test_16_bits_are_widened_in_linear_layers_of_both_forms(library: Matmul) -> None:
+    plain, conv = nn.Linear(32, 48), Conv1D(40, 48)
+    nn.init.normal_(conv.bias)
+    model = nn.Sequential(plain, conv, Grouped(40, 32)).bfloat16()
+    x = torch.randn(16, 32).bfloat16()
+    before = model(x)
+    use_matmul(model.modules(), library)
+    assert [type(module) for module in model] == [WidenedLinear, WidenedConv1D, Grouped]
+    first = (x.float() @ plain.weight.float().T + plain.bias.float()).bfloat16()
+    assert (plain(x).float() - first.float()).abs().max() <= first.abs().max() * 2**-8
+    second = (first.float() @ conv.weight.float() + conv.bias.float()).bfloat16()
+    assert (conv(first).float() - second.float()).abs().max() <= second.abs().max() * 2**-8
+    use_matmul(model.modules(), "torch")
+    assert [type(module) for module in model] == [nn.Linear, Conv1D, Grouped]
     assert torch.equal(model(x), before)
 
 
@@ -70,8 +97,11 @@ def test_weights_stay_unpacked_where_a_bit_would_change(monkeypatch: pytest.Monk
     assert model[0].weight is before
 
 
+@pytest.mark.parametrize(("library", "linears"), [("onednn", OneDNNLinear), ("widened_onednn", WidenedLinear)])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
-def test_a_plain_model_multiplies_as_transformers_does(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_model_multiplies_as_transformers_does(
+    family: str, library: Matmul, linears: type[nn.Linear], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model with which a check compares must not share the products that are checked."""
     calls: list[torch.Size] = []
 
@@ -81,10 +111,10 @@ def test_a_plain_model_multiplies_as_transformers_does(family: str, tmp_path: Pa
 
     monkeypatch.setattr(linear, "onednn_linear", counted)
     monkeypatch.setitem(matmul.PRODUCTS, "onednn", counted)
-    monkeypatch.setattr(recorder, "faster_matmul", lambda device, dtype: "onednn")
+    monkeypatch.setattr(recorder, "faster_matmul", lambda device, dtype: library)
     model = RecordedModel(AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path)).eval())
     with torch.inference_mode(), model.plain() as plain:
         plain(input_ids=torch.arange(10)[None])
     assert not calls
-    assert model.matmul == "onednn"
-    assert {type(module) for module in model.model.modules() if isinstance(module, nn.Linear)} == {OneDNNLinear}
+    assert model.matmul == library
+    assert {type(module) for module in model.model.modules() if isinstance(module, nn.Linear)} == {linears}

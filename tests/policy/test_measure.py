@@ -14,10 +14,11 @@ from flexgen_helm.attention import decode
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.loading.dummy_weights import make_first_layers
 from flexgen_helm.loading.source import ModelSource
-from flexgen_helm.machine import disk_rate, rates, rounds
+from flexgen_helm.machine import disk_rate, matmul, rates, rounds
 from flexgen_helm.machine.profile import LayerTime, Rate
 from flexgen_helm.machine.profile_file import from_json, to_json
 from flexgen_helm.machine.rounds import Rounds, median_of, rate_of, seconds_of
+from flexgen_helm.machine.widened import Product
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy import measure, measure_attention, measure_products, measure_unpack
@@ -101,7 +102,7 @@ def test_the_matrices_of_a_layer_are_those_by_which_a_token_is_multiplied() -> N
     assert layer_matrices(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))) == [(3, 8)]
 
 
-@pytest.mark.parametrize("library", ["torch", "onednn"])
+@pytest.mark.parametrize("library", ["torch", "onednn", "widened_torch"])
 def test_products_are_counted_with_two_operations_for_each_token_and_weight(
     monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
@@ -109,9 +110,18 @@ def test_products_are_counted_with_two_operations_for_each_token_and_weight(
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(measure_products, "faster_matmul", lambda device, dtype: library)
     monkeypatch.setattr(measure_products, "seconds_of", lambda work, device: (work(), Rounds([0.5]))[1])
-    found = list(product_rates(torch.device("cpu"), torch.float32, [(256, 64), (64, 32)], (3, 5)))
+    dtype = torch.bfloat16 if library == "widened_torch" else torch.float32
+    multiplied = list[str]()
+
+    def product_by(name: matmul.Matmul) -> Product:
+        multiplied.append(name)
+        return matmul.product_by(name)
+
+    monkeypatch.setattr(measure_products, "product_by", product_by)
+    found = list(product_rates(torch.device("cpu"), dtype, [(256, 64), (64, 32)], (3, 5)))
+    assert multiplied == [library]
     assert {rate.tokens: rate.rate.value for rate in found} == {n: 2 * n * (256 * 64 + 64 * 32) / 0.5 for n in (3, 5)}
-    assert {rate.packed for rate in found} == {"torch": {False}, "onednn": {False, True}}[library]
+    assert {rate.packed for rate in found} == ({False, True} if library == "onednn" else {False})
 
 
 def test_layers_too_large_are_measured_with_fewer_outputs() -> None:

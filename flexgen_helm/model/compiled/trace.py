@@ -222,7 +222,7 @@ class _Tracer:
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    return type(module).forward in (*TOKENWISE, Conv1D.forward) or has_experts(module)
+    return type(module).forward in TOKENWISE or has_experts(module)
 
 
 def _alike(tensors: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flexgen_helm.compression.matrices import MatrixTensor
 from flexgen_helm.compression.sensitivity import Sensitivity, SensitivityStatistics, probe
 from flexgen_helm.errors import UnsupportedModel
-from flexgen_helm.machine.matmul import Product
+from flexgen_helm.machine.widened import Product
 from flexgen_helm.model.linear import PRODUCT_NAME, has_experts, product_of, use_matmul
 from flexgen_helm.model.recorder import RecordedModel, Recording
 

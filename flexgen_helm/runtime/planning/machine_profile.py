@@ -39,7 +39,7 @@ from flexgen_helm.types import Policy, ResolvedPolicy
 
 logger = logging.getLogger(__name__)
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 """Version of what is measured and how; raised whenever kept profiles do not hold any more."""
 TINY_ROW = 16
 """Tokens of a row whose layer calls take their fixed time and little else."""
