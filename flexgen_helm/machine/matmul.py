@@ -32,7 +32,8 @@ MEASURED_SHAPE = (1536, 576)
 MEASURED_TOKENS = (64, 512)
 ROUNDS = 40
 MARGIN = 1.1
-"""oneDNN is chosen unless it is slower by this factor unpacked: packed weights make up for less."""
+"""oneDNN is chosen unless it is slower by this factor unpacked: packed weights make up for less. To widen for, it is chosen if
+it is faster by this factor."""
 WIDENED_MARGIN = 1.5
 """Products are widened only if they are faster by this factor, so that equal machines choose alike. Where a processor has no
 instructions for 16 bits it is 4 to 5, and where it has them less than 1."""
@@ -145,7 +146,8 @@ def chosen_of(seconds: Mapping[str, float]) -> Matmul:
     """
     plain: Matmul = "onednn" if seconds.get("onednn", math.inf) < MARGIN * seconds["torch"] else "torch"
     by_torch, by_onednn = (seconds.get(name, math.inf) for name in WIDENED)
-    widened: Matmul = "widened_onednn" if by_onednn < MARGIN * by_torch else "widened_torch"
+    # No weight is packed that is widened for each product, so nothing speaks for oneDNN but its speed.
+    widened: Matmul = "widened_onednn" if MARGIN * by_onednn < by_torch else "widened_torch"
     return widened if WIDENED_MARGIN * min(by_torch, by_onednn) < seconds[plain] else plain
 
 

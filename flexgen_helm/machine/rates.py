@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from flexgen_helm.machine.disk_rate import disk_rates
+from flexgen_helm.machine.matmul import faster_matmul, product_by
 
 MEASURED_SECONDS = 0.3
 ROUND_SECONDS = 0.005
@@ -81,10 +82,11 @@ def measure_rates(
 
 @functools.cache
 def product_rate(device: torch.device, dtype: torch.dtype, num_tokens: int, matrix: tuple[int, int]) -> float:
-    """Floating-point operations per second of ``num_tokens`` tokens meeting one matrix."""
+    """Floating-point operations per second of ``num_tokens`` tokens meeting one matrix, by the library of an engine."""
+    product = product_by(faster_matmul(device, dtype))
     with torch.inference_mode():
         x, weight = random_numbers((num_tokens, matrix[1]), device, dtype), random_numbers(matrix, device, dtype)
-        return per_second(lambda: linear(x, weight), device) * 2 * num_tokens * matrix[0] * matrix[1]
+        return per_second(lambda: product(x, weight, None), device) * 2 * num_tokens * matrix[0] * matrix[1]
 
 
 @functools.cache

@@ -124,6 +124,20 @@ def test_products_are_counted_with_two_operations_for_each_token_and_weight(
     assert {rate.packed for rate in found} == ({False, True} if library == "onednn" else {False})
 
 
+def test_the_limit_of_a_run_is_that_of_the_library_that_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiplied = list[str]()
+
+    def product_by(name: matmul.Matmul) -> Product:
+        multiplied.append(name)
+        return matmul.product_by(name)
+
+    monkeypatch.setattr(rates, "faster_matmul", lambda device, dtype: "widened_torch")
+    monkeypatch.setattr(rates, "product_by", product_by)
+    monkeypatch.setattr(rates, "per_second", lambda work, device: (work(), 0.5)[1])
+    found = rates.product_rate.__wrapped__(torch.device("cpu"), torch.bfloat16, 16, (64, 32))
+    assert (found, multiplied) == (0.5 * 2 * 16 * 64 * 32, ["widened_torch"])
+
+
 def test_layers_too_large_are_measured_with_fewer_outputs() -> None:
     bounded = measure_products._bounded([(8192, 1024), (100, 8192)], 64, 2 * 64 * 8192 * 1024 / 4)
     assert bounded[1] == (100, 8192)

@@ -20,7 +20,6 @@ from flexgen_helm.kv_cache.cargo import Cargo
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.page_stores import DiskPages
 from flexgen_helm.kv_cache.pages import NUM_BUFFERS, TRANSFER_BYTES
-from flexgen_helm.machine.slices import SCRATCH_BYTES
 from flexgen_helm.memory.amounts import parse_max_memory, parse_size
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.cache_plan import CACHE_SHARE, CachePlan
@@ -358,17 +357,6 @@ def test_what_attention_takes_for_a_moment_leaves_less_for_the_cache(model: PreT
     free: dict[Tier, int] = dict.fromkeys(TIERS, 20 * GIB)
     assert plain.left(free)["device"] - scratch.left(free)["device"] == GIB
     assert scratch.peak_bytes["device"] - plain.peak_bytes["device"] == GIB
-
-
-def test_a_cpu_has_room_to_widen_a_slice_of_16_bits(model: PreTrainedModel) -> None:
-    in_16_bits = shapes(model).at_16_bits()
-    for own_memory in (False, True):
-        on_cpu = space(10, own_memory=own_memory)
-        on_gpu = dataclasses.replace(on_cpu, is_gpu=True)
-        for sizes, expected in ((in_16_bits, SCRATCH_BYTES), (shapes(model), 0)):
-            cpu, gpu = (MemoryPlan.of(sizes, policy(), each) for each in (on_cpu, on_gpu))
-            assert cpu.working_bytes - gpu.working_bytes == cpu.checking_bytes - gpu.checking_bytes == expected
-            assert sum(cpu.peak_bytes.values()) - sum(gpu.peak_bytes.values()) == expected
 
 
 @pytest.mark.parametrize(
