@@ -36,7 +36,7 @@ MARGIN = 1.1
 it is faster by this factor."""
 WIDENED_MARGIN = 1.5
 """Products are widened only if they are faster by this factor, so that equal machines choose alike. Where a processor has no
-instructions for 16 bits it is 4 to 5, and where it has them less than 1."""
+instructions for 16 bits it is 5 to 10, and where it has them less than 1."""
 FIRST_ROUNDS = 5
 HOPELESS = 3.0
 """A library that takes so many times the shortest time after the first rounds is measured no further."""

@@ -19,7 +19,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 ``[..., out]``."""
 WIDENED_DTYPES = (torch.bfloat16, torch.float16)
 LEAST_TOKENS = 16
-"""Fewer tokens are multiplied as so many: MKL's kernels for up to 3 tokens give each other bits."""
+"""Fewer tokens are multiplied as so many: MKL has other kernels, with other bits, for up to 3 tokens on AMD and 15 on Intel."""
 
 
 class WidenedProduct:

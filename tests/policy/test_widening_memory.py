@@ -12,7 +12,7 @@ from flexgen_helm.machine.slices import SCRATCH_BYTES
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
 from flexgen_helm.policy.space import Space
-from flexgen_helm.types import TIERS, ResolvedPolicy
+from flexgen_helm.types import TIERS, ResolvedPolicy, Tier
 
 GIB = 2**30
 POLICY = ResolvedPolicy(gpu_batch_size=64, gpu_batch_tokens=256)
@@ -28,5 +28,5 @@ def test_a_cpu_has_room_to_widen_a_slice_of_16_bits(own_memory: bool) -> None:
     for shapes, expected in ((in_fp32.at_16_bits(), SCRATCH_BYTES), (in_fp32, 0)):
         cpu, gpu = (MemoryPlan.of(shapes, POLICY, space) for space in (on_cpu, on_gpu))
         assert cpu.working_bytes - gpu.working_bytes == cpu.checking_bytes - gpu.checking_bytes == expected
-        tier = "device" if own_memory else "host"
+        tier: Tier = "device" if own_memory else "host"
         assert cpu.running_with({})[tier] - gpu.running_with({})[tier] == expected
