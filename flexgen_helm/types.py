@@ -154,6 +154,8 @@ class Policy:
         overlap: Whether transfers and computation overlap.
         keep_packed: Whether compressed weights stay packed on the device, though the unpacked model fits there.
         slab_coding: How 16-bit weights lie on disk: "plain", "lossless" (fewer bytes, the same bits), or "auto": as is faster.
+        num_lanes: Sweeps in flight where layers are divided into stages, each with a block and a part of the cache of its own.
+            More of them hide the latency of a network. None: as many as stages. It cannot be set in one process.
         auto: Whether `num_gpu_batches`, `block_tokens`, `prefetch` and shares that have their defaults are chosen for the
             workload, if it is known and weights or K/V do not all fit on the device (docs/planning.md).
 
@@ -173,10 +175,11 @@ class Policy:
     overlap: bool = True
     keep_packed: bool = False
     slab_coding: Literal["auto", "plain", "lossless"] = "auto"
+    num_lanes: int | None = None
     auto: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens", "block_tokens", "prefetch"):
+        for name in ("gpu_batch_size", "num_gpu_batches", "gpu_batch_tokens", "block_tokens", "prefetch", "num_lanes"):
             value = getattr(self, name)
             if not self._may_be_open(name) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise PolicyError(f"{name} must be an integer of at least 1, not {value!r}.")

@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from flexgen_helm.distributed import mailbox
+from flexgen_helm.distributed.channel import Delivery
 from flexgen_helm.distributed.liveness import Liveness
 from flexgen_helm.distributed.messages import End, Message
 from flexgen_helm.errors import FlexGenError, StageLost
@@ -94,7 +95,7 @@ class StageGroup:
         host = self._store.get(f"host/{stage}").decode() if self._store.check([f"host/{stage}"]) else "an unknown host"
         return f"stage {stage + 1} of {self.count} (rank {stage} on {host})"
 
-    def send(self, message: Message, stage: int) -> list[mailbox.Delivery]:
+    def send(self, message: Message, stage: int) -> list[Delivery]:
         """Start to send a message.
 
         Raises:
@@ -112,7 +113,7 @@ class StageGroup:
         """
         self.wait_for(self.send(message, stage))
 
-    def wait_for(self, deliveries: Sequence[mailbox.Delivery]) -> None:
+    def wait_for(self, deliveries: Sequence[Delivery]) -> None:
         """Wait until some tensors are delivered.
 
         Raises:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from flexgen_helm.distributed.messages import FIRST_BYTES, Message, bytes_missing, message_of, tensors_of
+from flexgen_helm.distributed import channel
+from flexgen_helm.distributed.channel import Delivery, Inlet
+from flexgen_helm.distributed.messages import Message, bytes_of, message_of
+from flexgen_helm.policy.row_travel import Frames
 
-Delivery = tuple[dist.Work, Tensor]
+FRAMES = Frames(2**14, 64)
+"""Most messages are one frame; those that order sweeps of hundreds of sequences are a few."""
 
 
 def send(message: Message, stage: int, group: dist.ProcessGroup) -> list[Delivery]:
     """Start to send a message to a stage; its tensors must be kept until they are delivered."""
-    return [(_started(dist.isend(tensor, stage, group)), tensor) for tensor in tensors_of(message)]
+    return channel.send(bytes_of(message), stage, group, FRAMES)
 
 
 def listen(
@@ -30,10 +32,11 @@ def listen(
         on_message: Called in the thread with each message; returns whether there may be another.
         on_broken: Called in the thread if the connection breaks, which ends it.
     """
+    inlet = Inlet(stage, group, FRAMES)
 
     def take() -> None:
         try:
-            while on_message(_next(stage, group)):
+            while on_message(message_of(inlet.take())):
                 pass
         except RuntimeError as error:
             on_broken(error)
@@ -41,19 +44,3 @@ def listen(
     thread = threading.Thread(target=take, name=f"flexgen-helm-stage-{stage}", daemon=True)
     thread.start()
     return thread
-
-
-def _next(stage: int, group: dist.ProcessGroup) -> Message:
-    first = torch.empty(FIRST_BYTES, dtype=torch.uint8)
-    dist.recv(first, stage, group)
-    missing = bytes_missing(first)
-    if not missing:
-        return message_of(first, None)
-    second = torch.empty(missing, dtype=torch.uint8)
-    dist.recv(second, stage, group)
-    return message_of(first, second)
-
-
-def _started(work: dist.Work | None) -> dist.Work:
-    assert work is not None
-    return work

@@ -16,10 +16,6 @@ from flexgen_helm.generation.replies import Question, Reply
 from flexgen_helm.kv_cache.pages import Form, PageStorage
 from flexgen_helm.schedule.rows import Continuation, LogitRequest, Row, Segment, Sweep
 
-FIRST_BYTES = 32 * 1024
-"""Bytes of the tensor with which every message begins; longer ones have a second tensor."""
-LENGTH_BYTES = 8
-
 
 @dataclass(frozen=True)
 class Build:
@@ -97,27 +93,14 @@ class End:
 Message = Build | SweepOrder | SweepReply | SweepError | Close | End
 
 
-def tensors_of(message: Message) -> list[Tensor]:
-    """Return a message as one or two uint8 tensors."""
-    content = pickle.dumps(message)
-    content = len(content).to_bytes(LENGTH_BYTES, "little") + content
-    first = torch.frombuffer(bytearray(content[:FIRST_BYTES].ljust(FIRST_BYTES, b"\0")), dtype=torch.uint8)
-    if len(content) <= FIRST_BYTES:
-        return [first]
-    return [first, torch.frombuffer(bytearray(content[FIRST_BYTES:]), dtype=torch.uint8)]
+def bytes_of(message: Message) -> Tensor:
+    """Return a message as uint8 ``[n]``."""
+    return torch.frombuffer(bytearray(pickle.dumps(message)), dtype=torch.uint8)
 
 
-def bytes_missing(first: Tensor) -> int:
-    """Return the bytes of a message's second tensor."""
-    length = int.from_bytes(bytes(first[:LENGTH_BYTES].tolist()), "little")
-    return max(0, LENGTH_BYTES + length - FIRST_BYTES)
-
-
-def message_of(first: Tensor, second: Tensor | None) -> Message:
-    """Return the message of its tensors."""
-    content = first.numpy().tobytes() + (b"" if second is None else second.numpy().tobytes())
-    length = int.from_bytes(content[:LENGTH_BYTES], "little")
-    message: Message = pickle.loads(content[LENGTH_BYTES : LENGTH_BYTES + length])
+def message_of(content: Tensor) -> Message:
+    """Return the message that `bytes_of` made bytes of."""
+    message: Message = pickle.loads(content.numpy().tobytes())
     return message
 
 

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from flexgen_helm.distributed.channel import Delivery
 from flexgen_helm.distributed.group import StageGroup
-from flexgen_helm.distributed.mailbox import Delivery
+from flexgen_helm.distributed.row_links import RowLink
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
+from flexgen_helm.policy.row_travel import row_bytes
 from flexgen_helm.schedule.rows import Row
-
-BAD, FAILED = 1, 1
-"""Bytes of a token, and of a row, behind its hidden state: whether K or V were not finite, whether it was not computed."""
 
 
 class NotComputed(FlexGenError):
@@ -30,9 +28,14 @@ class RowForm:
     hidden_size: int
     dtype: torch.dtype
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the hidden state of a token."""
+        return self.hidden_size * self.dtype.itemsize
+
     def num_bytes(self, tokens: int) -> int:
         """Bytes of a row of so many tokens with what goes with it."""
-        return tokens * (self.hidden_size * self.dtype.itemsize + BAD) + FAILED
+        return row_bytes(self.token_bytes, tokens)
 
     def pack(self, hidden: Tensor, bad: Tensor, where: torch.device) -> Tensor:
         """Return a row as bytes.
@@ -65,7 +68,7 @@ class RowForm:
         if row[-1]:
             raise NotComputed("an earlier stage could not compute this row")
         row = row.to(device)
-        end = tokens * self.hidden_size * self.dtype.itemsize
+        end = tokens * self.token_bytes
         hidden = row[:end].view(self.dtype).view(1, tokens, self.hidden_size)
         return hidden, row[end : end + tokens].bool()
 
@@ -73,21 +76,18 @@ class RowForm:
 class StageNeighbours:
     """The stages before and behind this one. It is a `flexgen_helm.execution.interfaces.Neighbours`."""
 
-    def __init__(self, layers: range, form: RowForm, *, stages: StageGroup, backend: str, device: torch.device) -> None:
-        """Connect the stages once more; all stages must do it.
+    def __init__(self, layers: range, form: RowForm, link: RowLink, *, stages: StageGroup, device: torch.device) -> None:
+        """Take and send nothing yet.
 
         Args:
             layers: Layers of this stage.
             form: Form of hidden states.
+            link: What connects the stages.
             stages: The stages.
-            backend: "gloo", by which rows travel between CPUs, or "nccl" between GPUs.
             device: Device that computes.
         """
-        self._layers, self._form, self._stages, self._stage = layers, form, stages, stages.index
-        self._group = stages.new_group(backend)
-        self._where, self._device = device if backend == "nccl" else torch.device("cpu"), device
-        self._coming: deque[Delivery] = deque()
-        self._left: deque[tuple[int, Delivery]] = deque()
+        self._layers, self._form, self._link, self._stages, self._device = layers, form, link, stages, device
+        self._left: deque[tuple[int, list[Delivery]]] = deque()
         self._sizes: list[int] = []
         self._ready: dict[int, Tensor] = {}
         """Rows that wait for earlier ones, for which the CPU still attends."""
@@ -99,15 +99,9 @@ class StageNeighbours:
         return self._layers
 
     def expect(self, rows: Sequence[Row]) -> None:
-        """Begin to receive the rows of a sweep, in any thread; sweeps are expected in their order."""
-        if self._stage == 0:
-            return
-        for row in rows:
-            buffer = torch.empty(self._form.num_bytes(row.size), dtype=torch.uint8, device=self._where)
-            with self._stages.noticing():
-                work = dist.irecv(buffer, self._stage - 1, self._group)
-            assert work is not None
-            self._coming.append((work, buffer))
+        """Hear of the rows of a sweep, in any thread; sweeps are expected in their order."""
+        if not self._stages.is_first:
+            self._link.expect([self._form.num_bytes(row.size) for row in rows])
 
     def begin_sweep(self, number: int, rows: Sequence[Row], *, delivered: int) -> None:
         """Begin to compute a sweep.
@@ -120,18 +114,17 @@ class StageNeighbours:
         self._sizes, self._number, self._sent, self._taken = [row.size for row in rows], number, 0, 0
         self._ready.clear()
         while self._left and self._left[0][0] <= delivered:
-            self._stages.wait_for([self._left.popleft()[1]])
+            self._stages.wait_for(self._left.popleft()[1])
 
     def receive(self, k: int) -> tuple[Tensor, Tensor]:
         """See `Neighbours`. Rows come in their order."""
         assert k == self._taken, "rows are received in their order"
         self._taken += 1
-        self._stages.wait_for([self._coming[0]])
-        return self._form.unpack(self._coming.popleft()[1], self._sizes[k], self._device)
+        return self._form.unpack(self._link.receive(), self._sizes[k], self._device)
 
     def send(self, k: int, hidden: Tensor, bad: Tensor) -> None:
         """See `Neighbours`. Rows leave in their order."""
-        self._ready[k] = self._form.pack(hidden, bad, self._where)
+        self._ready[k] = self._form.pack(hidden, bad, self._link.where)
         while self._sent in self._ready:
             self._send(self._ready.pop(self._sent))
 
@@ -141,15 +134,16 @@ class StageNeighbours:
         Args:
             sends: Whether there is a stage behind.
         """
-        while self._stage and self._taken < len(self._sizes):
+        while not self._stages.is_first and self._taken < len(self._sizes):
             self._taken += 1
-            self._stages.wait_for([self._coming.popleft()])
+            self._link.receive()
         while sends and self._sent < len(self._sizes):
-            self._send(self._form.failed(self._sizes[self._sent], self._where))
+            self._send(self._form.failed(self._sizes[self._sent], self._link.where))
+
+    def close(self) -> None:
+        """Part from the other stages, once all sweeps are computed."""
+        self._link.close()
 
     def _send(self, row: Tensor) -> None:
-        with self._stages.noticing():
-            work = dist.isend(row, self._stage + 1, self._group)
-        assert work is not None
-        self._left.append((self._number, (work, row)))
+        self._left.append((self._number, self._link.send(row)))
         self._sent += 1

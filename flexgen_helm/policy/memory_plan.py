@@ -15,6 +15,7 @@ from flexgen_helm.memory.amounts import gib
 from flexgen_helm.policy import working_memory
 from flexgen_helm.policy.cache_plan import CachePlan
 from flexgen_helm.policy.model_shapes import ModelShapes
+from flexgen_helm.policy.row_travel import travel_bytes
 from flexgen_helm.policy.shortage import Shortage, describe_shortage
 from flexgen_helm.policy.space import Space, pool_name
 from flexgen_helm.policy.weight_plan import WeightPlan
@@ -83,6 +84,19 @@ class MemoryPlan:
         return self._scratch_bytes + working_memory.working_bytes(self.shapes, self.policy)
 
     @property
+    def travel_bytes(self) -> int:
+        """Bytes of rows on their way between stages of a pipeline; 0 without."""
+        return travel_bytes(self.shapes, self.policy, working_memory.least_block_tokens(self.policy))
+
+    @property
+    def host_rows_bytes(self) -> int:
+        """Those that are on the host beside a device with a memory of its own.
+
+        They are working memory of the device too: stages decide when they meet whether rows travel between hosts or devices.
+        """
+        return self.travel_bytes if self.space.own_memory else 0
+
+    @property
     def checking_bytes(self) -> int:
         """Bytes that the self-check takes in addition to the layers that it checks."""
         whole = self.weights.is_resident
@@ -129,6 +143,7 @@ class MemoryPlan:
         """
         peak = dict(self.weights.needed_bytes)
         peak["device"] += self.working_bytes
+        peak["host"] += self.host_rows_bytes
         return self._in_tiers({tier: count + cache.get(tier, 0) for tier, count in peak.items()})
 
     def _in_tiers(self, found: dict[Tier, int]) -> dict[Tier, int]:
@@ -143,10 +158,13 @@ class MemoryPlan:
         Args:
             free: Bytes of each tier that are free now.
         """
-        needed, working = dict(self.weights.needed_bytes), {"device": self.working_bytes, "host": 0, "disk": 0}
+        needed, working = (
+            dict(self.weights.needed_bytes),
+            {"device": self.working_bytes, "host": self.host_rows_bytes, "disk": 0},
+        )
         if not self.space.own_memory:
             needed["device"] = needed["host"] = needed["device"] + needed["host"]
-            working["host"] = working["device"]
+            working["host"] += working["device"]
         available = self.space.available
         return {tier: max(0, min(free[tier], available[tier] - needed[tier]) - working[tier]) for tier in TIERS}
 

@@ -55,6 +55,7 @@ class ModelShapes:
         kv_format: Format of the kept pages of K and V, as `flexgen_helm.machine.profile.AttentionRate` names it; "": the
             dtype's.
         has_head: Whether the output head is computed here; not on the stages of a pipeline before the last one.
+        borders: Whether rows come from a stage of a pipeline before this one, and go to one behind it.
     """
 
     num_layers: int
@@ -85,6 +86,7 @@ class ModelShapes:
     weight_format: str = "plain"
     kv_format: str = ""
     has_head: bool = True
+    borders: tuple[bool, bool] = (False, False)
 
     @property
     def total_bytes(self) -> int:
@@ -166,6 +168,7 @@ class ModelShapes:
             disk_bytes=disk,
             layer_products={numbers[j]: count for j, count in self.layer_products.items() if j in numbers},
             has_head=has_head,
+            borders=(layers.start > 0, layers.stop < self.num_layers),
         )
 
     def at_16_bits(self) -> ModelShapes:

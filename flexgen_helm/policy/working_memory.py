@@ -5,6 +5,7 @@ from __future__ import annotations
 from flexgen_helm.attention.visits import WINDOW_CHUNKS
 from flexgen_helm.machine.slices import SCRATCH_BYTES
 from flexgen_helm.policy.model_shapes import ModelShapes
+from flexgen_helm.policy.row_travel import token_travel_bytes, travel_bytes
 from flexgen_helm.schedule.dependencies import MOST_SUSPENDED
 from flexgen_helm.types import ResolvedPolicy
 
@@ -30,12 +31,16 @@ FP32 = 4
 def working_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
     """Estimate the most bytes that computing takes: a row's activations, the smallest block's hidden states, a slice's logits.
 
+    On a stage of a pipeline, rows of the smallest block on their way between stages are added.
+
     The outputs of all matrices of a layer count as if they existed at the same time.
     """
     row = shapes.outputs_per_token + 2 * shapes.hidden_size + (WINDOW_CHUNKS + 1) * shapes.num_heads * shapes.head_dim
     row += SCORE_COPIES * shapes.num_heads * shapes.scored_keys
     head = policy.gpu_batch_size * shapes.vocab_size * LOGITS_COPIES * shapes.has_head
-    return (policy.gpu_batch_tokens * row + head) * FP32 + block_bytes(shapes, least_block_tokens(policy))
+    tokens = least_block_tokens(policy)
+    kept = block_bytes(shapes, tokens) + travel_bytes(shapes, policy, tokens)
+    return (policy.gpu_batch_tokens * row + head) * FP32 + kept
 
 
 def widening_bytes(shapes: ModelShapes) -> int:
@@ -90,5 +95,5 @@ def least_block_tokens(policy: ResolvedPolicy) -> int:
 
 def block_tokens(shapes: ModelShapes, policy: ResolvedPolicy, left: int) -> int:
     """Return the number of prompt tokens of a block: the policy's, or as many as fit well into ``left`` bytes."""
-    fitting = int(HIDDEN_SHARE * left) // block_bytes(shapes, 1)
+    fitting = int(HIDDEN_SHARE * left) // (block_bytes(shapes, 1) + token_travel_bytes(shapes, policy))
     return policy.block_tokens or max(least_block_tokens(policy), min(MOST_BLOCK_TOKENS, fitting))

@@ -151,7 +151,7 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
     page_bytes = plan.page_bytes(placed.checked.passed.verdict.cache_bytes_per_token)
     most = math.inf
     if device.is_gpu and placed.checked.passed.kind == "packed":  # whose pages are made at once
-        lanes = 1 if options.stage is None else options.stage.num_lanes
+        lanes = policy.num_lanes or 1
         most = lanes * policy.block_size * plan.cache.sequence_bytes(PAGE_TOKENS * num_pages(0, placed.loaded.max_length))
     storage = CacheStorage(
         Capacity.of(plan, free_space(device, folder), most),
@@ -216,7 +216,7 @@ def _join(
     if stage is None or blueprint.layers is None:
         return None
     refuse_extra_outputs(placed.checked.model, blueprint.layers)
-    neighbours = stage.neighbours(placed.loaded.model, blueprint.layers, blueprint.device)
+    neighbours = stage.neighbours(placed.loaded.model, blueprint.layers, blueprint.policy, blueprint.device)
     executor.join(neighbours)
     return neighbours
 

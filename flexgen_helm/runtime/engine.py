@@ -186,7 +186,7 @@ class Engine:
     @classmethod
     def _write_alone(cls, arguments: EngineArguments, folder: Path) -> Tensor:
         """Let the uncompressed model write the text in this process alone."""
-        options = arguments.options()
+        options = replace(arguments, policy=None).options()
         return cls._write_text(arguments.source(options), options, folder)
 
     @classmethod

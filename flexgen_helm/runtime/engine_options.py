@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flexgen_helm.compression.config import CompressionConfig
-from flexgen_helm.errors import FlexGenError
+from flexgen_helm.errors import FlexGenError, PolicyError
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.memory.device import Device
@@ -54,6 +54,11 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.stage is not None:
             require_divisible(order=self.order, free_shapes=self.free_shapes, slab_coding=self.asked.slab_coding)
+        elif self.asked.num_lanes is not None:
+            raise PolicyError(
+                f"num_lanes is {self.asked.num_lanes}, but layers are not divided into stages, so one sweep is in flight. "
+                "Leave it out, or start several processes with torchrun."
+            )
         if self.compile_layers and self.free_shapes:
             raise FlexGenError("Layers are compiled for rows of fixed sizes. Leave free_shapes or compile_layers out.")
         if self.compile_layers and self.rows == "single":

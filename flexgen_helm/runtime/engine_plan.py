@@ -68,7 +68,10 @@ def plan_engine(
     shapes = shapes_of(whole, formats, kv_dtype, options.cache_format)
     policy = _with_place(resolved(options.asked, options.device), shapes, options)
     space = measure_space(options.device, options.limits, places.folder("plain"))
-    layers = None if options.stage is None else options.stage.layers_of(shapes)
+    layers = None
+    if options.stage is not None:
+        policy = replace(policy, num_lanes=options.stage.num_lanes(policy))
+        layers = options.stage.layers_of(shapes)
     if fitted is None and policy.keep_packed:
         raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
     if fitted is not None:

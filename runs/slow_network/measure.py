@@ -8,11 +8,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from flexgen_helm.errors import FlexGenError
+from flexgen_helm.options import parse_policy
 from flexgen_helm.policy.planner.pipeline.network import Network
 from flexgen_helm.runs.slow_network.namespaces import slow_network
 
@@ -46,13 +47,14 @@ class Setting:
     timeout: float
     dummy_weights: bool = False
 
-    @property
-    def bench(self) -> list[str]:
-        """Arguments of `bench`."""
+    def bench(self, lanes: int) -> list[str]:
+        """Return the arguments of `bench` with so many sweeps in flight."""
+        asked = replace(parse_policy(self.policy), num_lanes=lanes)
+        policy = {each.name: getattr(asked, each.name) for each in fields(asked) if getattr(asked, each.name) != each.default}
         sizes = {"--num-prompts": self.num_jobs, "--prompt-len": self.prompt_len, "--gen-len": self.gen_len}
         named = [text for name, value in sizes.items() for text in (name, str(value))]
         named += ["--dummy-weights"] if self.dummy_weights else []
-        return ["bench", "--model", str(self.model), "--dtype", "float32", "--device", "cpu", "--policy", self.policy, *named]
+        return ["bench", "--model", str(self.model), "--dtype", "float32", "--device", "cpu", "--policy", json.dumps(policy), *named]
 
 
 def measure(setting: Setting, network: Network, lanes: int) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def measure(setting: Setting, network: Network, lanes: int) -> dict[str, Any]:
         NotPermitted: If such a network cannot be made here.
         FlexGenError: If a process fails, with the end of what it printed.
     """
-    command = [sys.executable, "-m", "flexgen_helm.runs.slow_network.rank", str(lanes), *setting.bench, "--warm-up", "--json"]
+    command = [sys.executable, "-m", "flexgen_helm", *setting.bench(lanes), "--warm-up", "--json"]
     with tempfile.TemporaryDirectory() as folder, slow_network(setting.stages, network) as nodes:
         files = [(Path(folder, f"out{rank}"), Path(folder, f"err{rank}")) for rank in range(setting.stages)]
         threads = {"OMP_NUM_THREADS": str(setting.threads)}

@@ -35,6 +35,11 @@ def drives() -> Iterator[str]:
 
 
 def answers(folder: Path, jobs: list[Job] = JOBS, **options: Any) -> list[Result]:
+    options["policy"] = replace(options.get("policy", NARROW), num_lanes=None)
+    return run(folder, jobs, **options)
+
+
+def run(folder: Path, jobs: list[Job], **options: Any) -> list[Result]:
     with Engine.from_pretrained(str(folder), **{"device": "cpu", "dtype": "float32", "policy": NARROW, **options}) as engine:
         return engine.run(jobs)
 
@@ -42,7 +47,7 @@ def answers(folder: Path, jobs: list[Job] = JOBS, **options: Any) -> list[Result
 def divided(drives: str, folder: Path, jobs: list[Job] = JOBS, **options: Any) -> list[Result]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(DRIVES, drives)
-        return answers(folder, jobs, **options)
+        return run(folder, jobs, **options)
 
 
 def tiny(tmp_path: Path, family: str) -> Path:
@@ -55,7 +60,7 @@ def tiny(tmp_path: Path, family: str) -> Path:
         ("llama", {}),
         (SLIDING, {"policy": OFFLOADED, "device": OWN_MEMORY}),
         (EXPERTS, {"policy": replace(NARROW, weights=(0.0, 0.0, 1.0))}),
-        (TIED, {"compression": "w4kv4s10"}),
+        (TIED, {"compression": "w4kv4s10", "policy": replace(NARROW, num_lanes=3)}),
         pytest.param("opt", {"policy": OFFLOADED}, marks=pytest.mark.slow),
         pytest.param("llama", {"compression": "w4kv4", "policy": OFFLOADED, "device": OWN_MEMORY}, marks=pytest.mark.slow),
         pytest.param("gpt_oss", {"dtype": "bfloat16"}, marks=pytest.mark.slow),
@@ -128,3 +133,10 @@ def test_a_divided_engine_gives_no_hidden_states(drives: str, tmp_path: Path) ->
             pytest.raises(FlexGenError, match="one process"),
         ):
             engine.final_hidden([[1, 2, 3]])
+
+
+def test_one_process_has_no_lanes(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"num_lanes is 2, but layers are not divided.*Leave it out"):
+        run(tiny(tmp_path, "llama"), JOBS[:1], policy=replace(NARROW, num_lanes=2))
+    with pytest.raises(PolicyError, match="num_lanes must be an integer of at least 1, not 0"):
+        replace(NARROW, num_lanes=0)

@@ -40,7 +40,7 @@ def test_a_last_stage_is_a_model_of_fewer_layers(tied: bool) -> None:
     whole, smaller = llama(7, tied=tied), llama(3, tied=tied)
     # Bytes of the embeddings are what slabs, which are padded, leave of the weights.
     stored = {**smaller.stored_bytes, EMBEDDINGS: whole.stored_bytes[EMBEDDINGS]}
-    assert whole.of_layers(range(4, 7)) == dataclasses.replace(smaller, stored_bytes=stored)
+    assert whole.of_layers(range(4, 7)) == dataclasses.replace(smaller, stored_bytes=stored, borders=(True, False))
     assert whole.of_layers(range(7)) == whole
 
 
@@ -81,7 +81,33 @@ def test_only_the_last_stage_has_room_for_logits() -> None:
     space = Space(dict.fromkeys(TIERS, 2**30), own_memory=True)
     first, last = (MemoryPlan.of(whole.of_layers(layers), POLICY, space) for layers in (range(2), range(2, 4)))
     # Three tensors of 16 positions by 128 tokens in fp32.
-    assert last.working_bytes - first.working_bytes == 3 * 16 * 128 * 4
+    assert (last.working_bytes - last.travel_bytes) - (first.working_bytes - first.travel_bytes) == 3 * 16 * 128 * 4
+
+
+@pytest.mark.parametrize("own_memory", [True, False])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_rows_on_their_way_are_in_the_plan(own_memory: bool, lanes: int) -> None:
+    """A row has a byte for each token and one for itself; a stage in the middle has them on both sides."""
+    whole, space = shapes_with(6), Space(dict.fromkeys(TIERS, 2**30), own_memory)
+    policy = dataclasses.replace(POLICY, num_lanes=lanes, weights=(0.0, 1.0, 0.0))
+    alone, first, middle, last = (
+        MemoryPlan.of(whole.of_layers(layers), policy, space) for layers in (range(6), range(2), range(2, 4), range(4, 6))
+    )
+    # 64 tokens of prompts and four rows of 16 that decode, of 32 elements in 16 bits, in each lane.
+    sweeps = lanes * (64 + 4 * 16) * (32 * 2 + 1)
+    frame = 8 + 64 * (32 * 2 + 1) + 1
+    posted = 64 * frame
+    assert [plan.travel_bytes for plan in (alone, first, middle, last)] == [0, sweeps, posted + 2 * sweeps, posted + sweeps]
+    without = dataclasses.replace(middle, shapes=dataclasses.replace(middle.shapes, borders=(False, False)))
+    tier = "host" if own_memory else "device"
+    more = {name: count - without.running_with({})[name] for name, count in middle.running_with({}).items()}
+    assert more == (
+        {"device": middle.travel_bytes, "host": middle.travel_bytes, "disk": 0}
+        if own_memory
+        else {"host": middle.travel_bytes, "disk": 0}
+    )
+    free = dict.fromkeys(TIERS, 2**29)
+    assert without.left(free)[tier] - middle.left(free)[tier] == middle.travel_bytes
 
 
 def test_without_a_head_a_table_need_not_be_on_the_device() -> None:

@@ -8,8 +8,8 @@ from itertools import islice
 
 from torch import Tensor
 
+from flexgen_helm.distributed.channel import Delivery
 from flexgen_helm.distributed.group import StageGroup
-from flexgen_helm.distributed.mailbox import Delivery
 from flexgen_helm.distributed.messages import (
     Build,
     Close,
@@ -63,7 +63,10 @@ def _follow_engine(group: StageGroup, build: Build) -> Message:
         return Close()
     try:
         with parts.device.current(), PRECISE_PRODUCTS.hold():
-            return _Follower(group, parts).serve()
+            follower = _Follower(group, parts)
+            message = follower.serve()
+            follower.close()
+            return message
     finally:
         group.on_message = lambda message: None
         parts.executor.close()
@@ -86,6 +89,10 @@ class _Follower:
             if isinstance(message, SweepOrder):
                 self._compute(message)
         return message
+
+    def close(self) -> None:
+        """Part from the stages before and behind."""
+        self._neighbours.close()
 
     def _compute(self, order: SweepOrder) -> None:
         watched(order.rows)

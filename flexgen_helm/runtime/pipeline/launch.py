@@ -15,7 +15,7 @@ from tempfile import mkstemp
 
 from flexgen_helm.distributed.group import StageGroup
 from flexgen_helm.errors import StageLost
-from flexgen_helm.processes import DRIVES
+from flexgen_helm.processes import DRIVES, num_processes
 
 MET = "met"
 LOST_EXIT = 3
@@ -32,7 +32,7 @@ def begin_to_drive() -> None:
 
 def driven_group() -> StageGroup | None:
     """Return the stages that this process drives; None: engines are not divided. They meet at the first call."""
-    return met_group() if DRIVES in os.environ else None
+    return met_group() if DRIVES in os.environ and num_processes() > 1 else None
 
 
 @cache

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from flexgen_helm.distributed.channel import Delivery
 from flexgen_helm.distributed.group import StageGroup
-from flexgen_helm.distributed.mailbox import Delivery
 from flexgen_helm.distributed.messages import Close, SweepError, SweepOrder, SweepReply, mark, plain_rows
 from flexgen_helm.distributed.neighbours import StageNeighbours
 from flexgen_helm.errors import FlexGenError, StageLost
@@ -74,6 +74,7 @@ class StagePipe:
         if not self._group.is_broken:
             for stage in range(1, self._group.count):
                 self._group.send_and_wait(Close(), stage)
+            self._neighbours.close()
 
     def _reply(self, number: int) -> SweepReply:
         """Wait for the reply to a sweep; the last stage replies in the order of the sweeps."""

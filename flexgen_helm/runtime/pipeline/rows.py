@@ -33,5 +33,5 @@ def make_stage_rows(
     pools = page_pools(policy, storage.capacity, storage.page_bytes)
     pools, block_tokens = stage.agreed_pools(pools, storage.capacity.block_tokens)
     is_gpu = storage.device.is_gpu
-    schedulers = lane_schedulers(policy, block_tokens, pools, lanes=stage.num_lanes, is_gpu=is_gpu)
+    schedulers = lane_schedulers(policy, block_tokens, pools, lanes=stage.num_lanes(policy), is_gpu=is_gpu)
     return packed_rows(checked, policy, storage, pools), schedulers

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from flexgen_helm.distributed.group import StageGroup
 from flexgen_helm.distributed.messages import Message, SweepOrder
 from flexgen_helm.distributed.neighbours import RowForm, StageNeighbours
+from flexgen_helm.distributed.row_links import CpuRows, GpuRows, RowLink
 from flexgen_helm.errors import FlexGenError, PolicyError, UnsupportedModel
 from flexgen_helm.kv_cache.pages import Form, PageCounts, PagePool
 from flexgen_helm.memory.amounts import MaxMemory
@@ -20,10 +21,11 @@ from flexgen_helm.memory.usage import free_bytes
 from flexgen_helm.model.layers import READS_OTHERS_KV, layers_of
 from flexgen_helm.model.recorder import RecordedModel, Recording
 from flexgen_helm.policy.model_shapes import ModelShapes
+from flexgen_helm.policy.row_travel import row_frames
 from flexgen_helm.policy.shapes_of_model import setting
 from flexgen_helm.policy.stages import balanced, head_cost, layer_costs
 from flexgen_helm.processes import local_rank, num_local
-from flexgen_helm.types import Numerics
+from flexgen_helm.types import Numerics, Policy, ResolvedPolicy
 
 ALONE = "Run it in one process, without torchrun."
 
@@ -34,10 +36,9 @@ class Stage:
 
     group: StageGroup
 
-    @property
-    def num_lanes(self) -> int:
-        """Sweeps in flight: one for each stage."""
-        return self.group.count
+    def num_lanes(self, policy: Policy) -> int:
+        """Return the sweeps in flight: what the policy says, or one for each stage."""
+        return policy.num_lanes or self.group.count
 
     def layers_of(self, shapes: ModelShapes) -> range:
         """Return the layers of this stage, so that the most expensive stage is as cheap as possible.
@@ -78,12 +79,16 @@ class Stage:
                         "name what differs in the policy."
                     )
 
-    def neighbours(self, model: PreTrainedModel, layers: range, device: Device) -> StageNeighbours:
+    def neighbours(self, model: PreTrainedModel, layers: range, policy: ResolvedPolicy, device: Device) -> StageNeighbours:
         """Connect this stage with those before and behind it."""
         gpus = self.group.exchange("gpus", device.is_gpu)
-        backend = "nccl" if all(gpus) and torch.distributed.is_nccl_available() else "gloo"
         form = RowForm(setting(model, "hidden_size") or 0, model.dtype)
-        neighbours = StageNeighbours(layers, form, stages=self.group, backend=backend, device=device.torch_device)
+        link: RowLink
+        if all(gpus) and torch.distributed.is_nccl_available():
+            link = GpuRows(self.group, device.torch_device)
+        else:
+            link = CpuRows(self.group, row_frames(form.token_bytes, policy))
+        neighbours = StageNeighbours(layers, form, link, stages=self.group, device=device.torch_device)
         self.group.on_message = partial(_expect_rows, neighbours)
         return neighbours
 

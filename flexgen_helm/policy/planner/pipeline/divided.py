@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from flexgen_helm.errors import PolicyError
@@ -60,6 +60,7 @@ class Stages:
         """
         profile, space = machine
         ranges = tuple(ranges)
+        policy = replace(policy, num_lanes=lanes if len(ranges) > 1 else None)
         plans = []
         for s, layers in enumerate(ranges):
             try:
