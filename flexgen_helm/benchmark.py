@@ -158,6 +158,7 @@ class Measurement:
             *self._wait_lines(),
             *self._link_lines(),
             *self._tier_lines(),
+            *self._stage_lines(),
             f"  process         {gib(stats.peak_bytes)} at most, {gib(taken)} more than before the run",
         ]
 
@@ -189,6 +190,14 @@ class Measurement:
             expected = f", {gib(planned[tier])} planned" if tier in planned else ""
             expected += f" and room for {gib(room)} of K and V" if room else ""
             yield f"  {tier:<16}{gib(measured.get(tier, 0))} at most{expected}"
+
+    def _stage_lines(self) -> Iterator[str]:
+        for stage in self.engine.stages:
+            planned = ", ".join(
+                f"{gib(count)} of weights and buffers on {tier}" for tier, count in stage.planned_bytes.items() if count
+            )
+            rows = f"{gib(stage.travel_bytes)} of rows on their way"
+            yield f"  {stage.name}: layers {stage.first_layer} to {stage.last_layer}, {planned}, {rows}"
 
 
 def measure(

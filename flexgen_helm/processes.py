@@ -32,3 +32,7 @@ def num_local(default: int) -> int:
         default: The number if no launcher tells.
     """
     return int(os.environ.get(LOCAL_COUNT, default))
+
+
+class Terminated(SystemExit):
+    """SIGTERM, which a launcher sends to all processes when one has failed."""

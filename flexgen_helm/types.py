@@ -314,6 +314,24 @@ class Numerics:
 
 
 @dataclass(frozen=True)
+class StageInfo:
+    """A stage of a pipeline: its layers, and its bytes on each tier."""
+
+    name: str
+    """Number, rank and host."""
+    first_layer: int
+    last_layer: int
+    weight_bytes: dict[str, int]
+    """See `EngineInfo`."""
+    planned_bytes: dict[str, int]
+    """See `EngineInfo`; rows on their way between stages are `travel_bytes`."""
+    cache_bytes: dict[str, int]
+    """See `EngineInfo`."""
+    travel_bytes: int
+    """Most bytes of rows on their way between this stage and others."""
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """Description of an engine: its policy, its numerics, and its bytes on each tier."""
 
@@ -342,3 +360,5 @@ class EngineInfo:
     """Whether neighbours changed no bit in the self-check at load; None: not measured on the device that computes."""
     released_dtype: str = ""
     """The dtype in which the checkpoint says that its weights are, such as "bfloat16"; empty: it does not say."""
+    stages: tuple[StageInfo, ...] = ()
+    """Stages of a pipeline, each with its own bytes; bytes elsewhere are the first one's. None: one process has all layers."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flexgen_helm.policy.row_travel import LENGTH_BYTES, Frames
+from flexgen_helm.policy.stages.row_travel import LENGTH_BYTES, Frames
 
 Delivery = tuple[dist.Work, Tensor]
 """What is being sent: its tensor must be kept until the work has ended."""

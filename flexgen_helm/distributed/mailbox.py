@@ -10,7 +10,7 @@ import torch.distributed as dist
 from flexgen_helm.distributed import channel
 from flexgen_helm.distributed.channel import Delivery, Inlet
 from flexgen_helm.distributed.messages import Message, bytes_of, message_of
-from flexgen_helm.policy.row_travel import Frames
+from flexgen_helm.policy.stages.row_travel import Frames
 
 FRAMES = Frames(2**14, 64)
 """Most messages are one frame; those that order sweeps of hundreds of sequences are a few."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from flexgen_helm.distributed.channel import Delivery
 from flexgen_helm.distributed.group import StageGroup
 from flexgen_helm.distributed.row_links import RowLink
 from flexgen_helm.errors import FlexGenError, UnsupportedModel
-from flexgen_helm.policy.row_travel import row_bytes
+from flexgen_helm.policy.stages.row_travel import row_bytes
 from flexgen_helm.schedule.rows import Row
 
 
@@ -92,6 +93,8 @@ class StageNeighbours:
         self._ready: dict[int, Tensor] = {}
         """Rows that wait for earlier ones, for which the CPU still attends."""
         self._number = self._sent = self._taken = 0
+        self.waited_seconds = 0.0
+        """Seconds in which this stage waited for rows."""
 
     @property
     def layers(self) -> range:
@@ -120,7 +123,10 @@ class StageNeighbours:
         """See `Neighbours`. Rows come in their order."""
         assert k == self._taken, "rows are received in their order"
         self._taken += 1
-        return self._form.unpack(self._link.receive(), self._sizes[k], self._device)
+        begun = time.perf_counter()
+        row = self._link.receive()
+        self.waited_seconds += time.perf_counter() - begun
+        return self._form.unpack(row, self._sizes[k], self._device)
 
     def send(self, k: int, hidden: Tensor, bad: Tensor) -> None:
         """See `Neighbours`. Rows leave in their order."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from flexgen_helm.distributed import channel
 from flexgen_helm.distributed.channel import Delivery, Inlet
 from flexgen_helm.distributed.group import StageGroup
-from flexgen_helm.policy.row_travel import Frames
+from flexgen_helm.policy.stages.row_travel import Frames
 
 
 class RowLink(Protocol):

@@ -10,7 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from flexgen_helm.errors import FlexGenError
 from flexgen_helm.helm.console import SPEAKER, VARIABLE
+from flexgen_helm.processes import Terminated
 
 MODULES = {"helm-run": "helm.benchmark.run", "helm-summarize": "helm.benchmark.presentation.summarize"}
 FOLLOW_SECONDS = 0.2
@@ -26,6 +28,10 @@ def execute(command: Sequence[str], environment: Mapping[str, str], log: Path, *
         environment: Its environment.
         log: File to which everything it prints is appended.
         verbose: Whether that is shown as well; otherwise its steps and their progress are.
+
+    Raises:
+        FlexGenError: If this process is terminated, as by a launcher when a stage of a pipeline is lost; says why the command
+            ended.
     """
     # The same interpreter, whatever is first in PATH.
     module = [sys.executable, "-m", MODULES[command[0]], *command[1:]]
@@ -45,6 +51,9 @@ def execute(command: Sequence[str], environment: Mapping[str, str], log: Path, *
                 # The signal has reached HELM too, which keeps what is finished before it ends.
                 process.wait()
                 raise
+            except Terminated:
+                process.terminate()
+                raise FlexGenError(cause_of_failure(process.wait(), log)) from None
     finally:
         os.close(console)
 

@@ -15,9 +15,9 @@ from flexgen_helm.memory.amounts import gib
 from flexgen_helm.policy import working_memory
 from flexgen_helm.policy.cache_plan import CachePlan
 from flexgen_helm.policy.model_shapes import ModelShapes
-from flexgen_helm.policy.row_travel import travel_bytes
 from flexgen_helm.policy.shortage import Shortage, describe_shortage
 from flexgen_helm.policy.space import Space, pool_name
+from flexgen_helm.policy.stages.row_travel import travel_bytes
 from flexgen_helm.policy.weight_plan import WeightPlan
 from flexgen_helm.run_stats import RunStats
 from flexgen_helm.types import ON_DEVICE, TIERS, Policy, ResolvedPolicy, Shares, Tier

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexgen_helm.attention.visits import WINDOW_CHUNKS
 from flexgen_helm.machine.slices import SCRATCH_BYTES
 from flexgen_helm.policy.model_shapes import ModelShapes
-from flexgen_helm.policy.row_travel import token_travel_bytes, travel_bytes
+from flexgen_helm.policy.stages.row_travel import token_travel_bytes, travel_bytes
 from flexgen_helm.schedule.dependencies import MOST_SUSPENDED
 from flexgen_helm.types import ResolvedPolicy
 

@@ -54,6 +54,7 @@ from flexgen_helm.types import (
     Numerics,
     ResolvedPolicy,
     RowNumerics,
+    StageInfo,
     Tier,
     WeightNumerics,
 )
@@ -92,6 +93,8 @@ class Parts:
     """What the search of a policy found; None: nothing was searched."""
     neighbours: StageNeighbours | None = None
     """The other stages of a pipeline; None: there are none."""
+    stages: tuple[StageInfo, ...] = ()
+    """All stages of a pipeline; none: there is one process."""
     held: ExitStack = field(default_factory=ExitStack)
     """What is released when the engine is closed, after the executor."""
 
@@ -196,9 +199,10 @@ def _assemble(blueprint: Blueprint, placed: PlacedModel, options: EngineOptions)
         automatic=blueprint.automatic,
         neighbours=neighbours,
     )
-    if options.stage is not None:
-        options.stage.require_equal(parts.numerics)
-    return parts
+    if options.stage is None or blueprint.layers is None:
+        return parts
+    options.stage.require_equal(parts.numerics)
+    return replace(parts, stages=options.stage.all_infos(plan, blueprint.layers, parts.cache_bytes))
 
 
 def _rows(

@@ -39,6 +39,7 @@ def describe(parts: Parts) -> EngineInfo:
         weight_bytes={str(tier): count for tier, count in weights.weight_bytes.items()},
         bit_stable=parts.checked.passed.verdict.bit_stable,
         released_dtype=parts.released_dtype,
+        stages=parts.stages,
     )
 
 

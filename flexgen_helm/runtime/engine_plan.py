@@ -22,6 +22,7 @@ from flexgen_helm.runtime.engine_options import EngineOptions
 from flexgen_helm.runtime.fitting.fit import FittedModel
 from flexgen_helm.runtime.free_space import measure_space, whole_machine
 from flexgen_helm.runtime.planning.automatic import Automatic, automatic_policy
+from flexgen_helm.runtime.planning.stage_layers import stage_layers
 from flexgen_helm.runtime.slab_coding import automatic_coding
 from flexgen_helm.runtime.slab_places import SlabPlaces
 from flexgen_helm.types import ResolvedPolicy, SlabCoding
@@ -68,10 +69,9 @@ def plan_engine(
     shapes = shapes_of(whole, formats, kv_dtype, options.cache_format)
     policy = _with_place(resolved(options.asked, options.device), shapes, options)
     space = measure_space(options.device, options.limits, places.folder("plain"))
-    layers = None
     if options.stage is not None:
         policy = replace(policy, num_lanes=options.stage.num_lanes(policy))
-        layers = options.stage.layers_of(shapes)
+    layers = stage_layers(source, shapes, policy, space, options)
     if fitted is None and policy.keep_packed:
         raise PolicyError("keep_packed is for compressed weights. Name a variant, such as @w4, or leave it out.")
     if fitted is not None:

@@ -15,8 +15,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flexgen_helm.assets import smollm2_folder
@@ -24,9 +24,10 @@ from flexgen_helm.errors import FlexGenError
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.machine.profile_file import read_profile
 from flexgen_helm.options import parse_policy
-from flexgen_helm.policy.planner.pipeline.divided import Stages, even_ranges
+from flexgen_helm.policy.planner.pipeline.divided import Stages
 from flexgen_helm.policy.planner.pipeline.network import Network, parse_network
 from flexgen_helm.policy.planner.pipeline.predict import PipelinePrediction, simulate_pipeline
+from flexgen_helm.policy.planner.pipeline.unit_costs import measured_ranges
 from flexgen_helm.policy.planner.search.choose import default_policy
 from flexgen_helm.policy.planner.workload import Workload
 from flexgen_helm.runs.command_line import add_json, add_model, exit_on_sigterm, make_parser, reports_errors, write_json
@@ -85,33 +86,39 @@ def main() -> int:
     sizes = (options.num_jobs, options.prompt_len, options.gen_len)
     model = options.model or smollm2_folder()
     setting = Setting(model, options.stages, options.threads, *sizes, options.policy, options.timeout, options.dummy_weights)
-    profile = read_profile(options.profile) if options.profile else measured_profile(setting)
-    outcomes = []
-    for network in options.networks:
-        for lanes in options.lanes or (options.stages, 1):
-            made = predict(setting, profile, network, lanes)
-            found = measure(setting, network, lanes)
-            outcomes.append(Outcome(str(network), lanes, found["throughput"], made.tokens_per_second, made.binding))
-            print(outcomes[-1], file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = options.profile or measure_machine(setting, Path(folder, "profile.json"))
+        outcomes = list(_outcomes(replace(setting, profile=file), options.networks, options.lanes or (options.stages, 1)))
     print("\n".join(table(outcomes)))
     write_json(options.json, [asdict(each) for each in outcomes])
     return 0
 
 
-def measured_profile(setting: Setting) -> MachineProfile:
-    """Measure this machine for the model, with the threads of one process.
+def _outcomes(setting: Setting, networks: Sequence[Network], numbers: Sequence[int]) -> Iterator[Outcome]:
+    """Predict and measure with every network and number of sweeps in flight."""
+    assert setting.profile is not None
+    profile = read_profile(setting.profile)
+    for network in networks:
+        for lanes in numbers:
+            made = predict(setting, profile, network, lanes)
+            found = measure(setting, network, lanes)
+            outcome = Outcome(str(network), lanes, found["throughput"], made.tokens_per_second, made.binding)
+            print(outcome, file=sys.stderr, flush=True)
+            yield outcome
+
+
+def measure_machine(setting: Setting, file: Path) -> Path:
+    """Measure this machine for the model and its rows, with the threads of one process; returns the file, where that is.
 
     Raises:
         FlexGenError: If that fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "profile.json")
-        command = ["profile", "--model", str(setting.model), "--dtype", "float32", "--device", "cpu", "--out", str(file)]
-        variables = {**os.environ, "OMP_NUM_THREADS": str(setting.threads)}
-        done = subprocess.run([sys.executable, "-m", "flexgen_helm.cli", *command], check=False, env=variables)
-        if done.returncode:
-            raise FlexGenError(f"`flexgen-helm {' '.join(command)}` failed; its reason is above.")
-        return read_profile(file)
+    command = ["profile", "--model", str(setting.model), "--dtype", "float32", "--device", "cpu", "--out", str(file)]
+    variables = {**os.environ, "OMP_NUM_THREADS": str(setting.threads)}
+    done = subprocess.run([sys.executable, "-m", "flexgen_helm.cli", *command], check=False, env=variables)
+    if done.returncode:
+        raise FlexGenError(f"`flexgen-helm {' '.join(command)}` failed; its reason is above.")
+    return file
 
 
 def predict(setting: Setting, profile: MachineProfile, network: Network, lanes: int) -> PipelinePrediction:
@@ -119,7 +126,8 @@ def predict(setting: Setting, profile: MachineProfile, network: Network, lanes: 
     shapes = planned_shapes(open_source(setting.model, "float32", device_of(profile)), None)
     space = space_of(profile, {})
     policy = default_policy(shapes, profile, space, parse_policy(setting.policy))
-    stages = Stages.of(shapes, policy, (profile, space), even_ranges(shapes, setting.stages), lanes=lanes)
+    ranges = measured_ranges(shapes, policy, (profile, space), setting.stages)
+    stages = Stages.of(shapes, policy, (profile, space), ranges, lanes=lanes)
     workload = Workload.uniform(setting.num_jobs, setting.prompt_len, setting.gen_len)
     return simulate_pipeline(stages, workload, network, exactly=True)
 

@@ -35,6 +35,7 @@ class Setting:
         policy: Policy as `--policy` reads it.
         timeout: Most seconds of a measurement.
         dummy_weights: Whether weights are random, so that a config is enough.
+        profile: Profile of each stage's machine, by which layers are divided; None: by their products and bytes.
     """
 
     model: Path
@@ -46,6 +47,7 @@ class Setting:
     policy: str
     timeout: float
     dummy_weights: bool = False
+    profile: Path | None = None
 
     def bench(self, lanes: int) -> list[str]:
         """Return the arguments of `bench` with so many sweeps in flight."""
@@ -54,7 +56,19 @@ class Setting:
         sizes = {"--num-prompts": self.num_jobs, "--prompt-len": self.prompt_len, "--gen-len": self.gen_len}
         named = [text for name, value in sizes.items() for text in (name, str(value))]
         named += ["--dummy-weights"] if self.dummy_weights else []
-        return ["bench", "--model", str(self.model), "--dtype", "float32", "--device", "cpu", "--policy", json.dumps(policy), *named]
+        named += ["--profile", str(self.profile.absolute())] if self.profile else []
+        return [
+            "bench",
+            "--model",
+            str(self.model),
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            "--policy",
+            json.dumps(policy),
+            *named,
+        ]
 
 
 def measure(setting: Setting, network: Network, lanes: int) -> dict[str, Any]:

@@ -140,3 +140,23 @@ def test_one_process_has_no_lanes(tmp_path: Path) -> None:
         run(tiny(tmp_path, "llama"), JOBS[:1], policy=replace(NARROW, num_lanes=2))
     with pytest.raises(PolicyError, match="num_lanes must be an integer of at least 1, not 0"):
         replace(NARROW, num_lanes=0)
+
+
+def test_all_stages_are_described(drives: str, tmp_path: Path) -> None:
+    folder = str(tiny(tmp_path, SLIDING))
+    with Engine.from_pretrained(folder, policy=OFFLOADED, device=OWN_MEMORY, dtype="float32") as engine:
+        whole = engine.describe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(DRIVES, drives)
+        with Engine.from_pretrained(folder, policy=OFFLOADED, device=OWN_MEMORY, dtype="float32") as engine:
+            divided = engine.describe()
+    assert whole.stages == ()
+    first, last = divided.stages
+    assert [(each.first_layer, each.last_layer) for each in (first, last)] == [(0, 0), (1, 1)]
+    assert first.name.startswith("stage 1 of 2 (rank 0 on ")
+    assert divided.weight_bytes == first.weight_bytes
+    # Both have the embeddings, which are on the host here; layers and head are in slabs of one stage.
+    elsewhere = sum(whole.weight_bytes.values()) - sum(first.weight_bytes.values()) - sum(last.weight_bytes.values())
+    embeddings = -elsewhere
+    assert 0 < embeddings < sum(first.weight_bytes.values())
+    assert last.travel_bytes > first.travel_bytes > 0

@@ -13,8 +13,8 @@ from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.model_shapes import EMBEDDINGS, ModelShapes
 from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
 from flexgen_helm.policy.space import Space
-from flexgen_helm.policy.stages import balanced, head_cost, layer_costs
-from flexgen_helm.types import TIERS, ResolvedPolicy
+from flexgen_helm.policy.stages.balance import balanced, head_cost, layer_costs
+from flexgen_helm.types import TIERS, ResolvedPolicy, Tier
 from tests.policy.planner.made import KIB, shapes_with
 
 SIZES = ("stored_bytes", "carried_bytes", "bound_bytes", "disk_bytes")
@@ -99,7 +99,7 @@ def test_rows_on_their_way_are_in_the_plan(own_memory: bool, lanes: int) -> None
     posted = 64 * frame
     assert [plan.travel_bytes for plan in (alone, first, middle, last)] == [0, sweeps, posted + 2 * sweeps, posted + sweeps]
     without = dataclasses.replace(middle, shapes=dataclasses.replace(middle.shapes, borders=(False, False)))
-    tier = "host" if own_memory else "device"
+    tier: Tier = "host" if own_memory else "device"
     more = {name: count - without.running_with({})[name] for name, count in middle.running_with({}).items()}
     assert more == (
         {"device": middle.travel_bytes, "host": middle.travel_bytes, "disk": 0}

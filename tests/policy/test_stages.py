@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from flexgen_helm.errors import PolicyError
-from flexgen_helm.policy.stages import balanced, head_cost, layer_costs
+from flexgen_helm.policy.stages.balance import balanced, balanced_over, head_cost, layer_costs
 from tests.policy.planner.made import KIB, shapes_with
 
 
@@ -87,3 +87,28 @@ def test_a_layer_costs_its_larger_share_of_products_and_bytes() -> None:
 def test_a_head_of_its_own_is_read_whole_whatever_tokens_need_it() -> None:
     shapes = shapes_with(4, head=32 * KIB)
     assert head_cost(shapes, share=0.0) == pytest.approx(32 / (4 * 64))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_machines_on_which_layers_cost_differently(seed: int) -> None:
+    chance = random.Random(seed)
+    num_layers = chance.randint(2, 9)
+    stages = chance.randint(1, min(4, num_layers))
+    speeds = [chance.choice([1, 1, 2, 5]) for _ in range(stages)]
+    costs = [[speed * chance.choice([1, 2, 3]) for _ in range(num_layers)] for speed in speeds]
+    extra = [float(chance.choice([0, 0, 3])) for _ in range(stages)]
+    found = balanced_over(costs, extra)
+
+    def load(ranges: Sequence[range]) -> list[float]:
+        return [sum(costs[s][j] for j in layers) + extra[s] for s, layers in enumerate(ranges)]
+
+    assert [j for layers in found for j in layers] == list(range(num_layers))
+    assert all(found)
+    best = min(max(load(each)) for each in divisions(num_layers, stages))
+    assert max(load(found)) == pytest.approx(best, abs=1e-9)
+
+
+def test_a_machine_that_is_half_as_fast_gets_half_as_many_layers() -> None:
+    assert [len(layers) for layers in balanced_over([[1.0] * 12, [2.0] * 12], [0.0, 0.0])] == [8, 4]
+    # A head of one layer on the slow machine: 9, and 6 + 2.
+    assert [len(layers) for layers in balanced_over([[1.0] * 12, [2.0] * 12], [0.0, 2.0])] == [9, 3]

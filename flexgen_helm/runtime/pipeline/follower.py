@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from itertools import islice
 
@@ -27,6 +28,7 @@ from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.generation.replies import Reply, replies
 from flexgen_helm.runtime.building import Parts
 from flexgen_helm.runtime.pipeline.make import make_parts
+from flexgen_helm.runtime.pipeline.pipe import COMPUTED
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.schedule.rows import LogitRequest
 
@@ -82,6 +84,7 @@ class _Follower:
         self._executor: Executor = parts.executor
         self._neighbours: StageNeighbours = parts.neighbours
         self._leaving: deque[tuple[int, list[Delivery]]] = deque()
+        self._seconds, self._sweeps = 0.0, 0
 
     def serve(self) -> Message:
         """Compute what is ordered until the engine is closed or this stage is to end; returns that message."""
@@ -93,6 +96,9 @@ class _Follower:
     def close(self) -> None:
         """Part from the stages before and behind."""
         self._neighbours.close()
+        logger.info(
+            COMPUTED, self._group.name(self._group.index), self._seconds - self._neighbours.waited_seconds, self._sweeps
+        )
 
     def _compute(self, order: SweepOrder) -> None:
         watched(order.rows)
@@ -104,8 +110,10 @@ class _Follower:
         def answer(logit_requests: list[LogitRequest], logits: Tensor) -> None:
             found.extend(replies(list(islice(questions, len(logit_requests))), logits))
 
+        begun = time.perf_counter()
         try:
             self._executor.run(order.sweep, answer)
+            self._seconds, self._sweeps = self._seconds + time.perf_counter() - begun, self._sweeps + 1
             reply = SweepReply(order.number, tuple(found), tuple(not_finite(order.rows)))
         except Exception as error:
             self._neighbours.give_up(sends=not self._group.is_last)

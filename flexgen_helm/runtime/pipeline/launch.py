@@ -7,15 +7,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkstemp
+from typing import NoReturn
 
 from flexgen_helm.distributed.group import StageGroup
 from flexgen_helm.errors import StageLost
-from flexgen_helm.processes import DRIVES, num_processes
+from flexgen_helm.processes import DRIVES, Terminated, num_processes
 
 MET = "met"
 LOST_EXIT = 3
@@ -41,8 +42,7 @@ def met_group() -> StageGroup:
     Path(os.environ[DRIVES]).write_text(MET)
     group = StageGroup.from_environment()
     atexit.register(group.end)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: _end_by_signal(group))
+    _on_sigterm(partial(_end_by_signal, group))
     return group
 
 
@@ -54,6 +54,7 @@ def driving() -> Iterator[None]:
         return
     begin_to_drive()
     mark = Path(os.environ[DRIVES])
+    _on_sigterm(_raise_terminated)
     try:
         yield
     finally:
@@ -75,15 +76,30 @@ def follow_first() -> int:
     return 0
 
 
+def _on_sigterm(end: Callable[[], NoReturn]) -> None:
+    """Let the first SIGTERM call a function in the main thread; others do nothing. Another thread cannot ask for that."""
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        end()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handle)
+
+
+def _raise_terminated() -> NoReturn:
+    raise Terminated(128 + signal.SIGTERM)
+
+
 def _end_follower(error: StageLost) -> None:
     """End this process at once: its threads may wait for what never comes, and it has nothing to lose."""
     print(f"flexgen-helm: {error}", file=sys.stderr, flush=True)
     os._exit(LOST_EXIT)
 
 
-def _end_by_signal(group: StageGroup) -> None:
+def _end_by_signal(group: StageGroup) -> NoReturn:
     """Say which stage is lost when a launcher ends all others because of it."""
     group.look_for_lost()
     if group.is_broken:
         print(f"flexgen-helm: {group.loss()}", file=sys.stderr, flush=True)
-    raise SystemExit(128 + signal.SIGTERM)
+    _raise_terminated()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,11 @@ from flexgen_helm.errors import FlexGenError, StageLost
 from flexgen_helm.runtime.intake import apply, question
 from flexgen_helm.schedule.rows import LogitRequest, Sweep
 
+logger = logging.getLogger(__name__)
+
+COMPUTED = "%s computed for %.1f s, in %d sweeps"
+"""What a stage says at its end: stages that computed much longer than others have too many layers."""
+
 
 class StagePipe:
     """The other stages. It is a `flexgen_helm.runtime.worker.Pipe`. One thread uses it."""
@@ -23,7 +30,7 @@ class StagePipe:
         self._group, self._neighbours = group, neighbours
         self._numbers: dict[int, int] = {}
         """Numbers of the sweeps that were ordered and not answered, by the sweep's `id`."""
-        self._ordered = 0
+        self._ordered, self._seconds = 0, 0.0
         self._answered = -1
         """Number of the last sweep that the last stage answered."""
         self._replies: dict[int, SweepReply] = {}
@@ -42,8 +49,10 @@ class StagePipe:
             self._leaving.append((number, self._group.send(order, stage)))
         self._numbers[id(sweep)] = number
         self._neighbours.begin_sweep(number, rows, delivered=self._answered)
+        begun = time.perf_counter()
         try:
             yield
+            self._seconds += time.perf_counter() - begun
         except StageLost:
             raise
         except BaseException:
@@ -75,6 +84,7 @@ class StagePipe:
             for stage in range(1, self._group.count):
                 self._group.send_and_wait(Close(), stage)
             self._neighbours.close()
+            logger.info(COMPUTED, self._group.name(0), self._seconds, self._ordered)
 
     def _reply(self, number: int) -> SweepReply:
         """Wait for the reply to a sweep; the last stage replies in the order of the sweeps."""

@@ -20,12 +20,11 @@ from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.usage import free_bytes
 from flexgen_helm.model.layers import READS_OTHERS_KV, layers_of
 from flexgen_helm.model.recorder import RecordedModel, Recording
-from flexgen_helm.policy.model_shapes import ModelShapes
-from flexgen_helm.policy.row_travel import row_frames
+from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.shapes_of_model import setting
-from flexgen_helm.policy.stages import balanced, head_cost, layer_costs
+from flexgen_helm.policy.stages.row_travel import row_frames
 from flexgen_helm.processes import local_rank, num_local
-from flexgen_helm.types import Numerics, Policy, ResolvedPolicy
+from flexgen_helm.types import Numerics, Policy, ResolvedPolicy, StageInfo, Tier
 
 ALONE = "Run it in one process, without torchrun."
 
@@ -39,17 +38,6 @@ class Stage:
     def num_lanes(self, policy: Policy) -> int:
         """Return the sweeps in flight: what the policy says, or one for each stage."""
         return policy.num_lanes or self.group.count
-
-    def layers_of(self, shapes: ModelShapes) -> range:
-        """Return the layers of this stage, so that the most expensive stage is as cheap as possible.
-
-        Args:
-            shapes: Sizes of the whole model.
-
-        Raises:
-            PolicyError: If there are fewer layers than stages.
-        """
-        return balanced(layer_costs(shapes), self.group.count, last=head_cost(shapes))[self.group.index]
 
     def agreed_pools(self, pools: Mapping[Form, PagePool], block_tokens: int) -> tuple[dict[Form, PagePool], int]:
         """Return pages and prompt tokens for which every stage has room, as all stages number them alike.
@@ -79,6 +67,25 @@ class Stage:
                         "name what differs in the policy."
                     )
 
+    def all_infos(self, plan: MemoryPlan, layers: range, cache_bytes: Mapping[Tier, int]) -> tuple[StageInfo, ...]:
+        """Describe all stages.
+
+        Args:
+            plan: Memory plan of this stage.
+            layers: Its layers.
+            cache_bytes: Its bytes of K and V on each tier.
+        """
+        own = StageInfo(
+            name=self.group.name(self.group.index),
+            first_layer=layers.start,
+            last_layer=layers.stop - 1,
+            weight_bytes=_plain(plan.weights.weight_bytes),
+            planned_bytes=_plain(plan.weights.needed_bytes),
+            cache_bytes=_plain(cache_bytes),
+            travel_bytes=plan.travel_bytes,
+        )
+        return tuple(self.group.exchange("info", own))
+
     def neighbours(self, model: PreTrainedModel, layers: range, policy: ResolvedPolicy, device: Device) -> StageNeighbours:
         """Connect this stage with those before and behind it."""
         gpus = self.group.exchange("gpus", device.is_gpu)
@@ -105,6 +112,10 @@ def _expect_rows(neighbours: StageNeighbours, message: Message) -> None:
     """Begin to receive the rows of a sweep as soon as it is ordered: they arrive while an earlier sweep is computed."""
     if isinstance(message, SweepOrder):
         neighbours.expect(message.rows)
+
+
+def _plain(by_tier: Mapping[Tier, int]) -> dict[str, int]:
+    return {str(tier): count for tier, count in by_tier.items()}
 
 
 def stage_device(given: str | Device) -> str | Device:

@@ -65,6 +65,24 @@ class Subject:
         whole = self.source.empty
         return signature(shapes_of(whole, plain_formats(whole), self.source.dtype))
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """What a kept profile depends on beside the machine."""
+        return {
+            "model": self.signature,
+            "dtype": dtype_name(self.source.dtype),
+            "rows": [self.policy.gpu_batch_size, self.policy.gpu_batch_tokens],
+            **({"compiled": True} if self.compiled else {}),
+        }
+
+
+def kept_profile(device: Device, subject: Subject, *, folder: Path | None = None) -> MachineProfile | None:
+    """Return the profile of this machine for a model if it was measured before; see `machine_profile`."""
+    folder = cache_folder() if folder is None else folder
+    if not folder.exists():
+        return None
+    return _Kept(device, folder, again=False, say=logger.info).read(subject.key)
+
 
 def machine_profile(
     device: Device,
@@ -98,15 +116,8 @@ def machine_profile(
         machine = kept.get({}, "this machine", partial(_measure_machine, device, folder, say_part))
         if subject is None:
             return machine
-        policy = subject.policy
-        key = {
-            "model": subject.signature,
-            "dtype": dtype_name(subject.source.dtype),
-            "rows": [policy.gpu_batch_size, policy.gpu_batch_tokens],
-            **({"compiled": True} if subject.compiled else {}),
-        }
         measure = partial(_measure_subject, machine, device, subject, say_part)
-        return kept.get(key, f"{subject.source.name} on this machine", measure)
+        return kept.get(subject.key, f"{subject.source.name} on this machine", measure)
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,10 @@ class _Kept:
             with suppress(FlexGenError):
                 write_profile(profile, file)
             return profile
+
+    def read(self, key: dict[str, Any]) -> MachineProfile | None:
+        """Return a kept profile; None: there is none."""
+        return self._read(self._file(key))
 
     def _read(self, file: Path) -> MachineProfile | None:
         if not self.again:

@@ -14,7 +14,7 @@ from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.planner.durations import Durations
 from flexgen_helm.policy.planner.sweeps import plan_capacity
 from flexgen_helm.policy.space import Space
-from flexgen_helm.policy.stages import balanced, head_cost, layer_costs
+from flexgen_helm.policy.stages.balance import balanced, stage_costs
 from flexgen_helm.types import TIERS, ResolvedPolicy
 
 
@@ -86,7 +86,7 @@ class Stages:
 
 
 def even_ranges(shapes: ModelShapes, count: int) -> tuple[range, ...]:
-    """Divide a model as the stages of a running pipeline do: by products and bytes, with logits for every token of a sweep.
+    """Divide a model as the stages of a running pipeline do whose machines were not measured: by products and bytes.
 
     Args:
         shapes: Sizes of the model.
@@ -95,4 +95,5 @@ def even_ranges(shapes: ModelShapes, count: int) -> tuple[range, ...]:
     Raises:
         PolicyError: If there are fewer layers than stages.
     """
-    return balanced(layer_costs(shapes), count, last=head_cost(shapes))
+    layers, head = stage_costs(shapes)
+    return balanced(layers, count, last=head)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
+from typing import NamedTuple
 
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.policy.model_shapes import ModelShapes
@@ -16,6 +17,13 @@ from flexgen_helm.schedule.operations import head_unit
 
 UNITS = 2**40
 """Parts of the largest cost in which costs are counted: sums of integers are exact, so equal loads are equal."""
+
+LOGITS_SHARE = 0.25
+"""Time of rows whose tokens all need logits, as a share of that of all rows, where the machine and the jobs are not known.
+
+It is 0.3 for prompts four times as long as their answers (measured on a CPU, runs/LOG.md), less for longer prompts, and 1 where
+prompts are scored.
+"""
 
 
 def balanced(costs: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0) -> tuple[range, ...]:
@@ -37,20 +45,34 @@ def balanced(costs: Sequence[float], stages: int, *, first: float = 0.0, last: f
         PolicyError: If there are fewer layers than stages, or no stage.
         ValueError: If a cost is negative or not finite.
     """
-    if not 1 <= stages <= len(costs):
+    extra = [0.0] * stages
+    if stages > 0:
+        extra[0] += first
+        extra[-1] += last
+    return balanced_over([costs] * max(1, stages), extra)
+
+
+def balanced_over(costs: Sequence[Sequence[float]], extra: Sequence[float]) -> tuple[range, ...]:
+    """Divide layers as `balanced` does, over machines on which they cost differently.
+
+    Args:
+        costs: For each stage the cost of each layer of the model there, in one unit for all; not negative.
+        extra: What each stage has to do beside its layers.
+    """
+    stages, count = len(extra), len(costs[0])
+    if not 1 <= stages <= count:
         raise PolicyError(
-            f"{len(costs)} layers cannot be divided into {stages} stages, since each stage computes at least one layer. Take 1 "
-            f"to {len(costs)} stages."
+            f"{count} layers cannot be divided into {stages} stages, since each stage computes at least one layer. Take 1 "
+            f"to {count} stages."
         )
-    if not all(0 <= cost < math.inf for cost in (*costs, first, last)):
-        raise ValueError(f"costs must be finite and not negative: {[*costs, first, last]}")
-    unit = max(*costs, first, last) / UNITS or 1.0
-    sums = [0, *accumulate(round(cost / unit) for cost in costs)]
-    extra = [0] * stages
-    extra[0] += round(first / unit)
-    extra[-1] += round(last / unit)
-    bound = _largest(sums, extra)
-    stops = _stops(sums, extra, bound)
+    listed = [*(cost for each in costs for cost in each), *extra]
+    if not all(0 <= cost < math.inf for cost in listed):
+        raise ValueError(f"costs must be finite and not negative: {listed}")
+    unit = max(listed) / UNITS or 1.0
+    loads = _Loads(
+        [[0, *accumulate(round(cost / unit) for cost in each)] for each in costs], [round(each / unit) for each in extra]
+    )
+    stops = _stops(loads, _largest(loads))
     return tuple(range(start, stop) for start, stop in zip([0, *stops], stops, strict=False))
 
 
@@ -74,6 +96,11 @@ def head_cost(shapes: ModelShapes, *, share: float = 1.0) -> float:
     return max(share * products, num_bytes)
 
 
+def stage_costs(shapes: ModelShapes) -> tuple[tuple[float, ...], float]:
+    """Return the costs of the layers and of the head by which layers are divided where no machine is known."""
+    return tuple(layer_costs(shapes)), head_cost(shapes, share=LOGITS_SHARE)
+
+
 def _shares_of(shapes: ModelShapes, j: int) -> tuple[float, float]:
     """Return the products and the bytes of a unit, as shares of those of all layers. A tied head has no bytes of its own."""
     layers = range(shapes.num_layers)
@@ -81,31 +108,44 @@ def _shares_of(shapes: ModelShapes, j: int) -> tuple[float, float]:
     return products, shapes.carried_bytes.get(j, 0) / sum(shapes.carried_bytes[i] for i in layers)
 
 
-def _largest(sums: Sequence[int], extra: Sequence[int]) -> int:
-    """Return the least possible cost of the most expensive stage.
+class _Loads(NamedTuple):
+    """Integers for `UNITS`.
 
-    Args:
-        sums: Cost of the layers before each one, and of all.
+    Attributes:
+        sums: For each stage the cost of the layers before each one, and of all.
         extra: What each stage has to do beside its layers.
     """
-    end, stages = len(sums) - 1, len(extra)
+
+    sums: list[list[int]]
+    extra: list[int]
+
+    @property
+    def end(self) -> int:
+        """The number of layers."""
+        return len(self.sums[0]) - 1
+
+    def of(self, s: int, start: int, stop: int) -> int:
+        """Return the load of stage s with the layers from start to before stop."""
+        return self.sums[s][stop] - self.sums[s][start] + self.extra[s]
+
+
+def _largest(loads: _Loads) -> int:
+    """Return the least possible cost of the most expensive stage."""
+    end, stages = loads.end, len(loads.extra)
     best: list[float] = [*[math.inf] * end, 0]
     """The least largest cost of the stages that begin with each layer; of none at the end."""
     for s in reversed(range(stages)):
         left = stages - s - 1
         best = [
-            min(
-                (max(sums[stop] - sums[start] + extra[s], best[stop]) for stop in range(start + 1, end - left + 1)),
-                default=math.inf,
-            )
+            min((max(loads.of(s, start, stop), best[stop]) for stop in range(start + 1, end - left + 1)), default=math.inf)
             for start in range(end + 1)
         ]
     return int(best[0])
 
 
-def _stops(sums: Sequence[int], extra: Sequence[int], bound: int) -> list[int]:
+def _stops(loads: _Loads, bound: int) -> list[int]:
     """Return the ends of the ranges with the least sum of squares of loads that are all within a bound."""
-    end, stages = len(sums) - 1, len(extra)
+    end, stages = loads.end, len(loads.extra)
 
     @cache
     def best(s: int, start: int) -> tuple[float, int]:
@@ -114,7 +154,7 @@ def _stops(sums: Sequence[int], extra: Sequence[int], bound: int) -> list[int]:
             return (0 if start == end else math.inf), -start
         found: tuple[float, int] = (math.inf, -end)
         for stop in range(start + 1, end - (stages - s - 1) + 1):
-            load = sums[stop] - sums[start] + extra[s]
+            load = loads.of(s, start, stop)
             if load > bound:
                 break
             found = min(found, (load * load + best(s + 1, stop)[0], -stop))
