@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 FOREVER = timedelta(days=30)
 """Between two sweeps HELM may compute metrics for hours; a stage that is lost is noticed by its beats."""
 POLL_SECONDS = 0.02
-END_SECONDS = 10.0
+END_SECONDS = 20.0
 """Seconds that a stage waits for the others at its end."""
 AGAIN = "Answers that were given so far are kept: start the same command again, and it goes on behind them."
 Value = TypeVar("Value")
@@ -55,6 +55,8 @@ class StageGroup:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.on_message: Callable[[Message], None] = lambda message: None
         """Called with each message as soon as it comes, in a thread, before it can be taken."""
+        self.before_end: Callable[[], None] = lambda: None
+        """Called when this stage begins to part from the others, unless one is lost."""
         self._liveness = Liveness(self._store, index, count, self._lose)
         senders = [0] if index else range(1, count)
         self._listeners = [mailbox.listen(stage, self._messages, self._receive, self._break) for stage in senders]
@@ -200,16 +202,18 @@ class StageGroup:
         self._set(f"{self._epoch}/failed/{self.index}", text.encode())
 
     def end(self) -> None:
-        """Part from the other stages; the first one ends them."""
+        """Part from the other stages; the first one ends them, and they tell it that they end."""
         if self._ended:
             return
-        if self.is_first and not self._lost:
-            for stage in range(1, self.count):
+        if not self._lost:
+            self.before_end()
+            for stage in range(1, self.count) if self.is_first else [0]:
                 self.send_and_wait(End(), stage)
         self._ended = True
         self._liveness.note("ended")
         self._liveness.end()
-        for listener in self._listeners:  # until the others have ended too: a process must not end in the middle of a call
+        # Each ends with the `End` of its stage: Python would end it in the middle of a call of C++, which aborts the process.
+        for listener in self._listeners:
             listener.join(END_SECONDS)
         if not any(listener.is_alive() for listener in self._listeners):
             dist.destroy_process_group()

@@ -34,7 +34,8 @@ class Liveness:
         self._seen: dict[int, tuple[bytes, float]] = dict.fromkeys(self._others, (b"", now))
         self._ended = threading.Event()
         self._show(0)
-        threading.Thread(target=self._watch, name="flexgen-helm-liveness", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="flexgen-helm-liveness", daemon=True)
+        self._thread.start()
 
     def note(self, text: str) -> None:
         """Say why this stage ends, for those who look for the one that ended first. Nothing happens if the store is gone."""
@@ -52,8 +53,14 @@ class Liveness:
         return []
 
     def end(self) -> None:
-        """Show no more beats and watch nobody."""
+        """Show no more beats and watch nobody.
+
+        A process must not end while the thread asks the store, which may take some round trips: Python would end the thread in
+        the middle of a call of C++, and that aborts the process.
+        """
         self._ended.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(LOST_SECONDS)
 
     def _watch(self) -> None:
         beat = 0

@@ -17,6 +17,9 @@ from flexgen_helm.distributed.channel import Delivery, Inlet
 from flexgen_helm.distributed.group import StageGroup
 from flexgen_helm.policy.stages.row_travel import Frames
 
+CLOSE_SECONDS = 10.0
+"""Seconds that a stage waits at its end for the stage before to say that no row comes any more."""
+
 
 class RowLink(Protocol):
     """What brings rows from the stage before, and takes them to the stage behind. Both in their order."""
@@ -39,7 +42,7 @@ class RowLink(Protocol):
         """Start to send a row."""
 
     def close(self) -> None:
-        """Send and take nothing more. All stages must do it, in their order."""
+        """Send and take nothing more. All stages must do it, in their order; another call does nothing."""
 
 
 class CpuRows:
@@ -55,10 +58,13 @@ class CpuRows:
         self._stages, self._frames, self._group = stages, frames, stages.new_group("gloo")
         self._arrived: SimpleQueue[Tensor | None] = SimpleQueue()
         self.where = torch.device("cpu")
+        self._thread: threading.Thread | None = None
+        self._closed = False
         if not stages.is_first:
             with stages.noticing():
                 inlet = Inlet(stages.index - 1, self._group, frames)
-            threading.Thread(target=self._take, args=(inlet,), name="flexgen-helm-rows", daemon=True).start()
+            self._thread = threading.Thread(target=self._take, args=(inlet,), name="flexgen-helm-rows", daemon=True)
+            self._thread.start()
 
     def expect(self, sizes: Sequence[int]) -> None:
         """See `RowLink`."""
@@ -82,9 +88,14 @@ class CpuRows:
             return channel.send(row, self._stages.index + 1, self._group, self._frames)
 
     def close(self) -> None:
-        """See `RowLink`. Bytes of no length end the thread of the stage behind."""
-        if not self._stages.is_last and not self._stages.is_broken:
+        """See `RowLink`. Bytes of no length end the thread of the stage behind, which must not be in a call when that ends."""
+        if self._closed or self._stages.is_broken:
+            return
+        self._closed = True
+        if not self._stages.is_last:
             self._stages.wait_for(self.send(torch.empty(0, dtype=torch.uint8)))
+        if self._thread is not None:
+            self._thread.join(CLOSE_SECONDS)
 
     def _take(self, inlet: Inlet) -> None:
         try:

@@ -70,7 +70,7 @@ def _follow_engine(group: StageGroup, build: Build) -> Message:
             follower.close()
             return message
     finally:
-        group.on_message = lambda message: None
+        group.on_message, group.before_end = lambda message: None, lambda: None
         parts.executor.close()
         parts.held.close()
 

@@ -97,6 +97,7 @@ class Stage:
             link = CpuRows(self.group, row_frames(form.token_bytes, policy))
         neighbours = StageNeighbours(layers, form, link, stages=self.group, device=device.torch_device)
         self.group.on_message = partial(_expect_rows, neighbours)
+        self.group.before_end = neighbours.close
         return neighbours
 
     def memory_limit(self, device: Device, asked: MaxMemory | None) -> MaxMemory | None:
