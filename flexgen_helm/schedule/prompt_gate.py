@@ -19,7 +19,9 @@ class PromptGate:
             block_tokens: Prompt tokens of a sweep, at most.
             row_cost: Time of a row of prompts in units of a sweep that only decodes; 0: nothing is held back.
         """
-        self._row_tokens, self._block_tokens, self._row_cost = row_tokens, block_tokens, row_cost
+        self.block_tokens = block_tokens
+        """Prompt tokens of a sweep, at most."""
+        self._row_tokens, self._row_cost = row_tokens, row_cost
         self._idle_share = 0.0
         """Share of the slots that prompts which wait for their row have left idle, summed over sweeps."""
 
@@ -32,8 +34,8 @@ class PromptGate:
             decoding: Completions that take a step in the sweep.
             more_wait: Whether prompts wait for memory and nothing else could fill the row.
         """
-        if missing >= self._block_tokens:
-            return self._block_tokens
+        if missing >= self.block_tokens:
+            return self.block_tokens
         rest = missing % self._row_tokens
         if not (rest and more_wait and decoding):
             self._idle_share = 0.0

@@ -41,6 +41,7 @@ class Sweeps:
         decode: Sweeps that only decode.
         tokens: Prompt tokens of a sweep that computes prompts.
         live: Sequences that decode in a sweep, on average.
+        context: Tokens to which each of them attends, on average.
         to_first: Sweeps until the first completion is answered, less the one that computes its prompt.
         first_prompts: How many of these compute prompts, that one included.
     """
@@ -49,6 +50,7 @@ class Sweeps:
     decode: int
     tokens: float
     live: float
+    context: float
     to_first: int
     first_prompts: int
 
@@ -66,7 +68,7 @@ class Sweeps:
         """
         prompt = math.ceil(features.prompt_tokens / block_tokens)
         if not features.sequences:
-            return cls(prompt, 0, features.prompt_tokens / max(1, prompt), 0.0, 0, 1)
+            return cls(prompt, 0, features.prompt_tokens / max(1, prompt), 0.0, 0.0, 0, 1)
         count = features.sequences
         sweeps_each = features.steps / count + 1
         group = min(live, max(1.0, block_tokens * count / max(1, features.kept_tokens)))
@@ -78,7 +80,8 @@ class Sweeps:
         prompt = max(prompt, math.ceil(count / group - 1e-9))
         total = max(prompt, math.ceil(sweeps))
         first = min(prompt, math.ceil(min(count, live) / group), 1 + features.longest)
-        return cls(prompt, total - prompt, features.prompt_tokens / prompt, features.steps / total, features.longest, first)
+        mean = features.prompt_tokens / prompt, features.steps / total, features.context
+        return cls(prompt, total - prompt, *mean, features.longest, first)
 
     @property
     def counts(self) -> dict[SweepKind, int]:

@@ -39,6 +39,8 @@ OPERATIONS_PER_SQUARE = 4
 """Operations besides `compute` for a row and a layer: loads and stores of cache and hidden state."""
 OPERATIONS_PER_LAYER = 2
 """`load_weights` and `release_weights`."""
+ROUNDING = 1e-9
+"""Part of a row or position that is none, since averages are sums of floats."""
 
 
 @dataclass(frozen=True)
@@ -131,25 +133,38 @@ class CostModel:
         return RowLoad("prefill", durations.plan.policy.gpu_batch_tokens, int(tokens * CHUNK_TOKENS), int(earlier))
 
     def decode_row(self, durations: Durations, sweeps: Sweeps, count: int) -> RowLoad:
-        """Return a decode row of average load (A.3: s + n / 2 tokens that each sequence reads)."""
-        sequences, context = sweeps.live / count, self._read_tokens(sweeps) / count
-        own = min(context, sequences * (CHUNK_TOKENS + 1) / 2)
-        own_keys, earlier_keys = (CHUNK_TOKENS * math.ceil(count) for count in (sequences, (context - own) / CHUNK_TOKENS))
+        """Return a decode row of average load (A.3: s + n / 2 tokens that each sequence reads, here in whole chunks)."""
+        features, sequences = self.features, sweeps.live / count
+        earlier = max(0.0, features.earlier + sweeps.context - features.context)
+        apart = sweeps.live * sweeps.context
+        shared = self._read_tokens(sweeps) / apart if apart else 1.0
+        own_keys, earlier_keys = (
+            CHUNK_TOKENS * math.ceil(tokens / CHUNK_TOKENS - ROUNDING)
+            for tokens in (CHUNK_TOKENS * sequences, shared * earlier * sequences)
+        )
         return RowLoad("decode", durations.plan.policy.gpu_batch_size, own_keys, earlier_keys)
 
-    def rows(self, kind: SweepKind, candidate: Candidate) -> dict[RowKind, int]:
-        """Return the rows of a sweep by kind, prefill rows first."""
-        sweeps, policy = self.sweeps(candidate), candidate.policy
+    def rows(self, kind: SweepKind, candidate: Candidate, sweeps: Sweeps | None = None) -> dict[RowKind, int]:
+        """Return the rows of a sweep by kind, prefill rows first.
+
+        Args:
+            kind: Kind of sweep.
+            candidate: Sizes of the rows.
+            sweeps: What is in the sweep; None: what is in one on average.
+        """
+        sweeps, policy = sweeps or self.sweeps(candidate), candidate.policy
         rows: dict[RowKind, int] = {}
         if kind == "prompt":
-            rows["prefill"] = math.ceil(sweeps.tokens / policy.gpu_batch_tokens)
-        rows["decode"] = math.ceil(sweeps.live / policy.gpu_batch_size)
+            rows["prefill"] = math.ceil(sweeps.tokens / policy.gpu_batch_tokens - ROUNDING)
+        rows["decode"] = math.ceil(sweeps.live / policy.gpu_batch_size - ROUNDING)
         return rows
 
     def logits(self, kind: SweepKind, sweeps: Sweeps) -> int:
-        """Return the positions whose logits are needed in a sweep."""
-        scored = self.features.scored_positions / sweeps.prompt if kind == "prompt" else 0
-        return math.ceil(self.features.new_tokens / max(1, sweeps.total) + scored)
+        """Return the positions whose logits are needed in a sweep: of each step, of first tokens, and what is scored."""
+        features = self.features
+        of_prompts = features.new_tokens - features.steps + features.scored_positions
+        prompts = sweeps.tokens / max(1, features.prompt_tokens) if kind == "prompt" else 0.0
+        return math.ceil(sweeps.live + prompts * of_prompts - ROUNDING)
 
     def pages(self, kind: SweepKind, sweeps: Sweeps) -> tuple[int, int]:
         """Return the pages that decode rows of a sweep read, and those that get new K and V."""
@@ -184,7 +199,7 @@ class CostModel:
 
     def _read_tokens(self, sweeps: Sweeps) -> float:
         """Return the tokens whose K and V a sweep's decode rows read; what several read counts once."""
-        return min(self.features.context * sweeps.live, self.kept_tokens(sweeps.live))
+        return min(sweeps.context * sweeps.live, self.kept_tokens(sweeps.live))
 
     def _layers(self, durations: Durations, row: RowLoad) -> list[Stage]:
         """Return the stages of a row in all layers; layers of one kind are looked up once."""

@@ -1,26 +1,37 @@
-"""Sampling: a run from a replay of one sweep of each kind. No torch.
+"""Sampling: a run from a replay of a few sweeps of each kind. No torch.
 
-Between the closed form, which overlaps everything, and the simulation of every sweep, which takes as long as the scheduler: the
-sweeps are counted as the closed form counts them, and an average one of each kind is replayed with all its dependencies.
+Between the closed form, which overlaps everything, and the simulation of every sweep, which takes as long as the scheduler: a
+block is walked through as a whole (`levels`), and each level takes as long as its busiest resource, times what a replay with
+all dependencies takes longer than that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
+
 from flexgen_helm.errors import PolicyError
 from flexgen_helm.kv_cache.pages import Form
-from flexgen_helm.policy.capacity import Capacity
+from flexgen_helm.policy.capacity import PROMPT_ROW_COST, Capacity
 from flexgen_helm.policy.memory_plan import MemoryPlan
 from flexgen_helm.policy.planner.durations import Durations
+from flexgen_helm.policy.planner.fluid import Mark
 from flexgen_helm.policy.planner.loads import RowLoad, SweepLoad
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.search.candidate import Candidate, SweepKind
 from flexgen_helm.policy.planner.search.cost_model import CostModel
+from flexgen_helm.policy.planner.search.levels import Level, levels
 from flexgen_helm.policy.planner.simulate import NOTHING, sweep_cost
+from flexgen_helm.policy.planner.totals import Totals
+from flexgen_helm.schedule.prompt_gate import PromptGate
 from flexgen_helm.schedule.rows import in_order, spread
 from flexgen_helm.types import TIERS, Tier
+
+REPLAYS = 3
+"""Most sweeps of each kind that are replayed: those with the fewest and the most sequences, and one between."""
 
 
 def sampled(model: CostModel, candidate: Candidate, plan: MemoryPlan) -> Prediction:
@@ -39,13 +50,15 @@ def sampled(model: CostModel, candidate: Candidate, plan: MemoryPlan) -> Predict
         raise PolicyError("The cache of this plan holds no sequence of the workload.")
     candidate = replace(candidate, live=live)
     sweeps, durations = model.sweeps(candidate), Durations(plan, model.profile)
-    counts, first = sweeps.counts, sweeps.first_counts
-    costs = {
-        kind: sweep_cost(durations, _sweep(model, kind, candidate, durations)) for kind in get_args(SweepKind) if counts[kind]
-    }
+    tokens = candidate.policy.block_tokens
+    assert tokens is not None, "a candidate's block_tokens are decided"
+    row_cost = 0.0 if plan.space.is_gpu else PROMPT_ROW_COST
+    gate = PromptGate(row_tokens=candidate.policy.gpu_batch_tokens, block_tokens=tokens, row_cost=row_cost)
+    found = levels(sweeps, model.features, live, gate)
+    costs = _costs(durations, found, [_sweep(model, level, candidate, durations) for level in found])
     total = NOTHING
-    for kind, cost in costs.items():
-        total = total.plus(cost, counts[kind])
+    for level, cost in zip(found, costs, strict=True):
+        total = total.plus(cost, level.count)
     features = model.features
     cache = model.cache_bytes(live, plan.cache) if features.sequences else 0.0
     if plan.space.is_gpu:  # whose pages are made at their capacity
@@ -56,13 +69,32 @@ def sampled(model: CostModel, candidate: Candidate, plan: MemoryPlan) -> Predict
         seconds=total.seconds,
         prompt_tokens=features.prompt_tokens,
         generated_tokens=features.new_tokens,
-        sweeps=sweeps.total,
+        sweeps=round(sum(level.count for level in found)),
         peak_bytes=plan.peak_with(taken),
         running_bytes=plan.running_with(taken),
         bytes_moved={name: round(count) for name, count in total.moved.items() if count},
         busy_seconds=total.busy,
-        latency_seconds=sum(first[kind] * cost.seconds for kind, cost in costs.items()),
+        latency_seconds=sum(level.first * cost.seconds for level, cost in zip(found, costs, strict=True)),
     )
+
+
+def _costs(durations: Durations, found: Sequence[Level], loads: Sequence[SweepLoad]) -> list[Mark]:
+    """Return what the sweeps of each level take, behind one like them.
+
+    Args:
+        durations: Stages of operations.
+        found: The levels, those of each kind by the number of sequences that decode.
+        loads: A sweep of each.
+    """
+    totals = Totals(durations)
+    costs = [totals.of(load) for load in loads]
+    for kind in get_args(SweepKind):
+        numbers = [i for i, level in enumerate(found) if level.kind == kind]
+        chosen = sorted({numbers[(len(numbers) - 1) * i // (REPLAYS - 1)] for i in range(REPLAYS)}) if numbers else []
+        ratios = [sweep_cost(durations, loads[i]).seconds / costs[i].seconds for i in chosen]
+        for i in numbers:
+            costs[i] = costs[i]._replace(seconds=costs[i].seconds * float(np.interp(i, chosen, ratios)))
+    return costs
 
 
 def _fitting(model: CostModel, plan: MemoryPlan) -> int:
@@ -72,9 +104,10 @@ def _fitting(model: CostModel, plan: MemoryPlan) -> int:
     return int((room - shared) / max(1.0, one - shared)) if model.features.sequences else plan.policy.block_size
 
 
-def _sweep(model: CostModel, kind: SweepKind, candidate: Candidate, durations: Durations) -> SweepLoad:
-    """Return an average sweep."""
-    sweeps, rows = model.sweeps(candidate), model.rows(kind, candidate)
+def _sweep(model: CostModel, level: Level, candidate: Candidate, durations: Durations) -> SweepLoad:
+    """Return a sweep of a level."""
+    kind, sweeps = level.kind, level.sweeps
+    rows = model.rows(kind, candidate, sweeps)
     prompts: list[RowLoad] = []
     decoding: list[RowLoad] = []
     read, new = model.pages(kind, sweeps)
