@@ -5,7 +5,7 @@ Raw rates come from `flexgen_helm.machine.raw_rates`, times of a real model's la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,10 +20,11 @@ from flexgen_helm.machine.profile import AttentionRate, MachineProfile, ProductR
 from flexgen_helm.machine.raw_rates import disk_read_write, link_rates, memory_rate
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.memory.usage import free_disk_bytes, total_bytes
-from flexgen_helm.policy.measure_attention import Heads, decode_rate, prefill_rate
+from flexgen_helm.policy.measure_attention import Heads, decode_rate, prefill_rates
 from flexgen_helm.policy.measure_operations import operation_seconds
 from flexgen_helm.policy.measure_products import STANDARD_SHAPES, Shape, product_rates
 from flexgen_helm.policy.measure_unpack import unpack_rates
+from flexgen_helm.policy.model_shapes import sparse_name
 
 Say = Callable[[str], None]
 """Told what is measured next, a line at a time."""
@@ -35,6 +36,8 @@ PREFILL_TOKENS = {"cpu": 64, "cuda": 1024}
 """By type of device: tokens of the row whose attention is measured."""
 SEALED = CacheFormat(4, 4)
 """Format of compressed K and V that is measured, `kv4`."""
+SPARSE, SPARSE_SEALED = CacheFormat(sparsity=10), CacheFormat(4, 4, sparsity=10)
+"""Formats of sparse attention that are measured, `s10` and `kv4s10`."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,7 @@ def measure_dtype(
     say(f"matrix products in {name}")
     products = tuple(product_rates(where, dtype, shapes.matrices, shapes.tokens))
     say(f"attention in {name}")
-    rates = [prefill_rate(device, dtype, PREFILL_TOKENS[where.type], shapes.heads)]
-    rates += [decode_rate(place, device, name, (dtype, PLAIN_CACHE), shapes.heads) for place in _places(device)]
-    return products, tuple(rates)
+    return products, tuple(_attention_rates(device, name, (dtype, (PLAIN_CACHE, SPARSE)), shapes.heads))
 
 
 def measure_unpacking(device: Device, dtype: torch.dtype, say: Say) -> tuple[UnpackRate, ...]:
@@ -129,9 +130,27 @@ def measure_unpacking(device: Device, dtype: torch.dtype, say: Say) -> tuple[Unp
 
 
 def _sealed_rates(device: Device, shapes: LayerShapes, say: Say) -> tuple[AttentionRate, ...]:
-    name = "kv4"
-    say(f"attention over {name}")
-    return tuple(decode_rate(place, device, name, (torch.bfloat16, SEALED), shapes.heads) for place in _places(device))
+    say(f"attention over {SEALED.name}")
+    return tuple(_attention_rates(device, SEALED.name, (torch.bfloat16, (SEALED, SPARSE_SEALED)), shapes.heads))
+
+
+def _attention_rates(
+    device: Device, name: str, forms: tuple[torch.dtype, Sequence[CacheFormat]], heads: Heads
+) -> Iterator[AttentionRate]:
+    """Measure attention over some formats of the same bits, a dense one first.
+
+    Args:
+        device: The device.
+        name: Name of their bits.
+        forms: Dtype of exact pages, and the formats.
+        heads: Heads.
+    """
+    dtype, formats = forms
+    names = {sparse_name(name, each.sparsity): each for each in formats}
+    yield from prefill_rates(device, names, dtype, PREFILL_TOKENS[device.torch_device.type], heads)
+    for full, each in names.items():
+        for place in _places(device):
+            yield decode_rate(place, device, full, (dtype, each), heads)
 
 
 def _places(device: Device) -> tuple[Any, ...]:

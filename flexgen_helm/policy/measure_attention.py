@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,7 @@ from flexgen_helm.kv_cache.paged_cache import PagedCache
 from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PageCounts, PageStorage, num_pages
 from flexgen_helm.machine.profile import AttentionRate, Place, RowKind
 from flexgen_helm.machine.rates import random_numbers
-from flexgen_helm.machine.rounds import rate_of, seconds_of
+from flexgen_helm.machine.rounds import Rounds, rate_of, seconds_of
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.schedule.rows import Row, Segment
 
@@ -60,20 +62,44 @@ def decode_rate(place: Place, device: Device, name: str, form: tuple[torch.dtype
     return AttentionRate(place, "decode", name, rate, row.kernel)
 
 
-def prefill_rate(device: Device, dtype: torch.dtype, tokens: int, heads: Heads) -> AttentionRate:
-    """Measure a prefill row of one sequence behind a long beginning.
+def prefill_rates(
+    device: Device, forms: Mapping[str, CacheFormat], dtype: torch.dtype, tokens: int, heads: Heads
+) -> Iterator[AttentionRate]:
+    """Measure prefill rows of one sequence behind a long beginning.
+
+    Sparse attention scores all keys of earlier chunks, chooses among the scores and reads V of the chosen keys. Each of these
+    takes time for every query and key, so it has a rate as dense attention has, but of the keys of earlier chunks alone: a
+    query reads its own chunk in full, which takes as long as in the first format.
 
     Args:
         device: The device.
-        dtype: Of K and V.
+        forms: Formats of the cache by name, a dense one first.
+        dtype: Of exact pages.
         tokens: Size of the row.
         heads: Heads.
     """
-    row = _Row("prefill", [PREFILL_START], tokens, heads, device.torch_device, (dtype, CacheFormat()))
+    own = tokens * CHUNK_TOKENS
     keys = sum((PREFILL_START + i) // CHUNK_TOKENS + 1 for i in range(tokens)) * CHUNK_TOKENS
-    rate = rate_of(4 * keys * heads.queries * heads.dim, seconds_of(row.attend, device.torch_device))
-    row.close()
-    return AttentionRate("device", "prefill", str(dtype).removeprefix("torch."), rate, row.kernel)
+    dense: Rounds | None = None
+    for name, form in forms.items():
+        row = _Row("prefill", [PREFILL_START], tokens, heads, device.torch_device, (dtype, form))
+        found = seconds_of(row.attend, device.torch_device)
+        row.close()
+        dense = dense or found
+        sparse = form.sparsity is not None
+        counted = keys - own if sparse else keys
+        seconds = _without(found, dense, own / keys) if sparse else found
+        rate = rate_of(4 * counted * heads.queries * heads.dim, seconds)
+        yield AttentionRate("device", "prefill", name, rate, row.kernel)
+
+
+def _without(rounds: Rounds, dense: Rounds, part: float) -> Rounds:
+    """Return seconds without those of the keys that are read in full: a part of all, no slower than the others."""
+    wall, processor = (
+        [each - part * min(each, statistics.median(full)) for each in some] if some else []
+        for some, full in zip(rounds, dense, strict=True)
+    )
+    return Rounds(wall, processor)
 
 
 class _Row:

@@ -15,6 +15,11 @@ EMBEDDINGS = -1
 """Number of the embedding tables among the units of a model. Layers have 0 to L - 1, and the output head has L."""
 
 
+def sparse_name(form: str, percent: int | None) -> str:
+    """Return the name of a format of which attention reads V of a part of the keys, such as "bfloat16s10"; None: of all."""
+    return form if percent is None else f"{form}s{percent}"
+
+
 @dataclass(frozen=True)
 class ModelShapes:
     """Sizes of a model that decide how many bytes it takes.
@@ -46,6 +51,7 @@ class ModelShapes:
         mean_share: Bytes of the mean of V of a sealed page, likewise: on the device, whatever tier the page is on.
         chosen_share: Bytes of a kept page that a decode row brings from the host, for each byte of it: with sparse attention K
             and the rows of V that its heads choose, about.
+        sparsity: Per cent of the keys of earlier chunks of which attention reads V; None: all.
         scored_keys: Keys whose scores a row of prompts holds at once, for each query and head.
         layer_products: Elements of matrices by which a layer multiplies a token, by layer; of a mixture of experts only those
             of the experts that a token uses. Where a layer is missing, all of its weights count.
@@ -79,6 +85,7 @@ class ModelShapes:
     cache_bits: tuple[float, float] = (16.0, 16.0)
     mean_share: float = 0.0
     chosen_share: float = 1.0
+    sparsity: int | None = None
     scored_keys: int = 0
     first_layers_vocab: int = 0
     layer_products: Mapping[int, float] = field(default_factory=dict)
@@ -128,8 +135,8 @@ class ModelShapes:
 
     @property
     def kv_name(self) -> str:
-        """Name of the format in which kept K and V are read."""
-        return self.kv_format or DTYPES[self.kv_itemsize]
+        """Name of the format in which kept K and V are read: of their dtype or bits, and of what is read of V."""
+        return sparse_name(self.kv_format or DTYPES[self.kv_itemsize], self.sparsity)
 
     def products_of(self, j: int) -> float:
         """Return the elements of matrices by which unit j multiplies a token."""
@@ -193,6 +200,7 @@ class ModelShapes:
             cache_bits=(16.0, 16.0),
             mean_share=0.0,
             chosen_share=1.0,
+            sparsity=None,
             scored_keys=0,
             dtype=dtype,
             weight_format="plain",

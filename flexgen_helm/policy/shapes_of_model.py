@@ -74,6 +74,7 @@ def shapes_of(
         cache_bits=forms.get("sealed", forms["exact"]).bits_per_element,
         mean_share=sum(pages.mean_bytes for pages in forms.values()) / plain,
         chosen_share=_chosen_share(forms, cache.sparsity, heads // num_kv),
+        sparsity=cache.sparsity,
         scored_keys=0 if cache.sparsity is None else longest,
         layer_products=_products(model, layers),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, MixtralConfig
 
-from flexgen_helm.attention import decode
+from flexgen_helm.attention import decode, sparse
 from flexgen_helm.kv_cache.cache_format import PLAIN_CACHE, CacheFormat
 from flexgen_helm.loading.dummy_weights import make_first_layers
 from flexgen_helm.loading.source import ModelSource
@@ -164,7 +164,7 @@ def test_the_bytes_of_a_decode_row_are_those_that_its_plan_reads(
 def test_the_operations_of_prompt_attention_are_those_of_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """160 tokens behind 1,024: 128 meet 9 chunks each, and 32 meet 10."""
     monkeypatch.setattr(measure_attention, "seconds_of", lambda work, device: (work(), Rounds([2.0]))[1])
-    rate = measure_attention.prefill_rate(CPU, torch.float32, 160, HEADS)
+    (rate,) = measure_attention.prefill_rates(CPU, {"float32": PLAIN_CACHE}, torch.float32, 160, HEADS)
     assert rate.rate.value == 4 * (128 * 9 + 32 * 10) * 128 * 4 * 16 / 2
 
 
@@ -179,8 +179,9 @@ def test_everything_is_there_and_positive(device: Device, tmp_path: Path) -> Non
     assert profile.disk_write is not None
     places = {"device", "host"} if device.own_memory else {"device"}
     decode = {(rate.place, rate.format) for rate in profile.attention if rate.kind == "decode"}
-    assert decode == {(place, form) for place in places for form in ("bfloat16", "kv4")}
-    assert [rate.format for rate in profile.attention if rate.kind == "prefill"] == ["bfloat16"]
+    forms = ["bfloat16", "bfloat16s10", "kv4", "kv4s10"]
+    assert decode == {(place, form) for place in places for form in forms}
+    assert [rate.format for rate in profile.attention if rate.kind == "prefill"] == forms
     assert {rate.tokens for rate in profile.products} == {16, 64}
     unpacked = {(rate.place, rate.format) for rate in profile.unpack}
     on_host = {("host", "w4-entropy"), ("host", "lossless")}
@@ -224,3 +225,35 @@ def test_a_signature_names_what_decides_a_layers_time() -> None:
     one, two = (llama(256) for _ in range(2))
     two.num_key_value_heads = 4
     assert signed(one) != signed(two)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("float32s10", CacheFormat(sparsity=10)), ("kv4s10", CacheFormat(4, 4, sparsity=10))]
+)
+def test_sparse_prompts_are_measured_by_the_keys_of_earlier_chunks(
+    monkeypatch: pytest.MonkeyPatch, name: str, form: CacheFormat
+) -> None:
+    """160 tokens behind 1,024: 128 meet 8 earlier chunks each, and 32 meet 9; a query's own chunk takes its dense time."""
+    chosen, seconds = list[torch.Size](), iter([2.0, 6.0])
+    choose = sparse._choose
+
+    def counted(table: torch.Tensor, percent: int) -> torch.Tensor:
+        chosen.append(table.shape)
+        assert percent == 10
+        return choose(table, percent)
+
+    monkeypatch.setattr(sparse, "_choose", counted)
+    monkeypatch.setattr(measure_attention, "seconds_of", lambda work, device: (work(), Rounds([next(seconds)]))[1])
+    forms = {"float32": PLAIN_CACHE, name: form}
+    dense, found = measure_attention.prefill_rates(CPU, forms, torch.float32, 160, HEADS)
+    pairs, own = (128 * 9 + 32 * 10) * 128, 160 * 128
+    assert dense.rate.value == 4 * pairs * 4 * 16 / 2
+    assert (found.kind, found.format) == ("prefill", name)
+    assert found.rate.value == pytest.approx(4 * (pairs - own) * 4 * 16 / (6 - 2 * own / pairs))
+    assert chosen == [(160, 9, 4, 128)]
+
+
+def test_keys_that_are_read_in_full_never_take_longer_than_others() -> None:
+    """Else a slow round of dense attention would leave no time for sparse attention."""
+    found = measure_attention._without(Rounds([1.0, 2.0], [1.0]), Rounds([50.0], [50.0]), 0.25)
+    assert found == Rounds([0.75, 1.5], [0.75])

@@ -7,6 +7,7 @@ and output head, packed weights, and attention to keys of earlier chunks only, w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from math import log2
@@ -29,6 +30,12 @@ MOST_PIECES = 8
 """Most pieces of a transfer over two links; real ones have `TRANSFER_BYTES`. Both links work at once on all but two of them."""
 AS_FAST: Mapping[str, str] = {"float16": "bfloat16", "bfloat16": "float16"}
 """Dtypes that take as long as each other, where one was not measured."""
+
+
+SPARSE_PROMPTS = 3.0
+"""Time of sparse attention of prompts over that of dense attention, for profiles that do not tell: 2.0 to 3.7 in runs/LOG.md."""
+_SPARSE = re.compile(r"s\d+$")
+"""End of the name of a format of which attention reads V of a part of the keys (`flexgen_helm.policy.model_shapes`)."""
 
 
 class Stage(NamedTuple):
@@ -232,11 +239,22 @@ class Durations:
         return seconds
 
     def _attention_rate(self, place: Place, kind: RowKind, form: str) -> float:
-        """Return the rate of attention; of a format that was not measured the slowest of the place and kind."""
+        """Return the rate of attention.
+
+        Of a format that was not measured it is the slowest of those that read as much of V, from the same bits if there is one.
+        Where sparse attention was not measured at all, prompts take `SPARSE_PROMPTS` times as long as in dense attention.
+        """
         found = {each.format: each.rate.value for each in self.profile.attention if (each.place, each.kind) == (place, kind)}
         if not found:
             raise self._missing(f"attention of {kind} rows on the {place}")
-        return found.get(form, min(found.values()))
+        if form in found:
+            return found[form]
+        bits, is_sparse = _parted(form)
+        alike = {name: rate for name, rate in found.items() if _parted(name)[1] == is_sparse}
+        slower = SPARSE_PROMPTS if is_sparse and not alike and kind == "prefill" else 1.0
+        alike = alike or found
+        same = {name: rate for name, rate in alike.items() if _parted(name)[0] == bits}
+        return min((same or alike).values()) / slower
 
     def _over_link(self, row: RowLoad) -> float:
         """Return the time in which Q, K, V go to the CPU that attends, and its output comes back."""
@@ -287,3 +305,9 @@ class Durations:
             f"The profile of {self.profile.name} does not say how fast {what} is, which this policy needs. Measure the machine "
             "with `flexgen-helm profile`, or write the rate into the profile."
         )
+
+
+def _parted(form: str) -> tuple[str, bool]:
+    """Return the bits or the dtype of a format of K and V, and whether attention over it is sparse."""
+    bits = _SPARSE.sub("", form)
+    return bits, bits != form
