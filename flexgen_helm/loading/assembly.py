@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -94,7 +95,18 @@ def empty_model(folder: Path | str, config: PreTrainedConfig, dtype: torch.dtype
             model: PreTrainedModel = model_class(config)
     except Exception as error:  # transformers computes with most fields without checking them
         raise UnsupportedModel(_not_made(str(folder), config, error)) from error
+    _keep_in_float32(model, dtype)
     return model
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give tensors the dtypes in which transformers loads them: storage is made for these, and would round others."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    pattern, names, _ = build_glob_alternation(list(plan))
+    for key, tensor in model.state_dict(keep_vars=True).items() if plan else ():
+        found = pattern.search(key)
+        if found is not None and found.lastgroup is not None:
+            tensor.data = tensor.data.to(plan[names[found.lastgroup]])
 
 
 def cut_to_first_layers(model: PreTrainedModel) -> None:

@@ -19,7 +19,9 @@ from flexgen_helm.types import SlabCoding, WeightNumerics
 def slab_identity(weights: WeightNumerics, coding: SlabCoding = "plain") -> dict[str, str]:
     """Return everything that decides the bytes of a model's slabs, with transformers' version: it names and fuses tensors."""
     coded = {} if coding == "plain" else {"coding": f"{coding} {FORMAT_VERSION}"}
-    return {**asdict(weights), "transformers": transformers_version, **coded}
+    # Slabs without this note have tensors in 16 bits that transformers keeps in float32.
+    kept = {} if weights.dtype == "float32" else {"kept in float32": "as loaded"}
+    return {**asdict(weights), "transformers": transformers_version, **coded, **kept}
 
 
 def default_folder(weights: WeightNumerics, identity: Mapping[str, str], kind: str = "offload") -> Path:

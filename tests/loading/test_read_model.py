@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import logging as transformers_logging
 
 from flexgen_helm.errors import CorruptFile
+from flexgen_helm.loading.assembly import empty_model
 from flexgen_helm.loading.read_model import read_model
 from flexgen_helm.loading.source import open_model
 from tests.dimensions import VOCAB_SIZE
@@ -85,7 +86,10 @@ def save_in_layers(folder: Path, dtype: torch.dtype | None = None) -> None:
 @pytest.mark.parametrize("family", [*FAMILIES, *SINGLE])
 def test_family_equals_from_pretrained(bench: Workbench, family: str, dtype: torch.dtype) -> None:
     folder = bench.folder(family)
-    assert_same(read(folder, dtype), AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert_same(read(folder, dtype), expected)
+    empty, tensors = empty_model(folder, expected.config, dtype).state_dict(), expected.state_dict()
+    assert {name: tensor.dtype for name, tensor in empty.items()} == {name: tensor.dtype for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "qwen2", "gemma2"])

@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_an_error_with_numbers(model: PreTrainedModel, weig
 
 
 def test_a_disk_that_is_too_small_is_named(model: PreTrainedModel) -> None:
-    available = {"device": 100 * GIB, "host": 100 * GIB, "disk": 2**20}
+    available: dict[Tier, int] = {"device": 100 * GIB, "host": 100 * GIB, "disk": 2**20}
     with pytest.raises(PolicyError, match=r"of disk space, but 1.0 MiB are free in /some/folder\. .*Free disk space"):
         plan_of(model, policy(weights=(0, 0, 1)), Space(available, True, folder="/some/folder"))
     with pytest.raises(PolicyError, match=r"of disk space, but max_memory allows 1.0 MiB\. "):

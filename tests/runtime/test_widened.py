@@ -22,9 +22,7 @@ LIBRARIES = [name for name in WIDENED if name in matmul.serving(torch.bfloat16)]
 THREE_TIERS = replace(POLICY, weights=(0.4, 0.3, 0.3), cache=(0.5, 0.5, 0), cpu_attention=0)
 FAMILIES = ("llama", "gpt2", "mixtral", "opt", "gemma2", "gpt_oss", "deepseek_v3", "falcon_h1")
 """Rotation, Conv1D, experts, linear layers with bias, softcap, experts of transposed weights, latent attention, single rows."""
-UNEQUAL = ("gpt_oss", "float16")
-"""transformers keeps norms of GPT-OSS in float32 where the model is in float16; on tiers they are in float16, by any library."""
-CASES = [(family, dtype) for family in FAMILIES for dtype in ("bfloat16", "float16") if (family, dtype) != UNEQUAL]
+CASES = [(family, dtype) for family in FAMILIES for dtype in ("bfloat16", "float16")]
 PROMPTS = [random_tokens(seed, 1 + 5 * seed) for seed in range(12)]
 Opened = Callable[..., AbstractContextManager[Engine]]
 

@@ -33,7 +33,7 @@ AS_FAST: Mapping[str, str] = {"float16": "bfloat16", "bfloat16": "float16"}
 
 
 SPARSE_PROMPTS = 3.0
-"""Time of sparse attention of prompts over that of dense attention, for profiles that do not tell: 2.0 to 3.7 in runs/LOG.md."""
+"""Time of sparse attention of prompts over that of dense attention, where a profile has none: 2.0 to 3.7 in runs/LOG.md."""
 _SPARSE = re.compile(r"s\d+$")
 """End of the name of a format of which attention reads V of a part of the keys (`flexgen_helm.policy.model_shapes`)."""
 
