@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from flexgen_helm.errors import OutOfSpace
 
@@ -29,6 +32,36 @@ def write_whole(file: Path, text: str) -> None:
         OSError: If it cannot be written; then the old file stays.
     """
     _write(file, text, os.replace)
+
+
+def write_record(file: Path, record: Any) -> None:
+    """Write what is noted for later processes, as JSON with a checksum; see `write_whole`.
+
+    Args:
+        file: File to write.
+        record: Plain data.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    write_whole(file, json.dumps({"sha256": _checksum(record), "record": record}, indent=1))
+
+
+def read_record(file: Path) -> Any:
+    """Read what `write_record` wrote.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is damaged, or of another version.
+    """
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or "record" not in found or found.get("sha256") != _checksum(found["record"]):
+        raise ValueError(f"{file} is not what was written")
+    return found["record"]
+
+
+def _checksum(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def write_first(file: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flexgen_helm.cache_folder import cache_folder, write_whole
+from flexgen_helm.cache_folder import cache_folder, read_record, write_record
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.helm.deployment import EngineArguments
 from flexgen_helm.types import EngineInfo, Numerics, Policy, ResolvedPolicy
@@ -24,7 +24,7 @@ def recall(arguments: EngineArguments) -> EngineInfo | None:
     if arguments.get("recheck"):
         return None
     with suppress(FlexGenError, OSError, ValueError, TypeError, KeyError):
-        record = json.loads(_file(arguments).read_text(encoding="utf-8"))
+        record = read_record(_file(arguments))
         policy: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in record["policy"].items()
         }
@@ -36,7 +36,7 @@ def recall(arguments: EngineArguments) -> EngineInfo | None:
 def remember(arguments: EngineArguments, info: EngineInfo) -> None:
     """Keep what an engine says of itself; where that fails, the next command loads it again."""
     with suppress(FlexGenError, OSError, ValueError, TypeError):
-        write_whole(_file(arguments), json.dumps(asdict(info), indent=1))
+        write_record(_file(arguments), asdict(info))
 
 
 def _file(arguments: EngineArguments) -> Path:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from flexgen_helm.attention.paged.trial import HeadShape
-from flexgen_helm.cache_folder import cache_folder, write_whole
+from flexgen_helm.cache_folder import cache_folder, read_record, write_record
 from flexgen_helm.machine.identity import code_identity, machine_identity
 from flexgen_helm.rows.choice import Kind, KindChoice, Passed
 from flexgen_helm.rows.self_check import LayerCache, Verdict
@@ -68,7 +68,7 @@ def recall(name: str, check: Check) -> Passed | None:
         What it found; None if no equal check passed, or if its file cannot be read.
     """
     with suppress(OSError, ValueError, TypeError, KeyError):
-        passed = _from_plain(json.loads(check.file.read_text(encoding="utf-8")))
+        passed = _from_plain(read_record(check.file))
         part = "model" if check.whole else "first layers"
         logger.info("%s: the %s passed the self-check before on this machine; recheck repeats it", name, part)
         return passed
@@ -78,7 +78,7 @@ def recall(name: str, check: Check) -> Passed | None:
 def remember(check: Check, passed: Passed) -> None:
     """Keep what a check found; where that fails, the next engine checks again."""
     with suppress(OSError):
-        write_whole(check.file, json.dumps(asdict(passed), indent=1))
+        write_record(check.file, asdict(passed))
 
 
 def _from_plain(plain: dict[str, Any]) -> Passed:

@@ -10,28 +10,26 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from flexgen_helm.cache_folder import cache_folder
 from flexgen_helm.runs.command_line import add_json, exit_on_sigterm, make_parser, reports_errors, write_json
-from flexgen_helm.runs.fault_matrix import table
-from flexgen_helm.runs.fault_matrix.files import part as files
+from flexgen_helm.runs.fault_matrix import cases, table
 from flexgen_helm.runs.fault_matrix.outcomes import FAILURES, Case, Ledger, Outcome
-from flexgen_helm.runs.fault_matrix.processes import clock, disks, kills, twins
-from flexgen_helm.runs.fault_matrix.processes.part import ProcessesPart
-from flexgen_helm.runs.fault_matrix.requests import part as requests
-from flexgen_helm.runs.fault_matrix.worker import Maker, Worker
+from flexgen_helm.runs.fault_matrix.worker import Worker, make
 
 
 @dataclass(frozen=True)
 class Kind:
     """A part of the matrix."""
 
-    maker: Maker
+    maker: str
+    """Module and class, which is imported in a process of its own."""
     folder: str
-    """Of the process, which parts of one maker share."""
+    """Of that process, which parts of one maker share."""
     cases: Callable[[int], list[Case]]
     short: int
     """Faults of the short form."""
@@ -39,12 +37,12 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "requests": Kind(requests.RequestsPart, "requests", requests.cases, 300, 10_000),
-    "kills": Kind(ProcessesPart, "processes", kills.cases, 3, 100),
-    "files": Kind(files.FilesPart, "files", files.cases, 40, 500),
-    "disks": Kind(ProcessesPart, "processes", disks.cases, 2, 10),
-    "twins": Kind(ProcessesPart, "processes", twins.cases, 2, 10),
-    "clock": Kind(ProcessesPart, "processes", clock.cases, 2, 10),
+    "requests": Kind("requests.part:RequestsPart", "requests", cases.requests, 300, 10_000),
+    "kills": Kind("processes.part:ProcessesPart", "processes", cases.kills, 3, 100),
+    "files": Kind("files.part:FilesPart", "files", cases.files, 20, 500),
+    "disks": Kind("processes.part:ProcessesPart", "processes", cases.disks, 2, 10),
+    "twins": Kind("processes.part:ProcessesPart", "processes", cases.twins, 2, 10),
+    "clock": Kind("processes.part:ProcessesPart", "processes", cases.clock, 2, 10),
 }
 
 
@@ -67,7 +65,7 @@ def main() -> int:
         shutil.rmtree(state, ignore_errors=True)
     ledger, found = Ledger(state / "outcomes.jsonl"), dict[str, list[Outcome]]()
     folders = {kind.folder: kind.maker for kind in KINDS.values()}
-    workers = {name: Worker(maker, state / name, state / f"{name}.log") for name, maker in folders.items()}
+    workers = {name: Worker(partial(make, maker), state / name, state / f"{name}.log") for name, maker in folders.items()}
     try:
         for name in options.parts:
             kind, given = KINDS[name], getattr(options, name)
@@ -84,11 +82,11 @@ def main() -> int:
     return int(any(each.verdict in FAILURES for outcomes in found.values() for each in outcomes))
 
 
-def _run(name: str, cases: list[Case], ledger: Ledger, worker: Worker) -> list[Outcome]:
+def _run(name: str, tried: list[Case], ledger: Ledger, worker: Worker) -> list[Outcome]:
     """Run the cases of a part that have not been tried, and return the outcomes of all."""
-    for case in tqdm([case for case in cases if not ledger.has(name, case)], desc=name, disable=None):
+    for case in tqdm([case for case in tried if not ledger.has(name, case)], desc=name, disable=None):
         ledger.add(name, case, worker.run(case))
-    outcomes: list[Outcome] = ledger.of(name, cases)
+    outcomes: list[Outcome] = ledger.of(name, tried)
     return outcomes
 
 

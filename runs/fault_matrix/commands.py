@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_helm.helm.console import SPEAKER
+from flexgen_helm.runs.fault_matrix.cases import COMMAND_S
 from flexgen_helm.runs.fault_matrix.outcomes import Outcome
 from flexgen_helm.runs.kill_test.__main__ import journal_keys
 from flexgen_helm.runs.kill_test.files import read_suite
 from flexgen_helm.runs.kill_test.suite import Command
 
 INSTANCES = 3
-COMMAND_S = 600.0
-"""A command hangs if it has not ended by then."""
 TRACEBACK = "Traceback (most recent call last)"
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import traceback
 from contextlib import suppress
+from importlib import import_module
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -32,6 +33,18 @@ class Maker(Protocol):
     def __call__(self, folder: Path) -> Part:
         """Make the part."""
         ...
+
+
+def make(name: str, folder: Path) -> Part:
+    """Make a part of this package, which is imported only now: with torch and HELM it takes ten seconds.
+
+    Args:
+        name: Module within this package, a colon, and the class.
+        folder: Of the part.
+    """
+    module, _, kind = name.partition(":")
+    part: Part = getattr(import_module(f"flexgen_helm.runs.fault_matrix.{module}"), kind)(folder)
+    return part
 
 
 class Worker:

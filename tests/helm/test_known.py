@@ -111,6 +111,13 @@ def torn_record(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record.write_text(record.read_text()[:20])
 
 
+def changed_record(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (record,) = cache_folder().glob("engines/*.json")
+    content = json.loads(record.read_text())
+    content["record"]["bits_per_weight"] = 1.0
+    record.write_text(json.dumps(content))
+
+
 def no_record(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (record,) = cache_folder().glob("engines/*.json")
     record.unlink()
@@ -128,7 +135,7 @@ def fresh_code() -> Iterator[None]:
     "change",
     [
         *(touched, other_tokenizer, other_arguments, other_policy, other_code, other_library, other_threads),
-        *(torn_record, no_record, a_check_that_is_repeated),
+        *(torn_record, changed_record, no_record, a_check_that_is_repeated),
     ],
 )
 def test_an_engine_is_loaded_where_anything_is_uncertain(

@@ -124,6 +124,14 @@ def test_what_cannot_be_honoured_is_refused_before_anything_is_written(
     assert not slabs(tmp_path / "offload")
 
 
+def test_a_disk_that_is_too_small_is_named(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexgen_helm.runtime.free_space.free_disk_bytes", lambda folder: 10 * 1024)
+    with pytest.raises(
+        PolicyError, match=rf"of disk space, but 10.0 KiB are free in {tmp_path / 'offload'}\. .*Free disk space"
+    ):
+        load(bench, tmp_path / "offload")
+
+
 def test_with_the_least_memory_that_a_refusal_names_the_model_loads_and_answers(bench: Workbench, tmp_path: Path) -> None:
     policy = Policy(gpu_batch_size=16, gpu_batch_tokens=32)
     with pytest.raises(PolicyError, match="The least") as refused:

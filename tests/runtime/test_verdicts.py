@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -108,12 +109,20 @@ def test_a_refusal_is_not_kept(bench: Workbench, checked: list[str]) -> None:
     assert not verdict_files()
 
 
+def of_another_form(text: str) -> str:
+    """A record whose checksum is right."""
+    record = json.loads(text)["record"] | {"verdict": {"worst_difference": 0.0, "bit_stable": True}}
+    return json.dumps({"record": record, "sha256": hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()})
+
+
 TORN = {
     "cut": lambda text: text[: len(text) // 2],
     "empty": lambda text: "",
     "a list": lambda text: "[]",
     "another kind": lambda text: text.replace('"packed"', '"both"'),
-    "no layers": lambda text: json.dumps(json.loads(text) | {"verdict": {"worst_difference": 0.0, "bit_stable": True}}),
+    "another number": lambda text: text.replace('"worst_difference": ', '"worst_difference": 1'),
+    "without a checksum": lambda text: json.dumps(json.loads(text)["record"]),
+    "no layers": of_another_form,
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,12 @@ from flexgen_helm.runs.fault_matrix.files.damage import DAMAGES, remove
 from flexgen_helm.runs.fault_matrix.files.subjects import Answers, Engines, Records, Subject
 from flexgen_helm.runs.fault_matrix.files.written import Baseline, Suite
 from flexgen_helm.runs.fault_matrix.notes import use_own_notes
-from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
+from flexgen_helm.runs.fault_matrix.outcomes import Outcome
 from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
 from flexgen_helm.types import Policy
 
-CASE_S = 120.0
 ON_DISK = (0.0, 0.0, 1.0)
 ROWS: dict[str, Any] = {"gpu_batch_size": 16, "gpu_batch_tokens": 64}
-SUBJECTS = (
-    *("journal", "cache", "slabs", "suite", "config", "baseline", "compressed slabs", "shards", "statistics", "tokenizer"),
-    *("journal", "records", "suite", "cache", "slabs", "decisions", "journal", "shards", "baseline", "tokenizer"),
-)
-"""In turn."""
-
-
-def cases(count: int) -> list[Case]:
-    """Return so many cases, each a file of a subject."""
-    subjects = enumerate(islice(cycle(SUBJECTS), count))
-    return [Case(f"{subject.replace(' ', '_')} {number}", CASE_S) for number, subject in subjects]
 
 
 def _subjects(folder: Path) -> dict[str, Subject]:

@@ -6,21 +6,14 @@ import os
 import random
 import time
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 
-from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers
-from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
+from flexgen_helm.runs.fault_matrix.commands import INSTANCES, Running, differing, fresh, tiers
+from flexgen_helm.runs.fault_matrix.outcomes import Outcome
 from flexgen_helm.runs.fault_matrix.processes.undisturbed import Undisturbed
 from flexgen_helm.runs.kill_test.suite import Command, helm_run
 
 DAY = 86_400.0
-KINDS = ("back_in_a_run", "back_between_runs", "forward_in_a_run", "files_of_the_future", "files_of_1970")
-
-
-def cases(count: int) -> list[Case]:
-    """Return so many cases."""
-    return [Case(f"{kind} {number}", COMMAND_S * 3) for number, kind in enumerate(islice(cycle(KINDS), count))]
 
 
 class ClockPart:

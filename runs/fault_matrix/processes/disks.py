@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers
-from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
+from flexgen_helm.runs.fault_matrix.commands import INSTANCES, Running, differing, fresh, tiers
+from flexgen_helm.runs.fault_matrix.outcomes import Outcome
 from flexgen_helm.runs.fault_matrix.processes.undisturbed import Undisturbed
 from flexgen_helm.runs.kill_test.suite import Command
 
@@ -15,11 +15,6 @@ LEAST, BLOCK = 2**17, 4096
 FAULT = "disk"
 REFUSALS = ("DiskFull", "OutOfSpace", "of disk space, but")
 """In the message of a command whose disk is full; the last is of a plan for which it is too small."""
-
-
-def cases(count: int) -> list[Case]:
-    """Return so many sizes, as shares of what the whole suite takes."""
-    return [Case(f"disk {(number + 0.5) / count:.3f}", COMMAND_S * 3) for number in range(count)]
 
 
 class DisksPart:

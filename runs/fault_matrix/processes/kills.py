@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from flexgen_helm import Engine, Policy
 from flexgen_helm.memory.slab_folder import TEMPORARY
-from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, TRACEBACK, fresh, tiers
-from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
+from flexgen_helm.runs.fault_matrix.cases import COMMAND_S
+from flexgen_helm.runs.fault_matrix.commands import INSTANCES, TRACEBACK, fresh, tiers
+from flexgen_helm.runs.fault_matrix.outcomes import Outcome
 from flexgen_helm.runs.fault_matrix.processes.undisturbed import Undisturbed
 from flexgen_helm.runs.kill_test.__main__ import kill
 from flexgen_helm.runs.kill_test.suite import Command, forking
-
-BATCH = 20
-KILL_S = 90.0
-OF_FITS = 5
-"""Every fifth kill meets a fit."""
-
-
-def cases(count: int) -> list[Case]:
-    """Return batches of kills that are so many together."""
-    fits = count // OF_FITS
-    return [*_batches("suite", count - fits), *_batches("fit", fits)]
-
-
-def _batches(name: str, count: int) -> Iterator[Case]:
-    for number, begin in enumerate(range(0, count, BATCH)):
-        size = min(BATCH, count - begin)
-        yield Case(f"{name} {number} {size}", COMMAND_S * 3 + KILL_S * size)
 
 
 class KillsPart:

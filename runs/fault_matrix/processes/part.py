@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flexgen_helm.runs.fault_matrix.cases import CLOCKS, TWINS
 from flexgen_helm.runs.fault_matrix.notes import use_own_notes
 from flexgen_helm.runs.fault_matrix.outcomes import Outcome
-from flexgen_helm.runs.fault_matrix.processes import clock, twins
 from flexgen_helm.runs.fault_matrix.processes.clock import ClockPart
 from flexgen_helm.runs.fault_matrix.processes.disks import DisksPart
 from flexgen_helm.runs.fault_matrix.processes.kills import KillsPart
@@ -25,8 +25,8 @@ class ProcessesPart:
             "suite": kills,
             "fit": kills,
             "disk": DisksPart(folder, whole),
-            **dict.fromkeys(twins.KINDS, TwinsPart(folder, whole)),
-            **dict.fromkeys(clock.KINDS, ClockPart(folder, whole)),
+            **dict.fromkeys(TWINS, TwinsPart(folder, whole)),
+            **dict.fromkeys(CLOCKS, ClockPart(folder, whole)),
         }
 
     def run(self, case: str) -> list[Outcome]:

@@ -5,23 +5,16 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import replace
-from itertools import cycle, islice
 from pathlib import Path
 
-from flexgen_helm.runs.fault_matrix.commands import COMMAND_S, INSTANCES, Running, differing, fresh, tiers
-from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome
+from flexgen_helm.runs.fault_matrix.commands import INSTANCES, Running, differing, fresh, tiers
+from flexgen_helm.runs.fault_matrix.outcomes import Outcome
 from flexgen_helm.runs.fault_matrix.processes.undisturbed import Undisturbed
 from flexgen_helm.runs.kill_test.suite import Command
 
-KINDS = ("same_runs", "some_of_the_runs")
 LATEST_S = 6.0
 """The second command begins at most so many seconds behind the first."""
 REFUSAL = "Another helm-run is working on the same run entries of this suite"
-
-
-def cases(count: int) -> list[Case]:
-    """Return so many pairs of commands."""
-    return [Case(f"{kind} {number}", COMMAND_S * 4) for number, kind in enumerate(islice(cycle(KINDS), count))]
 
 
 class SomeRuns(Command):

@@ -20,25 +20,17 @@ from flexgen_helm.helm.journal import Journal
 from flexgen_helm.helm.registry import ENGINES
 from flexgen_helm.helm.workload import EngineServer, serve
 from flexgen_helm.runs.fault_matrix.notes import use_own_notes
-from flexgen_helm.runs.fault_matrix.outcomes import Case, Outcome, merged
+from flexgen_helm.runs.fault_matrix.outcomes import Outcome, merged
 from flexgen_helm.runs.fault_matrix.requests.hostile import Hostile, hostile_requests
 from flexgen_helm.runs.fault_matrix.requests.known import Known
 from flexgen_helm.runs.fault_matrix.requests.rules import reasons
 from flexgen_helm.runs.fault_matrix.tiny_model import tiny_model
 
-BATCH = 250
-CASE_S = 900.0
 ANSWER_S = 300.0
 THREADS = 8
 POLICY = {"gpu_batch_size": 16, "gpu_batch_tokens": 64}
 """Row sizes of client and runner, so that equal answers have equal bits."""
 NAMES = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, errors.FlexGenError)}
-
-
-def cases(count: int) -> list[Case]:
-    """Return batches that hold so many requests together."""
-    sizes = [min(BATCH, count - begin) for begin in range(0, count, BATCH)]
-    return [Case(f"batch {number} {size}", CASE_S) for number, size in enumerate(sizes)]
 
 
 class RequestsPart:
