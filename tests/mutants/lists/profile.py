@@ -34,7 +34,7 @@ MUTANTS = (
     Mutant(
         name="profile-kept-for-other-rows",
         file="flexgen_helm/runtime/planning/machine_profile.py",
-        old='"rows": [policy.gpu_batch_size, policy.gpu_batch_tokens],',
+        old='"rows": [self.policy.gpu_batch_size, self.policy.gpu_batch_tokens],',
         new='"rows": [],',
         tests=(f"{KEPT}::test_a_model_is_measured_once_for_its_sizes_dtype_and_rows",),
         why="times of layers for rows of other sizes are used",
