@@ -142,6 +142,7 @@ def test_one_process_has_no_lanes(tmp_path: Path) -> None:
         replace(NARROW, num_lanes=0)
 
 
+@pytest.mark.slow
 def test_all_stages_are_described(drives: str, tmp_path: Path) -> None:
     folder = str(tiny(tmp_path, SLIDING))
     with Engine.from_pretrained(folder, policy=OFFLOADED, device=OWN_MEMORY, dtype="float32") as engine:
