@@ -111,7 +111,7 @@ class LayerTime:
         spread: As in `Rate`.
         packed: As in `ProductRate`.
         next_seconds: The same right behind such a row, with what is left of the weights in caches; 0: not measured.
-        record_seconds: Time of recording such a row, once a sweep; 0: not measured.
+        record_seconds: Time of recording such a row and of planning its attention, once a sweep; 0: not measured.
         processor: The same by processor time; None: not measured.
         compiled: Whether layers were compiled (`flexgen_helm.model.compiled`).
     """

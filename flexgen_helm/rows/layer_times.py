@@ -97,7 +97,7 @@ class _RowTimes:
     """Seconds of a row in each round, by the clock on the wall and by processor time.
 
     Attributes:
-        record: Of recording it.
+        record: Of recording it, and of what its first layer does once for all layers.
         first: Of a layer whose weights come from memory.
         next: Of the same right behind.
     """
@@ -116,7 +116,7 @@ def _time_row(measured: MeasuredModel, rows: PackedRows, row: Row, device: Devic
     with torch.inference_mode():
         rows.reserve(Sweep([row], {"exact": PageStorage(PageCounts(num_pages))}))
         rows.record(row)
-        found.record = [_time(lambda: rows.record(row), device, 1) for _ in range(RECORD_ROUNDS)]
+        found.record = [_time_record(rows, row, device) for _ in range(RECORD_ROUNDS)]
         recording = rows.record(row)
         hidden, stop = recording.hidden, time.perf_counter() + MOST_SECONDS
         most = ROUNDS if cold else FAST_ROUNDS
@@ -130,8 +130,17 @@ def _time_row(measured: MeasuredModel, rows: PackedRows, row: Row, device: Devic
                 following.append(_time_layer(rows, j, recording, device))
             found.first.append(_mean(first, shares))
             found.next.append(_mean(following, shares))
-    # The first round plans attention, and allocates.
+    # The first round plans attention, which recording counts, and allocates.
     return found if len(found.first) == 1 else _RowTimes(found.record, found.first[1:], found.next[1:])
+
+
+def _time_record(rows: PackedRows, row: Row, device: Device) -> Times:
+    """Time the recording of a row, and by how much its first layer takes longer than once more: it plans attention for all."""
+    made: list[PackedRecording] = []
+    record = _time(lambda: made.append(rows.record(row)), device, 1)
+    planning, again = (_time_layer(rows, 0, made[0], device) for _ in range(2))
+    wall, processor = (each + max(0.0, first - other) for each, first, other in zip(record, planning, again, strict=True))
+    return wall, processor
 
 
 def _mean(times: list[Times], shares: Sequence[float]) -> Times:
