@@ -80,8 +80,9 @@ class MemoryPlan:
 
     @property
     def working_bytes(self) -> int:
-        """Bytes of working memory on the device: activations, hidden states and logits."""
-        return self._scratch_bytes + working_memory.working_bytes(self.shapes, self.policy)
+        """Bytes of working memory on the device: activations, hidden states and logits; in one RAM a process's objects too."""
+        objects = 0 if self.space.own_memory else working_memory.OBJECT_BYTES
+        return self._scratch_bytes + objects + working_memory.working_bytes(self.shapes, self.policy)
 
     @property
     def travel_bytes(self) -> int:

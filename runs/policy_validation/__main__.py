@@ -9,15 +9,17 @@ the rank correlation is below 0.9.
 
 Command: ``python -m flexgen_helm.runs.policy_validation --threads 1``
 On a GPU: ``python -m flexgen_helm.runs.policy_validation --device cuda --model facebook/opt-1.3b``
+``--peaks`` measures memory alone, on a machine that others use too; each policy has a process of its own for that.
 ``--matrix`` compares `auto` with the default policy by the simulator instead, on machines that need not exist here.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,12 +32,30 @@ from flexgen_helm.runs.command_line import add_json, exit_on_sigterm, make_parse
 from flexgen_helm.runs.policy_validation.cases import CASES, Case, Sizes, write_config
 from flexgen_helm.runs.policy_validation.matrix import run_matrix
 from flexgen_helm.runs.policy_validation.measuring import TRIES, Outcome, measure
+from flexgen_helm.runs.policy_validation.peaks import Peaks, load_code, peaks_alone, peaks_here
 from flexgen_helm.runs.policy_validation.rates import Bench
-from flexgen_helm.runs.policy_validation.report import cells, draw, header, in_words, row, summary
+from flexgen_helm.runs.policy_validation.report import (
+    are_close,
+    cells,
+    draw,
+    header,
+    in_words,
+    peaks_table,
+    peaks_text,
+    row,
+    summary,
+)
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
 
 MEDIAN, WORST, RANK = 0.08, 0.15, 0.9
 """Errors and rank correlation that are asked for."""
+SIZES = {
+    "prompts": "num_prompts",
+    "prompt-len": "prompt_len",
+    "new-tokens": "new_tokens",
+    "long-prompt-len": "long_prompt_len",
+}
+"""Fields of `Sizes` by their options."""
 
 
 def chosen(names: list[str] | None) -> list[Case]:
@@ -50,7 +70,37 @@ def chosen(names: list[str] | None) -> list[Case]:
     return [case for case in CASES if names is None or any(name in case.name for name in names)]
 
 
-def run_cases(options: argparse.Namespace, model: str, folder: Path) -> Iterator[Outcome]:
+def all_peaks(options: argparse.Namespace) -> dict[str, Peaks]:
+    """Measure the peaks of memory of all policies, each in a process of its own."""
+    named = {"device": options.device, "dtype": options.dtype, "threads": options.threads}
+    named |= {name: getattr(options.sizes, field) for name, field in SIZES.items()}
+    if options.model is not None:
+        named["model"] = options.model
+    arguments = [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    found: dict[str, Peaks] = {}
+    for case in chosen(options.policies):
+        found[case.name] = peaks_alone(arguments, case.name)
+        if not options.quiet:
+            _say(f"{case.name}: {peaks_text(found[case.name])}")
+    return found
+
+
+def one_peak(options: argparse.Namespace) -> int:
+    """Measure the peaks of one policy in this process, and print them as JSON."""
+    (case,) = (case for case in CASES if case.name == options.one_peak)
+    device = resolve_device(options.device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        load_code(folder / "tiny", device, options.dtype)
+        model = options.model or str(write_config(folder / "small-llama"))
+        source = open_dummy(model, dtype=options.dtype, device=device.torch_device)
+        with _engine(case, model, options.dtype, device, folder) as engine:
+            found = peaks_here(engine, source, case.jobs(options.sizes, engine.vocab_size))
+    print(json.dumps(found._asdict()))
+    return 0
+
+
+def run_cases(options: argparse.Namespace, model: str, folder: Path, peaks: Mapping[str, Peaks]) -> Iterator[Outcome]:
     """Run one policy after the other, and yield what was found."""
     device = resolve_device(options.device)
     source = open_dummy(model, dtype=options.dtype, device=device.torch_device)
@@ -61,7 +111,7 @@ def run_cases(options: argparse.Namespace, model: str, folder: Path) -> Iterator
         with _engine(case, model, options.dtype, device, folder) as engine:
             jobs = case.jobs(options.sizes, engine.vocab_size)
             say(f"{case.name}: {len(jobs)} jobs")
-            yield measure(engine, case, jobs, bench, tries=options.tries)
+            yield measure(engine, case, jobs, bench, peaks[case.name], tries=options.tries)
 
 
 def _engine(case: Case, model: str, dtype: str, device: Device, folder: Path) -> Engine:
@@ -91,6 +141,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=Sizes.new_tokens, metavar="N")
     parser.add_argument("--long-prompt-len", type=int, default=Sizes.long_prompt_len, metavar="TOKENS")
     parser.add_argument("--tries", type=int, default=TRIES, metavar="N", help="most runs of a policy")
+    parser.add_argument("--peaks", action="store_true", help="measure the peaks of memory alone, for which others may work too")
+    parser.add_argument("--one-peak", choices=[case.name for case in CASES], help=argparse.SUPPRESS)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw predicted against measured")
     parser.add_argument("--quiet", action="store_true", help="print the table alone")
     parser.add_argument("--matrix", action="store_true", help="simulate `auto` and the default on several machines instead")
@@ -104,11 +156,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def validate(options: argparse.Namespace) -> int:
     """Run the policies and print the table; returns the exit status."""
     outcomes: list[Outcome] = []
+    peaks = all_peaks(options)
+    if options.peaks:
+        print(peaks_table(peaks))
+        write_json(options.json, {"peaks": {name: each._asdict() for name, each in peaks.items()}})
+        return 0 if all(map(are_close, peaks.values())) else 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = options.model or str(write_config(folder / "small-llama"))
         print(header(), flush=True)
-        for outcome in run_cases(options, model, folder):
+        for outcome in run_cases(options, model, folder, peaks):
             print(row(cells(outcome)), flush=True)
             outcomes.append(outcome)
             write_json(options.json, {"policies": [asdict(each) for each in outcomes], **summary(outcomes)._asdict()})
@@ -129,7 +186,7 @@ def main() -> int:
     if options.matrix:
         status: int = run_matrix(options.machines, options.json)
         return status
-    return validate(options)
+    return one_peak(options) if options.one_peak else validate(options)
 
 
 def _say(text: str) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from flexgen_helm import Engine
-from flexgen_helm.memory.allocator import return_freed_memory
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.simulate import simulate
-from flexgen_helm.run_stats import RunStats
 from flexgen_helm.runs.policy_validation.cases import Case
+from flexgen_helm.runs.policy_validation.peaks import Peaks
 from flexgen_helm.runs.policy_validation.rates import Bench, difference, middle, sharing
 from flexgen_helm.runtime.planning.automatic import known_workload
 from flexgen_helm.types import Job, Tier
@@ -40,7 +36,7 @@ class Outcome:
         predicted_busy: Seconds of each resource, by the clock on the wall.
         measured_busy: The same, measured.
         predicted_peaks: Most bytes of each tier while the jobs run.
-        measured_peaks: The same, measured; the most of all runs.
+        measured_peaks: The same, measured in a process that did nothing else.
         discarded: Runs that do not count because the machine changed meanwhile.
         steady: Whether the last one counts. Otherwise its processor time does.
     """
@@ -59,6 +55,11 @@ class Outcome:
     steady: bool
 
     @property
+    def peaks(self) -> Peaks:
+        """Predicted and measured peaks."""
+        return Peaks(dict(self.predicted_peaks), dict(self.measured_peaks))
+
+    @property
     def decisive(self) -> tuple[float, float]:
         """Predicted and measured seconds that are compared."""
         if self.steady or not self.predicted_processor:
@@ -72,7 +73,7 @@ class Outcome:
         return predicted / measured - 1
 
 
-def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, *, tries: int = TRIES) -> Outcome:
+def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, peaks: Peaks, *, tries: int = TRIES) -> Outcome:
     """Run the jobs of a case until the machine was steady meanwhile, and predict the run from its rates around it.
 
     Args:
@@ -80,6 +81,7 @@ def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, *, tr
         case: The case.
         jobs: Its jobs.
         bench: Measures rates.
+        peaks: Peaks of memory in a process that did nothing else.
         tries: Most runs.
     """
     plan, form = engine._parts.plan, engine._parts.plan.shapes.weight_format
@@ -87,13 +89,11 @@ def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, *, tr
     assert workload is not None
     expected = simulate(plan, workload, bench.base)
     used = [name for name, seconds in expected.busy_seconds.items() if seconds]
-    before, discarded, peaks = bench.profile(engine.policy, form, used), 0, plan.held_bytes(RunStats())
+    before, discarded = bench.profile(engine.policy, form, used), 0
     while True:
-        _forget_peak()
         begun = time.process_time()
         engine.run(jobs, progress=False)
         processor = time.process_time() - begun
-        peaks = {tier: max(count, peaks[tier]) for tier, count in plan.held_bytes(engine.stats).items()}
         after = bench.profile(engine.policy, form, used)
         changed = difference(before, after, expected.binding)
         steady = max(changed, sharing(before), sharing(after)) <= STEADY
@@ -113,8 +113,8 @@ def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, *, tr
         binding=made.binding,
         predicted_busy=made.busy_seconds,
         measured_busy=stats.busy_seconds,
-        predicted_peaks=made.running_bytes,
-        measured_peaks=peaks,
+        predicted_peaks=peaks.predicted,
+        measured_peaks=peaks.measured,
         discarded=discarded,
         steady=steady,
     )
@@ -123,11 +123,3 @@ def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, *, tr
 def processor_seconds(made: Prediction) -> float:
     """Return the processor time of a run that was predicted with a profile of processor times, by all threads."""
     return sum(made.busy_seconds.get(name, 0.0) for name in BY_PROCESSOR)
-
-
-def _forget_peak() -> None:
-    """Return freed memory and make the kernel note this process's peak anew: the self-check may have held more than the run."""
-    gc.collect()
-    return_freed_memory()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -11,7 +11,10 @@ from scipy.stats import spearmanr
 
 from flexgen_helm.memory.amounts import gib
 from flexgen_helm.runs.policy_validation.measuring import Outcome
+from flexgen_helm.runs.policy_validation.peaks import MIB, Peaks
 
+CLOSE = 1.1
+"""Most that is predicted over what is measured, of memory."""
 HEADER = (
     "policy",
     "predicted s",
@@ -80,11 +83,6 @@ def row(texts: Sequence[str]) -> str:
 def cells(outcome: Outcome) -> list[str]:
     """Return the cells of a line."""
     disk = (busy.get("disk_read", 0.0) for busy in (outcome.predicted_busy, outcome.measured_busy))
-    peaks = (
-        f"{tier} {gib(outcome.predicted_peaks[tier])} / {gib(outcome.measured_peaks.get(tier, 0))}"
-        for tier in outcome.predicted_peaks
-        if outcome.predicted_peaks[tier] or outcome.measured_peaks.get(tier)
-    )
     return [
         outcome.name,
         *(f"{seconds:.2f}" for seconds in (outcome.predicted_seconds, outcome.measured_seconds)),
@@ -93,9 +91,35 @@ def cells(outcome: Outcome) -> list[str]:
         "clock" if outcome.steady else "processor",
         outcome.binding,
         " / ".join(f"{seconds:.2f}" for seconds in disk),
-        ", ".join(peaks),
+        peaks_text(outcome.peaks),
         str(outcome.discarded),
     ]
+
+
+def peaks_text(peaks: Peaks) -> str:
+    """Return predicted and measured peaks by tier, in words."""
+    return ", ".join(
+        f"{tier} {gib(count)} / {gib(peaks.measured.get(tier, 0))}"
+        for tier, count in peaks.predicted.items()
+        if count or peaks.measured.get(tier)
+    )
+
+
+def are_close(peaks: Peaks) -> bool:
+    """Return whether no tier holds more than was predicted, nor less than that by more than a tenth."""
+    return all(
+        peaks.measured.get(tier, 0) <= count <= CLOSE * peaks.measured.get(tier, 0) for tier, count in peaks.predicted.items()
+    )
+
+
+def peaks_table(found: Mapping[str, Peaks]) -> str:
+    """Return the peaks of policies as a table in Markdown."""
+    lines = [row(("policy", "tier", "predicted MiB", "measured MiB", "predicted / measured")), f"{'|---' * 5}|"]
+    for name, (predicted, measured) in found.items():
+        for tier, count in predicted.items():
+            if held := measured.get(tier, 0):
+                lines.append(row((name, tier, f"{count / MIB:.1f}", f"{held / MIB:.1f}", f"{count / held:.3f}")))
+    return "\n".join(lines)
 
 
 def draw(outcomes: Sequence[Outcome], file: Path) -> None:

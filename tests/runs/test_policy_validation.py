@@ -17,8 +17,9 @@ from flexgen_helm.runs.policy_validation import matrix
 from flexgen_helm.runs.policy_validation.cases import CASES, Sizes
 from flexgen_helm.runs.policy_validation.matrix import Cell
 from flexgen_helm.runs.policy_validation.measuring import Outcome
+from flexgen_helm.runs.policy_validation.peaks import Peaks, peaks_alone
 from flexgen_helm.runs.policy_validation.rates import difference, measured_form, middle, sharing
-from flexgen_helm.runs.policy_validation.report import summary
+from flexgen_helm.runs.policy_validation.report import are_close, peaks_table, summary
 from tests.models import save_tiny
 
 LAPTOP = named_profile("laptop-8gib")
@@ -52,7 +53,26 @@ def test_a_tiny_model_is_predicted_and_measured(tmp_path: Path, monkeypatch: pyt
     assert disk["predicted_busy"]["disk_read"] > 0
     assert disk["measured_busy"]["disk_read"] > 0
     assert not ram["measured_busy"].get("disk_read")
+    for each in (ram, disk):  # in processes of their own, which hold at least the weights
+        assert each["measured_peaks"]["host"] > 0
+        assert each["predicted_peaks"].keys() == each["measured_peaks"].keys()
     assert plot.stat().st_size > 0
+
+
+@pytest.mark.parametrize(("predicted", "close"), [(99, False), (100, True), (110, True), (111, False)])
+def test_a_peak_is_close_if_it_is_never_below_and_a_tenth_above_at_most(predicted: int, close: bool) -> None:
+    assert are_close(Peaks({"host": predicted, "disk": 0}, {"host": 100, "disk": 0})) == close
+
+
+def test_the_table_of_peaks_has_the_tiers_that_hold_something() -> None:
+    table = peaks_table({"a": Peaks({"host": 3 * 2**20, "disk": 0}, {"host": 2 * 2**20, "disk": 0})})
+    assert table.splitlines()[2:] == ["| a | host | 3.0 | 2.0 | 1.500 |"]
+
+
+def test_a_process_that_fails_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FlexGenError, match=r"The peak of 'RAM, scoring' could not be measured \(status 1\)"):
+        peaks_alone(["--model", "/no/such/model"], "RAM, scoring")
+    assert "/no/such/model" in capfd.readouterr().err
 
 
 def test_jobs_are_those_of_the_work() -> None:

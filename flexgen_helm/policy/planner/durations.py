@@ -30,8 +30,6 @@ MOST_PIECES = 8
 """Most pieces of a transfer over two links; real ones have `TRANSFER_BYTES`. Both links work at once on all but two of them."""
 AS_FAST: Mapping[str, str] = {"float16": "bfloat16", "bfloat16": "float16"}
 """Dtypes that take as long as each other, where one was not measured."""
-
-
 SPARSE_PROMPTS = 3.0
 """Time of sparse attention of prompts over that of dense attention, where a profile has none: 2.0 to 3.7 in runs/LOG.md."""
 _SPARSE = re.compile(r"s\d+$")

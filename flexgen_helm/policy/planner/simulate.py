@@ -16,7 +16,7 @@ Sweeps are not all replayed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -30,6 +30,7 @@ from flexgen_helm.policy.planner.replay import Replay
 from flexgen_helm.policy.planner.sweeps import ALIKE, sweep_loads
 from flexgen_helm.policy.planner.totals import Totals
 from flexgen_helm.policy.planner.workload import Workload
+from flexgen_helm.types import Tier
 
 MOST_PERIOD = 4
 """Longest period of layers that is looked for."""
@@ -66,7 +67,7 @@ def simulate(plan: MemoryPlan, workload: Workload, profile: MachineProfile, *, e
         total = total.plus(cost, load.count)
         if not latency and load.answers:
             latency = total.seconds
-    cache = plan.cache.taken_bytes(max(sum(load.cache_bytes.values()) for load in loads))
+    cache = _cache_bytes(plan, loads)
     return Prediction(
         policy=replace(plan.policy, weights=plan.weights.shares),
         seconds=total.seconds,
@@ -79,6 +80,21 @@ def simulate(plan: MemoryPlan, workload: Workload, profile: MachineProfile, *, e
         busy_seconds=total.busy,
         latency_seconds=latency,
     )
+
+
+def running_bytes(plan: MemoryPlan, workload: Workload) -> Mapping[Tier, int]:
+    """Return `Prediction.running_bytes` alone, for which no profile is needed.
+
+    Args:
+        plan: The memory plan; rows are packed and in column order.
+        workload: What is asked.
+    """
+    return plan.running_with(_cache_bytes(plan, list(sweep_loads(plan, workload))))
+
+
+def _cache_bytes(plan: MemoryPlan, loads: Sequence[SweepLoad]) -> dict[Tier, int]:
+    """Return the most bytes that K and V take on each tier."""
+    return plan.cache.taken_bytes(max(sum(load.cache_bytes.values()) for load in loads))
 
 
 def timeline(plan: MemoryPlan, load: SweepLoad, profile: MachineProfile) -> list[Span]:
