@@ -25,8 +25,8 @@ HIDDEN_SHARE = 0.1
 MOST_BLOCK_TOKENS = 16_384
 """Most prompt tokens of a block. Larger blocks gain nothing if weights are resident, and finish their first job later."""
 OBJECT_BYTES = 2**20
-"""Bytes of what is no tensor in a run: work, results, stacks of threads, what the allocator rounds up. Without it two of twelve
-peaks were predicted 0.2 % and 2 % too low; the most was half of it (runs/LOG.md)."""
+"""Bytes of what is no tensor in a run: work, results, stacks of threads, what the allocator rounds up. Without it
+two more of twelve peaks are predicted too low, by 0.7 and 0.9 MiB (runs/LOG.md)."""
 FP32 = 4
 """Bytes of a float32."""
 

@@ -79,8 +79,8 @@ def test_cache_and_hidden_states_move_as_many_bytes(
 def test_of_v_the_chosen_rows_are_counted(workbench: Workbench, tmp_path: Path) -> None:
     """Prompts over several chunks, two query heads to one of K and V: between a tenth and a fifth of V in sealed pages."""
     policy = ResolvedPolicy(gpu_batch_size=16, gpu_batch_tokens=64, num_gpu_batches=1, cache=(0, 1, 0), cpu_attention=0.0)
-    jobs = [Job(token_ids=random_tokens(i, 400), max_new_tokens=16, ignore_eos=True) for i in range(4)]
-    workload = Workload.uniform(4, 400, 16)
+    jobs = [Job(token_ids=random_tokens(i, 400), max_new_tokens=16, ignore_eos=True) for i in range(2)]
+    workload = Workload.uniform(2, 400, 16)
     found = {}
     for variant in ("kv4", "kv4s10"):
         options: dict[str, Any] = {"device": OWN_MEMORY, "policy": policy, "offload_folder": tmp_path, "compression": variant}

@@ -59,7 +59,7 @@ def best_seconds(triple: Triple, quarters: int, every: int) -> float:
     return min(found)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4))])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
 def test_a_choice_is_near_the_best_of_brute_force(seed: int) -> None:
     triple = random_triple(seed)
     assert chosen(triple).prediction.seconds <= TIMES_SLOWER * best_seconds(triple, 2, 16)
@@ -72,9 +72,25 @@ def test_a_choice_is_near_the_best_of_a_finer_brute_force(seed: int) -> None:
     assert chosen(triple).prediction.seconds <= TIMES_SLOWER * best_seconds(triple, 2, 6)
 
 
-@settings(max_examples=6)
-@given(seed=st.integers(100, 10_000), off=st.sampled_from([None, "device", "disk"]), numerics=st.booleans())
+CELLS = given(seed=st.integers(100, 10_000), off=st.sampled_from([None, "device", "disk"]), numerics=st.booleans())
+FEW, MANY = settings(max_examples=2), settings(max_examples=20, deadline=None)
+
+
+@FEW
+@CELLS
 def test_a_choice_fits_and_is_never_slower_than_the_default(seed: int, off: Tier | None, numerics: bool) -> None:
+    check_choice(seed, off, numerics)
+
+
+@pytest.mark.slow
+@MANY
+@CELLS
+def test_choices_fit_and_are_never_slower_than_the_default(seed: int, off: Tier | None, numerics: bool) -> None:
+    check_choice(seed, off, numerics)
+
+
+def check_choice(seed: int, off: Tier | None, numerics: bool) -> None:
+    """Choose for a random triple, and compare with its limits and the default policy."""
     triple = random_triple(seed)
     asked = Policy() if numerics else triple.asked
     constraints = Constraints(tiers=frozenset(TIERS) - {off}, search_numerics=numerics)
@@ -139,7 +155,7 @@ def test_a_model_that_fits_stays_whole_and_one_larger_than_ram_goes_to_disk() ->
 
 def test_scoring_gets_larger_blocks_than_generation() -> None:
     """Scoring keeps no K and V, so a block is bounded by hidden states alone, and each reading of the weights serves it all."""
-    shapes, profile = model(32, 4096, 32), cpu(8)
-    works = Workload.uniform(100, 256, 0, score=True), Workload.uniform(100, 256, 16)
+    shapes, profile = model(12, 2048, 16), cpu(0.9)
+    works = Workload.uniform(30, 256, 0, score=True), Workload.uniform(30, 256, 16)
     scoring, generation = (choose_policy(Problem.of(shapes, work, profile, space_of(profile))).prediction for work in works)
     assert scoring.prompt_tokens / scoring.sweeps > generation.prompt_tokens / generation.sweeps

@@ -63,11 +63,28 @@ def sweeps(draw: st.DrawFn, own_memory: bool) -> SweepLoad:
     return SweepLoad(tuple(rows), draw(st.integers(0, sum(row.size for row in rows))), 0, 0)
 
 
-@settings(derandomize=True, max_examples=120, deadline=None)
-@given(st.data(), durations(), st.sampled_from(sorted(ORDERS)))
+SWEEPS = given(st.data(), durations(), st.sampled_from(sorted(ORDERS)))
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@SWEEPS
 def test_a_sweep_takes_as_long_as_in_the_real_executor(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, durations: Durations, order: Order
 ) -> None:
+    compare(tmp_path_factory, data, durations, order)
+
+
+@pytest.mark.slow
+@settings(derandomize=True, max_examples=240, deadline=None)
+@SWEEPS
+def test_many_sweeps_take_as_long_as_in_the_real_executor(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, durations: Durations, order: Order
+) -> None:
+    compare(tmp_path_factory, data, durations, order)
+
+
+def compare(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, durations: Durations, order: Order) -> None:
+    """Compare the replay of sweeps with the real executor on a virtual clock."""
     loads = [data.draw(sweeps(durations.plan.space.own_memory)) for _ in range(2)] * 2
     folder: Path = tmp_path_factory.getbasetemp()
     clock = Fluid(duplex=durations.profile.duplex)
