@@ -50,7 +50,8 @@ class CompletionBuilder:
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._top_logprobs: list[list[TokenLogprob]] = []
-        self._text_starts: list[int] = []
+        self._text_starts: list[tuple[int, bool]] = []
+        """Of each token; see `Detokenizer.start_of`."""
         self._stop_index: int | None = None
         self._finish_reason: FinishReason | None = None
 
@@ -91,8 +92,8 @@ class CompletionBuilder:
         num_text_tokens = kept - (self._finish_reason != "length")
         text = self._detokenizer.text if self._detokenizer else ""
         if self._stop_index is not None:
-            kept = bisect_right(self._text_starts, self._stop_index)
-            num_text_tokens = bisect_left(self._text_starts, self._stop_index)
+            kept = bisect_right(self._text_starts, (self._stop_index, False))
+            num_text_tokens = bisect_left(self._text_starts, (self._stop_index, False))
             text = text[: self._stop_index]
         token_ids = self._token_ids[:kept]
         texts = token_texts(self._vocabulary, token_ids, self._prompt_ids) if self._vocabulary else [""] * kept
@@ -108,7 +109,7 @@ class CompletionBuilder:
 
     def _advance(self, token_id: int) -> FinishReason | None:
         if self._detokenizer:
-            self._text_starts.append(self._detokenizer.num_begun)
+            self._text_starts.append(self._detokenizer.start_of(token_id))
         if token_id in self._end_token_ids:
             return self._flush("endoftext")
         if self._detokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 
 from flexgen_helm.generation.vocabulary import REPLACEMENT, Vocabulary
@@ -44,11 +45,15 @@ class Detokenizer:
         """Decoded text of all tokens so far, with replacement characters for unfinished characters."""
         return "".join(self._settled) + self._tail
 
-    @property
-    def num_begun(self) -> int:
-        """Number of characters in the text, counting an unfinished one as 1. The text of the next token begins there."""
-        finished = self._tail.rstrip(REPLACEMENT)
-        return self._num_settled + len(finished) + (len(finished) < len(self._tail))
+    def start_of(self, token_id: int) -> tuple[int, bool]:
+        """Return in which character the text of a token begins that comes next, and whether it goes on with that character."""
+        decoder = getincrementaldecoder("utf-8")(errors="replace")
+        finished = decoder.decode(b"".join(map(self._vocabulary.piece, self._held)))
+        unfinished, end = decoder.getstate()[0], self._num_settled + len(self._tail)
+        if not _goes_on(unfinished, self._vocabulary.piece(token_id)):
+            return end, False
+        # Tokenizers with byte fallback write a replacement character for each byte, others one for all.
+        return end - (1 if len(finished) + 1 == len(self._tail) else len(unfinished)), True
 
     def append(self, token_id: int) -> str:
         """Add one token and return the text that it settles: usually its own text, sometimes more, sometimes none."""
@@ -89,6 +94,15 @@ class Detokenizer:
         self._context = settled if has_text else _plain_context(self._vocabulary, self._context + settled)
         self._context_text = self._vocabulary.decode(self._context)
         return text
+
+
+def _goes_on(unfinished: bytes, piece: bytes) -> bool:
+    """Return whether bytes belong to the unfinished character before them."""
+    try:
+        getincrementaldecoder("utf-8")().decode(unfinished + piece[:1])
+    except UnicodeDecodeError:
+        return False
+    return bool(unfinished)
 
 
 def token_texts(vocabulary: Vocabulary, token_ids: Sequence[int], context_ids: Sequence[int] = ()) -> list[str]:

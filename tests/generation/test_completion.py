@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from helm.clients.client import truncate_sequence
 from helm.common.request import GeneratedOutput, Request, Token
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexgen_helm.generation.completion import CompletionBuilder
@@ -119,6 +119,8 @@ def test_helm_truncates_the_same_text(kind: str, text: str, stop: str) -> None:
         # The stop begins inside of a token, which HELM keeps.
         (["a", ".a", "b"], "ab", "a.", 2),
         (["a", "a", "a", "b"], "aab", "a", 1),
+        # A character is all of its tokens.
+        (["aぬ", "b"], "b", "aぬ", 4),
     ],
 )
 def test_tokens_that_have_a_part_in_the_text(tokens: list[str], stop: str, text: str, num_text_tokens: int) -> None:
@@ -134,6 +136,20 @@ def test_as_many_tokens_have_a_part_as_are_needed_to_write_the_text(text: str, s
     completion = complete("byte_level", token_ids, stop=tuple(stops))
     lengths = [len(pieces("byte_level", token_ids[:count])) for count in range(len(token_ids) + 1)]
     assert completion.num_text_tokens == next(i for i, length in enumerate(lengths) if length >= len(completion.text))
+
+
+BROKEN = st.sampled_from([b"\xe7", b"\x96", b"\xcf", b"\xf0", b"\x9f", b"\x98", b"\xc3", b"\xa9", b"b"])
+
+
+@KINDS
+@settings(EXAMPLES, max_examples=400)
+@given(parts=st.lists(BROKEN, max_size=12))
+@example(parts=[b"\xe7", b"\x96", b"\xcf"])
+def test_a_stop_behind_broken_characters_begins_in_its_own_token(kind: str, parts: list[bytes]) -> None:
+    ids = {VOCABULARIES[kind].piece(token_id): token_id for token_id in range(len(VOCABULARIES[kind].tokenizer))}
+    completion = complete(kind, [*(ids[part] for part in parts), ids[b"a"], ids[b"b"]], stop=("a",))
+    assert completion.num_text_tokens == len(parts)
+    assert completion.token_ids[-1] == ids[b"a"]
 
 
 def test_a_stop_across_tokens_drops_the_later_ones() -> None:
