@@ -49,9 +49,10 @@ def working_bytes(shapes: ModelShapes, policy: ResolvedPolicy) -> int:
 def widening_bytes(shapes: ModelShapes) -> int:
     """Return the bytes in which a CPU widens a slice of 16-bit weights, of which it has one, whatever the matrices' sizes.
 
+    The library of products packs the slice once more (buffers of 1, 2, 4 and 8 MiB made a run grow by 1.7, 3.7, 7.4 and 13.5).
     Inputs and outputs of a product in fp32 are among the outputs that `working_bytes` counts.
     """
-    return SCRATCH_BYTES if shapes.itemsize < FP32 else 0
+    return 2 * SCRATCH_BYTES if shapes.itemsize < FP32 else 0
 
 
 def checking_bytes(shapes: ModelShapes, policy: ResolvedPolicy, *, whole: bool) -> int:

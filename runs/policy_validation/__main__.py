@@ -20,7 +20,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from flexgen_helm import Engine
@@ -91,7 +91,8 @@ def one_peak(options: argparse.Namespace) -> int:
     device = resolve_device(options.device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        load_code(folder / "tiny", device, options.dtype)
+        tiny = replace(case, policy=replace(case.policy, gpu_batch_size=4, gpu_batch_tokens=16))
+        load_code(folder / "tiny", options.dtype, lambda model: _engine(tiny, model, options.dtype, device, folder / "code"))
         model = options.model or str(write_config(folder / "small-llama"))
         source = open_dummy(model, dtype=options.dtype, device=device.torch_device)
         with _engine(case, model, options.dtype, device, folder) as engine:

@@ -11,7 +11,7 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,9 @@ from flexgen_helm import Engine
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.loading.source import ModelSource
 from flexgen_helm.memory.allocator import return_freed_memory
-from flexgen_helm.memory.device import Device
 from flexgen_helm.policy.planner.simulate import running_bytes
 from flexgen_helm.runtime.planning.automatic import known_workload
-from flexgen_helm.types import Job, Policy, Tier
+from flexgen_helm.types import Job, Tier
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,
@@ -73,13 +72,18 @@ def peaks_here(engine: Engine, source: ModelSource, jobs: list[Job]) -> Peaks:
     return Peaks(dict(running_bytes(plan, workload)), plan.held_bytes(engine.stats))
 
 
-def load_code(folder: Path, device: Device, dtype: str) -> None:
-    """Let a tiny model answer a job, so that libraries and compiled loops are loaded."""
+def load_code(folder: Path, dtype: str, open_engine: Callable[[str], Engine]) -> None:
+    """Let a tiny model answer a job under the policy, so that libraries and the compiled loops of its formats are loaded.
+
+    Args:
+        folder: Where the model is made.
+        dtype: Its dtype.
+        open_engine: Opens the engine of a model's folder.
+    """
     config = LlamaConfig(**TINY, bos_token_id=None, eos_token_id=None, dtype=dtype, architectures=["LlamaForCausalLM"])
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
-    policy = Policy(gpu_batch_size=4, gpu_batch_tokens=16)
-    with Engine.from_pretrained(str(folder), dtype=dtype, device=device, policy=policy, dummy_weights=True) as engine:
+    with open_engine(str(folder)) as engine:
         engine.run([Job(token_ids=list(range(1, 20)), score_prompt=True, max_new_tokens=3)], progress=False)
 
 
