@@ -12,7 +12,7 @@ from typing import Any
 from flexgen_helm.cache_folder import cache_folder, read_record, write_record
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.helm.deployment import EngineArguments
-from flexgen_helm.types import EngineInfo, Numerics, Policy, ResolvedPolicy
+from flexgen_helm.types import EngineInfo, Numerics, Policy, ResolvedPolicy, StageInfo
 
 
 def recall(arguments: EngineArguments) -> EngineInfo | None:
@@ -29,7 +29,8 @@ def recall(arguments: EngineArguments) -> EngineInfo | None:
             name: tuple(value) if isinstance(value, list) else value for name, value in record["policy"].items()
         }
         numerics = Numerics.from_dict(record["numerics"])
-        return EngineInfo(**{**record, "policy": ResolvedPolicy(**policy), "numerics": numerics})
+        stages = tuple(StageInfo(**stage) for stage in record["stages"])
+        return EngineInfo(**{**record, "policy": ResolvedPolicy(**policy), "numerics": numerics, "stages": stages})
     return None
 
 

@@ -20,7 +20,6 @@ from flexgen_helm.kv_cache.cargo import Cargo
 from flexgen_helm.kv_cache.page_format import CacheKey
 from flexgen_helm.kv_cache.page_stores import DiskPages
 from flexgen_helm.kv_cache.pages import NUM_BUFFERS, TRANSFER_BYTES
-from flexgen_helm.memory.amounts import parse_max_memory, parse_size
 from flexgen_helm.memory.tiers import interleave
 from flexgen_helm.policy.cache_plan import CACHE_SHARE, CachePlan
 from flexgen_helm.policy.capacity import Capacity, page_pools
@@ -357,20 +356,6 @@ def test_what_attention_takes_for_a_moment_leaves_less_for_the_cache(model: PreT
     free: dict[Tier, int] = dict.fromkeys(TIERS, 20 * GIB)
     assert plain.left(free)["device"] - scratch.left(free)["device"] == GIB
     assert scratch.peak_bytes["device"] - plain.peak_bytes["device"] == GIB
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("15GiB", 15 * 2**30), ("1.5 GB", 1_500_000_000), ("300mib", 300 * 2**20), ("7KB", 7000), (12, 12), ("12", 12)],
-)
-def test_sizes(text: str | int, count: int) -> None:
-    assert parse_size(text) == count
-
-
-@pytest.mark.parametrize("given", [{"gpu": "1GiB"}, {"device": "much"}, {"host": -1}, {"disk": "1XB"}, "15GiB"])
-def test_limits_that_make_no_sense_are_refused(given: Any) -> None:
-    with pytest.raises(PolicyError, match="Give"):
-        parse_max_memory(given)
 
 
 @pytest.mark.parametrize(("held", "said"), [(100, None), (101, "of host memory, where max_memory allows")])

@@ -110,7 +110,7 @@ def test_a_full_disk_while_hidden_states_are_written(bench: Workbench, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_memory": {"device": "10KB", "host": "10KB"}}, r"The least .* 1.0 MiB of memory, but max_memory allows 19.5 KiB"),
+        ({"max_memory": {"device": "10KB", "host": "10KB"}}, r"The least .* 2.0 MiB of memory, but max_memory allows 19.5 KiB"),
         ({"max_memory": {"disk": "10KB"}}, "needs 0.4 MiB of disk space, but max_memory allows 9.8 KiB"),
         ({"max_memory": {"gpu": "1GiB"}}, "device, host, disk"),
         ({"kv_dtype": "int4"}, "kv_dtype is 'int4'"),

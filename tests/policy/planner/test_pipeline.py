@@ -203,7 +203,7 @@ def test_a_prompt_that_fits_no_lane_is_an_error() -> None:
 def test_the_stage_that_does_not_fit_is_named() -> None:
     shapes = shapes_with(4, layer=8 * MIB)
     with pytest.raises(PolicyError, match=r"Stage 1 of 2 \(layers 1 to 3\): "):
-        stages_of(shapes, policy_with(weights=ON_DEVICE), machine_with(), lengths=(1, 3), lanes=2, available=30 * MIB)
+        stages_of(shapes, policy_with(weights=ON_DEVICE), machine_with(), lengths=(1, 3), lanes=2, available=40 * MIB)
 
 
 def test_ranges_without_a_profile_count_the_head() -> None:
