@@ -19,6 +19,9 @@ from flexgen_helm.memory.slab import Binding, SlabFormat, in_place
 from flexgen_helm.memory.spans.span import Activity
 from flexgen_helm.types import Tier
 
+EMPTY = -1
+"""Number of a unit that no slot holds: the embeddings are never streamed."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -35,7 +38,7 @@ class Unit:
 @dataclass(eq=False)
 class _Slot:
     memory: Tensor
-    j: int = -1
+    j: int = EMPTY
     arriving: Transfer | None = None
     taken: bool = False
 
@@ -96,7 +99,7 @@ class WeightStore:
             return
         slot = self._slot(j)
         if slot is None:
-            slot = next(slot for slot in self._slots if not slot.taken)
+            slot = min((slot for slot in self._slots if not slot.taken), key=lambda slot: slot.j != EMPTY)
             slot.j, slot.arriving = j, self._link.submit(partial(self._fill, slot.memory, j))
         slot.taken = True
 
@@ -123,7 +126,7 @@ class WeightStore:
     def release_all(self) -> None:
         """Free all slots and buffers and forget their content, after a sweep was given up."""
         for slot in self._slots:
-            slot.j, slot.taken = -1, False
+            slot.j, slot.taken = EMPTY, False
         if self._link is None and self._disk is not None:
             self._disk.forget_all()
 
@@ -145,7 +148,7 @@ class WeightStore:
             try:
                 slot.arriving.wait()
             except BaseException:
-                slot.j, slot.taken = -1, False
+                slot.j, slot.taken = EMPTY, False
                 raise
             return slot.memory
         memory = self._units[j].memory

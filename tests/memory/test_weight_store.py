@@ -196,6 +196,18 @@ def test_host_slabs_are_used_in_place_without_a_memory_of_the_devices_own() -> N
     parts.store.close()
 
 
+def test_a_loaded_unit_stays_while_a_slot_is_empty() -> None:
+    parts = Parts(OWN_MEMORY, set(), num_slots=3)
+    parts.meter.begin_run()
+    for j in (2, 0, 1, 2, 0, 1):
+        assert parts.use(j)
+        parts.store.release(j)
+    parts.meter.end_sweep(0, 0, 0)
+    parts.meter.end_run(stats := RunStats())
+    parts.store.close()
+    assert stats.bytes_moved["host_to_device"] == sum(parts.formats[j].carried.num_bytes for j in (0, 1, 2))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_disk_gives_the_stored_form_and_the_link_the_carried_one(form: Form) -> None:
     on_device = frozenset({0, 2} if form in (Halved, DoubledHalves) else {})

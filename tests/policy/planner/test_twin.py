@@ -125,6 +125,17 @@ def test_a_sweep_from_disk_waits_for_what_is_not_hidden_behind_computation(rate:
         assert sweep.seconds == pytest.approx(reading if binds else computing + record.seconds)
 
 
+def test_a_layer_of_two_rows_is_loaded_once_in_row_order(tmp_path: Path) -> None:
+    """Its slot is free between its rows, and another one is empty: the output head goes there."""
+    shapes = shapes_with(1, head=400 * KIB, layer=400 * KIB)
+    policy = policy_with(prefetch=1, overlap=False)
+    durations = Durations(plan_with(shapes, policy, dict.fromkeys(range(2), "host")), machine_with())
+    load = SweepLoad((RowLoad("prefill", 32, 0, 0),) * 2, 0, 0, 0)
+    (sweep,) = measured(durations, [load], "row", tmp_path)
+    assert sweep.bytes_moved == {"host_to_device": 2 * 400 * KIB}
+    assert Replay(durations, Fluid(), order="row").sweep(load) == pytest.approx(sweep.seconds)
+
+
 @pytest.mark.parametrize(
     ("row", "hidden", "cause"),
     [
