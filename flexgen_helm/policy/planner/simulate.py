@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.policy.memory_plan import MemoryPlan
@@ -40,9 +41,12 @@ SAMPLES = 9
 """Most sweeps that are replayed of those that are alike."""
 EQUAL = 1e-3
 """Largest relative difference between layers that take equally long."""
-
-
+PAUSE = 2.0
+"""Sweeps for which rows are awaited, where all is there that can be loaded ahead."""
+Pause = Literal["none", "sweep", "rows"]
+"""What a machine waits for, long enough for all to be loaded ahead: nothing, the next sweep, or the sweep's rows."""
 NOTHING = Mark(0.0, {}, {})
+"""Before anything is done."""
 
 
 def simulate(plan: MemoryPlan, workload: Workload, profile: MachineProfile, *, exactly: bool = False) -> Prediction:
@@ -137,19 +141,21 @@ def _replayed(durations: Durations, loads: list[SweepLoad]) -> list[Mark]:
     return [_cost_of(replay, clock, load) for load in loads]
 
 
-def _cost_of(replay: Replay, clock: Fluid, load: SweepLoad) -> Mark:
+def _cost_of(replay: Replay, clock: Fluid, load: SweepLoad, *, waits: float = 0.0) -> Mark:
+    """Return what a sweep takes, from when its rows arrive: after so many seconds."""
     begin = clock.mark()
-    replay.sweep(load)
-    return clock.mark().since(begin)
+    replay.sweep(load, begin=clock.now, arrivals=[clock.now + waits] * len(load.rows) if waits else ())
+    cost = clock.mark().since(begin)
+    return cost._replace(seconds=cost.seconds - waits)
 
 
-def sampled_costs(durations: Durations, loads: list[SweepLoad], *, rested: bool = False) -> list[Mark]:
+def sampled_costs(durations: Durations, loads: list[SweepLoad], *, pause: Pause = "none") -> list[Mark]:
     """Return what each sweep takes, from replays of some.
 
     Args:
         durations: Stages of operations.
         loads: The sweeps, one behind the other.
-        rested: Whether the machine pauses between two sweeps, so that all is there that can be loaded ahead.
+        pause: What the machine waits for before each.
     """
     totals = Totals(durations)
     found = [totals.of(load) for load in loads]
@@ -159,14 +165,20 @@ def sampled_costs(durations: Durations, loads: list[SweepLoad], *, rested: bool 
             busiest = max(found[i].busy, key=found[i].busy.__getitem__)
             alike[busiest, tuple((row.kind, row.size) for row in load.rows)].append(i)
         else:
-            found[i] = found[i]._replace(seconds=found[i].busy["device"])
+            before = recording_seconds(durations, load) if pause == "rows" else 0.0
+            found[i] = found[i]._replace(seconds=found[i].busy["device"] - before)
     few = _few_layers(durations)
     for numbers in alike.values():
         in_order = sorted(numbers, key=lambda i: found[i].seconds)
-        _stretch(partial(_one, durations, rested=rested), loads, found, in_order, few)
-    if durations.plan.weights.streamed:
+        _stretch(partial(_one, durations, pause=pause), loads, found, in_order, few)
+    if durations.plan.weights.streamed and pause != "rows":
         found[:1] = [_one(durations, load, None, before=None) for load in loads[:1]]
     return found
+
+
+def recording_seconds(durations: Durations, load: SweepLoad) -> float:
+    """Return how long the rows of a sweep are recorded."""
+    return sum(stage.seconds for row in load.rows for stage in durations.record(row))
 
 
 def _stretch(
@@ -198,7 +210,7 @@ def _stretch(
 
 
 def _one(
-    durations: Durations, load: SweepLoad, few: tuple[int, int] | None, *, before: SweepLoad | None, rested: bool = False
+    durations: Durations, load: SweepLoad, few: tuple[int, int] | None, *, before: SweepLoad | None, pause: Pause = "none"
 ) -> Mark:
     """Return what a sweep takes.
 
@@ -207,23 +219,23 @@ def _one(
         load: The sweep.
         few: Layers that are replayed, and their period; None: all, as also if the last of these do not take equally long.
         before: The sweep before it, which loads ahead; None: there is none.
-        rested: Whether the machine pauses behind that until nothing more is loaded ahead.
+        pause: What the machine waits for behind that.
     """
     num_layers, period = few or (durations.plan.shapes.num_layers, 0)
     clock = Fluid(duplex=durations.profile.duplex)
     replay = Replay(durations, clock, num_layers=num_layers)
     if before is not None:
         replay.sweep(before)
-    if rested:
+    if pause != "none":
         clock.run_out()
-    cost = _cost_of(replay, clock, load)
+    cost = _cost_of(replay, clock, load, waits=PAUSE * clock.now if pause == "rows" else 0.0)
     skipped = durations.plan.shapes.num_layers - num_layers
     if not skipped:
         return cost
     ends = replay.layer_ends
     last, other = ends[-1].since(ends[-1 - period]), ends[-1 - period].since(ends[-1 - 2 * period])
     if abs(last.seconds - other.seconds) > EQUAL * last.seconds:
-        return _one(durations, load, None, before=before, rested=rested)
+        return _one(durations, load, None, before=before, pause=pause)
     return cost.plus(last, skipped / period)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import pytest
@@ -135,21 +134,12 @@ CACHE_ON_DISK = (False, (0.0, 0.7, 0.3), (0.5, 0.0, 0.5), 0.0)
 RESIDENT = (False, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0), 0.0)
 WORKLOADS = {"uniform": Workload.uniform(40, 200, 24), "ragged": ragged(36)}
 NETWORKS = {"fast": (3, Network(1.25e8, 0.01)), "slow": (1, Network(1.25e7, 0.1)), "none": (3, NO_NETWORK)}
-TOO_SLOW = {
-    *(("uniform", CACHE_ON_DISK, "fast"), ("ragged", CACHE_ON_DISK, "fast"), ("uniform", ON_THREE_TIERS, "slow")),
-    *(("ragged", ON_THREE_TIERS, "slow"), ("uniform", CACHE_ON_DISK, "slow"), ("ragged", CACHE_ON_DISK, "none")),
-}
-"""Samples are 5 to 13 % too slow where K and V come from the disk: the reason is not found."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("workload", "placement", "network"),
-    [
-        pytest.param(*each, marks=[pytest.mark.xfail(strict=True)] * (each in TOO_SLOW))
-        for each in product(WORKLOADS, (IN_RAM, ON_THREE_TIERS, CACHE_ON_DISK, RESIDENT), NETWORKS)
-    ],
-)
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("placement", [IN_RAM, ON_THREE_TIERS, CACHE_ON_DISK, RESIDENT])
+@pytest.mark.parametrize("workload", WORKLOADS)
 def test_samples_are_close_to_the_replay_of_everything(
     workload: str, placement: tuple[bool, Shares, Shares, float], network: str
 ) -> None:

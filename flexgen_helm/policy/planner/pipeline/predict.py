@@ -159,8 +159,8 @@ def _maker(stages: Stages, sweeps: LaneSweeps, *, exactly: bool) -> Callable[[],
         return lambda: [part() for part in parts]
     costs: list[Costs] = []
     for s, plan in enumerate(stages.plans):  # stages between the first and the last one are often alike
-        alike = next((costs[i] for i in range(s) if stages.plans[i] == plan), None)
-        costs.append(alike or Costs.of(stages.durations[s], sweeps.loads))
+        alike = next((costs[i] for i in range(1, s) if stages.plans[i] == plan), None)
+        costs.append(alike or Costs.of(stages.durations[s], sweeps.loads, is_first=s == 0))
     return lambda: [SampledStage(each) for each in costs]
 
 

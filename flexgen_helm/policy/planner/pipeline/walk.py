@@ -7,17 +7,19 @@ answers, and the first one plans the lane's next sweep when the answers have arr
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from flexgen_helm.policy.planner.durations import Durations
+from flexgen_helm.policy.planner.durations import Stage as DurationStage
 from flexgen_helm.policy.planner.fluid import Fluid, Mark
 from flexgen_helm.policy.planner.loads import RowLoad, SweepLoad
 from flexgen_helm.policy.planner.pipeline.lanes import LaneSweeps
 from flexgen_helm.policy.planner.pipeline.network import Network
 from flexgen_helm.policy.planner.replay import Replay
-from flexgen_helm.policy.planner.simulate import sampled_costs
+from flexgen_helm.policy.planner.simulate import recording_seconds, sampled_costs
 
 ANSWER_BYTES = 16
 """Bytes of a chosen token and its log-probability."""
@@ -131,43 +133,52 @@ class Costs(NamedTuple):
 
     Attributes:
         behind: A sweep right behind another one. For the first load, one before which nothing is loaded.
-        rested: A sweep before which all is loaded that can be.
+        eased: A sweep before which all is loaded that can be; if rows come from a stage before, since they have arrived.
         first: Seconds of each row in the first layer, and in all rows' recording before it.
         last: Seconds of each row in the last layer, and of the output head behind it.
     """
 
     behind: list[Mark]
-    rested: list[Mark]
+    eased: list[Mark]
     first: list[tuple[list[float], float]]
     last: list[tuple[list[float], float]]
 
     @classmethod
-    def of(cls, durations: Durations, loads: Sequence[SweepLoad]) -> Costs:
+    def of(cls, durations: Durations, loads: Sequence[SweepLoad], *, is_first: bool) -> Costs:
         """Replay some of the sweeps.
 
         Args:
             durations: Stages of operations.
             loads: The sweeps, one behind the other.
+            is_first: Whether rows come from no stage before.
         """
         listed = list(loads)
         behind = sampled_costs(durations, listed)
-        rested = sampled_costs(durations, listed, rested=True) if durations.plan.weights.streamed else behind
+        eased = sampled_costs(durations, listed, pause="sweep" if is_first else "rows")
         last = durations.plan.shapes.num_layers - 1
-        firsts = [
-            (_in_layer(durations, 0, load.rows), sum(durations.record(row)[0].seconds for row in load.rows)) for load in listed
-        ]
+        firsts = [(_in_layer(durations, 0, load.rows), recording_seconds(durations, load)) for load in listed]
         lasts = [(_in_layer(durations, last, load.rows), durations.finish(load.logits)[0].seconds) for load in listed]
-        return cls(behind, rested, firsts, lasts)
+        return cls(behind, eased, firsts, lasts)
 
 
 def _in_layer(durations: Durations, j: int, rows: Sequence[RowLoad]) -> list[float]:
-    """Return how long each row occupies a layer: the device and the CPU that attends beside it work on different rows."""
+    """Return how long each row occupies a layer: device, CPU that attends and what moves K and V work on different rows."""
     found = []
     for k, row in enumerate(rows):
-        stages = durations.layer(j, row, first=k == 0)
-        on_device = sum(stage.seconds for stage in stages if stage.resource == "device")
-        found.append(max(on_device, sum(stage.seconds for stage in stages) - on_device))
+        calls = durations.layer(j, row, first=k == 0)
+        on_device = sum(stage.seconds for stage in calls if stage.resource == "device")
+        moved = sum(_moving_seconds(pieces) for pieces in (durations.load_cache(row), durations.store_cache(row)))
+        found.append(max(on_device, sum(stage.seconds for stage in calls) - on_device, moved))
     return found
+
+
+def _moving_seconds(pieces: Sequence[Sequence[DurationStage]]) -> float:
+    """Return how long the slowest of the links is busy over which pieces go."""
+    busy: dict[str, float] = defaultdict(float)
+    for piece in pieces:
+        for stage in piece:
+            busy[stage.resource] += stage.seconds
+    return max(busy.values(), default=0.0)
 
 
 class SampledStage:
@@ -189,12 +200,13 @@ class SampledStage:
         self._counts[number] += 1
         before = begin if self._end is None else self._end
         start = max(before, begin)
-        in_first, recording = costs.first[number]
-        now = start + recording
-        for arrival, seconds in zip(arrivals, in_first, strict=False):
-            now = max(now, arrival) + seconds
-        late = max(0.0, now - start - recording - sum(in_first)) if arrivals else 0.0
-        self._end = max(before + behind, start + min(behind, costs.rested[number].seconds) + late)
+        if arrivals:
+            in_first, recording = costs.first[number]
+            now = start + recording
+            for arrival, seconds in zip(arrivals, in_first, strict=True):
+                now = max(now, arrival) + seconds
+            start = now - sum(in_first)  # as if all rows had come at once
+        self._end = max(before + behind, start + min(behind, costs.eased[number].seconds))
         in_last, head = costs.last[number]
         ends, end = [], self._end - head
         for seconds in reversed(in_last):
