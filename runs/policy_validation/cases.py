@@ -98,11 +98,11 @@ def write_config(folder: Path) -> Path:
     """Write the config of a small Llama, whose weights are made up, into a new folder; returns the folder."""
     config = LlamaConfig(
         vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1408,
+        hidden_size=1024,
+        intermediate_size=2816,
         num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
+        num_attention_heads=16,
+        num_key_value_heads=4,
         max_position_embeddings=4096,
         bos_token_id=None,
         eos_token_id=None,

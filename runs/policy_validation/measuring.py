@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from statistics import mean
 
 from flexgen_helm import Engine
 from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.policy.planner.simulate import simulate
-from flexgen_helm.runs.policy_validation.cases import Case
 from flexgen_helm.runs.policy_validation.peaks import Peaks
 from flexgen_helm.runs.policy_validation.rates import Bench, difference, middle, sharing
 from flexgen_helm.runtime.planning.automatic import known_workload
 from flexgen_helm.types import Job, Tier
 
+RUNS = 3
+"""Runs that count: the rates of a virtual machine move by a tenth within a run."""
 TRIES = 3
 STEADY = 0.1
 """Most by which the binding rates may differ before and after a run that counts, and layers' time from their processor time."""
@@ -24,7 +28,7 @@ BY_PROCESSOR = ("device", "cpu_attention", "unpack")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One line of the table.
+    """One line of the table: means of the runs that count.
 
     Attributes:
         name: The policy.
@@ -38,7 +42,7 @@ class Outcome:
         predicted_peaks: Most bytes of each tier while the jobs run.
         measured_peaks: The same, measured in a process that did nothing else.
         discarded: Runs that do not count because the machine changed meanwhile.
-        steady: Whether the last one counts. Otherwise its processor time does.
+        steady: Whether any counts. Otherwise the processor time of all does.
     """
 
     name: str
@@ -73,51 +77,98 @@ class Outcome:
         return predicted / measured - 1
 
 
-def measure(engine: Engine, case: Case, jobs: Sequence[Job], bench: Bench, peaks: Peaks, *, tries: int = TRIES) -> Outcome:
-    """Run the jobs of a case until the machine was steady meanwhile, and predict the run from its rates around it.
+@dataclass(frozen=True)
+class Run:
+    """One run and what it was predicted to be, with the machine's rates around it.
+
+    Attributes:
+        predicted: By the clock on the wall.
+        predicted_processor: Processor time in seconds; 0 on a GPU.
+        measured_seconds: By the clock on the wall.
+        measured_processor: Processor time in seconds.
+        measured_busy: Seconds of each resource.
+        steady: Whether the rates that bind it are the same before and after, and nothing else worked on the machine.
+    """
+
+    predicted: Prediction
+    predicted_processor: float
+    measured_seconds: float
+    measured_processor: float
+    measured_busy: Mapping[str, float]
+    steady: bool
+
+
+def measure(engine: Engine, jobs: Sequence[Job], bench: Bench, *, runs: int = RUNS, tries: int = TRIES) -> list[Run]:
+    """Run jobs until some runs count, and predict each run from the machine's rates around it.
 
     Args:
-        engine: An engine with the case's policy.
-        case: The case.
+        engine: An engine with the policy.
         jobs: Its jobs.
         bench: Measures rates.
-        peaks: Peaks of memory in a process that did nothing else.
-        tries: Most runs.
+        runs: Runs that count, if the machine is steady.
+        tries: Most runs for each of these.
     """
+    found: list[Run] = []
+    gc.collect()
+    gc.freeze()  # a collection of what the libraries hold takes a quarter of a second, once in a while
+    for run in islice(_runs(engine, jobs, bench), runs * tries):
+        found.append(run)
+        if sum(each.steady for each in found) == runs:
+            break
+    gc.unfreeze()
+    return found
+
+
+def outcome_of(name: str, runs: Sequence[Run], peaks: Peaks) -> Outcome:
+    """Return the line of a policy.
+
+    Args:
+        name: Its name.
+        runs: Its runs.
+        peaks: Peaks of memory in a process that did nothing else.
+    """
+    counted = [run for run in runs if run.steady] or runs
+    return Outcome(
+        name=name,
+        predicted_seconds=mean(run.predicted.seconds for run in counted),
+        measured_seconds=mean(run.measured_seconds for run in counted),
+        predicted_processor=mean(run.predicted_processor for run in counted),
+        measured_processor=mean(run.measured_processor for run in counted),
+        binding=counted[0].predicted.binding,
+        predicted_busy=_mean_busy([run.predicted.busy_seconds for run in counted]),
+        measured_busy=_mean_busy([run.measured_busy for run in counted]),
+        predicted_peaks=peaks.predicted,
+        measured_peaks=peaks.measured,
+        discarded=sum(not run.steady for run in runs),
+        steady=any(run.steady for run in runs),
+    )
+
+
+def _runs(engine: Engine, jobs: Sequence[Job], bench: Bench) -> Iterator[Run]:
+    """Run jobs again and again; the rates behind one run are those before the next."""
     plan, form = engine._parts.plan, engine._parts.plan.shapes.weight_format
     workload = known_workload(bench.source, jobs)
     assert workload is not None
     expected = simulate(plan, workload, bench.base)
     used = [name for name, seconds in expected.busy_seconds.items() if seconds]
-    before, discarded = bench.profile(engine.policy, form, used), 0
+    before = bench.profile(engine.policy, form, used)
     while True:
         begun = time.process_time()
         engine.run(jobs, progress=False)
-        processor = time.process_time() - begun
+        processor, stats = time.process_time() - begun, engine.stats
         after = bench.profile(engine.policy, form, used)
-        changed = difference(before, after, expected.binding)
-        steady = max(changed, sharing(before), sharing(after)) <= STEADY
-        discarded += not steady
-        if steady or discarded == tries:
-            break
+        around = middle(before, after)
+        changed = max(difference(before, after, expected.binding), sharing(before), sharing(after))
+        predicted_processor = 0.0
+        if not bench.device.is_gpu:
+            predicted_processor = processor_seconds(simulate(plan, workload, around.by_processor_time()))
+        predicted = simulate(plan, workload, around)
+        yield Run(predicted, predicted_processor, stats.seconds, processor, stats.busy_seconds, changed <= STEADY)
         before = after
-    around = middle(before, after)
-    made, stats = simulate(plan, workload, around), engine.stats
-    by_processor = None if bench.device.is_gpu else simulate(plan, workload, around.by_processor_time())
-    return Outcome(
-        name=case.name,
-        predicted_seconds=made.seconds,
-        measured_seconds=stats.seconds,
-        predicted_processor=0.0 if by_processor is None else processor_seconds(by_processor),
-        measured_processor=processor,
-        binding=made.binding,
-        predicted_busy=made.busy_seconds,
-        measured_busy=stats.busy_seconds,
-        predicted_peaks=peaks.predicted,
-        measured_peaks=peaks.measured,
-        discarded=discarded,
-        steady=steady,
-    )
+
+
+def _mean_busy(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: mean(each.get(name, 0.0) for each in found) for name in {name: None for each in found for name in each}}
 
 
 def processor_seconds(made: Prediction) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from flexgen_helm.loading.source import ModelSource
@@ -15,6 +17,9 @@ from flexgen_helm.policy.measure_unpack import FORMATS, LOSSLESS, unpack_rates
 from flexgen_helm.runtime.planning.machine_profile import Subject, dummy_layer_times
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.types import ResolvedPolicy
+
+LAYER_SECONDS = 2.0
+"""Layers are measured again and again for so long."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,13 @@ class Bench:
         return replace(self.base, **found)
 
     def _layers(self, policy: ResolvedPolicy) -> list[LayerTime]:
+        """Return the mean of several measurements: rates move within a second."""
         source, device = self.source, self.device
         name = Subject(source, policy).signature
-        return dummy_layer_times(source, device, policy, name)
+        found, stop = list[list[LayerTime]](), time.perf_counter() + LAYER_SECONDS
+        while not found or time.perf_counter() < stop:
+            found.append(dummy_layer_times(source, device, policy, name))
+        return [_mean_layer(alike) for alike in zip(*found, strict=True)]
 
 
 def measured_form(form: str) -> str:
@@ -76,7 +85,7 @@ def middle(before: MachineProfile, after: MachineProfile) -> MachineProfile:
     }
     return replace(
         before,
-        layers=tuple(map(_mean_layer, before.layers, after.layers)),
+        layers=tuple(map(_mean_layer, zip(before.layers, after.layers, strict=True))),
         unpack=tuple(map(_mean_unpack, before.unpack, after.unpack)),
         **rates,
     )
@@ -107,16 +116,16 @@ def _mean_unpack(one: UnpackRate, other: UnpackRate) -> UnpackRate:
     return replace(one, rate=_mean_rate(one.rate, other.rate))
 
 
-def _mean_layer(one: LayerTime, other: LayerTime) -> LayerTime:
+def _mean_layer(alike: Sequence[LayerTime]) -> LayerTime:
     processor = None
-    if one.processor and other.processor:
-        pairs = zip(astuple(one.processor), astuple(other.processor), strict=True)
-        processor = ProcessorSeconds(*(sum(pair) / 2 for pair in pairs))
+    if all(each.processor for each in alike):
+        times = [astuple(each.processor) for each in alike if each.processor]
+        processor = ProcessorSeconds(*(mean(part) for part in zip(*times, strict=True)))
     return replace(
-        one,
-        seconds=(one.seconds + other.seconds) / 2,
-        next_seconds=(one.next_seconds + other.next_seconds) / 2,
-        record_seconds=(one.record_seconds + other.record_seconds) / 2,
+        alike[0],
+        seconds=mean(each.seconds for each in alike),
+        next_seconds=mean(each.next_seconds for each in alike),
+        record_seconds=mean(each.record_seconds for each in alike),
         processor=processor,
     )
 

@@ -12,15 +12,17 @@ import pytest
 from flexgen_helm.errors import FlexGenError
 from flexgen_helm.machine.profile import LayerTime, MachineProfile, ProcessorSeconds, Rate, UnpackRate
 from flexgen_helm.machine.profile_file import named_profile
+from flexgen_helm.policy.planner.prediction import Prediction
 from flexgen_helm.runs.policy_validation import __main__ as command
 from flexgen_helm.runs.policy_validation import matrix
 from flexgen_helm.runs.policy_validation.cases import CASES, Sizes
 from flexgen_helm.runs.policy_validation.matrix import Cell
-from flexgen_helm.runs.policy_validation.measuring import Outcome
+from flexgen_helm.runs.policy_validation.measuring import Outcome, Run, outcome_of
 from flexgen_helm.runs.policy_validation.peaks import Peaks, peaks_alone
 from flexgen_helm.runs.policy_validation.rates import difference, measured_form, middle, sharing
 from flexgen_helm.runs.policy_validation.report import are_close, peaks_table, summary
 from tests.models import save_tiny
+from tests.policy.planner.made import policy_with
 
 LAPTOP = named_profile("laptop-8gib")
 OUTCOME = Outcome("a", 11.0, 10.0, 3.0, 4.0, "device", {}, {}, {}, {}, 0, True)
@@ -39,7 +41,7 @@ def test_a_tiny_model_is_predicted_and_measured(tmp_path: Path, monkeypatch: pyt
     file, plot = tmp_path / "found.json", tmp_path / "plot.png"
     sizes = ["--prompts", "4", "--prompt-len", "12", "--new-tokens", "3", "--long-prompt-len", "20"]
     names = ["--policies", "RAM, small", "disk, lossless, scoring"]
-    model = ["--model", str(save_tiny("llama", tmp_path)), "--tries", "1", "--quiet"]
+    model = ["--model", str(save_tiny("llama", tmp_path)), "--runs", "1", "--tries", "1", "--quiet"]
     monkeypatch.setattr(sys, "argv", ["x", *sizes, *names, *model, "--json", str(file), "--plot", str(plot)])
     assert command.main() in (0, 1)
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -131,6 +133,17 @@ def test_the_summary_counts_processor_time_where_the_machine_was_not_steady() ->
     turned = [replace(OUTCOME, predicted_seconds=predicted) for predicted in (2.0, 1.0, 3.0)]
     measured = [replace(each, measured_seconds=i) for i, each in enumerate(turned, 1)]
     assert summary(measured).rank_correlation == pytest.approx(0.5)  # 1 - 6 * (1 + 1 + 0) / (3 * 8)
+
+
+def test_a_policy_has_the_means_of_the_runs_that_count() -> None:
+    predicted = Prediction(policy_with(), 4.0, 8, 2, 1, {}, {}, {}, {"device": 3.0}, 1.0)
+    steady = [Run(predicted, 2.0, seconds, 1.0, {"device": seconds / 2}, steady=True) for seconds in (3.0, 5.0)]
+    crowded = Run(predicted, 2.0, 90.0, 6.0, {"device": 9.0}, steady=False)
+    found = outcome_of("a", [*steady, crowded], Peaks({}, {}))
+    assert (found.decisive, found.discarded) == ((4.0, 4.0), 1)
+    assert found.measured_busy == {"device": 2.0}
+    found = outcome_of("a", [crowded, crowded], Peaks({}, {}))
+    assert (found.decisive, found.discarded) == ((2.0, 6.0), 2)
 
 
 def test_the_matrix_compares_both_policies(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
