@@ -114,6 +114,8 @@ class LayerTime:
         record_seconds: Time of recording such a row and of planning its attention, once a sweep; 0: not measured.
         processor: The same by processor time; None: not measured.
         compiled: Whether layers were compiled (`flexgen_helm.model.compiled`).
+        mapped: Whether large tensors got memory of their own, as where a CPU streams weights
+            (`flexgen_helm.memory.allocator.LargeTensorMaps`): page faults take up to a sixth of a small layer's time.
     """
 
     model: str
@@ -127,6 +129,7 @@ class LayerTime:
     record_seconds: float = 0.0
     processor: ProcessorSeconds | None = None
     compiled: bool = False
+    mapped: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +16,7 @@ from flexgen_helm.kv_cache.pages import CHUNK_PAGES, CHUNK_TOKENS, PageCounts, P
 from flexgen_helm.machine.profile import LayerTime, ProcessorSeconds
 from flexgen_helm.machine.rates import much_memory
 from flexgen_helm.machine.rounds import ROUNDS, median_of, time_of
+from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
 from flexgen_helm.memory.device import Device
 from flexgen_helm.model.linear import PackedLinear
 from flexgen_helm.model.recorder import RecordedModel
@@ -28,6 +31,21 @@ MOST_SECONDS = 3.0
 RECORD_ROUNDS = 3
 FAST_ROUNDS = 40
 """Rounds where caches are left alone, which take a millisecond."""
+
+
+class Form(NamedTuple):
+    """How an engine holds what a layer works with.
+
+    Attributes:
+        is_packed: Whether weights are in the layout of the library that multiplies.
+        is_mapped: Whether large tensors get memory of their own, as where weights are streamed.
+    """
+
+    is_packed: bool
+    is_mapped: bool
+
+
+FORMS = Form(False, False), Form(False, True), Form(True, False)
 
 
 @dataclass(frozen=True)
@@ -45,51 +63,59 @@ class MeasuredModel:
     kinds: Sequence[int]
 
 
-def layer_times(measured: MeasuredModel, policy: ResolvedPolicy, device: Device, *, cold: bool = True) -> Iterator[LayerTime]:
-    """Measure a prefill row and a decode row, with weights as they are and, where the library packs them, packed.
+def layer_times(
+    measured: MeasuredModel, policy: ResolvedPolicy, device: Device, *, cold: bool = True, forms: Sequence[Form] = FORMS
+) -> Iterator[LayerTime]:
+    """Measure a prefill row and a decode row, in each form that the device has.
 
-    The model's weights are packed afterwards.
+    Large tensors are not mapped on a GPU. Weights are packed where the library does that and they are in the RAM of a CPU; the
+    model's are packed afterwards.
 
     Args:
         measured: The model.
         policy: Row sizes.
         device: The device.
         cold: Whether weights come from memory; otherwise they stay in caches if they fit.
+        forms: Those that are wanted; packed ones come last.
 
     Raises:
         UnsupportedModel: If the model does not run in packed rows.
     """
     model = measured.model
-    for is_packed in (False, True):
-        if is_packed:
-            if device.own_memory:
-                return
+    for form in forms:
+        if (form.is_mapped and device.is_gpu) or (form.is_packed and device.own_memory):
+            continue
+        if form.is_packed:
             model.pack_weights((policy.gpu_batch_size, policy.gpu_batch_tokens))
             if not any(isinstance(module, PackedLinear) for layer in model.layers for module in layer.modules()):
                 return
         rows = PackedRows(model, PagedCache(device=device))
         try:
             for row in (_prefill_row(policy), _decode_row(policy)):
-                found = _time_row(measured, rows, row, device, cold=cold)
-                first = median_of([wall for wall, _ in found.first])
-                seconds = [
-                    [median(each) for each in zip(*part, strict=True)] for part in (found.first, found.next, found.record)
-                ]
-                yield LayerTime(
-                    measured.signature,
-                    str(model.model.dtype).removeprefix("torch."),
-                    row.kind,
-                    row.size,
-                    first.value,
-                    first.spread,
-                    is_packed,
-                    seconds[1][0],
-                    seconds[2][0],
-                    None if device.is_gpu else ProcessorSeconds(*(by_processor for _, by_processor in seconds)),
-                    model.compiled is not None,
-                )
+                with LARGE_TENSOR_MAPS.hold() if form.is_mapped else nullcontext():
+                    found = _time_row(measured, rows, row, device, cold=cold)
+                yield _layer_time(measured, row, form, found, is_gpu=device.is_gpu)
         finally:
             rows.close()
+
+
+def _layer_time(measured: MeasuredModel, row: Row, form: Form, found: _RowTimes, *, is_gpu: bool) -> LayerTime:
+    first = median_of([wall for wall, _ in found.first])
+    seconds = [[median(each) for each in zip(*part, strict=True)] for part in (found.first, found.next, found.record)]
+    return LayerTime(
+        measured.signature,
+        str(measured.model.model.dtype).removeprefix("torch."),
+        row.kind,
+        row.size,
+        first.value,
+        first.spread,
+        form.is_packed,
+        seconds[1][0],
+        seconds[2][0],
+        None if is_gpu else ProcessorSeconds(*(by_processor for _, by_processor in seconds)),
+        measured.model.compiled is not None,
+        form.is_mapped,
+    )
 
 
 @dataclass

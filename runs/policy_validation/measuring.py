@@ -146,17 +146,17 @@ def outcome_of(name: str, runs: Sequence[Run], peaks: Peaks) -> Outcome:
 
 def _runs(engine: Engine, jobs: Sequence[Job], bench: Bench) -> Iterator[Run]:
     """Run jobs again and again; the rates behind one run are those before the next."""
-    plan, form = engine._parts.plan, engine._parts.plan.shapes.weight_format
+    plan = engine._parts.plan
     workload = known_workload(bench.source, jobs)
     assert workload is not None
     expected = simulate(plan, workload, bench.base)
     used = [name for name, seconds in expected.busy_seconds.items() if seconds]
-    before = bench.profile(engine.policy, form, used)
+    before = bench.profile(plan, used)
     while True:
         begun = time.process_time()
         engine.run(jobs, progress=False)
         processor, stats = time.process_time() - begun, engine.stats
-        after = bench.profile(engine.policy, form, used)
+        after = bench.profile(plan, used)
         around = middle(before, after)
         changed = max(difference(before, after, expected.binding), sharing(before), sharing(after))
         predicted_processor = 0.0

@@ -14,9 +14,10 @@ from flexgen_helm.machine.profile import LayerTime, MachineProfile, ProcessorSec
 from flexgen_helm.machine.raw_rates import disk_read_write, link_rates
 from flexgen_helm.memory.device import Device
 from flexgen_helm.policy.measure_unpack import FORMATS, LOSSLESS, unpack_rates
-from flexgen_helm.runtime.planning.machine_profile import Subject, dummy_layer_times
+from flexgen_helm.policy.memory_plan import MemoryPlan
+from flexgen_helm.rows.layer_times import FORMS, layer_times
+from flexgen_helm.runtime.planning.machine_profile import Subject, dummy_layers
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
-from flexgen_helm.types import ResolvedPolicy
 
 LAYER_SECONDS = 2.0
 """Layers are measured again and again for so long."""
@@ -38,19 +39,18 @@ class Bench:
     folder: Path
     base: MachineProfile
 
-    def profile(self, policy: ResolvedPolicy, form: str, used: Sequence[str]) -> MachineProfile:
+    def profile(self, plan: MemoryPlan, used: Sequence[str]) -> MachineProfile:
         """Return the profile with what a run needs most measured now: layers of its rows, unpacking, the disk, the link.
 
         Args:
-            policy: Its row sizes count.
-            form: Format of its weights, if they are unpacked.
+            plan: Plan of the run.
             used: Resources that the run uses.
         """
         device, source = self.device, self.source
         with device.current(), PRECISE_PRODUCTS.hold():
-            found: dict[str, Any] = {"layers": tuple(self._layers(policy))}
+            found: dict[str, Any] = {"layers": tuple(self._layers(plan))}
             if "unpack" in used:
-                again = list(unpack_rates(device, source.dtype, [measured_form(form)]))
+                again = list(unpack_rates(device, source.dtype, [measured_form(plan.shapes.weight_format)]))
                 done = {(each.place, each.format, each.dtype) for each in again}
                 kept = [each for each in self.base.unpack if (each.place, each.format, each.dtype) not in done]
                 found["unpack"] = (*kept, *again)
@@ -61,13 +61,14 @@ class Bench:
                 found |= {"host_to_device": link.to_device, "device_to_host": link.to_host, "duplex": link.duplex}
         return replace(self.base, **found)
 
-    def _layers(self, policy: ResolvedPolicy) -> list[LayerTime]:
+    def _layers(self, plan: MemoryPlan) -> list[LayerTime]:
         """Return the mean of several measurements: rates move within a second."""
-        source, device = self.source, self.device
+        source, device, policy = self.source, self.device, plan.policy
         name = Subject(source, policy).signature
+        forms = [form for form in FORMS if form.is_mapped == bool(plan.weights.streamed)]
         found, stop = list[list[LayerTime]](), time.perf_counter() + LAYER_SECONDS
         while not found or time.perf_counter() < stop:
-            found.append(dummy_layer_times(source, device, policy, name))
+            found.append(list(layer_times(dummy_layers(source, device, name), policy, device, forms=forms)))
         return [_mean_layer(alike) for alike in zip(*found, strict=True)]
 
 

@@ -75,7 +75,7 @@ class Durations:
         self._mean_products = sum(map(whole.products_of, range(whole.num_layers))) / whole.num_layers
         name, dtype = signature(whole), whole.dtype_name
         self._layers = {
-            (layer.kind, layer.tokens, layer.packed): layer
+            (layer.kind, layer.tokens, layer.packed, layer.mapped): layer
             for layer in profile.layers
             if (layer.model, layer.dtype) == (name, dtype)
         }
@@ -188,8 +188,10 @@ class Durations:
         return not self._own_memory and j not in self._streamed
 
     def _measured(self, j: int, row: RowLoad) -> LayerTime | None:
-        found = self._layers.get((row.kind, row.size, self._packed(j)))
-        return found or self._layers.get((row.kind, row.size, False))
+        mapped = bool(self._streamed) and not self.plan.space.is_gpu
+        forms = (self._packed(j), mapped), (False, mapped), (self._packed(j), False), (False, False)
+        found = (self._layers.get((row.kind, row.size, *form)) for form in forms)
+        return next((each for each in found if each is not None), None)
 
     def _layer_seconds(self, j: int, row: RowLoad, *, first: bool) -> float:
         """Return a layer without attention to earlier chunks: measured, or products bounded by the reading of its weights."""

@@ -20,7 +20,7 @@ from flexgen_helm.errors import FlexGenError, UnsupportedModel
 from flexgen_helm.loading.dummy_weights import make_first_layers
 from flexgen_helm.loading.source import ModelSource, dtype_name
 from flexgen_helm.machine.identity import machine_identity
-from flexgen_helm.machine.profile import LayerTime, MachineProfile
+from flexgen_helm.machine.profile import MachineProfile
 from flexgen_helm.machine.profile_file import read_profile, write_profile
 from flexgen_helm.memory.device import Device
 from flexgen_helm.model.compiled.layers import by_inductor
@@ -39,7 +39,7 @@ from flexgen_helm.types import Policy, ResolvedPolicy
 
 logger = logging.getLogger(__name__)
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 """Version of what is measured and how; raised whenever kept profiles do not hold any more."""
 TINY_ROW = 16
 """Tokens of a row whose layer calls take their fixed time and little else."""
@@ -193,7 +193,7 @@ def _measure_machine(device: Device, folder: Path, say: Say) -> MachineProfile:
         num_hidden_layers=2,
     )
     source = ModelSource("tiny", None, config, None, torch.float32, device.torch_device)
-    calls = dummy_layer_times(source, device, policy, "tiny", cold=False)
+    calls = list(layer_times(dummy_layers(source, device, "tiny"), policy, device, cold=False))
     by_processor = {found.kind: found.processor.seconds for found in reversed(calls) if found.processor is not None}
     return replace(
         profile,
@@ -214,30 +214,21 @@ def _measure_subject(machine: MachineProfile, device: Device, subject: Subject, 
     profile = measure_model(machine, device, subject.source.dtype, sizes, say)
     say(f"layers of {subject.source.name}")
     try:
-        layers = dummy_layer_times(subject.source, device, policy, signature(shapes), compiled=subject.compiled)
+        model = dummy_layers(subject.source, device, signature(shapes), compiled=subject.compiled)
+        layers = list(layer_times(model, policy, device))
     except UnsupportedModel as error:
         say(f"its layers are not measured, because in packed rows {error}")
         layers = []
     return replace(profile, layers=tuple(layers))
 
 
-def dummy_layer_times(
-    source: ModelSource,
-    device: Device,
-    policy: ResolvedPolicy,
-    name: str,
-    *,
-    cold: bool = True,
-    compiled: bool = False,
-) -> list[LayerTime]:
-    """Measure the first layers of a model, with random weights.
+def dummy_layers(source: ModelSource, device: Device, name: str, *, compiled: bool = False) -> MeasuredModel:
+    """Return the first layers of a model, with random weights.
 
     Args:
         source: The model; its weights are not read.
         device: The device.
-        policy: Row sizes.
         name: Signature of the model's sizes.
-        cold: Whether weights come from memory; otherwise they stay in caches if they fit.
         compiled: Whether layers are compiled.
 
     Raises:
@@ -245,5 +236,4 @@ def dummy_layer_times(
     """
     first = make_first_layers(source.config, dtype=source.dtype, device=device.torch_device)
     model = RecordedModel(first, compiled=by_inductor() if compiled else None)
-    kinds = layer_kinds(source.empty, layers_of(source.empty))
-    return list(layer_times(MeasuredModel(model, name, kinds), policy, device, cold=cold))
+    return MeasuredModel(model, name, layer_kinds(source.empty, layers_of(source.empty)))

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from flexgen_helm.errors import OutOfSpace, PolicyError
 from flexgen_helm.machine.profile import AttentionRate, LayerTime, MachineProfile, ProductRate, Rate
 from flexgen_helm.policy.memory_plan import MemoryPlan
+from flexgen_helm.policy.planner.durations import Durations
+from flexgen_helm.policy.planner.loads import RowLoad
 from flexgen_helm.policy.planner.signature import signature
 from flexgen_helm.policy.planner.simulate import simulate, timeline
 from flexgen_helm.policy.planner.sweeps import sweep_loads
@@ -52,6 +54,30 @@ def test_a_measured_layer_replaces_rates_but_for_earlier_chunks() -> None:
     # The last of five rows has 32 queries behind a whole chunk.
     earlier = 32 * 128 * (4 * 4 * 8) / 1e8
     assert found.seconds == pytest.approx(5 * RECORD + 3 * (5 * 0.5 + earlier) + 10 * HEAD, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("known", "kept", "streamed"),
+    [
+        ({(False, False): 1.0, (False, True): 2.0, (True, False): 3.0}, 3.0, 2.0),
+        ({(False, False): 1.0, (True, False): 3.0}, 3.0, 1.0),  # a profile from before, or written by hand
+        ({(False, False): 1.0}, 1.0, 1.0),
+    ],
+)
+def test_a_layer_takes_the_time_of_the_form_in_which_the_plan_holds_it(
+    known: dict[tuple[bool, bool], float], kept: float, streamed: float
+) -> None:
+    shapes, row = shapes_with(3), RowLoad("prefill", 32, 0, 0)
+    name = signature(shapes)
+    layers = tuple(
+        LayerTime(name, "bfloat16", "prefill", 32, seconds, packed=packed, mapped=mapped)
+        for (packed, mapped), seconds in known.items()
+    )
+    machine = machine_with(own_memory=False, layers=layers)
+    on_disk: dict[int, Tier] = dict.fromkeys(range(3), "disk")
+    for tiers, seconds in (({}, kept), (on_disk, streamed)):
+        durations = Durations(plan_with(shapes, policy_with(), tiers, own_memory=False), machine)
+        assert durations.layer(0, row)[0].seconds == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("own_memory", [True, False])

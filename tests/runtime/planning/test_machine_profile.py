@@ -156,7 +156,7 @@ def test_a_real_layer_is_measured_and_what_cannot_be_packed_is_left_out(
     def refuse(*others: object, **options: object) -> list[LayerTime]:
         raise UnsupportedModel("it keeps state")
 
-    monkeypatch.setattr(module, "dummy_layer_times", refuse)
+    monkeypatch.setattr(module, "dummy_layers", refuse)
     assert module._measure_subject(LAPTOP, CPU, subject, said.append).layers == ()
     assert said[-1] == "its layers are not measured, because in packed rows it keeps state"
 
