@@ -179,41 +179,22 @@ class Binding:
         """Find the module's tensors. Its submodules must not be replaced afterwards."""
         self.layout = layout
         self._places = [(tensor, [_owner(module, name) for name in tensor.names]) for tensor in layout.tensors]
-        self._views: dict[int, list[Tensor]] = {}
-        """The tensors in each memory, by its address."""
 
     def bind(self, memory: Tensor) -> None:
-        """Make the parameters and buffers views of a slab (uint8 ``[at least layout.num_bytes]``) on any device.
-
-        Views are made once for each memory, which is kept: a few slots are used again and again.
-        """
-        views = self._views.get(memory.data_ptr())
-        if views is None:
-            views = [self._value(places, tensor.view(memory)) for tensor, places in self._places]
-            self._views[memory.data_ptr()] = views
-        self._set(views)
+        """Make the parameters and buffers views of a slab (uint8 ``[at least layout.num_bytes]``) on any device."""
+        for tensor, places in self._places:
+            self._set(places, tensor.view(memory))
 
     def to_meta(self) -> None:
-        """Put the parameters and buffers on the meta device, without values, and forget all memory."""
-        self._views.clear()
-        self._set(
-            [
-                self._value(places, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
-                for tensor, places in self._places
-            ]
-        )
+        """Put the parameters and buffers on the meta device, without values."""
+        for tensor, places in self._places:
+            self._set(places, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
-    def _value(self, places: list[tuple[dict[str, Any], str, bool]], value: Tensor) -> Tensor:
-        """Return a tensor as it is put in its places; a parameter has the plain one as its data."""
-        if any(is_parameter for *_, is_parameter in places):
-            value = nn.Parameter(value, requires_grad=False)
-        value._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers initialises it again
-        return value
-
-    def _set(self, values: list[Tensor]) -> None:
-        for (_, places), value in zip(self._places, values, strict=True):
-            for owner, name, is_parameter in places:
-                owner[name] = value if is_parameter else value.data
+    def _set(self, places: list[tuple[dict[str, Any], str, bool]], value: Tensor) -> None:
+        parameter = nn.Parameter(value, requires_grad=False) if any(is_parameter for *_, is_parameter in places) else value
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers initialises it again
+        for owner, name, is_parameter in places:
+            owner[name] = parameter if is_parameter else value
 
 
 def _owner(module: nn.Module, path: str) -> tuple[dict[str, Any], str, bool]:
