@@ -46,6 +46,7 @@ class Form(NamedTuple):
 
 
 FORMS = Form(False, False), Form(False, True), Form(True, False)
+"""As they are; with weights that are streamed; with weights that stay."""
 
 
 @dataclass(frozen=True)

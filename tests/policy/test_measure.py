@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from flexgen_helm.machine.profile import LayerTime, Rate
 from flexgen_helm.machine.profile_file import from_json, to_json
 from flexgen_helm.machine.rounds import Rounds, median_of, rate_of, seconds_of
 from flexgen_helm.machine.widened import Product
+from flexgen_helm.memory.allocator import LARGE_TENSOR_MAPS
 from flexgen_helm.memory.device import CPU, Device
 from flexgen_helm.model.recorder import RecordedModel
 from flexgen_helm.policy import measure, measure_attention, measure_products, measure_unpack
@@ -28,6 +30,7 @@ from flexgen_helm.policy.measure_products import layer_matrices, product_rates
 from flexgen_helm.policy.planner.signature import signature
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import plain_formats, shapes_of
+from flexgen_helm.rows import layer_times as layer_times_module
 from flexgen_helm.rows.layer_times import MeasuredModel, layer_times
 from flexgen_helm.types import Policy
 
@@ -211,6 +214,18 @@ def test_layers_are_timed_for_both_rows(device: Device) -> None:
     forms = [(time.packed, time.mapped) for time in large[::2]]
     assert forms in ([(False, False), (False, True)], [(False, False), (False, True), (True, False)])
     assert not device.own_memory or len(forms) == 2
+
+
+def test_large_tensors_are_mapped_while_that_form_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, time_row = list[bool](), layer_times_module._time_row
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen.append(LARGE_TENSOR_MAPS._users > 0)
+        return time_row(*arguments, **options)
+
+    monkeypatch.setattr(layer_times_module, "_time_row", watched)
+    assert [time.mapped for time in times(llama(), 16, 16)] == seen
+    assert any(seen)
 
 
 def signed(config: LlamaConfig, dtype: torch.dtype = torch.float32) -> str:

@@ -32,7 +32,7 @@ from flexgen_helm.policy.measure_products import layer_matrices
 from flexgen_helm.policy.planner.signature import signature
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.policy.shapes_of_model import plain_formats, setting, shapes_of
-from flexgen_helm.rows.layer_times import MeasuredModel, layer_times
+from flexgen_helm.rows.layer_times import FORMS, MeasuredModel, layer_times
 from flexgen_helm.runtime.free_space import make_folder
 from flexgen_helm.runtime.precise_products import PRECISE_PRODUCTS
 from flexgen_helm.types import Policy, ResolvedPolicy
@@ -193,11 +193,11 @@ def _measure_machine(device: Device, folder: Path, say: Say) -> MachineProfile:
         num_hidden_layers=2,
     )
     source = ModelSource("tiny", None, config, None, torch.float32, device.torch_device)
-    calls = list(layer_times(dummy_layers(source, device, "tiny"), policy, device, cold=False))
-    by_processor = {found.kind: found.processor.seconds for found in reversed(calls) if found.processor is not None}
+    calls = list(layer_times(dummy_layers(source, device, "tiny"), policy, device, cold=False, forms=FORMS[:1]))
+    by_processor = {found.kind: found.processor.seconds for found in calls if found.processor is not None}
     return replace(
         profile,
-        call_seconds={found.kind: found.seconds for found in reversed(calls)},
+        call_seconds={found.kind: found.seconds for found in calls},
         processor_call_seconds=by_processor,
     )
 
