@@ -16,6 +16,7 @@ from torch import Tensor
 from flexgen_helm.errors import CorruptFile, DiskFull, FlexGenError, OutOfSpace, StageLost
 from flexgen_helm.execution.interfaces import Executor
 from flexgen_helm.generation.job_errors import of_one_job
+from flexgen_helm.machine.openmp import release_threads
 from flexgen_helm.memory.device import Device
 from flexgen_helm.memory.meter import Meter
 from flexgen_helm.memory.spans.span import Activity
@@ -125,6 +126,7 @@ class Worker:
         Raises:
             FlexGenError: If the worker was closed.
         """
+        release_threads()
         with self._signal:
             if self._closing:
                 raise FlexGenError(CLOSED)
@@ -155,6 +157,7 @@ class Worker:
         try:
             yield self._lanes[0].scheduler, self._executor
         finally:
+            release_threads()
             with self._signal:
                 self._borrowed = False
                 self._signal.notify_all()
@@ -192,6 +195,7 @@ class Worker:
                     return
 
     def _rest(self) -> None:
+        release_threads()
         self._resting = True
         self._signal.notify_all()
         self._signal.wait()

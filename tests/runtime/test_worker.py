@@ -109,6 +109,26 @@ def test_tickets_are_answered_and_counted(worker: Worker) -> None:
     assert all(0 <= snapshot.sweep_share <= 1 for snapshot in seen)
 
 
+def test_threads_that_wait_keep_no_threads_of_openmp(
+    worker: Worker, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[str] = []
+    monkeypatch.setattr("flexgen_helm.runtime.worker.release_threads", lambda: released.append(threading.current_thread().name))
+    executor.gate.clear()
+    first = ticket(1, 2)
+    worker.put([first])
+    assert released.count("MainThread") == 1
+    assert executor.entered.wait(timeout=30)
+    released.clear()
+    executor.gate.set()
+    answer(first.future)
+    with worker.borrowed():  # the worker rests
+        assert "flexgen-helm" in released
+        assert "MainThread" not in released
+    assert released.count("MainThread") == 1
+    worker.close()
+
+
 def test_a_failure_meets_those_alone_who_cause_it(worker: Worker) -> None:
     tickets = [ticket(1, 2), ticket(BAD), ticket(3), ticket(4, 5, 6), ticket(7, BAD)]
     worker.put(tickets)
