@@ -82,7 +82,9 @@ class MemoryPlan:
     def working_bytes(self) -> int:
         """Bytes of working memory on the device: activations, hidden states and logits; in one RAM a process's objects too."""
         objects = 0 if self.space.own_memory else working_memory.OBJECT_BYTES
-        return self._scratch_bytes + objects + working_memory.working_bytes(self.shapes, self.policy)
+        is_mapped = bool(self.weights.streamed) and not self.space.is_gpu
+        computing = working_memory.working_bytes(self.shapes, self.policy, is_mapped=is_mapped)
+        return self._scratch_bytes + objects + computing
 
     @property
     def travel_bytes(self) -> int:
