@@ -8,6 +8,7 @@ time, and an operation begins when all have ended that `flexgen_helm.schedule.de
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from flexgen_helm.kv_cache.pages import NUM_BUFFERS
 from flexgen_helm.policy.planner.durations import Durations, Stage
@@ -16,7 +17,7 @@ from flexgen_helm.policy.planner.loads import SweepLoad
 from flexgen_helm.policy.planner.order import Performed, Resumed, performed
 from flexgen_helm.policy.planner.weight_loads import WeightLoads
 from flexgen_helm.schedule.dependencies import QUEUES
-from flexgen_helm.schedule.operations import Operation, Order, sweep_operations
+from flexgen_helm.schedule.operations import Order, sweep_operations
 from flexgen_helm.types import Tier
 
 
@@ -66,11 +67,10 @@ class Replay:
             The time at which the device has done all of it; without overlap, when stores have ended too.
         """
         overlap = self._policy.overlap
-        suspending = frozenset(k for k, row in enumerate(load.rows) if row.on_host and overlap)
-        operations = self._operations(len(load.rows))
+        suspends = tuple(row.on_host and overlap for row in load.rows)
         walk = _Sweep(load, self._durations.hidden_tiers(len(load.rows)), self._clock, begin=begin, arrivals=arrivals)
         last_tasks: list[Task] = []
-        for step in performed(operations, suspending):
+        for step in self._steps(suspends):
             if not isinstance(step, Resumed) and step.kind in ("compute", "finish") and step.j > len(last_tasks):
                 assert self._device is not None
                 last_tasks.append(self._device)
@@ -96,12 +96,11 @@ class Replay:
         self.row_ends = [self._clock.run_to(task) for task in walk.through]
         return end
 
-    def _operations(self, num_rows: int) -> list[Operation]:
-        """Return the operations of a sweep: those of a model without a head where this is no last stage."""
-        num_layers, slots = self._num_layers, self._weights.num_slots
-        of_stage = {} if self._has_head else {"layers": range(num_layers)}
-        in_model = num_layers + (not self._has_head)
-        return list(sweep_operations(self._order, in_model, num_rows, streamed=self._streamed, num_slots=slots, **of_stage))
+    def _steps(self, suspends: tuple[bool, ...]) -> tuple[Performed | Resumed, ...]:
+        """Return what is performed in a sweep: operations of a model without a head where this is no last stage."""
+        layers = None if self._has_head else range(self._num_layers)
+        in_model = self._num_layers + (not self._has_head)
+        return _performed(self._order, in_model, layers, suspends, self._streamed, self._weights.num_slots)
 
     def _do(self, step: Performed, walk: _Sweep, after: list[Task | None]) -> Task | None:
         """Add the tasks of an operation; returns the one that ends it."""
@@ -163,6 +162,23 @@ class Replay:
         end = self._clock.add(name, [], [task for tasks in ends for task in tasks[-1:]] or [begin])
         self._queues[queue] = end
         return end
+
+
+@lru_cache(maxsize=8)
+def _performed(
+    order: Order,
+    num_layers: int,
+    layers: range | None,
+    suspends: tuple[bool, ...],
+    streamed: frozenset[int],
+    num_slots: int,
+) -> tuple[Performed | Resumed, ...]:
+    """Return the steps of a sweep, of which each row's calls are suspended or not.
+
+    They are kept, since many sweeps that are replayed in turn have equally many rows.
+    """
+    operations = sweep_operations(order, num_layers, len(suspends), layers=layers, streamed=streamed, num_slots=num_slots)
+    return tuple(performed(operations, frozenset(k for k, each in enumerate(suspends) if each)))
 
 
 class _Sweep:
