@@ -18,9 +18,11 @@ from transformers import LlamaConfig
 from flexgen_helm.cli import main
 from flexgen_helm.errors import UnsupportedModel
 from flexgen_helm.loading.source import open_dummy
+from flexgen_helm.machine import rates
 from flexgen_helm.machine.profile import LayerTime, MachineProfile
 from flexgen_helm.machine.profile_file import named_profile, read_profile
 from flexgen_helm.memory.device import CPU
+from flexgen_helm.model.compiled.layers import CompiledLayers
 from flexgen_helm.policy.row_sizes import resolved
 from flexgen_helm.runtime.planning import machine_profile as module
 from flexgen_helm.runtime.planning.machine_profile import Subject, machine_profile
@@ -133,10 +135,15 @@ def test_a_model_is_measured_once_for_its_sizes_dtype_and_rows(measured: list[st
     assert machine_profile(CPU).layers == ()
 
 
+@pytest.mark.parametrize("compiler", ["none", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_real_layer_is_measured_and_what_cannot_be_packed_is_left_out(
-    measured: list[str], config: Path, monkeypatch: pytest.MonkeyPatch
+    measured: list[str], config: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
 ) -> None:
+    """Without a compiler the pieces of a compiled layer run as torch runs them, through the same program."""
     monkeypatch.undo()
+    monkeypatch.setitem(rates.READ_BYTES, "cpu", 2**18)
+    if compiler == "none":
+        monkeypatch.setattr(module, "by_inductor", lambda: CompiledLayers(lambda graph: graph.forward))
     monkeypatch.setattr(module, "measure_model", lambda machine, *others: machine)
     source = open_dummy(str(config), dtype="float32", device=torch.device("cpu"))
     subject = Subject(source, resolved(Policy(gpu_batch_size=16, gpu_batch_tokens=16), CPU))
