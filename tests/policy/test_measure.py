@@ -42,6 +42,8 @@ HEADS = Heads(4, 2, 16)
 def _in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures little, for a short time."""
     monkeypatch.setattr(rounds, "ROUND_SECONDS", 1e-4)
+    monkeypatch.setattr(rounds, "ROUNDS", 2)
+    monkeypatch.setattr(layer_times_module, "ROUNDS", 2)
     monkeypatch.setattr(disk_rate, "SECONDS", 0.005)
     monkeypatch.setattr(disk_rate, "PIECE", 2**14)
     monkeypatch.setattr(disk_rate, "BUFFERS", 2)
@@ -73,6 +75,7 @@ def test_rounds_are_timed_behind_calls_that_warm_up(monkeypatch: pytest.MonkeyPa
         clock += next(lengths)
 
     monkeypatch.setattr(rounds, "ROUND_SECONDS", 0.03)
+    monkeypatch.setattr(rounds, "ROUNDS", 5)
     monkeypatch.setattr("flexgen_helm.machine.rounds.time.perf_counter", lambda: clock)
     monkeypatch.setattr("flexgen_helm.machine.rounds.time.process_time", lambda: clock / 2)
     found = seconds_of(work, torch.device("cpu"), threads=4)

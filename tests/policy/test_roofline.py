@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,23 @@ def test_weights_are_hidden_from_the_break_even_block_on(
         assert seconds["products"] == pytest.approx(seconds[name], rel=1e-4)
 
 
+@pytest.fixture
+def _in_no_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Measures little, for a short time, and leaves none of it to other tests."""
+    kept = module.product_rate, module.read_rate, module.link_rates, module.cpu_attention_rate
+    monkeypatch.setattr(module, "MEASURED_SECONDS", 0.01)
+    monkeypatch.setitem(module.READ_BYTES, "cpu", 2**22)
+    monkeypatch.setattr(module, "NUM_CACHES", 2)
+    monkeypatch.setattr(disk_rate, "SECONDS", 0.005)
+    monkeypatch.setattr(disk_rate, "PIECE", 2**14)
+    for each in kept:
+        each.cache_clear()
+    yield
+    for each in kept:
+        each.cache_clear()
+
+
+@pytest.mark.usefixtures("_in_no_time")
 def test_only_what_a_run_used_is_measured(tmp_path: Path) -> None:
     measure = partial(measure_rates, torch.device("cpu"), torch.float32, matrix=(1024, 1024), row_tokens=(64, 16))
     rates = measure(used=(), folder=tmp_path)
