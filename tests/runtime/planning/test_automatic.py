@@ -53,6 +53,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return open_dummy(str(folder), dtype="float32", device=CPU.torch_device)
 
 
+@pytest.fixture(scope="module")
+def tight(source: ModelSource) -> dict[bool, EnginePlan]:
+    """What is searched for generation in tight memory, without and with a memory of its own."""
+    return {own: planned(source, GENERATION, own_memory=own, max_memory=TIGHT[own]) for own in (False, True)}
+
+
 def planned(
     source: ModelSource,
     workload: Workload | None,
@@ -97,8 +103,8 @@ def test_this_machine_is_not_measured_for_a_small_model(
 
 
 @pytest.mark.parametrize("own_memory", [False, True])
-def test_a_model_that_does_not_fit_in_ram_is_on_disk(source: ModelSource, own_memory: bool) -> None:
-    found = planned(source, GENERATION, own_memory=own_memory, max_memory=TIGHT[own_memory])
+def test_a_model_that_does_not_fit_in_ram_is_on_disk(tight: dict[bool, EnginePlan], own_memory: bool) -> None:
+    found = tight[own_memory]
     assert found.automatic is not None
     assert found.memory.weights.shares[2] > 0
     limits = parse_max_memory(TIGHT[own_memory])
@@ -115,10 +121,10 @@ def test_blocks_for_scoring_are_larger_than_for_generation(source: ModelSource) 
 
 @pytest.mark.parametrize(("own_memory", "variant"), [(False, ""), (True, "@kv4s10")])
 def test_row_sizes_and_the_place_of_attention_do_not_depend_on_workload_or_variant(
-    source: ModelSource, own_memory: bool, variant: str
+    source: ModelSource, tight: dict[bool, EnginePlan], own_memory: bool, variant: str
 ) -> None:
     memory = {"own_memory": own_memory, "max_memory": TIGHT[own_memory]}
-    searched = planned(source, GENERATION, variant=variant, **memory)  # type: ignore[arg-type]
+    searched = planned(source, GENERATION, variant=variant, **memory) if variant else tight[own_memory]  # type: ignore[arg-type]
     assert searched.automatic is not None
     others = [planned(source, None, policy=asked, **memory) for asked in (ROWS, replace(ROWS, auto=False))]  # type: ignore[arg-type]
     numerics = {(p.policy.gpu_batch_size, p.policy.gpu_batch_tokens, p.policy.cpu_attention) for p in (searched, *others)}
@@ -245,11 +251,11 @@ def test_jobs_that_cannot_be_served_do_not_disturb_the_planning(source: ModelSou
         known_workload(source, ["a prompt"])  # type: ignore[list-item]
 
 
-def test_a_job_that_never_fits_does_not_disturb_the_planning(source: ModelSource) -> None:
+def test_a_job_that_never_fits_does_not_disturb_the_planning(source: ModelSource, tight: dict[bool, EnginePlan]) -> None:
     huge = Workload((*GENERATION.prompts, *Workload.uniform(1, 10**6, 4).prompts))
-    found, expected = (planned(source, work, max_memory=TIGHT[False]) for work in (huge, GENERATION))
+    found = planned(source, huge, max_memory=TIGHT[False])
     assert found.automatic is not None
-    assert found.policy == expected.policy
+    assert found.policy == tight[False].policy
 
 
 def test_greedy_completions_count_once(source: ModelSource) -> None:
