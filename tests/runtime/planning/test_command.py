@@ -18,12 +18,19 @@ from flexgen_helm.machine.profile import LayerTime, RowKind
 from flexgen_helm.machine.profile_file import write_profile
 from flexgen_helm.memory.device import CPU
 from flexgen_helm.policy.planner.signature import signature
+from flexgen_helm.runtime.planning import command
 from flexgen_helm.runtime.planning.command import planned_shapes
 from flexgen_helm.runtime.planning.sources import open_source
 from flexgen_helm.types import TIERS
 from tests.policy.planner.made import cpu
 
 JOBS, PROMPT_LEN, GEN_LEN = 24, 40, 6
+WITH_GAINS = {
+    "test_json_of_a_config_on_a_machine_in_a_file",
+    "test_a_named_machine_in_words",
+    "test_a_variant_that_cannot_be_predicted_does_not_hide_the_others",
+}
+"""Tests of a machine without and with a memory of its own, and of weights of 4 bits for which there is no rate."""
 
 
 @pytest.fixture
@@ -45,6 +52,13 @@ def machine(tmp_path: Path) -> Path:
     file = tmp_path / "machine.json"
     write_profile(cpu(ram=2, disk=10), file)
     return file
+
+
+@pytest.fixture(autouse=True)
+def _gains(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves gains out where no test looks at them, for they take several times as long as the plan itself."""
+    if request.function.__name__ not in WITH_GAINS:
+        monkeypatch.setattr(command, "gains", lambda problem: {})
 
 
 def plan(config: Path, machine: object, *options: str) -> int:
