@@ -215,6 +215,11 @@ class CostModel:
         return tier != "disk" or (self.profile.disk_read is not None and self.profile.disk_write is not None)
 
     @cached_property
+    def replayed(self) -> dict[object, float]:
+        """Seconds of the sweeps that were replayed for this workload, by all that they depend on: see `sampling`."""
+        return {}
+
+    @cached_property
     def _kinds(self) -> list[tuple[int, float]]:
         return [(self.shapes.bound_bytes[j], self.shapes.products_of(j)) for j in range(self.shapes.num_layers)]
 

@@ -28,7 +28,7 @@ from flexgen_helm.policy.planner.simulate import NOTHING, sweep_cost
 from flexgen_helm.policy.planner.totals import Totals
 from flexgen_helm.schedule.prompt_gate import PromptGate
 from flexgen_helm.schedule.rows import in_order, spread
-from flexgen_helm.types import TIERS, Tier
+from flexgen_helm.types import ON_DEVICE, TIERS, Tier
 
 REPLAYS = 3
 """Most sweeps of each kind that are replayed: those with the fewest and the most sequences, and one between."""
@@ -55,7 +55,7 @@ def sampled(model: CostModel, candidate: Candidate, plan: MemoryPlan) -> Predict
     row_cost = 0.0 if plan.space.is_gpu else PROMPT_ROW_COST
     gate = PromptGate(row_tokens=candidate.policy.gpu_batch_tokens, block_tokens=tokens, row_cost=row_cost)
     found = levels(sweeps, model.features, live, gate)
-    costs = _costs(durations, found, [_sweep(model, level, candidate, durations) for level in found])
+    costs = _costs(model, durations, found, [_sweep(model, level, candidate, durations) for level in found])
     total = NOTHING
     for level, cost in zip(found, costs, strict=True):
         total = total.plus(cost, level.count)
@@ -78,10 +78,11 @@ def sampled(model: CostModel, candidate: Candidate, plan: MemoryPlan) -> Predict
     )
 
 
-def _costs(durations: Durations, found: Sequence[Level], loads: Sequence[SweepLoad]) -> list[Mark]:
+def _costs(model: CostModel, durations: Durations, found: Sequence[Level], loads: Sequence[SweepLoad]) -> list[Mark]:
     """Return what the sweeps of each level take, behind one like them.
 
     Args:
+        model: Cost model of the workload.
         durations: Stages of operations.
         found: The levels, those of each kind by the number of sequences that decode.
         loads: A sweep of each.
@@ -91,10 +92,24 @@ def _costs(durations: Durations, found: Sequence[Level], loads: Sequence[SweepLo
     for kind in get_args(SweepKind):
         numbers = [i for i, level in enumerate(found) if level.kind == kind]
         chosen = sorted({numbers[(len(numbers) - 1) * i // (REPLAYS - 1)] for i in range(REPLAYS)}) if numbers else []
-        ratios = [sweep_cost(durations, loads[i]).seconds / costs[i].seconds for i in chosen]
+        ratios = [_seconds(model, durations, loads[i]) / costs[i].seconds for i in chosen]
         for i in numbers:
             costs[i] = costs[i]._replace(seconds=costs[i].seconds * float(np.interp(i, chosen, ratios)))
     return costs
+
+
+def _seconds(model: CostModel, durations: Durations, load: SweepLoad) -> float:
+    """Return how long a sweep takes behind one like it.
+
+    Most of a search's time is replays, and sweeps of plans whose blocks differ are often equal, so each is replayed once.
+    """
+    weights = durations.plan.weights
+    # What a block holds, and where it lies, is in the rows.
+    sizes = replace(durations.plan.policy, num_gpu_batches=1, block_tokens=None, weights=None, cache=ON_DEVICE)
+    key = tuple(weights.tiers.items()), weights.prefetch, sizes, load.rows, load.logits
+    if key not in model.replayed:
+        model.replayed[key] = sweep_cost(durations, load).seconds
+    return model.replayed[key]
 
 
 def _fitting(model: CostModel, plan: MemoryPlan) -> int:
