@@ -158,9 +158,13 @@ def _maker(stages: Stages, sweeps: LaneSweeps, *, exactly: bool) -> Callable[[],
         parts = [partial(ReplayedStage, durations, sweeps.loads) for durations in stages.durations]
         return lambda: [part() for part in parts]
     costs: list[Costs] = []
-    for s, plan in enumerate(stages.plans):  # stages between the first and the last one are often alike
-        alike = next((costs[i] for i in range(1, s) if stages.plans[i] == plan), None)
-        costs.append(alike or Costs.of(stages.durations[s], sweeps.loads, is_first=s == 0))
+    for s, plan in enumerate(stages.plans):
+        alike = [i for i in range(s) if stages.plans[i] == plan]
+        if alike and alike[-1]:
+            costs.append(costs[alike[-1]])
+            continue
+        behind = costs[0].behind if alike else None  # to the first stage no rows come, so only what waits for none is shared
+        costs.append(Costs(stages.durations[s], sweeps.loads, is_first=s == 0, behind=behind))
     return lambda: [SampledStage(each) for each in costs]
 
 

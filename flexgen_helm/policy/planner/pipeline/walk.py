@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from flexgen_helm.policy.planner.durations import Durations
@@ -128,37 +129,41 @@ class ReplayedStage:
         return self._clock.mark()
 
 
-class Costs(NamedTuple):
+class Costs:
     """What a stage needs for each load.
 
     Attributes:
         behind: A sweep right behind another one. For the first load, one before which nothing is loaded.
-        eased: A sweep before which all is loaded that can be; if rows come from a stage before, since they have arrived.
         first: Seconds of each row in the first layer, and in all rows' recording before it.
         last: Seconds of each row in the last layer, and of the output head behind it.
     """
 
-    behind: list[Mark]
-    eased: list[Mark]
-    first: list[tuple[list[float], float]]
-    last: list[tuple[list[float], float]]
-
-    @classmethod
-    def of(cls, durations: Durations, loads: Sequence[SweepLoad], *, is_first: bool) -> Costs:
+    def __init__(
+        self, durations: Durations, loads: Sequence[SweepLoad], *, is_first: bool, behind: list[Mark] | None = None
+    ) -> None:
         """Replay some of the sweeps.
 
         Args:
             durations: Stages of operations.
             loads: The sweeps, one behind the other.
             is_first: Whether rows come from no stage before.
+            behind: `behind` of a stage with the same plan; None: there is none.
         """
-        listed = list(loads)
-        behind = sampled_costs(durations, listed)
-        eased = sampled_costs(durations, listed, pause="sweep" if is_first else "rows")
+        self._durations, self._loads, self._is_first = durations, list(loads), is_first
+        self.behind = behind or sampled_costs(durations, self._loads)
         last = durations.plan.shapes.num_layers - 1
-        firsts = [(_in_layer(durations, 0, load.rows), recording_seconds(durations, load)) for load in listed]
-        lasts = [(_in_layer(durations, last, load.rows), durations.finish(load.logits)[0].seconds) for load in listed]
-        return cls(behind, eased, firsts, lasts)
+        self.first = [(_in_layer(durations, 0, load.rows), recording_seconds(durations, load)) for load in self._loads]
+        heads = [durations.finish(load.logits)[0].seconds for load in self._loads]
+        rows = [_in_layer(durations, last, load.rows) for load in self._loads]
+        self.last = list(zip(rows, heads, strict=True))
+
+    @cached_property
+    def eased(self) -> list[Mark]:
+        """A sweep before which all is loaded that can be; if rows come from a stage before, since they have arrived.
+
+        Replayed when it is first asked for: a stage that never waits does not need it.
+        """
+        return sampled_costs(self._durations, self._loads, pause="sweep" if self._is_first else "rows")
 
 
 def _in_layer(durations: Durations, j: int, rows: Sequence[RowLoad]) -> list[float]:
@@ -206,7 +211,9 @@ class SampledStage:
             for arrival, seconds in zip(arrivals, in_first, strict=True):
                 now = max(now, arrival) + seconds
             start = now - sum(in_first)  # as if all rows had come at once
-        self._end = max(before + behind, start + min(behind, costs.eased[number].seconds))
+        self._end = before + behind
+        if start > before:
+            self._end = max(self._end, start + min(behind, costs.eased[number].seconds))
         in_last, head = costs.last[number]
         ends, end = [], self._end - head
         for seconds in reversed(in_last):
