@@ -26,6 +26,8 @@ MOST_BLOCK_TOKENS = 16_384
 """Most prompt tokens of a block. Larger blocks gain nothing if weights are resident, and finish their first job later."""
 LARGE_BYTES = 2**20
 """Tensors of so many bytes have memory of their own while a CPU streams weights (`flexgen_helm.memory.allocator`)."""
+INNER_COPIES = 1.5
+"""Activated, other and multiplied outputs of a gated layer's two inner matrices, over those two."""
 OBJECT_BYTES = 2**20
 """Bytes of what is no tensor in a run: work, results, stacks of threads, what the allocator rounds up. Without it
 two more of twelve peaks are predicted too low, by 0.7 and 0.9 MiB (runs/LOG.md)."""
@@ -46,21 +48,23 @@ def working_bytes(shapes: ModelShapes, policy: ResolvedPolicy, *, is_mapped: boo
     head = policy.gpu_batch_size * shapes.vocab_size * LOGITS_COPIES * shapes.has_head
     tokens = least_block_tokens(policy)
     kept = block_bytes(shapes, tokens) + travel_bytes(shapes, policy, tokens)
-    return (policy.gpu_batch_tokens * _activations(shapes, policy, is_mapped) + head) * FP32 + kept
+    return (int(policy.gpu_batch_tokens * _activations(shapes, policy, is_mapped)) + head) * FP32 + kept
 
 
-def _activations(shapes: ModelShapes, policy: ResolvedPolicy, is_mapped: bool) -> int:
+def _activations(shapes: ModelShapes, policy: ResolvedPolicy, is_mapped: bool) -> float:
     """Return the elements of a layer's activations for a token of a row.
 
-    The outputs of all matrices count as if they existed at the same time. What attention takes in addition is free before the
-    matrices behind it multiply; an allocator that keeps freed memory between other tensors takes new memory for their outputs.
+    The outputs of all matrices count as if they existed at the same time, and those behind attention half as often again, for
+    what is computed between them. What attention takes in addition is free before those multiply; but an allocator that keeps
+    freed memory between other tensors takes new memory for their outputs.
     """
     hidden, queries = 2 * shapes.hidden_size, shapes.num_heads * shapes.head_dim
     attending = (WINDOW_CHUNKS + 1) * queries + SCORE_COPIES * shapes.num_heads * shapes.scored_keys
     if not is_mapped or policy.gpu_batch_tokens * queries * FP32 < LARGE_BYTES:
         return shapes.outputs_per_token + hidden + attending
     projected = queries + 2 * shapes.num_kv_heads * shapes.head_dim + shapes.hidden_size
-    return hidden + max(shapes.outputs_per_token, projected + attending)
+    behind = INNER_COPIES * (shapes.outputs_per_token - projected)
+    return hidden + max(shapes.outputs_per_token, behind, projected + attending)
 
 
 def widening_bytes(shapes: ModelShapes) -> int:

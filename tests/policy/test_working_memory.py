@@ -48,6 +48,7 @@ def test_a_cpu_has_room_to_widen_a_slice_of_16_bits(own_memory: bool) -> None:
             20480,
         ),  # the outputs of all matrices, 42496, are more than what attention takes with its own, 36864
         (256, False, 4096, 12288),  # 28672 are less than 36864
+        (256, False, 16384, 18432),  # of 53248 the last 36864 count one and a half times
         (32, False, 11008, 0),  # 512 KiB of weighted sums lie in the heap
         (256, True, 11008, 0),
     ],
