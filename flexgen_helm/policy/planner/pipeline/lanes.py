@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from flexgen_helm.policy.planner.loads import SweepLoad
 from flexgen_helm.policy.planner.pipeline.divided import Stages
@@ -39,7 +38,8 @@ class LaneSweeps:
         capacity = stages.capacity
         made: dict[Workload, list[SweepLoad]] = {}
         turns: dict[int, Iterator[SweepLoad]] = {}
-        for lane, (part, renamed) in enumerate(_renamed_parts(workload, stages.lanes)):
+        for lane, part in enumerate(parts(workload, stages.lanes)):
+            renamed = _renamed(part)
             if renamed not in made:
                 made[renamed] = list(sweep_loads(stages.plans[0], part, alike=alike, capacity=capacity))
             turns[lane] = _numbered(made[renamed])
@@ -72,12 +72,6 @@ def parts(workload: Workload, lanes: int) -> list[Workload]:
         found[min(lanes - 1, done * lanes // total)].append(prompt)
         done += size
     return [Workload(tuple(part)) for part in found if part]
-
-
-@lru_cache(maxsize=1)  # several policies are tried with one number of lanes
-def _renamed_parts(workload: Workload, lanes: int) -> list[tuple[Workload, Workload]]:
-    """Return the parts of a workload, each with its renamed form."""
-    return [(part, _renamed(part)) for part in parts(workload, lanes)]
 
 
 def _renamed(workload: Workload) -> Workload:
