@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from flexgen_helm.memory.amounts import LARGE_TENSOR_BYTES
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _MIB = 2**20
 
@@ -59,7 +61,7 @@ class LargeTensorMaps:
         with self._lock:
             before, self._users = self._users, self._users + users
             if set_option is not None and (before > 0) != (self._users > 0):
-                set_option(_MMAP_THRESHOLD, _MIB if self._users else 32 * _MIB)
+                set_option(_MMAP_THRESHOLD, LARGE_TENSOR_BYTES if self._users else 32 * _MIB)
                 set_option(_TRIM_THRESHOLD, 2 * _MIB if self._users else 64 * _MIB)
 
 

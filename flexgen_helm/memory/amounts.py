@@ -11,6 +11,8 @@ from flexgen_helm.types import TIERS, Tier
 
 PAGE = 4096
 """Bytes of a memory page: direct I/O needs addresses, offsets and lengths that are multiples of it."""
+LARGE_TENSOR_BYTES = 2**20
+"""Tensors of so many bytes get memory of their own while a CPU streams weights (`flexgen_helm.memory.allocator`)."""
 UNITS = {
     "": 1,
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", start=1)},

@@ -82,9 +82,13 @@ class MemoryPlan:
     def working_bytes(self) -> int:
         """Bytes of working memory on the device: activations, hidden states and logits; in one RAM a process's objects too."""
         objects = 0 if self.space.own_memory else working_memory.OBJECT_BYTES
-        is_mapped = bool(self.weights.streamed) and not self.space.is_gpu
-        computing = working_memory.working_bytes(self.shapes, self.policy, is_mapped=is_mapped)
+        computing = working_memory.working_bytes(self.shapes, self.policy, is_mapped=self.maps_large_tensors)
         return self._scratch_bytes + objects + computing
+
+    @property
+    def maps_large_tensors(self) -> bool:
+        """Whether large tensors have memory of their own: a CPU streams weights (`flexgen_helm.memory.allocator`)."""
+        return bool(self.weights.streamed) and not self.space.is_gpu
 
     @property
     def travel_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flexgen_helm.attention.visits import WINDOW_CHUNKS
 from flexgen_helm.machine.slices import SCRATCH_BYTES
+from flexgen_helm.memory.amounts import LARGE_TENSOR_BYTES
 from flexgen_helm.policy.model_shapes import ModelShapes
 from flexgen_helm.policy.stages.row_travel import token_travel_bytes, travel_bytes
 from flexgen_helm.schedule.dependencies import MOST_SUSPENDED
@@ -24,8 +25,6 @@ HIDDEN_SHARE = 0.1
 """Share of the memory left that a block's hidden states may take beyond those of the smallest block."""
 MOST_BLOCK_TOKENS = 16_384
 """Most prompt tokens of a block. Larger blocks gain nothing if weights are resident, and finish their first job later."""
-LARGE_BYTES = 2**20
-"""Tensors of so many bytes have memory of their own while a CPU streams weights (`flexgen_helm.memory.allocator`)."""
 INNER_COPIES = 1.5
 """Activated, other and multiplied outputs of a gated layer's two inner matrices, over those two."""
 OBJECT_BYTES = 2**20
@@ -60,7 +59,7 @@ def _activations(shapes: ModelShapes, policy: ResolvedPolicy, is_mapped: bool) -
     """
     hidden, queries = 2 * shapes.hidden_size, shapes.num_heads * shapes.head_dim
     attending = (WINDOW_CHUNKS + 1) * queries + SCORE_COPIES * shapes.num_heads * shapes.scored_keys
-    if not is_mapped or policy.gpu_batch_tokens * queries * FP32 < LARGE_BYTES:
+    if not is_mapped or policy.gpu_batch_tokens * queries * FP32 < LARGE_TENSOR_BYTES:
         return shapes.outputs_per_token + hidden + attending
     projected = queries + 2 * shapes.num_kv_heads * shapes.head_dim + shapes.hidden_size
     behind = INNER_COPIES * (shapes.outputs_per_token - projected)

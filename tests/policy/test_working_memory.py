@@ -41,13 +41,8 @@ def test_a_cpu_has_room_to_widen_a_slice_of_16_bits(own_memory: bool) -> None:
 @pytest.mark.parametrize(
     ("tokens", "is_gpu", "inner", "less"),
     [
-        (
-            256,
-            False,
-            11008,
-            20480,
-        ),  # the outputs of all matrices, 42496, are more than what attention takes with its own, 36864
-        (256, False, 4096, 12288),  # 28672 are less than 36864
+        (256, False, 11008, 20480),  # 42496 of all matrices, 36864 of attention with its own
+        (256, False, 4096, 12288),  # 28672 and 36864
         (256, False, 16384, 18432),  # of 53248 the last 36864 count one and a half times
         (32, False, 11008, 0),  # 512 KiB of weighted sums lie in the heap
         (256, True, 11008, 0),

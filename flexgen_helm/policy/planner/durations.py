@@ -188,7 +188,7 @@ class Durations:
         return not self._own_memory and j not in self._streamed
 
     def _measured(self, j: int, row: RowLoad) -> LayerTime | None:
-        mapped = bool(self._streamed) and not self.plan.space.is_gpu
+        mapped = self.plan.maps_large_tensors
         forms = (self._packed(j), mapped), (False, mapped), (self._packed(j), False), (False, False)
         found = (self._layers.get((row.kind, row.size, *form)) for form in forms)
         return next((each for each in found if each is not None), None)
